@@ -1,0 +1,63 @@
+"""Step 3, gradients up: 16-bit gradients of the scaled loss -> FP32, checked for Inf/NaN, unscaled, measured.
+
+It is a pass over the flat buffer in blocks, not an array: no FP32 copy of all gradients ever exists. The update widens
+and unscales each block once more (`optim`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from refimpl.cast import cast, widen
+from refimpl.state import State, blocks
+
+Array = Any
+
+
+def inverse_of(scale: Array) -> Array:
+    """1/S as one fp32 number: divided in double precision, rounded once. PyTorch: GradScaler.unscale_."""
+    return cast(1.0 / widen(scale, "fp64"), "fp32")
+
+
+def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
+    """found_inf: whether any gradient is Inf or NaN; norm: the L2 norm of all unscaled gradients. Both 0-d.
+
+    The check looks at the *scaled* gradients, before the multiplication. The norm is a sum of squares in FP32, partial
+    sums over fixed blocks of the flat index added in order, so that it depends on nothing but the values.
+
+    Source: Micikevicius et al. 2018, section 3.2. PyTorch: GradScaler.unscale_, then the norm that
+    torch.nn.utils.clip_grad_norm_ computes (there: of the norms of the tensors; equal but for rounding).
+    """
+    xp, fmt = state.backend.xp, state.math_format
+    finite = xp.asarray(np.True_)
+    total = xp.zeros((), widen(inverse_scale, fmt).dtype)
+    for block in blocks(state.layout.size):
+        g = widen(state.grads[block], fmt)
+        finite = finite & xp.isfinite(g).all()
+        g = g * inverse_scale
+        total = total + (g * g).sum()
+    return ~finite, xp.sqrt(total)
+
+
+def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
+    """min(1, max_norm / (norm + 1e-6)): what the unscaled gradients are multiplied by so that their norm is at most max_norm.
+
+    max_norm = inf means no clipping. Clipping scaled gradients instead would clip almost every step.
+    Source: Pascanu et al. 2013, arXiv 1211.5063. PyTorch: torch.nn.utils.clip_grad_norm_.
+    """
+    if math.isinf(max_norm):
+        return 1.0
+    coefficient = (1.0 / (norm + 1e-6)) * max_norm
+    return coefficient.clip(None, 1.0)
+
+
+def first_non_finite(state: State) -> str | None:
+    """The first parameter whose gradient holds an Inf or a NaN, for a message; waits for the device."""
+    for block in blocks(state.layout.size):
+        bad = ~np.isfinite(state.backend.to_host(widen(state.grads[block], state.math_format)))
+        if bad.any():
+            return state.layout.name_at(block.start + int(bad.argmax()))
+    return None

@@ -1,0 +1,9 @@
+"""Models: a table of parameters and a forward pass of one line an operation. See `models.model`."""
+
+from __future__ import annotations
+
+from refimpl.models.gpt import GPTConfig, gpt
+from refimpl.models.mlp import MLPConfig, mlp
+from refimpl.models.model import Model, Parameter
+
+__all__ = ["GPTConfig", "MLPConfig", "Model", "Parameter", "gpt", "mlp"]

@@ -1,0 +1,40 @@
+"""All operations, in one table by name. Each is a forward/backward pair of plain functions; see `ops.op`."""
+
+from __future__ import annotations
+
+from refimpl.ops.attention import attention
+from refimpl.ops.embedding import embedding
+from refimpl.ops.gemm import linear, matmul
+from refimpl.ops.loss import cross_entropy
+from refimpl.ops.norm import layernorm, rmsnorm, softmax_op
+from refimpl.ops.op import Op
+from refimpl.ops.pointwise import add, fan_in, gelu_erf, gelu_tanh, relu, silu
+from refimpl.ops.shape import cast_parameter, reshape, split, transpose
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        linear,
+        matmul,
+        attention,
+        add,
+        relu,
+        silu,
+        gelu_tanh,
+        gelu_erf,
+        layernorm,
+        rmsnorm,
+        softmax_op,
+        embedding,
+        cross_entropy,
+        reshape,
+        transpose,
+        split,
+        cast_parameter,
+    )
+}
+
+__all__ = [
+    "OPS", "Op", "add", "attention", "cast_parameter", "cross_entropy", "embedding", "fan_in", "gelu_erf", "gelu_tanh",
+    "layernorm", "linear", "matmul", "relu", "reshape", "rmsnorm", "silu", "softmax_op", "split", "transpose",
+]

@@ -1,0 +1,36 @@
+"""Embedding: a row of the table for each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refimpl.formats import format_of
+from refimpl.ops.op import Op
+from refimpl.policy import Bound
+
+Array = Any
+
+
+def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any]:
+    """y[i] = w[tokens[i]]. tokens (...) integers, w (V, C) -> y (..., C). PyTorch: torch.nn.functional.embedding."""
+    return p.out(p.cast(w, "w")[tokens], "y", w), tokens
+
+
+def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array]:
+    """dw[r] = the sum of dy over all places where token r stood, in the order of the places; summed in `acc`, rounded once.
+
+    Rows are sorted by token with a stable sort and each token's run is summed, so the result is the same every time.
+    Differs from the source: PyTorch on the CPU rounds a 16-bit gradient after every addition; on CUDA it does not.
+    """
+    xp, tokens = p.xp, saved.reshape(-1)
+    rows = p.wide(dy).reshape(tokens.size, -1)
+    dw = xp.zeros(w.shape, rows.dtype)
+    if tokens.size:
+        order = xp.argsort(tokens, kind="stable")
+        ordered = tokens[order]
+        starts = xp.flatnonzero(xp.concatenate([xp.ones(1, bool), ordered[1:] != ordered[:-1]]))
+        dw[ordered[starts]] = xp.add.reduceat(rows[order], starts, axis=0)
+    return None, p.grad(dw, "w", format_of(w))
+
+
+embedding = Op("embedding", embedding_forward, embedding_backward, params=(("weight", "w"),))

@@ -1,0 +1,27 @@
+"""What an operation is: a pair of plain functions over arrays, and the names of its parameters.
+
+    forward(*inputs, *params, p, **static)         -> (y, saved)
+    backward(dy, saved, *params, p, **static)      -> one gradient for each input, then for each parameter
+
+`p` is the precision that the operation is handed (see `policy.Bound`). The body of each function has one rhythm: cast
+in, compute in the accumulation format, round out once. `saved` holds what backward needs of the activations, in the
+format that they are stored in, and never a parameter: those are handed in again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Op:
+    """A named forward/backward pair. `params` maps a parameter's name in the model to its operand's name in the row."""
+
+    name: str
+    forward: Callable[..., tuple[Array, Any]]
+    backward: Callable[..., tuple[Array | None, ...]]
+    params: tuple[tuple[str, str], ...] = ()

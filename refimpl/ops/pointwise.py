@@ -1,0 +1,144 @@
+"""Elementwise operations: add, the activations, and the fan-in of gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from refimpl.formats import format_of
+from refimpl.ops.op import Op
+from refimpl.policy import Bound
+
+Array = Any
+
+
+def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
+    """y = a + b. b may lack leading axes of a (the position embedding): it is repeated along them.
+
+    a (..., S), b (S) -> y (..., S); mixed formats promote to the wider. PyTorch: torch.add.
+    """
+    z = p.wide(p.cast(a, "a")) + p.wide(p.cast(b, "b"))
+    return p.out(z, "y", a, b), (format_of(a), b.shape, format_of(b))
+
+
+def add_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
+    """da = dy,  db = dy summed over the axes along which b was repeated."""
+    a_format, b_shape, b_format = saved
+    db = p.wide(dy)
+    if db.ndim > len(b_shape):
+        db = db.reshape(-1, *b_shape).sum(0)
+    return p.grad(dy, "a", a_format), p.grad(db, "b", b_format)
+
+
+def fan_in(a: Array, b: Array, p: Bound) -> Array:
+    """The sum of two gradients of one tensor that was used twice, rounded to the tensor's format.
+
+    a, b (any shape), equal formats -> the same. PyTorch: the engine's accumulation of a gradient.
+    """
+    return p.out(p.wide(a) + p.wide(b), "sum", a, b)
+
+
+def relu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+    """y = max(x, 0); NaN stays NaN. PyTorch: torch.relu."""
+    xc = p.cast(x, "x")
+    z = p.wide(xc)
+    y = p.out(p.xp.where(z <= 0, z * 0, z), "y", x)
+    return y, (y, format_of(x))
+
+
+def relu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx = dy where y > 0, else 0 (also at x = 0)."""
+    y, x_format = saved
+    dz = p.wide(dy)
+    return (p.grad(p.xp.where(p.wide(y) <= 0, p.xp.zeros_like(dz), dz), "x", x_format),)
+
+
+def _sigmoid(z: Array, p: Bound) -> Array:
+    return 1 / (1 + p.xp.exp(-z))
+
+
+def silu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+    """y = x sigmoid(x). Source: Elfwing et al. 2017, arXiv 1702.03118. PyTorch: torch.nn.functional.silu."""
+    xc = p.cast(x, "x")
+    z = p.wide(xc)
+    return p.out(z / (1 + p.xp.exp(-z)), "y", x), (xc, format_of(x))
+
+
+def silu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx = dy s (1 + x (1 - s)),  s = sigmoid(x)."""
+    x, x_format = saved
+    z = p.wide(x)
+    s = _sigmoid(z, p)
+    return (p.grad(p.wide(dy) * s * (1 + z * (1 - s)), "x", x_format),)
+
+
+_BETA = math.sqrt(2 / math.pi)
+_KAPPA = 0.044715
+
+
+def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GPT-2's GELU.
+
+    Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu(x, approximate='tanh').
+    """
+    xc = p.cast(x, "x")
+    z = p.wide(xc)
+    t = p.xp.tanh(_BETA * (z + _KAPPA * (z * z * z)))
+    return p.out(0.5 * z * (1 + t), "y", x), (xc, format_of(x))
+
+
+def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx = dy ((1 + t)/2 + x/2 (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2)); the tanh is computed again, not kept."""
+    x, x_format = saved
+    z = p.wide(x)
+    square = z * z
+    t = p.xp.tanh(_BETA * (z + _KAPPA * (square * z)))
+    slope = 0.5 * z * (1 - t * t) * (_BETA * (1 + 3 * _KAPPA * square))
+    return (p.grad(p.wide(dy) * (0.5 * (1 + t) + slope), "x", x_format),)
+
+
+_math_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def erf(z: Array, p: Bound) -> Array:
+    """The error function. In fp64 from the C library; in fp32 by a polynomial with absolute error below 1.5e-7.
+
+    Source: Abramowitz and Stegun 1964, formula 7.1.26; PyTorch's vectorised CPU kernel uses the same.
+    """
+    if format_of(z) == "fp64":
+        result = p.xp.empty_like(z)
+        result[...] = p.run.backend.from_host(_math_erf(p.run.backend.to_host(z)))
+        return result
+    t = 1 / (1 + 0.3275911 * abs(z))
+    r = 1.061405429
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        r = r * t + coefficient
+    return p.xp.copysign(1 - r * t * p.xp.exp(-z * z), z)
+
+
+def gelu_erf_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+    """y = x Phi(x) = x/2 (1 + erf(x / sqrt 2)).
+
+    Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu.
+    """
+    xc = p.cast(x, "x")
+    z = p.wide(xc)
+    return p.out(0.5 * z * (1 + erf(z * math.sqrt(0.5), p)), "y", x), (xc, format_of(x))
+
+
+def gelu_erf_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx = dy (Phi(x) + x phi(x)),  phi(x) = exp(-x^2/2) / sqrt(2 pi)."""
+    x, x_format = saved
+    z = p.wide(x)
+    cdf = 0.5 * (1 + erf(z * math.sqrt(0.5), p))
+    pdf = p.xp.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+    return (p.grad(p.wide(dy) * (cdf + z * pdf), "x", x_format),)
+
+
+add = Op("add", add_forward, add_backward)
+relu = Op("relu", relu_forward, relu_backward)
+silu = Op("silu", silu_forward, silu_backward)
+gelu_tanh = Op("gelu_tanh", gelu_tanh_forward, gelu_tanh_backward)
+gelu_erf = Op("gelu_erf", gelu_erf_forward, gelu_erf_backward)

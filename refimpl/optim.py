@@ -1,0 +1,173 @@
+"""Optimizers: AdamW and SGD, in PyTorch's order of operations, on the flat buffers in blocks.
+
+A block is widened to FP32, updated there, and cast back to the formats that the states are kept in, which rounds nothing
+where they are FP32 already. No optimizer hides a master copy: what it updates is `state.master`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from refimpl.cast import cast, widen
+from refimpl.state import State, blocks
+
+Array = Any
+
+
+class Rule(Protocol):
+    """An update rule: the moments that it keeps, its table of per-update scalars, and the update of one block."""
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The kinds of state that it keeps beside the weights."""
+
+    @property
+    def weight_decay(self) -> float:
+        """The coefficient of decay."""
+
+    def scalars(self, lr: float, t: int) -> tuple[float, ...]:
+        """What update number t (from 1) needs beside arrays, computed in double precision; the first is the decay factor."""
+
+    def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
+        """Update w and the moments in place, all in one format, from the unscaled, clipped gradient g (overwritten)."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay.
+
+        w  = w (1 - lr wd)                        matrices only
+        m  = m + (1 - beta1) (g - m)
+        v  = v beta2 + (1 - beta2) g g
+        w  = w - (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    Bias corrections are computed in double precision. Source: Loshchilov and Hutter 2019, arXiv 1711.05101; Kingma and Ba
+    2015, arXiv 1412.6980. PyTorch: torch.optim.AdamW, whose kernels fuse some of these products with their sums.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    moments: tuple[str, ...] = ("m", "v")
+
+    def scalars(self, lr: float, t: int) -> tuple[float, ...]:
+        beta1, beta2 = self.betas
+        return 1 - lr * self.weight_decay, lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
+
+    def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
+        (m, v), (beta1, beta2) = moments, self.betas
+        _, step_size, root_correction = scalars
+        difference = g - m
+        difference *= 1 - beta1
+        m += difference
+        v *= beta2
+        square = difference  # the same memory, used again
+        xp.multiply(g, 1 - beta2, out=square)
+        square *= g
+        v += square
+        denominator = xp.sqrt(v, out=square)
+        denominator /= root_correction
+        denominator += self.eps
+        step = xp.multiply(m, step_size, out=g)
+        step /= denominator
+        w -= step
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent, with momentum if it is not 0 and decoupled decay as AdamW has it.
+
+        w = w (1 - lr wd);   m = momentum m + g;   w = w - lr m
+
+    Differs from the source: torch.optim.SGD couples the decay (g + wd w); with weight_decay 0 they are the same.
+    PyTorch: torch.optim.SGD.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        return ("m",) if self.momentum else ()
+
+    def scalars(self, lr: float, t: int) -> tuple[float, ...]:
+        return 1 - lr * self.weight_decay, lr
+
+    def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
+        if moments:
+            (m,) = moments
+            m *= self.momentum
+            m += g
+            xp.multiply(m, scalars[1], out=g)
+        else:
+            g *= scalars[1]
+        w -= g
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then a cosine down to min_lr. It counts updates, so that a skipped step does not advance it.
+
+    update t = 0, 1, ...:  lr (t + 1) / (warmup + 1)  while t < warmup,
+                           then min_lr + (lr - min_lr) (1 + cos(pi (t - warmup) / (steps - warmup))) / 2.
+    Source: Loshchilov and Hutter 2017, arXiv 1608.03983; nanoGPT.
+    """
+
+    lr: float
+    min_lr: float
+    warmup: int
+    steps: int
+
+    def __call__(self, t: int) -> float:
+        if t < self.warmup:
+            return self.lr * (t + 1) / (self.warmup + 1)
+        progress = min(1.0, (t - self.warmup) / max(1, self.steps - self.warmup))
+        return self.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (self.lr - self.min_lr)
+
+
+class Optimizer:
+    """An update rule with its schedule: what step 4 calls.
+
+    The scalars of all updates are a table made beforehand in double precision and indexed by `state.t`, which lives where
+    the arrays live, so that no step asks the device how many updates there have been.
+    """
+
+    def __init__(self, rule: Rule, schedule: Schedule, xp: Any = np) -> None:
+        self.rule, self.schedule = rule, schedule
+        updates = range(schedule.steps)
+        self.learning_rates = xp.asarray(np.array([schedule(t) for t in updates]))
+        self.scalars = xp.asarray(np.array([rule.scalars(schedule(t), t + 1) for t in updates]))
+
+    def lr(self, state: State) -> Array:
+        """The learning rate of the next update, 0-d."""
+        return self.learning_rates[state.t]
+
+    def update(self, state: State, inverse_scale: Array, clip: Array | float, found_inf: Array) -> None:
+        """Update masters and moments from the gradients of the scaled loss, or leave all as it is where found_inf is set.
+
+        Each block of gradients is widened, multiplied by 1/S and then by the clip coefficient. The update counter `t`
+        advances only with a real update.  Source: the note, steps 3 and 4.  PyTorch: GradScaler.step(optimizer).
+        """
+        if found_inf:  # on the host this costs nothing; a device kernel reads the flag itself
+            return
+        scalars = cast(self.scalars[state.t], state.math_format)
+        for block in blocks(state.layout.size):
+            self._update_block(state, block, inverse_scale, clip, scalars)
+        state.t = state.t + 1
+
+    def _update_block(self, state: State, block: slice, inverse_scale: Array, clip: Array | float, scalars: Array) -> None:
+        fmt, kept = state.math_format, ["master" if "master" in state.formats else "weights", *self.rule.moments]
+        stored = [state.buffers[kind][block] for kind in kept]
+        w, *moments = (widen(x, fmt) for x in stored)
+        g = widen(state.grads[block], fmt) * inverse_scale
+        g *= clip
+        for start, stop in state.layout.decayed:
+            w[max(start - block.start, 0) : max(stop - block.start, 0)] *= scalars[0]
+        self.rule.update_block(w, g, moments, scalars, state.backend.xp)
+        for kind, x, updated in zip(kept, stored, (w, *moments), strict=True):
+            cast(updated, state.formats[kind], out=x)

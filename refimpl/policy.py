@@ -1,0 +1,152 @@
+"""Precision is data: a policy is a table that says, for every operation, which formats it works in.
+
+    row = Precision(inputs, acc, out)
+      inputs   the format that each operand is cast to before the operation reads it
+      acc      the format of all arithmetic inside, sums included
+      out      the format of the one rounding at the end
+
+No operation knows what recipe it runs in: it casts in, computes in `acc`, rounds out, and `Bound` looks the formats up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from refimpl import cast as door
+from refimpl.formats import FORMATS, format_of, widens_to, widest
+
+Array = Any
+
+SAME = "same"
+"""As an input: the operand stays in the format it arrives in. As `out`: the widest format among the operands."""
+
+EVERY_OTHER = "*"
+"""The row of all operations that a policy does not list."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One row of a policy. `inputs` is one format for all operands, or a table operand -> format.
+
+    >>> Precision("fp16", "fp32", "fp16").input("x")
+    'fp16'
+    """
+
+    inputs: str | Mapping[str, str]
+    acc: str
+    out: str
+
+    def input(self, operand: str) -> str:
+        """The format that the named operand is cast to; operands that a table leaves out stay as they are."""
+        return self.inputs if isinstance(self.inputs, str) else self.inputs.get(operand, SAME)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A named table of rows. A key with a dot refines the key before it: `linear.dw` if listed, else `linear`, else `*`.
+
+    A matrix product has three rows, since forward and the two gradients may differ: `linear.y`, `linear.dx`,
+    `linear.dw`; attention has `attention.scores`, `attention.scale`, `attention.softmax`, `attention.values`.
+    """
+
+    name: str
+    rows: Mapping[str, Precision]
+
+    def row(self, key: str) -> Precision:
+        """The most specific row for an operation or a part of one."""
+        while key not in self.rows:
+            parent, dot, _ = key.rpartition(".")
+            key = parent if dot else EVERY_OTHER
+        return self.rows[key]
+
+
+Monitor = Callable[[str, Array, Array], None]
+"""Called at every rounding, when a run has one: (site name, values before, values after)."""
+
+
+@dataclass
+class Run:
+    """What one run (one rank, one backend) shares among all its operations. There is no global state beside it."""
+
+    policy: Policy
+    backend: Any
+    monitor: Monitor | None = None
+    _bound: dict[tuple[str, str], Bound] = field(default_factory=dict, repr=False)
+
+    def bind(self, op: str, place: str) -> Bound:
+        """The precision that operation `op` is handed when it runs at `place`, e.g. ('linear', 'h.0.mlp.c_fc')."""
+        key = (op, place)
+        if key not in self._bound:
+            self._bound[key] = Bound(self, op, place)
+        return self._bound[key]
+
+
+class Bound:
+    """A policy row bound to a run and to a place in the model: the `p` of every operation.
+
+    `p.cast(x, 'x')` casts an operand in; `p.wide(x)` takes it to the accumulation format; `p.out(z, 'y', x)` rounds a
+    result; `p.grad(dz, 'x', fmt)` rounds the gradient of operand x and stores it in fmt. `p['dw']` is the row of a part.
+    """
+
+    def __init__(self, run: Run, op: str, place: str) -> None:
+        self.run, self.op, self.place = run, op, place
+        self.row = run.policy.row(op)
+        self.xp = run.backend.xp
+        self._parts: dict[str, Bound] = {}
+
+    def __getitem__(self, part: str) -> Bound:
+        """The row of one part: `p['softmax']` inside attention is the row `attention.softmax`."""
+        if part not in self._parts:
+            self._parts[part] = Bound(self.run, f"{self.op}.{part}", self.place)
+        return self._parts[part]
+
+    def round(self, x: Array, fmt: str, site: str) -> Array:
+        """Round `x` to `fmt` at a named site; the name is `place:op.site`, e.g. 'h.0.mlp.c_fc:linear.dw.dw'."""
+        y = door.cast(x, fmt)
+        if self.run.monitor is not None and y is not x:
+            self.run.monitor(f"{self.place}:{self.op}.{site}", x, y)
+        return y
+
+    def cast(self, x: Array, operand: str) -> Array:
+        """Cast an operand to the format that the row names for it."""
+        fmt = self.row.input(operand)
+        return x if fmt == SAME else self.round(x, fmt, operand)
+
+    def wide(self, x: Array) -> Array:
+        """The operand in the accumulation format. Exact."""
+        return door.widen(x, self.row.acc)
+
+    def gemm(self, a: Array, b: Array) -> Array:
+        """Matrix product of the last two axes, a (..., M, K) @ b (..., K, N) -> (..., M, N), accumulated in `acc`."""
+        return self.run.backend.gemm(a, b, self.row.acc)
+
+    def out(self, z: Array, site: str, *operands: Array) -> Array:
+        """Round a result once, to the row's `out`; with SAME, to the widest format of the operands as they came in."""
+        fmt = self.row.out
+        return self.round(z, widest(*(format_of(x) for x in operands)) if fmt == SAME else fmt, site)
+
+    def grad(self, dz: Array, operand: str, stored: str, rounded: str | None = None) -> Array:
+        """Round the gradient of an operand to the format that the operand was cast to, then store it in its own.
+
+        So a gradient has no more precision than the value that the operation saw: under autocast a weight gradient is
+        fp32(R16(dy^T x)). `stored` is the format of the tensor before the cast; `rounded` overrides the row's format.
+        """
+        seen = rounded or self.row.input(operand)
+        dz = self.round(dz, stored if seen == SAME else seen, f"d{operand}")
+        return door.widen(dz, stored) if widens_to(format_of(dz), stored) else self.round(dz, stored, f"d{operand}.stored")
+
+    def leaf_format(self, operand: str, x: Array) -> str | None:
+        """The 16-bit format that a parameter is cast to once a step and shared among its uses, or None.
+
+        This is autocast's cast of FP32 weights. 8-bit formats are not shared: each GEMM quantises its own way.
+        """
+        fmt = self.row.input(operand)
+        if fmt == SAME or fmt == format_of(x) or FORMATS[fmt].bits != 16:
+            return None
+        return fmt
+
+    def empty(self, shape: tuple[int, ...], fmt: str) -> Array:
+        """Uninitialised memory of the run's backend."""
+        return self.xp.empty(shape, FORMATS[fmt].dtype)

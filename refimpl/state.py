@@ -1,0 +1,146 @@
+"""The model states: one flat buffer a kind, with named views.
+
+    weights, grads      in the recipe's format, 16 bits in the note's algorithm
+    master, m, v        FP32
+
+All parameters lie end to end in one buffer, in state_dict order, without padding. So one loop updates them all, a shard
+is a slice, and the bytes of the model states are a sum of five `nbytes`: 2 + 2 + 4 + 4 + 4 = 16 a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refimpl.backends import Backend
+from refimpl.cast import cast, widen
+from refimpl.formats import dtype_of, widens_to
+from refimpl.models.model import Model
+from refimpl.tape import Sink
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each parameter lies in the flat buffers: name -> (start, stop, shape)."""
+
+    slots: Mapping[str, tuple[int, int, tuple[int, ...]]]
+    decayed: tuple[tuple[int, int], ...]  # the ranges that weight decay acts on, in order, joined where they touch
+    size: int
+
+    @classmethod
+    def of(cls, model: Model) -> Layout:
+        """The layout of a model: its parameters in the order of their table."""
+        slots: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        decayed: list[tuple[int, int]] = []
+        start = 0
+        for name, spec in model.parameters.items():
+            stop = start + int(np.prod(spec.shape))
+            slots[name] = (start, stop, spec.shape)
+            if spec.decay and decayed and decayed[-1][1] == start:
+                decayed[-1] = (decayed[-1][0], stop)
+            elif spec.decay:
+                decayed.append((start, stop))
+            start = stop
+        return cls(slots, tuple(decayed), start)
+
+    def views(self, buffer: Array) -> dict[str, Array]:
+        """name -> the parameter's part of a flat buffer, in its shape; no copies."""
+        return {name: buffer[start:stop].reshape(shape) for name, (start, stop, shape) in self.slots.items()}
+
+    def name_at(self, index: int) -> str:
+        """The parameter that the element `index` of a flat buffer belongs to."""
+        return next(name for name, (start, stop, _) in self.slots.items() if start <= index < stop)
+
+
+BLOCK = 1 << 16
+"""Elements that passes over flat buffers handle at a time: five FP32 blocks of 256 KiB fit a second-level cache."""
+
+
+def blocks(size: int) -> Iterator[slice]:
+    """Slices of BLOCK elements that cover 0..size. Fixed by the index alone, so sums over them never depend on threads."""
+    for start in range(0, size, BLOCK):
+        yield slice(start, min(start + BLOCK, size))
+
+
+class State:
+    """The flat buffers of one run, by kind, and `t`, the number of updates made (skipped steps do not count)."""
+
+    def __init__(self, model: Model, formats: Mapping[str, str], backend: Backend) -> None:
+        """Zeroed buffers. formats: kind -> format, as `Recipe.state_formats` gives it."""
+        self.layout, self.formats, self.backend = Layout.of(model), dict(formats), backend
+        xp = backend.xp
+        self.buffers = {kind: xp.zeros(self.layout.size, dtype_of(fmt)) for kind, fmt in formats.items()}
+        self.t = xp.zeros((), np.int64)
+        self.weight_views = self.layout.views(self.weights)
+        self.grad_views = self.layout.views(self.grads)
+
+    @property
+    def weights(self) -> Array:
+        """What forward and backward read."""
+        return self.buffers["weights"]
+
+    @property
+    def grads(self) -> Array:
+        """What backward writes: the gradient of the scaled loss."""
+        return self.buffers["grads"]
+
+    @property
+    def master(self) -> Array:
+        """What the optimizer updates; a recipe without separate masters updates the weights themselves."""
+        return self.buffers.get("master", self.weights)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all model states."""
+        return sum(int(buffer.nbytes) for buffer in self.buffers.values())
+
+    def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Start from FP32 weights by name: the masters keep them in full, the model weights are their rounded copy.
+
+        PyTorch: a model trained with autocast keeps its FP32 weights. Apex O2, Megatron and DeepSpeed start their masters
+        from the rounded copy instead.
+        """
+        for name, view in self.layout.views(self.master).items():
+            source = self.backend.from_host(weights[name])
+            if widens_to("fp32", self.master_format):
+                widen(source, self.master_format, out=view)
+            else:
+                cast(source, self.master_format, out=view)
+        self.weights_down()
+
+    def weights_down(self) -> None:
+        """The model weights become the masters, rounded; nothing where the weights are their own masters.
+
+        Source: the note, step 1.
+        """
+        cast(self.master, self.formats["weights"], out=self.weights)
+
+    @property
+    def master_format(self) -> str:
+        """The format of what the optimizer updates."""
+        return self.formats.get("master", self.formats["weights"])
+
+    @property
+    def math_format(self) -> str:
+        """The format that the optimizer computes in: fp32, or fp64 where the states are."""
+        return "fp64" if self.master_format == "fp64" else "fp32"
+
+    def gradient_sink(self, first: bool) -> Sink:
+        """Where backward leaves its gradients: stored for the first micro-batch of a step, added for the others.
+
+        Sums over micro-batches are in FP32 (`Recipe.state_formats` makes the buffer so), never in 16 bits.
+        """
+
+        def store(name: str, gradient: Array) -> None:
+            widen(gradient, self.formats["grads"], out=self.grad_views[name])
+
+        def add(name: str, gradient: Array) -> None:
+            view = self.grad_views[name]
+            view += widen(gradient, self.formats["grads"])
+
+        return store if first else add

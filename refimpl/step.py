@@ -1,0 +1,88 @@
+"""One step of mixed-precision training: the algorithm, on one page.
+
+Everything that this page names is one short function in one file. What differs between recipes (formats, masters, loss
+scale) is data in `recipes.py`; no line below asks which recipe runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refimpl.gradients import check_and_measure, clip_coefficient, inverse_of
+from refimpl.loss_scale import LossScale
+from refimpl.models import Model
+from refimpl.optim import Optimizer
+from refimpl.policy import Run
+from refimpl.state import State
+from refimpl.tape import Tape
+
+Array = Any
+Batch = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What happened in a step: 0-d arrays, still on the device; read them when you log, not every step."""
+
+    loss: Array
+    lr: Array
+    loss_scale: Array
+    grad_norm: Array
+    skipped: Array
+
+
+# In 16 bits an Inf or a NaN is a result that step 3 looks for, not a mistake to warn of.
+@np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore")
+def train_step(
+    model: Model,
+    batches: Sequence[Batch],
+    state: State,
+    optimizer: Optimizer,
+    loss_scale: LossScale,
+    run: Run,
+    max_norm: float = math.inf,
+) -> StepResult:
+    """Train on `batches` (micro-batches of (tokens, targets), usually one), and update `state` in place.
+
+    Source: the note's four steps; lines marked (+) are what it leaves out: Micikevicius et al. 2018, section 3.2.
+    PyTorch: scaler.scale(loss).backward(); scaler.unscale_(opt); clip_grad_norm_(...); scaler.step(opt); scaler.update().
+    """
+    # 1. Weights down: FP32 masters -> 16-bit model weights.
+    state.weights_down()
+
+    # 2. Through: forward and backward in 16 bits.
+    #    (+) Backward starts from the loss scale S instead of 1, so that small gradients do not vanish in 16 bits.
+    S, lr = loss_scale.scale, optimizer.lr(state)
+    loss = through(model, batches, state, S, run)
+
+    # 3. Gradients up: 16-bit gradients -> FP32.
+    #    (+) Is any of them Inf or NaN?  (+) Divide by S, before anything looks at their size.
+    inverse_scale = inverse_of(S)
+    found_inf, norm = check_and_measure(state, inverse_scale)
+
+    # 4. Update the FP32 masters, or skip.
+    #    (+) Clip by the norm of the unscaled gradients.  (+) Where found_inf is set nothing moves.  (+) S adapts.
+    optimizer.update(state, inverse_scale, clip_coefficient(norm, max_norm), found_inf)
+    loss_scale.update(found_inf)
+
+    return StepResult(loss, lr, S, norm, found_inf)
+
+
+def through(model: Model, batches: Sequence[Batch], state: State, S: Array, run: Run) -> Array:
+    """Forward and backward over all micro-batches; leaves d(S L)/dw in `state.grads` and returns the mean loss, 0-d.
+
+    Each of n micro-batches is seeded with S/n, so that their sum is the gradient of the mean.
+    """
+    n = len(batches)
+    total = 0.0
+    for i, (tokens, targets) in enumerate(batches):
+        tape = Tape(run, state.weight_views, model.tied)
+        loss = model.loss(tape, tokens, targets)
+        tape.backward(loss, seed=S / n, sink=state.gradient_sink(first=i == 0))
+        total = total + loss.array / n
+    return total
