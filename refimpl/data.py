@@ -84,25 +84,30 @@ def load_corpus(spec: str, block_size: int, seed: int = 0) -> Corpus:
     return corpus
 
 
-def _file_corpus(path: str) -> Corpus:
-    """The first 90 % of a file for training, the rest for validation, both mapped: the file may exceed the memory."""
+def map_file(path: str | os.PathLike[str]) -> np.ndarray:
+    """The bytes of a file, mapped and not read: it may exceed the memory. Errors: UsageError that says what is wrong."""
+    name = os.fspath(path)
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise UsageError(f"no such file: {path!r}; give 'pydoc', 'stdlib' or the path of a file") from None
+        raise UsageError(f"no such file: {name!r}; give 'pydoc', 'stdlib' or the path of a file") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise UsageError(f"cannot read {path!r} ({_reason(error)}); give a file that you may read") from None
+        raise UsageError(f"cannot read {name!r} ({_reason(error)}); give a file that you may read") from None
     if stat.S_ISDIR(status.st_mode):
-        raise UsageError(f"{path!r} is a directory; give one file, for instance its files joined with cat")
+        raise UsageError(f"{name!r} is a directory; give one file, for instance its files joined with cat")
     if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{path!r} is no regular file and cannot be mapped; save its content to a file first")
+        raise UsageError(f"{name!r} is no regular file and cannot be mapped; save its content to a file first")
     if status.st_size == 0:
-        raise UsageError(f"{path!r} is empty; give a file that has text in it")
+        raise UsageError(f"{name!r} is empty; give a file that has text in it")
     try:
-        tokens = np.memmap(path, np.uint8, mode="r")
+        return np.memmap(path, np.uint8, mode="r")
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path!r} ({_reason(error)}); give a file that you may read") from None
+        raise UsageError(f"cannot read {name!r} ({_reason(error)}); give a file that you may read") from None
 
+
+def _file_corpus(path: str) -> Corpus:
+    """The first 90 % of a file for training, the rest for validation, both mapped."""
+    tokens = map_file(path)
     boundary = tokens.size * 9 // 10
     name = os.path.basename(path)
     sample = _spaced_blocks(tokens, FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK)

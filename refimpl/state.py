@@ -77,7 +77,7 @@ class State:
         self.buffers = {kind: xp.zeros(self.layout.size, dtype_of(fmt)) for kind, fmt in formats.items()}
         self.t = xp.zeros((), np.int64)
         self.weight_views = self.layout.views(self.weights)
-        self.grad_views = self.layout.views(self.grads)
+        self.grad_views = self.layout.views(self.grads) if "grads" in formats else {}
 
     @property
     def weights(self) -> Array:

@@ -1,0 +1,134 @@
+"""What a run is made of: every choice that `scripts/train.py` takes, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from refimpl.backends import Backend, get_backend
+from refimpl.errors import UsageError
+from refimpl.loss_scale import LossScale, make_loss_scale
+from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
+from refimpl.optim import SGD, AdamW, Optimizer, Rule, Schedule
+from refimpl.recipes import Recipe, get_recipe
+
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 3e-3, "steps": 600},
+    "mlp": {"n_layer": 2, "n_head": 0, "n_embd": 64, "block_size": 16, "batch_size": 256, "lr": 2e-3, "steps": 1000},
+}
+"""What the flags that depend on the model stand at when they are not given."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Fields are the flags of scripts/train.py, in nanoGPT's words; None takes the model's default.
+
+    `free` in a field's metadata marks what may differ when a run is resumed: it does not touch the numbers.
+    """
+
+    model: str = "gpt"
+    recipe: str = "fp16"
+    backend: str = field(default="numpy", metadata={"free": True})
+    data: str = "pydoc"
+    steps: int | None = field(default=None, metadata={"free": True})
+    batch_size: int | None = None
+    block_size: int | None = None
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    lr: float | None = None
+    min_lr: float | None = None
+    warmup: int = 20
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    grad_accum: int = 1
+    loss_scale: str | None = None
+    init_scale: float = 65536.0
+    growth_interval: int = 2000
+    seed: int = 0
+    eval_every: int = field(default=100, metadata={"free": True})
+    eval_batches: int = field(default=20, metadata={"free": True})
+    log_every: int = field(default=10, metadata={"free": True})
+    sample_bytes: int = field(default=300, metadata={"free": True})
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Config:
+        """The configuration with everything that was not given filled in, and all of it checked.
+
+        Errors: UsageError that names the flag and what it must be.
+        """
+        config = cls(**given)
+        if config.model not in MODEL_DEFAULTS:
+            raise UsageError(f"unknown model {config.model!r}: choose one of {', '.join(MODEL_DEFAULTS)}")
+        recipe = get_recipe(config.recipe)
+        filled = {**MODEL_DEFAULTS[config.model], **{k: v for k, v in asdict(config).items() if v is not None}}
+        filled.setdefault("min_lr", filled["lr"] / 10)
+        filled.setdefault("loss_scale", recipe.loss_scale)
+        if filled["optimizer"] == "sgd" and "weight_decay" not in given:
+            filled["weight_decay"] = 0.0
+        config = cls(**{f.name: filled[f.name] for f in fields(cls)})
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "block_size": 1, "n_layer": 1, "n_embd": 1, "grad_accum": 1, "eval_every": 1}
+        least |= {"eval_batches": 1, "log_every": 1, "sample_bytes": 0, "warmup": 0, "seed": 0, "growth_interval": 1}
+        if self.model == "gpt":
+            least["n_head"] = 1
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: it must be at least {minimum}")
+        for name in ("lr", "init_scale"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: it must be positive and finite")
+        for name in ("min_lr", "weight_decay", "clip", "momentum"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: it must be 0 or more and finite")
+        if self.momentum >= 1:
+            raise UsageError(f"--momentum is {self.momentum}: it must be below 1")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise UsageError(f"unknown optimizer {self.optimizer!r}: choose adamw or sgd")
+        self.make_model(), self.make_loss_scale(), get_recipe(self.recipe)
+
+    def conflicts(self, saved: Mapping[str, Any]) -> list[str]:
+        """How this run differs from a saved one in what must not differ when it is resumed, flag by flag."""
+        mine = asdict(self)
+        bound = [f.name for f in fields(self) if not f.metadata.get("free")]
+        return [f"{_flag(k)} {saved.get(k)} there, {mine[k]} here" for k in bound if saved.get(k) != mine[k]]
+
+    def make_model(self) -> Model:
+        """The model of these sizes."""
+        sizes: dict[str, Any] = {"n_layer": self.n_layer, "n_embd": self.n_embd, "block_size": self.block_size}
+        return gpt(GPTConfig(n_head=self.n_head or 0, **sizes)) if self.model == "gpt" else mlp(MLPConfig(**sizes))
+
+    def make_rule(self) -> Rule:
+        """The optimizer's update rule."""
+        if self.optimizer == "sgd":
+            return SGD(self.momentum, self.weight_decay)
+        return AdamW(weight_decay=self.weight_decay)
+
+    def make_optimizer(self, backend: Backend) -> Optimizer:
+        """The rule with its schedule over all steps."""
+        assert self.lr is not None and self.min_lr is not None and self.steps is not None
+        return Optimizer(self.make_rule(), Schedule(self.lr, self.min_lr, self.warmup, self.steps), backend.xp)
+
+    def make_loss_scale(self, xp: Any = None) -> LossScale:
+        """The loss scale that was asked for, or the recipe's."""
+        assert self.loss_scale is not None
+        more = {} if xp is None else {"xp": xp}
+        return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, **more)
+
+    def make_backend(self) -> Backend:
+        """The backend that was asked for."""
+        return get_backend(self.backend)
+
+    def make_recipe(self) -> Recipe:
+        """The recipe that was asked for."""
+        return get_recipe(self.recipe)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,90 @@
+"""Reading a trained model: text sampled from it, and the loss of a text under it. Forward only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.cast import widen
+from refimpl.data import map_file, sequential_batches
+from refimpl.errors import UsageError
+from refimpl.models import Model
+from refimpl.policy import Run
+from refimpl.state import State
+from refimpl.tape import Tape
+
+Array = Any
+START = b"\n"
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def sample(
+    model: Model,
+    state: State,
+    run: Run,
+    n_bytes: int,
+    rng: np.random.Generator,
+    prompt: bytes = START,
+    temperature: float = 0.8,
+) -> bytes:
+    """n_bytes sampled one after the other, each from softmax(logits / temperature); temperature 0 takes the likeliest.
+
+    The model sees the last block_size bytes. Random numbers are drawn on the host from `rng`, one a byte.
+    """
+    block = model.config["block_size"]
+    text = bytearray(prompt or START)
+    start = len(text)
+    for _ in range(n_bytes):
+        context = bytes(text[-block:])
+        if model.name == "mlp":  # it reads a whole block, no less
+            context = context.rjust(block, START)
+        tokens = np.frombuffer(context, np.uint8)[None, :]
+        t = Tape(run, state.weight_views, model.tied, record=False)
+        logits = model.logits(t, run.backend.from_host(tokens)).array
+        last = widen(run.backend.to_host(logits.reshape(-1, logits.shape[-1])[-1]), "fp64")
+        text.append(_draw(last, temperature, rng.random()))
+    return bytes(text[start:])
+
+
+def _draw(logits: np.ndarray, temperature: float, u: float) -> int:
+    """The index at which the cumulative distribution passes u."""
+    if temperature == 0:
+        return int(logits.argmax())
+    weights = np.exp((logits - logits.max()) / temperature).cumsum()
+    return int(min(np.searchsorted(weights, u * weights[-1], side="right"), len(logits) - 1))
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def mean_loss(model: Model, state: State, run: Run, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """The mean loss over batches of (tokens, targets), each weighted by its rows; in nats a byte. NaN if there is none."""
+    total, rows = 0.0, 0
+    for tokens, targets in batches:
+        t = Tape(run, state.weight_views, model.tied, record=False)
+        loss = model.loss(t, run.backend.from_host(tokens), run.backend.from_host(targets))
+        total += float(loss.array) * len(tokens)
+        rows += len(tokens)
+    return total / rows if rows else float("nan")
+
+
+def generate(checkpoint: Path, prompt: str, n_bytes: int, temperature: float, seed: int, loss: Path | None) -> None:
+    """What scripts/generate.py does: print a sample, or the loss of a file. Errors: UsageError."""
+    from refimpl.state_file import load_for_inference
+
+    if n_bytes < 0 or seed < 0 or not 0 <= temperature < math.inf:
+        raise UsageError("--bytes, --seed and --temperature must be 0 or more, and finite")
+    model, state, run = load_for_inference(checkpoint)
+    if loss is not None:
+        text = map_file(loss)
+        block_size = model.config["block_size"]
+        if len(text) <= block_size:
+            raise UsageError(f"{loss} has {len(text)} bytes; this model needs {block_size + 1} at least")
+        nats = mean_loss(model, state, run, sequential_batches(text, 16, block_size))
+        print(f"{loss}: {nats:.4f} nats a byte, {nats / math.log(2):.4f} bits a byte")
+        return
+    rng = np.random.Generator(np.random.PCG64(seed))
+    sampled = sample(model, state, run, n_bytes, rng, prompt.encode(), temperature)
+    print(prompt + sampled.decode("utf-8", "replace"))

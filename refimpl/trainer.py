@@ -1,0 +1,249 @@
+"""Training a model from a configuration: the loop around `step.train_step`, with its log, checkpoints and clean ends."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from refimpl import checkpoint
+from refimpl.config import Config
+from refimpl.data import Corpus, load_corpus, sample_batch, sequential_batches
+from refimpl.errors import TrainingStopped, UsageError
+from refimpl.generate import mean_loss
+from refimpl.gradients import first_non_finite
+from refimpl.metrics import MetricsLog
+from refimpl.policy import Run
+from refimpl.run_folder import CHECKPOINT, METRICS
+from refimpl.state import State
+from refimpl.state_file import load_state_arrays, state_arrays
+from refimpl.step import StepResult, train_step
+
+SKIPS_BEFORE_STOP = 50
+"""So many skipped steps in a row, with the loss scale below SMALLEST_SCALE, end a run: it is not the scale's fault."""
+SMALLEST_SCALE = 2.0**-14
+FINAL_EVAL_BLOCKS = 1024
+
+# Every use of chance has its own stream, so that evaluating or sampling more often changes no batch and no weight.
+INIT, BATCHES, EVALUATION, SAMPLE = range(4)
+
+
+def generator(seed: int, stream: int) -> np.random.Generator:
+    """The random numbers of one use: independent of the others, reproducible from the seed."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,))))
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint holds beside arrays, loss scale and generator."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Trainer:
+    """One run: its parts, and the loop over steps. It writes to `folder`, which `prepare_folder` has checked."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        assert config.block_size is not None
+        self.config, self.folder = config, folder
+        self.backend = config.make_backend()
+        self.recipe, self.model, self.rule = config.make_recipe(), config.make_model(), config.make_rule()
+        self.corpus: Corpus = load_corpus(config.data, config.block_size)
+        formats = self.recipe.state_formats(self.rule.moments, config.grad_accum)
+        self.state = State(self.model, formats, self.backend)
+        self.state.load_weights(self.model.initial_weights(generator(config.seed, INIT)))
+        self.optimizer = config.make_optimizer(self.backend)
+        self.loss_scale = config.make_loss_scale(self.backend.xp)
+        self.run = Run(self.recipe.policy, self.backend)
+        self.batches = generator(config.seed, BATCHES)
+        self.progress = Progress()
+        self.log = MetricsLog(folder / METRICS)
+        self._pending: list[tuple[int, StepResult]] = []
+        self._window_start = time.perf_counter()
+        self._stop = False
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, bar: Any) -> bool:
+        """Step until the end, or until Ctrl-C; True when all steps are done. `bar` is a tqdm bar.
+
+        Errors: TrainingStopped when the numbers allow no going on; the checkpoint before it stays.
+        """
+        steps = self.config.steps
+        assert steps is not None
+        self._window_start = time.perf_counter()
+        with self._stop_on_signal():
+            while self.progress.step < steps and not self._stop:
+                self._pending.append((self.progress.step + 1, self._one_step()))
+                self.progress.step += 1
+                at_end = self.progress.step == steps
+                if self.progress.step % self.config.log_every == 0 or at_end or self._stop:
+                    self._write_steps(bar)
+                if at_end or self.progress.step % self.config.eval_every == 0:
+                    self._write_steps(bar)
+                    self._evaluate(bar, at_end)
+                    self.save()
+            if self.progress.step < steps:
+                self._write_steps(bar)
+                self.save()
+        return self.progress.step == steps
+
+    def _one_step(self) -> StepResult:
+        batch_size, block_size = self.config.batch_size, self.config.block_size
+        assert batch_size is not None and block_size is not None
+        micro_batches = []
+        for _ in range(self.config.grad_accum):
+            x, y = sample_batch(self.corpus.train, batch_size, block_size, self.batches)
+            micro_batches.append((self.backend.from_host(x), self.backend.from_host(y)))
+        return train_step(
+            self.model, micro_batches, self.state, self.optimizer, self.loss_scale, self.run, self.config.clip or math.inf
+        )
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """The first Ctrl-C (or SIGTERM) lets the step end and saves; a second one ends at once."""
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        try:
+            before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever runs this handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    # -- the log ----------------------------------------------------------------------------------------------------
+
+    def _write_steps(self, bar: Any) -> None:
+        """Read what the steps since the last time left on the device, write it, and look whether to go on."""
+        if not self._pending:
+            return
+        seconds = time.perf_counter() - self._window_start
+        tokens = self.config.batch_size * self.config.block_size * self.config.grad_accum  # type: ignore[operator]
+        rate = tokens * len(self._pending) / seconds
+        rows = [_row(step, result, rate) for step, result in self._pending]
+        self.log.write(rows)
+        bar.update(len(rows))
+        for row in rows:
+            self._watch(row)
+        bar.set_postfix_str(
+            f"loss {rows[-1]['loss']:.3f}, scale {rows[-1]['loss_scale']:g}, skipped {self.progress.skipped}, {rate:,.0f} tok/s"
+        )
+        self._pending.clear()
+        self._window_start = time.perf_counter()
+
+    def _watch(self, row: dict[str, Any]) -> None:
+        """Stop a run whose steps can no longer do anything."""
+        progress = self.progress
+        progress.skipped += row["skipped"]
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if row["skipped"] else 0
+        if not row["skipped"]:
+            return
+        where = first_non_finite(self.state)
+        found = f"a gradient of {where} is Inf or NaN" if where else "a gradient was Inf or NaN"
+        if self.config.loss_scale == "none":
+            raise TrainingStopped(
+                f"step {row['step']}: {found} (loss {row['loss']}) and there is no loss scale to lower; "
+                f"no weight was changed by it. Try a smaller --lr, or a recipe with masters"
+            )
+        collapsed = not self.loss_scale.adapts or row["loss_scale"] < SMALLEST_SCALE
+        if collapsed and progress.skipped_in_a_row >= SKIPS_BEFORE_STOP:
+            advice = "a smaller --lr or --recipe bf16" if self.loss_scale.adapts else "a smaller --loss-scale, or dynamic"
+            raise TrainingStopped(
+                f"step {row['step']}: {found}, {progress.skipped_in_a_row} steps in a row were skipped and the loss scale is "
+                f"{row['loss_scale']:g}. Try {advice}"
+            )
+
+    def _evaluate(self, bar: Any, final: bool) -> None:
+        assert self.config.batch_size is not None and self.config.block_size is not None
+        started = time.perf_counter()
+        loss = self.validation_loss(final)
+        self.log.write([{"step": self.progress.step, "val_loss": loss}])
+        bar.write(f"step {self.progress.step}: validation loss {loss:.4f} nats a byte ({loss / math.log(2):.3f} bits)")
+        self._window_start += time.perf_counter() - started
+
+    def validation_loss(self, final: bool) -> float:
+        """The loss on the validation part: on the same sampled batches each time, at the end on all of it (or 1024 blocks)."""
+        batch_size, block_size = self.config.batch_size, self.config.block_size
+        assert batch_size is not None and block_size is not None
+        self.state.weights_down()
+        if final:
+            batches = sequential_batches(self.corpus.valid, batch_size, block_size, FINAL_EVAL_BLOCKS)
+            return mean_loss(self.model, self.state, self.run, batches)
+        rng = generator(self.config.seed, EVALUATION)
+        sampled = (sample_batch(self.corpus.valid, batch_size, block_size, rng) for _ in range(self.config.eval_batches))
+        return mean_loss(self.model, self.state, self.run, sampled)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _header(self) -> dict[str, Any]:
+        """Everything but arrays that decides how the run goes on. No time and no path: equal runs, equal bytes."""
+        bound = [f.name for f in fields(self.config) if not f.metadata.get("free") and f.name != "data"]
+        return {
+            "model": self.model.name,
+            "sizes": dict(self.model.config),
+            "recipe": self.recipe.name,
+            "config": {name: getattr(self.config, name) for name in bound},
+            "corpus": self.corpus.description,
+            "progress": asdict(self.progress),
+            "t": int(self.state.t),
+            "loss_scale": self.loss_scale.state_dict(),
+            "generator": self.batches.bit_generator.state,
+        }
+
+    def save(self) -> Path:
+        """Write the checkpoint: weights, masters and moments by parameter name, and the header."""
+        self.state.weights_down()
+        path = self.folder / CHECKPOINT
+        checkpoint.save(path, state_arrays(self.state), self._header())
+        return path
+
+    def restore(self) -> None:
+        """Go on from the checkpoint in the folder, bit for bit. Errors: UsageError when it is damaged or not this run's."""
+        path = self.folder / CHECKPOINT
+        arrays, header = checkpoint.load(path)
+        if header.get("corpus") != self.corpus.description:
+            raise UsageError(f"{path} was trained on other data than --data {self.config.data} holds now")
+        try:
+            conflicts = self.config.conflicts({**header["config"], "data": self.config.data})
+            if conflicts:
+                raise UsageError(f"{path} is another run: {'; '.join(conflicts)}")
+            load_state_arrays(path, arrays, self.state)
+            self.state.t = self.backend.xp.asarray(np.int64(header["t"]))
+            self.loss_scale.load_state_dict(header["loss_scale"])
+            self.batches.bit_generator.state = header["generator"]
+            self.progress = Progress(**header["progress"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path} has a damaged header: {error!r}") from error
+        if self.progress.step > (self.config.steps or 0):
+            raise UsageError(f"{path} is at step {self.progress.step} already, --steps is {self.config.steps}")
+        self.log.keep_up_to(self.progress.step)
+
+
+def _row(step: int, result: StepResult, tokens_per_s: float) -> dict[str, Any]:
+    """A step's line in the log; here the device is read."""
+    return {
+        "step": step,
+        "loss": float(result.loss),
+        "lr": float(result.lr),
+        "loss_scale": float(result.loss_scale),
+        "grad_norm": float(result.grad_norm),
+        "skipped": bool(result.skipped),
+        "tokens_per_s": round(tokens_per_s, 1),
+    }

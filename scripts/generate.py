@@ -1,0 +1,27 @@
+"""Sample text from a checkpoint, or measure the loss of a file under it.
+
+    python scripts/generate.py runs/gpt-fp16/checkpoint.safetensors --prompt "The for statement"
+    python scripts/generate.py runs/gpt-fp16/checkpoint.safetensors --loss README.md
+"""
+
+import argparse
+from pathlib import Path
+
+from refimpl.cli import main
+from refimpl.generate import generate
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("checkpoint", type=Path)
+    result.add_argument("--prompt", default="\n", help="text to go on from")
+    result.add_argument("--bytes", type=int, default=500, dest="n_bytes", help="bytes to generate (500)")
+    result.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte each time (0.8)")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--loss", type=Path, metavar="FILE", help="print the loss of this file instead, in nats a byte")
+    return result
+
+
+if __name__ == "__main__":
+    main(lambda: generate(**vars(parser().parse_args())))
