@@ -59,7 +59,7 @@ def save(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]
 
     text = json.dumps({"version": FORMAT_VERSION, **header}, sort_keys=True, separators=(",", ":"))
     # safetensors 0.8.0 writes the memory of an array as it lies, so any order but C would be silently corrupted.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata={_KEY: text}))
 
 

@@ -1,0 +1,125 @@
+"""Checkpoint files: whole or absent, equal bytes for equal states, foreign and damaged ones refused with a reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from refimpl.backends import NUMPY
+from refimpl.checkpoint import load, save
+from refimpl.errors import UsageError
+from refimpl.models import GPTConfig, MLPConfig, gpt, mlp
+from refimpl.recipes import RECIPES
+from refimpl.state import State
+from refimpl.state_file import load_for_inference, load_state_arrays, state_arrays
+
+MODEL = gpt(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4))
+
+
+def state_of(recipe: str, seed: int = 0) -> State:
+    state = State(MODEL, RECIPES[recipe].state_formats(), NUMPY)
+    state.load_weights(MODEL.initial_weights(np.random.default_rng(seed)))
+    for kind in ("m", "v"):
+        state.buffers[kind][:] = np.random.default_rng(seed + 1).standard_normal(state.layout.size)
+    return state
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_states_come_back_bit_for_bit(recipe: str, tmp_path: Path) -> None:
+    state, other = state_of(recipe, 0), state_of(recipe, 5)
+    path = tmp_path / "c.safetensors"
+    save(path, state_arrays(state), {"x": 1})
+    load_state_arrays(path, load(path)[0], other)
+    for kind in ("weights", "m", "v"):
+        assert state.buffers[kind].tobytes() == other.buffers[kind].tobytes()
+    assert state.master.tobytes() == other.master.tobytes()
+
+
+def test_equal_states_make_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / name, state_arrays(state_of("bf16")), {"z": 1, "a": {"y": 2, "b": 3}})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_arrays_of_any_memory_order_are_stored_right(tmp_path: Path) -> None:
+    x = np.arange(6.0).reshape(2, 3)
+    save(tmp_path / "c", {"f": np.asfortranarray(x), "t": x.T, "s": x[:, ::2]}, {})
+    arrays, _ = load(tmp_path / "c")
+    np.testing.assert_array_equal(arrays["f"], x)
+    np.testing.assert_array_equal(arrays["t"], x.T)
+    np.testing.assert_array_equal(arrays["s"], x[:, ::2])
+
+
+def test_bf16_and_scalars_survive(tmp_path: Path) -> None:
+    save(tmp_path / "c", {"b": np.array([1.5, np.nan], ml_dtypes.bfloat16), "0d": np.array(3.0, np.float32)}, {})
+    arrays, _ = load(tmp_path / "c")
+    assert arrays["b"].dtype == ml_dtypes.bfloat16 and arrays["0d"].shape == ()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, 200, -1])
+def test_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save(path, state_arrays(state_of("fp16")), {})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UsageError, match="not a whole safetensors file"):
+        load(path)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    with pytest.raises(UsageError, match="no checkpoint"):
+        load(path)
+    path.write_bytes(b"PK\x03\x04 this is a zip, perhaps")
+    with pytest.raises(UsageError, match="not a whole safetensors file"):
+        load(path)
+    save_file({"x": np.zeros(2)}, path)
+    with pytest.raises(UsageError, match="not a checkpoint of refimpl"):
+        load(path)
+    for text, message in (("{", "damaged header"), ("[]", "damaged header"), (json.dumps({"version": 99}), "version 99")):
+        save_file({"x": np.zeros(2)}, path, metadata={"refimpl": text})
+        with pytest.raises(UsageError, match=message):
+            load(path)
+
+
+def test_wrong_tensors_are_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
+    state, path = state_of("fp16"), tmp_path / "c"
+    before = {kind: buffer.tobytes() for kind, buffer in state.buffers.items()}
+    good = state_arrays(state_of("fp16", 9))
+    name = "v.transformer.ln_f.bias"
+    bad = [
+        ({k: v for k, v in good.items() if k != name}, "no tensor v.transformer.ln_f.bias"),
+        ({**good, name: np.zeros(9, np.float32)}, "shape"),
+        ({**good, name: np.zeros(8, np.float64)}, "float64, expected float32"),
+        ({**good, "v.more": np.zeros(8)}, "v.more"),
+        (state_arrays(state_of("bf16")), "another recipe"),
+    ]
+    for arrays, message in bad:
+        with pytest.raises(UsageError, match=message):
+            load_state_arrays(path, arrays, state)
+    assert before == {kind: buffer.tobytes() for kind, buffer in state.buffers.items()}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    save(path, {"x": np.zeros(2)}, {})
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        save(path, {"x": np.ones(2)}, {"not json": object()})
+    with pytest.raises(UsageError, match="cannot write"):
+        save(tmp_path / "no folder" / "c", {"x": np.ones(2)}, {})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_inference_keeps_two_bytes_a_parameter(tmp_path: Path) -> None:
+    header = {"model": "gpt", "sizes": dict(MODEL.config), "recipe": "fp16"}
+    save(tmp_path / "c", state_arrays(state_of("fp16")), header)
+    model, state, _ = load_for_inference(tmp_path / "c")
+    assert state.nbytes == 2 * model.n_params and model.parameters == MODEL.parameters
+    save(tmp_path / "d", state_arrays(state_of("fp16")), {**header, "sizes": dict(mlp(MLPConfig()).config)})
+    with pytest.raises(UsageError):
+        load_for_inference(tmp_path / "d")

@@ -1,0 +1,309 @@
+"""A run from the command line's arguments to its files: training, stopping, resuming bit for bit, refusing bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.checkpoint import load
+from refimpl.config import Config
+from refimpl.errors import TrainingStopped, UsageError
+from refimpl.metrics import MetricsLog, plot_run, read_metrics
+from refimpl.recipes import RECIPES
+from refimpl.train import train
+from refimpl.trainer import Trainer
+
+TINY: dict[str, Any] = {
+    "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 8, "warmup": 2, "eval_every": 3,
+    "eval_batches": 2, "log_every": 2, "sample_bytes": 5, "lr": 1e-2, "growth_interval": 3, "init_scale": 2.0**22,
+}  # fmt: skip
+
+
+class NoBar:
+    """A progress bar that shows nothing; `stop_at` presses Ctrl-C when that many steps have been logged."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.steps, self.stop_at = 0, stop_at
+
+    def update(self, n: int) -> None:
+        self.steps += n
+        if self.stop_at is not None and self.steps >= self.stop_at:
+            self.stop_at = None
+            signal.raise_signal(signal.SIGINT)
+
+    def write(self, text: str) -> None:
+        pass
+
+    def set_postfix_str(self, text: str) -> None:
+        pass
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A small file of real structure, so that tests do not depend on the Python version's documentation."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i} times {i} is {i * i}; {'even' if i % 2 == 0 else 'odd'}.\n" for i in range(200)))
+    return str(path)
+
+
+def run(folder: Path, text: str, resume: bool = False, **flags: Any) -> int:
+    given = flags if resume else {**TINY, "data": text, **flags}
+    return train(given, folder, resume, False, None)
+
+
+def stop_at(folder: Path, text: str, step: int, **flags: Any) -> None:
+    """Run until Ctrl-C comes during the logging of `step`."""
+    from refimpl.run_folder import open_folder, prepare_folder
+
+    config, folder = prepare_folder({**TINY, "data": text, "log_every": 1, **flags}, folder, False, False)
+    trainer = Trainer(config, folder)
+    open_folder(config, folder)
+    assert not trainer.train(NoBar(stop_at=step))
+    assert trainer.progress.step == step
+
+
+def rows_without_timing(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "pure-fp16"])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_resumed_run_equals_one_never_stopped(recipe: str, step: int, text: str, tmp_path: Path) -> None:
+    assert run(tmp_path / "whole", text, recipe=recipe) == 0
+    stop_at(tmp_path / "parts", text, step, recipe=recipe)
+    assert run(tmp_path / "parts", text, resume=True) == 0
+    whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    assert rows_without_timing(tmp_path / "whole") == rows_without_timing(tmp_path / "parts")
+
+
+def test_resume_is_bitwise_with_skips_and_accumulation_and_sgd(text: str, tmp_path: Path) -> None:
+    flags = {"init_scale": 2.0**40, "grad_accum": 2, "optimizer": "sgd", "steps": 30, "recipe": "fp16"}
+    run(tmp_path / "whole", text, **flags)
+    stop_at(tmp_path / "parts", text, 7, **flags)
+    run(tmp_path / "parts", text, resume=True)
+    skipped = [row["skipped"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss" in row]
+    assert 0 < sum(skipped) < 30
+    whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_a_run_that_skipped_the_generator_state_would_be_seen(text: str, tmp_path: Path) -> None:
+    """Negative control of the resume test: batches from a fresh generator give another checkpoint."""
+    run(tmp_path / "whole", text)
+    stop_at(tmp_path / "parts", text, 3)
+    from refimpl.run_folder import prepare_folder
+
+    config, folder = prepare_folder({}, tmp_path / "parts", True, False)
+    trainer = Trainer(config, folder)
+    fresh = trainer.batches.bit_generator.state
+    trainer.restore()
+    trainer.batches.bit_generator.state = fresh
+    trainer.train(NoBar())
+    whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() != parts.read_bytes()
+
+
+def test_evaluating_and_sampling_more_often_changes_no_weight(text: str, tmp_path: Path) -> None:
+    run(tmp_path / "a", text, eval_every=1, eval_batches=3, sample_bytes=50, log_every=1)
+    run(tmp_path / "b", text, eval_every=8)
+    a, b = (tmp_path / name / "checkpoint.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_files_of_a_run(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "r", text, recipe="fp16") == 0
+    rows = read_metrics(tmp_path / "r" / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert all(set(row) == {"step", "loss", "lr", "loss_scale", "grad_norm", "skipped", "tokens_per_s"} for row in steps)
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 8]
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["recipe"] == "fp16" and config["data"] == text
+    arrays, header = load(tmp_path / "r" / "checkpoint.safetensors")
+    assert header["progress"]["step"] == 8 and str(tmp_path) not in json.dumps(header)
+    assert arrays["weights.transformer.wte.weight"].dtype == np.float16
+    assert arrays["master.transformer.wte.weight"].dtype == np.float32
+    np.testing.assert_array_equal(arrays["weights.lm_head.weight" if False else "weights.transformer.wte.weight"],
+                                  arrays["master.transformer.wte.weight"].astype(np.float16))  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "= 16 bytes a parameter, as measured" in printed and "trigram" in printed and "a sample of 5 bytes" in printed
+
+
+def test_accumulation_prints_its_bytes(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "r", text, grad_accum=2)
+    printed = capsys.readouterr().out
+    assert "grads 4 " in printed and "= 18 bytes a parameter" in printed and "summed over 2 micro-batches in FP32" in printed
+
+
+def test_first_loss_is_that_of_a_uniform_guess(text: str, tmp_path: Path) -> None:
+    run(tmp_path / "r", text, steps=1)
+    assert abs(read_metrics(tmp_path / "r" / "metrics.jsonl")[0]["loss"] - math.log(256)) < 0.1
+
+
+def test_init_from_takes_the_masters_of_another_recipe(text: str, tmp_path: Path) -> None:
+    run(tmp_path / "a", text, recipe="fp16")
+    source = tmp_path / "a" / "checkpoint.safetensors"
+    given = {**TINY, "data": text, "recipe": "fp32", "steps": 1, "lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}
+    assert train(given, tmp_path / "b", False, False, source) == 0
+    before, after = load(source)[0], load(tmp_path / "b" / "checkpoint.safetensors")[0]
+    np.testing.assert_array_equal(before["master.transformer.wpe.weight"], after["weights.transformer.wpe.weight"])
+    with pytest.raises(UsageError, match="sizes"):
+        train({**given, "n_embd": 32}, tmp_path / "c", False, False, source)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"recipe": "fp17"}, "unknown recipe"),
+        ({"model": "rnn"}, "unknown model"),
+        ({"backend": "jax"}, "unknown backend"),
+        ({"optimizer": "lion"}, "unknown optimizer"),
+        ({"loss_scale": "big"}, "loss scale 'big'"),
+        ({"loss_scale": "-1"}, "loss scale"),
+        ({"n_embd": 17}, "not a multiple"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"n_layer": -1}, "--n-layer is -1"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"lr": float("nan")}, "--lr is nan"),
+        ({"clip": -1.0}, "--clip is -1"),
+        ({"momentum": 1.0}, "--momentum"),
+        ({"init_scale": 0.0}, "--init-scale"),
+        ({"data": "/no/such/file"}, "no such file"),
+        ({"block_size": 100_000}, "block"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(flags: dict, message: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(tmp_path / "r", text, **flags)
+    assert not (tmp_path / "r").exists()
+
+
+def test_cupy_without_a_gpu_is_refused(text: str, tmp_path: Path) -> None:
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and cupy.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(UsageError, match="cupy"):
+        run(tmp_path / "r", text, backend="cupy")
+
+
+def test_a_folder_in_use_is_kept(text: str, tmp_path: Path) -> None:
+    run(tmp_path / "r", text)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    with pytest.raises(UsageError, match="holds a run"):
+        run(tmp_path / "r", text)
+    with pytest.raises(UsageError, match="recipe fp16, not bf16"):
+        run(tmp_path / "r", text, resume=True, recipe="bf16")
+    with pytest.raises(UsageError, match="is a file"):
+        run(Path(text), text)
+    with pytest.raises(UsageError, match="no run in"):
+        run(tmp_path / "empty", text, resume=True)
+    with pytest.raises(UsageError, match="contradict"):
+        train({}, tmp_path / "r", True, True, None)
+    with pytest.raises(UsageError, match="unknown recipe"):
+        train({**TINY, "data": text, "recipe": "no"}, tmp_path / "r", False, True, None)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    assert train({**TINY, "data": text, "steps": 2}, tmp_path / "r", False, True, None) == 0
+    assert len(read_metrics(tmp_path / "r" / "metrics.jsonl")) == 3  # two steps and the last evaluation
+
+
+def test_resume_refuses_other_data(text: str, tmp_path: Path) -> None:
+    stop_at(tmp_path / "r", text, 3)
+    with open(text, "a") as file:
+        file.write("one more line\n")
+    with pytest.raises(UsageError, match="other data"):
+        run(tmp_path / "r", text, resume=True)
+
+
+def test_nan_without_a_loss_scale_stops_and_names_the_step(text: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingStopped, match=r"step \d+: a gradient.*no loss scale to lower"):
+        run(tmp_path / "r", text, recipe="pure-fp16", lr=1.0, steps=50)
+    assert [r for r in read_metrics(tmp_path / "r" / "metrics.jsonl") if r.get("skipped")]
+
+
+def test_a_collapsed_scale_stops_the_run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are NaN make every step overflow, whatever the scale: after 50 steps it is clear that scale is not why."""
+    from refimpl.run_folder import open_folder, prepare_folder
+
+    config, folder = prepare_folder({**TINY, "data": text, "steps": 200, "eval_every": 200}, tmp_path / "r", False, False)
+    trainer = Trainer(config, folder)
+    open_folder(config, folder)
+    trainer.state.master[:1] = np.nan
+    with pytest.raises(TrainingStopped, match="loss scale is"):
+        trainer.train(NoBar())
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert all(row["skipped"] for row in rows) and 50 <= len(rows) < 60
+    assert rows[-1]["loss_scale"] < 2.0**-14
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(tmp_path / "r", text, 3)
+    before = (tmp_path / "r" / "checkpoint.safetensors").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        run(tmp_path / "r", text, resume=True)
+    assert (tmp_path / "r" / "checkpoint.safetensors").read_bytes() == before
+    assert not list((tmp_path / "r").glob("*.tmp")) + list((tmp_path / "r").glob(".*"))
+
+
+def test_metrics_write_null_for_nan_and_drop_a_torn_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": float("inf")}])
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert read_metrics(log.path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": None}]
+    log.keep_up_to(2)
+    assert [row["step"] for row in read_metrics(log.path)] == [1, 2]
+
+
+def test_picture(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run(tmp_path / "r", text, init_scale=2.0**40)
+    (tmp_path / "r" / "loss.png").unlink(missing_ok=True)
+    path = plot_run(tmp_path / "r", {1: 3.0}, "title")
+    assert path is not None and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_config_fills_in_the_models_defaults() -> None:
+    config = Config.of({"model": "mlp"})
+    assert config.block_size == 16 and config.min_lr == pytest.approx(config.lr / 10) and config.loss_scale == "dynamic"
+    assert Config.of({"optimizer": "sgd"}).weight_decay == 0.0
+    assert Config.of({"recipe": "bf16"}).loss_scale == "none"
+
+
+def test_command_line(text: str, tmp_path: Path) -> None:
+    """Once through real processes: a run, exit codes, one line of error and no traceback."""
+    script = Path(__file__).parent.parent / "scripts" / "train.py"
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+
+    def call(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), *flags, f"--data={text}", *more]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    good = call("--model=mlp")
+    assert good.returncode == 0 and (tmp_path / "runs" / "mlp-fp16" / "checkpoint.safetensors").exists(), good.stderr
+    bad = call("--recipe=fp99")
+    assert bad.returncode == 2 and bad.stderr.startswith("error: unknown recipe 'fp99'") and bad.stderr.count("\n") == 1
+    stopped = call("--recipe=pure-fp16", "--lr=1", "--steps=50", "--out=p")
+    assert stopped.returncode == 1 and "stopped: step" in stopped.stderr and "Traceback" not in stopped.stderr
+    generate = [sys.executable, str(script.with_name("generate.py")), "runs/mlp-fp16/checkpoint.safetensors"]
+    sampled = subprocess.run([*generate, "--bytes=9"], capture_output=True, cwd=tmp_path, check=False)
+    assert sampled.returncode == 0 and len(sampled.stdout) >= 10
+    measured = subprocess.run([*generate, f"--loss={text}"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "nats a byte" in measured.stdout
+    missing = subprocess.run([*generate[:2], "nothing"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert missing.returncode == 2 and missing.stderr == "error: no checkpoint at nothing\n"
