@@ -12,6 +12,7 @@ arXiv 2209.05433 (e4m3, e5m2); the OCP Microscaling Formats specification v1.0 (
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,7 @@ def is_float(x: Any) -> bool:
     return x.dtype in _NAME_OF_DTYPE
 
 
+@functools.cache
 def widens_to(source: str, target: str) -> bool:
     """Whether every value of `source` is a value of `target`, so that the conversion never rounds."""
     a, b = FORMATS[source], FORMATS[target]

@@ -23,6 +23,7 @@ class Backend:
 
     name: str
     xp: Any
+    cached_blocks: bool = False  # whether elementwise work is faster in pieces that fit a processor's cache
 
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
         """a (..., M, K) @ b (..., K, N) in the accumulation format `acc`: widen both, multiply, do not round.
@@ -40,7 +41,7 @@ class Backend:
         return np.asarray(x)
 
 
-NUMPY = Backend("numpy", np)
+NUMPY = Backend("numpy", np, cached_blocks=True)
 
 
 def get_backend(name: str) -> Backend:

@@ -42,36 +42,34 @@ def fan_in(a: Array, b: Array, p: Bound) -> Array:
 
 def relu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
     """y = max(x, 0); NaN stays NaN. PyTorch: torch.relu."""
-    xc = p.cast(x, "x")
-    z = p.wide(xc)
-    y = p.out(p.xp.where(z <= 0, z * 0, z), "y", x)
+    y = p.map(lambda z: p.xp.maximum(z, 0), lambda z: p.out(z, "y", x), p.cast(x, "x"))
     return y, (y, format_of(x))
 
 
 def relu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
-    """dx = dy where y > 0, else 0 (also at x = 0)."""
+    """dx = dy where y > 0 or y is NaN, else 0 (also at x = 0)."""
     y, x_format = saved
-    dz = p.wide(dy)
-    return (p.grad(p.xp.where(p.wide(y) <= 0, p.xp.zeros_like(dz), dz), "x", x_format),)
-
-
-def _sigmoid(z: Array, p: Bound) -> Array:
-    return 1 / (1 + p.xp.exp(-z))
+    return (p.map(lambda d, z: p.xp.where(z <= 0, 0, d), lambda d: p.grad(d, "x", x_format), dy, y),)
 
 
 def silu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
-    """y = x sigmoid(x). Source: Elfwing et al. 2017, arXiv 1702.03118. PyTorch: torch.nn.functional.silu."""
+    """y = x sigmoid(x) = x / (1 + exp(-x)).
+
+    Source: Elfwing et al. 2017, arXiv 1702.03118. PyTorch: torch.nn.functional.silu.
+    """
     xc = p.cast(x, "x")
-    z = p.wide(xc)
-    return p.out(z / (1 + p.xp.exp(-z)), "y", x), (xc, format_of(x))
+    return p.map(lambda z: z / (1 + p.xp.exp(-z)), lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
 
 
 def silu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
     """dx = dy s (1 + x (1 - s)),  s = sigmoid(x)."""
     x, x_format = saved
-    z = p.wide(x)
-    s = _sigmoid(z, p)
-    return (p.grad(p.wide(dy) * s * (1 + z * (1 - s)), "x", x_format),)
+
+    def slope(d: Array, z: Array) -> Array:
+        s = 1 / (1 + p.xp.exp(-z))
+        return d * s * (1 + z * (1 - s))
+
+    return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
 
 
 _BETA = math.sqrt(2 / math.pi)
@@ -83,20 +81,24 @@ def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
 
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu(x, approximate='tanh').
     """
+
+    def formula(z: Array) -> Array:
+        return 0.5 * z * (1 + p.xp.tanh(_BETA * (z + _KAPPA * (z * z * z))))
+
     xc = p.cast(x, "x")
-    z = p.wide(xc)
-    t = p.xp.tanh(_BETA * (z + _KAPPA * (z * z * z)))
-    return p.out(0.5 * z * (1 + t), "y", x), (xc, format_of(x))
+    return p.map(formula, lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
 
 
 def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
     """dx = dy ((1 + t)/2 + x/2 (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2)); the tanh is computed again, not kept."""
     x, x_format = saved
-    z = p.wide(x)
-    square = z * z
-    t = p.xp.tanh(_BETA * (z + _KAPPA * (square * z)))
-    slope = 0.5 * z * (1 - t * t) * (_BETA * (1 + 3 * _KAPPA * square))
-    return (p.grad(p.wide(dy) * (0.5 * (1 + t) + slope), "x", x_format),)
+
+    def slope(d: Array, z: Array) -> Array:
+        square = z * z
+        t = p.xp.tanh(_BETA * (z + _KAPPA * (square * z)))
+        return d * (0.5 * (1 + t) + 0.5 * z * (1 - t * t) * (_BETA * (1 + 3 * _KAPPA * square)))
+
+    return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
 
 
 _math_erf = np.frompyfunc(math.erf, 1, 1)
@@ -124,17 +126,23 @@ def gelu_erf_forward(x: Array, p: Bound) -> tuple[Array, Any]:
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu.
     """
     xc = p.cast(x, "x")
-    z = p.wide(xc)
-    return p.out(0.5 * z * (1 + erf(z * math.sqrt(0.5), p)), "y", x), (xc, format_of(x))
+
+    def formula(z: Array) -> Array:
+        return 0.5 * z * (1 + erf(z * math.sqrt(0.5), p))
+
+    return p.map(formula, lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
 
 
 def gelu_erf_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
     """dx = dy (Phi(x) + x phi(x)),  phi(x) = exp(-x^2/2) / sqrt(2 pi)."""
     x, x_format = saved
-    z = p.wide(x)
-    cdf = 0.5 * (1 + erf(z * math.sqrt(0.5), p))
-    pdf = p.xp.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-    return (p.grad(p.wide(dy) * (cdf + z * pdf), "x", x_format),)
+
+    def slope(d: Array, z: Array) -> Array:
+        cdf = 0.5 * (1 + erf(z * math.sqrt(0.5), p))
+        pdf = p.xp.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+        return d * (cdf + z * pdf)
+
+    return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
 
 
 add = Op("add", add_forward, add_backward)
