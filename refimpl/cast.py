@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl import fast_cast
 from refimpl.formats import FORMATS, dtype_of, format_of, widens_to
 
 Array = Any  # a numpy.ndarray or a cupy.ndarray; which one is the caller's backend
@@ -45,11 +46,7 @@ def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = No
         x = _convert(x, dtype_of("fp32"))
     if overflow == "saturate":
         x = _clip_to(x, target.max)
-    if out is None:
-        return _convert(x, target.dtype)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        out[...] = x
-    return out
+    return _convert(x, target.dtype, out)
 
 
 def widen(x: Array, fmt: str = "fp32", out: Array | None = None) -> Array:
@@ -64,16 +61,27 @@ def widen(x: Array, fmt: str = "fp32", out: Array | None = None) -> Array:
         raise TypeError(f"widen: {source} -> {fmt} would round; that is spelled cast")
     if x.dtype == dtype_of(fmt):
         return _store(x, out)
-    if out is None:
-        return _convert(x, dtype_of(fmt))
-    out[...] = x
-    return out
+    return _convert(x, dtype_of(fmt), out)
 
 
-def _convert(x: Array, dtype: np.dtype) -> Array:
-    """The array library's own conversion, which rounds to nearest even; an overflow is a result here, not a warning."""
+def _convert(x: Array, dtype: np.dtype, out: Array | None = None) -> Array:
+    """The array library's own conversion, which rounds to nearest even; an overflow is a result here, not a warning.
+
+    NumPy converts fp16 slowly; `fast_cast` does the same to the bit in a third of the time.
+    """
+    if isinstance(x, np.ndarray) and x.size >= fast_cast.SMALL:
+        fast = _FAST.get((x.dtype, dtype))
+        if fast is not None:
+            return fast(x, np.empty_like(x, dtype) if out is None else out)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return x.astype(dtype)
+        if out is None:
+            return x.astype(dtype)
+        out[...] = x
+        return out
+
+
+_FP16, _FP32 = dtype_of("fp16"), dtype_of("fp32")
+_FAST = {(_FP32, _FP16): fast_cast.fp32_to_fp16, (_FP16, _FP32): fast_cast.fp16_to_fp32}
 
 
 def _store(x: Array, out: Array | None) -> Array:

@@ -14,7 +14,7 @@ from refimpl.optim import SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.recipes import Recipe, get_recipe
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 3e-3, "steps": 600},
+    "gpt": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 2e-3, "steps": 800},
     "mlp": {"n_layer": 2, "n_head": 0, "n_embd": 64, "block_size": 16, "batch_size": 256, "lr": 2e-3, "steps": 1000},
 }
 """What the flags that depend on the model stand at when they are not given."""
@@ -41,7 +41,7 @@ class Config:
     momentum: float = 0.9
     lr: float | None = None
     min_lr: float | None = None
-    warmup: int = 20
+    warmup: int = 50
     weight_decay: float = 0.1
     clip: float = 1.0
     grad_accum: int = 1
