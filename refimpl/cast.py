@@ -36,16 +36,19 @@ def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = No
       `.to(torch.float8_e4m3fn)` does since 2.13.
     """
     target = FORMATS[fmt]
-    if target.bits <= 8 and overflow is None:
+    if overflow is None and target.bits <= 8:
         raise TypeError(f"cast to {fmt}: say overflow='inf' or overflow='saturate', the conventions differ")
+    if overflow not in (None, "inf", "saturate"):
+        raise TypeError(f"cast: overflow is {overflow!r}; it is 'inf' or 'saturate'")
+    _check_out(out, x, target.dtype)
+    if x.dtype == np.float64 and target.itemsize < 4:
+        x = _convert(x, dtype_of("fp32"))
+    if overflow == "saturate":
+        x = _clip_to(x, fmt)
     if fmt == "tf32":
         return _store(_round_to_tf32(x), out)
     if x.dtype == target.dtype:
         return _store(x, out)
-    if x.dtype == np.float64 and target.itemsize < 4:
-        x = _convert(x, dtype_of("fp32"))
-    if overflow == "saturate":
-        x = _clip_to(x, target.max)
     return _convert(x, target.dtype, out)
 
 
@@ -59,6 +62,7 @@ def widen(x: Array, fmt: str = "fp32", out: Array | None = None) -> Array:
     source = format_of(x)
     if not widens_to(source, fmt):
         raise TypeError(f"widen: {source} -> {fmt} would round; that is spelled cast")
+    _check_out(out, x, dtype_of(fmt))
     if x.dtype == dtype_of(fmt):
         return _store(x, out)
     return _convert(x, dtype_of(fmt), out)
@@ -84,6 +88,13 @@ _FP16, _FP32 = dtype_of("fp16"), dtype_of("fp32")
 _FAST = {(_FP32, _FP16): fast_cast.fp32_to_fp16, (_FP16, _FP32): fast_cast.fp16_to_fp32}
 
 
+def _check_out(out: Array | None, x: Array, dtype: np.dtype) -> None:
+    if out is not None and out.dtype != dtype:
+        raise TypeError(f"out is {out.dtype}, not {dtype}: writing to it would round once more")
+    if out is not None and out.shape != x.shape:
+        raise ValueError(f"out has the shape {out.shape}, x {x.shape}")
+
+
 def _store(x: Array, out: Array | None) -> Array:
     if out is None or out is x:
         return x
@@ -101,12 +112,11 @@ def _round_to_tf32(x: Array) -> Array:
     bits = x.view(np.uint32)
     odd = (bits >> dropped) & 1
     rounded = ((bits + ((1 << (dropped - 1)) - 1) + odd) >> dropped) << dropped
-    is_nan = x != x
-    rounded[is_nan] = bits[is_nan]
-    return rounded.view(np.float32)
+    return (rounded * (x == x) + bits * (x != x)).view(np.float32)
 
 
-def _clip_to(x: Array, largest: float) -> Array:
-    """Clip to [-largest, largest] in the format of `x`; NaN stays NaN."""
-    wide = x if x.dtype in (np.float32, np.float64) else widen(x, "fp32")
-    return wide.clip(-largest, largest)
+def _clip_to(x: Array, fmt: str) -> Array:
+    """Clip to the largest values of `fmt`, in a format that holds both those and `x`; NaN stays NaN."""
+    own = format_of(x)
+    wide = widen(x, fmt if widens_to(own, fmt) else own if FORMATS[own].bits >= 32 else "fp32")
+    return wide.clip(-FORMATS[fmt].max, FORMATS[fmt].max)

@@ -39,6 +39,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """The same for a text. Errors: UsageError when it cannot be written."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text)
+
+    write_atomically(path, write)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make the rename itself durable, where the system can."""
     try:

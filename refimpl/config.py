@@ -8,6 +8,7 @@ from typing import Any
 
 from refimpl.backends import Backend, get_backend
 from refimpl.errors import UsageError
+from refimpl.formats import FORMATS
 from refimpl.loss_scale import LossScale, make_loss_scale
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.optim import SGD, AdamW, Optimizer, Rule, Schedule
@@ -91,7 +92,10 @@ class Config:
             raise UsageError(f"--momentum is {self.momentum}: it must be below 1")
         if self.optimizer not in ("adamw", "sgd"):
             raise UsageError(f"unknown optimizer {self.optimizer!r}: choose adamw or sgd")
-        self.make_model(), self.make_loss_scale(), get_recipe(self.recipe)
+        self.make_model()
+        scale = float(self.make_loss_scale().scale)
+        if scale < FORMATS["fp32"].smallest_normal:
+            raise UsageError(f"the loss scale starts at {scale:g}: its inverse must be finite in FP32")
 
     def conflicts(self, saved: Mapping[str, Any]) -> list[str]:
         """How this run differs from a saved one in what must not differ when it is resumed, flag by flag."""

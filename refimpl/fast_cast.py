@@ -2,8 +2,15 @@
 
 The definition is NumPy's own conversion (`x.astype(...)`, what cast.py spells): this file returns the same bits for
 every input, NaN payloads included, and is only there for time. NumPy converts FP16 one element at a time, with a branch
-for each kind of value: 2.5 ns an element, and up to 8 where normal and subnormal values mix, as they do in gradients.
-Here a block that fits the cache goes through a dozen passes of whole-array arithmetic, without a branch on a value.
+for each kind of value, and raises the CPU's underflow flag for each inexact subnormal. Here a block that fits the cache
+goes through a dozen passes of whole-array arithmetic, without a branch on a value. One thread of an AMD Zen 4, NumPy 2.4:
+
+    ns an element                    fp32 -> fp16               fp16 -> fp32
+                                  NumPy      here            NumPy      here
+    normal values                   2.5       1.0              1.7       0.4
+    half of them subnormal           35       1.0              6.7       0.4
+    all of them subnormal            67       1.0              7.1       0.4
+    infinities among them           2.5       1.3              1.7       1.0
 
 bf16 is not here: ml_dtypes already converts it in fewer passes than integer arithmetic on arrays would take.
 """
@@ -19,8 +26,8 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK = 32768  # elements: input, output and two scratch buffers take 14 bytes each, 448 KiB, within an L2 cache
-SMALL = 4096  # elements below which a dozen calls cost more than they save
+BLOCK = 65536  # elements: input, output and two scratch buffers are 14 bytes an element, 896 KiB, about an L2 cache
+SMALL = 2048  # elements below which a dozen calls cost more than they save
 
 
 def _constant(bits: int) -> Array:
@@ -51,11 +58,11 @@ _WIDENED.setflags(write=False)
 
 
 def fp32_to_fp16(x: Array, out: Array, pool: ThreadPoolExecutor | None = None) -> Array:
-    """Round `x` to fp16, to nearest, ties to the even fraction: `out[...] = x`, bit for bit, and about three times as fast.
+    """Round `x` to fp16, to nearest, ties to the even fraction: `out[...] = x`, bit for bit, and at least twice as fast.
 
     x: fp32, any shape and layout. out: fp16, the same shape; it may overlap `x`. Returns `out`.
     pool: a second thread converts half of a large array; the result does not depend on it.
-    Values from 65520 on become infinities, no warning is given. A block of 32,768 elements with a NaN among them goes
+    Values from 65520 on become infinities, no warning is given. A block of 65,536 elements with a NaN among them goes
     through NumPy's own conversion, and takes that long.
     Errors: TypeError for another dtype, ValueError for another shape or an `out` that cannot be written to.
     PyTorch: `x.to(torch.float16)`, bit for bit but for the payload of NaNs.
@@ -64,7 +71,7 @@ def fp32_to_fp16(x: Array, out: Array, pool: ThreadPoolExecutor | None = None) -
 
 
 def fp16_to_fp32(x: Array, out: Array, pool: ThreadPoolExecutor | None = None) -> Array:
-    """Widen `x` to fp32, exactly: `out[...] = x`, bit for bit, NaN payloads included, and three times as fast or more.
+    """Widen `x` to fp32, exactly: `out[...] = x`, bit for bit, NaN payloads included, and about four times as fast.
 
     x: fp16, any shape and layout. out: fp32, the same shape; it may overlap `x`. Returns `out`.
     pool: a second thread converts half of a large array; the result does not depend on it.
@@ -111,7 +118,7 @@ def _round_span(x: Array, out: Array) -> None:
         if top >= int(_2_POW_16):
             np.minimum(a, _2_POW_16, out=a)  # its code by the formula, e = 16 and r = 1024, is 31 * 1024: infinity
         np.bitwise_and(a, _EXPONENT, out=m)
-        m.clip(_2_POW_MINUS_14, _2_POW_16, out=m)  # twice as fast as np.maximum, which has no loop for a constant
+        m.clip(_2_POW_MINUS_14, _2_POW_16, out=m)  # faster than np.maximum, which has no vector loop for a constant
         np.add(m, _TIMES_2_POW_13_AND_2048_ULPS, out=m)
         np.add(a.view(np.float32), m.view(np.float32), out=a.view(np.float32))
         np.multiply(a, _FOLD, out=a)
@@ -154,30 +161,26 @@ def _convert(
         raise ValueError(f"x has the shape {x.shape}, out {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
+    if np.may_share_memory(x, out):
+        x = x.copy()  # NumPy's own assignment goes wrong here: between item sizes, 1-d, it overwrites what it has yet to read
     if x.size < SMALL:
         _assign(x, out)
-        return out
-    if np.may_share_memory(x, out):
-        x = x.copy()
-    if x.flags.f_contiguous and out.flags.f_contiguous:
-        x, flat = x.T, out.T
+    elif x.flags.fnc and out.flags.fnc:  # both in column order: the transposes are flat, and in step with each other
+        _convert(span, x.T, out.T, source, target, pool)
+    elif not out.flags.carray:  # not flat, or not aligned
+        out[...] = _convert(span, x, np.empty(out.shape, target), source, target, pool)
     else:
-        flat = out
-    x = np.require(x, requirements=["C", "ALIGNED"])
-    direct = flat.flags.c_contiguous and flat.flags.aligned
-    result = flat if direct else np.empty(flat.shape, target)
-    _run(span, x.reshape(-1), result.reshape(-1), pool)
-    if not direct:
-        flat[...] = result
+        x = np.require(x, requirements=["C", "ALIGNED"])  # itself, or a copy
+        _run(span, x.reshape(-1), out.reshape(-1), pool)
     return out
 
 
 def _run(span: Callable[[Array, Array], None], x: Array, out: Array, pool: ThreadPoolExecutor | None) -> None:
     """Run `span` over the whole, or over the first half here and the second half, cut between blocks, in the pool."""
-    half = (x.size // BLOCK + 1) // 2 * BLOCK
-    if pool is None or half >= x.size:
+    if pool is None or x.size < 2 * BLOCK:
         span(x, out)
         return
+    half = (x.size // BLOCK + 1) // 2 * BLOCK
     other = pool.submit(span, x[half:], out[half:])
     try:
         span(x[:half], out[:half])

@@ -12,6 +12,7 @@ import numpy as np
 
 from refimpl.cast import cast, widen
 from refimpl.errors import UsageError
+from refimpl.formats import FORMATS
 
 Array = Any
 
@@ -30,6 +31,13 @@ class LossScale(Protocol):
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         """The way back."""
+
+
+def _check_scale(name: str, scale: float) -> None:
+    """A scale must still be positive and finite as an fp32 number."""
+    fp32 = FORMATS["fp32"]
+    if not fp32.smallest_subnormal / 2 < scale <= fp32.max:
+        raise UsageError(f"{name} {scale}: it must be positive and finite in FP32")
 
 
 class DynamicLossScale:
@@ -53,9 +61,8 @@ class DynamicLossScale:
         growth_interval: int = 2000,
         xp: Any = np,
     ) -> None:
-        if not (0 < init_scale < math.inf):
-            raise UsageError(f"init scale {init_scale}: it must be positive and finite")
-        if growth_factor <= 1 or not 0 < backoff_factor < 1:
+        _check_scale("init scale", init_scale)
+        if not 1 < growth_factor < math.inf or not 0 < backoff_factor < 1:
             raise UsageError(f"growth factor {growth_factor} must be > 1 and backoff factor {backoff_factor} in (0, 1)")
         if growth_interval < 1:
             raise UsageError(f"growth interval {growth_interval}: it must be at least 1")
@@ -99,8 +106,7 @@ class StaticLossScale:
     """
 
     def __init__(self, scale: float, xp: Any = np) -> None:
-        if not (0 < scale < math.inf):
-            raise UsageError(f"loss scale {scale}: it must be positive and finite")
+        _check_scale("loss scale", scale)
         self.xp = xp
         self.scale = xp.asarray(np.float32(scale))
         self.adapts = False

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from refimpl.checkpoint import write_atomically
+from refimpl.checkpoint import write_atomically, write_text_atomically
 from refimpl.errors import UsageError
 
 
@@ -21,7 +21,7 @@ class MetricsLog:
         """Drop what was written after a checkpoint, so that a resumed run writes the same rows again, not twice."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(self.path, lambda temporary: _write_text(temporary, text))
+        write_text_atomically(self.path, text)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows. Errors: UsageError when the disk is full."""
@@ -31,10 +31,6 @@ class MetricsLog:
                 file.writelines(lines)
         except OSError as error:
             raise UsageError(f"cannot write {self.path}: {error}; the last checkpoint is whole") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def _finite_or_none(value: Any) -> Any:

@@ -108,7 +108,7 @@ class Bound:
     def round(self, x: Array, fmt: str, site: str) -> Array:
         """Round `x` to `fmt` at a named site; the name is `place:op.site`, e.g. 'h.0.mlp.c_fc:linear.dw.dw'."""
         y = door.cast(x, fmt)
-        if self.run.monitor is not None and y is not x:
+        if self.run.monitor is not None and not widens_to(format_of(x), fmt):
             self.run.monitor(f"{self.place}:{self.op}.{site}", x, y)
         return y
 
@@ -165,7 +165,7 @@ class Bound:
 
         This is autocast's cast of FP32 weights. 8-bit formats are not shared: each GEMM quantises its own way.
         """
-        fmt = self.row.input(operand)
+        fmt = self["y"].row.input(operand)  # the row of the forward product where there are several, else the operation's
         if fmt == SAME or fmt == format_of(x) or FORMATS[fmt].bits != 16:
             return None
         return fmt

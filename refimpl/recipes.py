@@ -69,6 +69,7 @@ def _autocast_cuda(low: str) -> Policy:
             "attention.softmax": high,
             "softmax": high,
             "layernorm": high,
+            "rmsnorm": high,
             "cross_entropy": high,
             EVERY_OTHER: Precision(SAME, "fp32", SAME),
         },

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from refimpl.checkpoint import write_atomically
+from refimpl.checkpoint import write_text_atomically
 from refimpl.config import Config
 from refimpl.errors import UsageError
 
@@ -48,13 +48,9 @@ def open_folder(config: Config, folder: Path) -> None:
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
         text = json.dumps(asdict(config), indent=2) + "\n"
-        write_atomically(folder / CONFIG, lambda temporary: _write(temporary, text))
+        write_text_atomically(folder / CONFIG, text)
     except OSError as error:
         raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def _that_may_change(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -9,19 +9,34 @@ is a slice, and the bytes of the model states are a sum of five `nbytes`: 2 + 2 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from refimpl.backends import Backend
 from refimpl.cast import cast, widen
 from refimpl.formats import dtype_of, widens_to
-from refimpl.models.model import Model
-from refimpl.tape import Sink
 
 Array = Any
+Sink = Callable[[str, Array], None]
+
+
+class ParameterSpec(Protocol):
+    """What is asked of a parameter here (`models.Parameter`): its shape, and whether weight decay acts on it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def decay(self) -> bool: ...
+
+
+class HasParameters(Protocol):
+    """What is asked of a model here: its table of parameters."""
+
+    @property
+    def parameters(self) -> Mapping[str, ParameterSpec]: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Layout:
     size: int
 
     @classmethod
-    def of(cls, model: Model) -> Layout:
+    def of(cls, model: HasParameters) -> Layout:
         """The layout of a model: its parameters in the order of their table."""
         slots: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         decayed: list[tuple[int, int]] = []
@@ -70,7 +85,7 @@ def blocks(size: int) -> Iterator[slice]:
 class State:
     """The flat buffers of one run, by kind, and `t`, the number of updates made (skipped steps do not count)."""
 
-    def __init__(self, model: Model, formats: Mapping[str, str], backend: Backend) -> None:
+    def __init__(self, model: HasParameters, formats: Mapping[str, str], backend: Backend) -> None:
         """Zeroed buffers. formats: kind -> format, as `Recipe.state_formats` gives it."""
         self.layout, self.formats, self.backend = Layout.of(model), dict(formats), backend
         xp = backend.xp
@@ -143,4 +158,6 @@ class State:
             view = self.grad_views[name]
             view += widen(gradient, self.formats["grads"])
 
+        if first:
+            self.grads[...] = 0  # a parameter that the model did not use this time has a gradient of zero, not the last one
         return store if first else add

@@ -59,7 +59,7 @@ def _report(trainer: Trainer, baselines: NgramBaselines) -> None:
     """The end of a run: where the loss stands, what the model writes, what was written."""
     config, folder = trainer.config, trainer.folder
     losses = [row["val_loss"] for row in read_metrics(folder / METRICS) if "val_loss" in row]
-    print(f"\nvalidation loss {losses[-1]:.4f} nats a byte; {_list_baselines(baselines)}")
+    print(f"\nvalidation loss {_number(losses[-1])} nats a byte; {_list_baselines(baselines)}")
     scale, progress = float(trainer.loss_scale.scale), trainer.progress
     print(f"{progress.skipped} of {progress.step} steps skipped, loss scale {scale:g}")
     text = b""
@@ -70,3 +70,8 @@ def _report(trainer: Trainer, baselines: NgramBaselines) -> None:
     picture = plot_run(folder, baselines.entropies, title)
     written = [CONFIG, METRICS, CHECKPOINT] + ([PICTURE] if picture else [])
     print(f"written to {folder}: {', '.join(written)}")
+
+
+def _number(loss: float | None) -> str:
+    """A loss as text; the log has null for NaN."""
+    return "NaN" if loss is None else f"{loss:.4f}"

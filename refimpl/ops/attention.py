@@ -47,7 +47,7 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
     q, k, v = split_heads(qkv, n_head)
     row = p["scores"]
     S = row.out(row.gemm(row.cast(q, "q"), row.cast(k, "k").swapaxes(-1, -2)), "S", q, k)
-    row = p["scale"]
+    row, unscaled_format = p["scale"], format_of(S)
     S = row.out(row.wide(row.cast(S, "S")) * (1 / math.sqrt(q.shape[-1])), "S", S)
     row = p["softmax"]
     # The mask is a choice between values, not an addition of a large negative number, which could overflow.
@@ -55,12 +55,12 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
     P = row.out(softmax(z, p), "P", S)
     row = p["values"]
     O = row.out(row.gemm(row.cast(P, "P"), row.cast(v, "v")), "O", P, v)  # noqa: E741
-    return merge_heads(O), (qkv, P, format_of(S))
+    return merge_heads(O), (qkv, P, format_of(S), unscaled_format)
 
 
 def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
     """dP = dO v^T,  dv = P^T dO,  dS' = P (dP - sum(dP P)),  dS = dS' / sqrt(D),  dq = dS k,  dk = dS^T q."""
-    qkv, P, S_format = saved
+    qkv, P, S_format, unscaled_format = saved
     q, k, v = split_heads(qkv, n_head)
     B, H, T, D = q.shape
     dO = dO.reshape(B, T, H, D).transpose(0, 2, 1, 3)
@@ -74,7 +74,7 @@ def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Ar
     # P is 0 where masked, but 0 times an infinite dP would be NaN.
     dS = row.grad(p.xp.where(causal_mask(T, p), dS, p.xp.zeros_like(dS)), "S", S_format)
     row = p["scale"]
-    dS = row.grad(row.wide(dS) * (1 / math.sqrt(D)), "S", S_format)
+    dS = row.grad(row.wide(dS) * (1 / math.sqrt(D)), "S", unscaled_format)
 
     row = p["scores"]
     dq = row.grad(row.gemm(dS, row.cast(k, "k")), "q", format_of(qkv))

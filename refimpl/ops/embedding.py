@@ -17,13 +17,13 @@ def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array]:
-    """dw[r] = the sum of dy over all places where token r stood, in the order of the places; summed in `acc`, rounded once.
+    """dw[r] = the sum of dy over all places where token r stood; summed in `acc`, rounded once.
 
-    Rows are sorted by token with a stable sort and each token's run is summed, so the result is the same every time.
+    Rows are sorted by token with a stable sort and each token's run is summed, so the order of the sum is always the same.
     Differs from the source: PyTorch on the CPU rounds a 16-bit gradient after every addition; on CUDA it does not.
     """
     xp, tokens = p.xp, saved.reshape(-1)
-    rows = p.wide(dy).reshape(tokens.size, -1)
+    rows = p.wide(dy).reshape(tokens.size, w.shape[-1])
     dw = xp.zeros(w.shape, rows.dtype)
     if tokens.size:
         order = xp.argsort(tokens, kind="stable")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from refimpl.formats import format_of
@@ -13,7 +14,7 @@ Array = Any
 
 def _rows(x: Array) -> Array:
     """(..., K) -> (M, K): one 2-D product instead of many small ones."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
@@ -29,7 +30,7 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
         z += y.wide(y.cast(b, "b"))
     # The third product needs x again: in the format that it reads, unless that is not the one just made.
     same = p["dw"].row.input("x") == y.row.input("x")
-    return y.out(z, "y", x, w).reshape(*x.shape[:-1], -1), (xc if same else x, x.shape, format_of(x))
+    return y.out(z, "y", x, w).reshape(*x.shape[:-1], len(w)), (xc if same else x, x.shape, format_of(x))
 
 
 def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:

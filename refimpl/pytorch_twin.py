@@ -1,0 +1,286 @@
+"""The same training in PyTorch, built independently: torch.nn, torch.optim, torch.amp and no arithmetic of ours.
+
+It is what `scripts/compare_pytorch.py` holds refimpl against. Attention is written out, not a fused kernel, so that both
+sides round at the same places. The op lists of CPU autocast are torch.autocast's own; those of CUDA autocast run on the
+CPU by a twin that spells its casts out, since no GPU is needed to know them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refimpl.config import Config
+
+LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Casts:
+    """Where values change their type: nowhere by default (plain models, and torch.autocast, which does it unseen)."""
+
+    def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        return F.linear(x, layer.weight, layer.bias)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    def norm(self, x: Tensor, layer: nn.LayerNorm) -> Tensor:
+        return layer(x)
+
+    def embedding(self, index: Tensor, layer: nn.Embedding) -> Tensor:
+        return layer(index)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return torch.softmax(x, -1)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
+class HalfModel(Casts):
+    """A 16-bit model, with the two sums over rows that PyTorch's CPU kernels make in 16 bits made in FP32, as CUDA does.
+
+    On the CPU the gradients of a 16-bit layer norm's weight and bias and of a 16-bit embedding are rounded after every row,
+    and the row statistics are rounded before backward. That is a property of those kernels, not of the algorithm.
+    """
+
+    def norm(self, x: Tensor, layer: nn.LayerNorm) -> Tensor:
+        y = F.layer_norm(x.float(), layer.normalized_shape, layer.weight.float(), layer.bias.float(), layer.eps)
+        return y.to(x.dtype)
+
+    def embedding(self, index: Tensor, layer: nn.Embedding) -> Tensor:
+        return F.embedding(index, layer.weight.float()).to(layer.weight.dtype)
+
+
+@dataclass
+class CudaAutocast(Casts):
+    """The lists of torch.autocast('cuda') spelled out: products low, norms, softmax and loss FP32, others as they come."""
+
+    low: torch.dtype = torch.float16
+    cache: dict[int, Tensor] = field(default_factory=dict)
+
+    def cached(self, w: Tensor) -> Tensor:
+        """A parameter is cast once a step, and its uses share the copy."""
+        return self.cache.setdefault(id(w), w.to(self.low))
+
+    def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        bias = None if layer.bias is None else self.cached(layer.bias)
+        return F.linear(x.to(self.low), self.cached(layer.weight), bias)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a.to(self.low) @ b.to(self.low)
+
+    def norm(self, x: Tensor, layer: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x.float(), layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return torch.softmax(x, -1, dtype=torch.float32)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, one operation a line."""
+
+    def __init__(self, width: int, n_head: int) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, casts: Casts) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (h.view(B, T, self.n_head, -1).transpose(1, 2) for h in casts.linear(x, self.c_attn).split(C, dim=2))
+        scores = casts.product(q, k.transpose(-2, -1)) * (1.0 / math.sqrt(C // self.n_head))
+        hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+        weights = casts.softmax(scores.masked_fill(hidden, -math.inf))
+        return casts.linear(casts.product(weights, v).transpose(1, 2).reshape(B, T, C), self.c_proj)
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU (tanh) between them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, casts: Casts) -> Tensor:
+        return casts.linear(F.gelu(casts.linear(x, self.c_fc), approximate="tanh"), self.c_proj)
+
+
+class Block(nn.Module):
+    """A transformer block, layer norm first."""
+
+    def __init__(self, width: int, n_head: int) -> None:
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(width), Attention(width, n_head)
+        self.ln_2, self.mlp = nn.LayerNorm(width), MLP(width)
+
+    def forward(self, x: Tensor, casts: Casts) -> Tensor:
+        x = x + self.attn(casts.norm(x, self.ln_1), casts)
+        return x + self.mlp(casts.norm(x, self.ln_2), casts)
+
+
+class GPT(nn.Module):
+    """GPT-2 with nanoGPT's names and a tied output layer."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        assert config.n_layer and config.n_head and config.n_embd and config.block_size
+        width = config.n_embd
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(256, width),
+                "wpe": nn.Embedding(config.block_size, width),
+                "h": nn.ModuleList(Block(width, config.n_head) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(width),
+            }
+        )
+        self.lm_head = nn.Linear(width, 256, bias=False)
+        self.lm_head.weight = cast(Any, self.transformer["wte"]).weight
+
+    def forward(self, tokens: Tensor, targets: Tensor, casts: Casts) -> Tensor:
+        parts: Any = self.transformer
+        positions = torch.arange(tokens.shape[1])
+        x = casts.embedding(tokens, parts["wte"]) + casts.embedding(positions, parts["wpe"])
+        for block in parts["h"]:
+            x = block(x, casts)
+        return casts.loss(casts.linear(casts.norm(x, parts["ln_f"]), self.lm_head), targets)
+
+
+class Hidden(nn.Module):
+    """A hidden layer of the MLP language model."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(n_in, n_out)
+
+
+class ByteMLP(nn.Module):
+    """Bengio's model: the embeddings of a block of bytes, joined, through hidden layers with ReLU."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        assert config.n_layer and config.n_embd and config.block_size
+        width = 4 * config.n_embd
+        self.wte = nn.Embedding(256, config.n_embd)
+        sizes = [config.block_size * config.n_embd] + [width] * config.n_layer
+        self.h: Any = nn.ModuleList(Hidden(a, b) for a, b in itertools.pairwise(sizes))
+        self.lm_head = nn.Linear(width, 256)
+
+    def forward(self, tokens: Tensor, targets: Tensor, casts: Casts) -> Tensor:
+        x = casts.embedding(tokens, self.wte).flatten(1)
+        for layer in self.h:
+            x = torch.relu(casts.linear(x, layer.fc))
+        return casts.loss(casts.linear(x, self.lm_head), targets[:, -1])
+
+
+class Twin:
+    """One training run in PyTorch. `step` does a step and returns what happened; tensors are read by name between steps.
+
+    The fp16 and bf16 recipes are a 16-bit model beside FP32 masters that the optimizer owns; the others train the model's
+    own FP32 weights.
+    """
+
+    def __init__(self, config: Config, weights: Mapping[str, np.ndarray]) -> None:
+        self.config = config
+        self.model: nn.Module = GPT(config) if config.model == "gpt" else ByteMLP(config)
+        self.model.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()}, strict=False)
+        self.low = LOW.get(config.recipe.removeprefix("amp-").removesuffix("-cpu"))
+        self.amp = config.recipe.startswith("amp-")
+        self.masters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        if self.low is not None and not self.amp:
+            self.model.to(self.low)
+        else:
+            self.masters = dict(self.model.named_parameters())
+        for master in self.masters.values():
+            master.requires_grad_(True)
+        self.optimizer = self._make_optimizer()
+        self.updates = 0
+        dynamic = config.loss_scale == "dynamic"
+        self.scaler = torch.amp.GradScaler("cpu", config.init_scale, growth_interval=config.growth_interval, enabled=dynamic)
+        self.scaled_grads: dict[str, np.ndarray] = {}
+        self.unscaled_grads: dict[str, np.ndarray] = {}
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        assert config.lr is not None
+        groups = [
+            {"params": [p for p in self.masters.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.masters.values() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(groups, config.lr, momentum=config.momentum)
+        return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    def _lr(self) -> float:
+        """Linear warm-up and cosine, by the number of updates made."""
+        c, t = self.config, self.updates
+        assert c.lr is not None and c.min_lr is not None and c.steps is not None
+        if t < c.warmup:
+            return c.lr * (t + 1) / (c.warmup + 1)
+        x = min(1.0, (t - c.warmup) / max(1, c.steps - c.warmup))
+        return c.min_lr + (c.lr - c.min_lr) * (1 + math.cos(math.pi * x)) / 2
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        recipe = self.config.recipe
+        if recipe.endswith("-cpu"):
+            with torch.autocast("cpu", dtype=self.low):
+                return self.model(tokens, targets, Casts())
+        casts = Casts() if self.low is None else CudaAutocast(self.low) if self.amp else HalfModel()
+        return self.model(tokens, targets, casts)
+
+    def step(self, tokens: np.ndarray, targets: np.ndarray, overflow: bool = False) -> dict[str, Any]:
+        """One step. overflow=True puts an Inf into the first parameter's gradient, for a test of skipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr()
+        model_parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                if model_parameters[name] is not master:
+                    model_parameters[name].copy_(master)
+        self.model.zero_grad(set_to_none=True)
+        loss = self._loss(torch.from_numpy(tokens), torch.from_numpy(targets))
+        scale = float(self.scaler.get_scale())
+        self.scaler.scale(loss).backward()
+        grads = {name: cast(Tensor, p.grad) for name, p in model_parameters.items()}
+        if overflow:
+            next(iter(grads.values())).view(-1)[0] = math.inf
+        self.scaled_grads = {name: _numpy(g) for name, g in grads.items()}
+        for name, master in self.masters.items():
+            master.grad = grads[name].float()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        self.unscaled_grads = {name: _numpy(p.grad) for name, p in self.masters.items()}
+        skipped = not all(np.isfinite(g).all() for g in self.scaled_grads.values())
+        norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.updates += not skipped
+        return {"loss": loss.item(), "loss_scale": scale, "skipped": skipped, "grad_norm": norm.item()}
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The FP32 weights (the masters) by name."""
+        return {name: _numpy(p) for name, p in self.masters.items()}
+
+    def moments(self) -> dict[str, dict[str, np.ndarray]]:
+        """m and v (SGD: m) by parameter name."""
+        kinds: Callable[[str], str] = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m"}.get  # type: ignore[assignment]
+        result: dict[str, dict[str, np.ndarray]] = {"m": {}, "v": {}}
+        for name, p in self.masters.items():
+            for key, value in self.optimizer.state[p].items():
+                if kinds(key):
+                    result[kinds(key)][name] = _numpy(value)
+        return result
+
+
+def _numpy(x: Any) -> np.ndarray:
+    """A copy in FP32, which holds every 16-bit value."""
+    return np.array(x.detach().float().numpy())

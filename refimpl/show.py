@@ -1,0 +1,166 @@
+"""How things are shown to a person: plain tables, a value with its bits, and the tables of recipes and policies."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from refimpl.formats import FORMATS, format_of
+from refimpl.policy import EVERY_OTHER, SAME, Policy, Precision
+from refimpl.recipes import RECIPES, STATE_KINDS, Recipe, get_recipe
+
+# ---------------------------------------------------------------------------------------------------- tables and values
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Columns as wide as their widest cell, two spaces apart; the last one is never padded."""
+    lines = [list(header), *([list(row) for row in rows])] if header else [list(row) for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    if header:
+        lines.insert(1, ["-" * width for width in widths])
+    cells = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(indent + line.rstrip() for line in cells)
+
+
+def bits(x: Any) -> str:
+    """The bits of one value as sign|exponent|fraction, e.g. '0|01111|0000000000' for 1 in fp16.
+
+    x: a 0-d array of any format that has an array type of its own (TF32, stored in fp32, shows as fp32).
+    """
+    fmt = FORMATS[format_of(x)]
+    code = f"{int.from_bytes(x.tobytes(), sys.byteorder):0{8 * fmt.itemsize}b}"[-fmt.bits :]
+    ends = (fmt.sign_bits, fmt.sign_bits + fmt.exponent_bits)
+    return "|".join(part for part in (code[: ends[0]], code[ends[0] : ends[1]], code[ends[1] :]) if part)
+
+
+def digits(value: float, fmt: str) -> str:
+    """As many decimal digits as tell any two values of the format apart: 9 in fp32, 5 in fp16, 4 in bf16."""
+    return f"{value:.{math.ceil(1 + (FORMATS[fmt].fraction_bits + 1) * math.log10(2))}g}"
+
+
+def ulp(fmt: str, value: float) -> float:
+    """The distance between neighbouring values of a format around `value`.
+
+        2^(max(e, smallest normal exponent) - fraction_bits),  where  2^e <= |value| < 2^(e + 1)
+
+    So the error of one rounding to nearest is at most half an ulp, unless it overflows. NaN for Inf and NaN.
+    Source: Muller 2005, 'On the definition of ulp(x)', INRIA RR-5504: the one that he names after Goldberg.
+    """
+    if not math.isfinite(value):
+        return math.nan
+    row = FORMATS[fmt]
+    exponent = math.frexp(max(abs(value), row.smallest_normal))[1] - 1
+    return math.ldexp(1.0, exponent - row.fraction_bits)
+
+
+def json_text(data: Any) -> str:
+    """JSON, where numbers that JSON has no word for (NaN, infinities) are null."""
+
+    def finite(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: finite(value) for key, value in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [finite(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(finite(data), indent=2, allow_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------------- recipes and policies
+
+_KEY = f"""\
+{EVERY_OTHER!r} is every other operation, those without a row of their own; a row with a dot is a part of an operation.
+{SAME!r} as inputs: each operand stays in the format that it arrives in; as out: the widest format among the operands."""
+
+
+def show_recipes(name: str | None = None, as_json: bool = False) -> None:
+    """What scripts/recipes.py does: print all recipes and policies, or one recipe. Errors: UsageError for an unknown name."""
+    chosen = list(RECIPES.values()) if name is None else [get_recipe(name)]
+    if as_json:
+        print(json_text(recipes_data(chosen)))
+    else:
+        print(recipes_text(chosen) if name is None else recipe_text(chosen[0]))
+
+
+def recipes_data(recipes: Sequence[Recipe]) -> dict[str, Any]:
+    """Recipes, and the policies that they use, as plain data."""
+    return {
+        "recipes": {
+            recipe.name: {
+                "summary": recipe.summary,
+                "source": recipe.source,
+                "policy": recipe.policy.name,
+                "state": {kind: recipe.state[kind] or None for kind in STATE_KINDS},
+                "loss_scale": recipe.loss_scale,
+                "bytes_per_parameter": recipe.bytes_per_parameter(),
+            }
+            for recipe in recipes
+        },
+        "policies": {
+            policy.name: {
+                row: {"inputs": p.inputs if isinstance(p.inputs, str) else dict(p.inputs), "acc": p.acc, "out": p.out}
+                for row, p in policy.rows.items()
+            }
+            for policy, _ in _policies(recipes)
+        },
+    }
+
+
+def recipes_text(recipes: Sequence[Recipe]) -> str:
+    """The table of recipes, then a table for each policy."""
+    header = ["recipe", *STATE_KINDS, "loss scale", "bytes", "summary"]
+    rows = [
+        [r.name, *(r.state[kind] or "-" for kind in STATE_KINDS), r.loss_scale, str(r.bytes_per_parameter()), r.summary]
+        for r in recipes
+    ]
+    parts = [
+        "Recipes: the format that each kind of model state is kept in, the default loss scale, and the bytes a parameter that\n"
+        "the states take with AdamW. '-': not kept; without a master the weights are their own masters.",
+        table(header, rows),
+        f"Policies: the formats inside every operation.\n{_KEY}",
+    ]
+    for policy, users in _policies(recipes):
+        parts.append(f"policy {policy.name}, of {', '.join(users)}\n{_policy_table(policy)}")
+    return "\n\n".join(parts)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """One recipe in detail."""
+    return "\n\n".join(
+        [
+            f"recipe {recipe.name}: {recipe.summary}\nsource: {recipe.source}\ndefault loss scale: {recipe.loss_scale}",
+            f"model states, with AdamW\n{_state_table(recipe)}",
+            f"policy {recipe.policy.name}: the formats inside every operation\n{_policy_table(recipe.policy)}",
+            _KEY,
+        ]
+    )
+
+
+def _state_table(recipe: Recipe) -> str:
+    kept = recipe.state_formats()
+    rows = [[kind, fmt, str(FORMATS[fmt].itemsize)] for kind, fmt in kept.items()]
+    if "master" not in kept:
+        rows.append(["master", "-", "0  the weights are their own masters"])
+    rows.append(["together", "", str(recipe.bytes_per_parameter())])
+    return table(["kind", "format", "bytes a parameter"], rows, "  ")
+
+
+def _policy_table(policy: Policy) -> str:
+    last = sorted(policy.rows.items(), key=lambda item: item[0] == EVERY_OTHER)
+    rows = [[row + "  every other operation" * (row == EVERY_OTHER), _inputs(p), p.acc, p.out] for row, p in last]
+    return table(["row", "inputs", "acc", "out"], rows, "  ")
+
+
+def _inputs(p: Precision) -> str:
+    return p.inputs if isinstance(p.inputs, str) else ", ".join(f"{operand}: {fmt}" for operand, fmt in p.inputs.items())
+
+
+def _policies(recipes: Sequence[Recipe]) -> list[tuple[Policy, list[str]]]:
+    """The policies in the order of the recipes, each once, with the recipes that use it."""
+    users: dict[str, tuple[Policy, list[str]]] = {}
+    for recipe in recipes:
+        users.setdefault(recipe.policy.name, (recipe.policy, []))[1].append(recipe.name)
+    return list(users.values())

@@ -1,0 +1,56 @@
+"""Train with refimpl and with PyTorch side by side, and say whether and where they part.
+
+    pip install torch==2.13.0
+    python scripts/compare_pytorch.py --recipe fp16 --steps 50
+
+Exit code 0 when everything is within its bound, 1 when not.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from refimpl.checkpoint import write_text_atomically
+from refimpl.cli import main
+from refimpl.compare_pytorch import RECIPES, compare, report
+from refimpl.config import Config
+
+DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3}
+"""A model small enough for seconds; the loss scale starts where it overflows by itself once or twice."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script: those of train.py that matter here."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = result.add_argument
+    add("--recipe", default="fp16", help=", ".join(RECIPES))
+    add("--model", default="gpt", help="gpt or mlp")
+    add("--steps", type=int, default=50)
+    add("--seed", type=int, default=0)
+    for name, value in DEFAULTS.items():
+        add(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    add("--warmup", type=int, default=10)
+    add("--optimizer", default="adamw", help="adamw or sgd")
+    add("--weight-decay", type=float, default=argparse.SUPPRESS)
+    add("--clip", type=float, default=1.0)
+    add("--init-scale", type=float, default=2.0**18)
+    add("--growth-interval", type=int, default=8)
+    add("--data", default="pydoc")
+    add("--json", type=Path, metavar="FILE", help="write the figures of the verdict")
+    return result
+
+
+def run(arguments: dict[str, Any]) -> int:
+    """Compare, print, write; 0 within the bounds, 1 outside."""
+    path = arguments.pop("json")
+    result = compare(Config.of(arguments))
+    print(report(result))
+    if path:
+        text = json.dumps(result.summary(), indent=2) + "\n"
+        write_text_atomically(path, text)
+    return 0 if result.agrees else 1
+
+
+if __name__ == "__main__":
+    main(lambda: run(vars(parser().parse_args())))

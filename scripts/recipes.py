@@ -1,0 +1,23 @@
+"""Print the recipes and the policies: which formats each way to train uses, and where.
+
+    python scripts/recipes.py
+    python scripts/recipes.py --recipe amp-fp16
+    python scripts/recipes.py --json
+"""
+
+import argparse
+
+from refimpl.cli import main
+from refimpl.show import show_recipes
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--recipe", metavar="NAME", dest="name", help="only this one, in detail")
+    result.add_argument("--json", action="store_true", dest="as_json", help="print it as data")
+    return result
+
+
+if __name__ == "__main__":
+    main(lambda: show_recipes(**vars(parser().parse_args())))

@@ -1,0 +1,482 @@
+"""The design held by tests: what the syntax trees of refimpl/ may contain, and who may import whom.
+
+Each rule is a function from source text to a list of offences. Each is run on the real files, where the list must be
+empty, and on a few bad lines, where it must not be: a checker that finds nothing anywhere proves nothing.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from refimpl.ops import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "refimpl"
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+# The one door for rounding, and the fast twin behind it, which only the door may open.
+DOOR = ("cast.py", "fast_cast.py")
+# A PyTorch program kept beside the project as a witness: its tensors are not arrays of ours.
+FOREIGN = ("pytorch_twin.py",)
+OURS = [name for name in FILES if name not in DOOR + FOREIGN]
+
+
+def source(name: str) -> str:
+    return FILES[name].read_text(encoding="utf-8")
+
+
+def calls(text: str) -> Iterator[tuple[ast.Call, str]]:
+    """Every call with the last word of what it calls: `a.b.view(...)` is 'view'."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            function = node.func
+            yield node, function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def offence(node: ast.AST) -> str:
+    return f"line {node.lineno}: {ast.unparse(node)}"
+
+
+# ---------------------------------------------------------------------------------------- (a), (b) one door for rounding
+
+
+def uses_of_astype(text: str) -> list[str]:
+    """`astype` in any form, called or handed on."""
+    return [offence(n) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute) and n.attr == "astype"]
+
+
+ALLOCATION = {"empty", "zeros", "ones", "full", "asarray", "array", "empty_like", "zeros_like", "ones_like", "full_like"}
+NO_FLOATS = re.compile(r"^((np|xp|numpy|self\.xp|p\.xp)\.)?(bool_?|int|u?int(8|16|32|64)|intp)$")
+
+
+def other_conversions(text: str) -> list[str]:
+    """The other ways by which an array changes its type: reinterpreted, copied across types, or computed in a named type."""
+    found = []
+    for node, name in calls(text):
+        if name in ("view", "copyto"):
+            found.append(offence(node))
+        for keyword in node.keywords:
+            if keyword.arg == "dtype" and name not in ALLOCATION and not NO_FLOATS.match(ast.unparse(keyword.value)):
+                found.append(offence(node))
+    return found
+
+
+def float_types_called(text: str) -> list[str]:
+    """`np.float16(x)` rounds an array as well as astype does; of a number that Python holds it makes a constant."""
+    types = {"float16", "float32", "half", "single", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
+    return [
+        offence(node)
+        for node, name in calls(text)
+        if name in types and not (node.args and isinstance(node.args[0], ast.Constant))
+    ]
+
+
+# Exceptions, each with its reason; the expression as ast.unparse prints it.
+ALLOWED_CONVERSIONS = {
+    # the initial draw: NumPy makes fp32 normals directly, nothing is converted
+    ("models/model.py", "rng.standard_normal(out=value, dtype=np.float32)"),
+}
+ALLOWED_TYPE_CALLS = {
+    # settings and checkpoints: Python numbers that become the 0-d scale
+    ("loss_scale.py", "np.float32(init_scale)"),
+    ("loss_scale.py", "np.float32(scale)"),
+    ("loss_scale.py", "np.float32(state['scale'])"),
+}
+
+
+def without_allowed(name: str, offences: list[str], allowed: set[tuple[str, str]]) -> list[str]:
+    return [o for o in offences if (name, o.split(": ", 1)[1]) not in allowed]
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n not in DOOR])
+def test_nothing_but_the_door_says_astype(name: str) -> None:
+    assert uses_of_astype(source(name)) == []
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_nothing_but_the_door_changes_a_type_in_another_way(name: str) -> None:
+    assert without_allowed(name, other_conversions(source(name)), ALLOWED_CONVERSIONS) == []
+
+
+# The rule is for what computes. Files that only show or check numbers on the host may hold them as NumPy scalars.
+@pytest.mark.parametrize("name", [n for n in OURS if n.partition("/")[0].removesuffix(".py") in {
+    "backends", "formats", "gradients", "loss_scale", "models", "ops", "optim", "policy", "recipes", "state", "step", "tape",
+}])  # fmt: skip
+def test_the_algorithm_makes_no_float_scalars_from_arrays(name: str) -> None:
+    assert without_allowed(name, float_types_called(source(name)), ALLOWED_TYPE_CALLS) == []
+
+
+def test_every_allowed_exception_is_still_there() -> None:
+    for allowed, checker in ((ALLOWED_CONVERSIONS, other_conversions), (ALLOWED_TYPE_CALLS, float_types_called)):
+        for name, text in allowed:
+            assert any(o.endswith(f": {text}") for o in checker(source(name))), (name, text)
+
+
+@pytest.mark.parametrize(
+    ("checker", "bad", "good"),
+    [
+        (uses_of_astype, ["y = x.astype(t)", "f = x.astype", "g(x[0].T.astype(t))"], ["astype = 3", "y = cast(x, 'fp16')"]),
+        (
+            other_conversions,
+            ["x.view(np.uint32)", "np.copyto(a, b)", "x.sum(dtype=np.float32)", "np.add(a, b, dtype=t)", "x.mean(dtype='f2')"],
+            ["np.empty(3, dtype=np.float16)", "xp.zeros(3, dtype=t)", "x.sum(dtype=np.int64)", "v.views(b)"],
+        ),
+        (float_types_called, ["np.float16(x)", "np.float32(a + b)", "ml_dtypes.bfloat16(y)"], ["np.float32(0.5)"]),
+    ],
+)  # fmt: skip
+def test_conversion_checkers_bite(checker: object, bad: list[str], good: list[str]) -> None:
+    for line in bad:
+        assert len(checker(line)) == 1, line
+    for line in good:
+        assert checker(line) == [], line
+    assert len(checker("\n".join(bad))) == len(bad)
+
+
+def test_only_the_door_opens_its_fast_twin() -> None:
+    users = {name for name in FILES if "fast_cast" in imports(source(name))}
+    assert users <= {"cast.py"}, users
+
+
+# --------------------------------------------------------------------------------------------- (c) the direction of imports
+
+
+def module_of(name: str) -> str:
+    """'ops/gemm.py' -> 'ops.gemm'; 'ops/__init__.py' -> 'ops'; '__init__.py' -> ''."""
+    return name.removesuffix(".py").replace("/", ".").removesuffix("__init__").removesuffix(".")
+
+
+MODULES = {module_of(name): name for name in FILES}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def statements(node: ast.AST, types_too: bool, late_too: bool) -> Iterator[ast.AST]:
+    """All nodes, without those for type checkers only and those that run when a function is called, unless asked for."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child) and not types_too:
+            for other in child.orelse:
+                yield from statements(other, types_too, late_too)
+            continue
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not late_too:
+            continue
+        yield child
+        yield from statements(child, types_too, late_too)
+
+
+def exported(package: str) -> set[str]:
+    """The names that a package's __init__ imports: `from refimpl.ops import attention` is the operation, not the module."""
+    if package not in MODULES or not MODULES[package].endswith("__init__.py"):
+        return set()
+    nodes = ast.walk(ast.parse(source(MODULES[package])))
+    return {alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+def imports(text: str, types_too: bool = True, late_too: bool = True) -> set[str]:
+    """The modules of refimpl that a source text imports, without the 'refimpl.'; '' is refimpl itself."""
+    found = set()
+    for node in statements(ast.parse(text), types_too, late_too):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names = ["refimpl.(relative)"]
+        elif isinstance(node, ast.ImportFrom):
+            package = node.module.removeprefix("refimpl").removeprefix(".")
+            objects = exported(package)
+            full = {alias.name: f"{package}.{alias.name}".removeprefix(".") for alias in node.names}
+            is_module = {name: full[name] in MODULES and name not in objects for name in full}
+            names = [f"{node.module}.{name}" if is_module[name] else node.module for name in full]
+        else:
+            continue
+        found |= {name.removeprefix("refimpl").removeprefix(".") for name in names if name.split(".")[0] == "refimpl"}
+    return found
+
+
+# What each module of the algorithm may import. What is not listed is an application: it may import anything, and no
+# module listed here may import it. `formats <- cast <- policy <- ops <- tape <- models`, `step` on top.
+OPS_MAY = {"formats", "policy", "ops.op", "ops.norm"}
+MODELS_MAY = {"errors", "ops", "tape", "models.model"}
+MAY_IMPORT = {
+    "": set(),
+    "errors": set(),
+    "formats": set(),
+    "fast_cast": set(),
+    "cast": {"formats", "fast_cast"},
+    "policy": {"cast", "formats"},
+    "recipes": {"errors", "formats", "policy"},
+    "backends": {"cast", "errors", "backends.cupy"},
+    "backends.cupy": {"backends", "errors"},
+    "ops": {f"ops.{part}" for part in ("attention", "embedding", "gemm", "loss", "norm", "op", "pointwise", "shape")},
+    "ops.op": set(),
+    "ops.attention": OPS_MAY,
+    "ops.embedding": OPS_MAY,
+    "ops.gemm": OPS_MAY,
+    "ops.loss": OPS_MAY,
+    "ops.norm": OPS_MAY - {"ops.norm"},
+    "ops.pointwise": OPS_MAY,
+    "ops.shape": OPS_MAY,
+    "tape": {"ops", "policy"},
+    "models": {"models.model", "models.gpt", "models.mlp"},
+    "models.model": {"tape"},
+    "models.gpt": MODELS_MAY,
+    "models.mlp": MODELS_MAY,
+    "state": {"backends", "cast", "formats"},
+    "gradients": {"cast", "state"},
+    "loss_scale": {"cast", "errors", "formats"},
+    "optim": {"cast", "state"},
+    "step": {"gradients", "loss_scale", "models", "optim", "policy", "state", "tape"},
+}
+
+
+def forbidden_imports(module: str, text: str, table: Mapping[str, set[str]] = MAY_IMPORT) -> set[str]:
+    return imports(text) - table[module]
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_imports_run_one_way(module: str) -> None:
+    assert module in MODULES, f"refimpl.{module} is gone: take it out of the table"
+    assert forbidden_imports(module, source(MODULES[module])) == set()
+
+
+@pytest.mark.parametrize("package", ["ops", "models", "backends"])
+def test_every_module_of_these_packages_is_in_the_table(package: str) -> None:
+    assert {m for m in MODULES if m.split(".")[0] == package} <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    ("module", "bad"),
+    [
+        ("formats", "from refimpl.cast import cast"),
+        ("formats", "import refimpl.errors"),
+        ("ops.gemm", "from refimpl.tape import Tape"),
+        ("ops.gemm", "from refimpl import tape"),
+        ("models.gpt", "from refimpl.ops import gemm"),
+        ("ops.gemm", "def f():\n    from refimpl import tape"),
+        ("models.gpt", "from refimpl.cast import cast"),
+        ("loss_scale", "if x:\n    import refimpl.tape as t"),
+        ("step", "from refimpl.trainer import Trainer"),
+        ("cast", "from .formats import FORMATS"),
+    ],
+)
+def test_import_checker_bites(module: str, bad: str) -> None:
+    assert len(forbidden_imports(module, f"import math\nfrom numpy import array\n{bad}")) == 1
+
+
+def reachable(start: str, sources: Mapping[str, str]) -> set[str]:
+    """All modules that importing `start` imports; packages on the way are imported too, types and late imports are not."""
+    found, waiting = set(), [start]
+    while waiting:
+        module = waiting.pop()
+        if module in found or module not in sources:
+            continue
+        found.add(module)
+        waiting.extend(imports(sources[module], types_too=False, late_too=False))
+        waiting.extend([module.rpartition(".")[0]] if "." in module else [])
+    return found - {start}
+
+
+AUTOGRAD = {"tape", "ops", "models"}
+
+
+@pytest.mark.parametrize("module", ["formats", "cast", "policy", "recipes", "loss_scale", "optim", "gradients"])
+def test_these_know_no_autograd_even_through_others(module: str) -> None:
+    closure = reachable(module, {m: source(name) for m, name in MODULES.items()})
+    assert {m for m in closure if m.split(".")[0] in AUTOGRAD} == set()
+
+
+def test_reachability_goes_through_others_and_leaves_types_out() -> None:
+    sources = {
+        "optim": "from refimpl.state import State",
+        "state": "from refimpl.models.model import Model",
+        "models": "",
+        "models.model": "import refimpl.tape",
+        "tape": "",
+    }
+    assert reachable("optim", sources) == {"state", "models", "models.model", "tape"}
+    sources["state"] = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from refimpl.models.model import Model"
+    assert reachable("optim", sources) == {"state"}
+    sources["state"] = "def f():\n    from refimpl.tape import Tape"
+    assert reachable("optim", sources) == {"state"}
+
+
+def cycles(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import themselves by way of others (imports inside functions and packages as such not counted)."""
+    graph = {m: imports(text, types_too=False, late_too=False) for m, text in sources.items()}
+    found = []
+    for start in graph:
+        seen, waiting = set(), list(graph[start])
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                waiting.extend(graph.get(module, ()))
+        if start in seen:
+            found.append(start)
+    return found
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    assert cycles({m: source(name) for m, name in MODULES.items()}) == []
+    assert cycles({"tape": "import refimpl.ops", "ops": "import refimpl.tape", "cast": ""}) == ["tape", "ops"]
+
+
+def casting(text: str) -> list[str]:
+    """What a model must not do: name a cast, import the door, or name a format."""
+    tree = ast.parse(text)
+    found = [offence(node) for node, name in calls(text) if name in ("cast", "widen", "round_to", "_convert")]
+    found += [f"imports {module}" for module in imports(text) & {"cast", "fast_cast", "formats"}]
+    found += [
+        offence(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in ("fp16", "bf16", "fp32", "fp64", "e4m3", "e5m2")
+    ]
+    return found
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("models/")])
+def test_models_never_cast(name: str) -> None:
+    assert casting(source(name)) == []
+
+
+def test_cast_checker_bites() -> None:
+    for bad in ("y = cast(x, f)", "door.widen(x)", "from refimpl.cast import cast", "t(linear, 'fc', x, fmt='bf16')"):
+        assert len(casting(bad)) == 1, bad
+    assert casting("t(linear, 'mlp.c_fc', x)  # a cast in a comment") == []
+
+
+# ------------------------------------------------------------------------------------------ (d) every operation is tested
+
+
+def untested(operations: Mapping[str, object], text: str) -> list[str]:
+    """Operations whose name, in quotes, as a word of the table, or as `name_forward`, is nowhere in the tests."""
+    return [n for n in operations if not re.search(rf"""(["']{n}["'.\[:(]|\b{n}_forward\b|\b{n}\()""", text)]
+
+
+def test_every_operation_has_cases() -> None:
+    files = sorted((ROOT / "tests").glob("test_ops_*.py"))
+    if not files:
+        pytest.skip("no tests/test_ops_*.py yet")
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    assert untested(OPS, text) == []
+
+
+def test_untested_operations_are_seen() -> None:
+    assert untested({"linear": 0, "matmul": 0}, 'case("linear", (3, 4))') == ["matmul"]
+    assert untested({"relu": 0}, "relu_backward  # of relu") == ["relu"]
+
+
+# ------------------------------------------------------------------------------------------------- (e) optional packages
+
+OPTIONAL = ("cupy", "cupyx", "torch", "matplotlib", "mpi4py")
+
+
+def loaded_by(imported: str, hidden: tuple[str, ...] = ()) -> set[str]:
+    """The top-level packages in sys.modules after the imports, in a fresh interpreter; `hidden` ones cannot be found."""
+    program = (
+        "import sys, importlib\n"
+        f"for name in {hidden!r}: sys.modules[name] = None\n"
+        f"for name in {imported!r}.split(): importlib.import_module(name)\n"
+        "print(*sorted({name.partition('.')[0] for name, module in sys.modules.items() if module is not None}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_everything_imports_without_the_optional_packages() -> None:
+    ours = [f"refimpl.{m}" if m else "refimpl" for m, name in MODULES.items() if name not in FOREIGN]
+    loaded = loaded_by(" ".join(ours), hidden=OPTIONAL)
+    assert {"refimpl", "numpy"} <= loaded
+
+
+def test_nothing_imports_the_optional_packages_uninvited() -> None:
+    ours = [f"refimpl.{m}" if m else "refimpl" for m, name in MODULES.items() if name not in FOREIGN]
+    assert loaded_by(" ".join(ours)) & set(OPTIONAL) == set()
+
+
+def test_the_step_needs_numpy_and_ml_dtypes_only() -> None:
+    assert loaded_by("refimpl.step") & {*OPTIONAL, "safetensors", "tqdm"} == set()
+
+
+def test_what_a_fresh_interpreter_loaded_is_seen() -> None:
+    assert "tomllib" in loaded_by("tomllib") and "tomllib" not in loaded_by("math")
+    with pytest.raises(AssertionError, match="tomllib"):
+        loaded_by("tomllib", hidden=("tomllib",))
+
+
+# ------------------------------------------------------------------------------------------------------ (f) the one page
+
+HEADINGS = ("# 1. Weights down", "# 2. Through", "# 3. Gradients up", "# 4. Update")
+
+
+def page_errors(text: str) -> list[str]:
+    """What keeps step.py from being one page: its length, and the four numbered comments of train_step, in order."""
+    lines = text.splitlines()
+    errors = [f"{len(lines)} lines"] if len(lines) > 100 else []
+    functions = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "train_step"]
+    if not functions:
+        return [*errors, "no train_step"]
+    body = [line.strip() for line in lines[functions[0].lineno - 1 : functions[0].end_lineno]]
+    numbered = [line for line in body if re.match(r"# \d\.", line)]
+    if len(numbered) != len(HEADINGS) or not all(a.startswith(b) for a, b in zip(numbered, HEADINGS, strict=False)):
+        errors.append(f"headings: {numbered}")
+    branches = [node for node in ast.walk(functions[0]) if isinstance(node, ast.If | ast.IfExp | ast.Match)]
+    return errors + [f"asks: {offence(node)}" for node in branches]
+
+
+def test_the_algorithm_is_one_page() -> None:
+    assert page_errors(source("step.py")) == []
+
+
+def test_page_checker_bites() -> None:
+    good = source("step.py")
+    assert page_errors(good + "\n" * 40) == [f"{len(good.splitlines()) + 40} lines"]
+    assert len(page_errors(good.replace("# 2. Through", "# Through"))) == 1
+    assert len(page_errors(good.replace("# 3. G", "# 9. G").replace("# 4. U", "# 3. G").replace("# 9. G", "# 4. U"))) == 1
+    assert len(page_errors(good.replace("loss_scale.update(found_inf)", "if fp16:\n        loss_scale.update(found_inf)"))) == 1
+    assert page_errors(good.replace("def train_step", "def step")) == ["no train_step"]
+
+
+# ------------------------------------------------------------------------------------------------- (g) length, docstrings
+
+
+def too_long(text: str, limit: int = 60) -> list[str]:
+    """Functions of more than `limit` lines, decorators and docstring included."""
+    return [
+        f"{node.name}: {length} lines"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := node.end_lineno - min([node.lineno, *(d.lineno for d in node.decorator_list)]) + 1) > limit
+    ]
+
+
+def undocumented(text: str) -> list[str]:
+    """The module, and its public functions and classes, where they have no docstring."""
+    tree = ast.parse(text)
+    nodes = [tree, *(n for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef))]
+    names = [getattr(node, "name", "the module") for node in nodes]
+    return [n for n, node in zip(names, nodes, strict=True) if not n.startswith("_") and not ast.get_docstring(node)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_are_short(name: str) -> None:
+    assert too_long(source(name)) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_public_is_documented(name: str) -> None:
+    assert undocumented(source(name)) == []
+
+
+def test_length_and_docstring_checkers_bite() -> None:
+    assert too_long("def f():\n" + "    x = 1\n" * 60) == ["f: 61 lines"]
+    assert too_long("def f():\n" + "    x = 1\n" * 59) == []
+    assert too_long("@d\ndef f():\n" + "    x = 1\n" * 59) == ["f: 61 lines"]
+    assert undocumented("def f(): pass\nclass C: pass\ndef _g(): pass") == ["the module", "f", "C"]
+    assert undocumented('"""M."""\ndef f():\n    """F."""') == []

@@ -1,0 +1,133 @@
+"""Whole training runs against PyTorch: every recipe and both models agree, and known mistakes do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.config import Config
+from refimpl.errors import UsageError
+
+torch = pytest.importorskip("torch", reason="the comparison with PyTorch needs torch==2.13.0")
+
+from refimpl import compare_pytorch  # noqa: E402
+from refimpl.compare_pytorch import RECIPES, Comparison, compare, report  # noqa: E402
+from refimpl.gradients import clip_coefficient  # noqa: E402
+from refimpl.policy import Policy, Precision  # noqa: E402
+from refimpl.recipes import get_recipe  # noqa: E402
+
+SMALL: dict[str, Any] = {
+    "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 50, "warmup": 10,
+    "init_scale": 2.0**18, "growth_interval": 8,
+}  # fmt: skip
+ODD: dict[str, Any] = {**SMALL, "n_head": 3, "n_embd": 36, "block_size": 19, "batch_size": 5, "n_layer": 1, "steps": 20}
+
+
+def run(recipe: str, base: dict[str, Any] = SMALL, **more: Any) -> Comparison:
+    return compare(Config.of({**base, "recipe": recipe, **more}), spread=False)
+
+
+@pytest.mark.parametrize("model", ["gpt", "mlp"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fifty_steps_agree(recipe: str, model: str) -> None:
+    result = run(recipe, model=model)
+    assert result.agrees, report(result)
+    summary = result.summary()
+    assert summary["scales_equal"] and summary["skips_equal"] and summary["steps"] == 50
+    assert summary["identical_share_by_stage"]["3 unscaled"] == 1.0
+    assert recipe not in ("fp16", "bf16") or summary["identical_share_by_stage"]["1 weights"] == 1.0
+    # The injected overflows, and with them the skip logic, have really happened where there is a loss scale.
+    assert sum(row["skipped"] for row in result.rows) >= (2 if "fp16" in recipe else 0)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_other_seeds_and_sizes_that_are_no_multiples_of_16_agree(recipe: str, seed: int) -> None:
+    result = run(recipe, ODD, seed=seed)
+    assert result.agrees, report(result)
+
+
+def test_sgd_agrees() -> None:
+    result = run("fp16", ODD, optimizer="sgd", lr=0.1)
+    assert result.agrees, report(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("sizes", [(36, 3, 19), (100, 5, 33)])
+@pytest.mark.parametrize("model", ["gpt", "mlp"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_full_product_agrees(recipe: str, model: str, sizes: tuple[int, int, int], seed: int) -> None:
+    n_embd, n_head, block_size = sizes
+    result = run(recipe, model=model, seed=seed, n_embd=n_embd, n_head=n_head, block_size=block_size)
+    assert result.agrees, report(result)
+
+
+def test_a_coarser_rounding_is_found_in_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: an FP16 run whose layer norms read BF16, 8 times coarser, departs at the first gradients."""
+    from dataclasses import replace
+
+    recipe = get_recipe("fp16")
+    rows = {**recipe.policy.rows, "layernorm": Precision("bf16", "fp32", "fp16")}
+    coarse = replace(recipe, policy=Policy("coarse", rows))
+    monkeypatch.setattr(compare_pytorch, "get_recipe", lambda name: coarse if name == "fp16" else get_recipe(name))
+    result = run("fp16", {**ODD, "steps": 6})
+    first = result.first_departure
+    assert first is not None and first.stage == "2 gradients", report(result)
+    assert max(stage.error for stage in result.stages if stage.stage == "2 gradients") > 2
+
+
+def test_clipping_scaled_gradients_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: unscale after clip, the classic."""
+    monkeypatch.setattr("refimpl.step.clip_coefficient", lambda norm, most: clip_coefficient(norm * 65536, most))
+    result = run("fp16", ODD, optimizer="sgd", lr=0.1)
+    assert not result.agrees and result.summary()["rel_l2_drift"] > 0.05, report(result)
+
+
+def test_a_decay_too_many_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: decay that acts on all parameters departs at the masters, of exactly those it should spare."""
+    from refimpl.state import Layout
+
+    original = Layout.of.__func__  # type: ignore[attr-defined]
+
+    def of(cls: type[Layout], model: Any) -> Layout:
+        layout = original(cls, model)
+        return Layout(layout.slots, ((0, layout.size),), layout.size)
+
+    monkeypatch.setattr(Layout, "of", classmethod(of))
+    result = run("fp32", ODD, weight_decay=1.0)
+    first = result.first_departure
+    assert first is not None and first.stage == "4 master" and first.name.endswith((".bias", "ln_1.weight", "ln_f.weight"))
+
+
+def test_a_biased_moment_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: another beta2 departs at v, where it acts first."""
+    from refimpl.optim import AdamW
+
+    monkeypatch.setattr(Config, "make_rule", lambda self: AdamW(betas=(0.9, 0.96), weight_decay=self.weight_decay))
+    first = run("fp32", ODD).first_departure
+    assert first is not None and first.stage == "4 v"
+
+
+def test_recipes_without_a_twin_are_refused() -> None:
+    with pytest.raises(UsageError, match="no twin"):
+        run("pure-bf16")
+    with pytest.raises(UsageError, match="micro-batch"):
+        run("fp16", grad_accum=2)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "scripts" / "compare_pytorch.py"
+    flags = ["--recipe=amp-bf16", "--steps=8", "--n-layer=1", "--n-embd=16", f"--json={tmp_path / 'r.json'}"]
+    done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch against itself" in done.stdout and "AGREES: amp-bf16, 8 steps" in done.stdout
+    summary = json.loads((tmp_path / "r.json").read_text())
+    keys = {"recipe", "steps", "max_abs_loss_diff", "rel_l2_drift", "scales_equal", "skips_equal", "identical_share_by_stage"}
+    assert keys <= summary.keys() and np.isfinite(summary["rel_l2_drift"])

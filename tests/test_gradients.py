@@ -1,0 +1,246 @@
+"""refimpl.gradients: Inf and NaN are found wherever they are, the norm is right, and unscaling comes before clipping.
+
+u = 2^-24 is the largest relative error of one fp32 rounding.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+import refimpl.state
+from refimpl.backends import NUMPY
+from refimpl.cast import cast, widen
+from refimpl.formats import FORMATS
+from refimpl.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
+from refimpl.models import Model, Parameter
+from refimpl.optim import SGD, Optimizer, Schedule
+from refimpl.recipes import get_recipe
+from refimpl.state import State
+
+U = 2.0**-24
+ONE = np.float32(1)
+
+
+def state_of(recipe: str, **shapes: tuple[int, ...]) -> State:
+    model = Model("toy", {}, {name: Parameter(shape, std=1.0) for name, shape in shapes.items()}, {}, None, None)
+    return State(model, get_recipe(recipe).state_formats(("m",)), NUMPY)
+
+
+# ------------------------------------------------------------------------------------------------------------- found_inf
+
+BAD = [math.inf, -math.inf, math.nan]
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("bad", BAD)
+def test_one_bad_gradient_at_either_end_of_any_block_is_found(recipe: str, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refimpl.state, "BLOCK", 8)
+    state = state_of(recipe, a=(5, 5), b=(10,))  # 35 elements: four blocks and a rest of three
+    state.grads[:] = 0.5
+    found, norm = check_and_measure(state, ONE)
+    assert not found and math.isfinite(norm)
+    places = sorted({0, 7, 8, 15, 16, 23, 24, 31, 32, 34, 20})
+    for place in places:
+        state.grads[place] = bad
+        with np.errstate(invalid="ignore"):
+            found, norm = check_and_measure(state, ONE)
+        assert found, place
+        assert not math.isfinite(norm)
+        assert found.shape == () and found.dtype == bool
+        state.grads[place] = 0.5
+    assert not check_and_measure(state, ONE)[0]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_found_in_the_real_blocks(bad: float) -> None:
+    block = refimpl.state.BLOCK
+    state = state_of("fp16", a=(2 * block + 3,))
+    for place in (0, block - 1, block, 2 * block - 1, 2 * block, 2 * block + 2):
+        state.grads[place] = bad
+        with np.errstate(invalid="ignore"):
+            assert check_and_measure(state, ONE)[0], place
+        state.grads[place] = 0
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "fp32"])
+def test_the_largest_finite_gradients_are_not_infinite(recipe: str) -> None:
+    # a test of the sum, or of the norm, would call these an overflow: their sum or their squares leave fp32
+    state = state_of(recipe, a=(100,))
+    state.grads[:] = FORMATS[state.formats["grads"]].max
+    state.grads[::3] *= -1
+    with np.errstate(over="ignore"):
+        found, _ = check_and_measure(state, ONE)
+    assert not found
+
+
+def test_the_check_is_on_the_scaled_gradients() -> None:
+    # With S < 1 unscaling multiplies and may overflow; PyTorch looks before it multiplies, and so does this
+    state = state_of("fp32", a=(3,))
+    state.grads[:] = 1e38
+    with np.errstate(over="ignore"):
+        found, norm = check_and_measure(state, inverse_of(np.float32(2.0**-10)))
+    assert not found and math.isinf(norm)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_first_non_finite_names_the_parameter(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refimpl.state, "BLOCK", 4)
+    for recipe in ("fp16", "fp32"):
+        state = state_of(recipe, first=(3,), second=(5, 2), third=(1,))
+        assert first_non_finite(state) is None
+        for index in (13, 12, 4, 3, 2, 0):  # from the end: each is the first when it is set
+            state.grads[index] = bad
+            assert first_non_finite(state) == ("first" if index < 3 else "second" if index < 13 else "third")
+
+
+# ------------------------------------------------------------------------------------------------------------------ norm
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("size", [1, 7, 1000, 65_536, 200_003])
+def test_norm_is_right(recipe: str, size: int) -> None:
+    state = state_of(recipe, a=(size,))
+    rng = np.random.default_rng(size)
+    cast(rng.standard_normal(size) * 10.0 ** rng.uniform(-3, 1, size), state.formats["grads"], out=state.grads)
+    scale = np.float32(1000.0)  # not a power of two: unscaling rounds
+    inverse = inverse_of(scale)
+    found, norm = check_and_measure(state, inverse)
+    exact = float(np.linalg.norm(np.float64(widen(state.grads, "fp64")))) / 1000.0
+    # Squares are positive, so relative errors never grow in sums. A square: 1/S 1 u, unscaling 1 u, both twice by the
+    # squaring, the product 1 u: 5 u. NumPy sums a block in pairs down to runs of 128 in 8 lanes: 16 + 3 additions, then
+    # log2(65536 / 128) = 9; then one addition a block. The root halves it all and adds 1.
+    blocks = -(-size // refimpl.state.BLOCK)
+    bound = 1.001 * U * ((5 + 19 + 9 + blocks) / 2 + 1)
+    assert not found
+    assert abs(float(norm) - exact) <= bound * exact
+    assert norm.dtype == np.float32 and norm.shape == ()
+
+
+def test_norm_in_fp64() -> None:
+    state = state_of("fp64", a=(1000,))
+    state.grads[:] = np.random.default_rng(0).standard_normal(1000)
+    _, norm = check_and_measure(state, np.float32(1))
+    exact = math.sqrt(math.fsum((state.grads * state.grads).tolist()))
+    assert norm.dtype == np.float64
+    assert abs(float(norm) - exact) <= 30 * 2.0**-53 * exact  # the count above, with u = 2^-53
+
+
+def test_norm_of_zero_gradients_is_zero() -> None:
+    found, norm = check_and_measure(state_of("fp16", a=(100,)), ONE)
+    assert not found and norm == 0
+
+
+def test_norm_does_not_depend_on_threads() -> None:
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    state = state_of("fp32", a=(300_001,))
+    state.grads[:] = np.random.default_rng(2).standard_normal(300_001).astype(np.float32)
+    norms = set()
+    for threads in (1, 2, 4):
+        with threadpoolctl.threadpool_limits(threads):
+            norms.add(check_and_measure(state, ONE)[1].tobytes())
+    assert len(norms) == 1
+
+
+def test_the_pass_writes_nothing() -> None:
+    state = state_of("fp16", a=(100,))
+    state.grads[:] = np.linspace(-1, 1, 100)
+    before = state.grads.tobytes()
+    check_and_measure(state, inverse_of(np.float32(3)))
+    assert state.grads.tobytes() == before
+
+
+# ------------------------------------------------------------------------------------------------------------- unscaling
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16, 2.0**-20, 3.0, 1000.0, 1e38, 1e-30])
+def test_inverse_is_the_double_quotient_rounded_once(scale: float) -> None:
+    inverse = inverse_of(np.asarray(np.float32(scale)))
+    assert inverse.dtype == np.float32
+    assert inverse == np.float32(1.0 / float(np.float32(scale)))
+
+
+def test_inverse_of_a_collapsed_scale_is_infinite() -> None:
+    with np.errstate(divide="ignore"):
+        assert inverse_of(np.asarray(np.float32(0))) == math.inf
+
+
+# --------------------------------------------------------------------------------------------------------------- clipping
+
+
+@pytest.mark.parametrize(
+    ("norm", "max_norm", "expected"), [(0.5, 1.0, 1.0), (0.0, 1.0, 1.0), (4.0, 1.0, 0.25), (1e3, 2.0, 2e-3)]
+)
+def test_clip_coefficient(norm: float, max_norm: float, expected: float) -> None:
+    coefficient = clip_coefficient(np.float32(norm), max_norm)
+    # the 1e-6 in the denominator, and three roundings: sum, reciprocal, product (expected itself is exact)
+    assert abs(float(coefficient) - expected) <= expected * (1e-6 / max(norm, 1) + 4 * U)
+    assert coefficient <= 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_clip_coefficient_is_the_formula_in_order(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    norm, max_norm = np.float32(10.0 ** rng.uniform(-8, 8)), float(10.0 ** rng.uniform(-2, 2))
+    expected = np.float32(1) / (norm + np.float32(1e-6)) * np.float32(max_norm)
+    assert clip_coefficient(norm, max_norm) == min(expected, ONE)
+
+
+def test_infinity_means_no_clipping() -> None:
+    assert clip_coefficient(np.float32(1e30), math.inf) == 1.0
+    assert clip_coefficient(np.float32(math.nan), math.inf) == 1.0
+
+
+def test_a_clipped_gradient_has_the_norm_asked_for() -> None:
+    g = np.random.default_rng(4).standard_normal(1000)
+    norm = np.linalg.norm(g)
+    coefficient = float(clip_coefficient(np.float32(norm), 0.5))
+    assert abs(np.linalg.norm(g * coefficient) - 0.5) <= 0.5 * (1e-6 / norm + 5 * U)  # norm's rounding too
+
+
+def test_clip_coefficient_equals_torch() -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        x, max_norm = np.float32(10.0 ** rng.uniform(-6, 6)), float(10.0 ** rng.uniform(-2, 2))
+        p = torch.nn.Parameter(torch.zeros(1))
+        p.grad = torch.tensor([x])  # its norm is x, exactly but for a root of a square
+        norm = torch.nn.utils.clip_grad_norm_([p], max_norm)
+        assert p.grad.item() == x * clip_coefficient(np.float32(norm.item()), max_norm)
+
+
+def trained_once(scaled: np.ndarray, inverse: np.ndarray, coefficient: object) -> np.ndarray:
+    state = state_of("fp32", a=scaled.shape)
+    state.grads[:] = scaled
+    Optimizer(SGD(momentum=0.0), Schedule(1.0, 1.0, 0, 1)).update(state, inverse, coefficient, np.False_)
+    return -state.master
+
+
+def test_unscaling_comes_before_clipping() -> None:
+    # a gradient of norm 0.5, below the limit of 1, with a loss scale of 1024: nothing is to be clipped
+    g = np.float32([0.3, -0.4])
+    state = state_of("fp32", a=(2,))
+    state.grads[:] = scaled = g * 1024
+    inverse = inverse_of(np.float32(1024))
+    _, norm = check_and_measure(state, inverse)
+    right = trained_once(scaled, inverse, clip_coefficient(norm, 1.0))
+    assert np.array_equal(right, g)
+    # negative control: the norm of the scaled gradients is 512, so clipping by it makes the update 512 times too small
+    _, scaled_norm = check_and_measure(state, ONE)
+    wrong = trained_once(scaled, inverse, clip_coefficient(scaled_norm, 1.0))
+    assert np.allclose(wrong, g / 512, rtol=1e-5)  # to see that it is this mistake, not for precision
+    assert np.abs(wrong - right).max() > 0.3
+
+
+def test_clipped_updates_do_not_depend_on_the_scale() -> None:
+    rng = np.random.default_rng(6)
+    g = (10 * rng.standard_normal(500)).astype(np.float32)
+    results = []
+    for scale in (1.0, 2.0**-7, 2.0**16):
+        state = state_of("fp32", a=(500,))
+        state.grads[:] = scaled = g * np.float32(scale)
+        inverse = inverse_of(np.float32(scale))
+        _, norm = check_and_measure(state, inverse)
+        results.append(trained_once(scaled, inverse, clip_coefficient(norm, 1.0)))
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+    assert abs(np.linalg.norm(results[0].astype(np.float64)) - 1) < 1e-6 + 50 * U  # clipped to 1: the norm's bound, twice

@@ -1,0 +1,478 @@
+"""refimpl.tape: what it records, how gradients of one tensor meet, what it hands to the sink, and what it lets go of."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from refimpl.backends import NUMPY
+from refimpl.models import GPTConfig, gpt
+from refimpl.ops import OPS, Op, add, cross_entropy, embedding, fan_in, gelu_tanh, layernorm, linear, relu, reshape, silu, split
+from refimpl.policy import Run
+from refimpl.recipes import RECIPES, get_recipe
+from refimpl.tape import Tape, Value
+
+Array = np.ndarray
+DTYPE = {
+    "fp64": np.dtype(np.float64),
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+AMP = {"amp-fp16": "fp16", "amp-bf16": "bf16", "amp-fp16-cpu": "fp16", "amp-bf16-cpu": "bf16"}
+UNIFORM = ["fp64", "fp32", "fp16", "bf16"]
+
+
+def make_run(recipe: str) -> Run:
+    return Run(get_recipe(recipe).policy, NUMPY)
+
+
+def draw(*shape: int, fmt: str = "fp32", seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32).astype(DTYPE[fmt])
+
+
+def weights_format(recipe: str) -> str:
+    return get_recipe(recipe).state["weights"]
+
+
+def wide(x: Any) -> Array:
+    return np.asarray(x).astype(np.float64)
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+class Collector:
+    """A sink that keeps what it is handed, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Array]] = []
+
+    def __call__(self, name: str, gradient: Array) -> None:
+        self.calls.append((name, gradient))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    def __getitem__(self, name: str) -> Array:
+        (gradient,) = (g for n, g in self.calls if n == name)  # exactly one
+        return gradient
+
+
+def ones_like(x: Array) -> Array:
+    return np.ones(x.shape, x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------- one tensor, many uses
+
+
+@pytest.mark.parametrize("fmt", UNIFORM)
+def test_gradients_of_a_tensor_used_twice_meet_in_one_sum(fmt: str) -> None:
+    weights = {"fc.weight": draw(6, 4, fmt=fmt), "fc.bias": draw(6, fmt=fmt, seed=1)}
+    x, seed = draw(5, 4, fmt=fmt, seed=2), draw(5, 6, fmt=fmt, seed=3)
+    run, sink = make_run(fmt), Collector()
+    t = Tape(run, weights)
+    h = t(linear, "fc", x)
+    t.backward(t(add, "sum", t(silu, "silu", h), t(gelu_tanh, "gelu", h)), seed, sink)
+
+    p = run.bind("linear", "by hand")
+    y, saved = linear.forward(x, *weights.values(), p=p)
+    each = []
+    for op in (silu, gelu_tanh):
+        p_op = run.bind(op.name, "by hand")
+        each.append(op.backward(seed, op.forward(y, p=p_op)[1], p=p_op)[0])
+    _, dw, db = linear.backward(fan_in(*each, run.bind("fan_in", "by hand")), saved, *weights.values(), p=p)
+    assert same_bits(sink["fc.weight"], dw) and same_bits(sink["fc.bias"], db)
+
+
+def test_both_inputs_of_one_operation_may_be_the_same_tensor() -> None:
+    w, sink = draw(7, 3), Collector()
+    t = Tape(make_run("fp32"), {"wte.weight": w})
+    x = t(embedding, "wte", np.arange(7))
+    t.backward(t(add, "twice", x, x), ones_like(w), sink)
+    assert np.array_equal(sink["wte.weight"], np.full((7, 3), 2.0))
+
+
+def test_a_third_gradient_is_added_to_the_rounded_sum_of_two() -> None:
+    # Backward meets the last use first, so 256 arrives, then 1 and 1. In bf16 256 + 1 is a tie and goes back to 256, twice;
+    # one sum of all three would be 258.
+    weights = {"wte.weight": np.array([[1]], DTYPE["bf16"]), "large.weight": np.array([[256]], DTYPE["bf16"])}
+    sink = Collector()
+    t = Tape(make_run("bf16"), weights)
+    x = t(embedding, "wte", np.zeros(1, np.int64))
+    small = t(add, "small", t(reshape, "a", x, shape=(1, 1)), t(reshape, "b", x, shape=(1, 1)))
+    y = t(add, "all", small, t(linear, "large", x))
+    t.backward(y, np.ones((1, 1), DTYPE["bf16"]), sink)
+    assert wide(sink["wte.weight"]) == 256
+
+
+@pytest.mark.parametrize("op", [reshape, split])
+def test_views_of_a_tensor_send_back_gradients_of_its_shape(op: Op) -> None:
+    w, sink = draw(4, 6), Collector()
+    t = Tape(make_run("fp32"), {"wte.weight": w})
+    x = t(embedding, "wte", np.arange(4))
+    if op is split:
+        parts = [t(split, f"part_{i}", x, start=2 * i, stop=2 * i + 2) for i in range(3)]
+        y = t(add, "b", t(add, "a", parts[0], parts[1]), parts[1])  # part 1 twice, part 2 never
+        expected = np.repeat([[1.0, 1, 2, 2, 0, 0]], 4, axis=0)
+    else:
+        y = t(reshape, "flat", x, shape=(24,))
+        expected = np.ones((4, 6))
+    t.backward(y, ones_like(y.array), sink)
+    assert np.array_equal(sink["wte.weight"], expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ tied weights
+
+
+def tied_tape(recipe: str, weights: Mapping[str, Array], record: bool = True) -> tuple[Run, Tape]:
+    run = make_run(recipe)
+    return run, Tape(run, weights, {"lm_head.weight": "wte.weight"}, record)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_gradient_of_a_tied_embedding_is_the_rounded_sum_of_its_two(recipe: str) -> None:
+    fmt = weights_format(recipe)
+    w, tokens, targets = draw(9, 8, fmt=fmt), np.array([[3, 0, 3], [8, 3, 1]]), np.array([[0, 3, 1], [3, 1, 7]])
+    seed = np.asarray(256.0, DTYPE["fp64" if recipe == "fp64" else "fp32"])
+    run, t = tied_tape(recipe, {"wte.weight": w})
+    sink = Collector()
+    t.backward(t(cross_entropy, "loss", t(linear, "lm_head", t(embedding, "wte", tokens)), targets), seed, sink)
+
+    def p(op: Op) -> Any:
+        return run.bind(op.name, "by hand")
+
+    low = AMP.get(recipe)
+    copy = w.astype(DTYPE[low]) if low else w  # what lm_head reads
+    x, _ = embedding.forward(tokens, w, p=p(embedding))
+    y, saved_linear = linear.forward(x, copy, None, p=p(linear))
+    _, saved_loss = cross_entropy.forward(y, targets, p=p(cross_entropy))
+    dy, _ = cross_entropy.backward(seed, saved_loss, p=p(cross_entropy))
+    dx, dw_head, _ = linear.backward(dy, saved_linear, copy, None, p=p(linear))
+    _, dw_embedding = embedding.backward(dx, tokens, w, p=p(embedding))
+    assert dw_head.dtype == DTYPE[low or fmt] and dw_embedding.dtype == DTYPE[fmt]
+
+    acc = np.float64 if recipe == "fp64" else np.float32
+    expected = (dw_head.astype(acc) + dw_embedding.astype(acc)).astype(DTYPE[fmt])
+    assert same_bits(sink["wte.weight"], expected)
+    assert sink.names == ["wte.weight"]  # under its first name, and once
+    assert dw_head.any() and dw_embedding.any()
+
+
+def test_a_tied_name_reads_the_weights_of_its_first_name() -> None:
+    w = draw(9, 8)
+    _, t = tied_tape("fp32", {"wte.weight": w})
+    x = t(embedding, "wte", np.arange(3))
+    assert same_bits(t(linear, "lm_head", x).array, linear.forward(w[:3], w, None, p=make_run("fp32").bind("linear", "-"))[0])
+
+
+# ------------------------------------------------------------------------------------------------------ the shared 16-bit copy
+
+
+@pytest.mark.parametrize("recipe", AMP)
+def test_autocast_casts_a_weight_once_and_its_gradients_meet_at_the_copy(recipe: str) -> None:
+    low = DTYPE[AMP[recipe]]
+    w, x1, x2 = draw(6, 4), draw(5, 4, seed=1), draw(5, 4, seed=2)
+    seed = draw(5, 6, fmt=AMP[recipe], seed=3)
+    run, sink = make_run(recipe), Collector()
+    t = Tape(run, {"a.weight": w}, {"b.weight": "a.weight"})
+    y = t(add, "sum", t(linear, "a", x1), t(linear, "b", x2))
+    assert [entry.op.name for entry in t.entries] == ["cast", "linear", "linear", "add"]
+    t.backward(y, seed, sink)
+
+    each = []
+    for x in (x1, x2):
+        p = run.bind("linear", "by hand")
+        _, saved = linear.forward(x, w.astype(low), None, p=p)
+        each.append(linear.backward(seed, saved, w.astype(low), None, p=p)[1])
+        assert each[-1].dtype == low  # R(d), already rounded
+    meet_at_copy = (each[0].astype(np.float32) + each[1].astype(np.float32)).astype(low).astype(np.float32)
+    meet_at_weight = each[0].astype(np.float32) + each[1].astype(np.float32)
+    assert same_bits(sink["a.weight"], meet_at_copy)
+    assert not same_bits(meet_at_copy, meet_at_weight)  # or this would show nothing
+
+
+@pytest.mark.parametrize("recipe", AMP)
+def test_the_copy_lasts_one_step(recipe: str) -> None:
+    weights, x, run = {"fc.weight": draw(6, 4)}, draw(5, 4, seed=1), make_run(recipe)
+    first = Tape(run, weights)(linear, "fc", x).array
+    weights["fc.weight"] += 1  # an update in place, as the optimizer makes it
+    second = Tape(run, weights)(linear, "fc", x).array
+    assert same_bits(second, linear.forward(x, weights["fc.weight"], None, p=run.bind("linear", "-"))[0])
+    assert not same_bits(first, second)
+
+
+def test_weights_that_have_the_format_already_are_not_cast() -> None:
+    for fmt in UNIFORM:
+        t = Tape(make_run(fmt), {"fc.weight": draw(6, 4, fmt=fmt), "fc.bias": draw(6, fmt=fmt)})
+        t(linear, "fc", draw(5, 4, fmt=fmt, seed=1))
+        assert [entry.op.name for entry in t.entries] == ["linear"]
+    # Autocast casts the operands of products only: a norm reads its FP32 weights.
+    t = Tape(make_run("amp-fp16"), {"ln.weight": draw(4), "ln.bias": draw(4), "fc.weight": draw(6, 4), "fc.bias": draw(6)})
+    t(linear, "fc", t(layernorm, "ln", draw(5, 4)))
+    assert [entry.output.name for entry in t.entries] == ["ln", "fc.weight.fp16", "fc.bias.fp16", "fc"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ the sink
+
+SMALL = gpt(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=11))
+
+
+def small_tape(recipe: str, record: bool = True) -> tuple[Tape, Value]:
+    fmt = weights_format(recipe)
+    weights = {name: w.astype(DTYPE[fmt]) for name, w in SMALL.initial_weights(np.random.default_rng(0)).items()}
+    t = Tape(make_run(recipe), weights, SMALL.tied, record)
+    tokens = np.random.default_rng(1).integers(0, 11, (3, 7))
+    return t, SMALL.loss(t, tokens[:, :-1], tokens[:, 1:])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_sink_gets_every_parameter_once_and_the_tied_embedding_last(recipe: str) -> None:
+    t, loss = small_tape(recipe)
+    sink = Collector()
+    t.backward(loss, np.asarray(1.0, DTYPE["fp64" if recipe == "fp64" else "fp32"]), sink)
+    assert sorted(sink.names) == sorted(SMALL.parameters)
+    assert sink.names[-1] == "transformer.wte.weight"
+    assert sink.names[:2] == ["transformer.ln_f.weight", "transformer.ln_f.bias"]  # the last layer first
+    for name, gradient in sink.calls:
+        assert gradient.dtype == DTYPE[get_recipe(recipe).state["grads"]]
+        assert gradient.shape == SMALL.parameters[name].shape and np.isfinite(wide(gradient)).all()
+
+
+def test_the_sink_is_called_as_soon_as_a_gradient_is_complete() -> None:
+    t, loss = small_tape("fp32")
+    entries_left: dict[str, int] = {}
+    t.backward(loss, np.float32(1), lambda name, gradient: entries_left.setdefault(name, len(t.entries)))
+    assert entries_left["transformer.wte.weight"] == 0
+    assert entries_left["transformer.h.1.mlp.c_fc.weight"] > entries_left["transformer.h.0.mlp.c_fc.weight"] > 0
+
+
+def test_a_parameter_that_nothing_uses_is_not_handed_over() -> None:
+    sink = Collector()
+    t = Tape(make_run("fp32"), {"fc.weight": draw(6, 4), "spare.weight": draw(6, 4)})
+    t.backward(t(linear, "fc", draw(5, 4)), np.ones((5, 6), np.float32), sink)
+    assert sink.names == ["fc.weight"]
+
+
+def test_a_parameter_whose_output_the_loss_does_not_see_is_not_handed_over() -> None:
+    sink = Collector()
+    t = Tape(make_run("fp32"), {"fc.weight": draw(6, 4), "dead.weight": draw(6, 4, seed=1)})
+    x = draw(5, 4)
+    y = t(linear, "fc", x)
+    t(relu, "dead_end", t(linear, "dead", x))
+    t.backward(y, np.ones((5, 6), np.float32), sink)
+    assert sink.names == ["fc.weight"] and not t.entries
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "amp-fp16"])
+def test_a_use_that_the_loss_does_not_see_does_not_hold_back_the_others(recipe: str) -> None:
+    sink, x, w = Collector(), draw(5, 4), draw(6, 4)
+    t = Tape(make_run(recipe), {"a.weight": w}, {"b.weight": "a.weight"})
+    y = t(linear, "a", x)
+    t(linear, "b", x)
+    t.backward(y, ones_like(y.array), sink)
+    alone = Collector()
+    t = Tape(make_run(recipe), {"a.weight": w})
+    y = t(linear, "a", x)
+    t.backward(y, ones_like(y.array), alone)
+    assert sink.names == ["a.weight"] and same_bits(sink["a.weight"], alone["a.weight"])
+
+
+def test_a_missing_bias_is_no_parameter() -> None:
+    w, sink = draw(6, 4), Collector()
+    t = Tape(make_run("fp32"), {"fc.weight": w})
+    y = t(linear, "fc", draw(5, 4, seed=1))
+    assert same_bits(y.array, linear.forward(draw(5, 4, seed=1), w, None, p=make_run("fp32").bind("linear", "-"))[0])
+    t.backward(y, ones_like(y.array), sink)
+    assert sink.names == ["fc.weight"]
+
+
+def test_an_operation_that_forgets_a_gradient_is_an_error() -> None:
+    broken = Op("add", add.forward, lambda dy, saved, p: (dy,))
+    t = Tape(make_run("fp32"), {"wte.weight": draw(5, 4)})
+    x = t(embedding, "wte", np.arange(5))
+    y = t(broken, "sum", x, x)
+    with pytest.raises(ValueError, match="shorter"):
+        t.backward(y, ones_like(y.array), Collector())
+
+
+# --------------------------------------------------------------------------------------------------------- without recording
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_without_recording_the_result_is_the_same_and_nothing_is_kept(recipe: str) -> None:
+    recorded, loss = small_tape(recipe)
+    forward_only, other = small_tape(recipe, record=False)
+    assert wide(loss.array) == wide(other.array) and math.isfinite(float(loss.array))
+    assert forward_only.entries == [] and recorded.entries
+
+
+def test_without_recording_activations_go_with_their_last_use() -> None:
+    t = Tape(make_run("fp32"), {"fc.weight": draw(6, 4)}, record=False)
+    h = t(linear, "fc", draw(5, 4))
+    alive = weakref.ref(h.array)
+    y = t(silu, "silu", h)  # silu saves its input; without a tape nobody keeps that
+    del h
+    gc.collect()
+    assert alive() is None and y.array.shape == (5, 6)
+
+
+# -------------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_an_activation_that_backward_does_not_need_dies_in_forward() -> None:
+    t = Tape(make_run("fp32"), {"fc.weight": draw(6, 4)})
+    x = draw(5, 4)
+    h = t(linear, "fc", x)
+    added = t(add, "residual", h, h)  # add saves formats and shapes only
+    needed = t(silu, "silu", added)  # silu saves its input
+    refs = {"h": weakref.ref(h.array), "added": weakref.ref(added.array)}
+    del h, added
+    gc.collect()
+    assert refs["h"]() is None and refs["added"]() is not None
+    t.backward(needed, ones_like(needed.array), Collector())
+    gc.collect()
+    assert refs["added"]() is None
+
+
+def test_what_an_operation_saved_is_let_go_of_as_backward_passes() -> None:
+    t = Tape(make_run("fp32"), {f"{i}.weight": draw(4, 4, seed=i) for i in range(3)})
+    x = t(linear, "0", draw(5, 4))
+    refs = []
+    for i in (1, 2):
+        refs.append(weakref.ref(x.array))  # the input of silu i, which saves it
+        x = t(linear, str(i), t(silu, f"silu_{i}", x))
+    seed = ones_like(x.array)
+    gc.collect()
+    assert all(ref() is not None for ref in refs)
+    alive: dict[str, list[bool]] = {}
+
+    def sink(name: str, gradient: Array) -> None:
+        gc.collect()
+        alive[name] = [ref() is not None for ref in refs]
+
+    t.backward(x, seed, sink)
+    # silu 2 has run by the time that linear 1 is done, silu 1 by that of linear 0.
+    assert alive == {"2.weight": [True, True], "1.weight": [True, False], "0.weight": [False, False]}
+    assert t.entries == []
+
+
+class Lent(Mapping[str, Array]):
+    """Weights that are handed out as fresh copies, as a shard that is gathered when needed."""
+
+    def __init__(self, weights: dict[str, Array]) -> None:
+        self.weights, self.out = weights, []
+
+    def __getitem__(self, name: str) -> Array:
+        copy = self.weights[name].copy()
+        self.out.append(weakref.ref(copy))
+        return copy
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def alive(self) -> int:
+        gc.collect()
+        return sum(ref() is not None for ref in self.out)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "amp-fp16"])
+def test_the_tape_keeps_no_parameter_between_forward_and_backward(recipe: str) -> None:
+    fmt = weights_format(recipe)
+    weights = {name: w.astype(DTYPE[fmt]) for name, w in SMALL.initial_weights(np.random.default_rng(0)).items()}
+    lent = Lent(weights)
+    t, tokens = Tape(make_run(recipe), lent, SMALL.tied), np.array([[1, 2, 3], [4, 5, 6]])
+    loss = SMALL.loss(t, tokens, tokens)
+    assert lent.out and lent.alive == 0  # the 16-bit copies of autocast are the tape's own
+    borrowed, sink = len(lent.out), Collector()
+    t.backward(loss, np.float32(1), sink)
+    assert len(lent.out) > borrowed and lent.alive == 0  # fetched again
+
+    plain, expected = Tape(make_run(recipe), weights, SMALL.tied), Collector()
+    plain.backward(SMALL.loss(plain, tokens, tokens), np.float32(1), expected)
+    assert all(same_bits(sink[name], expected[name]) for name in SMALL.parameters)
+
+
+# --------------------------------------------------------------------------------------------------------------------- names
+
+
+def test_names_are_the_scopes_and_the_operations_name() -> None:
+    weights = {"h.0.mlp.fc.weight": draw(4, 4), "fc.weight": draw(4, 4, seed=1)}
+    t = Tape(make_run("fp32"), weights)
+    x = draw(5, 4)
+    with t.scope("h.0"):
+        with t.scope("mlp"):
+            inside = t(linear, "fc", x)
+        t(relu, "relu", inside)
+    outside = t(linear, "fc", x)
+    assert [entry.output.name for entry in t.entries] == ["h.0.mlp.fc", "h.0.relu", "fc"]
+    assert [entry.p.place for entry in t.entries] == ["h.0.mlp.fc", "h.0.relu", "fc"]
+    # And so they read two different weights.
+    p = make_run("fp32").bind("linear", "-")
+    for value, w in zip((inside, outside), weights.values(), strict=True):
+        assert same_bits(value.array, linear.forward(x, w, None, p=p)[0])
+
+
+def test_a_scope_ends_where_an_error_leaves_it() -> None:
+    t = Tape(make_run("fp32"), {})
+    with pytest.raises(ZeroDivisionError), t.scope("h.0"):
+        raise ZeroDivisionError
+    t(relu, "relu", draw(5, 4))
+    assert t.entries[0].output.name == "relu"
+
+
+def test_rounding_sites_are_called_by_the_names_of_the_model() -> None:
+    sites: list[str] = []
+    run = Run(get_recipe("amp-fp16").policy, NUMPY, lambda site, before, after: sites.append(site))
+    t = Tape(run, {"h.0.fc.weight": draw(4, 4)}, {"h.0.again.weight": "h.0.fc.weight"})
+    with t.scope("h.0"):
+        y = t(add, "sum", t(linear, "fc", draw(5, 4)), t(linear, "again", draw(5, 4, seed=1)))
+    forward = ["h.0.fc.weight.fp16:cast.w"] + [f"h.0.{name}:linear.y.{x}" for name in ("fc", "again") for x in "xy"]
+    forward.append("h.0.sum:add.y")
+    assert sites == forward
+    t.backward(y, ones_like(y.array), Collector())
+    backward = [site for site in sites if site not in forward]
+    assert "h.0.fc:linear.dw.dw" in backward
+    assert "h.0.fc.weight.fp16.grad:fan_in.sum" in backward  # the sum at the copy
+
+
+def test_tokens_have_no_gradient_and_no_place() -> None:
+    t = Tape(make_run("fp32"), {"wte.weight": draw(5, 4)})
+    t(embedding, "wte", np.array([1, 2]))
+    assert t.entries[0].inputs == (None,)
+
+
+def test_the_tape_runs_operations_that_no_table_lists() -> None:
+    seen: list[Any] = []
+
+    def forward(x: Array, w: Array, p: Any, power: int) -> tuple[Array, Any]:
+        return w * x**power, x
+
+    def backward(dy: Array, saved: Array, w: Array, p: Any, power: int) -> tuple[Array, Array]:
+        seen.append((p.op, p.place, power))
+        return dy * w * power * saved ** (power - 1), (dy * saved**power).sum(keepdims=True)
+
+    monomial = Op("monomial", forward, backward, params=(("factor", "w"),))
+    assert monomial.name not in OPS
+    sink = Collector()
+    t = Tape(make_run("fp64"), {"wte.weight": np.array([[3.0]]), "m.factor": np.array([5.0])})
+    x = t(embedding, "wte", np.array([0]))
+    t.backward(t(monomial, "m", x, power=4), np.ones((1, 1)), sink)
+    assert sink["wte.weight"] == 5 * 4 * 3**3 and sink["m.factor"] == 3**4
+    assert seen == [("monomial", "m", 4)]
