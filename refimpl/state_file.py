@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,17 +64,22 @@ def load_initial_weights(path: Path, model: Model, state: State) -> None:
     state.load_weights(weights)
 
 
+def model_of(path: Path, header: Mapping[str, Any]) -> Model:
+    """The model that a checkpoint's header names. Errors: UsageError."""
+    try:
+        sizes = header["sizes"]
+        return gpt(GPTConfig(**sizes)) if header["model"] == "gpt" else mlp(MLPConfig(**sizes))
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{path} has a damaged header: {error!r}") from error
+
+
 def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, State, Run]:
     """A checkpoint's model with its weights alone, in the recipe's format: 2 bytes a parameter in 16 bits.
 
     Errors: UsageError when the file is damaged or does not fit the model that it names.
     """
     arrays, header = checkpoint.load(path)
-    try:
-        recipe, sizes = get_recipe(header["recipe"]), header["sizes"]
-        model = gpt(GPTConfig(**sizes)) if header["model"] == "gpt" else mlp(MLPConfig(**sizes))
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{path} has a damaged header: {error!r}") from error
+    model, recipe = model_of(path, header), get_recipe(header.get("recipe", "no recipe"))
     state = State(model, {"weights": recipe.state["weights"]}, backend)
     only = {name: array for name, array in arrays.items() if name.startswith("weights.")}
     load_state_arrays(path, only, state)

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refimpl.formats import FORMATS, dtype_of, format_of, is_float, widens_to, widest
+from refimpl.formats import FORMATS, Format, dtype_of, format_of, is_float, widens_to, widest
 
 IN_NUMPY = [name for name in FORMATS if name in ("fp64", "fp32", "fp16")]
 IN_ML_DTYPES = [name for name in FORMATS if name not in ("fp64", "fp32", "fp16", "tf32")]
@@ -167,6 +167,26 @@ VALUES = {name: value_set(name) for name in SMALL}
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(SMALL, SMALL)))
 def test_widens_to_is_containment_of_all_values(source: str, target: str) -> None:
     assert widens_to(source, target) == (VALUES[source] <= VALUES[target])
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [
+        ((4, 3, 7, "none", 1), (4, 3, 10, "none", 1)),  # the same but for the bias: a larger maximum
+        ((4, 3, 10, "none", 1), (4, 3, 7, "none", 1)),  # and here smaller values
+        ((5, 2, 15, "ieee", 1), (5, 2, 15, "none", 1)),  # infinities
+        ((5, 0, 15, "none", 1), (5, 0, 15, "none", 0)),  # negative values
+        ((5, 3, 15, "none", 1), (5, 2, 15, "none", 1)),  # a longer fraction
+    ],
+    ids=["maximum", "smallest", "infinities", "sign", "fraction"],
+)
+def test_each_reason_alone_forbids_widening(wide: tuple, narrow: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    # made-up formats: between the real ones two reasons always come together, so none of them alone would be missed
+    for name, (exponent_bits, fraction_bits, bias, specials, sign_bits) in (("wide", wide), ("narrow", narrow)):
+        row = Format(name, exponent_bits, fraction_bits, bias, specials, np.dtype(np.uint8), sign_bits)
+        monkeypatch.setitem(FORMATS, name, row)
+    assert widens_to("wide", "wide") and widens_to("narrow", "narrow")
+    assert not widens_to("wide", "narrow")
 
 
 @pytest.mark.parametrize("source", SMALL)

@@ -1,0 +1,33 @@
+"""Weights to and from PyTorch, under nanoGPT's names, as safetensors files.
+
+    python scripts/convert.py export runs/gpt-fp16/checkpoint.safetensors gpt.safetensors
+    python scripts/convert.py import gpt.safetensors start.safetensors --n-head 4
+
+In PyTorch: model.load_state_dict(safetensors.torch.load_file("gpt.safetensors")), and
+safetensors.torch.save_file(weights, "gpt.safetensors"), where weights is the state_dict without the tied lm_head.weight.
+"""
+
+import argparse
+from pathlib import Path
+
+from refimpl.cli import main
+from refimpl.convert import export, import_
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ways = result.add_subparsers(dest="way", required=True)
+    out = ways.add_parser("export", help="checkpoint -> state_dict")
+    back = ways.add_parser("import", help="state_dict -> a file for train.py --init-from")
+    for way in (out, back):
+        way.add_argument("source", type=Path)
+        way.add_argument("target", type=Path)
+    back.add_argument("--n-head", type=int, default=4, help="attention heads of a GPT, which shapes do not tell (4)")
+    return result
+
+
+if __name__ == "__main__":
+    arguments = vars(parser().parse_args())
+    exports = arguments.pop("way") == "export"
+    main(lambda: export(**arguments) if exports else import_(**arguments))
