@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -57,27 +56,25 @@ _WIDENED = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float3
 _WIDENED.setflags(write=False)
 
 
-def fp32_to_fp16(x: Array, out: Array, pool: ThreadPoolExecutor | None = None) -> Array:
+def fp32_to_fp16(x: Array, out: Array) -> Array:
     """Round `x` to fp16, to nearest, ties to the even fraction: `out[...] = x`, bit for bit, and at least twice as fast.
 
     x: fp32, any shape and layout. out: fp16, the same shape; it may overlap `x`. Returns `out`.
-    pool: a second thread converts half of a large array; the result does not depend on it.
     Values from 65520 on become infinities, no warning is given. A block of 65,536 elements with a NaN among them goes
     through NumPy's own conversion, and takes that long.
     Errors: TypeError for another dtype, ValueError for another shape or an `out` that cannot be written to.
     PyTorch: `x.to(torch.float16)`, bit for bit but for the payload of NaNs.
     """
-    return _convert(_round_span, x, out, np.float32, np.float16, pool)
+    return _convert(_round_span, x, out, np.float32, np.float16)
 
 
-def fp16_to_fp32(x: Array, out: Array, pool: ThreadPoolExecutor | None = None) -> Array:
+def fp16_to_fp32(x: Array, out: Array) -> Array:
     """Widen `x` to fp32, exactly: `out[...] = x`, bit for bit, NaN payloads included, and about four times as fast.
 
     x: fp16, any shape and layout. out: fp32, the same shape; it may overlap `x`. Returns `out`.
-    pool: a second thread converts half of a large array; the result does not depend on it.
     Errors: TypeError for another dtype, ValueError for another shape or an `out` that cannot be written to.
     """
-    return _convert(_widen_span, x, out, np.float16, np.float32, pool)
+    return _convert(_widen_span, x, out, np.float16, np.float32)
 
 
 class _Scratch(threading.local):
@@ -151,9 +148,7 @@ def _widen_span(x: Array, out: Array) -> None:
         np.multiply(values, _2_POW_112, out=values)
 
 
-def _convert(
-    span: Callable[[Array, Array], None], x: Array, out: Array, source: type, target: type, pool: ThreadPoolExecutor | None
-) -> Array:
+def _convert(span: Callable[[Array, Array], None], x: Array, out: Array, source: type, target: type) -> Array:
     """Check the arguments, bring them to two flat arrays that share no memory, and run `span` over these."""
     if x.dtype != source or out.dtype != target:
         raise TypeError(f"{x.dtype} -> {out.dtype}: only {source.__name__} -> {target.__name__} is done here")
@@ -166,30 +161,13 @@ def _convert(
     if x.size < SMALL:
         _assign(x, out)
     elif x.flags.fnc and out.flags.fnc:  # both in column order: the transposes are flat, and in step with each other
-        _convert(span, x.T, out.T, source, target, pool)
+        _convert(span, x.T, out.T, source, target)
     elif not out.flags.carray:  # not flat, or not aligned
-        out[...] = _convert(span, x, np.empty(out.shape, target), source, target, pool)
+        out[...] = _convert(span, x, np.empty(out.shape, target), source, target)
     else:
         x = np.require(x, requirements=["C", "ALIGNED"])  # itself, or a copy
-        _run(span, x.reshape(-1), out.reshape(-1), pool)
+        span(x.reshape(-1), out.reshape(-1))
     return out
-
-
-def _run(span: Callable[[Array, Array], None], x: Array, out: Array, pool: ThreadPoolExecutor | None) -> None:
-    """Run `span` over the whole, or over the first half here and the second half, cut between blocks, in the pool."""
-    if pool is None or x.size < 2 * BLOCK:
-        span(x, out)
-        return
-    half = (x.size // BLOCK + 1) // 2 * BLOCK
-    other = pool.submit(span, x[half:], out[half:])
-    try:
-        span(x[:half], out[:half])
-    finally:
-        not_begun = other.cancel()  # so a pool whose threads are all busy, or waiting for us, costs time, not a deadlock
-        if not not_begun:
-            other.result()
-    if not_begun:
-        span(x[half:], out[half:])
 
 
 def _assign(x: Array, out: Array) -> None:

@@ -251,20 +251,3 @@ def test_threads_at_once(convert: Callable, source: type, target: type) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, range(2))) == [0, 0]
-
-
-@BOTH
-@pytest.mark.parametrize("size", SIZES)
-def test_pool_changes_nothing(convert: Callable, source: type, target: type, size: int) -> None:
-    x = values(size, source)
-    with ThreadPoolExecutor(2) as pool:
-        assert_same_bits(convert(x, np.empty(size, target), pool=pool), by_numpy(x, target))
-
-
-@BOTH
-def test_pool_whose_threads_all_wait_for_us(convert: Callable, source: type, target: type) -> None:
-    """Called from the only thread of the pool that it is given, it does the whole work itself."""
-    x = values(4 * BLOCK, source)
-    with ThreadPoolExecutor(1) as pool:
-        got = pool.submit(convert, x, np.empty(x.shape, target), pool).result(timeout=30)
-    assert_same_bits(got, by_numpy(x, target))
