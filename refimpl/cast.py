@@ -1,4 +1,4 @@
-"""The one door for rounding: no other file in the project changes a floating-point format.
+"""The one door for rounding: no other file changes a floating-point format, but its fast twin `fast_cast.py` behind it.
 
 `cast` rounds (32 -> 16 bits), `widen` goes the exact way (16 -> 32 bits) and refuses any other. Because every rounding
 passes here, it can be counted, shown, injected and replaced in one place.

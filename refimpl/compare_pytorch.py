@@ -53,8 +53,8 @@ TRAJECTORY = {"fp32": (1e-5, 1e-3), "16 bits": (5e-3, 5e-2)}
 PyTorch's AVX2 build against its AVX512 build shows 4.8e-7 and 5.4e-4 in FP32, 1.3e-3 and 2.6e-2 in 16 bits.
 """
 TRAJECTORY_ROWS = 256
-"""Predictions a batch in those figures. A loss over fewer is a mean of fewer independent errors: its bar is wider by the
-square root."""
+"""Predictions a batch in those figures. Loss and gradient are means over them, and rounding errors of different rows are
+independent: over fewer rows both bars are wider by the square root."""
 STAGE_STEPS = 3
 U = 2.0**-24
 
@@ -88,7 +88,8 @@ class Comparison:
     @property
     def bars(self) -> tuple[float, float]:
         loss, drift = TRAJECTORY["fp32" if self.recipe == "fp32" else "16 bits"]
-        return loss * math.sqrt(max(1.0, TRAJECTORY_ROWS / self.predictions)), drift
+        fewer_rows = math.sqrt(max(1.0, TRAJECTORY_ROWS / self.predictions))
+        return loss * fewer_rows, drift * fewer_rows
 
     @property
     def first_departure(self) -> Stage | None:

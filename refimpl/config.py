@@ -25,7 +25,8 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 class Config:
     """One run. Fields are the flags of scripts/train.py, in nanoGPT's words; None takes the model's default.
 
-    `free` in a field's metadata marks what may differ when a run is resumed: it does not touch the numbers.
+    `free` in a field's metadata marks what may be given anew when a run is resumed. Other `steps` plan the learning rate
+    anew, another `backend` may change last bits; the rest of the free ones touch no number of the training.
     """
 
     model: str = "gpt"

@@ -26,7 +26,8 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     """found_inf: whether any gradient is Inf or NaN; norm: the L2 norm of all unscaled gradients. Both 0-d.
 
     The check looks at the *scaled* gradients, before the multiplication. The norm is a sum of squares in FP32, partial
-    sums over fixed blocks of the flat index added in order, so that it depends on nothing but the values.
+    sums over fixed blocks of the flat index added in order, so that it depends on nothing but the values. Finite gradients
+    beyond 1e19, whose squares overflow FP32, make it infinite and the clip coefficient zero, as in PyTorch.
 
     Source: Micikevicius et al. 2018, section 3.2. PyTorch: GradScaler.unscale_, then the norm that
     torch.nn.utils.clip_grad_norm_ computes (there: of the norms of the tensors; equal but for rounding).

@@ -18,7 +18,7 @@ Array = Any
 
 
 class LossScale(Protocol):
-    """S, and how it adapts. `adapts`: whether an overflow is expected business, so that skipping a step is right."""
+    """S, and how it adapts. `adapts`: whether it changes after an overflow; a run whose scale cannot is given other advice."""
 
     scale: Array
     adapts: bool

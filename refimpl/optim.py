@@ -26,10 +26,6 @@ class Rule(Protocol):
     def moments(self) -> tuple[str, ...]:
         """The kinds of state that it keeps beside the weights."""
 
-    @property
-    def weight_decay(self) -> float:
-        """The coefficient of decay."""
-
     def scalars(self, lr: float, t: int) -> tuple[float, ...]:
         """What update number t (from 1) needs beside arrays, computed in double precision; the first is the decay factor."""
 
@@ -138,13 +134,13 @@ class Optimizer:
     """
 
     def __init__(self, rule: Rule, schedule: Schedule, xp: Any = np) -> None:
-        self.rule, self.schedule = rule, schedule
+        self.rule = rule
         updates = range(schedule.steps)
         self.learning_rates = xp.asarray(np.array([schedule(t) for t in updates]))
         self.scalars = xp.asarray(np.array([rule.scalars(schedule(t), t + 1) for t in updates]))
 
     def lr(self, state: State) -> Array:
-        """The learning rate of the next update, 0-d."""
+        """The learning rate of the next update, 0-d. Errors: IndexError after as many updates as the schedule has steps."""
         return self.learning_rates[state.t]
 
     def update(self, state: State, inverse_scale: Array, clip: Array | float, found_inf: Array) -> None:
@@ -153,7 +149,7 @@ class Optimizer:
         Each block of gradients is widened, multiplied by 1/S and then by the clip coefficient. The update counter `t`
         advances only with a real update.  Source: the note, steps 3 and 4.  PyTorch: GradScaler.step(optimizer).
         """
-        if found_inf:  # on the host this costs nothing; a device kernel reads the flag itself
+        if found_inf:  # on the host this costs nothing; on a device it waits for the flag
             return
         scalars = cast(self.scalars[state.t], state.math_format)
         for block in blocks(state.layout.size):

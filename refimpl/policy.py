@@ -66,7 +66,7 @@ MAP_BLOCK = 1 << 14
 """Elements of a block in `Bound.map`: 64 KiB in fp32, of which a second-level cache holds a dozen."""
 
 Monitor = Callable[[str, Array, Array], None]
-"""Called at every rounding, when a run has one: (site name, values before, values after)."""
+"""Called at every rounding inside an operation, when a run has one: (site name, values before, values after)."""
 
 
 @dataclass
@@ -165,7 +165,7 @@ class Bound:
 
         This is autocast's cast of FP32 weights. 8-bit formats are not shared: each GEMM quantises its own way.
         """
-        fmt = self["y"].row.input(operand)  # the row of the forward product where there are several, else the operation's
+        fmt = self["y"].row.input(operand)  # `linear.y` for linear; without parts, the operation's own row
         if fmt == SAME or fmt == format_of(x) or FORMATS[fmt].bits != 16:
             return None
         return fmt

@@ -49,7 +49,8 @@ def train_step(
 ) -> StepResult:
     """Train on `batches` (micro-batches of (tokens, targets), usually one), and update `state` in place.
 
-    Source: the note's four steps; lines marked (+) are what it leaves out: Micikevicius et al. 2018, section 3.2.
+    Source: the four steps of the note 'Mixed-precision training in LLM'. Lines marked (+) are what it leaves out:
+    Micikevicius et al. 2018, section 3.2, and for the way that S adapts PyTorch's GradScaler.
     PyTorch: scaler.scale(loss).backward(); scaler.unscale_(opt); clip_grad_norm_(...); scaler.step(opt); scaler.update().
     """
     # 1. Weights down: FP32 masters -> 16-bit model weights.
@@ -60,8 +61,8 @@ def train_step(
     S, lr = loss_scale.scale, optimizer.lr(state)
     loss = through(model, batches, state, S, run)
 
-    # 3. Gradients up: 16-bit gradients -> FP32.
-    #    (+) Is any of them Inf or NaN?  (+) Divide by S, before anything looks at their size.
+    # 3. Gradients up: 16-bit gradients -> FP32, block by block; nothing is stored, step 4 widens each block once more.
+    #    (+) Is any of them Inf or NaN?  (+) Their norm is taken after the division by S.
     inverse_scale = inverse_of(S)
     found_inf, norm = check_and_measure(state, inverse_scale)
 

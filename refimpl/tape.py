@@ -1,4 +1,4 @@
-"""The tape: reverse-mode differentiation that knows nothing of numbers.
+"""The tape: reverse-mode differentiation that does no arithmetic.
 
 It writes down every operation that runs (the operation, its inputs, its output, what it saved) and replays the list
 backwards. Formats, rounding and devices are the operations' business; how gradients of one tensor add up is `fan_in`'s.
@@ -35,7 +35,10 @@ class Node:
 
 @dataclass(eq=False)
 class Value:
-    """What a model handles: an array and its node. The tape keeps the node only, so that the array can be freed."""
+    """What a model handles: an array and its node. The tape keeps the node only, so that the array can be freed.
+
+    The array of a parameter is None: it is looked up in `weights` each time that it is needed.
+    """
 
     array: Array
     node: Node

@@ -28,7 +28,7 @@ from refimpl.state_file import load_state_arrays, state_arrays
 from refimpl.step import StepResult, train_step
 
 SKIPS_BEFORE_STOP = 50
-"""So many skipped steps in a row, with the loss scale below SMALLEST_SCALE, end a run: it is not the scale's fault."""
+"""So many skipped steps in a row, with a scale that is static or below SMALLEST_SCALE, end a run: the scale is not why."""
 SMALLEST_SCALE = 2.0**-14
 FINAL_EVAL_BLOCKS = 1024
 
@@ -87,7 +87,7 @@ class Trainer:
                 self._pending.append((self.progress.step + 1, self._one_step()))
                 self.progress.step += 1
                 at_end = self.progress.step == steps
-                if self.progress.step % self.config.log_every == 0 or at_end or self._stop:
+                if self.progress.step % self.config.log_every == 0:
                     self._write_steps(bar)
                 if at_end or self.progress.step % self.config.eval_every == 0:
                     self._write_steps(bar)
@@ -155,20 +155,23 @@ class Trainer:
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if row["skipped"] else 0
         if not row["skipped"]:
             return
-        where = first_non_finite(self.state)
-        found = f"a gradient of {where} is Inf or NaN" if where else "a gradient was Inf or NaN"
         if self.config.loss_scale == "none":
             raise TrainingStopped(
-                f"step {row['step']}: {found} (loss {row['loss']}) and there is no loss scale to lower; "
-                f"no weight was changed by it. Try a smaller --lr, or a recipe with masters"
+                f"step {row['step']}: {self._what_overflowed()} (loss {row['loss']}) and there is no loss scale to lower; "
+                f"no weight was changed by it. Try a smaller --lr, --recipe bf16, or --loss-scale dynamic"
             )
         collapsed = not self.loss_scale.adapts or row["loss_scale"] < SMALLEST_SCALE
         if collapsed and progress.skipped_in_a_row >= SKIPS_BEFORE_STOP:
             advice = "a smaller --lr or --recipe bf16" if self.loss_scale.adapts else "a smaller --loss-scale, or dynamic"
             raise TrainingStopped(
-                f"step {row['step']}: {found}, {progress.skipped_in_a_row} steps in a row were skipped and the loss scale is "
-                f"{row['loss_scale']:g}. Try {advice}"
+                f"step {row['step']}: {self._what_overflowed()}, {progress.skipped_in_a_row} steps in a row were skipped "
+                f"and the loss scale is {row['loss_scale']:g}. Try {advice}"
             )
+
+    def _what_overflowed(self) -> str:
+        """What the latest gradients tell; they may be a few steps younger than the row that is looked at."""
+        where = first_non_finite(self.state)
+        return "a gradient is Inf or NaN" + (f" (in the latest step one of {where})" if where else "")
 
     def _evaluate(self, bar: Any, final: bool) -> None:
         assert self.config.batch_size is not None and self.config.block_size is not None

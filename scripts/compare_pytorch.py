@@ -16,7 +16,7 @@ from refimpl.cli import main
 from refimpl.compare_pytorch import RECIPES, compare, report
 from refimpl.config import Config
 
-DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3}
+DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "lr": 1e-3}
 """A model small enough for seconds; the loss scale starts where it overflows by itself once or twice."""
 
 
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     for name, value in DEFAULTS.items():
         add(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    add("--batch-size", type=int, default=argparse.SUPPRESS, help="8 for gpt, 256 for mlp: 256 predictions a step")
     add("--warmup", type=int, default=10)
     add("--optimizer", default="adamw", help="adamw or sgd")
     add("--weight-decay", type=float, default=argparse.SUPPRESS)
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: dict[str, Any]) -> int:
     """Compare, print, write; 0 within the bounds, 1 outside."""
     path = arguments.pop("json")
+    arguments.setdefault("batch_size", 256 if arguments["model"] == "mlp" else 8)
     result = compare(Config.of(arguments))
     print(report(result))
     if path:

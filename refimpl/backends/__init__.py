@@ -28,7 +28,8 @@ class Backend:
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
         """a (..., M, K) @ b (..., K, N) in the accumulation format `acc`: widen both, multiply, do not round.
 
-        Products of 16-bit values are exact in fp32, so this is what tensor cores compute, in some order of the sum.
+        Products of 16-bit values are exact in fp32, so this is what tensor cores compute, but for the order
+        and the rounding of their sums.
         """
         return self.xp.matmul(widen(a, acc), widen(b, acc))
 

@@ -85,7 +85,7 @@ def _parameters(config: GPTConfig) -> dict[str, Parameter]:
 
 
 def gpt(config: GPTConfig) -> Model:
-    """GPT-2 with GELU (tanh), biases in the linear layers, the output layer tied to the token embedding, no dropout.
+    """GPT-2 with GELU (tanh), biases in the linear layers but for the last, which is tied to the token embedding; no dropout.
 
     tokens (B, T) with T <= block_size -> logits (B, T, V).
     Source: Radford et al. 2019; initialisation and names as in nanoGPT.

@@ -1,4 +1,7 @@
-"""All operations, in one table by name. Each is a forward/backward pair of plain functions; see `ops.op`."""
+"""All operations, in one table by name: forward/backward pairs of plain functions, see `ops.op`.
+
+The models here use some of them; the others (matmul, rmsnorm, silu, ...) are for yours. `fan_in` adds gradients for the tape.
+"""
 
 from __future__ import annotations
 

@@ -28,13 +28,13 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
     z = y.gemm(xc, wc.T)
     if b is not None:
         z += y.wide(y.cast(b, "b"))
-    # The third product needs x again: in the format that it reads, unless that is not the one just made.
+    # dw = dy^T x reads x again. Keep the copy that was cast here, if linear.dw reads the same format; else x as it came.
     same = p["dw"].row.input("x") == y.row.input("x")
     return y.out(z, "y", x, w).reshape(*x.shape[:-1], len(w)), (xc if same else x, x.shape, format_of(x))
 
 
 def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
-    """dx = dy w,  dw = dy^T x,  db = the rows of dy summed; each rounded once."""
+    """dx = dy w,  dw = dy^T x,  db = the rows of dy summed (by the row linear.dw); each rounded once."""
     x, x_shape, x_format = saved
     dy = _rows(dy)
     row = p["dx"]

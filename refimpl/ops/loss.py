@@ -29,7 +29,7 @@ def cross_entropy_forward(logits: Array, targets: Array, p: Bound) -> tuple[Arra
 
 
 def cross_entropy_backward(dloss: Array, saved: Any, p: Bound) -> tuple[Array, None]:
-    """dz = (softmax(z) - onehot(target)) dloss / rows. dloss is the loss scale S, so S enters here, in `acc`."""
+    """dz = (softmax(z) - onehot(target)) dloss / rows. dloss is the loss scale S (S/n with n micro-batches): here it enters."""
     logits, largest, log_sum, target, shape, logits_format = saved
     z = p.wide(p.cast(logits, "logits").reshape(-1, shape[-1]))
     each = p.wide(dloss) / target.size
