@@ -15,7 +15,7 @@ from refimpl.cast import cast
 from refimpl.errors import UsageError
 from refimpl.formats import is_float
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
-from refimpl.state_file import model_of
+from refimpl.state_file import fp32_weights, model_of
 
 
 def to_state_dict(path: Path) -> dict[str, np.ndarray]:
@@ -25,13 +25,7 @@ def to_state_dict(path: Path) -> dict[str, np.ndarray]:
     """
     arrays, header = checkpoint.load(path)
     model = model_of(path, header)
-    kind = "master" if any(name.startswith("master.") for name in arrays) else "weights"
-    weights = {}
-    for name, spec in model.parameters.items():
-        array = arrays.get(f"{kind}.{name}")
-        if array is None or array.shape != spec.shape:
-            raise UsageError(f"{path} has no {kind}.{name} of shape {spec.shape}")
-        weights[name] = cast(array, "fp32")
+    weights = fp32_weights(path, arrays, model)
     return weights | {other: weights[name] for other, name in model.tied.items()}
 
 

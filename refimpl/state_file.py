@@ -49,11 +49,8 @@ def load_state_arrays(path: Path, arrays: dict[str, np.ndarray], state: State) -
                 view[...] = state.backend.from_host(loaded[f"{kind}.{name}"])
 
 
-def load_initial_weights(path: Path, model: Model, state: State) -> None:
-    """Start from the weights alone of a checkpoint of the same model, of any recipe: its masters where it has them."""
-    arrays, header = checkpoint.load(path)
-    if header.get("sizes") != dict(model.config) or header.get("model") != model.name:
-        raise UsageError(f"{path} is a {header.get('model')} of sizes {header.get('sizes')}, this run's is another")
+def fp32_weights(path: Path, arrays: Mapping[str, np.ndarray], model: Model) -> dict[str, np.ndarray]:
+    """The weights of a checkpoint in FP32 by name: its masters where it has them. Errors: UsageError."""
     kind = "master" if any(name.startswith("master.") for name in arrays) else "weights"
     weights = {}
     for name, spec in model.parameters.items():
@@ -61,7 +58,15 @@ def load_initial_weights(path: Path, model: Model, state: State) -> None:
         if array is None or array.shape != spec.shape:
             raise UsageError(f"{path} has no {kind}.{name} of shape {spec.shape}")
         weights[name] = cast(array, "fp32")
-    state.load_weights(weights)
+    return weights
+
+
+def load_initial_weights(path: Path, model: Model, state: State) -> None:
+    """Start from the weights alone of a checkpoint of the same model, of any recipe: its masters where it has them."""
+    arrays, header = checkpoint.load(path)
+    if header.get("sizes") != dict(model.config) or header.get("model") != model.name:
+        raise UsageError(f"{path} is a {header.get('model')} of sizes {header.get('sizes')}, this run's is another")
+    state.load_weights(fp32_weights(path, arrays, model))
 
 
 def model_of(path: Path, header: Mapping[str, Any]) -> Model:

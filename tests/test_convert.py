@@ -60,7 +60,10 @@ def test_torch_loads_it_strictly(tmp_path: Path) -> None:
 
     saved(tmp_path / "a", MODELS["gpt"], "bf16")
     twin = GPT(Config.of({"n_layer": 2, "n_head": 3, "n_embd": 12, "block_size": 5}))
-    twin.load_state_dict({k: torch.from_numpy(v) for k, v in to_state_dict(tmp_path / "a").items()}, strict=True)
+    weights = to_state_dict(tmp_path / "a")
+    twin.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()}, strict=True)
+    for name, value in twin.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), weights[name])
 
 
 def test_masks_and_16_bit_state_dicts_are_welcome() -> None:
