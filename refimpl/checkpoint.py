@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (safetensors reads bfloat16 by its name, which NumPy knows once this is imported)
 import numpy as np
 
 from refimpl.errors import UsageError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -10,9 +11,13 @@ from refimpl.backends import Backend, get_backend
 from refimpl.errors import UsageError
 from refimpl.formats import FORMATS
 from refimpl.loss_scale import LossScale, make_loss_scale
+from refimpl.mistakes import MISTAKES
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.optim import SGD, AdamW, Optimizer, Rule, Schedule
+from refimpl.parts import Parts
+from refimpl.policy import Run
 from refimpl.recipes import Recipe, get_recipe
+from refimpl.state import State
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 2e-3, "steps": 800},
@@ -51,6 +56,7 @@ class Config:
     init_scale: float = 65536.0
     growth_interval: int = 2000
     seed: int = 0
+    mistake: str = "none"
     eval_every: int = field(default=100, metadata={"free": True})
     eval_batches: int = field(default=20, metadata={"free": True})
     log_every: int = field(default=10, metadata={"free": True})
@@ -93,6 +99,8 @@ class Config:
             raise UsageError(f"--momentum is {self.momentum}: it must be below 1")
         if self.optimizer not in ("adamw", "sgd"):
             raise UsageError(f"unknown optimizer {self.optimizer!r}: choose adamw or sgd")
+        if self.mistake != "none" and self.mistake not in MISTAKES:
+            raise UsageError(f"unknown mistake {self.mistake!r}: choose one of {', '.join(MISTAKES)}")
         self.make_model()
         scale = float(self.make_loss_scale().scale)
         if scale < FORMATS["fp32"].smallest_normal:
@@ -125,6 +133,13 @@ class Config:
         assert self.loss_scale is not None
         more = {} if xp is None else {"xp": xp}
         return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, **more)
+
+    def make_parts(self, backend: Backend) -> Parts:
+        """All that a training step takes. The weights are still zero: `parts.state.load_weights`."""
+        recipe, model, rule = self.make_recipe(), self.make_model(), self.make_rule()
+        state = State(model, recipe.state_formats(rule.moments, self.grad_accum), backend)
+        optimizer, loss_scale = self.make_optimizer(backend), self.make_loss_scale(backend.xp)
+        return Parts(model, state, optimizer, loss_scale, Run(recipe.policy, backend), self.clip or math.inf)
 
     def make_backend(self) -> Backend:
         """The backend that was asked for."""

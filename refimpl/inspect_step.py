@@ -22,10 +22,9 @@ from refimpl.errors import UsageError
 from refimpl.formats import FORMATS, format_of
 from refimpl.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
 from refimpl.ops.shape import cast_forward
-from refimpl.policy import Run
 from refimpl.show import bits, digits, json_text, table, ulp
 from refimpl.state import State
-from refimpl.step import StepResult, through, train_step
+from refimpl.step import StepResult, through
 from refimpl.trainer import BATCHES, INIT, generator
 
 Array = Any
@@ -168,11 +167,9 @@ def inspect_steps(
 def _train(config: Config, parameter: str) -> Iterator[_Watched]:
     """Train, and stop after every step, with all that a report on one parameter needs."""
     assert config.batch_size is not None and config.block_size is not None
-    model, recipe, rule, backend = config.make_model(), config.make_recipe(), config.make_rule(), config.make_backend()
-    corpus = load_corpus(config.data, config.block_size)
-    state = State(model, recipe.state_formats(rule.moments), backend)
-    state.load_weights(model.initial_weights(generator(config.seed, INIT)))
-    optimizer, scale = config.make_optimizer(backend), config.make_loss_scale(backend.xp)
+    corpus, parts = load_corpus(config.data, config.block_size), config.make_parts(config.make_backend())
+    state, scale = parts.state, parts.loss_scale
+    state.load_weights(parts.model.initial_weights(generator(config.seed, INIT)))
     batches = generator(config.seed, BATCHES)
     copies: list[Array] = []
 
@@ -181,18 +178,18 @@ def _train(config: Config, parameter: str) -> Iterator[_Watched]:
         if site.startswith(f"{parameter}.") and site.endswith(":cast.w"):
             copies.append(y)
 
-    run = Run(recipe.policy, backend, monitor)
+    parts.run.monitor = monitor
     while True:
         copies.clear()
         before = {kind: state.layout.views(buffer)[parameter].copy() for kind, buffer in state.buffers.items()}
         scale_before, t = scale.scale.copy(), int(state.t)
         batch = sample_batch(corpus.train, config.batch_size, config.block_size, batches)
-        result = train_step(model, [batch], state, optimizer, scale, run, config.clip or math.inf)
+        result = parts.step([batch])
         if "master" in before:
             before["weights"] = state.weight_views[parameter].copy()  # made by step 1, not touched since
         state.weights_down()  # what the next step begins with, so that the new copy can be seen already
         copy = copies[0] if copies else None
-        yield _Watched(config, before, scale_before, t, copy, result, state, optimizer, scale)
+        yield _Watched(config, before, scale_before, t, copy, result, state, parts.optimizer, scale)
 
 
 def _checked_index(parameter: str, index: Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int, ...]:

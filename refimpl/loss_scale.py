@@ -20,8 +20,11 @@ Array = Any
 class LossScale(Protocol):
     """S, and how it adapts. `adapts`: whether it changes after an overflow; a run whose scale cannot is given other advice."""
 
-    scale: Array
     adapts: bool
+
+    @property
+    def scale(self) -> Array:
+        """S, 0-d."""
 
     def update(self, found_inf: Array) -> None:
         """Adapt after a step, given whether its gradients held an Inf or a NaN."""

@@ -27,7 +27,10 @@ class Rule(Protocol):
         """The kinds of state that it keeps beside the weights."""
 
     def scalars(self, lr: float, t: int) -> tuple[float, ...]:
-        """What update number t (from 1) needs beside arrays, computed in double precision; the first is the decay factor."""
+        """What update number t (from 1) needs beside arrays, computed in double precision."""
+
+    def decay(self, w: Array, g: Array, scalars: Array) -> None:
+        """Weight decay of a part of a block, in place, before its update; called for the parameters that decay."""
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
         """Update w and the moments in place, all in one format, from the unscaled, clipped gradient g (overwritten)."""
@@ -54,6 +57,9 @@ class AdamW:
     def scalars(self, lr: float, t: int) -> tuple[float, ...]:
         beta1, beta2 = self.betas
         return 1 - lr * self.weight_decay, lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
+
+    def decay(self, w: Array, g: Array, scalars: Array) -> None:
+        w *= scalars[0]
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
         (m, v), (beta1, beta2) = moments, self.betas
@@ -93,6 +99,9 @@ class SGD:
 
     def scalars(self, lr: float, t: int) -> tuple[float, ...]:
         return 1 - lr * self.weight_decay, lr
+
+    def decay(self, w: Array, g: Array, scalars: Array) -> None:
+        w *= scalars[0]
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
         if moments:
@@ -134,10 +143,14 @@ class Optimizer:
     """
 
     def __init__(self, rule: Rule, schedule: Schedule, xp: Any = np) -> None:
-        self.rule = rule
-        updates = range(schedule.steps)
-        self.learning_rates = xp.asarray(np.array([schedule(t) for t in updates]))
-        self.scalars = xp.asarray(np.array([rule.scalars(schedule(t), t + 1) for t in updates]))
+        self.schedule, self.xp = schedule, xp
+        self.learning_rates = xp.asarray(np.array([schedule(t) for t in range(schedule.steps)]))
+        self.use(rule)
+
+    def use(self, rule: Rule) -> None:
+        """Update by this rule from now on."""
+        self.rule, schedule = rule, self.schedule
+        self.scalars = self.xp.asarray(np.array([rule.scalars(schedule(t), t + 1) for t in range(schedule.steps)]))
 
     def lr(self, state: State) -> Array:
         """The learning rate of the next update, 0-d. Errors: IndexError after as many updates as the schedule has steps."""
@@ -163,7 +176,8 @@ class Optimizer:
         g = widen(state.grads[block], fmt) * inverse_scale
         g *= clip
         for start, stop in state.layout.decayed:
-            w[max(start - block.start, 0) : max(stop - block.start, 0)] *= scalars[0]
+            part = slice(max(start - block.start, 0), max(stop - block.start, 0))
+            self.rule.decay(w[part], g[part], scalars)
         self.rule.update_block(w, g, moments, scalars, state.backend.xp)
         for kind, x, updated in zip(kept, stored, (w, *moments), strict=True):
             cast(updated, state.formats[kind], out=x)

@@ -68,14 +68,22 @@ MAP_BLOCK = 1 << 14
 Monitor = Callable[[str, Array, Array], None]
 """Called at every rounding inside an operation, when a run has one: (site name, values before, values after)."""
 
+Observer = Callable[[str, str, Array], Array]
+"""Called by the tape, when a run has one: ('activations' or 'activation_grads', place, array) -> the array to go on with."""
+
 
 @dataclass
 class Run:
-    """What one run (one rank, one backend) shares among all its operations. There is no global state beside it."""
+    """What one run (one rank, one backend) shares among all its operations. There is no global state beside it.
+
+    overrides: operations that run in the place of those of the same name.
+    """
 
     policy: Policy
     backend: Any
     monitor: Monitor | None = None
+    observer: Observer | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     _bound: dict[tuple[str, str], Bound] = field(default_factory=dict, repr=False)
 
     def bind(self, op: str, place: str) -> Bound:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -19,12 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refimpl.config import Config
+from refimpl.trace import Trace
 
 LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Casts:
-    """Where values change their type: nowhere by default (plain models, and torch.autocast, which does it unseen)."""
+    """Where values change their type: nowhere by default (plain models, and torch.autocast, which does it unseen).
+
+    `seen` collects the outputs of all operations by refimpl's names, for a trace; without it nothing is kept.
+    """
+
+    seen: dict[str, Tensor] | None = None
+
+    def see(self, name: str, y: Tensor) -> Tensor:
+        """Keep an output, and its gradient once backward has run."""
+        if self.seen is not None:
+            y.retain_grad()
+            self.seen[name] = y
+        return y
 
     def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
         return F.linear(x, layer.weight, layer.bias)
@@ -60,12 +72,12 @@ class HalfModel(Casts):
         return F.embedding(index, layer.weight.float()).to(layer.weight.dtype)
 
 
-@dataclass
 class CudaAutocast(Casts):
     """The lists of torch.autocast('cuda') spelled out: products low, norms, softmax and loss FP32, others as they come."""
 
-    low: torch.dtype = torch.float16
-    cache: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(self, low: torch.dtype) -> None:
+        self.low = low
+        self.cache: dict[int, Tensor] = {}
 
     def cached(self, w: Tensor) -> Tensor:
         """A parameter is cast once a step, and its uses share the copy."""
@@ -94,13 +106,15 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(width, 3 * width)
         self.c_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, casts: Casts) -> Tensor:
+    def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (h.view(B, T, self.n_head, -1).transpose(1, 2) for h in casts.linear(x, self.c_attn).split(C, dim=2))
+        qkv = casts.see(f"{name}.c_attn", casts.linear(x, self.c_attn))
+        q, k, v = (h.view(B, T, self.n_head, -1).transpose(1, 2) for h in qkv.split(C, dim=2))
         scores = casts.product(q, k.transpose(-2, -1)) * (1.0 / math.sqrt(C // self.n_head))
         hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
         weights = casts.softmax(scores.masked_fill(hidden, -math.inf))
-        return casts.linear(casts.product(weights, v).transpose(1, 2).reshape(B, T, C), self.c_proj)
+        y = casts.see(name, casts.product(weights, v).transpose(1, 2).reshape(B, T, C))
+        return casts.see(f"{name}.c_proj", casts.linear(y, self.c_proj))
 
 
 class MLP(nn.Module):
@@ -111,8 +125,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, casts: Casts) -> Tensor:
-        return casts.linear(F.gelu(casts.linear(x, self.c_fc), approximate="tanh"), self.c_proj)
+    def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
+        x = casts.see(f"{name}.c_fc", casts.linear(x, self.c_fc))
+        x = casts.see(f"{name}.gelu", F.gelu(x, approximate="tanh"))
+        return casts.see(f"{name}.c_proj", casts.linear(x, self.c_proj))
 
 
 class Block(nn.Module):
@@ -123,9 +139,11 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(width), Attention(width, n_head)
         self.ln_2, self.mlp = nn.LayerNorm(width), MLP(width)
 
-    def forward(self, x: Tensor, casts: Casts) -> Tensor:
-        x = x + self.attn(casts.norm(x, self.ln_1), casts)
-        return x + self.mlp(casts.norm(x, self.ln_2), casts)
+    def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
+        h = casts.see(f"{name}.ln_1", casts.norm(x, self.ln_1))
+        x = casts.see(f"{name}.residual_1", x + self.attn(h, casts, f"{name}.attn"))
+        h = casts.see(f"{name}.ln_2", casts.norm(x, self.ln_2))
+        return casts.see(f"{name}.residual_2", x + self.mlp(h, casts, f"{name}.mlp"))
 
 
 class GPT(nn.Module):
@@ -148,11 +166,13 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor, casts: Casts) -> Tensor:
         parts: Any = self.transformer
-        positions = torch.arange(tokens.shape[1])
-        x = casts.embedding(tokens, parts["wte"]) + casts.embedding(positions, parts["wpe"])
-        for block in parts["h"]:
-            x = block(x, casts)
-        return casts.loss(casts.linear(casts.norm(x, parts["ln_f"]), self.lm_head), targets)
+        x = casts.see("transformer.wte", casts.embedding(tokens, parts["wte"]))
+        e = casts.see("transformer.wpe", casts.embedding(torch.arange(tokens.shape[1]), parts["wpe"]))
+        x = casts.see("transformer.embedding", x + e)
+        for i, block in enumerate(parts["h"]):
+            x = block(x, casts, f"transformer.h.{i}")
+        x = casts.see("transformer.ln_f", casts.norm(x, parts["ln_f"]))
+        return casts.loss(casts.see("lm_head", casts.linear(x, self.lm_head)), targets)
 
 
 class Hidden(nn.Module):
@@ -176,10 +196,12 @@ class ByteMLP(nn.Module):
         self.lm_head = nn.Linear(width, 256)
 
     def forward(self, tokens: Tensor, targets: Tensor, casts: Casts) -> Tensor:
-        x = casts.embedding(tokens, self.wte).flatten(1)
-        for layer in self.h:
-            x = torch.relu(casts.linear(x, layer.fc))
-        return casts.loss(casts.linear(x, self.lm_head), targets[:, -1])
+        x = casts.see("wte", casts.embedding(tokens, self.wte))
+        x = casts.see("join", x.flatten(1))
+        for i, layer in enumerate(self.h):
+            x = casts.see(f"h.{i}.fc", casts.linear(x, layer.fc))
+            x = casts.see(f"h.{i}.relu", torch.relu(x))
+        return casts.loss(casts.see("lm_head", casts.linear(x, self.lm_head)), targets[:, -1])
 
 
 class Twin:
@@ -206,8 +228,6 @@ class Twin:
         self.updates = 0
         dynamic = config.loss_scale == "dynamic"
         self.scaler = torch.amp.GradScaler("cpu", config.init_scale, growth_interval=config.growth_interval, enabled=dynamic)
-        self.scaled_grads: dict[str, np.ndarray] = {}
-        self.unscaled_grads: dict[str, np.ndarray] = {}
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -229,16 +249,18 @@ class Twin:
         x = min(1.0, (t - c.warmup) / max(1, c.steps - c.warmup))
         return c.min_lr + (c.lr - c.min_lr) * (1 + math.cos(math.pi * x)) / 2
 
-    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        recipe = self.config.recipe
-        if recipe.endswith("-cpu"):
-            with torch.autocast("cpu", dtype=self.low):
-                return self.model(tokens, targets, Casts())
-        casts = Casts() if self.low is None else CudaAutocast(self.low) if self.amp else HalfModel()
-        return self.model(tokens, targets, casts)
+    def _casts(self) -> Casts:
+        if self.low is None or self.config.recipe.endswith("-cpu"):
+            return Casts()
+        return CudaAutocast(self.low) if self.amp else HalfModel()
 
-    def step(self, tokens: np.ndarray, targets: np.ndarray, overflow: bool = False) -> dict[str, Any]:
-        """One step. overflow=True puts an Inf into the first parameter's gradient, for a test of skipping."""
+    def step(
+        self, tokens: np.ndarray, targets: np.ndarray, overflow: bool = False, trace: Trace | None = None
+    ) -> dict[str, Any]:
+        """One step. overflow: put an Inf into the first parameter's gradient, for a test of skipping.
+
+        trace: where to write the step down. Where an overflow was put in, gradients are not: no operation has made them.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         model_parameters = dict(self.model.named_parameters())
@@ -247,24 +269,65 @@ class Twin:
                 if model_parameters[name] is not master:
                     model_parameters[name].copy_(master)
         self.model.zero_grad(set_to_none=True)
-        loss = self._loss(torch.from_numpy(tokens), torch.from_numpy(targets))
+        casts = self._casts()
+        casts.seen = None if trace is None else {}
+        with torch.autocast("cpu", dtype=self.low, enabled=self.config.recipe.endswith("-cpu")):
+            loss = self.model(torch.from_numpy(tokens), torch.from_numpy(targets), casts)
         scale = float(self.scaler.get_scale())
         self.scaler.scale(loss).backward()
         grads = {name: cast(Tensor, p.grad) for name, p in model_parameters.items()}
         if overflow:
             next(iter(grads.values())).view(-1)[0] = math.inf
-        self.scaled_grads = {name: _numpy(g) for name, g in grads.items()}
+        scaled = {name: _numpy(g) for name, g in grads.items()} if trace else {}  # FP32 ones are unscaled in place
+        finite = all(bool(g.isfinite().all()) for g in grads.values())
         for name, master in self.masters.items():
             master.grad = grads[name].float()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        self.unscaled_grads = {name: _numpy(p.grad) for name, p in self.masters.items()}
-        skipped = not all(np.isfinite(g).all() for g in self.scaled_grads.values())
+        unscaled = {name: _numpy(p.grad) for name, p in self.masters.items()} if trace else {}
+        weights = {name: _numpy(p) for name, p in model_parameters.items()} if trace else {}
         norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.updates += not skipped
-        return {"loss": loss.item(), "loss_scale": scale, "skipped": skipped, "grad_norm": norm.item()}
+        result = {"loss": loss.item(), "loss_scale": scale, "skipped": not finite, "grad_norm": norm.item()}
+        if trace is not None:
+            step = len(trace.steps) + 1
+            self._write_down(trace, step, (tokens, targets), result, weights)
+            if not overflow:
+                self._write_gradients(trace, step, casts.seen or {}, scaled, unscaled, norm)
+        self.updates += finite
+        return result
+
+    def _write_down(
+        self, trace: Trace, step: int, batch: tuple[np.ndarray, np.ndarray], result: dict[str, Any], weights: dict[str, Any]
+    ) -> None:
+        """All of a step but activations and gradients."""
+        for point, x in (("0.tokens", batch[0]), ("0.targets", batch[1]), ("2.loss", np.float32(result["loss"])),
+                         ("2.loss_scale", np.float32(result["loss_scale"])), ("3.found_inf", np.uint8(result["skipped"])),
+                         ("4.lr", np.float64(self._lr()))):  # fmt: skip
+            trace.put(step, point, "", x)
+        for name, w in weights.items():
+            trace.put(step, "1.weights", name, w)
+        self.write_states(trace, step)
+
+    def write_states(self, trace: Trace, step: int) -> None:
+        """Masters, moments and loss scale, as they are now."""
+        for kind, tensors in (*self.moments().items(), ("master", self.weights())):
+            for name, x in tensors.items():
+                trace.put(step, f"4.{kind}", name, x)
+        trace.put(step, "4.scale", "", np.float32(self.scaler.get_scale()))
+
+    def _write_gradients(
+        self, trace: Trace, step: int, seen: dict[str, Tensor], scaled: dict[str, Any], unscaled: dict[str, Any], norm: Tensor
+    ) -> None:
+        for name, y in seen.items():
+            trace.put(step, "2.activations", name, _numpy(y))
+        for name, y in reversed(seen.items()):
+            trace.put(step, "2.activation_grads", name, _numpy(y.grad))
+        for name, g in scaled.items():
+            trace.put(step, "2.grads", name, g)
+            trace.put(step, "3.unscaled", name, unscaled[name])
+        trace.put(step, "3.norm", "", _numpy(norm))
 
     def weights(self) -> dict[str, np.ndarray]:
         """The FP32 weights (the masters) by name."""

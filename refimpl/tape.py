@@ -82,9 +82,13 @@ class Tape:
     def __call__(self, op: Op, name: str, *inputs: Any, **static: Any) -> Value:
         """Run one operation and write it down. Inputs are Values, or plain arrays (tokens) that have no gradient."""
         place = self._prefix + name
+        op = self.run.overrides.get(op.name, op)
         p = self.run.bind(op.name, place)
         params = tuple(self._parameter(f"{place}.{param}", operand, p) for param, operand in op.params)
-        return self._apply(op, place, p, inputs, params, static)
+        result = self._apply(op, place, p, inputs, params, static)
+        if self.run.observer is not None:
+            result.array = self.run.observer("activations", place, result.array)
+        return result
 
     def _apply(
         self, op: Op, place: str, p: Bound, inputs: tuple[Any, ...], params: tuple[Value | None, ...], static: dict[str, Any]
@@ -132,6 +136,8 @@ class Tape:
         while self.entries:
             entry = self.entries.pop()
             dy, entry.output.grad = entry.output.grad, None
+            if self.run.observer is not None and dy is not None and entry.op is not cast_parameter:
+                dy = self.run.observer("activation_grads", entry.output.name, dy)
             operands = (*entry.inputs, *(w.node if w else None for w in entry.params))
             grads: tuple[Array | None, ...] = (None,) * len(operands)
             if dy is not None:

@@ -21,11 +21,10 @@ from refimpl.errors import TrainingStopped, UsageError
 from refimpl.generate import mean_loss
 from refimpl.gradients import first_non_finite
 from refimpl.metrics import MetricsLog
-from refimpl.policy import Run
+from refimpl.mistakes import meddle
 from refimpl.run_folder import CHECKPOINT, METRICS
-from refimpl.state import State
 from refimpl.state_file import load_state_arrays, state_arrays
-from refimpl.step import StepResult, train_step
+from refimpl.step import StepResult
 
 SKIPS_BEFORE_STOP = 50
 """So many skipped steps in a row, with a scale that is static or below SMALLEST_SCALE, end a run: the scale is not why."""
@@ -57,14 +56,13 @@ class Trainer:
         assert config.block_size is not None
         self.config, self.folder = config, folder
         self.backend = config.make_backend()
-        self.recipe, self.model, self.rule = config.make_recipe(), config.make_model(), config.make_rule()
+        self.recipe = config.make_recipe()
         self.corpus: Corpus = load_corpus(config.data, config.block_size)
-        formats = self.recipe.state_formats(self.rule.moments, config.grad_accum)
-        self.state = State(self.model, formats, self.backend)
+        self.parts = config.make_parts(self.backend)
+        meddle(config.mistake, self.parts)
+        self.model, self.state = self.parts.model, self.parts.state
+        self.loss_scale, self.run = self.parts.loss_scale, self.parts.run
         self.state.load_weights(self.model.initial_weights(generator(config.seed, INIT)))
-        self.optimizer = config.make_optimizer(self.backend)
-        self.loss_scale = config.make_loss_scale(self.backend.xp)
-        self.run = Run(self.recipe.policy, self.backend)
         self.batches = generator(config.seed, BATCHES)
         self.progress = Progress()
         self.log = MetricsLog(folder / METRICS)
@@ -105,9 +103,7 @@ class Trainer:
         for _ in range(self.config.grad_accum):
             x, y = sample_batch(self.corpus.train, batch_size, block_size, self.batches)
             micro_batches.append((self.backend.from_host(x), self.backend.from_host(y)))
-        return train_step(
-            self.model, micro_batches, self.state, self.optimizer, self.loss_scale, self.run, self.config.clip or math.inf
-        )
+        return self.parts.step(micro_batches)
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:

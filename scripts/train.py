@@ -37,6 +37,7 @@ HELP = {
     "init_scale": "where the dynamic loss scale starts",
     "growth_interval": "good steps before the dynamic loss scale doubles",
     "seed": "of weights, batches, evaluation and sample",
+    "mistake": "a known mistake to make on purpose (`python scripts/mistakes.py` lists them)",
     "eval_every": "steps between evaluations, each followed by a checkpoint",
     "eval_batches": "batches an evaluation",
     "log_every": "steps between looks at the device",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from refimpl.errors import UsageError
 
 torch = pytest.importorskip("torch", reason="the comparison with PyTorch needs torch==2.13.0")
 
-from refimpl import compare_pytorch  # noqa: E402
 from refimpl.compare_pytorch import RECIPES, Comparison, compare, report  # noqa: E402
 from refimpl.gradients import clip_coefficient  # noqa: E402
 from refimpl.policy import Policy, Precision  # noqa: E402
@@ -42,8 +42,8 @@ def test_fifty_steps_agree(recipe: str, model: str) -> None:
     assert result.agrees, report(result)
     summary = result.summary()
     assert summary["scales_equal"] and summary["skips_equal"] and summary["steps"] == 50
-    assert summary["identical_share_by_stage"]["3 unscaled"] == 1.0
-    assert recipe not in ("fp16", "bf16") or summary["identical_share_by_stage"]["1 weights"] == 1.0
+    assert summary["identical_share_by_stage"]["3.unscaled"] == 1.0
+    assert recipe not in ("fp16", "bf16") or summary["identical_share_by_stage"]["1.weights"] == 1.0
     # The injected overflows, and with them the skip logic, have really happened where there is a loss scale.
     assert sum(row["skipped"] for row in result.rows) >= (2 if "fp16" in recipe else 0)
 
@@ -76,18 +76,30 @@ def test_the_full_product_agrees(recipe: str, model: str, sizes: tuple[int, int,
         assert result.agrees, report(result)
 
 
-def test_a_coarser_rounding_is_found_in_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: an FP16 run whose layer norms read BF16, 8 times coarser, departs at the first gradients."""
-    from dataclasses import replace
-
+def test_a_coarser_rounding_is_found_where_it_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: an FP16 run whose layer norms read BF16, 8 times coarser, departs at the first layer norm."""
     recipe = get_recipe("fp16")
     rows = {**recipe.policy.rows, "layernorm": Precision("bf16", "fp32", "fp16")}
     coarse = replace(recipe, policy=Policy("coarse", rows))
-    monkeypatch.setattr(compare_pytorch, "get_recipe", lambda name: coarse if name == "fp16" else get_recipe(name))
+    monkeypatch.setattr(Config, "make_recipe", lambda self: coarse)
     result = run("fp16", {**ODD, "steps": 6})
     first = result.first_departure
-    assert first is not None and first.stage == "2 gradients", report(result)
-    assert max(stage.error for stage in result.stages if stage.stage == "2 gradients") > 2
+    assert first is not None and (first.point, first.name) == ("2.activations", "transformer.h.0.ln_1"), report(result)
+    assert first.error > 2
+
+
+@pytest.mark.parametrize(("key", "where"), [
+    ("linear.y", "transformer.h.0.attn.c_attn"), ("attention.softmax", "transformer.h.0.attn"),
+    ("gelu_tanh", "transformer.h.0.mlp.gelu"), ("add", "transformer.embedding"),
+])  # fmt: skip
+def test_a_missing_rounding_is_found_where_it_happens(key: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: PyTorch rounds there, a policy without that rounding does not."""
+    recipe = get_recipe("fp16")
+    values = {"attention.values": Precision({"P": "same", "v": "fp16"}, "fp32", "fp16")} if key == "attention.softmax" else {}
+    rows = {**recipe.policy.rows, key: Precision("fp16", "fp32", "fp32"), **values}
+    monkeypatch.setattr(Config, "make_recipe", lambda self: replace(recipe, policy=Policy("missing", rows)))
+    first = run("fp16", {**ODD, "steps": 6}).first_departure
+    assert first is not None and (first.point, first.name) == ("2.activations", where), first
 
 
 def test_clipping_scaled_gradients_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +122,7 @@ def test_a_decay_too_many_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Layout, "of", classmethod(of))
     result = run("fp32", ODD, weight_decay=1.0)
     first = result.first_departure
-    assert first is not None and first.stage == "4 master" and first.name.endswith((".bias", "ln_1.weight", "ln_f.weight"))
+    assert first is not None and first.point == "4.master" and first.name.endswith((".bias", "ln_1.weight", "ln_f.weight"))
 
 
 def test_a_biased_moment_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +131,7 @@ def test_a_biased_moment_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Config, "make_rule", lambda self: AdamW(betas=(0.9, 0.96), weight_decay=self.weight_decay))
     first = run("fp32", ODD).first_departure
-    assert first is not None and first.stage == "4 v"
+    assert first is not None and first.point == "4.v"
 
 
 def test_recipes_without_a_twin_are_refused() -> None:

@@ -273,7 +273,7 @@ def test_a_state_that_changes_in_a_skipped_step_is_reported(monkeypatch: pytest.
         state.master[:] += 1
         return result
 
-    monkeypatch.setattr(module, "train_step", careless)
+    monkeypatch.setattr("refimpl.parts.train_step", careless)
     report = inspect_steps(**{**OVERFLOW, "steps": 1})[0]
     assert "CHANGED" in report["master_after"].remark and "CHANGED" not in report["m_after"].remark
 
@@ -287,7 +287,7 @@ def test_the_copy_shown_is_the_one_that_the_step_used(monkeypatch: pytest.Monkey
         state.weights[:] = 0
         return result
 
-    monkeypatch.setattr(module, "train_step", careless)
+    monkeypatch.setattr("refimpl.parts.train_step", careless)
     report = inspect_steps("bf16", step=1)[0]
     assert report["copy"].value == 0 and report["rounding"].value == -report["master"].value
 

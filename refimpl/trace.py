@@ -1,0 +1,248 @@
+"""Traces: what a training run computed, step by step, as named tensors in a safetensors file.
+
+A tensor's name is `step/point` or `step/point/parameter`, for example `3/2.grads/transformer.wte.weight`. Step 0 is the
+start: the masters and moments before the first step. docs/traces.md lists the points and how each is meant; a trace may
+hold any of them. The header (metadata key `refimpl-trace`) is JSON: `version`, and `config` where refimpl wrote the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.cast import cast, widen
+from refimpl.checkpoint import write_atomically
+from refimpl.config import Config
+from refimpl.data import load_corpus, sample_batch
+from refimpl.errors import UsageError
+from refimpl.formats import format_of
+from refimpl.mistakes import meddle
+from refimpl.parts import Parts, UpdateArguments, WrappedOptimizer
+from refimpl.state import State
+from refimpl.trainer import BATCHES, INIT, generator
+
+Array = Any
+
+VERSION = 1
+_KEY = "refimpl-trace"
+
+POINTS = {
+    "0.tokens": "what the model reads: (B, T) integers; with n micro-batches (n, B, T)",
+    "0.targets": "what it is to predict, in the same shape",
+    "1.weights": "a parameter as the forward pass reads it, in its own format",
+    "2.activations": "the output of an operation, by its place in the model, of the first micro-batch",
+    "2.loss_scale": "S, which backward starts from",
+    "2.loss": "the mean loss, not scaled",
+    "2.activation_grads": "the gradient of S times the loss by that output, of the first micro-batch",
+    "2.grads": "the gradient of S times the loss by a parameter, in the format that it is stored in",
+    "3.unscaled": "the same in FP32, divided by S, not yet clipped",
+    "3.found_inf": "whether the step is skipped: 0 or 1",
+    "3.norm": "the L2 norm of all unscaled gradients, before clipping",
+    "4.clip": "the coefficient that the unscaled gradients are multiplied by: 1 where nothing is clipped",
+    "4.lr": "the learning rate of this update",
+    "4.m": "Adam's first moment (SGD: momentum) after the step",
+    "4.v": "Adam's second moment after the step",
+    "4.master": "the FP32 weights after the step",
+    "4.scale": "the loss scale after the step",
+}
+"""The points of a step in the order in which it computes them, and what stands there."""
+
+
+@dataclass
+class Trace:
+    """Named tensors of some steps, in memory."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def put(self, step: int, point: str, name: str, array: Array) -> None:
+        """Keep a copy of a tensor; name is '' where a point has only one."""
+        self.tensors[key(step, point, name)] = np.array(array)
+
+    def get(self, step: int, point: str, name: str = "") -> np.ndarray | None:
+        """A tensor, or None where the trace does not hold it."""
+        return self.tensors.get(key(step, point, name))
+
+    def at(self, step: int, point: str) -> dict[str, np.ndarray]:
+        """All tensors of a point, by name, in the order in which they were put."""
+        prefix = f"{step}/{point}/"
+        return {k.removeprefix(prefix): array for k, array in self.tensors.items() if k.startswith(prefix)}
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that the trace holds anything of, without the start, in order."""
+        return sorted({int(k.partition("/")[0]) for k in self.tensors} - {0})
+
+    def inputs(self, step: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """The micro-batches of a step, or None."""
+        tokens, targets = self.get(step, "0.tokens"), self.get(step, "0.targets")
+        if tokens is None or targets is None:
+            return None
+        return [(tokens, targets)] if tokens.ndim == 2 else list(zip(tokens, targets, strict=True))
+
+
+def key(step: int, point: str, name: str = "") -> str:
+    """The name of a tensor in the file."""
+    return f"{step}/{point}/{name}" if name else f"{step}/{point}"
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, trace: Trace) -> None:
+    """Write a trace. Errors: UsageError when it cannot be written."""
+    from safetensors.numpy import save_file
+
+    header = json.dumps({"version": VERSION, "config": trace.config, "order": list(trace.tensors)}, separators=(",", ":"))
+    contiguous = {name: np.asarray(array, order="C") for name, array in trace.tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata={_KEY: header}))
+
+
+def load(path: Path) -> Trace:
+    """Read a trace of ours or of somebody else's.
+
+    A file without our header is taken for a trace without a configuration, if its tensors are named as a trace's are.
+    Errors: UsageError that says what is wrong with the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UsageError(f"no trace at {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
+    if not isinstance(header, dict) or header.get("version", VERSION) != VERSION:
+        raise UsageError(f"{path} has a trace header that this program does not read (it reads version {VERSION})")
+    order = header.get("order", [])
+    position = {name: i for i, name in enumerate(order)} if isinstance(order, list) else {}
+    tensors = dict(sorted(tensors.items(), key=lambda item: position.get(item[0], len(position))))
+    for name in tensors:
+        step, point, _ = [*name.split("/", 2), ""][:3]
+        if not step.isdigit() or point not in POINTS:
+            raise UsageError(f"{path}: {name!r} is no tensor of a trace (step/point/name); points are {', '.join(POINTS)}")
+    config = header.get("config", {})
+    return Trace(config if isinstance(config, dict) else {}, tensors)
+
+
+# -- recording ---------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Writes a run into a trace, step by step; what is written first under a name stays.
+
+    Attach it before a mistake is made in the parts: it has to see the update as the rule sees it.
+    follow: another trace whose activations and their gradients replace the run's own, each after it is written down, so
+    that every operation computes from that trace's values and no difference is carried from one to the next.
+    """
+
+    def __init__(self, parts: Parts, trace: Trace, follow: Trace | None = None) -> None:
+        self.trace, self.follow, self.step = trace, follow, 0
+        self._to_host, self._rule_side = parts.state.backend.to_host, parts.optimizer
+        parts.run.observer = self._observe
+        parts.optimizer = WrappedOptimizer(parts.optimizer, self._before_update)
+
+    def put(self, point: str, name: str, array: Array) -> None:
+        """Write an array down, if nothing is written there yet."""
+        if key(self.step, point, name) not in self.trace.tensors:
+            self.trace.put(self.step, point, name, self._to_host(array))
+
+    def _observe(self, point: str, place: str, array: Array) -> Array:
+        if array.ndim == 0 or key(self.step, f"2.{point}", place) in self.trace.tensors:
+            return array  # the loss, which has a point of its own; a micro-batch after the first
+        self.put(f"2.{point}", place, array)
+        theirs = self.follow.get(self.step, f"2.{point}", place) if self.follow else None
+        return array if theirs is None else like(theirs, array)
+
+    def weights(self, state: State) -> None:
+        """The weights that forward reads."""
+        for name, view in state.weight_views.items():
+            self.put("1.weights", name, view)
+
+    def grads(self, state: State) -> None:
+        """What backward has left."""
+        for name, view in state.grad_views.items():
+            self.put("2.grads", name, view)
+
+    def _before_update(self, state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
+        self.weights(state)  # they are still those that forward has read
+        self.grads(state)
+        with np.errstate(all="ignore"):
+            for name, view in state.grad_views.items():
+                self.put("3.unscaled", name, widen(view, state.math_format) * inverse)
+        self.put("3.found_inf", "", state.backend.xp.asarray(found))
+        self.put("4.clip", "", state.backend.xp.asarray(clip))
+        self.put("4.lr", "", self._rule_side.lr(state))
+        return inverse, clip, found
+
+    def states(self, parts: Parts) -> None:
+        """Masters, moments and loss scale as they are now."""
+        state = parts.state
+        for kind in ("m", "v", "master"):
+            buffer = state.master if kind == "master" else state.buffers.get(kind)
+            if buffer is not None:
+                for name, view in state.layout.views(buffer).items():
+                    self.put(f"4.{kind}", name, view)
+        self.put("4.scale", "", parts.loss_scale.scale)
+
+
+def like(theirs: np.ndarray, ours: Array) -> np.ndarray:
+    """Their tensor in our format. Errors: UsageError when the shapes differ or the format cannot hold it."""
+    if theirs.shape != ours.shape:
+        raise UsageError(f"a tensor of shape {theirs.shape} stands where one of shape {ours.shape} is expected")
+    result: np.ndarray = cast(theirs, format_of(ours))
+    return result
+
+
+def record(config: Config, source: Trace | None = None) -> Trace:
+    """Train for `config.steps` steps and write everything down.
+
+    source: another trace, whose start and batches are used. Errors: UsageError when it lacks them.
+    """
+    parts, trace = config.make_parts(config.make_backend()), Trace(asdict(config))
+    recorder = Recorder(parts, trace)
+    meddle(config.mistake, parts)
+    start = source.at(0, "4.master") if source else parts.model.initial_weights(generator(config.seed, INIT))
+    parts.state.load_weights(checked_start(start, parts))
+    recorder.states(parts)
+    assert config.steps is not None
+    for recorder.step, batches in enumerate(_batches(config, source), 1):
+        for point, i in (("0.tokens", 0), ("0.targets", 1)):
+            arrays = [batch[i] for batch in batches]
+            trace.put(recorder.step, point, "", np.stack(arrays) if len(arrays) > 1 else arrays[0])
+        result = parts.step([(parts.state.backend.from_host(x), parts.state.backend.from_host(y)) for x, y in batches])
+        recorder.put("2.loss", "", result.loss)
+        recorder.put("2.loss_scale", "", result.loss_scale)
+        recorder.put("3.norm", "", result.grad_norm)
+        recorder.states(parts)
+    return trace
+
+
+def checked_start(start: Mapping[str, np.ndarray], parts: Parts) -> Mapping[str, np.ndarray]:
+    """The weights of a start, if they are this model's. Errors: UsageError that names the first that is not."""
+    for name, spec in parts.model.parameters.items():
+        if name not in start or start[name].shape != spec.shape:
+            there = f"{start[name].shape}" if name in start else "missing"
+            raise UsageError(f"the start of the trace (0/4.master/{name}) is {there}; this model's shape is {spec.shape}")
+    return start
+
+
+def _batches(config: Config, source: Trace | None) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    assert config.block_size and config.batch_size and config.steps
+    if source is not None:
+        for step in source.steps[: config.steps]:
+            batches = source.inputs(step)
+            if batches is None:
+                raise UsageError(f"the trace has no {key(step, '0.tokens')}: its batches cannot be used")
+            yield batches
+        return
+    corpus, rng = load_corpus(config.data, config.block_size), generator(config.seed, BATCHES)
+    for _ in range(config.steps):
+        yield [sample_batch(corpus.train, config.batch_size, config.block_size, rng) for _ in range(config.grad_accum)]

@@ -1,0 +1,62 @@
+"""Write down what a training run computes, and find where another run departs from it, and why.
+
+    python scripts/trace.py record --recipe fp16 --out ours.safetensors
+    python scripts/trace.py record --recipe fp16 --mistake unscale-after-clip --out theirs.safetensors
+    python scripts/trace.py diff ours.safetensors theirs.safetensors
+    python scripts/trace.py record --recipe fp16 --like theirs.safetensors --out ours.safetensors   their start, their batches
+
+docs/traces.md says what a trace holds; scripts/pytorch_trace.py dumps one from a training loop in PyTorch.
+Exit code of diff: 0 when everything is within its bound, 1 when not.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from refimpl.cli import main
+from refimpl.compare import diff
+from refimpl.config import Config
+from refimpl.trace import load, record, save
+
+DEFAULTS: dict[str, Any] = {
+    "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 4, "warmup": 1,
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of train.py that matter here, for a small model and a few steps."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = result.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record", help="train a few steps and write everything down")
+    for name, value in DEFAULTS.items():
+        recording.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    for name in ("model", "recipe", "data", "optimizer", "loss_scale", "mistake"):
+        recording.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS)
+    for name in ("min_lr", "momentum", "weight_decay", "clip", "init_scale"):
+        recording.add_argument(f"--{name.replace('_', '-')}", type=float, default=argparse.SUPPRESS)
+    for name in ("grad_accum", "growth_interval", "seed"):
+        recording.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
+    recording.add_argument("--like", type=Path, metavar="TRACE", help="start from the weights and take the batches of TRACE")
+    recording.add_argument("--out", type=Path, required=True)
+    difference = commands.add_parser("diff", help="judge trace B by the recipe of trace A")
+    difference.add_argument("a", type=Path)
+    difference.add_argument("b", type=Path)
+    return result
+
+
+def run(arguments: dict[str, Any]) -> int:
+    """Record, or compare."""
+    if arguments.pop("command") == "diff":
+        return 0 if diff(load(arguments["a"]), load(arguments["b"])) is None else 1
+    like, out = arguments.pop("like"), arguments.pop("out")
+    source = load(like) if like else None
+    if source:
+        arguments["steps"] = min(arguments["steps"], len(source.steps))
+    trace = record(Config.of(arguments), source)
+    save(out, trace)
+    print(f"{out}: {len(trace.steps)} steps, {len(trace.tensors)} tensors")
+    return 0
+
+
+if __name__ == "__main__":
+    main(lambda: run(vars(parser().parse_args())))

@@ -1,0 +1,241 @@
+"""Every known mistake is noticed: a trace of a run that makes it departs where the table says, and is explained by its name.
+
+Beside that, what each mistake does to training, as the table's text has it: the loss, the scale, the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.cast import widen
+from refimpl.compare_pytorch import TRAJECTORY
+from refimpl.config import Config
+from refimpl.errors import UsageError
+from refimpl.judge import Judge, explanations, judge
+from refimpl.mistakes import MISTAKES, listing
+from refimpl.trace import Trace, record
+
+TINY: dict[str, Any] = {
+    "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "lr": 1e-3, "steps": 3, "warmup": 1,
+}  # fmt: skip
+
+# Where a mistake needs more than the fp16 recipe to show: a recipe, a scale that overflows, micro-batches.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "norm-in-16-bits": {"recipe": "amp-bf16"},
+    "accumulate-in-16-bits": {"grad_accum": 8},
+    "ignore-inf": {"init_scale": 2.0**24},
+    "scale-never-backs-off": {"init_scale": 2.0**24},
+    "t-advances-on-skip": {"init_scale": 2.0**24},
+}
+
+
+def config(name: str, **more: Any) -> Config:
+    return Config.of({**TINY, "recipe": "fp16", **SETTINGS.get(name, {}), **more})
+
+
+@functools.cache
+def trace_of(name: str, mistake: str) -> Trace:
+    """A run in the settings of a mistake, with that mistake or another."""
+    return record(config(name, mistake=mistake))
+
+
+def both(name: str, **more: Any) -> tuple[Trace, Trace]:
+    """The same run without and with the mistake."""
+    return record(config(name, **more)), record(config(name, mistake=name, **more))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_trace_of_the_mistake_departs_where_the_table_says(name: str) -> None:
+    first = next((f for f in judge(config(name), trace_of(name, name)) if f.departs), None)
+    assert first is not None
+    assert first.point == MISTAKES[name].departs, first
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_with_the_mistake_switched_in_the_trace_agrees_to_the_bit(name: str) -> None:
+    findings = list(Judge(config(name), trace_of(name, name), name).findings())
+    assert len(findings) > 100 and not any(f.departs for f in findings)
+    if name != "accumulate-in-16-bits":  # only of the first micro-batch are the activations in a trace
+        assert all(f.identical == 1 for f in findings)
+
+
+@pytest.mark.parametrize("settings", sorted({name if name in SETTINGS else "none" for name in MISTAKES}))
+def test_without_a_mistake_nothing_departs(settings: str) -> None:
+    assert not any(f.departs for f in judge(config(settings), trace_of(settings, "none")))
+
+
+@pytest.mark.parametrize("name", ["cast-twice", "unscale-after-clip", "eps-inside-root"])
+def test_no_other_mistake_explains_it(name: str) -> None:
+    first = next(f for f in judge(config(name), trace_of(name, name)) if f.departs)
+    assert explanations(config(name), trace_of(name, name), first) == [name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISTAKES)
+def test_every_mistake_has_its_own_explanation(name: str) -> None:
+    first = next(f for f in judge(config(name), trace_of(name, name)) if f.departs)
+    assert explanations(config(name), trace_of(name, name), first) == [name]
+
+
+# -- what one sees ------------------------------------------------------------------------------------------------------
+
+
+def losses(trace: Trace) -> np.ndarray:
+    return np.array([trace.get(step, "2.loss") for step in trace.steps], float)
+
+
+def values(trace: Trace, point: str) -> list[float]:
+    return [float(trace.tensors[f"{step}/{point}"]) for step in trace.steps]
+
+
+def flat(trace: Trace, step: int, point: str) -> np.ndarray:
+    return np.concatenate([widen(x, "fp64").ravel() for x in trace.at(step, point).values()])
+
+
+def move(trace: Trace) -> float:
+    """How far the masters have gone, in L2."""
+    return float(np.linalg.norm(flat(trace, trace.steps[-1], "4.master") - flat(trace, 0, "4.master")))
+
+
+def test_no_masters_loses_small_updates() -> None:
+    right, wrong = both("no-masters", recipe="bf16", lr=1e-5, steps=4, weight_decay=0.0)
+    moved = [np.mean(flat(t, 4, "1.weights") != flat(t, 1, "1.weights")) for t in (right, wrong)]
+    print(f"of the weights {moved[0]:.1%} have moved with masters, {moved[1]:.1%} without")
+    assert moved[1] < moved[0] / 2
+
+
+def test_stale_weights_never_learn() -> None:
+    right, wrong = both("stale-weights", steps=6)
+    weights = [flat(wrong, step, "1.weights") for step in wrong.steps]
+    assert all(np.array_equal(weights[0], w) for w in weights)
+    assert losses(right)[-1] < losses(wrong)[-1] - 0.1
+
+
+def test_a_scale_in_16_bits_begins_with_a_skip() -> None:
+    right, wrong = both("scale-in-16-bits")
+    assert values(right, "3.found_inf") == [0, 0, 0]
+    assert values(wrong, "3.found_inf") == [1, 0, 0] and values(wrong, "2.loss_scale") == [np.inf, 32768, 32768]
+
+
+@pytest.mark.parametrize("name", ["cast-twice", "missing-cast", "sum-in-16-bits", "softmax-in-16-bits", "norm-in-16-bits"])
+def test_a_rounding_more_or_less_does_not_show_in_the_loss(name: str) -> None:
+    right, wrong = both(name, steps=20, lr=5e-3)
+    apart = np.abs(losses(right) - losses(wrong)).max()
+    print(f"{name}: losses {apart:.1e} apart in 20 steps")
+    assert 0 < apart < 2 * TRAJECTORY["16 bits"][0]  # what PyTorch shows against itself; twice, with a quarter of the rows
+    assert losses(wrong)[-1] < losses(wrong)[0] - 0.5
+
+
+def test_a_loss_in_16_bits_moves_in_steps() -> None:
+    right, wrong = (losses(t) for t in both("loss-in-16-bits"))
+    assert all(loss * 256 % 1 == 0 for loss in wrong)  # FP16's spacing between 4 and 8
+    assert not all(loss * 256 % 1 == 0 for loss in right)
+
+
+def test_a_dropped_tied_gradient_is_smaller_but_learns() -> None:
+    right, wrong = both("tied-gradient-dropped", steps=20, lr=5e-3)
+    name = "transformer.wte.weight"
+    norms = [np.linalg.norm(widen(t.at(1, "3.unscaled")[name], "fp64")) for t in (right, wrong)]
+    assert norms[1] != norms[0] and losses(wrong)[-1] < losses(wrong)[0] - 0.5
+
+
+def test_sums_of_micro_batches_in_16_bits_are_less_exact() -> None:
+    settings = {"grad_accum": 32, "steps": 1, "recipe": "bf16"}
+    right, wrong = both("accumulate-in-16-bits", **settings)
+    truth = flat(record(config("accumulate-in-16-bits", **{**settings, "recipe": "fp64"})), 1, "3.unscaled")
+    errors = [np.linalg.norm(flat(t, 1, "3.unscaled") - truth) for t in (right, wrong)]
+    print(f"error of the sum of 32 micro-batches: {errors[0]:.2e} in FP32, {errors[1]:.2e} in 16 bits")
+    assert errors[1] > 1.5 * errors[0]
+
+
+def test_no_unscale_is_hidden_by_adam_and_not_by_sgd() -> None:
+    right, wrong = (move(t) for t in both("no-unscale"))
+    assert wrong == pytest.approx(right, rel=0.2)
+    right, wrong = (move(t) for t in both("no-unscale", optimizer="sgd", clip=0.0, steps=1))
+    assert wrong == pytest.approx(65536 * right, rel=1e-3)
+
+
+def test_unscale_twice_stops_sgd_and_slows_adam() -> None:
+    right, wrong = (move(t) for t in both("unscale-twice", optimizer="sgd"))
+    assert wrong < right / 1000
+    right, wrong = (move(t) for t in both("unscale-twice"))
+    assert wrong < 0.9 * right
+
+
+def test_an_ignored_inf_makes_the_weights_nan() -> None:
+    right, wrong = both("ignore-inf")
+    assert np.isfinite(flat(right, 3, "4.master")).all()
+    assert np.isnan(flat(wrong, 3, "4.master")).any() and np.isnan(losses(wrong)[1:]).all()
+
+
+def test_clipping_first_stops_sgd() -> None:
+    right, wrong = (move(t) for t in both("unscale-after-clip", optimizer="sgd"))
+    assert wrong < right / 1000
+
+
+def test_a_scale_that_never_backs_off_skips_for_ever() -> None:
+    right, wrong = both("scale-never-backs-off", steps=12)
+    assert 0 in values(right, "3.found_inf")
+    assert values(wrong, "3.found_inf") == [1.0] * 12 and move(wrong) == 0
+
+
+def test_a_skipped_step_that_counts_runs_ahead() -> None:
+    right, wrong = both("t-advances-on-skip", steps=4, warmup=10)
+    lr = [values(t, "4.lr") for t in (right, wrong)]
+    assert lr[0][0] == lr[0][1] and lr[1][0] < lr[1][1]  # the first steps overflow
+
+
+def test_eps_inside_the_root_slows_small_gradients() -> None:
+    right, wrong = (flat(t, 1, "4.master") - flat(t, 0, "4.master") for t in both("eps-inside-root", weight_decay=0.0))
+    small = np.abs(flat(trace_of("eps-inside-root", "none"), 1, "3.unscaled")) < 1e-5
+    small &= np.abs(right) > 1e-4
+    assert small.sum() > 100 and np.abs(wrong[small]).max() < 0.5 * np.abs(right[small]).min()
+
+
+def test_eps_in_16_bits_is_nan_where_nothing_was_learnt() -> None:
+    right, wrong = both("eps-in-16-bits")
+    assert np.isfinite(flat(right, 3, "4.master")).all() and np.isnan(flat(wrong, 3, "4.master")).any()
+
+
+def test_coupled_decay_fills_the_moments() -> None:
+    right, wrong = both("coupled-decay")
+    name = "transformer.wpe.weight"
+    difference = widen(wrong.at(1, "4.m")[name], "fp64") - right.at(1, "4.m")[name]
+    np.testing.assert_allclose(difference, 0.1 * 0.1 * right.at(0, "4.master")[name], rtol=1e-3, atol=1e-9)  # (1-beta1) wd w
+
+
+def test_no_bias_correction_scales_the_first_update() -> None:
+    right, wrong = (flat(t, 1, "4.master") - flat(t, 0, "4.master") for t in both("no-bias-correction", weight_decay=0.0))
+    large = np.abs(right) > 9e-4  # eps does not act, and rounding to the spacing of the master is small
+    np.testing.assert_allclose(wrong[large] / right[large], 0.1 / np.sqrt(0.05), rtol=1e-2)
+
+
+# -- the switch --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_mistakes_and_runs_without_room_are_refused() -> None:
+    with pytest.raises(UsageError, match="unknown mistake 'x': choose one of no-masters"):
+        Config.of({**TINY, "mistake": "x"})
+    for name, more, needs in (
+        ("no-masters", {"recipe": "fp32"}, "separate masters"),
+        ("cast-twice", {"recipe": "fp32"}, "in 16 bits"),
+        ("tied-gradient-dropped", {"model": "mlp", "n_head": 0}, "tied weights"),
+        ("no-unscale", {"recipe": "bf16"}, "a loss scale"),
+        ("unscale-after-clip", {"clip": 0.0}, "--clip above 0"),
+        ("accumulate-in-16-bits", {"grad_accum": 1}, "--grad-accum above 1"),
+        ("norm-in-16-bits", {"recipe": "fp16"}, "keeps it in FP32"),
+        ("coupled-decay", {"weight_decay": 0.0}, "--weight-decay above 0"),
+        ("eps-inside-root", {"optimizer": "sgd"}, "--optimizer adamw"),
+        ("scale-never-backs-off", {"loss_scale": "1024"}, "a dynamic loss scale"),
+    ):
+        with pytest.raises(UsageError, match=f"--mistake {name} needs .*{needs}"):
+            record(config(name, mistake=name, **more))
+
+
+def test_the_listing_names_them_all() -> None:
+    text = listing()
+    assert len(MISTAKES) >= 12 and all(f"{m.name} " in text and m.what in text and m.seen in text for m in MISTAKES.values())
