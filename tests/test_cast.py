@@ -1,7 +1,8 @@
 """refimpl.cast: every rounding is round-to-nearest, ties to even, as worked out here from the sorted table of all values.
 
 The expected side of every tie and every near-tie comes from the codes of a format, decoded in float64 (`test_formats`
-checks that decoding), never from astype. PyTorch is the second witness where it is installed.
+checks that decoding), never from astype. Where they are installed there are more witnesses: PyTorch, Berkeley SoftFloat
+(softfloatpy) and gfloat; the first two also for the arithmetic that is made of FP32 operations and one cast.
 """
 
 import math
@@ -456,3 +457,149 @@ def test_fp64_equal_to_torch(fmt: str) -> None:
     x = (1 + steps * FORMATS[fmt].eps) * (1 + rng.choice([-1, 0, 1], 100_000) * 2.0**-45)
     theirs = torch.from_numpy(x).to(target).double().numpy()
     assert np.array_equal(widen(cast(x, fmt), "fp64"), theirs)
+
+
+# --------------------------------------------------------------------------------------------------- arithmetic in 16 bits
+
+ARITHMETIC = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+
+
+def operand_pairs(fmt: str) -> tuple[np.ndarray, np.ndarray]:
+    """Every code with each of a few (zeros, ones, subnormals, the largest, specials), both ways, and random pairs of codes."""
+    codes, rng = all_codes(fmt), np.random.default_rng(6)
+    largest = LAYOUT[fmt][2]
+    chosen = np.array([0, 0x8000, 1, 0x8003, 0x0155, 0x3C00, 0xBF80, 0x3555, 0x4248, largest, largest + 1, 0x7FFF], np.uint16)
+    a, b = np.meshgrid(codes, chosen.view(dtype_of(fmt)))
+    x, y = rng.integers(0, 65536, (2, 300_000)).astype(np.uint16).view(dtype_of(fmt))
+    return np.concatenate([a.ravel(), b.ravel(), x]), np.concatenate([b.ravel(), a.ravel(), y])
+
+
+def by_way_of_fp32(operation: str, a: np.ndarray, b: np.ndarray, fmt: str) -> np.ndarray:
+    """What every operation here does: widen, compute in FP32, round. Two roundings, but the first is harmless: FP32 has 24
+    bits, and 2 * 11 + 2 are enough for + - * / of 11-bit numbers (Figueroa 1995, 'When is double rounding innocuous?')."""
+    with np.errstate(all="ignore"):
+        return cast(ARITHMETIC[operation](widen(a), widen(b)), fmt)
+
+
+def assert_same_numbers(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Codes are equal, but those of NaNs, whose payload and sign are each library's own."""
+    is_nan = np.isnan(widen(theirs))
+    assert np.array_equal(np.isnan(widen(ours)), is_nan)
+    assert np.array_equal(bits(ours)[~is_nan], bits(theirs)[~is_nan])
+
+
+@pytest.mark.parametrize("operation", ARITHMETIC)
+@pytest.mark.parametrize("fmt", ["fp16", "bf16"])
+def test_fp32_arithmetic_and_one_cast_is_torchs_16_bit_arithmetic(fmt: str, operation: str) -> None:
+    torch = pytest.importorskip("torch")
+    target = {"fp16": torch.float16, "bf16": torch.bfloat16}[fmt]
+    a, b = operand_pairs(fmt)
+    there = [torch.from_numpy(x.view(np.int16).copy()).view(target) for x in (a, b)]
+    theirs = getattr(torch, operation)(*there).view(torch.int16).numpy().view(dtype_of(fmt))
+    assert_same_numbers(by_way_of_fp32(operation, a, b, fmt), theirs)
+
+
+# ------------------------------------------------------------------------------------- other libraries of number formats
+
+
+def around_every_boundary(fmt: str) -> np.ndarray:
+    """FP32 numbers: all values of a format, the midpoints between neighbours (the last one is where overflow begins), and
+    the FP32 neighbours of each; both signs; then what is far outside."""
+    exponent_bits, fraction_bits, largest = LAYOUT[fmt]
+    value = decoded(np.arange(largest + 2), exponent_bits, fraction_bits)
+    middle = np.float32((value[:-1] + value[1:]) / 2)
+    grid = np.concatenate([np.float32(value[:-1]), middle])
+    near = np.concatenate([grid, np.nextafter(grid, np.float32(-math.inf)), np.nextafter(grid, np.float32(math.inf))])
+    far = np.uint32([1, 0x00400000, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7F800001]).view(np.float32)
+    x = np.concatenate([near, far])
+    return np.concatenate([x, -x])
+
+
+class SoftFloat:
+    """Berkeley SoftFloat: IEEE 754 in integers. Arrays go through it number by number, as big-endian bytes."""
+
+    def __init__(self) -> None:
+        self.library = pytest.importorskip("softfloatpy")
+        self.type = {"fp32": self.library.Float32, "fp16": self.library.Float16, "bf16": self.library.BFloat16}
+        assert self.library.get_rounding_mode() == self.library.RoundingMode.NEAR_EVEN
+
+    def numbers(self, x: np.ndarray, fmt: str) -> list[object]:
+        size, raw, make = x.dtype.itemsize, bits(x).byteswap().tobytes(), self.type[fmt].from_bytes
+        return [make(raw[i : i + size]) for i in range(0, len(raw), size)]
+
+    def array(self, numbers: list, fmt: str) -> np.ndarray:
+        code = CODE[FORMATS[fmt].itemsize]
+        return np.frombuffer(b"".join(x.to_bytes() for x in numbers), code).byteswap().view(dtype_of(fmt))
+
+    def convert(self, x: np.ndarray, source: str, target: str) -> np.ndarray:
+        name = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+        function = getattr(self.library, f"{name[source]}_to_{name[target]}")
+        return self.array([function(number) for number in self.numbers(x, source)], target)
+
+
+@pytest.mark.parametrize("fmt", ["fp16", "bf16"])
+def test_equal_to_softfloat_at_every_boundary(fmt: str) -> None:
+    softfloat = SoftFloat()
+    x = around_every_boundary(fmt)
+    assert_same_numbers(cast(x, fmt), softfloat.convert(x, "fp32", fmt))
+    codes = all_codes(fmt)
+    there = softfloat.convert(codes, fmt, "fp32")
+    is_nan = np.isnan(there)
+    assert np.array_equal(np.isnan(widen(codes)), is_nan)
+    assert np.array_equal(bits(widen(codes))[~is_nan], bits(there)[~is_nan])
+
+
+@pytest.mark.parametrize("operation", ARITHMETIC)
+def test_fp32_arithmetic_and_one_cast_is_softfloats_fp16_arithmetic(operation: str) -> None:
+    softfloat = SoftFloat()  # its fp16 operations never see FP32
+    a, b = (x[::17] for x in operand_pairs("fp16"))
+    function = getattr(softfloat.library, f"f16_{operation}")
+    pairs = zip(softfloat.numbers(a, "fp16"), softfloat.numbers(b, "fp16"), strict=True)
+    assert_same_numbers(by_way_of_fp32(operation, a, b, "fp16"), softfloat.array([function(*pair) for pair in pairs], "fp16"))
+
+
+GFLOAT = {"fp16": "binary16", "bf16": "bfloat16", "e4m3": "ocp_e4m3", "e5m2": "ocp_e5m2"}
+
+
+@pytest.mark.parametrize("overflow", ["inf", "saturate"])
+@pytest.mark.parametrize("fmt", GFLOAT)
+def test_equal_to_gfloat_at_every_boundary(fmt: str, overflow: str) -> None:
+    gfloat = pytest.importorskip("gfloat")
+    info = getattr(pytest.importorskip("gfloat.formats"), f"format_info_{GFLOAT[fmt]}")
+    x = around_every_boundary(fmt)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        theirs = gfloat.round_ndarray(info, x.astype(np.float64), sat=overflow == "saturate")
+    ours = widen(cast(x, fmt, overflow=overflow), "fp64")
+    assert np.array_equal(ours, theirs, equal_nan=True)
+    number = ~np.isnan(theirs)
+    assert np.array_equal(np.signbit(ours)[number], np.signbit(theirs)[number])
+
+
+@pytest.mark.parametrize("fmt", ["e3m2", "e2m3", "e2m1"])
+def test_the_narrowest_formats_are_gfloats(fmt: str) -> None:
+    # They have neither Inf nor NaN: what is too large saturates.
+    gfloat = pytest.importorskip("gfloat")
+    info = getattr(pytest.importorskip("gfloat.formats"), f"format_info_ocp_{fmt}")
+    values = np.unique(np.float64(FORMATS[fmt].max) * np.linspace(-1.5, 1.5, 200_001))
+    grid = np.arange(-2048, 2049) / 64  # up to 32, by less than half the smallest subnormal of each: all ties are among them
+    x = np.concatenate([np.float32(values), np.float32(grid), np.nextafter(np.float32(grid), np.float32(math.inf))])
+    theirs = gfloat.round_ndarray(info, x.astype(np.float64), sat=True)
+    assert np.array_equal(widen(cast(x, fmt, overflow="saturate"), "fp64"), theirs)
+
+
+def test_the_other_libraries_can_disagree() -> None:
+    # negative control: told to round toward zero, both agree with one another, and with cast in all but these of the
+    # 12 kinds (value or midpoint; itself, below, above; next to an even or an odd code): just below a value (2), just above
+    # a midpoint (2), and the midpoints whose even neighbour is the larger (1)
+    softfloat, gfloat = SoftFloat(), pytest.importorskip("gfloat")
+    modes, x = softfloat.library.RoundingMode, around_every_boundary("fp16")
+    x = x[np.abs(x) < FORMATS["fp16"].max]
+    softfloat.library.set_rounding_mode(modes.MIN_MAG)
+    try:
+        first = softfloat.convert(x, "fp32", "fp16")
+    finally:
+        softfloat.library.set_rounding_mode(modes.NEAR_EVEN)
+    info = pytest.importorskip("gfloat.formats").format_info_binary16
+    second = gfloat.round_ndarray(info, x.astype(np.float64), rnd=gfloat.RoundMode.TowardZero)
+    assert np.array_equal(widen(first, "fp64"), second)
+    assert (bits(first) != bits(cast(x, "fp16"))).mean() == pytest.approx(5 / 12, rel=1e-3)

@@ -1,21 +1,29 @@
-"""refimpl.ops against PyTorch on the CPU: every operation, forward and backward, on identical inputs, in 32 and 16 bits.
+"""refimpl.ops against PyTorch on the CPU: every operation, forward and backward, on identical inputs, in every recipe.
 
 Two correct evaluations of one formula differ, since sums have another order and `exp` another last bit. By how much they
 may differ is derived, not tuned: `Near` carries each value's rounding error through the formula (running error analysis,
 Higham, 'Accuracy and Stability of Numerical Algorithms', 3.3), and both sides must lie within it of the exact value.
 
-In 16 bits there is a second claim. A difference of one place could hide a rounding too many, so most elements must be
-*identical*: rounding separates two values at distance d with probability d / ulp, and `allowed_flips` adds these up.
-Negative controls at the end drop a rounding, add one, and accumulate in 16 bits: the claims must fail.
+In 16 bits that says much more. Rounding is monotone, so an FP32 value between v - e and v + e is rounded to something
+between R(v - e) and R(v + e). Where those two are one number, as they mostly are, the result is *decided*: every correct
+evaluation gives that number, and both sides must give it, bit for bit. So a rounding that is missing, that is one too many
+or that goes the wrong way cannot hide behind 'one place apart'; test_mutants.py tries it on every rounding that there is.
+
+A `Case` is one operation in one recipe with operands in given formats. The op lists of CPU autocast are torch.autocast's
+own; those of CUDA autocast, which need no GPU to be known, are spelled out here as casts. Each test records (record_property,
+and on the screen with -s) the share of bit-identical elements, the share that was decided, and the largest distance in ulps
+at the scale of the row. Negative controls at the end: the claims must fail where they should.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -23,9 +31,11 @@ import numpy as np
 import pytest
 
 from refimpl.backends import NUMPY
-from refimpl.ops import OPS, fan_in
-from refimpl.policy import EVERY_OTHER, Policy, Precision, Run
+from refimpl.ops import OPS, add, embedding, fan_in, linear
+from refimpl.policy import EVERY_OTHER, Monitor, Policy, Precision, Run
+from refimpl.recipes import RECIPES as ALL_RECIPES
 from refimpl.recipes import get_recipe
+from refimpl.tape import Tape, Value
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -33,11 +43,13 @@ F = torch.nn.functional
 Array = np.ndarray
 DTYPE = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FRACTION_BITS = {"fp16": 10, "bf16": 7}
-SMALLEST_EXPONENT = {"fp16": -14, "bf16": -126}
+FRACTION_BITS = {"fp32": 23, "fp16": 10, "bf16": 7}
+SMALLEST_EXPONENT = {"fp32": -126, "fp16": -14, "bf16": -126}
 
 FORMATS = ["fp32", "fp16", "bf16"]
 LOW = ["fp16", "bf16"]
+AMP = ["amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu"]
+RECIPES = [*FORMATS, *AMP]
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +59,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+REPORT: list[tuple[str, str]] = []
+"""What the comparisons of the running test found: (name of the result, text)."""
+
+
+@pytest.fixture(autouse=True)
+def report(record_property: Callable[[str, object], None], request: pytest.FixtureRequest) -> Iterator[None]:
+    """Puts it into the report of the test run (--junit-xml) and on the screen (-s)."""
+    REPORT.clear()
+    yield
+    for name, text in REPORT:
+        record_property(name, text)
+        print(f"{request.node.name}  {name}: {text}")
 
 
 # -------------------------------------------------------------------------------------------------- the errors of fp32
@@ -80,8 +106,9 @@ class Near:
     __array_ufunc__ = None  # array * Near is Near's business
 
     def _after(self, value: Array, err: Any) -> Near:
-        """One more fp32 operation: the error so far, and U times the computed result."""
-        return Near(value, err * (1 + U) + U * np.abs(value) + FLUSHED)
+        """One more fp32 operation: the error so far, and U times the computed result; none where fp32 holds it exactly."""
+        exact = (np.asarray(err) == 0) & (rounded(value, "fp32") == value) & ((value == 0) | (np.abs(value) >= FLUSHED))
+        return Near(value, np.where(exact, 0.0, err * (1 + U) + U * np.abs(value) + FLUSHED))
 
     def __add__(self, other: Any) -> Near:
         other = near(other)
@@ -175,51 +202,62 @@ def near(x: Any) -> Near:
 
 
 def ulp(x: Array, fmt: str) -> Array:
-    """The distance between neighbours of a 16-bit format at x."""
+    """The distance between neighbours of a format at x."""
     exponent = np.frexp(np.abs(x))[1] - 1
     return np.ldexp(1.0, np.maximum(exponent, SMALLEST_EXPONENT[fmt]) - FRACTION_BITS[fmt])
 
 
+def possible(exact: Near, fmt: str) -> tuple[Array, Array]:
+    """The least and the greatest result that a correct evaluation can give: rounding is monotone."""
+    return rounded(exact.value - exact.err, fmt), rounded(exact.value + exact.err, fmt)
+
+
 @dataclass(frozen=True)
 class Agreement:
-    """How two results compare: the share of identical elements, and the largest difference in units of its bound."""
+    """How two results compare, and each of them with what is possible."""
 
     share_identical: float
-    max_error_in_bound_units: float
+    share_decided: float  # of elements for which only one result is possible
+    ulps_of_row: float  # the largest difference, in places of the largest element of its row
+    ours_outside: int  # elements that are no possible result
+    theirs_outside: int
+
+    def __str__(self) -> str:
+        shares = f"identical {100 * self.share_identical:.3f} %, decided {100 * self.share_decided:.3f} %"
+        outside = f", outside: ours {self.ours_outside}, PyTorch's {self.theirs_outside}"
+        return f"{shares}, {self.ulps_of_row:.3g} ulp of the row" + outside * bool(self.ours_outside + self.theirs_outside)
 
 
 def agreement(ours: Array, theirs: Array, exact: Near, fmt: str) -> Agreement:
-    """Both lie within exact.err of the exact value, so within twice that of one another; then, in 16 bits, each was rounded
-    by at most half an ulp, which makes one ulp (of the larger) more. Equal values agree whatever the bound."""
+    """`fmt` is the format of the last rounding that changed anything: 16 bits for a gradient that autocast keeps in FP32."""
     a, b = wide(ours), wide(theirs)
     assert a.shape == b.shape == exact.value.shape
-    limit = 2 * exact.err + np.zeros_like(a)
-    if fmt in LOW:
-        # Without an error before the rounding there is none after it.
-        limit = np.where(limit > 0, limit + ulp(np.maximum(np.abs(a), np.abs(b)), fmt), 0)
-    difference = np.abs(a - b)
-    units = np.divide(difference, limit, out=np.where(difference > 0, np.inf, 0.0), where=limit > 0)
-    return Agreement(float((a == b).mean()), float(units.max()))
+    least, greatest = possible(exact, fmt)
+    row = np.abs(b).max(-1, keepdims=True) if b.ndim else np.abs(b)
+
+    def outside(x: Array) -> int:
+        """Beyond the possible ones, or no number of the format at all."""
+        return int(np.size(x) - np.count_nonzero((least <= x) & (x <= greatest) & (rounded(x, fmt) == x)))
+
+    return Agreement(
+        share_identical=float((a == b).mean()),
+        share_decided=float((least == greatest).mean()),
+        ulps_of_row=float((np.abs(a - b) / ulp(row, fmt)).max()),
+        ours_outside=outside(a),
+        theirs_outside=outside(b),
+    )
 
 
-def flips(exact: Near, fmt: str) -> Array:
-    """The probability, element by element, that rounding tells two values apart that both lie within exact.err: their
-    distance 2 err over an ulp, where values fall uniformly between the neighbours of the format."""
-    if fmt == "fp32":
-        return np.ones_like(exact.value)
-    return np.minimum(1.0, 2 * exact.err / ulp(exact.value, fmt)) + np.zeros_like(exact.value)
-
-
-def allowed_flips(expected: float) -> float:
-    """An expected count, and five standard deviations of a sum of independent events (variance at most the mean)."""
-    return expected + 5 * math.sqrt(expected)
-
-
-def assert_agrees(ours: Array, theirs: Array, exact: Near, fmt: str) -> None:
+def assert_agrees(ours: Array, theirs: Array, exact: Near, fmt: str, name: str = "result") -> None:
+    """Every element of both is a possible result. Where only one is, they are therefore identical."""
     got = agreement(ours, theirs, exact, fmt)
-    assert got.max_error_in_bound_units <= 1, got
-    least = 1 - allowed_flips(float(flips(exact, fmt).sum())) / exact.value.size
-    assert got.share_identical >= least, (got, least)
+    REPORT.append((name, str(got)))
+    assert got.ours_outside == 0 and got.theirs_outside == 0, f"{name}: {got}"
+
+
+def assert_format(x: Array, fmt: str, name: str) -> None:
+    """The type that a result is stored in. Apart from `assert_agrees`, so that one can ask whether values alone tell."""
+    assert x.dtype == DTYPE[fmt], f"{name} is {x.dtype}, not {fmt}"
 
 
 # ------------------------------------------------------------------------------------------------- arrays, here and there
@@ -246,11 +284,12 @@ def wide(x: Any) -> Array:
 
 def rounded(x: Any, fmt: str) -> Array:
     """To the format and back to fp64; numpy's own conversion, by way of fp32."""
-    return wide(np.asarray(x, np.float64).astype(np.float32).astype(DTYPE[fmt]))
+    return wide(array(np.asarray(x, np.float64), fmt))
 
 
 def array(x: Array, fmt: str) -> Array:
-    return np.asarray(x).astype(np.float32).astype(DTYPE[fmt])
+    with np.errstate(over="ignore", under="ignore"):  # an overflow is a result
+        return np.asarray(x).astype(np.float32).astype(DTYPE[fmt])
 
 
 def tensor(x: Array, fmt: str | None = None) -> Any:
@@ -269,8 +308,10 @@ def theirs(f: Callable[..., Any], operands: list[Array], dy: Array, fmt: str | N
     return y, [leaf.grad for leaf in leaves]
 
 
-def ours(policy: Policy, op: str, operands: list[Array], dy: Array, **static: Any) -> tuple[Array, list[Array]]:
-    p = Run(policy, NUMPY).bind(op, "here")
+def ours(
+    policy: Policy, op: str, operands: list[Array], dy: Array, monitor: Monitor | None = None, **static: Any
+) -> tuple[Array, list[Array]]:
+    p = Run(policy, NUMPY, monitor).bind(op, "here")
     params = operands if op == "cast" else operands[len(operands) - len(OPS[op].params) :]
     y, saved = OPS[op].forward(*operands, p=p, **static)
     return y, list(OPS[op].backward(dy, saved, *params, p=p, **static))
@@ -354,6 +395,19 @@ def softmax_slope(dy: Near, y: Near) -> Near:
     return (dy - (dy * y).sum(-1, keepdims=True)) * y
 
 
+def softmax_near(x: Near, dy: Near, fmt: str) -> list[Near]:
+    """Backward reads the y that was stored in `fmt`."""
+    return [softmax_of(x), softmax_slope(dy, stored(softmax_of(x), fmt))]
+
+
+def stored(x: Near, fmt: str) -> Near:
+    """What comes after a rounding to a 16-bit format: exact where it is decided, and elsewhere one of a few neighbours."""
+    if fmt == "fp32":
+        return x
+    value, (least, greatest) = rounded(x.value, fmt), possible(x, fmt)
+    return Near(value, np.maximum(greatest - value, value - least))
+
+
 def embedding_near(tokens: Array, w: Near, dy: Near) -> list[Near]:
     # A sum over the places of one token; the longest has n terms.
     total, size = np.zeros_like(w.value), np.zeros_like(w.value)
@@ -373,7 +427,7 @@ def cross_entropy_near(logits: Near, targets: Array, S: Near) -> list[Near]:
     return [-at_target.sum(0) / targets.size, log_p.exp() * each - onehot * each]
 
 
-# ----------------------------------------------------------------------------------------------- one format throughout
+# --------------------------------------------------------------------------------------------------------------- cases
 
 
 @dataclass(frozen=True)
@@ -383,16 +437,13 @@ class Twin:
     operands: tuple[Any, ...]
     torch: Callable[..., Any]
     formula: Callable[..., list[Near]] | None  # None: no arithmetic at all, so identical
-    static: dict[str, Any] | None = None
+    static: dict[str, Any] = field(default_factory=dict)
 
     # The gradients of PyTorch's 16-bit kernels that are less than one rounding of an FP32 sum: its layernorm rounds the mean
-    # and rstd that it saves to 16 bits, and dgamma, dbeta and the embedding's gradient after every row. That is not what is
-    # specified here (on CUDA neither happens), so these are compared with PyTorch in FP32 on the same values, rounded once.
+    # and rstd that it saves to 16 bits, and dgamma, dbeta (also those of FP32 weights) and the embedding's gradient after
+    # every row. That is not what is specified here (on CUDA neither happens), so where an operand has 16 bits these are
+    # compared with PyTorch in FP32 on the same values, rounded once.
     gradients_in_fp32: bool = False
-
-    def draw(self, fmt: str) -> list[Array]:
-        rng = np.random.default_rng(11)
-        return [x if isinstance(x, np.ndarray) else array(rng.standard_normal(x), fmt) for x in self.operands]
 
 
 rng = np.random.default_rng(12)
@@ -409,65 +460,212 @@ TWINS = {
         ((50, 100), (100,), (100,)), lambda x, w, b: F.layer_norm(x, (100,), w, b), layernorm_near, gradients_in_fp32=True
     ),
     "rmsnorm": Twin(((50, 100), (100,)), lambda x, w: F.rms_norm(x, (100,), w, eps=1e-5), rmsnorm_near, gradients_in_fp32=True),
-    "softmax": Twin(
-        ((50, 60),), lambda x: torch.softmax(x, -1), lambda x, dy: [softmax_of(x), softmax_slope(dy, softmax_of(x))]
-    ),
+    "softmax": Twin(((50, 60),), lambda x: torch.softmax(x, -1), softmax_near),
     "embedding": Twin((TOKENS, (20, 16)), F.embedding, embedding_near, gradients_in_fp32=True),
     "cross_entropy": Twin(((60, 50), TARGETS), lambda z, t: F.cross_entropy(z.float(), t), cross_entropy_near),
     "reshape": Twin(((4, 6, 8),), lambda x: x.reshape(24, 8), None, {"shape": (24, 8)}),
     "transpose": Twin(((4, 6, 8),), lambda x: x.permute(2, 0, 1), None, {"axes": (2, 0, 1)}),
     "split": Twin(((4, 6, 12),), lambda x: torch.split(x, [4, 5, 3], dim=-1)[1], None, {"start": 4, "stop": 9}),
 }
-"""Attention and the recorded cast have tests of their own below."""
+"""Attention, the recorded cast, fan-in and weights that are used twice are cases of their own below."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation in one recipe; `formats` are those of its floating-point operands, in order."""
+
+    op: str
+    recipe: str
+    formats: tuple[str, ...] = ()
+    scale: float = 1.0  # of the data: subnormals, or values where softmax saturates
+
+    def __str__(self) -> str:
+        return " ".join([self.recipe, self.op, *self.formats, *([f"x{self.scale:.0e}"] if self.scale != 1 else [])])
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One result of a case: what PyTorch gives, what is exact, the format that it was rounded to and is stored in."""
+
+    name: str
+    theirs: Array  # in fp64
+    exact: Near
+    rounded: str
+    stored: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """All of a case that is not refimpl's. Made once: the mutants of test_mutants.py are held against the same."""
+
+    operands: list[Array]
+    dy: Array
+    expected: list[Expected]
+
+
+def low_of(recipe: str) -> str:
+    """The 16-bit format of a recipe."""
+    return "bf16" if "bf16" in recipe else "fp16"
+
+
+def format_name(x: Any) -> str:
+    """Of an array or a tensor."""
+    return next(name for name in FORMATS if x.dtype in (DTYPE[name], TORCH[name]))
+
+
+# The op lists of CUDA autocast (aten/src/ATen/autocast_mode.h), as far as there are operations here. The rest runs in
+# the format of its input. CPU autocast has the same products and losses, but not the norms and softmax.
+PRODUCTS = {"linear", "matmul"}
+FP32_ON_CUDA = {"layernorm", "rmsnorm", "softmax", "cross_entropy"}
+
+
+def autocast(f: Callable[..., Any], low: str) -> Callable[..., Any]:
+    def run(*operands: Any) -> Any:
+        with torch.autocast("cpu", dtype=TORCH[low]):
+            return f(*operands)
+
+    return run
+
+
+def with_casts(f: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+    """What autocast does, spelled out: every floating-point operand is cast first, and its gradient comes back through it."""
+    return lambda *operands: f(*(x.to(dtype) if x.is_floating_point() else x for x in operands))
+
+
+def in_recipe(f: Callable[..., Any], op: str, recipe: str) -> Callable[..., Any]:
+    """PyTorch's function by the op lists of the recipe."""
+    if recipe in FORMATS:
+        return f
+    if recipe.endswith("-cpu"):
+        return autocast(f, low_of(recipe))
+    if op in PRODUCTS:
+        return with_casts(f, TORCH[low_of(recipe)])
+    return with_casts(f, torch.float32) if op in FP32_ON_CUDA else f
+
+
+def operand_names(op: str) -> list[str]:
+    return list(inspect.signature(OPS[op].forward).parameters)
+
+
+def draw(case: Case) -> list[Array]:
+    """Normal values; the same ones in every format, but for their rounding."""
+    rng, formats = np.random.default_rng(11), iter(case.formats)
+    operands = [x if isinstance(x, np.ndarray) else rng.standard_normal(x) for x in TWINS[case.op].operands]
+    scaled = range(len(operands)) if case.op == "add" else [0]
+    return [
+        x if x.dtype == np.int64 else array(x * case.scale if i in scaled else x, next(formats)) for i, x in enumerate(operands)
+    ]
+
+
+def gradient_of_output(op: str, shape: tuple[int, ...], fmt: str, scale: float = 1.0) -> Array:
+    """Random, in the output's format; the loss scale for the loss."""
+    if op == "cross_entropy":
+        return np.float32(1024)
+    return array(np.random.default_rng(13).standard_normal(shape) * scale, fmt)
+
+
+ELEMENTWISE = ["add", "relu", "silu", "gelu_tanh", "gelu_erf"]
+
+
+@functools.cache
+def reference(case: Case) -> Reference:
+    if case.op in SPECIAL:
+        return SPECIAL[case.op][0](case)
+    twin, operands, low = TWINS[case.op], draw(case), low_of(case.recipe)
+    f = in_recipe(twin.torch, case.op, case.recipe)
+    with onednn(case.op != "gelu_erf"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # rms_norm is slower then, it says
+        y = f(*(tensor(x) for x in operands))
+        dy = gradient_of_output(case.op, y.shape, format_name(y), case.scale if case.op in ELEMENTWISE else 1.0)
+        y, gradients = theirs(f, operands, dy)
+        stored_in = [format_name(g) for g in (y, *gradients) if g is not None]
+        if twin.gradients_in_fp32 and low in case.formats:
+            _, in_fp32 = theirs(twin.torch, operands, dy, "fp32")
+            pairs = zip(gradients, in_fp32, strict=True)
+            gradients = [None if g is None else rounded(wide(h), format_name(g)) for g, h in pairs]
+    # Autocast's products see rounded operands, and what autocast stores in FP32 was rounded to 16 bits before.
+    cast_in = case.op in PRODUCTS and case.recipe in AMP
+    seen = [x if x.dtype == np.int64 else near(rounded(wide(x), low) if cast_in else wide(x)) for x in operands]
+    results = [wide(y), *(wide(g) for g in gradients if g is not None)]
+    if twin.formula is None:
+        exact = [Near(x) for x in results]
+    else:
+        exact = twin.formula(*seen, near(wide(dy)), **({"fmt": stored_in[0]} if case.op == "softmax" else {}))
+    names = ["y", *(f"d{name}" for name, g in zip(operand_names(case.op), gradients, strict=False) if g is not None)]
+    return Reference(
+        operands,
+        dy,
+        [Expected(n, r, e, low if cast_in else s, s) for n, r, e, s in zip(names, results, exact, stored_in, strict=True)],
+    )
+
+
+def policy_of(recipe: str) -> Policy:
+    return POLICIES[recipe] if recipe in POLICIES else get_recipe(recipe).policy
+
+
+def results(case: Case, monitor: Monitor | None = None) -> list[Array]:
+    """Ours: the output and the gradients."""
+    if case.op in SPECIAL:
+        return SPECIAL[case.op][1](case, monitor)
+    wanted = reference(case)
+    y, gradients = ours(policy_of(case.recipe), case.op, wanted.operands, wanted.dy, monitor, **TWINS[case.op].static)
+    return [y, *(g for g in gradients if g is not None)]
+
+
+def check(case: Case) -> None:
+    """The test of a case."""
+    for x, wanted in zip(results(case), reference(case).expected, strict=True):
+        assert_format(x, wanted.stored, wanted.name)
+        assert_agrees(x, wanted.theirs, wanted.exact, wanted.rounded, wanted.name)
+
+
+def cases_of(op: str) -> Iterator[Case]:
+    """Uniform recipes have one format. Under autocast activations come in FP32 or in 16 bits, and parameters are FP32, or,
+    for products, the 16-bit copies that are shared within a step."""
+    params = len(OPS[op].params)
+    inputs = sum(not isinstance(x, np.ndarray) for x in TWINS[op].operands) - params
+    for recipe in FORMATS:
+        yield Case(op, recipe, (recipe,) * (inputs + params))
+    for recipe in AMP if TWINS[op].formula else []:
+        low = low_of(recipe)
+        formats = [("fp32",) * (inputs + params)]
+        if inputs:
+            formats.append((low,) * inputs + ("fp32",) * params)
+        if op == "linear":
+            formats.append((low,) * (inputs + params))
+        if op in ("add", "matmul"):
+            formats += [("fp32", low), (low, "fp32")]
+        yield from (Case(op, recipe, each) for each in formats)
 
 
 def test_every_operation_has_a_twin() -> None:
     assert {*TWINS, "attention", "cast"} == set(OPS)
 
 
-def gradient_of_output(op: str, y: Array) -> Array:
-    """Random, in the output's format; the loss scale for the loss."""
-    if op == "cross_entropy":
-        return np.float32(1024)
-    return array(np.random.default_rng(13).standard_normal(np.shape(y)), next(f for f, d in DTYPE.items() if d == y.dtype))
+def test_every_recipe_is_covered() -> None:
+    # pure-fp16 differs from fp16 in what the optimizer keeps, not in its operations; fp64 is for test_ops_formula.py.
+    covered = [get_recipe(name).policy for name in RECIPES]
+    assert all(recipe.policy in covered for name, recipe in ALL_RECIPES.items() if name != "fp64")
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("op", TWINS)
-def test_twin(op: str, fmt: str) -> None:
-    twin, policy = TWINS[op], get_recipe(fmt).policy
-    operands, static = twin.draw(fmt), twin.static or {}
-    y, _ = OPS[op].forward(*operands, p=Run(policy, NUMPY).bind(op, "here"), **static)
-    dy = gradient_of_output(op, y)
-
-    y, gradients = ours(policy, op, operands, dy, **static)
-    with onednn(op != "gelu_erf"):
-        y_torch, gradients_torch = theirs(twin.torch, operands, dy)
-        assert TORCH[fmt] == y_torch.dtype or op == "cross_entropy"
-        if twin.gradients_in_fp32 and fmt in LOW:
-            _, gradients_torch = theirs(twin.torch, operands, dy, "fp32")
-            gradients_torch = [None if g is None else rounded(g, fmt) for g in gradients_torch]
-
-    pairs = [(y, y_torch), *((a, b) for a, b in zip(gradients, gradients_torch, strict=True) if a is not None)]
-    if twin.formula is None:
-        for a, b in pairs:
-            assert np.array_equal(wide(a), wide(b))
-        return
-    exact = twin.formula(*(x if x.dtype == np.int64 else near(wide(x)) for x in operands), near(wide(dy)))
-    for (a, b), value in zip(pairs, exact, strict=True):
-        out = "fp32" if a.dtype == np.float32 else fmt  # the loss is FP32 in 16-bit recipes too
-        if op == "softmax" and fmt in LOW and value is exact[1]:
-            # Backward reads the y that was stored in 16 bits: ours, which is PyTorch's but for a flip in the last place.
-            assert_softmax_gradient(a, b, y, y_torch, dy, fmt)
-        else:
-            assert_agrees(a, b, value, out)
+@pytest.mark.parametrize("case", [case for op in TWINS for case in cases_of(op)], ids=str)
+def test_twin(case: Case) -> None:
+    check(case)
 
 
-def assert_softmax_gradient(a: Array, b: Any, y: Array, y_torch: Any, dy: Array, fmt: str) -> None:
-    same_y = (wide(y) == wide(y_torch)).all(-1)
-    assert same_y.mean() > 0.5  # rows whose y does not differ anywhere: there the formula sees identical inputs
-    value = softmax_slope(near(wide(dy)[same_y]), near(wide(y)[same_y]))
-    assert_agrees(a[same_y], wide(b)[same_y], value, fmt)
+def test_most_results_are_decided() -> None:
+    """Otherwise the claims would be empty. It depends on the data and the formulas alone, not on what computes them. The least
+    share, some 50 %, is that of the layer norm's dw in FP16: a hundred sums of fifty products that cancel in part."""
+    shares = {}
+    for case in CASES:
+        for wanted in reference(case).expected:
+            least, greatest = possible(wanted.exact, wanted.rounded)
+            if wanted.rounded in LOW:
+                shares[f"{case}: {wanted.name}"] = float((least == greatest).mean())
+    average = float(np.mean([*shares.values()]))
+    REPORT.append(("decided, on average", f"{100 * average:.1f} %"))
+    assert average > 0.9
+    assert min(shares.values()) > 1 / 3, {name: share for name, share in shares.items() if share <= 1 / 3}
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -480,285 +678,465 @@ def test_linear_without_bias_and_in_three_dimensions(fmt: str) -> None:
     y_torch, (dx_torch, dw_torch) = theirs(F.linear, [x, w], dy)
     assert db is None
     X, W, G = near(wide(x).reshape(64, 96)), near(wide(w)), near(wide(dy).reshape(64, 80))
-    assert_agrees(y.reshape(64, 80), wide(y_torch).reshape(64, 80), X @ W.T, fmt)
-    assert_agrees(dx.reshape(64, 96), wide(dx_torch).reshape(64, 96), G @ W, fmt)
-    assert_agrees(dw, dw_torch, G.T @ X, fmt)
+    assert_agrees(y.reshape(64, 80), wide(y_torch).reshape(64, 80), X @ W.T, fmt, "y")
+    assert_agrees(dx.reshape(64, 96), wide(dx_torch).reshape(64, 96), G @ W, fmt, "dx")
+    assert_agrees(dw, dw_torch, G.T @ X, fmt, "dw")
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_fan_in_is_pytorchs_accumulation_bit_for_bit(fmt: str) -> None:
-    rng = np.random.default_rng(15)
-    a, b, c = (array(rng.standard_normal(4000), fmt) for _ in range(3))
-    p = Run(get_recipe(fmt).policy, NUMPY).bind("fan_in", "here")
+# ----------------------------------------------------------------------------------- one tensor, one weight, used twice
+
+
+def fan_in_reference(case: Case) -> Reference:
+    """Three gradients of one tensor, added one after the other: the sums are exact but for their rounding."""
+    (fmt,), rng = case.formats, np.random.default_rng(15)
+    each = [array(rng.standard_normal(4000) * case.scale, fmt) for _ in range(3)]
     leaf = torch.zeros(4000, dtype=TORCH[fmt], requires_grad=True)
-    for g in (a, b, c):
+    for g in each:
         leaf.backward(tensor(g))
-    assert np.array_equal(wide(fan_in(fan_in(a, b, p), c, p)), wide(leaf.grad))
+    a, b, c = (wide(g) for g in each)
+    return Reference(each, each[0], [Expected("sum", wide(leaf.grad), Near(rounded(a + b, fmt) + c), fmt, fmt)])
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("op", ["relu", "silu", "gelu_tanh", "gelu_erf", "softmax", "add"])
-def test_special_values_are_finite_infinite_or_nan_where_pytorchs_are(op: str, fmt: str) -> None:
-    values = [math.inf, -math.inf, math.nan, 0, -0.0, 1, -1, 3e38, -3e38, 65504, -65504, 1e-8, -1e-8, 1e-40]
-    with np.errstate(all="ignore"):
-        x = array(values, fmt)
-        # Pairs of values for those that look at more than one.
-        pairs = np.array(np.meshgrid(x, x)).reshape(2, -1)
-        operands = {"softmax": [pairs.T], "add": [pairs[0], pairs[1]]}.get(op, [x])
-        operands = [np.ascontiguousarray(v).astype(DTYPE[fmt]) for v in operands]
-        y, _ = OPS[op].forward(*operands, p=Run(get_recipe(fmt).policy, NUMPY).bind(op, "here"))
-    with onednn(op != "gelu_erf"):
-        y_torch = TWINS[op].torch(*(tensor(v) for v in operands))
-    a, b = wide(y), wide(y_torch)
-    assert np.array_equal(np.isnan(a), np.isnan(b))
-    assert np.array_equal(a[np.isinf(a)], b[np.isinf(a)]) and np.array_equal(np.isinf(a), np.isinf(b))
-    if op in ("relu", "add"):
-        assert np.array_equal(a, b, equal_nan=True)
+def fan_in_results(case: Case, monitor: Monitor | None) -> list[Array]:
+    a, b, c = reference(case).operands
+    p = Run(policy_of(case.recipe), NUMPY, monitor).bind("fan_in", "here")
+    return [fan_in(fan_in(a, b, p), c, p)]
 
 
-# ------------------------------------------------------------------------------------------------------------- autocast
-
-
-def autocast(f: Callable[..., Any], low: str) -> Callable[..., Any]:
-    def run(*operands: Any) -> Any:
-        with torch.autocast("cpu", dtype=TORCH[low]):
-            return f(*operands)
-
-    return run
-
-
-@pytest.mark.parametrize("low", LOW)
-@pytest.mark.parametrize("op", ["linear", "matmul"])
-def test_products_under_cpu_autocast(op: str, low: str) -> None:
-    operands = TWINS[op].draw("fp32")
-    policy = get_recipe(f"amp-{low}-cpu").policy
-    y, _ = OPS[op].forward(*operands, p=Run(policy, NUMPY).bind(op, "here"))
-    assert y.dtype == DTYPE[low]
-    dy = gradient_of_output(op, y)
-    y, gradients = ours(policy, op, operands, dy)
-    y_torch, gradients_torch = theirs(autocast(TWINS[op].torch, low), operands, dy)
-    assert y_torch.dtype == TORCH[low]
-    exact = TWINS[op].formula(*(near(rounded(x, low)) for x in operands), near(wide(dy)))
-    assert_agrees(y, y_torch, exact[0], low)
-    for a, b, value in zip(gradients, gradients_torch, exact[1:], strict=True):
-        assert a.dtype == np.float32 and b.dtype == torch.float32
-        assert_agrees(a, b, value, low)  # fp32 arrays of 16-bit values
-
-
-@pytest.mark.parametrize("low", LOW)
-@pytest.mark.parametrize("x_format", ["fp32", "low"])
-def test_layernorm_and_softmax_under_cpu_autocast_keep_the_format_of_their_input(low: str, x_format: str) -> None:
-    fmt = low if x_format == "low" else "fp32"
-    policy = get_recipe(f"amp-{low}-cpu").policy
-    twin = TWINS["layernorm"]
-    x, (_, w, b) = twin.draw(fmt)[0], twin.draw("fp32")  # parameters are FP32
-    y, _ = OPS["layernorm"].forward(x, w, b, p=Run(policy, NUMPY).bind("layernorm", "here"))
-    y_torch = autocast(twin.torch, low)(tensor(x), tensor(w), tensor(b))
-    assert y.dtype == DTYPE[fmt] and y_torch.dtype == TORCH[fmt]
-    zero = near(np.zeros(x.shape))
-    assert_agrees(y, y_torch, layernorm_near(near(wide(x)), near(wide(w)), near(wide(b)), zero)[0], fmt)
-
-    s, _ = OPS["softmax"].forward(x, p=Run(policy, NUMPY).bind("softmax", "here"))
-    s_torch = autocast(TWINS["softmax"].torch, low)(tensor(x))
-    assert s.dtype == DTYPE[fmt] and s_torch.dtype == TORCH[fmt]
-    assert_agrees(s, s_torch, softmax_of(near(wide(x))), fmt)
-
-
-@pytest.mark.parametrize("low", LOW)
-def test_cross_entropy_and_mixed_addition_under_cpu_autocast(low: str) -> None:
-    policy = get_recipe(f"amp-{low}-cpu").policy
-    logits, targets = TWINS["cross_entropy"].draw(low)
-    y, gradients = ours(policy, "cross_entropy", [logits, targets], np.float32(1024))
-    y_torch, gradients_torch = theirs(autocast(F.cross_entropy, low), [logits, targets], np.float32(1024))
-    assert y_torch.dtype == torch.float32 and gradients_torch[0].dtype == TORCH[low] and gradients[0].dtype == DTYPE[low]
-    exact = cross_entropy_near(near(wide(logits)), targets, near(1024.0))
-    assert_agrees(y, y_torch, exact[0], "fp32")
-    assert_agrees(gradients[0], gradients_torch[0], exact[1], low)
-
-    a, b = TWINS["relu"].draw("fp32")[0], TWINS["relu"].draw(low)[0] * 0 + array(np.float64(0.3), low)
-    b = array(wide(b), low)
-    dy = gradient_of_output("add", a)
-    y, (da, db) = ours(policy, "add", [a, b], dy)
-    y_torch, (da_torch, db_torch) = theirs(autocast(torch.add, low), [a, b], dy)
-    assert y.dtype == np.float32 and db.dtype == DTYPE[low] and db_torch.dtype == TORCH[low]
-    for p, q in ((y, y_torch), (da, da_torch), (db, db_torch)):
-        assert np.array_equal(wide(p), wide(q))  # nothing is summed: bit for bit
-
-
-@pytest.mark.parametrize("low", LOW)
-def test_the_recorded_cast_of_a_parameter_is_autocasts(low: str) -> None:
-    rng = np.random.default_rng(16)
+def cast_reference(case: Case) -> Reference:
+    """The copy of a parameter that autocast makes once a step."""
+    low, rng = low_of(case.recipe), np.random.default_rng(16)
     w, dy = array(rng.standard_normal((40, 30)) * 1e-3, "fp32"), array(rng.standard_normal((40, 30)), low)
-    y, (dw,) = ours(get_recipe(f"amp-{low}-cpu").policy, "cast", [w], dy, fmt=low)
-    y_torch, (dw_torch,) = theirs(lambda w: w.to(TORCH[low]), [w], dy)
-    assert np.array_equal(wide(y), wide(y_torch)) and np.array_equal(wide(dw), wide(dw_torch))
-    assert y.dtype == DTYPE[low] and dw.dtype == np.float32 and dw_torch.dtype == torch.float32
+    y, (dw,) = theirs(lambda w: w.to(TORCH[low]), [w], dy)
+    wanted = [
+        Expected("y", wide(y), Near(wide(w)), low, format_name(y)),
+        Expected("dw", wide(dw), Near(wide(dy)), low, format_name(dw)),
+    ]
+    return Reference([w], dy, wanted)
 
 
-@pytest.mark.parametrize("low", LOW)
-def test_a_weight_used_twice_under_autocast_sums_its_gradients_in_16_bits(low: str) -> None:
-    # PyTorch caches the cast, so both gradients meet at the 16-bit copy: f32(R(R(d1) + R(d2))). The tape does the same
-    # (test_tape); here the twin of the two operations that it is made of. One row each, so that products are exact.
-    rng = np.random.default_rng(17)
-    w, x1, x2, g1, g2 = (array(rng.standard_normal(s), "fp32") for s in ((40, 30), (1, 30), (1, 30), (1, 40), (1, 40)))
+def cast_results(case: Case, monitor: Monitor | None) -> list[Array]:
+    wanted = reference(case)
+    y, gradients = ours(policy_of(case.recipe), "cast", wanted.operands, wanted.dy, monitor, fmt=low_of(case.recipe))
+    return [y, *gradients]
+
+
+def weights_format(recipe: str) -> str:
+    return recipe if recipe in FORMATS else "fp32"
+
+
+def product_format(recipe: str) -> str:
+    return recipe if recipe in FORMATS else low_of(recipe)
+
+
+def linear_by_hand(x: Any, w: Any, recipe: str, copy: Any) -> Any:
+    """F.linear by the lists of the recipe; `copy` is the 16-bit weight that all products of a step share on CUDA."""
+    if recipe.startswith("amp") and not recipe.endswith("-cpu"):
+        return F.linear(x.to(TORCH[low_of(recipe)]), copy)
+    return in_recipe(F.linear, "linear", recipe)(x, w)
+
+
+def on_tape(case: Case, monitor: Monitor | None, build: Callable[[Tape, list[Array]], Value], tied: str) -> list[Array]:
+    """Forward and backward of a model with one weight, `a.weight`, that `tied` stands for too: the output and dw."""
+    wanted, kept = reference(case), {}
+    t = Tape(Run(policy_of(case.recipe), NUMPY, monitor), {"a.weight": wanted.operands[0]}, {tied: "a.weight"})
+    y = build(t, wanted.operands[1:])
+    t.backward(y, wanted.dy, lambda name, g: kept.update({name: g}))
+    return [y.array, kept["a.weight"]]
+
+
+def shared_weight_reference(case: Case) -> Reference:
+    """y = x1 w^T + x2 w^T. PyTorch caches autocast's cast, so both gradients meet at the 16-bit copy: f32(R(R(d1) + R(d2)))."""
+    recipe, rng = case.recipe, np.random.default_rng(17)
+    kept, fmt = weights_format(recipe), product_format(recipe)
+    w, x1, x2 = (array(rng.standard_normal(s), kept) for s in ((40, 30), (5, 30), (5, 30)))
+    dy = array(rng.standard_normal((5, 40)), fmt)
     leaf = tensor(w).requires_grad_(True)
-    with torch.autocast("cpu", dtype=TORCH[low]):
-        y1, y2 = F.linear(tensor(x1), leaf), F.linear(tensor(x2), leaf)
-    torch.autograd.backward([y1, y2], [tensor(g1, low), tensor(g2, low)])
+    with torch.autocast("cpu", dtype=TORCH["bf16" if fmt == "fp32" else fmt], enabled=recipe.endswith("-cpu")):
+        copy = leaf.to(TORCH[fmt])
+        y = linear_by_hand(tensor(x1), leaf, recipe, copy) + linear_by_hand(tensor(x2), leaf, recipe, copy)
+    y.backward(tensor(dy))
 
-    run = Run(get_recipe(f"amp-{low}-cpu").policy, NUMPY)
-    p, cast_p = run.bind("linear", "here"), run.bind("cast", "here")
-    copy, saved = OPS["cast"].forward(w, p=cast_p, fmt=low)
-    each = []
-    for x, g in ((x1, g1), (x2, g2)):
-        _, kept = OPS["linear"].forward(x, copy, None, p=p)
-        each.append(OPS["linear"].backward(array(g, low), kept, copy, None, p=p)[1])
-    (dw,) = OPS["cast"].backward(fan_in(*each, run.bind("fan_in", "here")), saved, w, p=cast_p, fmt=low)
-    assert np.array_equal(wide(dw), wide(leaf.grad))
-    assert not np.array_equal(wide(each[0]) + wide(each[1]), wide(leaf.grad))  # summing in FP32 is something else
+    seen = [near(rounded(wide(v), fmt)) for v in (w, x1, x2)]
+    d = [stored(near(wide(dy)).T @ x, fmt) for x in seen[1:]]
+    value = stored(seen[1] @ seen[0].T, fmt) + stored(seen[2] @ seen[0].T, fmt)
+    wanted = [
+        Expected("y", wide(y), value, fmt, format_name(y)),
+        Expected("dw", wide(leaf.grad), d[0] + d[1], fmt, format_name(leaf.grad)),
+    ]
+    return Reference([w, x1, x2], dy, wanted)
+
+
+def shared_weight_results(case: Case, monitor: Monitor | None) -> list[Array]:
+    return on_tape(case, monitor, lambda t, x: t(add, "sum", t(linear, "a", x[0]), t(linear, "b", x[1])), "b.weight")
+
+
+def tied_reference(case: Case) -> Reference:
+    """An embedding whose table is the output layer too. Under autocast one gradient passes the 16-bit copy and one does not:
+    they meet in FP32. In a 16-bit model both are rounded, and so is their sum."""
+    recipe, rng = case.recipe, np.random.default_rng(20)
+    kept, fmt = weights_format(recipe), product_format(recipe)
+    w, tokens = array(rng.standard_normal((50, 30)), kept), rng.integers(0, 50, 40)
+    dy = array(rng.standard_normal((40, 50)), fmt)
+    leaf = tensor(w).requires_grad_(True)
+    # The embedding in FP32, as in `Twin.gradients_in_fp32`.
+    x = F.embedding(tensor(tokens), leaf.float()).to(leaf.dtype)
+    y = linear_by_hand(x, leaf, recipe, leaf.to(TORCH[fmt]))
+    y.backward(tensor(dy))
+
+    table, G = near(rounded(wide(w), fmt)), near(wide(dy))
+    X = near(table.value[tokens])
+    dx, dw = stored(G @ table, fmt), stored(G.T @ X, fmt)
+    total, size = np.zeros(w.shape), np.zeros(w.shape)
+    np.add.at(total, tokens, dx.value)
+    np.add.at(size, tokens, np.abs(dx.value) + dx.err)
+    err = np.zeros(w.shape)
+    np.add.at(err, tokens, dx.err)
+    from_rows = Near(total, err + gamma(int(np.bincount(tokens).max()) - 1) * size)
+    wanted = [
+        Expected("y", wide(y), X @ table.T, fmt, format_name(y)),
+        Expected("dw", wide(leaf.grad), stored(from_rows, kept) + dw, kept, format_name(leaf.grad)),
+    ]
+    return Reference([w, tokens], dy, wanted)
+
+
+def tied_results(case: Case, monitor: Monitor | None) -> list[Array]:
+    return on_tape(case, monitor, lambda t, x: t(linear, "head", t(embedding, "a", x[0])), "head.weight")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fan_in_is_pytorchs_accumulation_bit_for_bit(recipe: str) -> None:
+    for fmt in [recipe] if recipe in FORMATS else ["fp32", low_of(recipe)]:
+        case = Case("fan_in", recipe, (fmt,))
+        check(case)
+        assert agreement(results(case)[0], reference(case).expected[0].theirs, reference(case).expected[0].exact, fmt) == (
+            Agreement(1.0, 1.0, 0.0, 0, 0)
+        )
+
+
+@pytest.mark.parametrize("recipe", AMP)
+def test_the_recorded_cast_of_a_parameter_is_autocasts(recipe: str) -> None:
+    check(Case("cast", recipe))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_weight_used_twice_under_autocast_sums_its_gradients_in_16_bits(recipe: str) -> None:
+    case = Case("shared_weight", recipe)
+    check(case)
+    if recipe in AMP:  # summing in FP32 is something else
+        unrounded = reference(case).expected[1]
+        assert (rounded(unrounded.exact.value, unrounded.rounded) != unrounded.exact.value).mean() > 0.1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_tied_weight_gets_the_sum_of_both_its_gradients(recipe: str) -> None:
+    check(Case("tied", recipe))
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
 
 B, T, H, D = 400, 4, 2, 6
-"""Short rows: a last place that flips in one P reaches its row forward, the whole head backward. D is no power of 4, so that
-the scale rounds; many samples, so that shares are sharp."""
+"""Short rows: one undecided P makes its row of O undecided, and backward the whole head. D is no power of 4, so that the
+scale rounds; many samples, so that every rounding changes many elements."""
+
+CAUSAL = np.tril(np.ones((T, T), bool))
 
 
-def torch_attention(qkv: Any) -> Any:
-    """Written out: PyTorch's own fused kernel rounds elsewhere."""
-    q, k, v = (x.view(B, T, H, D).transpose(1, 2) for x in qkv.split(H * D, dim=2))
-    S = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(D))
-    S = S.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -math.inf)
-    return (torch.softmax(S, -1) @ v).transpose(1, 2).reshape(B, T, H * D)
+def math_policy(low: str) -> Policy:
+    """What PyTorch's SDPBackend.MATH does: all of attention in FP32, one rounding at the end."""
+    inside, last = Precision("same", "fp32", "fp32"), Precision("same", "fp32", low)
+    rows = {f"attention.{part}": inside for part in ("scores", "scale", "softmax")}
+    return Policy(f"math-{low}", {**rows, "attention.values": last, EVERY_OTHER: Precision(low, "fp32", low)})
+
+
+POLICIES = {f"math-{low}": math_policy(low) for low in LOW}
+"""Beside those of the recipes."""
+
+
+def torch_heads(qkv: Any) -> list[Any]:
+    batch, length, _ = qkv.shape
+    return [x.view(batch, length, H, D).transpose(1, 2) for x in qkv.split(H * D, dim=2)]
+
+
+def torch_attention(qkv: Any, product: Any = None, softmax: Any = None) -> Any:
+    """Written out: PyTorch's own fused kernel rounds elsewhere. product, softmax: types that CUDA autocast casts to."""
+    q, k, v = torch_heads(qkv)
+    batch, length, _ = qkv.shape
+    S = (q.to(product) @ k.to(product).transpose(-2, -1)) * (1 / math.sqrt(D))
+    S = S.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -math.inf)
+    P = torch.softmax(S, -1, dtype=softmax)
+    return (P.to(product) @ v.to(product)).transpose(1, 2).reshape(batch, length, H * D)
+
+
+def torch_math_attention(qkv: Any) -> Any:
+    q, k, v = torch_heads(qkv)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        O = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E741
+    return O.transpose(1, 2).reshape(qkv.shape[0], qkv.shape[1], H * D)
+
+
+def attention_in(recipe: str) -> Callable[..., Any]:
+    if recipe in POLICIES:
+        return torch_math_attention
+    if recipe in FORMATS:
+        return torch_attention
+    if recipe.endswith("-cpu"):
+        return autocast(torch_attention, low_of(recipe))
+    return functools.partial(torch_attention, product=TORCH[low_of(recipe)], softmax=torch.float32)
 
 
 def heads(x: Array) -> Array:
-    return x.reshape(B, T, H, D).transpose(0, 2, 1, 3)
+    return x.reshape(len(x), -1, H, D).transpose(0, 2, 1, 3)
 
 
-def stage(formula: Callable[..., Near], fmt: str, *operands: Near) -> tuple[Near, float]:
-    """One formula and its rounding: the result with all errors so far, and how often its own error flips a last place.
+def merge(x: Near) -> Near:
+    """(B, H, T, D) -> (B, T, C)."""
 
-    The value is what the rounding makes of the exact formula on the rounded values before. Another evaluation, off by e
-    before the rounding, is off by at most e and one ulp after it.
-    """
-    alone, value = formula(*(near(x.value) for x in operands)), formula(*operands)
-    if fmt == "fp32":
-        return value, 1.0
-    place = ulp(np.abs(value.value) + value.err, fmt)
-    return Near(rounded(value.value, fmt), value.err + place), float(flips(alone, fmt).mean())
+    def merged(a: Array) -> Array:
+        return a.transpose(0, 2, 1, 3).reshape(len(a), a.shape[2], H * D)
+
+    return Near(merged(x.value), merged(x.err))
 
 
-def attention_near(qkv: Array, dO: Array, fmt: str) -> tuple[list[Near], list[float]]:
-    """O, dq, dk, dv with their errors, and how often each may flip: the odds of all the roundings that an element depends on
-    (the union bound). An element of O sees a row of S and P; of dv a column of P; of dq a row, of dk a column of dS."""
+def attention_near(qkv: Array, dO: Array, fmt: str, softmax: str | None = None, unfused: bool = False) -> list[Near]:
+    """O and dqkv, formula by formula, each result stored in `fmt`. `softmax`: the format that the softmax works and stores
+    in, if another. unfused: all in FP32, and the root of the scale multiplied to q and k each, as SDPBackend.MATH does."""
     q, k, v = (near(heads(x)) for x in np.split(wide(qkv), 3, axis=-1))
-    dO = near(heads(wide(dO)))
-    mask = np.tril(np.ones((T, T), bool))
+    dO, scale = near(heads(wide(dO))), near(np.float64(1 / math.sqrt(D))) * 1  # times 1: rounded to FP32
+    inside = "fp32" if unfused else fmt
+    softmax = softmax or inside
 
-    S, p1 = stage(lambda q, k: q @ k.T, fmt, q, k)
-    S, p2 = stage(lambda S: S * (1 / math.sqrt(D)), fmt, S)
-    P, p3 = stage(lambda S: masked_softmax(S, mask), fmt, S)
-    O, p4 = stage(lambda P, v: P @ v, fmt, P, v)  # noqa: E741
+    S = stored(stored(q @ k.T, inside) * scale, inside)
+    if unfused:
+        root = near(np.float64(D**-0.25)) * 1
+        S = S.worse_of((q * root) @ (k * root).T)
+    P32 = stored(masked_softmax(S), softmax)
+    P = stored(P32, inside)
+    O = P @ v  # noqa: E741
 
-    dP, p5 = stage(lambda dO, v: dO @ v.T, fmt, dO, v)
-    dv, p6 = stage(lambda P, dO: P.T @ dO, fmt, P, dO)
-    dS, p7 = stage(lambda dP, P: softmax_slope(dP, P).where(mask, 0.0), fmt, dP, P)
-    dS, p8 = stage(lambda dS: dS * (1 / math.sqrt(D)), fmt, dS)
-    dq, p9 = stage(lambda dS, k: dS @ k, fmt, dS, k)
-    dk, p10 = stage(lambda dS, q: dS.T @ q, fmt, dS, q)
-
-    row = T * (p1 + p2 + p3)  # of P
-    slope = row + T * p5  # what all of a row of dS sees, but for its own two roundings
-    odds = [row + p4, slope + T * (p7 + p8) + p9, T * (slope + p7 + p8) + p10, T * row + p6]
-    return [O, dq, dk, dv], odds
+    dP = stored(dO @ v.T, inside)
+    dv = P.T @ dO
+    dS = stored(softmax_slope(dP, P32).where(CAUSAL, 0.0), inside)
+    scaled = stored(dS * scale, inside)
+    dq, dk = scaled @ k, scaled.T @ q
+    if unfused:
+        dq, dk = dq.worse_of((dS @ (k * root)) * root), dk.worse_of((dS.T @ (q * root)) * root)
+    dqkv = [merge(x) for x in (dq, dk, dv)]
+    return [merge(O), Near(*(np.concatenate([getattr(x, part) for x in dqkv], -1) for part in ("value", "err")))]
 
 
-def masked_softmax(S: Near, mask: Array) -> Near:
+def masked_softmax(S: Near) -> Near:
     """PyTorch and ours put -Inf where masked; here e is set to 0, which is the same."""
-    largest = np.where(mask, S.value, -np.inf).max(-1, keepdims=True)
+    largest = np.where(CAUSAL, S.value, -np.inf).max(-1, keepdims=True)
     # Both sides subtract their own largest score, which errs as much as the score does.
     err = np.zeros_like(S.value) + S.err
-    e = (S.where(mask, 0.0) - Near(largest, np.where(mask, err, 0).max(-1, keepdims=True))).exp().where(mask, 0.0)
+    e = (S.where(CAUSAL, 0.0) - Near(largest, np.where(CAUSAL, err, 0).max(-1, keepdims=True))).exp().where(CAUSAL, 0.0)
     total = e.sum(-1, keepdims=True)
     return (e / total).worse_of(e * (1 / total))
 
 
-def attention_pairs(policy: Policy, qkv: Array, dO: Array, f: Callable[..., Any]) -> list[tuple[Array, Array]]:
-    """(ours, PyTorch's) O, dq, dk, dv, by heads."""
-    y, (g,) = ours(policy, "attention", [qkv], dO, n_head=H)
-    y_torch, (g_torch,) = theirs(f, [qkv], dO)
-    assert g.dtype == qkv.dtype and g_torch.dtype == tensor(qkv).dtype
-    parts = zip(np.split(wide(g), 3, axis=-1), np.split(wide(g_torch), 3, axis=-1), strict=True)
-    return [(heads(wide(a)), heads(wide(b))) for a, b in [(y, y_torch), *parts]]
-
-
-def least_share(odds: float, size: int) -> float:
-    """As `allowed_flips`, but that one flipped S may take the T D elements of a head along: that many count as one event."""
-    expected = min(1.0, odds) * size
-    return 1 - (expected + 5 * math.sqrt(T * D * expected)) / size
-
-
-def draw_qkv(fmt: str, out: str) -> tuple[Array, Array]:
+def draw_qkv(fmt: str, out: str, scale: float = 1.0) -> tuple[Array, Array]:
     rng = np.random.default_rng(18)
-    return array(rng.standard_normal((B, T, 3 * H * D)), fmt), array(rng.standard_normal((B, T, H * D)), out)
+    return array(rng.standard_normal((B, T, 3 * H * D)) * scale, fmt), array(rng.standard_normal((B, T, H * D)), out)
 
 
-ATTENTION = [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("amp-fp16-cpu", "fp16"), ("amp-bf16-cpu", "bf16")]
+def attention_reference(case: Case) -> Reference:
+    recipe, unfused = case.recipe, case.recipe in POLICIES
+    fmt = product_format(recipe) if recipe in RECIPES else low_of(recipe)
+    qkv, dO = draw_qkv(case.formats[0], fmt, case.scale)
+    y, (g,) = theirs(attention_in(recipe), [qkv], dO)
+    softmax = "fp32" if recipe in AMP and not recipe.endswith("-cpu") else None
+    exact = attention_near(rounded(wide(qkv), fmt), dO, fmt, softmax, unfused)
+    pairs = zip(("O", "dqkv"), (y, g), exact, strict=True)
+    return Reference([qkv], dO, [Expected(name, wide(x), value, fmt, format_name(x)) for name, x, value in pairs])
 
 
-@pytest.mark.parametrize(("recipe", "fmt"), ATTENTION)
-def test_attention_written_out(recipe: str, fmt: str) -> None:
-    amp = recipe.startswith("amp")
-    qkv, dO = draw_qkv("fp32" if amp else fmt, fmt)
-    f = autocast(torch_attention, fmt) if amp else torch_attention
-    exact, odds = attention_near(rounded(qkv, fmt) if amp else qkv, dO, fmt)
-    for (a, b), value, p in zip(attention_pairs(get_recipe(recipe).policy, qkv, dO, f), exact, odds, strict=True):
-        got = agreement(a, b, value, fmt)
-        assert got.max_error_in_bound_units <= 1, got
-        assert got.share_identical >= least_share(p, a.size), (got, p)
+def attention_results(case: Case, monitor: Monitor | None) -> list[Array]:
+    wanted = reference(case)
+    y, gradients = ours(policy_of(case.recipe), "attention", wanted.operands, wanted.dy, monitor, n_head=H)
+    return [y, *gradients]
+
+
+SPECIAL: dict[str, tuple[Callable[[Case], Reference], Callable[[Case, Monitor | None], list[Array]]]] = {
+    "attention": (attention_reference, attention_results),
+    "fan_in": (fan_in_reference, fan_in_results),
+    "cast": (cast_reference, cast_results),
+    "shared_weight": (shared_weight_reference, shared_weight_results),
+    "tied": (tied_reference, tied_results),
+}
+"""Cases that are more than an operation and its formula: how to make the reference, and our results."""
+
+
+def special_cases() -> Iterator[Case]:
+    for recipe in RECIPES:
+        formats = [recipe] if recipe in FORMATS else ["fp32", low_of(recipe)]
+        yield from (Case(op, recipe, (fmt,)) for op in ("attention", "fan_in") for fmt in formats)
+        yield from (Case(op, recipe) for op in ("shared_weight", "tied"))
+    yield from (Case("cast", recipe) for recipe in AMP)
+
+
+CASES = [*(case for op in TWINS for case in cases_of(op)), *special_cases()]
+"""Everything that is held against PyTorch with a derived bound."""
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.op == "attention"], ids=str)
+def test_attention_written_out(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("low", LOW)
+def test_attention_with_one_rounding_is_the_math_backend(low: str) -> None:
+    case = Case("attention", f"math-{low}", (low,))
+    check(case)
+    # Of O 95 % and of dqkv 79 % are decided, and so identical. The others may fall either way, with a probability of the
+    # errors that really occur over an ulp; those are a tenth or less of what they are bounded by, so 99 % is identical.
+    for wanted, x in zip(reference(case).expected, results(case), strict=True):
+        assert agreement(x, wanted.theirs, wanted.exact, low).share_identical > 0.99
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_attention_where_one_score_outweighs_all_others(recipe: str) -> None:
+    # q and k 6 times as large: scores in the hundreds, a softmax of ones, zeros and subnormals.
+    check(Case("attention", recipe, (product_format(recipe),), 6.0))
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_mask_hides_stays_hidden_as_in_pytorch(recipe: str, bad: float) -> None:
+    # The last position's q, k or v is not finite. Earlier positions do not see its scores; 0 times its v is NaN in both.
+    fmt = product_format(recipe)
+    for part in range(3):
+        qkv, dO = draw_qkv(fmt, fmt)
+        qkv[:, -1, part * H * D] = bad
+        with np.errstate(invalid="ignore"):
+            y, (g,) = ours(policy_of(recipe), "attention", [qkv], dO, n_head=H)
+        y_torch, (g_torch,) = theirs(attention_in(recipe), [qkv], dO)
+        same_kind(y, y_torch, f"O, {'qkv'[part]} not finite")
+        same_kind(g, g_torch, f"dqkv, {'qkv'[part]} not finite")
+        assert part == 2 or np.isfinite(wide(y)[:, :-1]).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ the edges
+
+
+def same_kind(a: Array, b: Any, name: str, identical: bool = False) -> None:
+    """NaN where PyTorch has NaN, the same infinities; finite values are for the cases, unless they must be identical."""
+    a, b = wide(a), wide(b)
+    finite = np.isfinite(a) & np.isfinite(b)
+    same = np.count_nonzero((a == b)[finite]) / max(1, np.count_nonzero(finite))
+    REPORT.append((name, f"finite {100 * finite.mean():.1f} %, of these identical {100 * same:.3f} %"))
+    assert np.array_equal(np.isnan(a), np.isnan(b)), name
+    assert np.array_equal(a[~finite], b[~finite], equal_nan=True), name
+    if identical:
+        assert np.array_equal(a, b, equal_nan=True), name
+
+
+SPECIAL_VALUES = [math.inf, -math.inf, math.nan, 0, -0.0, 1, -1, 3e38, -3e38, 65504, -65504, 1e-8, -1e-8, 1e-40]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("op", ["relu", "silu", "gelu_tanh", "gelu_erf", "softmax", "add"])
+def test_special_values_are_finite_infinite_or_nan_where_pytorchs_are(op: str, fmt: str) -> None:
+    with np.errstate(all="ignore"):
+        x = array(SPECIAL_VALUES, fmt)
+        # Pairs of values for those that look at more than one.
+        pairs = np.array(np.meshgrid(x, x)).reshape(2, -1)
+        operands = {"softmax": [pairs.T], "add": [pairs[0], pairs[1]]}.get(op, [x])
+        operands = [np.ascontiguousarray(v).astype(DTYPE[fmt]) for v in operands]
+        dy = array(np.ones(operands[0].shape), fmt)
+        y, gradients = ours(get_recipe(fmt).policy, op, operands, dy)
+    with onednn(op != "gelu_erf"):
+        y_torch, gradients_torch = theirs(TWINS[op].torch, operands, dy)
+    same_kind(y, y_torch, "y", identical=op in ("relu", "add"))
+    for a, b in zip(gradients, gradients_torch, strict=True):
+        same_kind(a, b, "gradient", identical=op in ("relu", "add"))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_cross_entropy_of_large_logits(fmt: str) -> None:
+    # Standard deviation 3000: most rows are certain, the loss is in the thousands, and exp(z - largest) is 0 or near it.
+    check(Case("cross_entropy", fmt, (fmt,), 3000.0))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_cross_entropy_of_logits_that_are_not_finite(recipe: str) -> None:
+    rng, fmt = np.random.default_rng(21), product_format(recipe)
+    for bad in ([math.inf], [-math.inf], [math.nan], [math.inf, -math.inf], [math.inf, math.inf], [-math.inf] * 5):
+        for target in (0, 4):  # at a bad logit, and at a good one
+            row = rng.standard_normal((1, 5))
+            row[0, : len(bad)] = bad
+            z, targets = array(row, fmt), np.array([target])
+            with np.errstate(all="ignore"):
+                y, (dz, _) = ours(get_recipe(recipe).policy, "cross_entropy", [z, targets], np.float32(1024))
+            y_torch, (dz_torch, _) = theirs(
+                in_recipe(TWINS["cross_entropy"].torch, "cross_entropy", recipe), [z, targets], np.float32(1024)
+            )
+            same_kind(y, y_torch, f"loss with {bad}, target {target}")
+            same_kind(dz, dz_torch, f"dlogits with {bad}, target {target}")
+
+
+SUBNORMAL = {"fp16": 2.0**-20, "bf16": 2.0**-130, "fp32": 2.0**-130}
+"""Times normal values: some bits are left, and some values become zero."""
+
+
+@pytest.mark.parametrize("op", [*ELEMENTWISE, "matmul", "embedding", "fan_in", "softmax", "cross_entropy"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_subnormal_operands(op: str, fmt: str) -> None:
+    case = next(case for case in CASES if case.op == op and case.recipe == fmt)
+    check(replace(case, scale=SUBNORMAL[fmt]))
+
+
+@pytest.mark.parametrize("fmt", LOW)
+def test_subnormal_results(fmt: str) -> None:
+    # Values so far apart that many probabilities are subnormal, and their gradients too.
+    case = Case("softmax", fmt, (fmt,), {"fp16": 6.0, "bf16": 45.0}[fmt])
+    check(case)
+    y = wide(results(case)[0])
+    assert np.count_nonzero((y > 0) & (y < 2.0 ** SMALLEST_EXPONENT[fmt])) > 100
+
+
+@pytest.mark.parametrize("fmt", LOW)
+def test_embedding_gradient_of_a_row_that_is_used_thousands_of_times(fmt: str) -> None:
+    # Row 3 stands in 5000 places with gradients near 1: the sum is rounded once. PyTorch's CPU kernel rounds after each
+    # addition and stops where half an ulp is more than 1; its sum in FP32 is the reference.
+    rng = np.random.default_rng(22)
+    tokens = np.where(rng.random(6000) < 5 / 6, 3, rng.integers(0, 20, 6000))
+    w, dy = array(rng.standard_normal((20, 16)), fmt), array(1 + 0.1 * rng.standard_normal((6000, 16)), fmt)
+    _, (_, dw) = ours(get_recipe(fmt).policy, "embedding", [tokens, w], dy)
+    _, (_, in_fp32) = theirs(F.embedding, [tokens, w], dy, "fp32")
+    _, (_, in_16_bits) = theirs(F.embedding, [tokens, w], dy)
+    exact = embedding_near(tokens, near(wide(w)), near(wide(dy)))[1]
+    assert_agrees(dw, rounded(wide(in_fp32), fmt), exact, fmt, "dw")
+    assert agreement(dw, wide(in_16_bits), exact, fmt).theirs_outside > 16
+    assert wide(in_16_bits)[3].max() < 0.9 * wide(dw)[3].min()
 
 
 # ----------------------------------------------------------------------------------------------------- negative controls
 
 
-def control(policy: Policy, op: str, fmt: str) -> tuple[Agreement, float, Agreement, float]:
-    """Of the output and of the last gradient: how they agree with PyTorch, and the least share of identical elements."""
-    twin = TWINS[op]
-    operands = twin.draw(fmt)
-    y, _ = OPS[op].forward(*operands, p=Run(get_recipe(fmt).policy, NUMPY).bind(op, "here"))
-    dy = gradient_of_output(op, y)
-    y, gradients = ours(policy, op, operands, dy)
-    y_torch, gradients_torch = theirs(twin.torch, operands, dy)
-    exact = twin.formula(*(near(wide(x)) for x in operands), near(wide(dy)))
-    result: list[Any] = []
-    for a, b, value in ((y, y_torch, exact[0]), (gradients[-1], gradients_torch[-1], exact[-1])):
-        result += [agreement(a, b, value, fmt), 1 - allowed_flips(float(flips(value, fmt).sum())) / value.value.size]
-    return tuple(result)
+def outside(policy: Policy, case: Case) -> list[int]:
+    """How many elements of each of our results, computed by another policy, are no possible results of the case."""
+    wanted = reference(case)
+    static = {"n_head": H} if case.op == "attention" else {}
+    y, gradients = ours(policy, case.op, wanted.operands, wanted.dy, **static)
+    pairs = zip([y, *gradients], wanted.expected, strict=True)
+    return [agreement(x, e.theirs, e.exact, e.rounded).ours_outside for x, e in pairs]
 
 
 @pytest.mark.parametrize("fmt", LOW)
 def test_control_rounding_before_the_bias_is_noticed(fmt: str) -> None:
-    right, least, _, _ = control(get_recipe(fmt).policy, "linear", fmt)
-    assert right.share_identical >= least
-
-    def twice(x: Array, w: Array, b: Array, p: Any) -> Any:
-        y, saved = OPS["linear"].forward(x, w, None, p=p)
-        return OPS["add"].forward(y, b, p=p)[0], saved
-
-    operands = TWINS["linear"].draw(fmt)
-    y = twice(*operands, p=Run(get_recipe(fmt).policy, NUMPY).bind("linear", "here"))[0]
-    exact = linear_near(*(near(wide(x)) for x in operands), near(np.zeros((64, 80))))[0]
-    got = agreement(y, F.linear(*(tensor(x) for x in operands)), exact, fmt)
-    assert got.share_identical < least
+    case = Case("linear", fmt, (fmt,) * 3)
+    x, w, b = reference(case).operands
+    run, wanted = Run(get_recipe(fmt).policy, NUMPY), reference(case).expected[0]
+    y, _ = OPS["linear"].forward(x, w, None, p=run.bind("linear", "here"))
+    twice, _ = OPS["add"].forward(y, b, p=run.bind("add", "here"))
+    assert agreement(twice, wanted.theirs, wanted.exact, fmt).ours_outside > 0.1 * twice.size
 
 
 @pytest.mark.parametrize("fmt", LOW)
 def test_control_a_missing_rounding_of_the_output_is_noticed(fmt: str) -> None:
     unrounded = Policy("unrounded", {EVERY_OTHER: Precision(fmt, "fp32", "fp32")})
-    got, least, _, _ = control(unrounded, "linear", fmt)
-    assert got.share_identical < least
+    assert outside(unrounded, Case("linear", fmt, (fmt,) * 3))[0] > 0.9 * 64 * 80
 
 
 @pytest.mark.parametrize(("fmt", "n"), [("fp16", 4096), ("bf16", 512)])
@@ -769,27 +1147,22 @@ def test_control_accumulating_in_16_bits_is_beyond_the_bound(fmt: str, n: int) -
         running = rounded(running + row, fmt)
     exact = near(wide(dy)).sum(0)
     summed = tensor(dy).sum(0)
-    assert agreement(running, summed, exact, fmt).max_error_in_bound_units > 1
-    assert agreement(rounded(exact.value, fmt), summed, exact, fmt).max_error_in_bound_units <= 1
+    assert agreement(running, summed, exact, fmt).ours_outside == 8
+    assert agreement(rounded(exact.value, fmt), summed, exact, fmt).ours_outside == 0
 
 
 def test_control_an_fp32_product_of_rounded_operands_is_beyond_the_bound() -> None:
     tf32_like = Policy("bf16 inputs", {EVERY_OTHER: Precision("bf16", "fp32", "fp32")})
-    got, _, gradient, _ = control(tf32_like, "matmul", "fp32")
-    assert got.max_error_in_bound_units > 1 and gradient.max_error_in_bound_units > 1
+    assert min(outside(tf32_like, Case("matmul", "fp32", ("fp32", "fp32")))) > 1000
 
 
 @pytest.mark.parametrize("fmt", LOW)
-@pytest.mark.parametrize("part", ["scores", "softmax", "everything"])
+@pytest.mark.parametrize("part", ["scores", "scale", "softmax", "everything"])
 def test_control_attention_without_one_of_its_roundings_is_noticed(part: str, fmt: str) -> None:
-    # 'everything' is what SDPBackend.MATH does: all in FP32, one rounding at the end.
-    policy = get_recipe(fmt).policy
-    parts = {"scores": ["scores", "scale"], "softmax": ["softmax"], "everything": ["scores", "scale", "softmax"]}[part]
-    wider = {f"attention.{name}": Precision("same", "fp32", "fp32") for name in parts}
-    wider |= {"attention.values": Precision("same", "fp32", fmt)}
-    qkv, dO = draw_qkv(fmt, fmt)
-    _, odds = attention_near(qkv, dO, fmt)
-    pairs = attention_pairs(replace(policy, rows={**policy.rows, **wider}), qkv, dO, torch_attention)
-    noticed = [(a == b).mean() < least_share(p, a.size) for (a, b), p in zip(pairs, odds, strict=True)]
-    # O in any case; dv, which reads P, where P is not rounded; dq and dk, which read dS, at least where nothing is.
-    assert noticed[0] and (part == "scores" or noticed[3]) and (part != "everything" or all(noticed))
+    # 'everything' is what SDPBackend.MATH does: all in FP32, one rounding at the end. Operands are taken as they come, or
+    # the next row would make up for it.
+    missing = ["scores", "scale", "softmax"] if part == "everything" else [part]
+    parts = {name: Precision("same", "fp32", "fp32" if name in missing else fmt) for name in ("scores", "scale", "softmax")}
+    rows = {f"attention.{name}": row for name, row in {**parts, "values": Precision("same", "fp32", fmt)}.items()}
+    missed = outside(Policy("unrounded", {EVERY_OTHER: Precision(fmt, "fp32", fmt), **rows}), Case("attention", fmt, (fmt,)))
+    assert min(missed) > 0.01 * B * T * H * D, missed
