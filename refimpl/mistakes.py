@@ -245,7 +245,8 @@ def _scaled_clip(parts: Parts, state: State, inverse_scale: Array) -> Array | fl
 def _unscale_after_clip(parts: Parts) -> None:
     _has_loss_scale(parts)
     _need(math.isfinite(parts.max_norm), "--clip above 0")
-    _change_update(parts, lambda state, inverse, clip, found: (inverse, _scaled_clip(parts, state, inverse), found))
+    one = parts.state.backend.xp.asarray(1.0)
+    _change_update(parts, lambda state, inverse, clip, found: (inverse * _scaled_clip(parts, state, inverse), one, found))
 
 
 def _no_unscale(parts: Parts) -> None:
@@ -387,7 +388,8 @@ MISTAKES: dict[str, Mistake] = {
         Mistake("ignore-inf", "an Inf or a NaN in the gradients does not skip the step",
                 "the first overflow makes weights NaN, and the loss for ever", "3.found_inf", _ignore_inf),
         Mistake("unscale-after-clip", "gradients are clipped while they are still scaled, and divided afterwards",
-                "each step is clipped, by S too much: with SGD no learning; Adam hides it until updates reach eps", "4.clip",
+                "each step is clipped, by S too much: with SGD no learning; Adam hides it until updates reach eps",
+                "3.unscaled",
                 _unscale_after_clip),
         Mistake("scale-never-backs-off", "the loss scale is not lowered after an overflow",
                 "from the first overflow on every step is skipped", "4.scale", _scale_never_backs_off),

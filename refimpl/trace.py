@@ -125,7 +125,8 @@ def load(path: Path) -> Trace:
     position = {name: i for i, name in enumerate(order)} if isinstance(order, list) else {}
     tensors = dict(sorted(tensors.items(), key=lambda item: position.get(item[0], len(position))))
     for name in tensors:
-        step, point, _ = [*name.split("/", 2), ""][:3]
+        step, _, rest = name.partition("/")
+        point = rest.partition("/")[0]
         if not step.isdigit() or point not in POINTS:
             raise UsageError(f"{path}: {name!r} is no tensor of a trace (step/point/name); points are {', '.join(POINTS)}")
     config = header.get("config", {})

@@ -1,0 +1,189 @@
+"""Traces as files: what is written is read back, what is no trace is refused, and a trace with few points is welcome."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from refimpl.compare import diff
+from refimpl.config import Config
+from refimpl.errors import UsageError
+from refimpl.judge import judge
+from refimpl.trace import POINTS, Trace, load, record, save
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY: dict[str, Any] = {
+    "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "lr": 1e-3, "steps": 2, "warmup": 1,
+}  # fmt: skip
+
+
+def config(recipe: str = "fp16", **more: Any) -> Config:
+    return Config.of({**TINY, "recipe": recipe, **more})
+
+
+def only(trace: Trace, *points: str) -> Trace:
+    """A trace with some of the points alone, and without a configuration, as somebody else would write it."""
+    return Trace({}, {k: x for k, x in trace.tensors.items() if k.split("/")[1] in points})
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "amp-bf16"])
+def test_a_file_gives_back_what_was_written(recipe: str, tmp_path: Path) -> None:
+    trace = record(config(recipe))
+    save(tmp_path / "t", trace)
+    again = load(tmp_path / "t")
+    assert again.config == trace.config and list(again.tensors) == list(trace.tensors)
+    for name, array in trace.tensors.items():
+        assert again.tensors[name].dtype == array.dtype and again.tensors[name].tobytes() == array.tobytes(), name
+
+
+def test_every_point_is_recorded_in_the_order_of_a_step() -> None:
+    trace = record(config())
+    points = dict.fromkeys(k.split("/")[1] for k in trace.tensors if k.startswith("1/"))
+    assert set(points) == set(POINTS)
+    assert trace.steps == [1, 2] and set(trace.at(0, "4.master")) == set(config().make_model().parameters)
+    weights = trace.at(1, "1.weights")["transformer.wte.weight"]
+    assert weights.dtype == np.float16 and trace.at(1, "2.grads")["transformer.wte.weight"].dtype == np.float16
+    assert trace.tensors["1/3.unscaled/transformer.wte.weight"].dtype == np.float32
+
+
+def test_recording_changes_nothing() -> None:
+    """The run that is written down is the run that train_step makes: same losses, same weights."""
+    c = config()
+    trace, parts = record(c), c.make_parts(c.make_backend())
+    parts.state.load_weights(trace.at(0, "4.master"))
+    for step in trace.steps:
+        batches = trace.inputs(step)
+        assert batches is not None and parts.step(batches).loss == trace.get(step, "2.loss")
+    for name, view in parts.state.layout.views(parts.state.master).items():
+        assert np.array_equal(view, trace.at(2, "4.master")[name])
+
+
+def test_the_start_and_the_batches_of_another_trace_are_used() -> None:
+    other = only(record(config("bf16", seed=5)), "0.tokens", "0.targets", "4.master")
+    trace = record(config("fp16", seed=1), other)
+    assert all(np.array_equal(x, other.tensors[k]) for k, x in trace.tensors.items() if k.startswith("0/4.master"))
+    assert np.array_equal(trace.tensors["2/0.tokens"], other.tensors["2/0.tokens"])
+    with pytest.raises(UsageError, match=r"0/4.master/transformer.wte.weight\) is missing"):
+        record(config(), only(other, "0.tokens", "0.targets"))
+    with pytest.raises(UsageError, match=r"1/0\.tokens"):
+        record(config(), only(other, "4.master"))
+    with pytest.raises(UsageError, match=r"is \(256, 16\); this model's shape is \(256, 32\)"):
+        record(config(n_embd=32), other)
+
+
+def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with pytest.raises(UsageError, match="no trace at"):
+        load(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(UsageError, match="not a whole safetensors file"):
+        load(path)
+    save_file({"wte.weight": np.zeros(3, np.float32)}, path)
+    with pytest.raises(UsageError, match=r"'wte.weight' is no tensor of a trace"):
+        load(path)
+    save_file({"1/2.loss": np.zeros((), np.float32)}, path, metadata={"refimpl-trace": '{"version": 99}'})
+    with pytest.raises(UsageError, match="reads version 1"):
+        load(path)
+    save(path, record(config(steps=1)))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UsageError, match="not a whole safetensors file"):
+        load(path)
+
+
+def test_a_trace_without_our_header_is_read(tmp_path: Path) -> None:
+    save_file({"1/2.loss": np.array(3, np.float32), "2/2.loss": np.array(2, np.float32)}, tmp_path / "x")
+    trace = load(tmp_path / "x")
+    assert trace.config == {} and trace.steps == [1, 2] and trace.get(2, "2.loss") == 2
+
+
+@pytest.mark.parametrize(
+    ("points", "judged"),
+    [
+        (("2.loss",), {"2.loss"}),  # of the first step, from our start on our batch
+        (("2.grads",), {"2.grads"}),
+        (("2.grads", "2.loss_scale", "3.unscaled", "3.norm"), {"2.grads", "2.loss_scale", "3.unscaled", "3.norm"}),
+        (("4.master", "4.m", "4.v", "1.weights"), {"1.weights"}),  # an update needs the gradients that it is made from
+        (("2.activations",), {"2.activations"}),
+    ],
+)
+def test_a_trace_of_some_points_is_judged_by_them(points: tuple[str, ...], judged: set[str]) -> None:
+    ours = record(config())
+    given = {k: v for k, v in ours.tensors.items() if k.startswith("0/") or "/0." in k}
+    findings = judge(config(), Trace({}, {**given, **only(ours, *points).tensors}))
+    assert {f.point for f in findings} == judged and not any(f.departs for f in findings)
+
+
+def test_diff_says_where(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = record(config())
+    assert diff(ours, ours) is None
+    assert "AGREES" in capsys.readouterr().out
+    theirs = Trace({}, {k: x.copy() for k, x in ours.tensors.items()})
+    theirs.tensors["2/4.v/transformer.ln_f.bias"][3] *= 1.001
+    assert diff(ours, theirs) == "4.v"
+    text = capsys.readouterr().out
+    assert "DEPARTS first at step 2, 4.v of transformer.ln_f.bias" in text and "none of the known mistakes" in text
+    assert diff(theirs, ours) == "4.v"  # the one with a configuration is the reference, in either order
+    with pytest.raises(UsageError, match="neither file says how it was made"):
+        diff(theirs, theirs)
+
+
+def test_other_sizes_are_refused_in_one_line() -> None:
+    with pytest.raises(UsageError, match=r"shape \(256, 16\) stands where one of shape \(256, 32\)"):
+        judge(config(n_embd=32), record(config()))
+    with pytest.raises(UsageError, match="nothing in this trace can be judged"):
+        judge(config(), Trace({}, {"1/0.tokens": np.zeros((4, 8), np.int64)}))
+
+
+def test_one_bit_in_an_exact_point_departs() -> None:
+    ours = record(config())
+    for point, name in (("1.weights", "transformer.wpe.weight"), ("3.unscaled", "lm_head")):
+        key = next(k for k in ours.tensors if k.startswith(f"2/{point}/"))
+        theirs = replace(ours, tensors=dict(ours.tensors))
+        theirs.tensors[key] = np.nextafter(ours.tensors[key], np.inf, dtype=ours.tensors[key].dtype)
+        first = next(f for f in judge(config(), theirs) if f.departs)
+        assert first.point == point, (name, first)
+
+
+def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "trace.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    small = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert script("record", "--recipe=fp16", *small, "--out", ours).returncode == 0
+    done = script("record", "--recipe=fp16", "--mistake=coupled-decay", *small, "--like", ours, "--out", theirs)
+    assert done.returncode == 0 and "2 steps" in done.stdout
+    assert script("diff", ours, ours).returncode == 0
+    done = script("diff", ours, theirs)
+    assert done.returncode == 1 and "explained by --mistake coupled-decay" in done.stdout
+    done = script("diff", ours, tmp_path / "none")
+    assert done.returncode == 2 and done.stderr.startswith("error: no trace at") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipe", ["amp-fp16-cpu", "amp-bf16-cpu"])
+def test_a_trace_dumped_from_a_pytorch_loop(recipe: str, tmp_path: Path) -> None:
+    """The script of the documentation: its loop agrees, and with the classic mistake in it departs and is explained."""
+    pytest.importorskip("torch", reason="the loop is PyTorch's: torch==2.13.0")
+    save(tmp_path / "ours", record(config(recipe)))
+    for flags, code, text in (((), 0, "AGREES"), (("--unscale-late",), 1, "explained by --mistake unscale-after-clip")):
+        if "bf16" in recipe and flags:
+            continue  # without a loss scale there is nothing to unscale
+        command = [sys.executable, str(ROOT / "scripts" / "pytorch_trace.py"), "--like", tmp_path / "ours", *flags]
+        done = subprocess.run([*command, "--out", tmp_path / "theirs"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        done = script("diff", tmp_path / "ours", tmp_path / "theirs")
+        assert done.returncode == code and text in done.stdout, done.stdout
+
+
+def test_the_documentation_lists_every_point() -> None:
+    text = (ROOT / "docs" / "traces.md").read_text(encoding="utf-8")
+    assert all(f"`{point}" in text for point in POINTS)
