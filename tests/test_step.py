@@ -328,7 +328,9 @@ def test_without_masters_a_small_learning_rate_moves_few_weights() -> None:
         before = training.state.master.copy()
         for seed in range(3):
             training.step(batch(seed))
-        moved[recipe] = int((training.state.master != before).sum())
+        # A master that had been rounded to 16 bits would have gone farther than three updates can take it.
+        distance = np.abs(widen(training.state.master, "fp64") - widen(before, "fp64"))
+        moved[recipe] = int(((distance > 0) & (distance < 1e-5)).sum())
     print(f"of {GPT.n_params} weights moved, three steps at lr 1e-6: {moved}")
     touched = moved["fp32"]
     assert moved["bf16"] > 0.9 * touched
