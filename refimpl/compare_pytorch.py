@@ -5,6 +5,10 @@ Two questions are asked, each with its own rule.
 *Trajectories.* Both sides run freely from the same weights on the same batches. Rounding differences grow from step to
 step, so what is bounded is their size relative to the distance that the weights have moved (`TRAJECTORY`): the bars are
 what PyTorch shows against itself when only its instruction set or its number of threads changes, with some room.
+Those bars are for smooth functions. Where the input of a ReLU is within rounding of zero, two correct runs may take
+different branches, and from there part by a finite amount: PyTorch with its hidden units in another order parts from
+itself by up to 5e-3 in FP32. So our ReLUs take PyTorch's branches, and where they would have taken the other one, the input
+must be as near to zero as the bar of the weights allows (`Branches`).
 
 *Stages.* PyTorch's first steps are written down as a trace, and each is judged by itself, from PyTorch's own values
 (`judge.py`): weights, loss, gradients, unscaled gradients, norm, moments, masters and loss scale.
@@ -24,7 +28,10 @@ from refimpl.cast import widen
 from refimpl.config import Config
 from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError
+from refimpl.formats import format_of
 from refimpl.judge import Finding, judge
+from refimpl.ops import Op
+from refimpl.policy import Bound
 from refimpl.state import Sink, State
 from refimpl.trace import Trace
 
@@ -55,6 +62,7 @@ class Comparison:
     rows: list[dict[str, Any]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     spread: dict[str, float] = field(default_factory=dict)
+    branches: Branches = field(default_factory=lambda: Branches())
 
     @property
     def bars(self) -> tuple[float, float]:
@@ -82,6 +90,8 @@ class Comparison:
             "rel_l2_drift": self.rows[-1]["drift"],
             "scales_equal": all(row["loss_scale"] == row["loss_scale_torch"] for row in self.rows),
             "skips_equal": all(row["skipped"] == row["skipped_torch"] for row in self.rows),
+            "other_relu_branches": self.branches.other,
+            "other_relu_branches_farthest_from_zero": self.branches.farthest,
             "identical_share_by_stage": {name: same / total for name, (same, total) in counts.items()},
             "torch_spread": self.spread,
         }
@@ -90,7 +100,7 @@ class Comparison:
     def agrees(self) -> bool:
         """Whether everything is within its bound."""
         s, (loss_bar, drift_bar) = self.summary(), self.bars
-        close = s["max_abs_loss_diff"] <= loss_bar and s["rel_l2_drift"] <= drift_bar
+        close = s["max_abs_loss_diff"] <= loss_bar and max(s["rel_l2_drift"], self.branches.farthest) <= drift_bar
         return close and s["scales_equal"] and s["skips_equal"] and self.first_departure is None
 
 
@@ -110,18 +120,45 @@ class OverflowingState(State):
         return sink
 
 
+class Branches:
+    """ReLU on given branches: y = x where PyTorch's input was positive, else 0. Counts where ours would have differed."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, np.ndarray] = {}
+        self.other, self.all = 0, 0
+        self.farthest = 0.0  # the largest input on the other side of zero, relative to the layer's root mean square
+        self.op = Op("relu", self._forward, self._backward)
+
+    def _forward(self, x: Array, p: Bound) -> tuple[Array, Any]:
+        open_ = self.given[p.place]
+        z = widen(x, "fp64")
+        differs = (z > 0) != open_
+        self.other, self.all = self.other + int(differs.sum()), self.all + z.size
+        if differs.any():
+            self.farthest = max(self.farthest, float(np.abs(z[differs]).max() / np.sqrt((z * z).mean())))
+        return p.out(np.where(open_, p.wide(p.cast(x, "x")), 0), "y", x), (open_, format_of(x))
+
+    def _backward(self, dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+        open_, x_format = saved
+        return (p.grad(np.where(open_, p.wide(dy), 0), "x", x_format),)
+
+
 class Side:
-    """Our run: the same parts as a training run has, without its folder."""
+    """Our run: the same parts as a training run has, without its folder, and with the branches of its ReLUs given."""
 
     def __init__(self, config: Config, weights: Tensors) -> None:
         self.parts = config.make_parts(NUMPY)
         self.state = OverflowingState(self.parts.model, self.parts.state.formats, NUMPY)
         self.parts.state = self.state
+        self.branches = Branches()
+        self.parts.run.overrides = {"relu": self.branches.op}
         self.state.load_weights(weights)
 
-    def step(self, tokens: np.ndarray, targets: np.ndarray, overflow: bool) -> dict[str, Any]:
+    def step(
+        self, tokens: np.ndarray, targets: np.ndarray, overflow: bool, branches: dict[str, np.ndarray]
+    ) -> dict[str, Any]:
         """One step; overflow: with an Inf put into the first parameter's gradient."""
-        self.state.overflow = overflow
+        self.state.overflow, self.branches.given = overflow, branches
         r = self.parts.step([(tokens, targets)])
         return {"loss": float(r.loss), "loss_scale": float(r.loss_scale), "skipped": bool(r.skipped)}
 
@@ -176,12 +213,12 @@ def _side_by_side(config: Config, weights: Tensors, batches: list[Any], theirs: 
     ours, result, trace = Side(config, weights), Comparison(config.recipe, predictions), Trace()
     theirs.write_states(trace, 0)
     for i, (tokens, targets, overflow) in enumerate(batches):
-        a = ours.step(tokens, targets, overflow)
         b = theirs.step(tokens, targets, overflow, trace if i < STAGE_STEPS else None)
+        a = ours.step(tokens, targets, overflow, theirs.branches)
         drift = _drift(ours.weights(), theirs.weights(), weights)
         theirs_row = {f"{key}_torch": b[key] for key in a}
         result.rows.append({"step": i + 1, **a, **theirs_row, "drift": drift})
-    result.findings = judge(config, trace)
+    result.findings, result.branches = judge(config, trace), ours.branches
     return result
 
 
@@ -239,6 +276,11 @@ def report(result: Comparison, every: int = 5) -> str:
         f"refimpl against PyTorch:              loss {s['max_abs_loss_diff']:.1e} (bar {loss_bar:.1g}), "
         f"drift {s['rel_l2_drift']:.1e} (bar {drift_bar:.1g})"
     )
+    if result.branches.all:
+        lines.append(
+            f"ReLUs that would have taken the other branch: {result.branches.other} of {result.branches.all}, "
+            f"inputs up to {result.branches.farthest:.1e} of their layer's rms (bar {drift_bar:.1g})"
+        )
     first = result.first_departure
     if first:
         lines.append(

@@ -31,6 +31,9 @@ class Casts:
 
     seen: dict[str, Tensor] | None = None
 
+    def __init__(self) -> None:
+        self.branches: dict[str, np.ndarray] = {}  # where each ReLU lets its input through
+
     def see(self, name: str, y: Tensor) -> Tensor:
         """Keep an output, and its gradient once backward has run."""
         if self.seen is not None:
@@ -76,6 +79,7 @@ class CudaAutocast(Casts):
     """The lists of torch.autocast('cuda') spelled out: products low, norms, softmax and loss FP32, others as they come."""
 
     def __init__(self, low: torch.dtype) -> None:
+        super().__init__()
         self.low = low
         self.cache: dict[int, Tensor] = {}
 
@@ -200,6 +204,7 @@ class ByteMLP(nn.Module):
         x = casts.see("join", x.flatten(1))
         for i, layer in enumerate(self.h):
             x = casts.see(f"h.{i}.fc", casts.linear(x, layer.fc))
+            casts.branches[f"h.{i}.relu"] = (x > 0).numpy()
             x = casts.see(f"h.{i}.relu", torch.relu(x))
         return casts.loss(casts.see("lm_head", casts.linear(x, self.lm_head)), targets[:, -1])
 
@@ -226,6 +231,7 @@ class Twin:
             master.requires_grad_(True)
         self.optimizer = self._make_optimizer()
         self.updates = 0
+        self.branches: dict[str, np.ndarray] = {}  # of the latest step
         dynamic = config.loss_scale == "dynamic"
         self.scaler = torch.amp.GradScaler("cpu", config.init_scale, growth_interval=config.growth_interval, enabled=dynamic)
 
@@ -273,6 +279,7 @@ class Twin:
         casts.seen = None if trace is None else {}
         with torch.autocast("cpu", dtype=self.low, enabled=self.config.recipe.endswith("-cpu")):
             loss = self.model(torch.from_numpy(tokens), torch.from_numpy(targets), casts)
+        self.branches = casts.branches
         scale = float(self.scaler.get_scale())
         self.scaler.scale(loss).backward()
         grads = {name: cast(Tensor, p.grad) for name, p in model_parameters.items()}
