@@ -167,13 +167,26 @@ class Side:
         return {name: view.copy() for name, view in self.state.layout.views(self.state.master).items()}
 
 
-def compare(config: Config, spread: bool = True) -> Comparison:
-    """Train with refimpl and with PyTorch side by side. Errors: UsageError without torch or for another recipe."""
+def compare(config: Config, spread: bool = True, device: str = "cpu") -> Comparison:
+    """Train with refimpl (on the host) and with PyTorch (on `device`) side by side.
+
+    On 'cuda' the amp recipes run under torch.autocast('cuda'); on the CPU a twin spells its op lists out.
+    Errors: UsageError without torch or that device, or for a recipe that has no twin there.
+    """
     if config.recipe not in RECIPES:
         raise UsageError(f"recipe {config.recipe} has no twin in PyTorch: choose one of {', '.join(RECIPES)}")
     if config.grad_accum > 1 or (config.optimizer == "sgd" and config.weight_decay):
         raise UsageError("the twin in PyTorch takes one micro-batch a step, and SGD without weight decay")
     torch = _import_torch()
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}: choose cpu or cuda")
+    if device == "cuda" and config.recipe.endswith("-cpu"):
+        raise UsageError(f"recipe {config.recipe} is autocast's op lists on the CPU: compare it with --device cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("PyTorch finds no GPU: leave --device at cpu")
+    # Products of 16-bit matrices are summed in FP32, as the recipes say; PyTorch may otherwise reduce in 16 bits.
+    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
+        setattr(torch.backends.cuda.matmul, name, False)
     from refimpl.pytorch_twin import Twin
 
     weights = config.make_model().initial_weights(np.random.default_rng(config.seed))
@@ -181,9 +194,9 @@ def compare(config: Config, spread: bool = True) -> Comparison:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        theirs = Twin(config, weights)
+        theirs = Twin(config, weights, device)
         result = _side_by_side(config, weights, batches, theirs)
-        if spread:
+        if spread and device == "cpu":
             result.spread = _own_spread(config, weights, batches, theirs, torch)
     finally:
         torch.set_num_threads(threads)

@@ -115,7 +115,7 @@ class Attention(nn.Module):
         qkv = casts.see(f"{name}.c_attn", casts.linear(x, self.c_attn))
         q, k, v = (h.view(B, T, self.n_head, -1).transpose(1, 2) for h in qkv.split(C, dim=2))
         scores = casts.product(q, k.transpose(-2, -1)) * (1.0 / math.sqrt(C // self.n_head))
-        hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+        hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         weights = casts.softmax(scores.masked_fill(hidden, -math.inf))
         y = casts.see(name, casts.product(weights, v).transpose(1, 2).reshape(B, T, C))
         return casts.see(f"{name}.c_proj", casts.linear(y, self.c_proj))
@@ -171,7 +171,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, casts: Casts) -> Tensor:
         parts: Any = self.transformer
         x = casts.see("transformer.wte", casts.embedding(tokens, parts["wte"]))
-        e = casts.see("transformer.wpe", casts.embedding(torch.arange(tokens.shape[1]), parts["wpe"]))
+        e = casts.see("transformer.wpe", casts.embedding(torch.arange(tokens.shape[1], device=tokens.device), parts["wpe"]))
         x = casts.see("transformer.embedding", x + e)
         for i, block in enumerate(parts["h"]):
             x = block(x, casts, f"transformer.h.{i}")
@@ -204,7 +204,7 @@ class ByteMLP(nn.Module):
         x = casts.see("join", x.flatten(1))
         for i, layer in enumerate(self.h):
             x = casts.see(f"h.{i}.fc", casts.linear(x, layer.fc))
-            casts.branches[f"h.{i}.relu"] = (x > 0).numpy()
+            casts.branches[f"h.{i}.relu"] = (x > 0).cpu().numpy()
             x = casts.see(f"h.{i}.relu", torch.relu(x))
         return casts.loss(casts.see("lm_head", casts.linear(x, self.lm_head)), targets[:, -1])
 
@@ -216,10 +216,11 @@ class Twin:
     own FP32 weights.
     """
 
-    def __init__(self, config: Config, weights: Mapping[str, np.ndarray]) -> None:
-        self.config = config
+    def __init__(self, config: Config, weights: Mapping[str, np.ndarray], device: str = "cpu") -> None:
+        self.config, self.device = config, device
         self.model: nn.Module = GPT(config) if config.model == "gpt" else ByteMLP(config)
         self.model.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()}, strict=False)
+        self.model.to(device)
         self.low = LOW.get(config.recipe.removeprefix("amp-").removesuffix("-cpu"))
         self.amp = config.recipe.startswith("amp-")
         self.masters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -233,7 +234,7 @@ class Twin:
         self.updates = 0
         self.branches: dict[str, np.ndarray] = {}  # of the latest step
         dynamic = config.loss_scale == "dynamic"
-        self.scaler = torch.amp.GradScaler("cpu", config.init_scale, growth_interval=config.growth_interval, enabled=dynamic)
+        self.scaler = torch.amp.GradScaler(device, config.init_scale, growth_interval=config.growth_interval, enabled=dynamic)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -255,8 +256,13 @@ class Twin:
         x = min(1.0, (t - c.warmup) / max(1, c.steps - c.warmup))
         return c.min_lr + (c.lr - c.min_lr) * (1 + math.cos(math.pi * x)) / 2
 
+    @property
+    def _autocast(self) -> bool:
+        """Whether torch.autocast itself casts: where its device's op lists are the recipe's."""
+        return self.amp and self.config.recipe.endswith("-cpu") == (self.device == "cpu")
+
     def _casts(self) -> Casts:
-        if self.low is None or self.config.recipe.endswith("-cpu"):
+        if self.low is None or self._autocast:
             return Casts()
         return CudaAutocast(self.low) if self.amp else HalfModel()
 
@@ -277,8 +283,9 @@ class Twin:
         self.model.zero_grad(set_to_none=True)
         casts = self._casts()
         casts.seen = None if trace is None else {}
-        with torch.autocast("cpu", dtype=self.low, enabled=self.config.recipe.endswith("-cpu")):
-            loss = self.model(torch.from_numpy(tokens), torch.from_numpy(targets), casts)
+        x, y = (torch.from_numpy(part).to(self.device) for part in (tokens, targets))
+        with torch.autocast(self.device, dtype=self.low, enabled=self._autocast):
+            loss = self.model(x, y, casts)
         self.branches = casts.branches
         scale = float(self.scaler.get_scale())
         self.scaler.scale(loss).backward()
@@ -353,4 +360,4 @@ class Twin:
 
 def _numpy(x: Any) -> np.ndarray:
     """A copy in FP32, which holds every 16-bit value."""
-    return np.array(x.detach().float().numpy())
+    return np.array(x.detach().float().cpu().numpy())

@@ -38,15 +38,16 @@ def parser() -> argparse.ArgumentParser:
     add("--init-scale", type=float, default=2.0**18)
     add("--growth-interval", type=int, default=8)
     add("--data", default="pydoc")
+    add("--device", default="cpu", help="where PyTorch runs: cpu, or cuda with torch.autocast('cuda')")
     add("--json", type=Path, metavar="FILE", help="write the figures of the verdict")
     return result
 
 
 def run(arguments: dict[str, Any]) -> int:
     """Compare, print, write; 0 within the bounds, 1 outside."""
-    path = arguments.pop("json")
+    path, device = arguments.pop("json"), arguments.pop("device")
     arguments.setdefault("batch_size", 256 if arguments["model"] == "mlp" else 8)
-    result = compare(Config.of(arguments))
+    result = compare(Config.of(arguments), device=device)
     print(report(result))
     if path:
         text = json.dumps(result.summary(), indent=2) + "\n"

@@ -150,6 +150,25 @@ def test_recipes_without_a_twin_are_refused() -> None:
         run("fp16", grad_accum=2)
 
 
+def test_devices_that_cannot_be_used_are_refused() -> None:
+    config = Config.of({**ODD, "recipe": "amp-fp16"})
+    with pytest.raises(UsageError, match="unknown device 'tpu': choose cpu or cuda"):
+        compare(config, device="tpu")
+    with pytest.raises(UsageError, match="op lists on the CPU"):
+        compare(Config.of({**ODD, "recipe": "amp-fp16-cpu"}), device="cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="PyTorch finds no GPU"):
+            compare(config, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.endswith("-cpu")])
+def test_fifty_steps_agree_on_a_gpu(recipe: str) -> None:
+    result = compare(Config.of({**SMALL, "recipe": recipe}), device="cuda")
+    assert result.agrees, report(result)
+
+
 def test_command_line(tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "scripts" / "compare_pytorch.py"
     flags = ["--recipe=amp-bf16", "--steps=8", "--n-layer=1", "--n-embd=16", f"--json={tmp_path / 'r.json'}"]
