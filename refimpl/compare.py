@@ -16,8 +16,8 @@ from refimpl.show import table
 from refimpl.trace import POINTS, Trace
 
 
-def diff(a: Trace, b: Trace) -> str | None:
-    """Print how trace `b` compares with the recipe that `a` was made with; return the point where it departs, or None.
+def diff(a: Trace, b: Trace) -> dict[str, Any]:
+    """Print how trace `b` compares with the recipe that `a` was made with; return the verdict as `--json` writes it.
 
     One of the two must be a trace of refimpl, whose header holds the configuration; if only `b` is, `a` is judged. What the
     judged one lacks of the start and of the batches is taken from the other.
@@ -32,7 +32,7 @@ def diff(a: Trace, b: Trace) -> str | None:
     first = next((finding for finding in findings if finding.departs), None)
     reasons = explanations(config, theirs, first) if first else []
     print(report(reference, theirs, findings, first, reasons))
-    return first.point if first else None
+    return {"agrees": first is None, "first_departure": vars(first) if first else None, "explained_by": reasons}
 
 
 def report(
@@ -80,9 +80,3 @@ def shares(findings: Sequence[Finding]) -> str:
             worst = max(here, key=lambda f: np.nan_to_num(f.error, nan=np.inf))
             rows.append([point, str(len(here)), f"{same:.3%}", f"{worst.error:.3g}", worst.name])
     return table(["point", "tensors", "identical", "of bound", "in"], rows)
-
-
-def summary(findings: Sequence[Finding], reasons: Sequence[str]) -> dict[str, Any]:
-    """The verdict as data, for `--json`."""
-    first = next((f for f in findings if f.departs), None)
-    return {"agrees": first is None, "first_departure": vars(first) if first else None, "explained_by": list(reasons)}

@@ -13,9 +13,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from refimpl.checkpoint import write_text_atomically
 from refimpl.cli import main
 from refimpl.compare import diff
 from refimpl.config import Config
+from refimpl.show import json_text
 from refimpl.trace import load, record, save
 
 DEFAULTS: dict[str, Any] = {
@@ -41,13 +43,17 @@ def parser() -> argparse.ArgumentParser:
     difference = commands.add_parser("diff", help="judge trace B by the recipe of trace A")
     difference.add_argument("a", type=Path)
     difference.add_argument("b", type=Path)
+    difference.add_argument("--json", type=Path, metavar="FILE", help="write the verdict")
     return result
 
 
 def run(arguments: dict[str, Any]) -> int:
     """Record, or compare."""
     if arguments.pop("command") == "diff":
-        return 0 if diff(load(arguments["a"]), load(arguments["b"])) is None else 1
+        verdict = diff(load(arguments["a"]), load(arguments["b"]))
+        if arguments["json"]:
+            write_text_atomically(arguments["json"], json_text(verdict) + "\n")
+        return 0 if verdict["agrees"] else 1
     like, out = arguments.pop("like"), arguments.pop("out")
     source = load(like) if like else None
     if source:

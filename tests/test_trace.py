@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -122,14 +123,14 @@ def test_a_trace_of_some_points_is_judged_by_them(points: tuple[str, ...], judge
 
 def test_diff_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     ours = record(config())
-    assert diff(ours, ours) is None
+    assert diff(ours, ours) == {"agrees": True, "first_departure": None, "explained_by": []}
     assert "AGREES" in capsys.readouterr().out
     theirs = Trace({}, {k: x.copy() for k, x in ours.tensors.items()})
     theirs.tensors["2/4.v/transformer.ln_f.bias"][3] *= 1.001
-    assert diff(ours, theirs) == "4.v"
+    assert diff(ours, theirs)["first_departure"]["point"] == "4.v"
     text = capsys.readouterr().out
     assert "DEPARTS first at step 2, 4.v of transformer.ln_f.bias" in text and "none of the known mistakes" in text
-    assert diff(theirs, ours) == "4.v"  # the one with a configuration is the reference, in either order
+    assert diff(theirs, ours)["first_departure"]["point"] == "4.v"  # the reference has a configuration
     with pytest.raises(UsageError, match="neither file says how it was made"):
         diff(theirs, theirs)
 
@@ -163,8 +164,10 @@ def test_command_line(tmp_path: Path) -> None:
     done = script("record", "--recipe=fp16", "--mistake=coupled-decay", *small, "--like", ours, "--out", theirs)
     assert done.returncode == 0 and "2 steps" in done.stdout
     assert script("diff", ours, ours).returncode == 0
-    done = script("diff", ours, theirs)
+    done = script("diff", ours, theirs, "--json", tmp_path / "verdict")
     assert done.returncode == 1 and "explained by --mistake coupled-decay" in done.stdout
+    verdict = json.loads((tmp_path / "verdict").read_text())
+    assert verdict["explained_by"] == ["coupled-decay"] and verdict["first_departure"]["point"] == "4.m"
     done = script("diff", ours, tmp_path / "none")
     assert done.returncode == 2 and done.stderr.startswith("error: no trace at") and done.stderr.count("\n") == 1
 
