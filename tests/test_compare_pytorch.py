@@ -14,6 +14,7 @@ import pytest
 
 from refimpl.config import Config
 from refimpl.errors import UsageError
+from refimpl.formats import format_of
 
 torch = pytest.importorskip("torch", reason="the comparison with PyTorch needs torch==2.13.0")
 
@@ -22,7 +23,9 @@ from refimpl.backends import NUMPY  # noqa: E402
 from refimpl.compare_pytorch import RECIPES, Comparison, compare, report  # noqa: E402
 from refimpl.gradients import clip_coefficient  # noqa: E402
 from refimpl.policy import Policy, Precision, Run  # noqa: E402
+from refimpl.pytorch_twin import Twin  # noqa: E402
 from refimpl.recipes import get_recipe  # noqa: E402
+from refimpl.trace import record  # noqa: E402
 
 SMALL: dict[str, Any] = {
     "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 50, "warmup": 10,
@@ -55,6 +58,30 @@ def test_fifty_steps_agree(recipe: str, model: str) -> None:
 def test_other_seeds_and_sizes_that_are_no_multiples_of_16_agree(recipe: str, seed: int) -> None:
     result = run(recipe, ODD, seed=seed)
     assert result.agrees, report(result)
+
+
+@pytest.mark.parametrize("model", ["gpt", "mlp"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_types_at_every_point_are_pytorchs(recipe: str, model: str) -> None:
+    """Outputs of all operations, their gradients, and the gradients of all parameters."""
+    config = Config.of({**ODD, "recipe": recipe, "model": model, "steps": 1, "init_scale": 256.0})
+    ours = record(config)
+    twin = Twin(config, ours.at(0, "4.master"))
+    casts = twin._casts()
+    casts.seen = {}
+    tokens, targets = (torch.from_numpy(ours.tensors[f"1/0.{name}"]) for name in ("tokens", "targets"))
+    with torch.autocast("cpu", dtype=twin.low, enabled=twin._autocast):
+        loss = twin.model(tokens, targets, casts)
+    loss.backward()
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    theirs = {
+        "2.activations": {name: names[y.dtype] for name, y in casts.seen.items()},
+        "2.activation_grads": {name: names[y.grad.dtype] for name, y in casts.seen.items()},
+        "2.grads": {name: names[p.grad.dtype] for name, p in twin.model.named_parameters()},
+    }
+    for point, formats in theirs.items():
+        assert {name: format_of(x) for name, x in ours.at(1, point).items()} == formats, point
+    assert names[loss.dtype] == format_of(ours.tensors["1/2.loss"]) == "fp32"
 
 
 def test_sgd_agrees() -> None:
