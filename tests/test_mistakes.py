@@ -236,6 +236,18 @@ def test_unknown_mistakes_and_runs_without_room_are_refused() -> None:
             record(config(name, mistake=name, **more))
 
 
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "fp32"])
+def test_every_mistake_runs_in_every_recipe_that_has_room_for_it(recipe: str) -> None:
+    ran = 0
+    for name in MISTAKES:
+        try:
+            trace = record(Config.of({**TINY, "recipe": recipe, "mistake": name, "steps": 1, "grad_accum": 2}))
+        except UsageError:
+            continue
+        ran += trace.steps == [1]
+    assert ran >= (5 if recipe == "fp32" else 10)
+
+
 def test_the_listing_names_them_all() -> None:
     text = listing()
     assert len(MISTAKES) >= 12 and all(f"{m.name} " in text and m.what in text and m.seen in text for m in MISTAKES.values())
