@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -123,3 +125,12 @@ def test_inference_keeps_two_bytes_a_parameter(tmp_path: Path) -> None:
     save(tmp_path / "d", state_arrays(state_of("fp16")), {**header, "sizes": dict(mlp(MLPConfig()).config)})
     with pytest.raises(UsageError):
         load_for_inference(tmp_path / "d")
+
+
+def test_bf16_is_read_by_a_program_that_imports_nothing_else(tmp_path: Path) -> None:
+    """safetensors finds bfloat16 by its NumPy name, which exists only once ml_dtypes has been imported."""
+    save(tmp_path / "c", {"w": np.ones(3, ml_dtypes.bfloat16)}, {})
+    path = str(tmp_path / "c")
+    program = f"from pathlib import Path; from refimpl.checkpoint import load; print(load(Path({path!r}))[0]['w'].dtype)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "bfloat16\n", done.stderr
