@@ -105,6 +105,8 @@ def test_no_masters_loses_small_updates() -> None:
     right, wrong = both("no-masters", recipe="bf16", lr=1e-5, steps=4, weight_decay=0.0)
     moved = [np.mean(flat(t, 4, "1.weights") != flat(t, 1, "1.weights")) for t in (right, wrong)]
     print(f"of the weights {moved[0]:.1%} have moved with masters, {moved[1]:.1%} without")
+    # A single update of 1e-5 moves a BF16 weight only below a certain size; with masters several add up, and the size that
+    # they can move grows with their number: 34 % against 14 % of the weights.
     assert moved[1] < moved[0] / 2
 
 
@@ -112,7 +114,7 @@ def test_stale_weights_never_learn() -> None:
     right, wrong = both("stale-weights", steps=6)
     weights = [flat(wrong, step, "1.weights") for step in wrong.steps]
     assert all(np.array_equal(weights[0], w) for w in weights)
-    assert losses(right)[-1] < losses(wrong)[-1] - 0.1
+    assert losses(right)[-1] < losses(wrong)[-1] - 0.05  # the same batch: 5.41 against 5.52
 
 
 def test_a_scale_in_16_bits_begins_with_a_skip() -> None:
@@ -149,12 +151,13 @@ def test_sums_of_micro_batches_in_16_bits_are_less_exact() -> None:
     truth = flat(record(config("accumulate-in-16-bits", **{**settings, "recipe": "fp64"})), 1, "3.unscaled")
     errors = [np.linalg.norm(flat(t, 1, "3.unscaled") - truth) for t in (right, wrong)]
     print(f"error of the sum of 32 micro-batches: {errors[0]:.2e} in FP32, {errors[1]:.2e} in 16 bits")
+    # Both round each micro-batch's gradient; the sum is rounded 31 times more, to the coarser spacing of a sum: here 3 times.
     assert errors[1] > 1.5 * errors[0]
 
 
 def test_no_unscale_is_hidden_by_adam_and_not_by_sgd() -> None:
     right, wrong = (move(t) for t in both("no-unscale"))
-    assert wrong == pytest.approx(right, rel=0.2)
+    assert wrong == pytest.approx(right, rel=1e-3)  # clipping divides S out again, but for its own 1e-6 beside the norm
     right, wrong = (move(t) for t in both("no-unscale", optimizer="sgd", clip=0.0, steps=1))
     assert wrong == pytest.approx(65536 * right, rel=1e-3)
 
@@ -163,7 +166,7 @@ def test_unscale_twice_stops_sgd_and_slows_adam() -> None:
     right, wrong = (move(t) for t in both("unscale-twice", optimizer="sgd"))
     assert wrong < right / 1000
     right, wrong = (move(t) for t in both("unscale-twice"))
-    assert wrong < 0.9 * right
+    assert wrong < 0.9 * right  # gradients below 6e-4 fall below eps = 1e-8 when they are divided by 65536: here 0.58
 
 
 def test_an_ignored_inf_makes_the_weights_nan() -> None:
@@ -191,9 +194,11 @@ def test_a_skipped_step_that_counts_runs_ahead() -> None:
 
 def test_eps_inside_the_root_slows_small_gradients() -> None:
     right, wrong = (flat(t, 1, "4.master") - flat(t, 0, "4.master") for t in both("eps-inside-root", weight_decay=0.0))
-    small = np.abs(flat(trace_of("eps-inside-root", "none"), 1, "3.unscaled")) < 1e-5
-    small &= np.abs(right) > 1e-4
-    assert small.sum() > 100 and np.abs(wrong[small]).max() < 0.5 * np.abs(right[small]).min()
+    trace = trace_of("eps-inside-root", "none")
+    small = np.abs(flat(trace, 1, "3.unscaled")) < 1e-5
+    lr = values(trace, "4.lr")[0]
+    assert small.sum() > 100 and np.abs(right[small]).max() > 0.9 * lr  # Adam's first step is lr, however small g is
+    assert np.abs(wrong[small]).max() < 1e-5 / 1e-4 * lr  # g / sqrt(g^2 + 1e-8)
 
 
 def test_eps_in_16_bits_is_nan_where_nothing_was_learnt() -> None:

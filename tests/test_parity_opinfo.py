@@ -20,7 +20,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -60,6 +60,7 @@ from test_ops_torch import (  # noqa: E402
     linear_near,
     matmul_near,
     near,
+    one_thread,
     onednn,
     operand_names,
     ours,
@@ -91,6 +92,8 @@ RULES = {
     "16 bits already": "the recorded cast is that of an FP32 parameter",
 }
 """Why a sample is left out: what refimpl does not have."""
+
+__all__ = ["one_thread"]  # the fixture of test_ops_torch.py, here too
 
 
 class LeftOut(Exception):
@@ -360,15 +363,6 @@ def op_db() -> dict[str, Any]:
         warnings.filterwarnings("ignore", message="Fail to import hypothesis")  # these tests draw nothing by it
         module = importlib.import_module("torch.testing._internal.common_methods_invocations")
     return {op.name: op for op in module.op_db if not op.variant_test_name}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch's sums depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def arranged(opinfo: Any, name: str, fmt: str) -> tuple[list[Call], Counter[str]]:
