@@ -177,16 +177,13 @@ def compare(config: Config, spread: bool = True, device: str = "cpu") -> Compari
         raise UsageError(f"recipe {config.recipe} has no twin in PyTorch: choose one of {', '.join(RECIPES)}")
     if config.grad_accum > 1 or (config.optimizer == "sgd" and config.weight_decay):
         raise UsageError("the twin in PyTorch takes one micro-batch a step, and SGD without weight decay")
-    torch = _import_torch()
+    torch = import_torch()
     if device not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {device!r}: choose cpu or cuda")
     if device == "cuda" and config.recipe.endswith("-cpu"):
         raise UsageError(f"recipe {config.recipe} is autocast's op lists on the CPU: compare it with --device cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("PyTorch finds no GPU: leave --device at cpu")
-    # Products of 16-bit matrices are summed in FP32, as the recipes say; PyTorch may otherwise reduce in 16 bits.
-    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
-        setattr(torch.backends.cuda.matmul, name, False)
     from refimpl.pytorch_twin import Twin
 
     weights = config.make_model().initial_weights(np.random.default_rng(config.seed))
@@ -203,7 +200,8 @@ def compare(config: Config, spread: bool = True, device: str = "cpu") -> Compari
     return result
 
 
-def _import_torch() -> Any:
+def import_torch() -> Any:
+    """PyTorch. Errors: UsageError where it is not installed."""
     try:
         import torch
     except ImportError:

@@ -221,6 +221,9 @@ class Twin:
         self.model: nn.Module = GPT(config) if config.model == "gpt" else ByteMLP(config)
         self.model.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()}, strict=False)
         self.model.to(device)
+        if device == "cuda":  # where PyTorch may reduce products in 16 bits unless it is told to sum in FP32, as the recipes do
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.low = LOW.get(config.recipe.removeprefix("amp-").removesuffix("-cpu"))
         self.amp = config.recipe.startswith("amp-")
         self.masters = {name: p.detach().clone() for name, p in self.model.named_parameters()}

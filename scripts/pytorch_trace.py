@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.cli import main
+from refimpl.compare_pytorch import import_torch
 from refimpl.errors import UsageError
 
 
 def train(like: Path, out: Path, unscale_late: bool) -> None:
     """The loop. Errors: UsageError without torch, or for a trace that it cannot follow."""
-    try:
-        import torch
-    except ImportError:
-        raise UsageError("PyTorch is not installed: pip install 'torch==2.13.0'") from None
+    torch = import_torch()
     from safetensors.torch import save_file
 
     from refimpl.config import Config
@@ -48,7 +46,7 @@ def train(like: Path, out: Path, unscale_late: bool) -> None:
         "cpu", config.init_scale, growth_interval=config.growth_interval, enabled=config.loss_scale == "dynamic"
     )
 
-    trace: dict[str, torch.Tensor] = {}  # (trace)
+    trace: dict[str, Any] = {}  # (trace)
 
     def put(name: str, x: Any) -> None:  # (trace)
         trace[name] = torch.as_tensor(x).detach().clone().contiguous()

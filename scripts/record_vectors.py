@@ -37,9 +37,8 @@ import numpy as np
 
 from refimpl.checkpoint import save
 from refimpl.cli import main
-from refimpl.compare_pytorch import RECIPES
+from refimpl.compare_pytorch import RECIPES, import_torch
 from refimpl.config import Config
-from refimpl.errors import UsageError
 from refimpl.formats import FORMATS, dtype_of
 
 Array = np.ndarray
@@ -67,16 +66,6 @@ class Stream:
 def crc(x: Array) -> int:
     """CRC-32 of an FP32 array's bits: one number that tells whether all bits are equal."""
     return zlib.crc32(np.ascontiguousarray(x, "<f4").tobytes())
-
-
-def import_torch() -> Any:
-    """PyTorch on one thread, since its sums depend on their number. Errors: UsageError where it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        raise UsageError("PyTorch is not installed: pip install 'torch==2.13.0'") from None
-    torch.set_num_threads(1)
-    return torch
 
 
 def type_of(torch: Any, fmt: str) -> Any:
@@ -526,6 +515,7 @@ def header(torch_version: str) -> dict[str, Any]:
 def record() -> tuple[dict[str, Array], dict[str, Any]]:
     """All arrays, and the header. Errors: UsageError without PyTorch."""
     torch = import_torch()
+    torch.set_num_threads(1)  # its sums depend on their number
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mixed formats take a slower kernel; oneDNN's flags read a deprecated setting
         arrays = record_casts(torch) | record_operations(torch) | record_optimizers(torch) | record_scaler(torch)
