@@ -63,14 +63,35 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
-    """Write `arrays` and a JSON-able `header` to `path`. Errors: UsageError when it cannot be written."""
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all. Errors: UsageError when it cannot be written."""
     from safetensors.numpy import save_file
 
-    text = json.dumps({"version": FORMAT_VERSION, **header}, sort_keys=True, separators=(",", ":"))
     # safetensors 0.8.0 writes the memory of an array as it lies, so any order but C would be silently corrupted.
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata={_KEY: text}))
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+
+
+def read_tensors(path: Path, what: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors of a safetensors file and its metadata. `what` it should be, for the message when there is none.
+
+    Errors: UsageError when it is missing, truncated or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UsageError(f"no {what} at {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def save(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
+    """Write `arrays` and a JSON-able `header` to `path`. Errors: UsageError when it cannot be written."""
+    text = json.dumps({"version": FORMAT_VERSION, **header}, sort_keys=True, separators=(",", ":"))
+    write_tensors(path, arrays, {_KEY: text})
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -79,25 +100,17 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Errors: UsageError, before anything is used, when the file is missing, truncated, not a safetensors file, not one of
     this project's checkpoints, or of a newer version.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise UsageError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
-    if text is None:
+    arrays, metadata = read_tensors(path, "checkpoint")
+    if _KEY not in metadata:
         raise UsageError(f"{path} is a safetensors file, but not a checkpoint of refimpl")
-    header = _parse(path, text)
+    header = parse_header(path, metadata[_KEY])
     if header.get("version") != FORMAT_VERSION:
         raise UsageError(f"{path} has checkpoint version {header.get('version')}; this program reads {FORMAT_VERSION}")
     return arrays, header
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
+def parse_header(path: Path, text: str) -> dict[str, Any]:
+    """The table that a header's JSON holds. Errors: UsageError when it holds none."""
     try:
         header = json.loads(text)
     except json.JSONDecodeError as error:

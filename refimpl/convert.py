@@ -71,25 +71,15 @@ def _model_for(weights: Mapping[str, np.ndarray], n_head: int) -> Model:
 
 def export(source: Path, target: Path) -> None:
     """What `scripts/convert.py export` does: checkpoint -> state_dict. Errors: UsageError."""
-    from safetensors.numpy import save_file
-
     weights = to_state_dict(source)
     _refuse_to_overwrite(target)
-    checkpoint.write_atomically(target, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    checkpoint.write_tensors(target, weights, {"format": "pt"})
     print(f"{target}: {len(weights)} tensors in FP32; read it with safetensors.torch.load_file")
 
 
 def import_(source: Path, target: Path, n_head: int) -> None:
     """What `scripts/convert.py import` does: state_dict -> a file for train.py --init-from and generate.py."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    if not source.is_file():
-        raise UsageError(f"no state_dict at {source}")
-    try:
-        weights = load_file(source)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{source} is not a whole safetensors file: {error}") from error
+    weights, _ = checkpoint.read_tensors(source, "state_dict")
     model, converted = from_state_dict(weights, n_head)
     _refuse_to_overwrite(target)
     header = {"model": model.name, "sizes": dict(model.config), "recipe": "fp32"}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.cast import cast, widen
-from refimpl.checkpoint import write_atomically
+from refimpl.checkpoint import parse_header, read_tensors, write_tensors
 from refimpl.config import Config
 from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError
@@ -96,11 +96,8 @@ def key(step: int, point: str, name: str = "") -> str:
 
 def save(path: Path, trace: Trace) -> None:
     """Write a trace. Errors: UsageError when it cannot be written."""
-    from safetensors.numpy import save_file
-
     header = json.dumps({"version": VERSION, "config": trace.config, "order": list(trace.tensors)}, separators=(",", ":"))
-    contiguous = {name: np.asarray(array, order="C") for name, array in trace.tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata={_KEY: header}))
+    write_tensors(path, trace.tensors, {_KEY: header})
 
 
 def load(path: Path) -> Trace:
@@ -109,18 +106,10 @@ def load(path: Path) -> Trace:
     A file without our header is taken for a trace without a configuration, if its tensors are named as a trace's are.
     Errors: UsageError that says what is wrong with the file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise UsageError(f"no trace at {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
-    if not isinstance(header, dict) or header.get("version", VERSION) != VERSION:
-        raise UsageError(f"{path} has a trace header that this program does not read (it reads version {VERSION})")
+    tensors, metadata = read_tensors(path, "trace")
+    header = parse_header(path, metadata.get(_KEY, "{}"))
+    if header.get("version", VERSION) != VERSION:
+        raise UsageError(f"{path} has trace version {header['version']}; this program reads version {VERSION}")
     order = header.get("order", [])
     position = {name: i for i, name in enumerate(order)} if isinstance(order, list) else {}
     tensors = dict(sorted(tensors.items(), key=lambda item: position.get(item[0], len(position))))
@@ -160,7 +149,7 @@ class Recorder:
             return array  # the loss, which has a point of its own; a micro-batch after the first
         self.put(f"2.{point}", place, array)
         theirs = self.follow.get(self.step, f"2.{point}", place) if self.follow else None
-        return array if theirs is None else like(theirs, array)
+        return array if theirs is None else like(theirs, array, f"2.{point} of {place}")
 
     def weights(self, state: State) -> None:
         """The weights that forward reads."""
@@ -194,10 +183,10 @@ class Recorder:
         self.put("4.scale", "", parts.loss_scale.scale)
 
 
-def like(theirs: np.ndarray, ours: Array) -> np.ndarray:
-    """Their tensor in our format. Errors: UsageError when the shapes differ or the format cannot hold it."""
+def like(theirs: np.ndarray, ours: Array, what: str) -> np.ndarray:
+    """Their tensor in our format, rounded where theirs is wider. Errors: UsageError when the shapes differ."""
     if theirs.shape != ours.shape:
-        raise UsageError(f"a tensor of shape {theirs.shape} stands where one of shape {ours.shape} is expected")
+        raise UsageError(f"{what} has the shape {theirs.shape} in the trace; in this model it has {ours.shape}")
     result: np.ndarray = cast(theirs, format_of(ours))
     return result
 

@@ -1,0 +1,171 @@
+"""How far a correct run may be from ours at each point of a step: derived, not tuned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from refimpl.backends import NUMPY
+from refimpl.cast import cast, widen
+from refimpl.formats import FORMATS, format_of, is_float
+from refimpl.parts import Parts
+from refimpl.policy import Policy, Run
+from refimpl.recipes import get_recipe
+from refimpl.show import ulp
+from refimpl.state import State
+from refimpl.step import Batch, through
+from refimpl.trace import Recorder, Trace
+
+Array = Any
+
+U = 2.0**-24
+"""Half the spacing of FP32 numbers at 1: the relative error of one rounding."""
+
+
+def fp64(x: Array) -> np.ndarray:
+    """Any array in double precision."""
+    x = np.asarray(x)
+    return np.asarray(widen(x, "fp64")) if is_float(x) else np.array(x, float)
+
+
+def _finite(x: Array) -> np.ndarray:
+    """In double precision, with 0 for what is Inf or NaN: bounds are made of finite numbers."""
+    x = fp64(x)
+    return np.where(np.isfinite(x), x, 0.0)
+
+
+def l2(x: Array) -> float:
+    """The L2 norm of what is finite in an array."""
+    return float(np.linalg.norm(_finite(x)))
+
+
+def distance(a: Array, b: Array) -> float:
+    """The L2 of the difference of two tensors, where both are finite."""
+    return l2(fp64(a) - fp64(b))
+
+
+def update_bound(after: Array, before: Array, relative: float, fmt: str) -> float:
+    """How far two orders of the same FP32 operations may end apart, in L2.
+
+    Moments and masters are old + change. The change is a chain of at most 16 operations, each within u of its result and
+    none a cancelling difference but the last sum, times a clip coefficient as exact as its norm: `relative` of the change.
+    Decay and the last sum round once each, within u of the value (of its format): 2 u of the value on each side.
+    """
+    u = FORMATS[fmt].eps / 2
+    return 2 * relative * distance(after, before) + 4 * u * (l2(after) + l2(before))
+
+
+def norm_error(size: int) -> float:
+    """Relative error of PyTorch's norm: a running FP32 sum in 8 lanes, (n/8 + 8) u, halved by the root; plus ours."""
+    return (size / 8 + 16) * U
+
+
+class Bounds:
+    """Bounds of forward and backward, in L2, for one step.
+
+    *As a whole*: both sides are roundings of one true value, which a run in FP64 gives. With e the smaller of the two
+    distances from it, and the other side at most half as accurate (2 e), the two are within 3 e of each other. The loss is
+    one number, near the truth by luck at times: its e is the mean over rows of each row's.
+
+    *Operation by operation*, where the trace holds every activation (and every gradient of one): each operation computes
+    from the trace's own values, so that the two sides differ by the order of their sums alone. The judge is the same
+    operation with the same rounding points and its sums in FP64. With e the distance of ours from it, theirs may be 3 e
+    away: a few times as many results that fall on the other side of a rounding. A few such results, 3 ulps of the largest
+    element, are free. This finds a single rounding too many or too few. Values that are FP32 to the last bit have no such
+    rounding, and their e is the luck of an order of summation: for them the larger of the two bounds holds.
+    """
+
+    def __init__(self, parts: Parts, ours: Trace, theirs: Trace, step: int, batches: list[Batch], S: Array) -> None:
+        """parts: those that ours was computed with; their weights are the trace's."""
+        self.parts, self.ours, self.theirs = parts, ours, theirs
+        self.step, self.batches, self.S = step, batches, S
+        self._exact_sums: Trace | None = None
+        self._truth: Trace | None = None
+
+    def of(self, point: str, name: str, ours: Array, theirs: Array, stepwise: bool) -> float:
+        """The bound of a tensor's difference."""
+        if point == "2.loss":
+            return self._of_loss(ours, stepwise)
+        fmt = min((self._rounded_to(x) for x in (ours, theirs)), key=lambda name: FORMATS[name].bits)
+        by_operation = self._by_operation(point, name, ours, fmt) if stepwise else 0.0
+        if stepwise and fmt != "fp32":
+            return by_operation
+        return max(by_operation, self._as_a_whole(point, name, ours, theirs))
+
+    def _of_loss(self, ours: Array, stepwise: bool) -> float:
+        """Both rules for the one number that is kept in FP32 always, plus its sum over rows in some order."""
+        rows = math.prod(self.batches[0][1].shape) * len(self.batches)
+        e = distance(ours, self.exact_sums.tensors[f"{self.step}/2.loss"]) if stepwise else self._row_error()
+        return 3 * e + 2 * math.sqrt(rows) * U * l2(ours)  # each addition errs by u at most, in a random direction
+
+    def _by_operation(self, point: str, name: str, ours: Array, fmt: str) -> float:
+        exact = self.exact_sums.get(self.step, point, name)
+        assert exact is not None
+        return 3 * distance(ours, exact) + 3 * ulp(fmt, float(np.abs(_finite(exact)).max(initial=0.0)))
+
+    def _as_a_whole(self, point: str, name: str, ours: Array, theirs: Array) -> float:
+        exact = self.truth.get(self.step, point, name)
+        assert exact is not None
+        floor = FORMATS[self._low].smallest_subnormal * math.sqrt(exact.size)  # what underflow can add or remove
+        return 3 * min(distance(ours, exact), distance(theirs, exact)) + floor + 4 * U * l2(exact)
+
+    @property
+    def _low(self) -> str:
+        """The format that products read: 16 bits, but in fp32."""
+        low = self.parts.run.policy.row("linear.y").input("x")
+        return low if low in FORMATS else self.parts.state.formats["grads"]
+
+    def _rounded_to(self, x: Array) -> str:
+        """The format that a tensor's values really have: under autocast many an FP32 tensor holds 16-bit values."""
+        return self._low if np.array_equal(fp64(cast(x, self._low)), fp64(x), equal_nan=True) else format_of(x)
+
+    @property
+    def exact_sums(self) -> Trace:
+        """Our step with the sums of all operations in FP64, from the trace's values."""
+        if self._exact_sums is None:
+            run, state = self.parts.run, self.parts.state
+            rows = {key: replace(row, acc="fp64") if row.acc == "fp32" else row for key, row in run.policy.rows.items()}
+            exact = State(self.parts.model, {kind: state.formats[kind] for kind in ("weights", "grads")}, NUMPY)
+            exact.weights[...] = state.weights
+            exact_run = Run(Policy("exact sums", rows), NUMPY, overrides=run.overrides)
+            self._exact_sums = self._run(exact, exact_run, self.S, follow=True)
+        return self._exact_sums
+
+    @property
+    def truth(self) -> Trace:
+        """The step in FP64 from the weights of the trace."""
+        if self._truth is None:
+            recipe, parts = get_recipe("fp64"), self.parts
+            exact = State(parts.model, recipe.state_formats(()), NUMPY)
+            widen(parts.state.weights, "fp64", out=exact.weights)
+            self._truth = self._run(exact, Run(recipe.policy, NUMPY), np.asarray(np.float64(self.S)), follow=False)
+        return self._truth
+
+    def _run(self, state: State, run: Run, S: Array, follow: bool) -> Trace:
+        trace, parts = Trace(), self.parts
+        recorder = Recorder(replace(parts, state=state, run=run), trace, self.theirs if follow else None)
+        recorder.step = self.step
+        loss = through(parts.model, self.batches, state, S, run)
+        recorder.put("2.loss", "", loss)
+        recorder.grads(state)
+        return trace
+
+    def _row_error(self) -> float:
+        """The mean over rows of |our loss of the row - the true one|, from the logits as each run has them."""
+        name = "lm_head"
+        ours, truth = (trace.get(self.step, "2.activations", name) for trace in (self.ours, self.truth))
+        assert ours is not None and truth is not None
+        targets = self.batches[0][1]
+        target = (targets if ours.ndim == 3 else targets[:, -1]).reshape(-1)
+        return float(np.abs(_row_losses(ours, target) - _row_losses(truth, target)).mean())
+
+
+def _row_losses(logits: Array, target: Array) -> np.ndarray:
+    """-log softmax(logits)[target] of each row, in FP64 from the logits as they are stored."""
+    z = fp64(logits).reshape(target.size, -1)
+    top = z.max(-1)
+    losses: np.ndarray = np.log(np.exp(z - top[:, None]).sum(-1)) + top - z[np.arange(target.size), target]
+    return losses
