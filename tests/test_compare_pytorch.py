@@ -100,10 +100,12 @@ def test_the_full_product_agrees(recipe: str, model: str, sizes: tuple[int, int,
     assert result.agrees, report(result)
 
 
-def test_a_relu_with_another_threshold_is_found() -> None:
-    """Negative control: given branches hide no mistake in the input of a ReLU."""
+def test_relus_on_given_branches_are_counted_and_bounded() -> None:
+    """A run whose ReLU inputs lie far on the other side of zero does not agree, whatever its branches."""
     result = run("fp32", model="mlp", steps=10)
     assert result.agrees and result.branches.all == 10 * 2 * 256 * 256 and result.branches.farthest < 1e-4
+    result.branches.farthest = 2 * result.bars[1]
+    assert not result.agrees
     branches = compare_pytorch.Branches()
     branches.given = {"relu": np.array([True, False, True, False])}
     p = Run(get_recipe("fp32").policy, NUMPY).bind("relu", "relu")

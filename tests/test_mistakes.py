@@ -68,7 +68,7 @@ def test_without_a_mistake_nothing_departs(settings: str) -> None:
     assert not any(f.departs for f in judge(config(settings), trace_of(settings, "none")))
 
 
-@pytest.mark.parametrize("name", ["cast-twice", "unscale-after-clip", "eps-inside-root"])
+@pytest.mark.parametrize("name", ["cast-twice", "missing-cast", "unscale-after-clip", "eps-inside-root"])
 def test_no_other_mistake_explains_it(name: str) -> None:
     first = next(f for f in judge(config(name), trace_of(name, name)) if f.departs)
     assert explanations(config(name), trace_of(name, name), first) == [name]

@@ -125,6 +125,8 @@ def test_diff_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     ours = record(config())
     assert diff(ours, ours) == {"agrees": True, "first_departure": None, "explained_by": []}
     assert "AGREES" in capsys.readouterr().out
+    assert diff(ours, only(ours, "2.loss", "2.grads"))["agrees"]  # the start and the batches are taken from ours
+    assert "2.grads" in capsys.readouterr().out
     theirs = Trace({}, {k: x.copy() for k, x in ours.tensors.items()})
     theirs.tensors["2/4.v/transformer.ln_f.bias"][3] *= 1.001
     assert diff(ours, theirs)["first_departure"]["point"] == "4.v"
@@ -140,6 +142,18 @@ def test_other_sizes_are_refused_in_one_line() -> None:
         judge(config(n_embd=32), record(config()))
     with pytest.raises(UsageError, match="nothing in this trace can be judged"):
         judge(config(), Trace({}, {"1/0.tokens": np.zeros((4, 8), np.int64)}))
+
+
+def test_which_elements_overflow_is_left_to_the_order_of_the_sums() -> None:
+    c = config(init_scale=2.0**24, steps=1)
+    theirs = record(c)
+    name = next(k for k, x in theirs.tensors.items() if k.startswith("1/2.grads/") and np.isinf(x).sum() > 1)
+    overflowed = theirs.tensors[name].reshape(-1)
+    overflowed[np.flatnonzero(np.isinf(overflowed))[0]] = 65504
+    for kept in (theirs, only(theirs, "0.tokens", "0.targets", "1.weights", "2.grads")):
+        assert not any(f.departs for f in judge(c, kept) if f.point == "2.grads")
+    finite = Trace({}, {k: np.nan_to_num(x) if k.startswith("1/2.grads/") else x for k, x in theirs.tensors.items()})
+    assert next(f for f in judge(c, finite) if f.departs).point == "2.grads"  # but one of the elements must
 
 
 def test_one_bit_in_an_exact_point_departs() -> None:
