@@ -180,4 +180,4 @@ class Optimizer:
             self.rule.decay(w[part], g[part], scalars)
         self.rule.update_block(w, g, moments, scalars, state.backend.xp)
         for kind, x, updated in zip(kept, stored, (w, *moments), strict=True):
-            cast(updated, state.formats[kind], out=x)
+            state.round_into(x, updated, f"update.{kind}", block.start)

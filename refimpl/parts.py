@@ -9,7 +9,7 @@ from typing import Any
 from refimpl.loss_scale import LossScale
 from refimpl.models import Model
 from refimpl.optim import Optimizer, Rule
-from refimpl.policy import Run
+from refimpl.policy import Monitor, Run
 from refimpl.state import State
 from refimpl.step import Batch, StepResult, train_step
 
@@ -26,6 +26,10 @@ class Parts:
     loss_scale: LossScale
     run: Run
     max_norm: float
+
+    def watch(self, monitor: Monitor | None) -> None:
+        """Tell `monitor` of every rounding of tensors from now on: inside operations, and of the states (None: no longer)."""
+        self.run.monitor = self.state.monitor = monitor
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One training step."""

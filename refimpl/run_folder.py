@@ -29,7 +29,7 @@ def prepare_folder(given: dict[str, Any], out: Path | None, resume: bool, overwr
     if resume:
         if out is None:
             raise UsageError("--resume needs --out DIR: the folder of the run to go on with")
-        saved = _read_config(out / CONFIG)
+        saved = read_config(out)
         return Config.of({**saved, **_that_may_change(saved, given)}), out
     config = Config.of(given)
     if out is None:
@@ -64,15 +64,17 @@ def _that_may_change(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, 
     return given
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the run in a folder. Errors: UsageError when there is none."""
+    path = folder / CONFIG
     try:
         saved = json.loads(path.read_text())
         names = {f.name for f in fields(Config)}
         return {name: value for name, value in saved.items() if name in names}
     except FileNotFoundError:
-        raise UsageError(f"--resume: there is no run in {path.parent} (it has no config.json)") from None
+        raise UsageError(f"there is no run in {folder} (it has no config.json)") from None
     except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"--resume: {path} cannot be read: {error}") from error
+        raise UsageError(f"{path} cannot be read: {error}") from error
 
 
 def _unused(parent: Path, name: str) -> Path:

@@ -17,10 +17,11 @@ import numpy as np
 
 from refimpl.backends import Backend
 from refimpl.cast import cast, widen
-from refimpl.formats import dtype_of, widens_to
+from refimpl.formats import dtype_of, format_of, widens_to
 
 Array = Any
 Sink = Callable[[str, Array], None]
+Monitor = Callable[[str, Array, Array], None]  # as `policy.Monitor`: (site name, values before, values after)
 
 
 class ParameterSpec(Protocol):
@@ -91,6 +92,7 @@ class State:
         xp = backend.xp
         self.buffers = {kind: xp.zeros(self.layout.size, dtype_of(fmt)) for kind, fmt in formats.items()}
         self.t = xp.zeros((), np.int64)
+        self.monitor: Monitor | None = None
         self.weight_views = self.layout.views(self.weights)
         self.grad_views = self.layout.views(self.grads) if "grads" in formats else {}
 
@@ -133,7 +135,20 @@ class State:
 
         Source: the note, step 1.
         """
-        cast(self.master, self.formats["weights"], out=self.weights)
+        self.round_into(self.weights, self.master, "weights_down")
+
+    def round_into(self, out: Array, values: Array, site: str, start: int = 0) -> None:
+        """Write `values` to `out`, a part of one of the buffers from index `start` on, rounded to its format.
+
+        A monitor is told of the roundings parameter by parameter, at sites named `parameter:site`.
+        """
+        cast(values, format_of(out), out=out)
+        if self.monitor is None or widens_to(format_of(values), format_of(out)):
+            return
+        for name, (first, last, _) in self.layout.slots.items():
+            part = slice(max(first - start, 0), max(last - start, 0))
+            if out[part].size:
+                self.monitor(f"{name}:{site}", values[part], out[part])
 
     @property
     def master_format(self) -> str:

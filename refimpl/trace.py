@@ -203,7 +203,7 @@ def record(config: Config, source: Trace | None = None) -> Trace:
     parts.state.load_weights(checked_start(start, parts))
     recorder.states(parts)
     assert config.steps is not None
-    for recorder.step, batches in enumerate(_batches(config, source), 1):
+    for recorder.step, batches in enumerate(batches_of(config, source), 1):
         for point, i in (("0.tokens", 0), ("0.targets", 1)):
             arrays = [batch[i] for batch in batches]
             trace.put(recorder.step, point, "", np.stack(arrays) if len(arrays) > 1 else arrays[0])
@@ -224,7 +224,8 @@ def checked_start(start: Mapping[str, np.ndarray], parts: Parts) -> Mapping[str,
     return start
 
 
-def _batches(config: Config, source: Trace | None) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+def batches_of(config: Config, source: Trace | None) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """The batches of `config.steps` steps: those of a trace, or drawn as the trainer draws them. Errors: UsageError."""
     assert config.block_size and config.batch_size and config.steps
     if source is not None:
         for step in source.steps[: config.steps]:

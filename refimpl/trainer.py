@@ -24,7 +24,7 @@ from refimpl.metrics import MetricsLog
 from refimpl.mistakes import meddle
 from refimpl.run_folder import CHECKPOINT, METRICS
 from refimpl.state_file import load_state_arrays, state_arrays
-from refimpl.step import StepResult
+from refimpl.step import Batch, StepResult
 
 SKIPS_BEFORE_STOP = 50
 """So many skipped steps in a row, with a scale that is static or below SMALLEST_SCALE, end a run: the scale is not why."""
@@ -97,13 +97,17 @@ class Trainer:
         return self.progress.step == steps
 
     def _one_step(self) -> StepResult:
+        return self.parts.step(self.next_batches())
+
+    def next_batches(self) -> list[Batch]:
+        """The micro-batches of the next step, drawn from the training part."""
         batch_size, block_size = self.config.batch_size, self.config.block_size
         assert batch_size is not None and block_size is not None
         micro_batches = []
         for _ in range(self.config.grad_accum):
             x, y = sample_batch(self.corpus.train, batch_size, block_size, self.batches)
             micro_batches.append((self.backend.from_host(x), self.backend.from_host(y)))
-        return self.parts.step(micro_batches)
+        return micro_batches
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
@@ -215,6 +219,11 @@ class Trainer:
 
     def restore(self) -> None:
         """Go on from the checkpoint in the folder, bit for bit. Errors: UsageError when it is damaged or not this run's."""
+        self.load_checkpoint()
+        self.log.keep_up_to(self.progress.step)
+
+    def load_checkpoint(self) -> None:
+        """Everything of `restore` but for the log: no file is changed."""
         path = self.folder / CHECKPOINT
         arrays, header = checkpoint.load(path)
         if header.get("corpus") != self.corpus.description:
@@ -232,7 +241,6 @@ class Trainer:
             raise UsageError(f"{path} has a damaged header: {error!r}") from error
         if self.progress.step > (self.config.steps or 0):
             raise UsageError(f"{path} is at step {self.progress.step} already, --steps is {self.config.steps}")
-        self.log.keep_up_to(self.progress.step)
 
 
 def _row(step: int, result: StepResult, tokens_per_s: float) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""The flags of the scripts that train: one for each field of `Config`, with its help text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+from refimpl.config import MODEL_DEFAULTS, Config
+from refimpl.recipes import RECIPES
+
+HELP = {
+    "model": "gpt or mlp",
+    "recipe": ", ".join(RECIPES),
+    "backend": "numpy or cupy",
+    "data": "pydoc (Python's manual), stdlib (its library's sources), or a file of any kind",
+    "steps": "training steps",
+    "batch_size": "sequences a micro-batch",
+    "block_size": "bytes of context",
+    "n_layer": "layers",
+    "n_head": "attention heads (gpt)",
+    "n_embd": "width",
+    "optimizer": "adamw or sgd",
+    "momentum": "momentum of sgd",
+    "lr": "largest learning rate",
+    "min_lr": "learning rate at the end of the cosine (default: lr / 10)",
+    "warmup": "updates of linear warm-up",
+    "weight_decay": "decoupled decay of matrices (0 for sgd unless given)",
+    "clip": "largest gradient norm; 0 does not clip",
+    "grad_accum": "micro-batches a step, their gradients summed in FP32",
+    "loss_scale": "dynamic, none, or a number (default: the recipe's)",
+    "init_scale": "where the dynamic loss scale starts",
+    "growth_interval": "good steps before the dynamic loss scale doubles",
+    "seed": "of weights, batches, evaluation and sample",
+    "mistake": "a known mistake to make on purpose (`python scripts/mistakes.py` lists them)",
+    "eval_every": "steps between evaluations, each followed by a checkpoint",
+    "eval_batches": "batches an evaluation",
+    "log_every": "steps between looks at the device",
+    "sample_bytes": "bytes of text to generate at the end",
+}
+INTEGERS = {"steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "warmup", "grad_accum", "growth_interval",
+            "seed", "eval_every", "eval_batches", "log_every", "sample_bytes"}  # fmt: skip
+NUMBERS = {"momentum", "lr", "min_lr", "weight_decay", "clip", "init_scale"}
+
+
+def _default(name: str) -> str:
+    per_model = [f"{model} {values[name]}" for model, values in MODEL_DEFAULTS.items() if name in values]
+    default = getattr(Config, name)
+    return f" ({', '.join(per_model)})" if per_model else "" if default is None else f" ({default})"
+
+
+def add_config_flags(parser: argparse.ArgumentParser, names: Iterable[str] = HELP) -> None:
+    """Add a flag for each of these fields of Config. One that is not given leaves no trace in the parsed arguments."""
+    for name in names:
+        kind = int if name in INTEGERS else float if name in NUMBERS else str
+        text = HELP[name] + _default(name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)

@@ -1,0 +1,263 @@
+"""What every rounding of a training run did, counted: the data behind scripts/inspect_precision.py.
+
+The run is `step.train_step` itself. At the steps that are looked at, a `RoundingMonitor` counts every cast; at all steps
+the weights are held against those before, with masters and as they would be without. At the end one batch goes backward
+at many loss scales, to see what each of them would have kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.cast import cast, widen
+from refimpl.config import Config
+from refimpl.errors import UsageError
+from refimpl.formats import FORMATS
+from refimpl.mistakes import meddle
+from refimpl.parts import Parts
+from refimpl.policy import SAME
+from refimpl.recipes import Recipe
+from refimpl.rounding import Counts, RoundingMonitor, kind_of
+from refimpl.run_folder import read_config
+from refimpl.state import State
+from refimpl.step import Batch, StepResult, through
+from refimpl.trace import Trace, batches_of, checked_start, load
+from refimpl.trainer import INIT, Trainer, generator
+
+Array = Any
+
+SWEEP = range(0, 26, 2)
+"""Exponents of the loss scales that one batch is sent backward with at the end: 2^0 to 2^24."""
+
+
+# -- where the run comes from ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """A run that is about to take its steps, and the batches that it will take them on."""
+
+    what: str
+    config: Config
+    parts: Parts
+    batches: Iterable[Sequence[Batch]]
+    steps: int
+
+
+def fresh(config: Config) -> Source:
+    """A run from its beginning."""
+    return _run(config, None, f"a fresh run of {config.steps} steps")
+
+
+def from_trace(path: Path) -> Source:
+    """The run of a trace once more: from its start, on its batches, with the configuration that its header holds.
+
+    Errors: UsageError when it lacks one of them.
+    """
+    trace = load(path)
+    if not trace.config:
+        raise UsageError(f"{path} does not say how it was made: it must come from `scripts/trace.py record`")
+    config = Config.of({**trace.config, "steps": max(trace.config["steps"] or 0, len(trace.steps))})
+    return _run(config, trace, f"the {len(trace.steps)} steps of the trace {path.name}")
+
+
+def _run(config: Config, trace: Trace | None, what: str) -> Source:
+    parts = config.make_parts(config.make_backend())
+    meddle(config.mistake, parts)
+    start = trace.at(0, "4.master") if trace else parts.model.initial_weights(generator(config.seed, INIT))
+    parts.state.load_weights(checked_start(start, parts))
+    here = parts.state.backend.from_host
+    batches = ([(here(x), here(y)) for x, y in batch] for batch in batches_of(config, trace))
+    assert config.steps is not None
+    return Source(what, config, parts, batches, len(trace.steps) if trace else config.steps)
+
+
+def from_checkpoint(folder: Path, steps: int) -> Source:
+    """A run of scripts/train.py, from its checkpoint on, for `steps` more steps. The folder is only read.
+
+    Where the run had planned fewer steps, its learning rate is planned anew. Errors: UsageError.
+    """
+    saved = read_config(folder)
+    trainer = Trainer(Config.of(saved), folder)
+    trainer.load_checkpoint()
+    done = trainer.progress.step
+    if done + steps > (saved["steps"] or 0):
+        trainer = Trainer(Config.of({**saved, "steps": done + steps}), folder)
+        trainer.load_checkpoint()
+    batches = (trainer.next_batches() for _ in range(steps))
+    what = f"{steps} steps from the checkpoint of {folder} at step {done}"
+    return Source(what, trainer.config, trainer.parts, batches, steps)
+
+
+# -- what is counted ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One step: its loss and loss scale, and how many weights its update did not move, as shares of all.
+
+    masters_still: FP32 masters that stayed the same. weights_still: their 16-bit copies that did.
+    alone_still: 16-bit weights that stay the same when the same updates are added to them, without masters.
+    weights_moved, alone_moved: those of the two that are no longer where they started. None: not kept by this recipe.
+    """
+
+    step: int
+    loss: float
+    loss_scale: float
+    skipped: bool
+    masters_still: float | None
+    weights_still: float | None
+    alone_still: float
+    weights_moved: float | None
+    alone_moved: float
+
+
+@dataclass
+class Inspection:
+    """All that was seen of a run. Counts are sums over the steps in `sampled`."""
+
+    what: str
+    config: Config
+    low: str  # the 16-bit format that weights are held against
+    what_if: tuple[str, ...]
+    rows: list[StepRow] = field(default_factory=list)
+    sampled: list[dict[str, Any]] = field(default_factory=list)  # step, loss_scale, and site -> counts as plain numbers
+    sites: dict[str, Counts] = field(default_factory=dict)
+    unscaled: dict[str, Counts] = field(default_factory=dict)  # gradients divided by the loss scale of their step
+    others: dict[str, dict[str, Counts]] = field(default_factory=dict)
+    sweep: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, step: int, scale: float, sites: Mapping[str, Counts], others: Mapping[str, Mapping[str, Counts]]) -> None:
+        """Add the counts of one step."""
+        self.sampled.append({"step": step, "loss_scale": scale, "sites": {site: plain(c) for site, c in sites.items()}})
+        _add_all(self.sites, sites)
+        for fmt, counts in others.items():
+            _add_all(self.others.setdefault(fmt, {}), counts)
+        _add_all(self.unscaled, {s: c.divided_by(scale) for s, c in sites.items() if kind_of(s).endswith("gradients")})
+
+
+def _add_all(totals: dict[str, Counts], counts: Mapping[str, Counts]) -> None:
+    for site, c in counts.items():
+        totals.setdefault(site, Counts(c.fmt))
+        totals[site] += c
+
+
+def plain(counts: Counts) -> dict[str, Any]:
+    """Counts as plain data: without the binades, with the ratio in dB and the range of exponents used."""
+    data = {k: v for k, v in asdict(counts).items() if k not in ("binades", "signal", "noise")}
+    return {**data, "snr_db": counts.snr, "exponents": counts.exponents}
+
+
+def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: Any = None) -> Inspection:
+    """Take the steps of `source`; look at the first, at every `every`-th, and at the last.
+
+    what_if: formats of which is counted what they would have done to the same tensors. bar: a tqdm bar.
+    Errors: UsageError for an unknown format or a senseless `every`.
+    """
+    if every < 1:
+        raise UsageError(f"--every is {every}: it must be at least 1")
+    for fmt in what_if:
+        if fmt not in FORMATS or fmt in ("fp64", "e8m0"):
+            raise UsageError(f"--what-if {fmt!r}: choose from {', '.join(f for f in FORMATS if f not in ('fp64', 'e8m0'))}")
+    parts, low = source.parts, low_format(source.config.make_recipe(), what_if)
+    result = Inspection(source.what, source.config, low, tuple(what_if))
+    monitor, movement = RoundingMonitor(what_if, parts.state.backend.to_host), Movement(parts.state, low)
+    batches: Sequence[Batch] = ()
+    for step, batches in enumerate(source.batches, 1):
+        looked_at = step % every == 0 or step in (1, source.steps)
+        parts.watch(monitor if looked_at else None)
+        outcome = parts.step(batches)
+        parts.watch(None)
+        if looked_at:
+            result.add(step, float(outcome.loss_scale), *monitor.take())
+        result.rows.append(movement.row(step, outcome, parts.state))
+        if bar is not None:
+            bar.update(1)
+    result.sweep = sweep_scales(parts, batches)
+    return result
+
+
+def low_format(recipe: Recipe, what_if: Sequence[str] = ()) -> str:
+    """The 16-bit format that a recipe's weights are read in: kept so, or cast so by its policy.
+
+    A recipe without one is held against the first 16-bit format of `what_if`, or against bf16.
+    """
+    candidates = [recipe.state["weights"], recipe.policy.row("linear.y").input("w"), *what_if, "bf16"]
+    return next(fmt for fmt in candidates if fmt != SAME and FORMATS[fmt].bits == 16)
+
+
+class Movement:
+    """How many weights an update moves: the masters, their 16-bit copies, and 16-bit weights that have no masters.
+
+    The last are imagined where the recipe has FP32 masters: the difference that each update makes to the masters is added
+    to weights that are kept in 16 bits only.  w16 = R(w16 + (master_after - master_before)).
+    """
+
+    def __init__(self, state: State, low: str) -> None:
+        self.low, self.with_masters = low, FORMATS[state.master_format].bits > 16
+        self.master = self._host(state)
+        self.start = self.weights = self.alone = cast(self.master, low)
+
+    def _host(self, state: State) -> np.ndarray:
+        return np.array(widen(state.backend.to_host(state.master), state.math_format))
+
+    def row(self, step: int, outcome: StepResult, state: State) -> StepRow:
+        """The row of a step that has just been taken."""
+        master = self._host(state)
+        weights = cast(master, self.low)
+        updated = widen(self.alone, state.math_format) + (master - self.master)
+        alone = cast(updated, self.low) if self.with_masters else weights
+        row = StepRow(
+            step,
+            float(outcome.loss),
+            float(outcome.loss_scale),
+            bool(outcome.skipped),
+            _share(master == self.master) if self.with_masters else None,
+            _share(weights == self.weights) if self.with_masters else None,
+            _share(alone == self.alone),
+            _share(weights != self.start) if self.with_masters else None,
+            _share(alone != self.start),
+        )
+        self.master, self.weights, self.alone = master, weights, alone
+        return row
+
+
+def _share(mask: np.ndarray) -> float:
+    return float(np.count_nonzero(mask)) / mask.size
+
+
+def sweep_scales(parts: Parts, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+    """Send the same batches backward at each loss scale of SWEEP, with the weights as they are, and count by layer.
+
+    Returns a row a scale: its exponent, and layer -> (share of nonzero gradients flushed to zero, number overflowed).
+    The gradients in the state are overwritten; nothing else changes.
+    """
+    monitor = RoundingMonitor(to_host=parts.state.backend.to_host, only=lambda site: kind_of(site).endswith("gradients"))
+    parts.state.weights_down()
+    parts.watch(monitor)
+    rows = []
+    for exponent in SWEEP:
+        scale = parts.state.backend.xp.asarray(np.array(2.0**exponent, np.float32))
+        with np.errstate(all="ignore"):
+            through(parts.model, batches, parts.state, scale, parts.run)
+        layers: dict[str, Counts] = {}
+        for site, counts in monitor.take()[0].items():
+            layers.setdefault(layer_of(site), Counts(counts.fmt)).__iadd__(counts)
+        rows.append({"exponent": exponent, "layers": {k: (c.share("flushed"), c.overflowed) for k, c in layers.items()}})
+    parts.watch(None)
+    return rows
+
+
+def layer_of(site: str) -> str:
+    """'transformer.h.3.mlp.c_fc:linear.dw.dw' is in 'block 3'; what comes before or after all blocks, 'embedding' or 'head'."""
+    place = site.partition(":")[0]
+    block = re.search(r"\bh\.(\d+)\.", place)
+    if block:
+        return f"block {block[1]}"
+    return "embedding" if re.search(r"\b(wte|wpe|embedding|join)\b", place) else "head"

@@ -1,0 +1,121 @@
+"""What the counts of an inspection mean, in words: one sentence a tensor, the worst first."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from refimpl.formats import FORMATS
+from refimpl.inspect_precision import Inspection
+from refimpl.rounding import Counts, kind_of, overflow_threshold
+
+NEGLIGIBLE = 1e-3
+"""A smaller share of values is not called a loss. So much a scale of 32K left lost in Micikevicius et al. 2018, section 3."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One site: what it rounds, how bad that is (for sorting: 1 and more where values overflowed), and a sentence."""
+
+    site: str
+    name: str
+    kind: str
+    severity: float
+    text: str
+
+
+def verdicts(inspection: Inspection) -> list[Verdict]:
+    """A verdict for each site, the worst first."""
+    result = []
+    for site, counts in inspection.sites.items():
+        if site in inspection.unscaled:
+            severity, text = _of_gradient(counts, inspection.unscaled[site], inspection)
+        else:
+            severity, text = _of_value(counts)
+        result.append(Verdict(site, plain_name(site), kind_of(site), severity, text))
+    return sorted(result, key=lambda v: -v.severity)
+
+
+def plain_name(site: str) -> str:
+    """'transformer.h.3.mlp.c_fc:linear.dw.dw' -> 'dw of block 3 mlp.c_fc'."""
+    place, _, rest = site.partition(":")
+    place = re.sub(r"^(transformer\.)?h\.(\d+)\.", r"block \2 ", place).removeprefix("transformer.")
+    if rest == "weights_down":
+        return place
+    if rest.startswith("update."):
+        return f"{rest.removeprefix('update.')} of {place}"
+    if rest == "fan_in.sum":
+        return f"sum of gradients of {place.removesuffix('.grad')}"
+    return f"{rest.removesuffix('.stored').rpartition('.')[2]} of {place}"
+
+
+def _of_gradient(counts: Counts, unscaled: Counts, inspection: Inspection) -> tuple[float, str]:
+    """What the loss scale did for a gradient, and what another one would do."""
+    fmt, parts = counts.fmt, []
+    if counts.overflowed:
+        parts.append(f"{counts.overflowed} of {counts.elements} values overflowed: there the loss scale was too large")
+    at_one = unscaled.flushed_at(0, fmt)
+    actual = counts.share("flushed")
+    if at_one < NEGLIGIBLE:
+        parts.append(f"needs no loss scale: at S = 1 {percent(at_one)} would become zero in {fmt}")
+    else:
+        parts.append(f"{percent(at_one)} would become zero in {fmt} at S = 1; {_remedy(unscaled, fmt)}")
+    scales = sorted({row["loss_scale"] for row in inspection.sampled})
+    between = _power(scales[0]) if len(scales) == 1 else f"{_power(scales[0])} to {_power(scales[-1])}"
+    if scales != [1.0]:
+        parts.append(f"at the S of this run ({between}) {percent(actual)} did")
+    return _severity(counts, at_one), "; ".join(parts)
+
+
+def _remedy(unscaled: Counts, fmt: str) -> str:
+    """The loss scales that keep a gradient: from where all but NEGLIGIBLE of it survive to where its largest overflows."""
+    enough = next((k for k in range(1, 64) if unscaled.flushed_at(k, fmt) < NEGLIGIBLE), 64)
+    top = max((k for k in range(64) if unscaled.fits_at(k, fmt)), default=-1)
+    if enough > top:
+        return f"no S saves all but {percent(NEGLIGIBLE)} of it: it takes 2^{enough}, but it overflows above 2^{top}"
+    return f"S >= 2^{enough} saves all but {percent(NEGLIGIBLE)} of it, and it overflows above 2^{top}"
+
+
+def _of_value(counts: Counts) -> tuple[float, str]:
+    """What became of weights, activations or states."""
+    fmt, parts = counts.fmt, []
+    threshold = overflow_threshold(fmt)
+    if counts.overflowed:
+        parts.append(f"{counts.overflowed} of {counts.elements} values overflowed {fmt}")
+    for name, word in (("flushed", "became zero"), ("saturated", "saturated"), ("subnormal", "became subnormal")):
+        if counts.share(name) >= NEGLIGIBLE:
+            parts.append(f"{percent(counts.share(name))} of the nonzero values {word} in {fmt}")
+    if counts.largest and math.isfinite(threshold / counts.largest):
+        room = math.floor(math.log2(threshold / counts.largest))
+        if not counts.overflowed:
+            parts.append(f"the largest, {counts.largest:.3g}, is 2^{room} below overflow")
+    parts.append(f"signal-to-noise {decibels(counts.snr)}")
+    return _severity(counts, counts.share("flushed")), "; ".join(parts)
+
+
+def _severity(counts: Counts, flushed: float) -> float:
+    """Overflow first, then what is flushed, then the noise; each in its own decade."""
+    if counts.overflowed:
+        return 2 + counts.overflowed / counts.elements
+    usual = 6.02 * (FORMATS[counts.fmt].fraction_bits + 1)  # what rounding of normal values leaves, roughly
+    lost = max(0.0, usual - counts.snr) / usual if math.isfinite(counts.snr) else 0.0
+    return max(flushed, counts.share("flushed"), counts.share("saturated")) + 0.01 * lost
+
+
+def percent(share: float) -> str:
+    """0.1234 -> '12 %', 0.00567 -> '0.57 %', 1e-7 -> '0.00001 %'."""
+    if share == 0:
+        return "0 %"
+    digits = max(0, 1 - math.floor(math.log10(abs(100 * share))))
+    return f"{100 * share:.{digits}f} %"
+
+
+def decibels(ratio: float) -> str:
+    """73.64 -> '73.6 dB'; no error at all is said so."""
+    return "without an error" if math.isinf(ratio) else "-" if math.isnan(ratio) else f"{ratio:.1f} dB"
+
+
+def _power(scale: float) -> str:
+    exponent = math.log2(scale)
+    return f"2^{exponent:.0f}" if exponent == round(exponent) else f"{scale:g}"

@@ -1,0 +1,241 @@
+"""The data behind the precision report: where a run comes from, what is counted of it, and what is said of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.cast import cast, widen
+from refimpl.config import Config
+from refimpl.errors import UsageError
+from refimpl.inspect_precision import (
+    SWEEP,
+    Inspection,
+    Movement,
+    fresh,
+    from_checkpoint,
+    from_trace,
+    inspect,
+    layer_of,
+    low_format,
+    sweep_scales,
+)
+from refimpl.metrics import read_metrics
+from refimpl.recipes import RECIPES, get_recipe
+from refimpl.rounding import Counts
+from refimpl.trace import Trace, record, save
+from refimpl.train import train
+from refimpl.verdicts import percent, plain_name, verdicts
+
+TINY: dict[str, Any] = {
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 6, "warmup": 2, "lr": 1e-2,
+}  # fmt: skip
+
+
+def config(recipe: str = "fp16", **more: Any) -> Config:
+    return Config.of({**TINY, "recipe": recipe, **more})
+
+
+# -- sources -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_is_the_same_run_once_more(tmp_path: Path) -> None:
+    trace = record(config())
+    save(tmp_path / "t.safetensors", trace)
+    source = from_trace(tmp_path / "t.safetensors")
+    rows = inspect(source, every=2).rows
+    assert [np.float32(row.loss) for row in rows] == [trace.get(step, "2.loss") for step in trace.steps]
+    assert source.steps == 6 and "trace t.safetensors" in source.what
+
+
+def test_a_trace_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "t.safetensors", Trace({}, record(config()).tensors))
+    with pytest.raises(UsageError, match="does not say how it was made"):
+        from_trace(tmp_path / "t.safetensors")
+
+
+def test_a_checkpoint_goes_on_as_the_resumed_run_does_and_stays_as_it_is(tmp_path: Path) -> None:
+    flags = {**TINY, "recipe": "fp16", "eval_every": 3, "log_every": 1, "eval_batches": 1, "sample_bytes": 0}
+    train({**flags, "steps": 9}, tmp_path / "whole", False, False, None)
+    train({**flags, "steps": 9}, tmp_path / "part", False, False, None)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "part").iterdir()}
+    source = from_checkpoint(tmp_path / "part", 3)
+    assert "at step 9" in source.what and source.config.steps == 12
+    rows = inspect(source).rows
+    assert {path.name: path.read_bytes() for path in (tmp_path / "part").iterdir()} == before
+    train({"steps": 12}, tmp_path / "part", True, False, None)
+    resumed = [row["loss"] for row in read_metrics(tmp_path / "part" / "metrics.jsonl") if "loss" in row][9:]
+    assert [row.loss for row in rows] == resumed and len(resumed) == 3
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run in"):
+        from_checkpoint(tmp_path, 3)
+
+
+# -- what is counted ---------------------------------------------------------------------------------------------------
+
+
+def test_the_first_the_last_and_every_nth_step_are_looked_at() -> None:
+    assert [s["step"] for s in inspect(fresh(config(steps=6)), every=4).sampled] == [1, 4, 6]
+
+
+def test_totals_are_the_sums_over_the_steps() -> None:
+    result = inspect(fresh(config()), every=1, what_if=("e4m3",))
+    assert [s["step"] for s in result.sampled] == [1, 2, 3, 4, 5, 6]
+    for site, counts in result.sites.items():
+        assert counts.elements == sum(s["sites"][site]["elements"] for s in result.sampled)
+        assert counts.flushed == sum(s["sites"][site]["flushed"] for s in result.sampled)
+    assert result.others["e4m3"].keys() == result.sites.keys()
+    assert all("gradients" in site or site in result.sites for site in result.unscaled)
+
+
+def test_gradients_are_unscaled_by_the_scale_of_their_own_step() -> None:
+    """The loss scale doubles every step here, so the unscaled binades stay where they are while the scaled ones wander."""
+    result = inspect(fresh(config(init_scale=16.0, growth_interval=1, steps=2, lr=1e-9)), every=1)
+    assert [s["loss_scale"] for s in result.sampled] == [16.0, 32.0]
+    site = "lm_head:linear.dw.dw"
+    first, second = (s["sites"][site]["exponents"][1] for s in result.sampled)
+    unscaled = result.unscaled[site].exponents
+    assert unscaled is not None and unscaled[1] == max(first - 4, second - 5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "low"),
+    [("fp16", "fp16"), ("bf16", "bf16"), ("amp-fp16", "fp16"), ("amp-bf16-cpu", "bf16"), ("fp32", "bf16")],
+)
+def test_the_format_that_weights_are_held_against(recipe: str, low: str) -> None:
+    assert low_format(get_recipe(recipe)) == low
+    if recipe == "fp32":
+        assert low_format(get_recipe(recipe), ("e4m3", "fp16")) == "fp16"
+
+
+def test_movement_by_hand() -> None:
+    """1 + 2^-12 is not a bf16 value: the copy of the master moves after a while, the weight without master never does."""
+    parts = config("bf16").make_parts(config("bf16").make_backend())
+    parts.state.master[...] = 1.0
+    movement = Movement(parts.state, "bf16")
+    outcome = parts.step([(np.zeros((1, 8), np.int64), np.zeros((1, 8), np.int64))])
+    parts.state.master[...] = 1.0 + 2.0**-12
+    row = movement.row(1, outcome, parts.state)
+    assert (row.masters_still, row.weights_still, row.alone_still) == (0.0, 1.0, 1.0)
+    for step in range(2, 17):
+        parts.state.master[...] = 1.0 + step * 2.0**-12
+        row = movement.row(step, outcome, parts.state)
+    assert (row.weights_moved, row.alone_moved) == (0.0, 0.0)  # 1 + 2^-8 is the tie; it goes to the even 1
+    parts.state.master[...] = 1.0 + 17 * 2.0**-12
+    row = movement.row(17, outcome, parts.state)
+    assert (row.weights_still, row.weights_moved, row.alone_moved) == (0.0, 1.0, 0.0)
+
+
+def test_without_masters_nothing_is_imagined() -> None:
+    source = fresh(config("pure-bf16"))
+    start = cast(source.parts.state.master.copy(), "bf16")
+    rows = inspect(source).rows
+    assert rows[-1].masters_still is None and rows[-1].weights_moved is None
+    assert rows[-1].alone_moved == np.mean(widen(source.parts.state.weights) != widen(start))
+
+
+def test_the_sweep_flushes_less_and_overflows_more_as_the_scale_grows() -> None:
+    source = fresh(config())
+    inspect(source)
+    before = source.parts.state.master.copy()
+    rows = sweep_scales(source.parts, next(iter(fresh(config()).batches)))
+    assert [row["exponent"] for row in rows] == list(SWEEP)
+    assert rows[0]["layers"].keys() == {"embedding", "block 0", "block 1", "head"}
+    flushed = [row["layers"]["block 0"][0] for row in rows]
+    assert flushed[0] > 0 and flushed == sorted(flushed, reverse=True)
+    overflowed = [sum(layer[1] for layer in row["layers"].values()) for row in rows]
+    assert overflowed[0] == 0 and overflowed[-1] > 0
+    assert np.array_equal(before, source.parts.state.master)
+    assert source.parts.run.monitor is None and source.parts.state.monitor is None
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_and_model_can_be_inspected(recipe: str) -> None:
+    for model in ("gpt", "mlp"):
+        result = inspect(fresh(config(recipe, model=model, steps=2)), what_if=("e5m2",))
+        assert len(result.rows) == 2 and all(math.isfinite(row.loss) for row in result.rows)
+        assert bool(result.sites) == (recipe not in ("fp32", "fp64"))
+        assert len(verdicts(result)) == len(result.sites)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"every": 0}, "--every"), ({"what_if": ("fp8",)}, "fp8"), ({"what_if": ("e8m0",)}, "e8m0")]
+)
+def test_senseless_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        inspect(fresh(config()), **arguments)
+
+
+def test_layers() -> None:
+    assert layer_of("transformer.h.12.mlp.c_fc:linear.dw.dw") == "block 12"
+    assert layer_of("h.1.fc:linear.dw.dw") == "block 1"
+    assert layer_of("transformer.wte.weight.grad:fan_in.sum") == "embedding"
+    assert layer_of("transformer.embedding:add.db") == "embedding"
+    assert layer_of("transformer.ln_f:layernorm.dx") == layer_of("loss:cross_entropy.dlogits.stored") == "head"
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def inspection_of(site: str, x: np.ndarray, scale: float | None = None, fmt: str = "fp16") -> Inspection:
+    counts = Counts(fmt)
+    counts.add(x, cast(x, fmt))
+    result = Inspection("by hand", config(), fmt, ())
+    result.add(1, scale or 1.0, {site: counts}, {})
+    return result
+
+
+def test_the_verdict_on_a_gradient_names_the_scale_that_saves_it() -> None:
+    tiny, usual = np.full(12, 2.0**-33 * 1.5, np.float32), np.full(88, 0.5, np.float32)
+    (verdict,) = verdicts(inspection_of("transformer.h.3.mlp.c_fc:linear.dw.dw", np.concatenate([tiny, usual])))
+    assert verdict.name == "dw of block 3 mlp.c_fc" and verdict.kind == "weight gradients"
+    # 1.5 * 2^-33 * 2^8 is above 2^-25, half of the smallest subnormal; 0.5 * 2^17 is beyond 65520
+    remedy = "S >= 2^8 saves all but 0.10 % of it, and it overflows above 2^16"
+    assert verdict.text == f"12 % would become zero in fp16 at S = 1; {remedy}"
+    x = np.concatenate([tiny, usual])
+    assert np.count_nonzero(cast(x * np.float32(2**7), "fp16") == 0) == 12
+    assert np.count_nonzero(cast(x * np.float32(2**8), "fp16") == 0) == 0
+    assert np.isfinite(widen(cast(x * np.float32(2**16), "fp16"))).all()
+    assert not np.isfinite(widen(cast(x * np.float32(2**17), "fp16"))).all()
+
+
+def test_the_verdict_is_on_the_unscaled_gradient() -> None:
+    x = np.full(100, 2.0**-30, np.float32)
+    (verdict,) = verdicts(inspection_of("lm_head:linear.dw.dw", x * np.float32(1024), 1024.0))
+    assert "100 % would become zero in fp16 at S = 1" in verdict.text
+    assert verdict.text.endswith("at the S of this run (2^10) 0 % did")
+
+
+def test_no_scale_saves_a_gradient_that_is_too_wide() -> None:
+    x = np.concatenate([np.full(50, 1.5 * 2.0**-40, np.float32), np.full(50, 1024, np.float32)])
+    (verdict,) = verdicts(inspection_of("lm_head:linear.dw.dw", x))
+    assert "no S saves all but 0.10 % of it: it takes 2^15, but it overflows above 2^5" in verdict.text
+
+
+def test_a_gradient_in_range_needs_no_scale() -> None:
+    (verdict,) = verdicts(inspection_of("lm_head:linear.dw.dw", np.float32([1e-30, 1.0]), fmt="bf16"))
+    assert verdict.text.startswith("needs no loss scale")
+
+
+def test_verdicts_on_values_and_their_order() -> None:
+    result = inspection_of("a:linear.y.y", np.float32([1e6, 1.0, 0.1]))
+    for site, x in (("b:linear.y.y", np.float32([1e-9, 1.0])), ("c:linear.y.y", np.float32([0.1, 0.3]))):
+        result.sites[site] = inspection_of(site, x).sites[site]
+    first, second, third = verdicts(result)
+    assert first.name == "y of a" and "1 of 3 values overflowed fp16" in first.text and first.severity > 1
+    assert second.name == "y of b" and "50 % of the nonzero values became zero" in second.text
+    assert third.name == "y of c" and "2^17 below overflow" in third.text and third.severity < 0.001
+
+
+def test_names_and_numbers_for_people() -> None:
+    assert plain_name("transformer.h.0.attn.c_attn.weight:weights_down") == "block 0 attn.c_attn.weight"
+    assert plain_name("transformer.wte.weight:update.v") == "v of wte.weight"
+    assert plain_name("transformer.h.2.residual_1.grad:fan_in.sum") == "sum of gradients of block 2 residual_1"
+    assert plain_name("loss:cross_entropy.dlogits.stored") == "dlogits of loss"
+    assert [percent(s) for s in (0, 1, 0.123, 0.00567, 1e-7)] == ["0 %", "100 %", "12 %", "0.57 %", "0.000010 %"]
