@@ -1,0 +1,49 @@
+"""Show the floating-point formats, and what becomes of a number in each of them.
+
+    python scripts/formats.py                                    the facts: bits, largest and smallest values, eps
+    python scripts/formats.py 0.1 65519.99 65520 6e-8 1e-3       each number in the common formats: bits, error, what happened
+    python scripts/formats.py 1+2^-11+2^-30 --format fp16,bf16   rounded twice, as PyTorch rounds FP64 to 16 bits
+    python scripts/formats.py 448 464.1 -inf --format e4m3 --overflow inf
+    python scripts/formats.py --plot                             two pictures: distances and ranges, in formats.png
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from refimpl.cli import main
+from refimpl.formats import FORMATS
+from refimpl.show_formats import COMMON, show_formats
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument(
+        "values", nargs="*", type=str.strip, metavar="NUMBER", help="0.1, -1e-8, 0x1p-24, 2^-24, 1+2^-11, inf, nan, ..."
+    )
+    result.add_argument(
+        "--format", metavar="NAME,...", dest="formats",
+        help=f"of {', '.join(FORMATS)} (facts: all; numbers: {','.join(COMMON)})",
+    )  # fmt: skip
+    result.add_argument(
+        "--overflow", choices=("saturate", "inf"), default="saturate",
+        help="what is too large for formats of 8 bits and fewer becomes the largest value, or inf or NaN (saturate)",
+    )  # fmt: skip
+    result.add_argument(
+        "--plot", nargs="?", const=Path("formats.png"), type=Path, metavar="FILE", help="draw the formats too (formats.png)"
+    )
+    result.add_argument("--json", action="store_true", dest="as_json", help="print it as data")
+    return result
+
+
+def arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. argparse takes '-1e-8' for a flag, but not ' -1e-8', which `values` strips again."""
+    negative = re.compile(r"-(\d|\.|inf|nan)", re.IGNORECASE)
+    return parser().parse_intermixed_args([f" {word}" if negative.match(word) else word for word in words])
+
+
+if __name__ == "__main__":
+    main(lambda: show_formats(**vars(arguments(sys.argv[1:]))))
