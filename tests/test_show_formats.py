@@ -456,9 +456,11 @@ def test_the_facts_are_printed_without_a_number(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == facts_text(["bf16", "fp16"]) + "\n"
 
 
-def test_overflow_is_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overflow_and_the_chosen_formats_are_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
     run("464.1", "--format", "e4m3", "--overflow", "inf")
-    assert rows(capsys.readouterr().out)["e4m3"][:4] == ["0|1111|111", "NaN", "-", "overflow"]
+    shown_rows = rows(capsys.readouterr().out)
+    assert list(shown_rows) == ["e4m3"]
+    assert shown_rows["e4m3"][:4] == ["0|1111|111", "NaN", "-", "overflow"]
 
 
 def test_json_round_trip(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,28 @@
+"""What an experiment is: a question, a run that answers it with numbers, and a picture of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an experiment found: a small table, one sentence, and the numbers behind both (and behind the picture)."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    conclusion: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """run(seed) answers the question; draw(axes, data) shows the answer on one set of matplotlib axes."""
+
+    name: str
+    question: str
+    source: str
+    run: Callable[[int], Result]
+    draw: Callable[[Any, Mapping[str, Any]], None]

@@ -1,0 +1,194 @@
+"""Experiments with a small GPT: loss scaling, masters, and all recipes side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from refimpl.cast import widen
+from refimpl.config import Config
+from refimpl.data import load_corpus, sample_batch
+from refimpl.experiments.experiment import Experiment, Result
+from refimpl.loss_scale import make_loss_scale
+from refimpl.parts import Parts
+from refimpl.recipes import RECIPES
+from refimpl.state import State
+from refimpl.step import Batch, through
+from refimpl.trainer import BATCHES, INIT, generator
+
+SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "warmup": 5}
+"""The model of these experiments: 0.1 million parameters, 256 tokens a step."""
+
+
+def _parts(recipe: str, seed: int, **more: Any) -> tuple[Config, Parts]:
+    config = Config.of({**SMALL, "recipe": recipe, "seed": seed, **more})
+    parts = config.make_parts(config.make_backend())
+    parts.state.load_weights(parts.model.initial_weights(generator(seed, INIT)))
+    return config, parts
+
+
+def _batches(config: Config, n: int) -> list[Batch]:
+    assert config.batch_size and config.block_size
+    corpus, rng = load_corpus(config.data, config.block_size), generator(config.seed, BATCHES)
+    return [sample_batch(corpus.train, config.batch_size, config.block_size, rng) for _ in range(n)]
+
+
+def _train(parts: Parts, batches: list[Batch]) -> list[float]:
+    """The loss of each step."""
+    return [float(parts.step([batch]).loss) for batch in batches]
+
+
+def _end(losses: list[float]) -> float:
+    """The mean of the last tenth: a single batch says little."""
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+# -- a tiny loss -------------------------------------------------------------------------------------------------------
+
+TINY = 1e-9
+SCALES = range(0, 48, 4)
+
+
+def run_tiny_loss(seed: int) -> Result:
+    """Multiply the loss by 1e-9 and send it backward in FP16 at loss scales from 1 on: which gradients are left?
+
+    Counted are elements that are not zero in the same backward pass in FP32.
+    """
+    shares = []
+    config, exact = _parts("fp32", seed)
+    batch = _batches(config, 1)[0]
+    _, low = _parts("fp16", seed)
+    with np.errstate(all="ignore"):
+        through(exact.model, [batch], exact.state, np.asarray(make_loss_scale("1").scale), exact.run)
+        there = exact.state.grads != 0
+        for exponent in SCALES:
+            S = make_loss_scale(str(TINY * 2.0**exponent)).scale
+            through(low.model, [batch], low.state, S, low.run)
+            g = widen(low.state.grads, "fp32")
+            shares.append((float(np.mean(g[there] == 0)), float(np.mean(~np.isfinite(g)))))
+    zero, infinite = ([share[i] for share in shares] for i in (0, 1))
+    best = min(range(len(shares)), key=lambda i: zero[i] + infinite[i])
+    rows = [[f"2^{k}", f"{100 * z:.3g} %", f"{100 * i:.3g} %"] for k, z, i in zip(SCALES, zero, infinite, strict=True)]
+    conclusion = (
+        f"a loss multiplied by {TINY:g} leaves {zero[0]:.0%} of its gradients zero in FP16 without a loss scale, and "
+        f"{100 * zero[best]:.2g} % with S = 2^{SCALES[best]}"
+    )
+    data = {"exponents": list(SCALES), "zero": zero, "infinite": infinite, "best": best}
+    return Result(["loss scale", "gradients that are zero", "Inf or NaN"], rows, conclusion, data)
+
+
+def draw_tiny_loss(axes: Any, data: Mapping[str, Any]) -> None:
+    """The share of gradients lost at each end, against the loss scale."""
+    scales = [2.0**k for k in data["exponents"]]
+    axes.plot(scales, data["zero"], "o-", label="became zero")
+    axes.plot(scales, data["infinite"], "s-", color="tab:red", label="Inf or NaN")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("loss scale S")
+    axes.set_ylabel("share of the gradients")
+    axes.legend()
+
+
+# -- masters, loss scaling ---------------------------------------------------------------------------------------------
+
+WARM_STEPS, FINE_STEPS, FINE_LR, SMALL_LOSS = 150, 100, 3e-6, 1e-6
+
+
+def run_masters(seed: int) -> Result:
+    """Train on from a model that has learnt a little, at a small learning rate, with and without masters and loss scaling.
+
+    The loss is multiplied by 1e-6 and its gradients, once in FP32, divided by it: they are as small on their way through
+    the network as those of large models, while Adam sees the same. Without masters, moments stay in FP32.
+    """
+    config, first = _parts("fp16", seed, lr=2e-3, steps=WARM_STEPS)
+    batches = _batches(config, WARM_STEPS + FINE_STEPS)
+    _train(first, batches[:WARM_STEPS])
+    start = {name: np.array(view) for name, view in first.state.layout.views(first.state.master).items()}
+    curves: dict[str, list[float]] = {}
+    for masters in (True, False):
+        for scaled in (True, False):
+            _, parts = _parts("fp16", seed, lr=FINE_LR, min_lr=FINE_LR, warmup=0, steps=FINE_STEPS)
+            if not masters:
+                formats = {kind: fmt for kind, fmt in parts.state.formats.items() if kind != "master"}
+                parts.state = State(parts.model, formats, parts.state.backend)
+            parts.state.load_weights(start)
+            parts.loss_scale = make_loss_scale(str(SMALL_LOSS * 2.0**30 if scaled else SMALL_LOSS))
+            name = f"{'with' if masters else 'without'} masters, {'with' if scaled else 'without'} loss scaling"
+            curves[name] = _train(parts, batches[WARM_STEPS:])
+    begin, ends = float(np.mean(next(iter(curves.values()))[:10])), {name: _end(curve) for name, curve in curves.items()}
+    rows = [[name, f"{end:.4f}", f"{begin - end:.4f}"] for name, end in ends.items()]
+    gain = {name: begin - end for name, end in ends.items()}
+    both, no_scaling, no_masters, neither = gain.values()
+    conclusion = (
+        f"in {FINE_STEPS} steps at a learning rate of {FINE_LR:g} the loss falls by {both:.3f} with masters and loss scaling, "
+        f"by {no_masters:.3f} without masters, by {no_scaling:.3f} without loss scaling, and by {neither:.3f} without either"
+    )
+    return Result(["fp16", "loss at the end", "fallen by"], rows, conclusion, {"curves": curves, "gain": gain})
+
+
+def draw_masters(axes: Any, data: Mapping[str, Any]) -> None:
+    """The four loss curves, each as the mean of the last ten steps."""
+    for i, (name, curve) in enumerate(data["curves"].items()):
+        axes.plot(_smooth(curve, 10), label=name, ls="-" if i < 2 else "--", lw=2.5 if i == 0 else 1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (mean of the last ten steps)")
+    axes.legend(fontsize=8)
+
+
+def _smooth(losses: list[float], n: int) -> np.ndarray:
+    sums = np.cumsum(np.concatenate([[0.0], losses]))
+    smooth: np.ndarray = (sums[n:] - sums[:-n]) / n
+    return smooth
+
+
+# -- all recipes -------------------------------------------------------------------------------------------------------
+
+STEPS = 100
+
+
+def run_recipes(seed: int) -> Result:
+    """Train the same model from the same weights on the same batches under every recipe."""
+    curves = {}
+    for recipe in RECIPES:
+        config, parts = _parts(recipe, seed, lr=2e-3, steps=STEPS)
+        curves[recipe] = _train(parts, _batches(config, STEPS))
+    ends = {name: _end(curve) for name, curve in curves.items()}
+    apart = {name: float(np.nanmax(np.abs(np.subtract(curve, curves["fp32"])))) for name, curve in curves.items()}
+    rows = [[name, _loss(ends[name]), _loss(ends[name] - ends["fp32"]), f"{apart[name]:.2g}"] for name in curves]
+    kept = {name: abs(ends[name] - ends["fp32"]) for name in curves if not name.startswith("pure")}
+    furthest = max(kept, key=lambda name: kept[name])
+    pure = " and ".join(f"{name} at {_loss(ends[name])}" for name in curves if name.startswith("pure"))
+    conclusion = (
+        f"after {STEPS} steps FP32 is at {_loss(ends['fp32'])}, every recipe with FP32 weights or masters within "
+        f"{kept[furthest]:.3f} of it ({furthest} is furthest off), {pure}"
+    )
+    header = ["recipe", "loss at the end", "less that of fp32", "largest difference of a step"]
+    return Result(header, rows, conclusion, {"curves": curves, "ends": ends, "apart": apart})
+
+
+def _loss(x: float) -> str:
+    """A loss for the eye; a run that broke ends in NaN."""
+    return "NaN" if np.isnan(x) else f"{x:.3f}"
+
+
+def draw_recipes(axes: Any, data: Mapping[str, Any]) -> None:
+    """All loss curves, each as the mean of the last ten steps."""
+    for name, curve in data["curves"].items():
+        axes.plot(_smooth(curve, 10), label=name, ls="--" if name.startswith("pure") else "-", lw=1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (mean of the last ten steps)")
+    axes.legend(fontsize=8, ncols=2)
+
+
+TINY_LOSS = Experiment(
+    "tiny-loss", "What does loss scaling save of a very small loss?", "Micikevicius et al. 2018, section 3.2", run_tiny_loss,
+    draw_tiny_loss,
+)  # fmt: skip
+MASTERS = Experiment(
+    "masters", "FP16 with and without masters, with and without loss scaling", "Micikevicius et al. 2018, sections 3.1 and 3.2",
+    run_masters, draw_masters,
+)  # fmt: skip
+ALL_RECIPES = Experiment(
+    "recipes", "How far apart are the loss curves of the recipes?", "refimpl/recipes.py", run_recipes, draw_recipes
+)

@@ -1,0 +1,26 @@
+"""Toy experiments on what 16 bits do to training: each answers one question in seconds, with a table and a picture.
+
+    python scripts/experiments.py                        the list
+    python scripts/experiments.py flush
+    python scripts/experiments.py hundred-updates masters
+    python scripts/experiments.py all --out pictures --seed 1
+"""
+
+import argparse
+from pathlib import Path
+
+from refimpl.cli import main
+from refimpl.experiments import EXPERIMENTS, show_experiments
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}, or all")
+    result.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder for the pictures (runs/experiments)")
+    result.add_argument("--seed", type=int, default=0, help="of everything drawn by chance (0)")
+    return result
+
+
+if __name__ == "__main__":
+    main(lambda: show_experiments(**vars(parser().parse_args())))

@@ -1,0 +1,162 @@
+"""The toy experiments: the figures that each is known for, the sentence that says them, and the picture."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.errors import UsageError
+from refimpl.experiments import EXPERIMENTS, draw, show_experiments, training
+from refimpl.experiments.experiment import Result
+from refimpl.experiments.updates import RATES, WEIGHTS, predicted_share
+from refimpl.experiments.values import PRODUCTS, TRIALS
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "experiments.py"
+_results: dict[str, Result] = {}
+
+
+def result(name: str) -> Result:
+    """Each experiment is run once for all tests."""
+    if name not in _results:
+        _results[name] = EXPERIMENTS[name].run(0)
+    return _results[name]
+
+
+def test_values_at_and_below_half_of_the_smallest_vanish() -> None:
+    data = result("flush").data
+    assert data["fp16"]["at_half"] == 0 and data["fp16"]["above"] == 2.0**-24
+    assert [data[fmt]["above"] for fmt in ("bf16", "e5m2", "e4m3")] == [2.0**-133, 2.0**-16, 2.0**-9]
+    stairs = data["fp16"]
+    assert set(stairs["y"]) == {0, 1, 2, 3} and all(stairs["y"][stairs["x"] <= 0.5] == 0)
+    assert "at or below 2^-25 = 2.98e-08 becomes 0" in result("flush").conclusion
+
+
+def test_updates_are_lost_from_2048_and_256() -> None:
+    data = result("lost-update").data
+    assert (data["fp16"]["first"], data["fp16"]["all"]) == (2048, 4096)
+    assert (data["bf16"]["first"], data["bf16"]["all"]) == (256, 512)
+    assert data["tie"] == {"1 + 2^-11": 1.0, "1 + 1.01 * 2^-11": 1 + 2.0**-10}
+    assert "2048 on in FP16 and 256 in BF16" in result("lost-update").conclusion
+
+
+def test_a_hundred_updates() -> None:
+    curves = result("hundred-updates").data["curves"]
+    assert f"{curves['fp32'][-1]:.7f}" == "0.9400020"
+    assert set(curves["bf16"]) == {1.0}
+    assert abs(curves["bf16 with masters"][-1] - 0.94) <= 2.0**-9  # half an ulp of [0.5, 1)
+    assert abs(curves["fp16 with masters"][-1] - 0.94) <= 2.0**-12
+    assert abs(curves["fp16"][-1] - 0.94) > 10 * abs(curves["fp16 with masters"][-1] - 0.94)
+    assert "0.9400020" in result("hundred-updates").conclusion and "still at 1," in result("hundred-updates").conclusion
+
+
+@pytest.mark.parametrize(("fmt", "known"), [("bf16", (0.882, 0.303, 0.154, 0.019)), ("fp16", (1, 0.998, 0.882, 0.154))])
+def test_the_share_of_weights_moved(fmt: str, known: tuple[float, ...]) -> None:
+    """Known shares at 1e-4, 3e-5, 1e-5, 1e-6; four standard errors of a share, and what the prediction leaves out."""
+    moved = dict(zip(RATES, result("moved-weights").data[fmt]["moved"], strict=True))
+    for lr, share in zip((1e-4, 3e-5, 1e-5, 1e-6), known, strict=True):
+        error = 4 * math.sqrt(share * (1 - share) / WEIGHTS) + 5e-4  # the known shares have three digits
+        assert abs(moved[lr] - share) <= error, (fmt, lr, moved[lr])
+        assert abs(moved[lr] - predicted_share(fmt, lr)) <= error + 1e-3
+    assert "3e-5 30%" in result("moved-weights").conclusion
+
+
+def test_long_sums() -> None:
+    """The error of FP32 is below the worst case n u; FP16's is 2^13 times as large a unit, and in BF16 10,000 stick at 256."""
+    data = result("accumulate").data
+    assert data["bf16"]["uniforms"] == 256 and data["fp16"]["uniforms"] == 2048
+    assert abs(data["fp32"]["uniforms"] - data["uniforms"]) < 0.1
+    assert data["fp32"]["last"] < PRODUCTS * 2.0**-24 < data["fp16"]["last"] < data["bf16"]["last"]
+    spread = 4 / math.sqrt(2 * TRIALS)  # of a ratio of two rms values over as many trials
+    assert abs(math.log2(data["fp16"]["last"] / data["fp32"]["last"]) - 13) < math.log2(1 + 2 * spread)
+    assert abs(math.log2(data["bf16"]["last"] / data["fp16"]["last"]) - 3) < math.log2(1 + 2 * spread)
+    assert "come to 256 in BF16" in result("accumulate").conclusion
+
+
+def test_a_tiny_loss() -> None:
+    data = result("tiny-loss").data
+    assert data["zero"][0] == 1.0 and data["zero"] == sorted(data["zero"], reverse=True)
+    assert data["zero"][data["best"]] + data["infinite"][data["best"]] < 1e-4
+    assert "leaves 100% of its gradients zero" in result("tiny-loss").conclusion
+
+
+def test_masters_and_loss_scaling() -> None:
+    """Both help here, and the run with both falls furthest; the two without loss scaling differ from it by more than noise."""
+    gain = result("masters").data["gain"]
+    both, no_scaling, no_masters, neither = gain.values()
+    assert both > no_masters > 0 and both > no_scaling and both > neither
+    assert f"falls by {both:.3f} with masters" in result("masters").conclusion
+
+
+def test_masters_differ_in_nothing_else() -> None:
+    """All four start at the same loss: the 16-bit weights are the same."""
+    first = [curve[0] for curve in result("masters").data["curves"].values()]
+    assert len(set(first)) == 1
+
+
+def test_all_recipes() -> None:
+    data = result("recipes").data
+    ends = data["ends"]
+    for name in ("fp64", "amp-fp16", "amp-fp16-cpu"):
+        assert data["apart"][name] < 0.01, name
+    assert all(abs(ends[name] - ends["fp32"]) < 0.1 for name in ends if name != "pure-fp16")
+    assert not abs(ends["pure-fp16"] - ends["fp32"]) < 0.1  # Adam's second moments vanish in FP16
+    assert len({curve[0] for name, curve in data["curves"].items() if name.startswith("amp-fp16")}) == 1
+    assert "pure-fp16 at" in result("recipes").conclusion
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_table_and_a_picture(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = result(name)
+    assert found.rows and all(len(row) == len(found.header) for row in found.rows)
+    assert "\n" not in found.conclusion
+    path = draw(EXPERIMENTS[name], found, tmp_path)
+    assert path is not None and path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert draw(EXPERIMENTS["flush"], result("flush"), tmp_path) is None
+
+
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    a, b = (EXPERIMENTS["accumulate"].run(3).data["fp16"]["last"] for _ in range(2))
+    assert a == b != result("accumulate").data["fp16"]["last"]
+
+
+def test_smoothing_is_the_mean_of_the_last() -> None:
+    assert np.allclose(training._smooth([1.0, 2.0, 3.0, 6.0], 2), [1.5, 2.5, 4.5])
+
+
+def test_the_list_and_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    show_experiments([], tmp_path, 0)
+    text = capsys.readouterr().out
+    assert all(e.name in text and e.question in text for e in EXPERIMENTS.values())
+    show_experiments(["flush", "hundred-updates", "flush"], tmp_path / "new", 0)
+    text = capsys.readouterr().out
+    assert text.count("Conclusion: ") == 2 and "0.9400020" in text
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((["x"], 0), "unknown experiment 'x'"), ((["flush"], -1), "--seed is -1")])
+def test_bad_arguments(arguments: tuple[list[str], int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        show_experiments(arguments[0], tmp_path, arguments[1])
+
+
+def test_the_script_itself(tmp_path: Path) -> None:
+    def run(*words: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, cwd=tmp_path)
+
+    assert "hundred-updates" in run().stdout
+    bad = run("flush", "nothing")
+    assert bad.returncode == 2 and bad.stderr.startswith("error: unknown experiment 'nothing'") and bad.stderr.count("\n") == 1
+    (tmp_path / "file").write_text("")
+    pytest.importorskip("matplotlib")
+    assert run("flush", "--out", "file/x").returncode == 2
