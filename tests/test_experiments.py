@@ -82,15 +82,16 @@ def test_a_tiny_loss() -> None:
     data = result("tiny-loss").data
     assert data["zero"][0] == 1.0 and data["zero"] == sorted(data["zero"], reverse=True)
     assert data["zero"][data["best"]] + data["infinite"][data["best"]] < 1e-4
+    assert data["infinite"][0] == 0 and data["infinite"][-1] > 0.01
     assert "leaves 100% of its gradients zero" in result("tiny-loss").conclusion
 
 
 def test_masters_and_loss_scaling() -> None:
-    """Both help here, and the run with both falls furthest; the two without loss scaling differ from it by more than noise."""
+    """Without either, less than two thirds of what both together learn on the same batches; loss scaling alone matters too."""
     gain = result("masters").data["gain"]
     both, no_scaling, no_masters, neither = gain.values()
-    assert both > no_masters > 0 and both > no_scaling and both > neither
-    assert f"falls by {both:.3f} with masters" in result("masters").conclusion
+    assert both > 0 and max(no_masters, no_scaling, neither) < both * 2 / 3
+    assert f"lower the loss by {both:.4f} with masters" in result("masters").conclusion
 
 
 def test_masters_differ_in_nothing_else() -> None:

@@ -1,0 +1,112 @@
+"""memory.py --measure: predictions met to the byte in every recipe, and a tape that keeps more is found out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.config import Config
+from refimpl.errors import UsageError
+from refimpl.measure_memory import forward, held, measure, owned, owner, state_lines, tape_lines, weigh
+from refimpl.ops import OPS, Op
+from refimpl.recipes import RECIPES
+from refimpl.trainer import INIT, generator
+
+TINY: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}
+SCRIPT = Path(__file__).parent.parent / "scripts" / "memory.py"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", ["gpt", "mlp"])
+def test_every_prediction_is_met(recipe: str, model: str) -> None:
+    result = weigh(Config.of({**TINY, "recipe": recipe, "model": model, "steps": 2}))
+    assert result.wrong == []
+    assert sum(line.measured for line in result.sections["activations"]) > 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("more", [{"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.0}, {"grad_accum": 2}])
+def test_model_states_of_other_optimizers(recipe: str, more: dict[str, Any]) -> None:
+    config = Config.of({**TINY, "recipe": recipe, "steps": 1, **more})
+    lines = state_lines(config, config.make_parts(config.make_backend()))
+    assert all(line.verdict == "equal" for line in lines)
+    kinds = {line.what for line in lines}
+    assert ("v" in kinds) == ("optimizer" not in more) and ("m" in kinds) == (more.get("momentum") != 0.0)
+
+
+def hoarding(name: str) -> Op:
+    """An operation that saves a copy of its output too, for nothing."""
+    op = OPS[name]
+
+    def forward(*arrays: Any, p: Any, **static: Any) -> Any:
+        y, saved = op.forward(*arrays, p=p, **static)
+        return y, (saved, y.copy())
+
+    return Op(op.name, forward, op.backward, op.params)
+
+
+@pytest.mark.parametrize("name", ["add", "layernorm", "linear"])
+def test_a_tape_that_keeps_more_is_found_out(name: str) -> None:
+    config = Config.of({**TINY, "recipe": "fp16", "steps": 1})
+    parts = config.make_parts(config.make_backend())
+    parts.state.load_weights(parts.model.initial_weights(generator(0, INIT)))
+    batch = np.zeros((4, 8), np.int64), np.zeros((4, 8), np.int64)
+    assert all(line.verdict == "equal" for line in tape_lines(config, parts, batch)["activations"])
+    parts.run.overrides = {name: hoarding(name)}
+    assert any("differs by +" in line.verdict for line in tape_lines(config, parts, batch)["activations"])
+
+
+def test_a_state_that_is_larger_is_found_out() -> None:
+    config = Config.of({**TINY, "recipe": "fp16", "steps": 1})
+    parts = config.make_parts(config.make_backend())
+    parts.state.buffers["m"] = np.zeros(parts.model.n_params + 1, np.float32)
+    parts.state.buffers["fp32 gradients"] = np.zeros(parts.model.n_params, np.float32)
+    wrong = {line.what: line.verdict for line in state_lines(config, parts) if line.verdict != "equal"}
+    assert wrong == {"m": "differs by +4 bytes", "fp32 gradients": f"differs by +{4 * parts.model.n_params:,} bytes"}
+
+
+def test_memory_is_counted_where_it_is_owned() -> None:
+    x = np.zeros((4, 6), np.float32)
+    assert owner(x[1:].T) is x
+    assert owned([x[0], x.T, x], set()) == x.nbytes
+    assert owned([x], {id(x)}) == 0
+
+
+def test_weights_are_not_activations() -> None:
+    config = Config.of({**TINY, "recipe": "fp32", "steps": 1})
+    parts = config.make_parts(config.make_backend())
+    parts.state.load_weights(parts.model.initial_weights(generator(0, INIT)))
+    tokens = np.zeros((4, 8), np.int64)
+    tape = forward(parts, (tokens, tokens))
+    before, _ = held(tape)
+    tape.entries[-1].saved = (tape.entries[-1].saved, parts.state.weight_views["transformer.wte.weight"])
+    assert held(tape)[0] == before
+
+
+def test_the_report_and_its_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure({**TINY, "recipe": "amp-fp16"}, as_json=False) == 0
+    text = capsys.readouterr().out
+    assert "Every prediction is met to the byte." in text and "peak of the process" in text and "dropout mask" in text
+    assert measure({**TINY, "recipe": "bf16"}, as_json=True) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["equal"] and data["measured_only"]["largest memory of one step"] > 0
+    monkeypatch.setattr("refimpl.measure_memory.gpt_activations", lambda *a: [])
+    assert measure({**TINY, "recipe": "fp16"}, as_json=False) == 1
+    assert "NOT as predicted: activations: transformer.wte: not in the formula" in capsys.readouterr().out
+
+
+def test_only_the_host_can_be_measured() -> None:
+    with pytest.raises(UsageError, match="only numpy"):
+        measure({**TINY, "backend": "cupy"}, as_json=False)
+
+
+def test_the_script_measures(tmp_path: Path) -> None:
+    words = ["--measure", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "8", "--batch-size", "2"]
+    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "Every prediction is met to the byte." in done.stdout, done.stderr
