@@ -100,9 +100,14 @@ def train(like: Path, out: Path, unscale_late: bool) -> None:
     print(f"{out}: {len(ours.steps)} steps, {len(trace)} tensors")
 
 
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--like", type=Path, required=True, metavar="TRACE", help="a trace of refimpl to follow")
+    result.add_argument("--out", type=Path, required=True)
+    result.add_argument("--unscale-late", action="store_true", help="clip the gradients before they are unscaled")
+    return result
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--like", type=Path, required=True, metavar="TRACE", help="a trace of refimpl to follow")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--unscale-late", action="store_true", help="clip the gradients before they are unscaled")
-    main(lambda: train(**vars(parser.parse_args())))
+    main(lambda: train(**vars(parser().parse_args())))

@@ -1,0 +1,85 @@
+"""What README and docs/ promise: links lead where they say, commands are ones that the scripts understand."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKS = [(page, *found) for page in PAGES for found in re.findall(r"\[([^\]]+?)\]\((?!http)(.+?)\)", page.read_text())]
+
+
+def commands(text: str) -> list[str]:
+    """Every `python scripts/...` of a page: indented lines, fenced lines, and those between backquotes."""
+    lines = re.findall(r"^(?:    )?(?:.* && )?(python scripts/.+)$", text, re.M)
+    return [re.split(r"  +", line)[0].strip() for line in lines] + re.findall(r"`(python scripts/[^`]+)`", text)
+
+
+COMMANDS = sorted({(page.name, command) for page in PAGES for command in commands(page.read_text())})
+
+
+@pytest.mark.parametrize(("page", "text", "target"), LINKS, ids=[f"{page.name}-{target}" for page, _, target in LINKS])
+def test_links_lead_somewhere(page: Path, text: str, target: str) -> None:
+    path, _, line = target.partition("#L")
+    path = path.partition("#")[0]
+    assert (page.parent / path).exists(), target
+    if line:
+        lines = (page.parent / path).read_text().splitlines()
+        assert text.strip("`") in lines[int(line) - 1], f"{target} is not {text}"
+
+
+def complaint(command: str) -> str | None:
+    """What a script's own parser says against a command, or None."""
+    program, script, *arguments = shlex.split(command, comments=True)
+    path = ROOT / script
+    if program != "python" or not path.exists():
+        return f"there is no {script}"
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "parser"):
+        return None if not arguments else f"{script} takes no arguments"
+    try:
+        module.arguments(arguments) if hasattr(module, "arguments") else module.parser().parse_args(arguments)
+    except SystemExit:
+        return f"{script} does not understand {arguments}"
+    return None
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_commands_are_understood(page: str, command: str) -> None:
+    assert complaint(command) is None
+
+
+def test_both_checkers_bite() -> None:
+    assert len(COMMANDS) > 20 and len(LINKS) > 20
+    assert complaint("python scripts/nothing.py") == "there is no scripts/nothing.py"
+    assert "does not understand" in (complaint("python scripts/train.py --no-such-flag") or "")
+    assert "takes no arguments" in (complaint("python scripts/mistakes.py --json") or "")
+    text = "    python scripts/a.py --b   a remark\nsee `python scripts/c.py`\npip install x && python scripts/d.py\n"
+    assert commands(text) == ["python scripts/a.py --b", "python scripts/d.py", "python scripts/c.py"]
+
+
+SLOW_OR_WRITING = ("train.py", "compare_pytorch.py", "record_vectors.py")
+
+
+@pytest.mark.slow
+def test_the_commands_of_docs_run_one_after_the_other(tmp_path: Path) -> None:
+    """All but those that train for minutes, each page in a folder of its own, in the order in which it gives them."""
+    for page in PAGES[1:]:
+        folder = tmp_path / page.stem
+        folder.mkdir()
+        for command in commands(page.read_text()):
+            script, *arguments = shlex.split(command, comments=True)[1:]
+            if Path(script).name in SLOW_OR_WRITING or ("torch" in script and importlib.util.find_spec("torch") is None):
+                continue
+            done = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=folder, capture_output=True, text=True)
+            assert done.returncode in (0, 1 if " diff " in command else 0), f"{page.name}: {command}\n{done.stderr}"
