@@ -58,8 +58,10 @@ tr:last-child > * { border-bottom: 0 }
 thead th { background: var(--band) }
 tbody th { font-weight: normal }
 th:first-child, .text td, .text th { text-align: left }
-.text th { white-space: normal; min-width: 7rem }
 .text td:nth-child(2) { white-space: normal; min-width: 15rem; max-width: 40rem }
+@media (max-width: 40rem) {
+  th:first-child { min-width: 8rem; white-space: normal; overflow-wrap: anywhere }
+}
 pre { padding: .7rem; overflow-x: auto; background: var(--band) }
 summary { cursor: pointer }
 """
@@ -73,10 +75,10 @@ def page(inspection: Inspection, command: str) -> str:
     pictures, ranked = all_pictures(inspection), verdicts(inspection)
     sections = [
         _section("What it found", _paragraphs(summary(inspection)), _kinds(inspection)),
-        _section("Exponents", _text(EXPONENTS if pictures["exponents"] else NO_CASTS), _figures(pictures["exponents"])),
-        _section("Loss scales", _text(SWEEP if pictures["sweep"] else NO_CASTS), _figures(pictures["sweep"])),
+        _section("Exponents", _paragraphs([EXPONENTS if pictures["exponents"] else NO_CASTS]), _figures(pictures["exponents"])),
+        _section("Loss scales", _paragraphs([SWEEP if pictures["sweep"] else NO_CASTS]), _figures(pictures["sweep"])),
         _section("The run", _figures(pictures["run"])),
-        _section("Updates", _text(UPDATES if pictures["updates"] else NO_UPDATES), _figures(pictures["updates"])),
+        _section("Updates", _paragraphs([UPDATES if pictures["updates"] else NO_UPDATES]), _figures(pictures["updates"])),
         _section("Tensors", *_tensors(inspection, ranked)),
         _section("Other formats", *_other_formats(inspection, ranked)) if inspection.what_if else "",
         _section("How to read this, and how it was made", *_reading(inspection, command)),
@@ -190,12 +192,11 @@ def _escape(text: str) -> str:
 def _text(text: str) -> str:
     """The same, with powers of two raised (2^-24 or 2^(e+1)), and numbers kept on one line with their units."""
     raised = re.sub(r"2\^(?:(-?\w+)|\(([^)]+)\))", r"2<sup>\1\2</sup>", _escape(text))
-    return re.sub(r"(\d) (%|dB)", r"\1&nbsp;\2", raised)
+    return re.sub(r"(\d) (%|dB)", r"\1&nbsp;\2", raised).replace("S = ", "S&nbsp;=&nbsp;")
 
 
 def _section(title: str, *parts: str) -> str:
-    body = "".join(part if part.startswith("<") else f"<p>{part}</p>\n" for part in parts if part)
-    return f"<section>\n<h2>{_text(title)}</h2>\n{body}</section>\n"
+    return f"<section>\n<h2>{_text(title)}</h2>\n{''.join(parts)}</section>\n"
 
 
 def _paragraphs(sentences: Iterable[str]) -> str:
@@ -212,14 +213,19 @@ def _figures(pictures: Sequence[Picture]) -> str:
     return f'<div class="figures">\n{figures}</div>\n' if figures else ""
 
 
-def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], text: bool = False) -> str:
-    """A table in a box that scrolls sideways. The first cell of a row is its heading. text: words, not numbers."""
+def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False) -> str:
+    """A table in a box that scrolls sideways. text: words, not numbers.
+
+    The first cell of a row is its heading; where it is empty, the heading before spans this row too.
+    """
     kind = ' class="text"' if text else ""
     head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in heads)
     body = []
-    for row in rows:
+    for i, row in enumerate(rows):
+        span = next((n for n, later in enumerate(rows[i + 1 :], 1) if later[0]), len(rows) - i)
+        heading = f'<th scope="row" rowspan="{span}">{_text(row[0])}</th>' if row[0] else ""
         cells = "".join(f"<td>{_text(cell)}</td>" for cell in row[1:])
-        body.append(f'<tr><th scope="row">{_text(row[0])}</th>{cells}</tr>\n')
+        body.append(f"<tr>{heading}{cells}</tr>\n")
     return (
         f'<div class="scroll" role="region" aria-label="{_escape(caption)}" tabindex="0">\n'
         f"<table{kind}>\n"

@@ -125,11 +125,11 @@ def terminal_text(inspection: Inspection, width: int = 80) -> str:
 
 
 def _wrapped(text: str, width: int, indent: str = "") -> str:
-    """Lines of whole words: paths and names are not broken, even where they are longer than a line."""
-    wrap = textwrap.TextWrapper(
-        width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-    return wrap.fill(text)
+    """Lines of whole words: neither names and paths are broken, nor numbers parted from their units."""
+    space = "\N{NO-BREAK SPACE}"
+    bound = text.replace(" %", f"{space}%").replace(" dB", f"{space}dB")
+    wrapper = textwrap.TextWrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(bound).replace(space, " ")
 
 
 def _kinds_text(inspection: Inspection) -> str:
