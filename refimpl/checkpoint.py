@@ -44,7 +44,7 @@ def write_text_atomically(path: Path, text: str) -> None:
     """The same for a text. Errors: UsageError when it cannot be written."""
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
     write_atomically(path, write)
 

@@ -28,7 +28,7 @@ from refimpl.run_folder import read_config
 from refimpl.state import State
 from refimpl.step import Batch, StepResult, through
 from refimpl.trace import Trace, batches_of, checked_start, load
-from refimpl.trainer import INIT, Trainer, generator
+from refimpl.trainer import INIT, SKIPS_BEFORE_STOP, Trainer, generator
 
 Array = Any
 
@@ -52,7 +52,7 @@ class Source:
 
 def fresh(config: Config) -> Source:
     """A run from its beginning."""
-    return _run(config, None, f"a fresh run of {config.steps} steps")
+    return _run(config, None, f"a fresh run of {_steps(config.steps or 0)}")
 
 
 def from_trace(path: Path) -> Source:
@@ -64,7 +64,11 @@ def from_trace(path: Path) -> Source:
     if not trace.config:
         raise UsageError(f"{path} does not say how it was made: it must come from `scripts/trace.py record`")
     config = Config.of({**trace.config, "steps": max(trace.config["steps"] or 0, len(trace.steps))})
-    return _run(config, trace, f"the {len(trace.steps)} steps of the trace {path.name}")
+    return _run(config, trace, f"the {_steps(len(trace.steps))} of the trace {path.name}")
+
+
+def _steps(n: int) -> str:
+    return f"{n} step" + "s" * (n != 1)
 
 
 def _run(config: Config, trace: Trace | None, what: str) -> Source:
@@ -91,7 +95,7 @@ def from_checkpoint(folder: Path, steps: int) -> Source:
         trainer = Trainer(Config.of({**saved, "steps": done + steps}), folder)
         trainer.load_checkpoint()
     batches = (trainer.next_batches() for _ in range(steps))
-    what = f"{steps} steps from the checkpoint of {folder} at step {done}"
+    what = f"{_steps(steps)} from the checkpoint of {folder.name} at step {done}"
     return Source(what, trainer.config, trainer.parts, batches, steps)
 
 
@@ -157,6 +161,7 @@ def plain(counts: Counts) -> dict[str, Any]:
 def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: Any = None) -> Inspection:
     """Take the steps of `source`; look at the first, at every `every`-th, and at the last.
 
+    A run that skips as many steps in a row as would end one of scripts/train.py ends here too, with what was seen of it.
     what_if: formats of which is counted what they would have done to the same tensors. bar: a tqdm bar.
     Errors: UsageError for an unknown format or a senseless `every`.
     """
@@ -179,6 +184,9 @@ def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: A
         result.rows.append(movement.row(step, outcome, parts.state))
         if bar is not None:
             bar.update(1)
+        if step >= SKIPS_BEFORE_STOP and all(row.skipped for row in result.rows[-SKIPS_BEFORE_STOP:]):
+            result.what += f", ended at step {step} because the last {SKIPS_BEFORE_STOP} were all skipped"
+            break
     result.sweep = sweep_scales(parts, batches)
     return result
 
@@ -211,7 +219,8 @@ class Movement:
         """The row of a step that has just been taken."""
         master = self._host(state)
         weights = cast(master, self.low)
-        updated = widen(self.alone, state.math_format) + (master - self.master)
+        with np.errstate(invalid="ignore", over="ignore"):  # of weights that have become infinite
+            updated = widen(self.alone, state.math_format) + (master - self.master)
         alone = cast(updated, self.low) if self.with_masters else weights
         row = StepRow(
             step,

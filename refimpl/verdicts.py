@@ -89,7 +89,7 @@ def _of_value(counts: Counts) -> tuple[float, str]:
     if counts.largest and math.isfinite(threshold / counts.largest):
         room = math.floor(math.log2(threshold / counts.largest))
         if not counts.overflowed:
-            parts.append(f"the largest, {counts.largest:.3g}, is 2^{room} below overflow")
+            parts.append(f"the largest, {counts.largest:.3g}, is 2^{room} times below overflow")
     parts.append(f"signal-to-noise {decibels(counts.snr)}")
     return _severity(counts, counts.share("flushed")), "; ".join(parts)
 
@@ -104,10 +104,11 @@ def _severity(counts: Counts, flushed: float) -> float:
 
 
 def percent(share: float) -> str:
-    """0.1234 -> '12 %', 0.00567 -> '0.57 %', 1e-7 -> '0.00001 %'."""
-    if share == 0:
-        return "0 %"
-    digits = max(0, 1 - math.floor(math.log10(abs(100 * share))))
+    """Two digits of the distance to the nearer end: 0.1234 -> '12 %', 0.00567 -> '0.57 %', 0.9966 -> '99.66 %'."""
+    distance = min(share, 1 - share)
+    if distance <= 0:
+        return f"{100 * share:.0f} %"
+    digits = max(0, 1 - math.floor(math.log10(100 * distance)))
     return f"{100 * share:.{digits}f} %"
 
 

@@ -164,6 +164,18 @@ def test_every_recipe_and_model_can_be_inspected(recipe: str) -> None:
         assert len(verdicts(result)) == len(result.sites)
 
 
+def test_a_run_that_only_skips_ends_with_what_was_seen() -> None:
+    result = inspect(fresh(config(lr=1e3, warmup=0, steps=400, init_scale=2.0**20)))
+    assert len(result.rows) < 400 and all(row.skipped for row in result.rows[-50:])
+    assert f"ended at step {len(result.rows)} because the last 50 were all skipped" in result.what
+    assert verdicts(result) and result.sweep
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp32"])
+def test_weights_that_become_infinite_are_no_error(recipe: str) -> None:
+    assert len(inspect(fresh(config(recipe, lr=1e38, warmup=0, steps=3))).rows) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"), [({"every": 0}, "--every"), ({"what_if": ("fp8",)}, "fp8"), ({"what_if": ("e8m0",)}, "e8m0")]
 )
@@ -230,7 +242,7 @@ def test_verdicts_on_values_and_their_order() -> None:
     first, second, third = verdicts(result)
     assert first.name == "y of a" and "1 of 3 values overflowed fp16" in first.text and first.severity > 1
     assert second.name == "y of b" and "50 % of the nonzero values became zero" in second.text
-    assert third.name == "y of c" and "2^17 below overflow" in third.text and third.severity < 0.001
+    assert third.name == "y of c" and "2^17 times below overflow" in third.text and third.severity < 0.001
 
 
 def test_names_and_numbers_for_people() -> None:
@@ -239,3 +251,4 @@ def test_names_and_numbers_for_people() -> None:
     assert plain_name("transformer.h.2.residual_1.grad:fan_in.sum") == "sum of gradients of block 2 residual_1"
     assert plain_name("loss:cross_entropy.dlogits.stored") == "dlogits of loss"
     assert [percent(s) for s in (0, 1, 0.123, 0.00567, 1e-7)] == ["0 %", "100 %", "12 %", "0.57 %", "0.000010 %"]
+    assert [percent(s) for s in (0.9966, 0.88, 0.5)] == ["99.66 %", "88 %", "50 %"]

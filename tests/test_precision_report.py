@@ -678,7 +678,7 @@ def test_a_run_of_train_py_is_gone_on_with(tmp_path: Path, capsys: pytest.Captur
     run("--run", str(folder), "--steps", "2", "--no-page", "--json", str(tmp_path / "data.json"))
     assert "steps from the checkpoint of" in capsys.readouterr().out
     found = json.loads((tmp_path / "data.json").read_text())
-    assert found["what"] == f"2 steps from the checkpoint of {folder} at step 4" and len(found["rows"]) == 2
+    assert found["what"] == f"2 steps from the checkpoint of {folder.name} at step 4" and len(found["rows"]) == 2
     line = command({"steps": 2}, folder, None, 10, [])
     assert line == f"python scripts/inspect_precision.py --run '{folder}' --steps 2"
     with pytest.raises(UsageError, match="--run has a configuration of its own: it takes no --lr, --seed"):
