@@ -21,8 +21,8 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.r
 
 # The one door for rounding, and the fast twin behind it, which only the door may open.
 DOOR = ("cast.py", "fast_cast.py")
-# A PyTorch program kept beside the project as a witness: its tensors are not arrays of ours.
-FOREIGN = ("pytorch_twin.py",)
+# PyTorch programs kept beside the project, as a witness and to be timed: their tensors are not arrays of ours.
+FOREIGN = ("pytorch_twin.py", "bench_pytorch.py")
 OURS = [name for name in FILES if name not in DOOR + FOREIGN]
 
 
@@ -210,7 +210,8 @@ MAY_IMPORT = {
     "cast": {"formats", "fast_cast"},
     "policy": {"cast", "formats"},
     "recipes": {"errors", "formats", "policy"},
-    "backends": {"cast", "errors", "backends.cupy"},
+    "backends": {"cast", "errors", "backends.cupy", "backends.heap"},
+    "backends.heap": set(),
     "backends.cupy": {"backends", "errors"},
     "ops": {f"ops.{part}" for part in ("attention", "embedding", "gemm", "loss", "norm", "op", "pointwise", "shape")},
     "ops.op": set(),

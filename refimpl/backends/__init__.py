@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.backends.heap import keep_freed_memory
 from refimpl.cast import widen
 from refimpl.errors import UsageError
 
@@ -48,6 +49,7 @@ NUMPY = Backend("numpy", np, cached_blocks=True)
 def get_backend(name: str) -> Backend:
     """The backend of that name. Errors: UsageError when it is unknown, not installed, or has no device."""
     if name == "numpy":
+        keep_freed_memory()
         return NUMPY
     if name == "cupy":
         from refimpl.backends.cupy import cupy_backend

@@ -1,0 +1,26 @@
+"""Memory that is freed stays with the process, so that the next step finds it mapped already.
+
+A training step makes and frees the same large arrays each time. By default the C library hands each of them back to the
+system, and the next one costs a page fault for every 4 KiB that is first written: a third of a small model's step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
+_LARGEST_INT = 2**31 - 1
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Tell glibc's allocator to give nothing back and to map nothing apart; False where the C library is another one.
+
+    The process's peak does not grow by it: memory that is free is used before new is asked for. Source: mallopt(3).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # not glibc; on Windows CDLL takes no None
+        return False
+    return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, _LARGEST_INT), mallopt(_TOP_PAD, 64 << 20)])

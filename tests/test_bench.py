@@ -1,0 +1,92 @@
+"""The benchmark runs, and what it prints is what it should be about; its times are not judged. And memory is kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refimpl.backends.heap import keep_freed_memory
+from refimpl.bench import MODELS, Ours, alternating, bench, gemm_floor, machine, profile
+from refimpl.errors import UsageError
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "bench.py"
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from refimpl.backends import get_backend
+if sys.argv[1] == "kept":
+    get_backend("numpy")
+def large():
+    for _ in range(3):
+        np.ones(1 << 23, np.uint8) + np.ones(1 << 23, np.uint8)
+large()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+large()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not keep_freed_memory(), reason="the C library is not glibc")
+def test_memory_that_was_freed_is_found_mapped_again() -> None:
+    """8 MiB arrays are beyond what glibc keeps by itself at first; without the backend each costs its page faults."""
+
+    def faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    kept, given_back = faults("kept"), faults("given back")
+    assert kept < 64, kept
+    assert given_back > 100 * (kept + 1) or given_back > 1000, given_back
+
+
+def test_a_step_of_the_benchmark_is_a_training_step() -> None:
+    ours = Ours(MODELS["smoke"], "fp16")
+    losses = [ours.step() for _ in range(30)]
+    assert losses[-1] < losses[0] and int(ours.parts.state.t) == 30
+
+
+def test_medians_are_taken_in_turn() -> None:
+    calls: list[int] = []
+    times = alternating([lambda: calls.append(1), lambda: calls.append(2)], 5)
+    assert len(times) == 2 and calls[-4:] == [1, 2, 1, 2] and all(t >= 0 for t in times)
+
+
+def test_the_floor_is_positive_and_the_machine_is_named() -> None:
+    assert gemm_floor(MODELS["smoke"], 2) > 0
+    assert "NumPy" in machine() and "cores" in machine()
+
+
+def test_the_profile_adds_up() -> None:
+    rows = profile("smoke", "fp16", 3)
+    assert abs(sum(row["share"] for row in rows) - 1) < 1e-9
+    assert {"linear forward", "attention backward", "update", "everything else"} <= {row["what"] for row in rows}
+
+
+def test_beside_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    bench("torch", models="smoke", recipes="fp32,bf16,fp16", rounds=2, as_json=True)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["recipe"] for row in rows] == ["fp32", "bf16", "fp16"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["torch_ms"] / row["ours_ms"])
+        assert row["ours_peak_mib"] > 20 and row["torch_peak_mib"] > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"models": "huge"}, "unknown model 'huge'"), ({"rounds": 0}, "--rounds is 0"),
+                               ({"recipes": "fp7"}, "unknown recipe 'fp7'")],
+)  # fmt: skip
+def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        bench(**arguments)  # type: ignore[arg-type]
+
+
+def test_the_script_itself() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--smoke"], capture_output=True, text=True)
+    assert done.returncode == 0 and "over_floor" in done.stdout, done.stderr
+    assert subprocess.run([sys.executable, SCRIPT, "--models", "huge"], capture_output=True).returncode == 2
