@@ -174,8 +174,6 @@ def peak_of(side: str, model: str, recipe: str) -> float:
 
 def print_peak(side: str, model: str, recipe: str) -> None:
     """What `peak_of` runs in a process of its own."""
-    import resource
-
     ours = Ours(MODELS[model], recipe) if side == "numpy" else None
     if ours is None:
         from refimpl.bench_pytorch import Theirs, variants
@@ -188,8 +186,21 @@ def print_peak(side: str, model: str, recipe: str) -> None:
         step = ours.step
     for _ in range(WARM_UP):
         step()
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+    print(own_peak() / 2**20)
+
+
+def own_peak() -> int:
+    """Bytes of this process in physical memory at most.
+
+    Read from /proc where there is one: what getrusage tells begins, in a child, with the peak of the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def test_beside_torch(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["recipe"] for row in rows] == ["fp32", "bf16", "fp16"]
     for row in rows:
         assert row["ratio"] == pytest.approx(row["torch_ms"] / row["ours_ms"])
-        assert row["ours_peak_mib"] > 20 and row["torch_peak_mib"] > 20
+        assert 20 < row["ours_peak_mib"] < row["torch_peak_mib"]  # each of its own process: PyTorch alone is larger than ours
 
 
 @pytest.mark.parametrize(
