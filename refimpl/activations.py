@@ -199,6 +199,7 @@ def mlp_activations(config: MLPConfig, recipe: Recipe, batch_size: int) -> list[
     """
     _check_sizes(batch_size, config.block_size, config.block_size)
     sizes = {"L": config.n_layer, "B": batch_size, "T": config.block_size, "C": config.n_embd, "V": config.vocab_size}
+    sizes["M"] = config.n_layer - 1
     f = Flow(recipe)
     embedded = f.out("embedding", f.stored)
     hidden = f.linear(embedded)

@@ -9,7 +9,6 @@ Bytes are bytes of arrays. Three 0-d numbers of a run (loss scale, its counter, 
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import tracemalloc
@@ -237,16 +236,19 @@ def traced_peak(config: Config, batches: Sequence[Batch]) -> int:
 def process_memory() -> tuple[int, int] | None:
     """Bytes of this process in physical memory: now, and the most so far. None where the system does not tell (Windows).
 
-    'Now' is read from /proc; where there is none (macOS) the most so far stands in for it.
+    Read from /proc where there is one (Linux): what getrusage tells begins, in a child, with the peak of the process that
+    started it. Elsewhere (macOS) it is getrusage's peak, which stands in for 'now' too.
     """
+    status = Path("/proc/self/status")
+    if status.exists():
+        kib = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status.read_text(), re.MULTILINE))
+        return 1024 * int(kib["VmRSS"]), 1024 * int(kib["VmHWM"])
     try:
         import resource
     except ImportError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    pages = Path("/proc/self/statm")
-    return (int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else peak), peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak
 
 
 # --------------------------------------------------------------------------------------------------------------- showing

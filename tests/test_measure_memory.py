@@ -106,6 +106,15 @@ def test_only_the_host_can_be_measured() -> None:
         measure({**TINY, "backend": "cupy"}, as_json=False)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_the_peak_is_that_of_the_process_itself_not_of_the_one_that_started_it() -> None:
+    ballast = np.ones(25_000_000)  # 200 MB here, of which a child must know nothing
+    code = "from refimpl.measure_memory import process_memory; print(*process_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    now, peak = map(int, done.stdout.split())
+    assert 0 < now <= peak < ballast.nbytes
+
+
 def test_the_script_measures(tmp_path: Path) -> None:
     words = ["--measure", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "8", "--batch-size", "2"]
     done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, cwd=tmp_path)
