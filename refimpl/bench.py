@@ -7,6 +7,7 @@ of two medians of one run says more than either of them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -25,6 +26,7 @@ from refimpl.cast import cast
 from refimpl.config import Config
 from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError
+from refimpl.measure_memory import process_memory
 from refimpl.ops import OPS, Op
 from refimpl.parts import Parts
 from refimpl.show import json_text, table
@@ -186,21 +188,8 @@ def print_peak(side: str, model: str, recipe: str) -> None:
         step = ours.step
     for _ in range(WARM_UP):
         step()
-    print(own_peak() / 2**20)
-
-
-def own_peak() -> int:
-    """Bytes of this process in physical memory at most.
-
-    Read from /proc where there is one: what getrusage tells begins, in a child, with the peak of the process that started it.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = process_memory()
+    print(memory[1] / 2**20 if memory else math.nan)
 
 
 def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:
