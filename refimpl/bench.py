@@ -24,14 +24,12 @@ import threadpoolctl
 
 from refimpl.cast import cast
 from refimpl.config import Config
-from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError
 from refimpl.measure_memory import process_memory
 from refimpl.ops import OPS, Op
-from refimpl.parts import Parts
 from refimpl.show import json_text, table
-from refimpl.step import Batch
-from refimpl.trainer import BATCHES, INIT, generator
+from refimpl.trace import batches_of
+from refimpl.trainer import start
 
 MODELS: dict[str, dict[str, int]] = {
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12},
@@ -70,20 +68,12 @@ class Ours:
 
     def __init__(self, sizes: dict[str, int], recipe: str) -> None:
         self.config = Config.of({**sizes, "recipe": recipe, "steps": 10_000})
-        self.parts: Parts = self.config.make_parts(self.config.make_backend())
-        self.parts.state.load_weights(self.parts.model.initial_weights(generator(0, INIT)))
-        self.batch = batch_of(self.config)
+        self.parts = start(self.config)
+        (self.batch,) = next(batches_of(self.config, None))
 
     def step(self) -> float:
         """One training step on the batch; the loss."""
         return float(self.parts.step([self.batch]).loss)
-
-
-def batch_of(config: Config) -> Batch:
-    """One batch of the default text."""
-    assert config.batch_size and config.block_size
-    corpus = load_corpus(config.data, config.block_size)
-    return sample_batch(corpus.train, config.batch_size, config.block_size, generator(0, BATCHES))
 
 
 def timed(f: Callable[[], Any]) -> float:
@@ -181,9 +171,8 @@ def print_peak(side: str, model: str, recipe: str) -> None:
         from refimpl.bench_pytorch import Theirs, variants
 
         sizes = MODELS[model]
-        rng, shape = generator(0, BATCHES), (sizes["batch_size"], sizes["block_size"])
-        batch = rng.integers(0, 256, shape), rng.integers(0, 256, shape)
-        step: Callable[[], float] = Theirs(sizes, recipe, variants(recipe)[0], batch).step
+        tokens = np.zeros((sizes["batch_size"], sizes["block_size"]), np.int64)
+        step: Callable[[], float] = Theirs(sizes, recipe, variants(recipe)[0], (tokens, tokens)).step
     else:
         step = ours.step
     for _ in range(WARM_UP):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from refimpl.config import MODEL_DEFAULTS, Config
 from refimpl.recipes import RECIPES
@@ -48,9 +49,15 @@ def _default(name: str) -> str:
     return f" ({', '.join(per_model)})" if per_model else "" if default is None else f" ({default})"
 
 
-def add_config_flags(parser: argparse.ArgumentParser, names: Iterable[str] = HELP) -> None:
-    """Add a flag for each of these fields of Config. One that is not given leaves no trace in the parsed arguments."""
+def add_config_flags(
+    parser: argparse.ArgumentParser, names: Iterable[str] = HELP, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Add a flag for each of these fields of Config. One that is not given leaves no trace in the parsed arguments.
+
+    defaults: fields for which the script has a default of its own.
+    """
+    own = defaults or {}
     for name in names:
         kind = int if name in INTEGERS else float if name in NUMBERS else str
-        text = HELP[name] + _default(name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
+        text = HELP[name] + (f" ({own[name]})" if name in own else _default(name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=own.get(name, argparse.SUPPRESS), help=text)

@@ -8,7 +8,7 @@ at many loss scales, to see what each of them would have kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from refimpl.cast import cast, widen
 from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.formats import FORMATS
-from refimpl.mistakes import meddle
 from refimpl.parts import Parts
 from refimpl.policy import SAME
 from refimpl.recipes import Recipe
@@ -27,8 +26,8 @@ from refimpl.rounding import Counts, RoundingMonitor, kind_of
 from refimpl.run_folder import read_config
 from refimpl.state import State
 from refimpl.step import Batch, StepResult, through
-from refimpl.trace import Trace, batches_of, checked_start, load
-from refimpl.trainer import INIT, SKIPS_BEFORE_STOP, Trainer, generator
+from refimpl.trace import batches_of, checked_start, load
+from refimpl.trainer import SKIPS_BEFORE_STOP, Trainer, start
 
 Array = Any
 
@@ -52,7 +51,10 @@ class Source:
 
 def fresh(config: Config) -> Source:
     """A run from its beginning."""
-    return _run(config, None, f"a fresh run of {_steps(config.steps or 0)}")
+    assert config.steps is not None
+    parts = start(config)
+    batches = _on_device(batches_of(config, None), parts)
+    return Source(f"a fresh run of {_steps(config.steps)}", config, parts, batches, config.steps)
 
 
 def from_trace(path: Path) -> Source:
@@ -64,22 +66,20 @@ def from_trace(path: Path) -> Source:
     if not trace.config:
         raise UsageError(f"{path} does not say how it was made: it must come from `scripts/trace.py record`")
     config = Config.of({**trace.config, "steps": max(trace.config["steps"] or 0, len(trace.steps))})
-    return _run(config, trace, f"the {_steps(len(trace.steps))} of the trace {path.name}")
+    parts = start(config)
+    parts.state.load_weights(checked_start(trace.at(0, "4.master"), parts))
+    batches = _on_device(batches_of(config, trace), parts)
+    return Source(f"the {_steps(len(trace.steps))} of the trace {path.name}", config, parts, batches, len(trace.steps))
 
 
 def _steps(n: int) -> str:
     return f"{n} step" + "s" * (n != 1)
 
 
-def _run(config: Config, trace: Trace | None, what: str) -> Source:
-    parts = config.make_parts(config.make_backend())
-    meddle(config.mistake, parts)
-    start = trace.at(0, "4.master") if trace else parts.model.initial_weights(generator(config.seed, INIT))
-    parts.state.load_weights(checked_start(start, parts))
+def _on_device(steps: Iterable[Sequence[Batch]], parts: Parts) -> Iterator[list[Batch]]:
+    """The batches of each step, where the run computes."""
     here = parts.state.backend.from_host
-    batches = ([(here(x), here(y)) for x, y in batch] for batch in batches_of(config, trace))
-    assert config.steps is not None
-    return Source(what, config, parts, batches, len(trace.steps) if trace else config.steps)
+    return ([(here(x), here(y)) for x, y in batches] for batches in steps)
 
 
 def from_checkpoint(folder: Path, steps: int) -> Source:
@@ -257,7 +257,7 @@ def sweep_scales(parts: Parts, batches: Sequence[Batch]) -> list[dict[str, Any]]
             through(parts.model, batches, parts.state, scale, parts.run)
         layers: dict[str, Counts] = {}
         for site, counts in monitor.take()[0].items():
-            layers.setdefault(layer_of(site), Counts(counts.fmt)).__iadd__(counts)
+            _add_all(layers, {layer_of(site): counts})
         rows.append({"exponent": exponent, "layers": {k: (c.share("flushed"), c.overflowed) for k, c in layers.items()}})
     parts.watch(None)
     return rows

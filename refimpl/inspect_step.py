@@ -25,7 +25,7 @@ from refimpl.ops.shape import cast_forward
 from refimpl.show import bits, digits, json_text, table, ulp
 from refimpl.state import State
 from refimpl.step import StepResult, through
-from refimpl.trainer import BATCHES, INIT, generator
+from refimpl.trainer import BATCHES, generator, start
 
 Array = Any
 
@@ -167,9 +167,8 @@ def inspect_steps(
 def _train(config: Config, parameter: str) -> Iterator[_Watched]:
     """Train, and stop after every step, with all that a report on one parameter needs."""
     assert config.batch_size is not None and config.block_size is not None
-    corpus, parts = load_corpus(config.data, config.block_size), config.make_parts(config.make_backend())
+    corpus, parts = load_corpus(config.data, config.block_size), start(config)
     state, scale = parts.state, parts.loss_scale
-    state.load_weights(parts.model.initial_weights(generator(config.seed, INIT)))
     batches = generator(config.seed, BATCHES)
     copies: list[Array] = []
 
@@ -178,7 +177,7 @@ def _train(config: Config, parameter: str) -> Iterator[_Watched]:
         if site.startswith(f"{parameter}.") and site.endswith(":cast.w"):
             copies.append(y)
 
-    parts.run.monitor = monitor
+    parts.watch(monitor)
     while True:
         copies.clear()
         before = {kind: state.layout.views(buffer)[parameter].copy() for kind, buffer in state.buffers.items()}

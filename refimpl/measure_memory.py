@@ -22,14 +22,14 @@ import numpy as np
 from refimpl.activations import Row, Term, against_paper, gpt_activations, itemsize, mlp_activations, weight_copies
 from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.mistakes import meddle
+from refimpl.memory_report import paper_text
 from refimpl.models import GPTConfig, MLPConfig, Model
 from refimpl.parts import Parts
 from refimpl.show import json_text, table
 from refimpl.step import Batch
 from refimpl.tape import Tape
 from refimpl.trace import batches_of
-from refimpl.trainer import INIT, generator
+from refimpl.trainer import start
 
 STEPS = 3
 """Training steps before anything is weighed, unless the user says another number."""
@@ -85,7 +85,7 @@ def weigh(config: Config) -> Measurement:
     """Train for `config.steps` steps, then weigh the states and a tape; trace one more step of a fresh run for its peak."""
     steps = list(batches_of(config, None))
     before = process_memory()
-    parts = _started(config)
+    parts = start(config)
     for batches in steps:
         parts.step(batches)
     after = process_memory()
@@ -102,14 +102,6 @@ def weigh(config: Config) -> Measurement:
             ("peak less the start", after[1] - before[0], "that, less what the process held when training began"),
         ]
     return Measurement(config, parts.model, sections, only)
-
-
-def _started(config: Config) -> Parts:
-    """A run before its first step, as the trainer starts it."""
-    parts = config.make_parts(config.make_backend())
-    meddle(config.mistake, parts)
-    parts.state.load_weights(parts.model.initial_weights(generator(config.seed, INIT)))
-    return parts
 
 
 def state_lines(config: Config, parts: Parts) -> list[Line]:
@@ -223,11 +215,11 @@ def traced_peak(config: Config, batches: Sequence[Batch]) -> int:
     tracing = tracemalloc.is_tracing()
     tracemalloc.start()
     try:
-        start = tracemalloc.get_traced_memory()[0]
-        parts, own = _started(config), [(tokens.copy(), targets.copy()) for tokens, targets in batches]
+        before = tracemalloc.get_traced_memory()[0]
+        parts, own = start(config), [(tokens.copy(), targets.copy()) for tokens, targets in batches]
         tracemalloc.reset_peak()
         parts.step(own)
-        return tracemalloc.get_traced_memory()[1] - start
+        return tracemalloc.get_traced_memory()[1] - before
     finally:
         if not tracing:
             tracemalloc.stop()
@@ -267,7 +259,11 @@ def _text(result: Measurement) -> str:
     rows = list(zip(whats, _column(numbers), remarks, strict=True))
     parts.append(f"measured only, predicted by nothing here\n{table([], rows, '  ')}")
     parts.append(f"NOT as predicted: {'; '.join(result.wrong)}" if result.wrong else "Every prediction is met to the byte.")
-    return "\n\n".join(parts + ([_paper_text(config)] if config.model == "gpt" else []))
+    own = sizes_of(config)
+    if isinstance(own, GPTConfig):
+        assert config.batch_size is not None
+        parts.append(paper_text(own, config.make_recipe(), config.batch_size, own.block_size))
+    return "\n\n".join(parts)
 
 
 def _section(lines: Sequence[Line]) -> str:
@@ -292,17 +288,6 @@ def paper_rows(config: Config) -> list[Row]:
         return []
     assert config.batch_size is not None
     return against_paper(sizes, config.make_recipe(), config.batch_size, sizes.block_size)
-
-
-def _paper_text(config: Config) -> str:
-    rows = paper_rows(config)
-    rows.append(Row("together", sum(row.paper for row in rows), sum(row.ours for row in rows), ""))
-    cells = zip(rows, _column([row.paper for row in rows]), _column([row.ours for row in rows]), strict=True)
-    return (
-        "One layer beside the published formula, 34 s b h + 5 a s^2 b bytes (Korthikanti et al. 2022, arXiv 2205.05198):\n"
-        f"16-bit values, with dropout; s = T, b = B, h = C, a = H. Ours is recipe {config.recipe}, without dropout.\n"
-        + table(["", "paper", "ours", "why"], [[row.tensor, paper, ours, row.why] for row, paper, ours in cells], "  ")
-    )
 
 
 def _data(result: Measurement) -> dict[str, Any]:

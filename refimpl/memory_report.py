@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from refimpl.activations import against_paper, gpt_activations, weight_copies
+from refimpl.activations import Row, against_paper, gpt_activations, weight_copies
 from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.memory import (
@@ -227,7 +227,9 @@ def ledger_text(choice: Choice) -> str:
     sizes = f"{choice.batch_size} sequences of {choice.block_size} tokens, checkpointing {choice.checkpointing}"
     if own:
         parts.append(f"activations of this project's GPT, {sizes}: its own formula; --measure weighs it\n{_table(own)}")
-        parts.append(f"a layer of the published formula (arXiv 2205.05198) and of ours, in bytes\n{_against_paper(choice)}")
+        config = _own_config(choice)
+        assert config and choice.recipe
+        parts.append(paper_text(config, choice.recipe, choice.batch_size, choice.block_size))
     elif paper:
         parts.append(f"activations by the published formula (arXiv 2205.05198; 16 bits, dropout), {sizes}\n{_table(paper)}")
     parts += _remarks(choice)
@@ -259,13 +261,16 @@ def _totals(choice: Choice, states: Sequence[Line], rest: Sequence[Line]) -> str
     return text
 
 
-def _against_paper(choice: Choice) -> str:
-    config = _own_config(choice)
-    assert config and choice.recipe
-    rows = against_paper(config, choice.recipe, choice.batch_size, choice.block_size)
+def paper_text(config: GPTConfig, recipe: Recipe, batch_size: int, block_size: int) -> str:
+    """One layer, tensor by tensor: the published formula beside ours."""
+    rows = against_paper(config, recipe, batch_size, block_size)
+    rows.append(Row("together", sum(row.paper for row in rows), sum(row.ours for row in rows), ""))
     cells = [[row.tensor, f"{row.paper:,}", f"{row.ours:,}", row.why] for row in rows]
-    cells.append(["together", f"{sum(row.paper for row in rows):,}", f"{sum(row.ours for row in rows):,}", ""])
-    return table(["tensor", "paper", "ours", ""], cells, "  ")
+    return (
+        "One layer beside the published formula, 34 s b h + 5 a s^2 b bytes (Korthikanti et al. 2022, arXiv 2205.05198):\n"
+        f"16-bit values, with dropout; s = T, b = B, h = C, a = H. Ours is recipe {recipe.name}, without dropout.\n"
+        + table(["tensor", "paper", "ours", "why"], cells, "  ")
+    )
 
 
 def _table(lines: Sequence[Line]) -> str:

@@ -16,7 +16,6 @@ from refimpl.precision_tables import (
     exponents_text,
     loss_sentence,
     merged,
-    power,
     range_sentence,
     scales,
     scales_text,
@@ -25,7 +24,7 @@ from refimpl.precision_tables import (
     zones,
 )
 from refimpl.rounding import HIGHEST, LOWEST, Counts
-from refimpl.verdicts import NEGLIGIBLE, percent
+from refimpl.verdicts import NEGLIGIBLE, percent, power
 
 SIZE = (4.3, 3.1)  # inches: two beside each other on a desktop, one on a phone, and the text in it legible on both
 STYLE: dict[Any, Any] = {

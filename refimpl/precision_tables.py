@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from refimpl.formats import FORMATS
 from refimpl.inspect_precision import Inspection, StepRow
 from refimpl.rounding import LOWEST, Counts, by_kind
-from refimpl.verdicts import NEGLIGIBLE, Verdict, decibels, percent, plain_name
+from refimpl.verdicts import NEGLIGIBLE, Verdict, decibels, percent, plain_name, powers
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
@@ -244,14 +244,7 @@ def scales(rows: Iterable[StepRow]) -> list[float]:
 
 def scales_text(rows: Iterable[StepRow]) -> str:
     """'2^16', or '2^14 to 2^16'."""
-    found = scales(rows)
-    return power(found[0]) if len(found) == 1 else f"{power(found[0])} to {power(found[-1])}"
-
-
-def power(scale: float) -> str:
-    """65536 -> '2^16', 1000 -> '1000', 1 -> '1'."""
-    mantissa, exponent = math.frexp(scale)
-    return f"2^{exponent - 1}" if mantissa == 0.5 and exponent != 1 else f"{scale:g}"
+    return powers(scales(rows))
 
 
 def plural(n: int, noun: str) -> str:

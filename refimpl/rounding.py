@@ -123,18 +123,18 @@ class Counts:
             self._add_piece(x[start : start + _PIECE], y[start : start + _PIECE])
 
     def _add_piece(self, x: np.ndarray, y: np.ndarray) -> None:
-        effects = effects_of(x, y, self.fmt)
+        before, after = widen(x, "fp64"), widen(y, "fp64")
+        effects = effects_of(before, after, self.fmt)
         for name in (*OUTCOMES, "tie", "subnormal"):
             setattr(self, name, getattr(self, name) + int(np.count_nonzero(getattr(effects, name))))
-        before, after = widen(x, "fp64"), widen(y, "fp64")
         self.elements += before.size
         self.zeros += before.size - int(np.count_nonzero(before))
-        finite = np.isfinite(before) & np.isfinite(after)
-        before, difference = before[finite], before[finite] - after[finite]
-        self.signal += float(np.vdot(before, before))
-        self.noise += float(np.vdot(difference, difference))
-        magnitude = np.abs(widen(x, "fp64"))
+        magnitude = np.abs(before)
         magnitude = magnitude[np.isfinite(magnitude) & (magnitude > 0)]
+        finite = np.isfinite(before) & np.isfinite(after)
+        signal, difference = before[finite], before[finite] - after[finite]
+        self.signal += float(np.vdot(signal, signal))
+        self.noise += float(np.vdot(difference, difference))
         if magnitude.size:
             self.largest = max(self.largest, float(magnitude.max()))
             exponents = np.frexp(magnitude)[1] - 1

@@ -18,10 +18,10 @@ import numpy as np
 from refimpl.backends import Backend
 from refimpl.cast import cast, widen
 from refimpl.formats import dtype_of, format_of, widens_to
+from refimpl.policy import Monitor
 
 Array = Any
 Sink = Callable[[str, Array], None]
-Monitor = Callable[[str, Array, Array], None]  # as `policy.Monitor`: (site name, values before, values after)
 
 
 class ParameterSpec(Protocol):

@@ -22,6 +22,7 @@ from refimpl.generate import mean_loss
 from refimpl.gradients import first_non_finite
 from refimpl.metrics import MetricsLog
 from refimpl.mistakes import meddle
+from refimpl.parts import Parts
 from refimpl.run_folder import CHECKPOINT, METRICS
 from refimpl.state_file import load_state_arrays, state_arrays
 from refimpl.step import Batch, StepResult
@@ -40,6 +41,14 @@ def generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,))))
 
 
+def start(config: Config) -> Parts:
+    """A run before its first step: its parts, with the configuration's mistake in them, and fresh weights."""
+    parts = config.make_parts(config.make_backend())
+    meddle(config.mistake, parts)
+    parts.state.load_weights(parts.model.initial_weights(generator(config.seed, INIT)))
+    return parts
+
+
 @dataclass
 class Progress:
     """Where a run is: what a checkpoint holds beside arrays, loss scale and generator."""
@@ -55,14 +64,12 @@ class Trainer:
     def __init__(self, config: Config, folder: Path) -> None:
         assert config.block_size is not None
         self.config, self.folder = config, folder
-        self.backend = config.make_backend()
         self.recipe = config.make_recipe()
         self.corpus: Corpus = load_corpus(config.data, config.block_size)
-        self.parts = config.make_parts(self.backend)
-        meddle(config.mistake, self.parts)
+        self.parts = start(config)
         self.model, self.state = self.parts.model, self.parts.state
         self.loss_scale, self.run = self.parts.loss_scale, self.parts.run
-        self.state.load_weights(self.model.initial_weights(generator(config.seed, INIT)))
+        self.backend = self.state.backend
         self.batches = generator(config.seed, BATCHES)
         self.progress = Progress()
         self.log = MetricsLog(folder / METRICS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refimpl.formats import FORMATS
@@ -62,9 +63,8 @@ def _of_gradient(counts: Counts, unscaled: Counts, inspection: Inspection) -> tu
     else:
         parts.append(f"{percent(at_one)} would become zero in {fmt} at S = 1; {_remedy(unscaled, fmt)}")
     scales = sorted({row["loss_scale"] for row in inspection.sampled})
-    between = _power(scales[0]) if len(scales) == 1 else f"{_power(scales[0])} to {_power(scales[-1])}"
     if scales != [1.0]:
-        parts.append(f"at the S of this run ({between}) {percent(actual)} did")
+        parts.append(f"at the S of this run ({powers(scales)}) {percent(actual)} did")
     return _severity(counts, at_one), "; ".join(parts)
 
 
@@ -117,6 +117,12 @@ def decibels(ratio: float) -> str:
     return "without an error" if math.isinf(ratio) else "-" if math.isnan(ratio) else f"{ratio:.1f} dB"
 
 
-def _power(scale: float) -> str:
-    exponent = math.log2(scale)
-    return f"2^{exponent:.0f}" if exponent == round(exponent) else f"{scale:g}"
+def powers(scales: Sequence[float]) -> str:
+    """The range of loss scales in order of size: '2^16', or '2^14 to 2^16'."""
+    return power(scales[0]) if len(scales) == 1 else f"{power(scales[0])} to {power(scales[-1])}"
+
+
+def power(scale: float) -> str:
+    """65536 -> '2^16', 1000 -> '1000', 1 -> '1'."""
+    mantissa, exponent = math.frexp(scale)
+    return f"2^{exponent - 1}" if mantissa == 0.5 and exponent != 1 else f"{scale:g}"

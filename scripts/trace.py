@@ -17,12 +17,14 @@ from refimpl.checkpoint import write_text_atomically
 from refimpl.cli import main
 from refimpl.compare import diff
 from refimpl.config import Config
+from refimpl.flags import HELP, add_config_flags
 from refimpl.show import json_text
 from refimpl.trace import load, record, save
 
 DEFAULTS: dict[str, Any] = {
     "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 4, "warmup": 1,
 }  # fmt: skip
+FOR_LONG_RUNS = ("backend", "eval_every", "eval_batches", "log_every", "sample_bytes")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,14 +32,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = result.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record", help="train a few steps and write everything down")
-    for name, value in DEFAULTS.items():
-        recording.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    for name in ("model", "recipe", "data", "optimizer", "loss_scale", "mistake"):
-        recording.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS)
-    for name in ("min_lr", "momentum", "weight_decay", "clip", "init_scale"):
-        recording.add_argument(f"--{name.replace('_', '-')}", type=float, default=argparse.SUPPRESS)
-    for name in ("grad_accum", "growth_interval", "seed"):
-        recording.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
+    add_config_flags(recording, [name for name in HELP if name not in FOR_LONG_RUNS], DEFAULTS)
     recording.add_argument("--like", type=Path, metavar="TRACE", help="start from the weights and take the batches of TRACE")
     recording.add_argument("--out", type=Path, required=True)
     difference = commands.add_parser("diff", help="judge trace B by the recipe of trace A")

@@ -227,7 +227,7 @@ MAY_IMPORT = {
     "models.model": {"tape"},
     "models.gpt": MODELS_MAY,
     "models.mlp": MODELS_MAY,
-    "state": {"backends", "cast", "formats"},
+    "state": {"backends", "cast", "formats", "policy"},
     "gradients": {"cast", "state"},
     "loss_scale": {"cast", "errors", "formats"},
     "optim": {"cast", "state"},

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from script_loader import load_script
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,10 +42,7 @@ def complaint(command: str) -> str | None:
     path = ROOT / script
     if program != "python" or not path.exists():
         return f"there is no {script}"
-    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(path.stem)
     if not hasattr(module, "parser"):
         return None if not arguments else f"{script} takes no arguments"
     try:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from script_loader import load_script
 
 from refimpl.activations import gpt_activations
 from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.memory import (
-    CHECKPOINTING,
     CONVENTIONS,
     GB,
     GIB,
@@ -34,16 +32,8 @@ from refimpl.state import State
 SCRIPT = Path(__file__).parent.parent / "scripts" / "memory.py"
 
 
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("script_memory", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(*words: str) -> int:
-    module = script()
+    module = load_script("memory")
     code: int = module.run(vars(module.parser().parse_args(words)))
     return code
 
@@ -289,7 +279,3 @@ def test_the_script_itself() -> None:
     assert good.returncode == 0 and "104.3" in good.stdout
     bad = subprocess.run([sys.executable, SCRIPT, "--ranks", "0"], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr == "error: --ranks is 0: it must be at least 1\n"
-
-
-def test_checkpointing_kinds_are_those_of_the_help() -> None:
-    assert CHECKPOINTING == ("none", "selective", "full")

@@ -18,11 +18,11 @@ from dataclasses import asdict, fields, replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from script_loader import load_script
 
 from refimpl import show_precision
 from refimpl.cast import cast
@@ -44,7 +44,6 @@ from refimpl.precision_tables import (
     cast_of,
     loss_sentence,
     other_formats_by_kind,
-    power,
     range_sentence,
     scales_text,
     skipped_sentence,
@@ -59,7 +58,7 @@ from refimpl.show import json_text
 from refimpl.show_precision import command, data, inspect_precision, terminal_text
 from refimpl.trace import record, save
 from refimpl.train import train
-from refimpl.verdicts import percent, verdicts
+from refimpl.verdicts import percent, power, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, Any] = {
@@ -608,18 +607,9 @@ TINY_FLAGS = [word for name, value in TINY.items() for word in (f"--{name.replac
 FP16_FLAGS = [*TINY_FLAGS, "--init-scale", str(2.0**17)]
 
 
-def script() -> ModuleType:
-    """scripts/inspect_precision.py as a module, under a name of its own."""
-    spec = importlib.util.spec_from_file_location("inspect_precision_script", ROOT / "scripts" / "inspect_precision.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(*words: str) -> None:
     """What the script does with these words, in this process."""
-    module = script()
+    module = load_script("inspect_precision")
     arguments = vars(module.parser().parse_args(words))
     own = {name: arguments.pop(name) for name in module.OWN_FLAGS}
     inspect_precision(arguments, **own)
@@ -632,7 +622,8 @@ def in_a_process(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_flags_of_the_script_are_fields_of_the_configuration() -> None:
     names = {field.name for field in fields(Config)}
-    assert set(script().CONFIG_FLAGS) | {"steps"} <= names and not names & set(script().OWN_FLAGS)
+    script = load_script("inspect_precision")
+    assert set(script.CONFIG_FLAGS) | {"steps"} <= names and not names & set(script.OWN_FLAGS)
 
 
 @needs_matplotlib

@@ -17,12 +17,10 @@ anew; and each is run on arrays with a mistake in them, or on a refimpl with a m
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -54,6 +52,7 @@ from bounds import (
     softmax_near,
     wide,
 )
+from script_loader import load_script
 
 from refimpl.backends import NUMPY, Backend
 from refimpl.cast import cast, widen
@@ -77,17 +76,7 @@ FILE = ROOT / "tests" / "vectors" / "pytorch.safetensors"
 Array = np.ndarray
 
 
-def _script() -> ModuleType:
-    """scripts/record_vectors.py as a module: it knows the cases and formats of what it wrote, and draws what it did not."""
-    spec = importlib.util.spec_from_file_location("record_vectors", ROOT / "scripts" / "record_vectors.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there for the names in annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-recorder = _script()
+recorder = load_script("record_vectors")  # it knows the cases and formats of what it wrote, and draws what it did not
 CASES = {f"{case.op} {case.name}": case for case in recorder.cases()}
 
 

@@ -4,7 +4,6 @@ Facts are held against numpy.finfo, ml_dtypes.finfo and torch.finfo; stored valu
 conversions and PyTorch's bits; the words at the boundaries are worked out by hand.
 """
 
-import importlib
 import json
 import math
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from script_loader import load_script
 
 from refimpl.cast import cast
 from refimpl.errors import UsageError
@@ -47,18 +47,9 @@ def torch_dtype(torch: ModuleType, fmt: str) -> Any:
     return getattr(torch, FORMATS[fmt].dtype.name)
 
 
-def script() -> ModuleType:
-    """scripts/formats.py as a module, under a name of its own."""
-    spec = importlib.util.spec_from_file_location("formats_script", ROOT / "scripts" / "formats.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(*words: str) -> None:
     """What the script does with these words, in this process."""
-    show_formats(**vars(script().arguments(words)))
+    show_formats(**vars(load_script("formats").arguments(words)))
 
 
 def rows(text: str) -> dict[str, list[str]]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from refimpl.cast import widen
 from refimpl.config import Config
-from refimpl.data import load_corpus, sample_batch
 from refimpl.experiments.experiment import Experiment, Result
 from refimpl.loss_scale import make_loss_scale
 from refimpl.parts import Parts
 from refimpl.recipes import RECIPES
 from refimpl.state import State
 from refimpl.step import Batch, through
-from refimpl.trainer import BATCHES, INIT, generator
+from refimpl.trace import batches_of
+from refimpl.trainer import start
 
 SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "warmup": 5}
 """The model of these experiments: 0.1 million parameters, 256 tokens a step."""
@@ -24,15 +25,12 @@ SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 
 
 def _parts(recipe: str, seed: int, **more: Any) -> tuple[Config, Parts]:
     config = Config.of({**SMALL, "recipe": recipe, "seed": seed, **more})
-    parts = config.make_parts(config.make_backend())
-    parts.state.load_weights(parts.model.initial_weights(generator(seed, INIT)))
-    return config, parts
+    return config, start(config)
 
 
 def _batches(config: Config, n: int) -> list[Batch]:
-    assert config.batch_size and config.block_size
-    corpus, rng = load_corpus(config.data, config.block_size), generator(config.seed, BATCHES)
-    return [sample_batch(corpus.train, config.batch_size, config.block_size, rng) for _ in range(n)]
+    """The batches of the first n steps, of one micro-batch each."""
+    return [batch for (batch,) in batches_of(replace(config, steps=n), None)]
 
 
 def _train(parts: Parts, batches: list[Batch]) -> list[float]:
