@@ -20,7 +20,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import threadpoolctl
 
 from refimpl.cast import cast
 from refimpl.config import Config
@@ -40,14 +39,20 @@ WARM_UP = 3
 
 
 def machine() -> str:
-    """The processor, and what multiplies matrices on it with how many threads: printed with every table."""
-    blas = [lib for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas" and "numpy" in lib["filepath"]]
-    blas = blas or [lib for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"]
+    """The processor, and what multiplies matrices on it with how many threads: printed with every table.
+
+    Errors: UsageError without threadpoolctl, which knows it.
+    """
+    try:
+        import threadpoolctl
+    except ImportError:
+        raise UsageError("the benchmark needs threadpoolctl: pip install -e '.[bench]'") from None
     kernels = ", ".join(
         f"{lib['internal_api']} {lib['version']} ({lib.get('architecture', 'unknown')} kernels, {lib['num_threads']} threads)"
-        for lib in blas
+        for lib in threadpoolctl.threadpool_info()
+        if lib["user_api"] == "blas" and "numpy" in lib["filepath"]
     )
-    return f"{processor()}; NumPy {np.__version__}, {kernels or 'no BLAS that is known'}"
+    return f"{processor()}; NumPy {np.__version__}, {kernels or 'a BLAS that is not known'}"
 
 
 def processor() -> str:
@@ -230,7 +235,7 @@ def bench(
     what: str = "alone", models: str = "small,medium", recipes: str = "fp32,bf16,fp16", rounds: int = 15, as_json: bool = False
 ) -> None:
     """What scripts/bench.py does. Errors: UsageError for an unknown model or recipe, or too few rounds."""
-    chosen, kinds = models.split(","), recipes.split(",")
+    where, chosen, kinds = machine(), models.split(","), recipes.split(",")
     for name in chosen:
         if name not in MODELS:
             raise UsageError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
@@ -245,9 +250,9 @@ def bench(
         "scaling": lambda: scaling(kinds[0], rounds),
     }[what]()
     if as_json:
-        print(json_text({"machine": machine(), "rounds": rounds, "rows": rows}))
+        print(json_text({"machine": where, "rounds": rounds, "rows": rows}))
         return
-    print(f"{machine()}\n{'medians of' if what in ('alone', 'torch', 'scaling') else 'mean of'} {rounds} steps\n")
+    print(f"{where}\n{'mean' if what == 'profile' else 'medians'} of {rounds} steps\n")
     print(table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.compare_pytorch import import_torch
+from refimpl.errors import UsageError
 
 torch = import_torch()
 F, nn = torch.nn.functional, torch.nn
@@ -15,9 +16,11 @@ _LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def variants(recipe: str) -> list[str]:
-    """The ways to run a recipe in PyTorch: the fastest counts."""
-    if recipe.startswith("amp-"):
+    """The ways to run a recipe in PyTorch: the fastest counts. Errors: UsageError for a recipe that is not timed there."""
+    if recipe in ("amp-fp16-cpu", "amp-bf16-cpu"):
         return ["autocast"]
+    if recipe not in (*_LOW, "fp32"):
+        raise UsageError(f"recipe {recipe} is not timed in PyTorch: choose fp32, fp16, bf16, amp-fp16-cpu or amp-bf16-cpu")
     return ["autocast", "half model, FP32 masters"] if recipe in _LOW else ["plain"]
 
 

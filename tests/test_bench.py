@@ -23,7 +23,7 @@ if sys.argv[1] == "kept":
     get_backend("numpy")
 def large():
     for _ in range(3):
-        np.ones(1 << 23, np.uint8) + np.ones(1 << 23, np.uint8)
+        np.ones(1 << 25, np.uint8) + np.ones(1 << 25, np.uint8)  # 32 MiB: from there on glibc never keeps an array by itself
 large()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 large()
@@ -33,15 +33,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not keep_freed_memory(), reason="the C library is not glibc")
 def test_memory_that_was_freed_is_found_mapped_again() -> None:
-    """8 MiB arrays are beyond what glibc keeps by itself at first; without the backend each costs its page faults."""
+    """Nine arrays of 32 MiB cost nine times 8192 faults, or nine times 16 where pages are huge; kept ones cost none of them."""
 
     def faults(how: str) -> int:
         done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
     kept, given_back = faults("kept"), faults("given back")
-    assert kept < 64, kept
-    assert given_back > 100 * (kept + 1) or given_back > 1000, given_back
+    assert given_back >= 9 * 16 > kept, (given_back, kept)  # the interpreter itself may fault here and there
 
 
 def test_a_step_of_the_benchmark_is_a_training_step() -> None:
@@ -65,6 +64,18 @@ def test_the_profile_adds_up() -> None:
     rows = profile("smoke", "fp16", 3)
     assert abs(sum(row["share"] for row in rows) - 1) < 1e-9
     assert {"linear forward", "attention backward", "update", "everything else"} <= {row["what"] for row in rows}
+
+
+def test_a_recipe_that_torch_has_not_is_not_timed_as_another() -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(UsageError, match="recipe pure-fp16 is not timed in PyTorch"):
+        bench("torch", models="smoke", recipes="pure-fp16", rounds=1)
+
+
+def test_without_threadpoolctl_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[bench\]'"):
+        bench(models="smoke", rounds=1)
 
 
 def test_beside_torch(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_long_sums() -> None:
     """The error of FP32 is below the worst case n u; FP16's is 2^13 times as large a unit, and in BF16 10,000 stick at 256."""
     data = result("accumulate").data
     assert data["bf16"]["uniforms"] == 256 and data["fp16"]["uniforms"] == 2048
-    assert abs(data["fp32"]["uniforms"] - data["uniforms"]) < 0.1
+    assert abs(data["fp32"]["uniforms"] - data["uniforms"]) < 10_000 * 8192 * 2.0**-25  # each addition rounds a sum below 8192
     assert data["fp32"]["last"] < PRODUCTS * 2.0**-24 < data["fp16"]["last"] < data["bf16"]["last"]
     spread = 4 / math.sqrt(2 * TRIALS)  # of a ratio of two rms values over as many trials
     assert abs(math.log2(data["fp16"]["last"] / data["fp32"]["last"]) - 13) < math.log2(1 + 2 * spread)
@@ -81,13 +81,17 @@ def test_long_sums() -> None:
 def test_a_tiny_loss() -> None:
     data = result("tiny-loss").data
     assert data["zero"][0] == 1.0 and data["zero"] == sorted(data["zero"], reverse=True)
-    assert data["zero"][data["best"]] + data["infinite"][data["best"]] < 1e-4
-    assert data["infinite"][0] == 0 and data["infinite"][-1] > 0.01
+    assert data["zero"][data["best"]] == data["infinite"][data["best"]] == 0  # some S loses nothing at either end
+    assert data["infinite"][0] == 0 and data["infinite"][-1] > 0
     assert "leaves 100% of its gradients zero" in result("tiny-loss").conclusion
 
 
 def test_masters_and_loss_scaling() -> None:
-    """Without either, less than two thirds of what both together learn on the same batches; loss scaling alone matters too."""
+    """What is missing costs a third at least of what both together learn.
+
+    The runs see the same batches from the same weights, so nothing but the roundings sets them apart. Of N(0, 0.02^2) FP16
+    weights a step of 5e-6 moves about a half (`predicted_share`): the other updates are lost without masters.
+    """
     gain = result("masters").data["gain"]
     both, no_scaling, no_masters, neither = gain.values()
     assert both > 0 and max(no_masters, no_scaling, neither) < both * 2 / 3
@@ -103,10 +107,12 @@ def test_masters_differ_in_nothing_else() -> None:
 def test_all_recipes() -> None:
     data = result("recipes").data
     ends = data["ends"]
-    for name in ("fp64", "amp-fp16", "amp-fp16-cpu"):
-        assert data["apart"][name] < 0.01, name
-    assert all(abs(ends[name] - ends["fp32"]) < 0.1 for name in ends if name != "pure-fp16")
-    assert not abs(ends["pure-fp16"] - ends["fp32"]) < 0.1  # Adam's second moments vanish in FP16
+    # fp64 parts from fp32 only by FP32's rounding, 2^-13 of FP16's: less than any recipe that rounds to 16 bits.
+    assert data["apart"]["fp64"] < min(data["apart"][name] for name in ends if name not in ("fp64", "fp32"))
+    # What 16 bits change is small beside what is learnt, but for pure-fp16: Adam's second moments vanish there.
+    learnt = data["curves"]["fp32"][0] - ends["fp32"]
+    assert all(abs(ends[name] - ends["fp32"]) < 0.05 * learnt for name in ends if name != "pure-fp16")
+    assert not abs(ends["pure-fp16"] - ends["fp32"]) < learnt
     assert len({curve[0] for name, curve in data["curves"].items() if name.startswith("amp-fp16")}) == 1
     assert "pure-fp16 at" in result("recipes").conclusion
 

@@ -132,7 +132,7 @@ def test_norm_of_zero_gradients_is_zero() -> None:
 
 
 def test_norm_does_not_depend_on_threads() -> None:
-    threadpoolctl = pytest.importorskip("threadpoolctl")
+    threadpoolctl = pytest.importorskip("threadpoolctl")  # of the extra `test`
     state = state_of("fp32", a=(300_001,))
     state.grads[:] = np.random.default_rng(2).standard_normal(300_001).astype(np.float32)
     norms = set()
