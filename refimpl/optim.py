@@ -62,6 +62,7 @@ class AdamW:
         w *= scalars[0]
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
+        """The last three lines of the formula; `difference` and `g` are used again as soon as they have been read."""
         (m, v), (beta1, beta2) = moments, self.betas
         _, step_size, root_correction = scalars
         difference = g - m
@@ -104,6 +105,7 @@ class SGD:
         w *= scalars[0]
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
+        """The formula but for the decay; g becomes the step."""
         if moments:
             (m,) = moments
             m *= self.momentum
