@@ -75,7 +75,7 @@ class DynamicLossScale:
         self.growth_tracker = xp.asarray(np.int32(0))
 
     def update(self, found_inf: Array) -> None:
-        """The two lines above, both computed and one chosen by `where`: whether there was an Inf is known on the device only."""
+        """The two lines above, both computed and one chosen by `where`: only the device knows whether there was an Inf."""
         xp = self.xp
         exact = widen(self.scale, "fp64")
         smaller = cast(exact * self.backoff_factor, "fp32")

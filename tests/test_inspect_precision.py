@@ -62,6 +62,8 @@ def test_a_checkpoint_goes_on_as_the_resumed_run_does_and_stays_as_it_is(tmp_pat
     flags = {**TINY, "recipe": "fp16", "eval_every": 3, "log_every": 1, "eval_batches": 1, "sample_bytes": 0}
     train({**flags, "steps": 9}, tmp_path / "whole", False, False, None)
     train({**flags, "steps": 9}, tmp_path / "part", False, False, None)
+    with (tmp_path / "part" / "metrics.jsonl").open("a") as log:  # a line that the checkpoint has not come to: resuming cuts it
+        log.write('{"step": 10, "loss": 1.0}\n')
     before = {path.name: path.read_bytes() for path in (tmp_path / "part").iterdir()}
     source = from_checkpoint(tmp_path / "part", 3)
     assert "at step 9" in source.what and source.config.steps == 12

@@ -8,6 +8,7 @@ from refimpl.backends import NUMPY
 from refimpl.cast import cast, widen
 from refimpl.formats import dtype_of, format_of
 from refimpl.models import GPTConfig, MLPConfig, Model, Parameter, gpt, mlp
+from refimpl.optim import AdamW, Optimizer, Schedule
 from refimpl.recipes import RECIPES, get_recipe
 from refimpl.state import Layout, State, blocks
 
@@ -189,6 +190,19 @@ def test_weights_down_rounds_the_masters(name: str) -> None:
     assert np.array_equal(state.master, master)
     state.weights_down()
     assert np.array_equal(state.weights, cast(master, name))
+
+
+def test_a_monitor_hears_of_each_block_by_the_names_of_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update goes block by block, and blocks end in the middle of parameters: all parts together are the parameters."""
+    monkeypatch.setattr(refimpl.state, "BLOCK", 7)
+    state, heard = state_of(TINY_MLP, "pure-bf16"), dict[str, list[np.ndarray]]()
+    state.monitor = lambda site, before, after: heard.setdefault(site, []).append(before)
+    state.grads[...] = cast(np.random.default_rng(2).standard_normal(state.layout.size), "bf16")
+    optimizer = Optimizer(AdamW(weight_decay=0.0), Schedule(lr=1.0, min_lr=1.0, warmup=0, steps=1))
+    optimizer.update(state, np.float32(1), 1.0, np.False_)
+    for name, view in state.layout.views(state.weights).items():
+        values = np.concatenate(heard[f"{name}:update.weights"])
+        assert np.array_equal(cast(values, "bf16"), view.reshape(-1)), name
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp64", "amp-bf16", "pure-bf16", "pure-fp16"])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from script_loader import load_script
 
 from refimpl.compare import diff
 from refimpl.config import Config
@@ -169,6 +170,13 @@ def test_one_bit_in_an_exact_point_departs() -> None:
 def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "trace.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_script_has_defaults_of_its_own() -> None:
+    script = load_script("trace")
+    recorded = vars(script.parser().parse_args(["record", "--out", "x"]))
+    assert {name: recorded[name] for name in script.DEFAULTS} == script.DEFAULTS
+    assert "recipe" not in recorded
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # malloc.h
 _LARGEST_INT = 2**31 - 1
 
 
@@ -25,4 +25,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # not glibc; on Windows CDLL takes no None
         return False
-    return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, _LARGEST_INT), mallopt(_TOP_PAD, 64 << 20)])
+    return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, _LARGEST_INT)])
