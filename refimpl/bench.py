@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 
 from refimpl.cast import cast
 from refimpl.config import Config
@@ -39,14 +40,7 @@ WARM_UP = 3
 
 
 def machine() -> str:
-    """The processor, and what multiplies matrices on it with how many threads: printed with every table.
-
-    Errors: UsageError without threadpoolctl, which knows it.
-    """
-    try:
-        import threadpoolctl
-    except ImportError:
-        raise UsageError("the benchmark needs threadpoolctl: pip install -e '.[bench]'") from None
+    """The processor, and what multiplies matrices on it with how many threads: printed with every table."""
     kernels = ", ".join(
         f"{lib['internal_api']} {lib['version']} ({lib.get('architecture', 'unknown')} kernels, {lib['num_threads']} threads)"
         for lib in threadpoolctl.threadpool_info()

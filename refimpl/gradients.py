@@ -33,13 +33,17 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     torch.nn.utils.clip_grad_norm_ computes (there: of the norms of the tensors; equal but for rounding).
     """
     xp, fmt = state.backend.xp, state.math_format
+
+    def measure(block: slice) -> tuple[Array, Array]:
+        scaled = widen(state.grads[block], fmt)
+        g = scaled * inverse_scale
+        return xp.isfinite(scaled).all(), (g * g).sum()
+
     finite = xp.asarray(np.True_)
     total = xp.zeros((), widen(inverse_scale, fmt).dtype)
-    for block in blocks(state.layout.size):
-        g = widen(state.grads[block], fmt)
-        finite = finite & xp.isfinite(g).all()
-        g = g * inverse_scale
-        total = total + (g * g).sum()
+    for block_is_finite, square in state.each_block(measure):
+        finite = finite & block_is_finite
+        total = total + square
     return ~finite, xp.sqrt(total)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from refimpl.cast import cast, widen
-from refimpl.state import State, blocks
+from refimpl.state import State
 
 Array = Any
 
@@ -167,8 +167,11 @@ class Optimizer:
         if found_inf:  # on the host this costs nothing; on a device it waits for the flag
             return
         scalars = cast(self.scalars[state.t], state.math_format)
-        for block in blocks(state.layout.size):
+
+        def update(block: slice) -> None:
             self._update_block(state, block, inverse_scale, clip, scalars)
+
+        state.each_block(update)
         state.t = state.t + 1
 
     def _update_block(self, state: State, block: slice, inverse_scale: Array, clip: Array | float, scalars: Array) -> None:

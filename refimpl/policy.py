@@ -10,7 +10,8 @@ No operation knows what recipe it runs in: it casts in, computes in `acc`, round
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +63,8 @@ class Policy:
         return self.rows[key]
 
 
-MAP_BLOCK = 1 << 14
-"""Elements of a block in `Bound.map`: 64 KiB in fp32, of which a second-level cache holds a dozen."""
+MAP_BLOCK = 1 << 17
+"""Elements of a block in `Bound.map` and `Bound.by_example`: large enough that calls cost nothing, small enough for a cache."""
 
 Monitor = Callable[[str, Array, Array], None]
 """Called at every rounding inside an operation, when a run has one: (site name, values before, values after)."""
@@ -135,8 +136,11 @@ class Bound:
 
     def out(self, z: Array, site: str, *operands: Array) -> Array:
         """Round a result once, to the row's `out`; with SAME, to the widest format of the operands as they came in."""
-        fmt = self.row.out
-        return self.round(z, widest(*(format_of(x) for x in operands)) if fmt == SAME else fmt, site)
+        return self.round(z, self.out_format(*(format_of(x) for x in operands)), site)
+
+    def out_format(self, *operands: str) -> str:
+        """The format of a result, from those of the operands as they came in."""
+        return widest(*operands) if self.row.out == SAME else self.row.out
 
     def grad(self, dz: Array, operand: str, stored: str, rounded: str | None = None) -> Array:
         """Round the gradient of an operand to the format that the operand was cast to, then store it in its own.
@@ -159,14 +163,35 @@ class Bound:
         if in_one_piece or not all(x.flags.c_contiguous for x in arrays):
             return finish(formula(*(self.wide(x) for x in arrays)))
         flat = [x.reshape(-1) for x in arrays]
-        result: Array = None
-        for start in range(0, size, MAP_BLOCK):
-            block = slice(start, start + MAP_BLOCK)
-            part = finish(formula(*(self.wide(x[block]) for x in flat)))
-            if result is None:
-                result = self.xp.empty(size, part.dtype)
-            result[block] = part
+        (result,) = self._joined(lambda *part: (finish(formula(*(self.wide(x) for x in part))),), flat, MAP_BLOCK, size)
         return result.reshape(arrays[0].shape)
+
+    def by_example(self, formula: Callable[..., tuple[Array, ...]], size: int, *arrays: Array) -> tuple[Array, ...]:
+        """`formula(*arrays)`, for arrays (B, ...) whose B examples do not depend on one another, nor do those of its results.
+
+        size: elements of the largest array that the formula makes. On the host so many examples as fill a block go at a
+        time, and several threads take them.
+        """
+        B = len(arrays[0])
+        if self.run.monitor is not None or size <= MAP_BLOCK or B < 2 or not self.run.backend.cached_blocks:
+            return formula(*arrays)
+        return tuple(self._joined(formula, arrays, max(1, MAP_BLOCK * B // size), size))
+
+    def _joined(self, formula: Callable[..., tuple[Array, ...]], arrays: Sequence[Array], step: int, size: int) -> list[Array]:
+        """The results of a formula on every `step` rows of the arrays, end to end."""
+        n, results, making = len(arrays[0]), list[Array](), threading.Lock()
+
+        def compute(start: int) -> None:
+            rows = slice(start, start + step)
+            parts = formula(*(x[rows] for x in arrays))
+            with making:  # whoever comes first knows what the results look like
+                if not results:
+                    results.extend(self.xp.empty((n, *part.shape[1:]), part.dtype) for part in parts)
+            for result, part in zip(results, parts, strict=True):
+                result[rows] = part
+
+        self.run.backend.each(compute, range(0, n, step), size)
+        return results
 
     def leaf_format(self, operand: str, x: Array) -> str | None:
         """The 16-bit format that a parameter is cast to once a step and shared among its uses, or None.

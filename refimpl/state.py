@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from refimpl.policy import Monitor
 
 Array = Any
 Sink = Callable[[str, Array], None]
+R = TypeVar("R")
 
 
 class ParameterSpec(Protocol):
@@ -73,8 +74,8 @@ class Layout:
         return next(name for name, (start, stop, _) in self.slots.items() if start <= index < stop)
 
 
-BLOCK = 1 << 16
-"""Elements that passes over flat buffers handle at a time: five FP32 blocks of 256 KiB fit a second-level cache."""
+BLOCK = 1 << 18
+"""Elements that passes over flat buffers handle at a time: few enough for a cache, enough for a thread to work on alone."""
 
 
 def blocks(size: int) -> Iterator[slice]:
@@ -149,6 +150,13 @@ class State:
             part = slice(max(first - start, 0), max(last - start, 0))
             if out[part].size:
                 self.monitor(f"{name}:{site}", values[part], out[part])
+
+    def each_block(self, f: Callable[[slice], R]) -> list[R]:
+        """`f` of every block of the flat buffers, in order; the backend may take several at a time."""
+        pieces, size = blocks(self.layout.size), self.layout.size
+        if self.monitor is not None:  # who counts what it is told does so for one at a time
+            return [f(block) for block in pieces]
+        return self.backend.each(f, pieces, size)
 
     @property
     def master_format(self) -> str:

@@ -72,12 +72,6 @@ def test_a_recipe_that_torch_has_not_is_not_timed_as_another() -> None:
         bench("torch", models="smoke", recipes="pure-fp16", rounds=1)
 
 
-def test_without_threadpoolctl_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
-    with pytest.raises(UsageError, match=r"pip install -e '\.\[bench\]'"):
-        bench(models="smoke", rounds=1)
-
-
 def test_beside_torch(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     bench("torch", models="smoke", recipes="fp32,bf16,fp16", rounds=2, as_json=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import refimpl.state
 from refimpl.backends import NUMPY
 from refimpl.exact import (
     PIECE,
@@ -30,7 +31,7 @@ from refimpl.exact import (
 from refimpl.models.mlp import MLPConfig, mlp
 from refimpl.optim import SGD, AdamW, Optimizer, Schedule
 from refimpl.recipes import RECIPES
-from refimpl.state import BLOCK, State
+from refimpl.state import State
 
 Array = np.ndarray
 U = 2.0**-24  # unit roundoff of fp32
@@ -382,11 +383,12 @@ def test_the_first_momentum_buffer_is_the_gradient_itself(torch: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", [ExactAdamW(), ExactAdamW((0.9, 0.999), 1e-6, 0.01), ExactSGD(), ExactSGD(nesterov=True)])
-def test_the_rules_drop_into_optimizer(torch: Any, rule: ExactAdamW | ExactSGD) -> None:
+def test_the_rules_drop_into_optimizer(torch: Any, rule: ExactAdamW | ExactSGD, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model across two blocks, a schedule, decay on matrices only: the bits of torch with one group a kind of tensor."""
+    monkeypatch.setattr(refimpl.state, "BLOCK", 1 << 16)
     model, schedule = mlp(MLPConfig(n_layer=1, n_embd=32, block_size=8)), Schedule(1e-2, 1e-4, 5, 40)
     state = State(model, RECIPES["fp32"].state_formats(rule.moments), NUMPY)
-    assert state.layout.size > BLOCK and all((stop - start) % 8 == 0 for start, stop, _ in state.layout.slots.values())
+    assert state.layout.size > 1 << 16 and all((stop - start) % 8 == 0 for start, stop, _ in state.layout.slots.values())
     rng = np.random.default_rng(8)
     state.weights[...] = rng.standard_normal(state.layout.size)
     twins = {name: torch.nn.Parameter(torch.from_numpy(w.copy())) for name, w in state.weight_views.items()}

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 import refimpl.state
 from refimpl.backends import NUMPY
@@ -132,12 +133,11 @@ def test_norm_of_zero_gradients_is_zero() -> None:
 
 
 def test_norm_does_not_depend_on_threads() -> None:
-    threadpoolctl = pytest.importorskip("threadpoolctl")  # of the extra `test`
     state = state_of("fp32", a=(300_001,))
     state.grads[:] = np.random.default_rng(2).standard_normal(300_001).astype(np.float32)
     norms = set()
     for threads in (1, 2, 4):
-        with threadpoolctl.threadpool_limits(threads):
+        with threadpool_limits(threads):
             norms.add(check_and_measure(state, ONE)[1].tobytes())
     assert len(norms) == 1
 

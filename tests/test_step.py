@@ -279,9 +279,10 @@ def test_gradients_of_the_last_step_are_forgotten() -> None:
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.fixture(scope="module")
-def large() -> Training:
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> Training:
     """A run with more than four blocks of parameters, gradients in 16 bits, after a step."""
+    monkeypatch.setattr(refimpl.state, "BLOCK", 1 << 14)
     model = mlp(MLPConfig(n_layer=2, n_embd=64, block_size=16, vocab_size=VOCABULARY))
     assert model.n_params > 4 * refimpl.state.BLOCK
     training = Training(model, "bf16")

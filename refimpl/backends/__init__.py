@@ -6,16 +6,21 @@ side in one process, so there is no module-level `xp`: a run carries its backend
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from refimpl.backends.heap import keep_freed_memory
+from refimpl.backends.workers import workers
 from refimpl.cast import widen
 from refimpl.errors import UsageError
+from refimpl.formats import dtype_of
 
 Array = Any
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,10 @@ class Backend:
     name: str
     xp: Any
     cached_blocks: bool = False  # whether elementwise work is faster in pieces that fit a processor's cache
+
+    def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:
+        """[f(part) for part in parts], for parts that are independent and have `size` elements in all."""
+        return [f(part) for part in parts]
 
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
         """a (..., M, K) @ b (..., K, N) in the accumulation format `acc`: widen both, multiply, do not round.
@@ -43,7 +52,38 @@ class Backend:
         return np.asarray(x)
 
 
-NUMPY = Backend("numpy", np, cached_blocks=True)
+SHARED = 1 << 19
+"""Elements from which work is shared among threads: below, handing it over takes longer than it saves."""
+
+SHARED_PRODUCTS = 1 << 27
+"""The same for matrix products, in multiplications."""
+
+ROWS = 64
+"""The rows of a matrix product that a thread computes are a multiple of this, which BLAS kernels take without a remainder."""
+
+
+@dataclass(frozen=True)
+class NumPyBackend(Backend):
+    """The host: large operations in parts, one thread of the BLAS for each; small ones whole, by all of its threads."""
+
+    def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:
+        return workers().map(f, parts) if size >= SHARED else super().each(f, parts, size)
+
+    def gemm(self, a: Array, b: Array, acc: str) -> Array:
+        """As in `Backend`, to the bit: a row of a product does not depend on how many there are beside it."""
+        if workers().at_work or a.ndim != 2 or b.ndim != 2 or len(a) * b.size < SHARED_PRODUCTS:
+            return super().gemm(a, b, acc)
+        result, b = np.empty((len(a), b.shape[1]), dtype_of(acc)), widen(b, acc)
+
+        def product(rows: slice) -> None:
+            np.matmul(widen(a[rows], acc), b, out=result[rows])
+
+        step = -(-len(a) // (workers().threads * ROWS)) * ROWS
+        workers().map(product, [slice(start, start + step) for start in range(0, len(a), step)])
+        return result
+
+
+NUMPY = NumPyBackend("numpy", np, cached_blocks=True)
 
 
 def get_backend(name: str) -> Backend:

@@ -44,10 +44,17 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
     qkv (B, T, 3C), as one linear layer makes it -> O (B, T, C). Saved: qkv and P (B, H, T, T).
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1. PyTorch: the four operations one after the other.
     """
+    B, T, _ = qkv.shape
+    O, P = p.by_example(lambda part: _attend(part, p, n_head), B * n_head * T * T, qkv)  # noqa: E741
+    return O, (qkv, P)
+
+
+def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
+    """O and P, step by step."""
     q, k, v = split_heads(qkv, n_head)
     row = p["scores"]
     S = row.out(row.gemm(row.cast(q, "q"), row.cast(k, "k").swapaxes(-1, -2)), "S", q, k)
-    row, unscaled_format = p["scale"], format_of(S)
+    row = p["scale"]
     S = row.out(row.wide(row.cast(S, "S")) * (1 / math.sqrt(q.shape[-1])), "S", S)
     row = p["softmax"]
     # The mask is a choice between values, not an addition of a large negative number, which could overflow.
@@ -55,15 +62,23 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
     P = row.out(softmax(z, p), "P", S)
     row = p["values"]
     O = row.out(row.gemm(row.cast(P, "P"), row.cast(v, "v")), "O", P, v)  # noqa: E741
-    return merge_heads(O), (qkv, P, format_of(S), unscaled_format)
+    return merge_heads(O), P
 
 
 def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
     """dP = dO v^T,  dv = P^T dO,  dS' = P (dP - sum(dP P)),  dS = dS' / sqrt(D),  dq = dS k,  dk = dS^T q."""
-    qkv, P, S_format, unscaled_format = saved
+    qkv, P = saved
+    (dqkv,) = p.by_example(lambda dO, qkv, P: (_attend_backward(dO, qkv, P, p, n_head),), P.size, dO, qkv, P)
+    return (dqkv,)
+
+
+def _attend_backward(dO: Array, qkv: Array, P: Array, p: Bound, n_head: int) -> Array:
+    """The gradient of qkv, step by step."""
     q, k, v = split_heads(qkv, n_head)
     B, H, T, D = q.shape
     dO = dO.reshape(B, T, H, D).transpose(0, 2, 1, 3)
+    unscaled_format = p["scores"].out_format(format_of(qkv))
+    S_format = p["scale"].out_format(unscaled_format)
 
     row = p["values"]
     dP = row.grad(row.gemm(dO, row.cast(v, "v").swapaxes(-1, -2)), "P", format_of(P))
@@ -83,7 +98,7 @@ def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Ar
     dqkv = p.empty((B, T, 3, H, D), format_of(qkv))
     for i, d in enumerate((dq, dk, dv)):
         dqkv[:, :, i] = d.transpose(0, 2, 1, 3)
-    return (dqkv.reshape(qkv.shape),)
+    return dqkv.reshape(qkv.shape)
 
 
 attention = Op("attention", attention_forward, attention_backward)

@@ -20,27 +20,39 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
     Source: Ba et al. 2016, arXiv 1607.06450. PyTorch: torch.nn.functional.layer_norm.
     """
     xc = p.cast(x, "x")
-    z = p.wide(xc)
-    mean = z.mean(-1, keepdims=True)
-    centred = z - mean
-    rstd = 1 / p.xp.sqrt((centred * centred).mean(-1, keepdims=True) + EPS)
-    y = centred * rstd * p.wide(p.cast(w, "w"))
-    if b is not None:
-        y += p.wide(p.cast(b, "b"))
-    return p.out(y, "y", x), (xc, mean, rstd, format_of(x))
+    scale, shift = p.wide(p.cast(w, "w")), None if b is None else p.wide(p.cast(b, "b"))
+
+    def rows(xc: Array) -> tuple[Array, ...]:
+        z = p.wide(xc)
+        mean = z.mean(-1, keepdims=True)
+        centred = z - mean
+        rstd = 1 / p.xp.sqrt((centred * centred).mean(-1, keepdims=True) + EPS)
+        y = centred * rstd * scale
+        if shift is not None:
+            y += shift
+        return p.out(y, "y", x), mean, rstd
+
+    y, mean, rstd = p.by_example(rows, x.size, xc)
+    return y, (xc, mean, rstd, format_of(x))
 
 
 def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
     """With h = (x - mean) rstd and dh = dy w:  dx = rstd (dh - mean(dh) - h mean(dh h)),  dw = sum(dy h),  db = sum(dy)."""
     x, mean, rstd, x_format = saved
-    dy = p.wide(dy)
-    h = (p.wide(x) - mean) * rstd
-    dh = dy * p.wide(p.cast(w, "w"))
-    dx = (dh - dh.mean(-1, keepdims=True) - h * (dh * h).mean(-1, keepdims=True)) * rstd
-    rows = tuple(range(dy.ndim - 1))
-    dw = p.grad((dy * h).sum(rows), "w", format_of(w))
-    db = None if b is None else p.grad(dy.sum(rows), "b", format_of(b))
-    return p.grad(dx, "x", x_format), dw, db
+    scale = p.wide(p.cast(w, "w"))
+
+    def rows(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, ...]:
+        dy = p.wide(dy)
+        h = (p.wide(x) - mean) * rstd
+        dh = dy * scale
+        dx = (dh - dh.mean(-1, keepdims=True) - h * (dh * h).mean(-1, keepdims=True)) * rstd
+        return p.grad(dx, "x", x_format), dy * h
+
+    dx, dyh = p.by_example(rows, x.size, dy, x, mean, rstd)
+    axes = tuple(range(dy.ndim - 1))
+    dw = p.grad(dyh.sum(axes), "w", format_of(w))
+    db = None if b is None else p.grad(p.wide(dy).sum(axes), "b", format_of(b))
+    return dx, dw, db
 
 
 def rmsnorm_forward(x: Array, w: Array, p: Bound) -> tuple[Array, Any]:
