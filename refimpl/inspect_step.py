@@ -252,6 +252,7 @@ class _Element:
     # -- step 2 -----------------------------------------------------------------------------------------------------
 
     def through(self) -> Block:
+        """Step 2: what forward and backward read, made and rounded."""
         watched, lines, sources = self.watched, [], [_cite(through)]
         if watched.autocast_copy is not None:
             sources.append(_cite(cast_forward))
@@ -299,6 +300,7 @@ class _Element:
     # -- step 3 -----------------------------------------------------------------------------------------------------
 
     def gradients_up(self) -> Block:
+        """Step 3: 16-bit gradients to FP32, checked, unscaled and measured."""
         result, state, stored = self.watched.result, self.watched.state, self.new("grads")
         g = widen(stored, self.math)
         unscaled, coefficient = g * self.inverse_scale, self._coefficient()

@@ -172,7 +172,7 @@ class Bound:
         size: elements of the largest array that the formula makes. On the host so many examples as fill a block go at a
         time, and several threads take them.
         """
-        B = len(arrays[0])
+        B = len(arrays[0]) if arrays[0].ndim > 1 else 1  # a vector is one example, such as a single row of a norm
         if self.run.monitor is not None or size <= MAP_BLOCK or B < 2 or not self.run.backend.cached_blocks:
             return formula(*arrays)
         return tuple(self._joined(formula, arrays, max(1, MAP_BLOCK * B // size), size))

@@ -10,7 +10,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import refimpl.state
-from refimpl.backends import NUMPY
+from refimpl.backends import NUMPY, SHARED
 from refimpl.cast import cast, widen
 from refimpl.formats import FORMATS
 from refimpl.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
@@ -133,8 +133,9 @@ def test_norm_of_zero_gradients_is_zero() -> None:
 
 
 def test_norm_does_not_depend_on_threads() -> None:
-    state = state_of("fp32", a=(300_001,))
-    state.grads[:] = np.random.default_rng(2).standard_normal(300_001).astype(np.float32)
+    n = SHARED + 300_001  # three blocks, large enough to be shared
+    state = state_of("fp32", a=(n,))
+    state.grads[:] = np.random.default_rng(2).standard_normal(n).astype(np.float32)
     norms = set()
     for threads in (1, 2, 4):
         with threadpool_limits(threads):

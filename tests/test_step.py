@@ -315,7 +315,7 @@ def test_steps_three_and_four_never_hold_an_fp32_copy_of_the_gradients(large: Tr
         peak = peak_of(function)
         print(f"peak {peak / 2**10:.0f} KiB, a block {4 * refimpl.state.BLOCK // 2**10} KiB, a copy {copy / 2**10:.0f} KiB")
         # at most three fp32 arrays of a block at a time (the gradient, one scratch array, and one that an expression is
-        # making), and 64 KiB for Python; masters and moments are fp32 here and are updated where they lie
+        # making; so small a run has one thread), and 64 KiB for Python; masters and moments are updated where they lie
         assert peak < 3 * 4 * refimpl.state.BLOCK + 2**16 < copy
 
 

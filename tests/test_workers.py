@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import refimpl.backends as backends
-from refimpl import policy
+from refimpl import policy, state
 from refimpl.backends import NUMPY, Backend
 from refimpl.backends.workers import Workers, workers
 from refimpl.bench import MODELS, Ours
+from refimpl.ops import layernorm
+from refimpl.policy import Run
 from refimpl.recipes import RECIPES
+
+
+def slowly(_: int) -> int:
+    """Which thread it is, after a while that leaves the others time to take a part too."""
+    time.sleep(0.01)
+    return threading.get_ident()
 
 
 class FakeBlas:
@@ -25,6 +37,7 @@ class FakeBlas:
         self.num_threads, self.told = threads, list[int]()
 
     def set_num_threads(self, n: int) -> None:
+        self.num_threads = n
         self.told.append(n)
 
 
@@ -64,14 +77,58 @@ def test_the_blas_has_one_thread_while_parts_run_and_all_of_them_afterwards() ->
     assert blas.told == [1, 2, 1, 2]
 
 
-def test_a_part_is_not_divided_once_more(some: Workers) -> None:
-    def inner(i: int) -> list[int]:
-        threads = set(some.map(lambda _: threading.get_ident(), range(5)))
-        assert threads == {threading.get_ident()}
-        return some.map(lambda j: 10 * i + j, range(3))
+def test_who_limits_the_blas_limits_the_workers_too_and_keeps_the_limit() -> None:
+    blas = FakeBlas(4)
+    some = Workers(blas)
+    for limit in (4, 2, 1):
+        blas.num_threads = limit
+        assert len(set(some.map(slowly, range(40)))) == limit
+        assert blas.num_threads == limit
 
-    assert some.map(inner, range(4)) == [[10 * i + j for j in range(3)] for i in range(4)]
-    assert not some.at_work
+
+def test_threads_heed_the_callers_errstate() -> None:
+    """Warnings are errors in these tests: one that a thread gave would be raised."""
+    two, barrier, large = Workers(FakeBlas(2)), threading.Barrier(2, timeout=20), np.full(4, 1e30, np.float32)
+
+    def overflow(_: int) -> float:
+        barrier.wait()  # so that either thread has one
+        return float((large * large)[0])
+
+    with np.errstate(over="ignore"):
+        assert two.map(overflow, range(2)) == [np.inf, np.inf]
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        two.map(overflow, range(2))
+
+
+FORKED = """
+import os, sys
+from refimpl.backends.workers import workers
+if workers().threads < 2:
+    sys.exit("one thread")
+workers().map(abs, range(4))
+pid = os.fork()
+if pid == 0:
+    os._exit(workers().map(abs, range(4)) != [0, 1, 2, 3])
+sys.exit(os.waitpid(pid, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_has_workers_of_its_own() -> None:
+    if workers().threads < 2:
+        pytest.skip("one thread has nobody to wait for")
+    assert subprocess.run([sys.executable, "-c", FORKED], timeout=60).returncode == 0
+
+
+def test_a_part_is_not_divided_once_more() -> None:
+    three, barrier = Workers(FakeBlas(3)), threading.Barrier(2, timeout=20)
+
+    def inner(_: int) -> bool:
+        barrier.wait()  # two threads have a part each; the third has nothing to do, and must not help either
+        return three.at_work and set(three.map(slowly, range(4))) == {threading.get_ident()} and three.at_work
+
+    assert three.map(inner, range(2)) == [True, True]
+    assert not three.at_work
 
 
 def test_an_error_is_raised_when_all_have_ended() -> None:
@@ -149,23 +206,56 @@ def test_a_step_does_not_depend_on_the_number_of_threads(threads: int, monkeypat
         return b"".join(buffer.tobytes() for buffer in ours.parts.state.buffers.values())
 
     normal = states()
-    others = Workers(workers()._blas)
-    others.threads = threads
-    others._pool = Workers(FakeBlas(threads))._pool
+    others = Workers(FakeBlas(threads))
     monkeypatch.setattr(backends, "workers", lambda: others)
     assert states() == normal
 
 
+def test_a_single_row_of_a_norm_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x (C,), longer than a block: its elements are no examples."""
+    rng = np.random.default_rng(1)
+    x, w, b, dy = (rng.standard_normal(64, np.float32) for _ in range(4))
+    p = Run(RECIPES["fp32"].policy, NUMPY).bind("layernorm", "norm")
+
+    def both() -> list[bytes]:
+        y, saved = layernorm.forward(x, w, b, p=p)
+        return [a.tobytes() for a in (y, *layernorm.backward(dy, saved, w, b, p=p))]
+
+    whole = both()
+    monkeypatch.setattr(policy, "MAP_BLOCK", 16)
+    assert both() == whole
+
+
+def test_results_are_allocated_once_whoever_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "SHARED", 0)
+    monkeypatch.setattr(policy, "MAP_BLOCK", 1)
+    two, made = Workers(FakeBlas(2)), list[tuple[int, ...]]()
+    monkeypatch.setattr(backends, "workers", lambda: two)
+
+    def slow_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        made.append(shape)
+        time.sleep(0.05)  # the other thread has its first part by now
+        return np.empty(shape, dtype)
+
+    p = Run(RECIPES["fp32"].policy, NUMPY).bind("layernorm", "norm")
+    p.xp = SimpleNamespace(empty=slow_empty)
+    x = np.arange(24, dtype=np.float32).reshape(8, 3)
+    (doubled,) = p.by_example(lambda part: (2 * part,), x.size, x)
+    assert made == [(8, 3)] and np.array_equal(doubled, 2 * x)
+
+
 def test_a_monitor_sees_whole_arrays_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "SHARED", 0)
-    monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 8)
-    ours, seen = Ours(MODELS["smoke"], "fp16"), list[tuple[str, int, int]]()
+    monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 6)
+    monkeypatch.setattr(state, "BLOCK", 1 << 6)
+    ours, seen = Ours(MODELS["smoke"], "pure-fp16"), list[tuple[str, int, int]]()
 
     def watch(site: str, before: np.ndarray, after: np.ndarray) -> None:
         seen.append((site, before.size, threading.get_ident()))
 
     ours.parts.watch(watch)
     ours.step()
+    assert any(site.endswith(":update.weights") for site, _, _ in seen)  # no masters: the update rounds too
     assert {thread for _, _, thread in seen} == {threading.get_ident()}
     sizes = {site: size for site, size, _ in seen if site.endswith(":attention.softmax.P")}
     assert list(sizes.values()) == [2 * 2 * 8 * 8], seen[:40]  # batch, heads, block, block: not an example at a time

@@ -8,7 +8,9 @@ that they shared, and take those cores from ours. In a step of large operations 
 
 from __future__ import annotations
 
+import contextvars
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ R = TypeVar("R")
 
 
 class Workers:
-    """As many threads as the BLAS would use, the calling one among them."""
+    """As many threads as the BLAS would use, the calling one among them; fewer while someone limits the BLAS to fewer."""
 
     def __init__(self, blas: Any = None) -> None:
         """blas: threadpoolctl's handle of the BLAS; without one, the calling thread does all."""
@@ -40,6 +42,7 @@ class Workers:
         items = list(parts)
         if self._pool is None or self.at_work or len(items) < 2:
             return [f(item) for item in items]
+        allowed = self._blas.num_threads
         results: list[Any] = [None] * len(items)
         left = iter(range(len(items)))  # its next() is atomic: each index goes to one thread
 
@@ -52,12 +55,14 @@ class Workers:
                 self._here.busy = False
 
         self._blas.set_num_threads(1)
-        others = [self._pool.submit(work) for _ in range(min(self.threads, len(items)) - 1)]
+        # Each in a copy of the caller's context: np.errstate lives there, and an overflow is a result in a step, not a warning.
+        count = min(self.threads, allowed, len(items)) - 1
+        others = [self._pool.submit(contextvars.copy_context().run, work) for _ in range(count)]
         try:
             work()
         finally:
             errors = [other.exception() for other in others]
-            self._blas.set_num_threads(self.threads)
+            self._blas.set_num_threads(allowed)
         for error in errors:
             if error is not None:
                 raise error
@@ -70,3 +75,7 @@ def workers() -> Workers:
     found = ThreadpoolController().select(user_api="blas").lib_controllers
     numpys = [blas for blas in found if "numpy" in blas.filepath] or found
     return Workers(numpys[0] if numpys else None)
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads, and would wait for them for ever
+    os.register_at_fork(after_in_child=workers.cache_clear)

@@ -23,6 +23,7 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
     scale, shift = p.wide(p.cast(w, "w")), None if b is None else p.wide(p.cast(b, "b"))
 
     def rows(xc: Array) -> tuple[Array, ...]:
+        """y, mean and rstd of some of the rows."""
         z = p.wide(xc)
         mean = z.mean(-1, keepdims=True)
         centred = z - mean
@@ -42,6 +43,7 @@ def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Boun
     scale = p.wide(p.cast(w, "w"))
 
     def rows(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, ...]:
+        """dx of some of the rows, and their dy h, which dw sums over all."""
         dy = p.wide(dy)
         h = (p.wide(x) - mean) * rstd
         dh = dy * scale
