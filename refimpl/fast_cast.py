@@ -2,7 +2,7 @@
 
 The definition is NumPy's own conversion (`x.astype(...)`, what cast.py spells): this file returns the same bits for
 every input, NaN payloads included, and is only there for time. NumPy converts FP16 one element at a time, with a branch
-for each kind of value, and raises the CPU's underflow flag for each inexact subnormal. Here a block that fits the cache
+for each kind of value, and raises the CPU's underflow flag for each inexact subnormal. Here a block that fits a cache
 goes through a dozen passes of whole-array arithmetic, without a branch on a value. One thread of an AMD Zen 4, NumPy 2.4:
 
     ns an element                    fp32 -> fp16               fp16 -> fp32
@@ -25,7 +25,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK = 65536  # elements: input, output and two scratch buffers are 14 bytes an element, 896 KiB, about an L2 cache
+BLOCK = 1 << 18  # elements of a pass: fewer fit a smaller cache, but threads would wait for Python's lock between passes
 SMALL = 2048  # elements below which a dozen calls cost more than they save
 
 
@@ -60,7 +60,7 @@ def fp32_to_fp16(x: Array, out: Array) -> Array:
     """Round `x` to fp16, to nearest, ties to the even fraction: `out[...] = x`, bit for bit, and at least twice as fast.
 
     x: fp32, any shape and layout. out: fp16, the same shape; it may overlap `x`. Returns `out`.
-    Values from 65520 on become infinities, no warning is given. A block of 65,536 elements with a NaN among them goes
+    Values from 65520 on become infinities, no warning is given. A block of 2^18 elements with a NaN among them goes
     through NumPy's own conversion, and takes that long.
     Errors: TypeError for another dtype, ValueError for another shape or an `out` that cannot be written to.
     PyTorch: `x.to(torch.float16)`, bit for bit but for the payload of NaNs.

@@ -63,8 +63,12 @@ class Policy:
         return self.rows[key]
 
 
-MAP_BLOCK = 1 << 17
-"""Elements of a block in `Bound.map` and `Bound.by_example`: large enough that calls cost nothing, small enough for a cache."""
+MAP_BLOCK = 1 << 18
+"""Elements of a block in `Bound.map` and `Bound.by_example`.
+
+Few enough for a cache; but many, since two threads take turns at Python's lock between any two NumPy calls, and the wait for
+it costs some 10 us.
+"""
 
 Monitor = Callable[[str, Array, Array], None]
 """Called at every rounding inside an operation, when a run has one: (site name, values before, values after)."""
@@ -116,7 +120,7 @@ class Bound:
 
     def round(self, x: Array, fmt: str, site: str) -> Array:
         """Round `x` to `fmt` at a named site; the name is `place:op.site`, e.g. 'h.0.mlp.c_fc:linear.dw.dw'."""
-        y = door.cast(x, fmt)
+        y = self.run.backend.convert(door.cast, x, fmt)
         if self.run.monitor is not None and not widens_to(format_of(x), fmt):
             self.run.monitor(f"{self.place}:{self.op}.{site}", x, y)
         return y
@@ -128,11 +132,28 @@ class Bound:
 
     def wide(self, x: Array) -> Array:
         """The operand in the accumulation format. Exact."""
-        return door.widen(x, self.row.acc)
+        return self.run.backend.convert(door.widen, x, self.row.acc)
 
     def gemm(self, a: Array, b: Array) -> Array:
         """Matrix product of the last two axes, a (..., M, K) @ b (..., K, N) -> (..., M, N), accumulated in `acc`."""
         return self.run.backend.gemm(a, b, self.row.acc)
+
+    def gemm_then(self, finish: Callable[[Array], Array], fmt: str, a: Array, b: Array) -> Array:
+        """`finish(gemm(a, b))`, for a `finish` that treats each row of a product by itself and rounds it to `fmt`.
+
+        So that a row can be rounded as soon as it is there, by the thread that computed it, and no product is stored wide.
+        """
+        if self.run.monitor is not None:
+            return finish(self.gemm(a, b))
+        return self.run.backend.gemm_then(a, b, self.row.acc, finish, fmt)
+
+    def row_sum(self, x: Array) -> Array:
+        """The sum of each row, x (..., N) -> (..., 1), in the format of `x`: the accumulation format."""
+        return self.run.backend.row_sum(x)
+
+    def row_dot(self, x: Array, y: Array) -> Array:
+        """The scalar product of each row of x and y (..., N) -> (..., 1), in the accumulation format."""
+        return self.run.backend.row_dot(x, y)
 
     def out(self, z: Array, site: str, *operands: Array) -> Array:
         """Round a result once, to the row's `out`; with SAME, to the widest format of the operands as they came in."""

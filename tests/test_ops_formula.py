@@ -153,6 +153,15 @@ def test_backward_is_the_derivative_of_forward(case: Case) -> None:
     assert gradient_error(OPS[case.op], case) <= TOLERANCE
 
 
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("case", [case for case in CASES if case.op == "attention"], ids=str)
+def test_backward_is_the_derivative_of_forward_by_blocks_of_queries(
+    case: Case, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPS["attention"].forward.__globals__, "QUERIES", queries)
+    assert gradient_error(OPS[case.op], case) <= TOLERANCE
+
+
 BROKEN = [(case, i) for case in CASES for i in differentiable(case)]
 
 

@@ -650,6 +650,30 @@ def test_attention_written_out(case: Case) -> None:
     check(case)
 
 
+def queries_at_a_time(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    monkeypatch.setitem(OPS["attention"].forward.__globals__, "QUERIES", n)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3])  # of T = 4
+@pytest.mark.parametrize("case", [case for case in CASES if case.op == "attention"], ids=str)
+def test_attention_by_blocks_of_queries(case: Case, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries_at_a_time(monkeypatch, queries)
+    check(case)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_block_of_queries_does_not_touch_what_it_does_not_see(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = product_format(recipe)
+    qkv, dO = draw_qkv(fmt, fmt)
+    queries_at_a_time(monkeypatch, 2)
+    y, _ = ours(policy_of(recipe), "attention", [qkv], dO, n_head=H)
+    _, (_, P) = OPS["attention"].forward(qkv, p=Run(policy_of(recipe), NUMPY).bind("attention", "h"), n_head=H)
+    assert np.array_equal(wide(P) == 0, np.broadcast_to(np.triu(np.ones((T, T), bool), 1), P.shape))
+    qkv[:, 2:] = math.nan
+    z, _ = ours(policy_of(recipe), "attention", [qkv], dO, n_head=H)
+    assert z[:, :2].tobytes() == y[:, :2].tobytes() and np.isnan(wide(z)[:, 2:]).all()
+
+
 @pytest.mark.parametrize("low", LOW)
 def test_attention_with_one_rounding_is_the_math_backend(low: str) -> None:
     case = Case("attention", f"math-{low}", (low,))
@@ -680,6 +704,18 @@ def test_what_a_mask_hides_stays_hidden_as_in_pytorch(recipe: str, bad: float) -
         same_kind(y, y_torch, f"O, {'qkv'[part]} not finite")
         same_kind(g, g_torch, f"dqkv, {'qkv'[part]} not finite")
         assert part == 2 or np.isfinite(wide(y)[:, :-1]).all()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_infinite_gradient_reaches_no_key_that_is_hidden_from_it(recipe: str) -> None:
+    # P is 0 where a key is hidden, but 0 times an infinite dP is NaN.
+    qkv, dO = draw_qkv(product_format(recipe), product_format(recipe))
+    dO[:, 0, 0] = math.inf
+    with np.errstate(invalid="ignore"):
+        _, (g,) = ours(policy_of(recipe), "attention", [qkv], dO, n_head=H)
+    _, (g_torch,) = theirs(attention_in(recipe), [qkv], dO)
+    same_kind(g, g_torch, "dqkv, dO not finite")
+    assert np.isfinite(wide(g)[:, 1:, : 2 * H * D]).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ the edges

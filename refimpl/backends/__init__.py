@@ -19,6 +19,7 @@ from refimpl.errors import UsageError
 from refimpl.formats import dtype_of
 
 Array = Any
+Conversion = Callable[[Array, str], Array]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -35,6 +36,10 @@ class Backend:
         """[f(part) for part in parts], for parts that are independent and have `size` elements in all."""
         return [f(part) for part in parts]
 
+    def convert(self, change: Conversion, x: Array, fmt: str) -> Array:
+        """`change(x, fmt)`, for one of cast.py's two: `cast` or `widen`."""
+        return change(x, fmt)
+
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
         """a (..., M, K) @ b (..., K, N) in the accumulation format `acc`: widen both, multiply, do not round.
 
@@ -42,6 +47,18 @@ class Backend:
         and the rounding of their sums.
         """
         return self.xp.matmul(widen(a, acc), widen(b, acc))
+
+    def gemm_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
+        """`finish(a b)`, for a `finish` that treats each row by itself and whose result has the format `fmt`."""
+        return finish(self.gemm(a, b, acc))
+
+    def row_sum(self, x: Array) -> Array:
+        """x (..., N) -> (..., 1): the sum of each row, in the format of `x`."""
+        return x.sum(-1, keepdims=True)
+
+    def row_dot(self, x: Array, y: Array) -> Array:
+        """x, y (..., N) -> (..., 1): the sum of the products of each row, in their format."""
+        return (x * y).sum(-1, keepdims=True)
 
     def from_host(self, x: np.ndarray) -> Array:
         """Copy a NumPy array to the backend's memory (NumPy: no copy)."""
@@ -53,10 +70,13 @@ class Backend:
 
 
 SHARED = 1 << 19
-"""Elements from which work is shared among threads: below, handing it over takes longer than it saves."""
+"""Elements from which work is shared among threads: below, threads take turns at Python's lock longer than they save."""
 
 SHARED_PRODUCTS = 1 << 27
 """The same for matrix products, in multiplications."""
+
+CONVERTED = 1 << 18
+"""Elements of an array that a thread converts at a time."""
 
 ROWS = 64
 """The rows of a matrix product that a thread computes are a multiple of this, which BLAS kernels take without a remainder."""
@@ -64,23 +84,62 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class NumPyBackend(Backend):
-    """The host: large operations in parts, one thread of the BLAS for each; small ones whole, by all of its threads."""
+    """The host: large operations in parts, one thread of the BLAS for each; small ones whole."""
 
     def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:
         return workers().map(f, parts) if size >= SHARED else super().each(f, parts, size)
 
+    def convert(self, change: Conversion, x: Array, fmt: str) -> Array:
+        """As in `Backend`, to the bit: each element is converted by itself."""
+        if x.size < SHARED or x.dtype == dtype_of(fmt) or workers().at_work:
+            return change(x, fmt)
+        if not x.flags.c_contiguous:
+            return self.convert(change, x.T, fmt).T if x.T.flags.c_contiguous else change(x, fmt)
+        flat, result = x.reshape(-1), np.empty(x.shape, dtype_of(fmt))
+        target = result.reshape(-1)
+
+        def part(start: int) -> None:
+            target[start : start + CONVERTED] = change(flat[start : start + CONVERTED], fmt)
+
+        workers().map(part, range(0, x.size, CONVERTED))
+        return result
+
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
+        return self.gemm_then(a, b, acc, lambda z: z, acc)
+
+    def gemm_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
         """As in `Backend`, to the bit: a row of a product does not depend on how many there are beside it."""
         if workers().at_work or a.ndim != 2 or b.ndim != 2 or len(a) * b.size < SHARED_PRODUCTS:
-            return super().gemm(a, b, acc)
-        result, b = np.empty((len(a), b.shape[1]), dtype_of(acc)), widen(b, acc)
+            return finish(super().gemm(a, b, acc))
+        if not a.flags.c_contiguous:
+            a = self.convert(widen, a, acc)  # whole: slices of a transposed array would be in no order at all
+        b, result = self.convert(widen, b, acc), np.empty((len(a), b.shape[1]), dtype_of(fmt))
 
         def product(rows: slice) -> None:
-            np.matmul(widen(a[rows], acc), b, out=result[rows])
+            part = result[rows]
+            z = part if fmt == acc else np.empty(part.shape, dtype_of(acc))
+            y = finish(np.matmul(widen(a[rows], acc), b, out=z))
+            if y is not part:
+                part[...] = y
 
         step = -(-len(a) // (workers().threads * ROWS)) * ROWS
         workers().map(product, [slice(start, start + step) for start in range(0, len(a), step)])
         return result
+
+    def row_sum(self, x: Array) -> Array:
+        """As in `Backend`, but for the order of the sum: einsum adds vectors, where sum() begins anew with each short row."""
+        return np.einsum("...i->...", _whole_rows(x))[..., None] if x.ndim and x.itemsize >= 4 else super().row_sum(x)
+
+    def row_dot(self, x: Array, y: Array) -> Array:
+        """As in `Backend`, but for the order of the sum, and without an array of the products."""
+        if not x.ndim or x.itemsize < 4:
+            return super().row_dot(x, y)
+        return np.einsum("...i,...i->...", _whole_rows(x), _whole_rows(y))[..., None]
+
+
+def _whole_rows(x: Array) -> Array:
+    """`x`, or a copy where a row's elements do not lie side by side: einsum would add them in another order."""
+    return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
 
 
 NUMPY = NumPyBackend("numpy", np, cached_blocks=True)

@@ -32,10 +32,23 @@ def merge_heads(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
 
 
-def causal_mask(T: int, p: Bound) -> Array:
-    """(T, T): True where position i may look at position j, j <= i."""
-    position = p.xp.arange(T)
-    return position[:, None] >= position[None, :]
+QUERIES = 64
+"""Positions whose attention is computed at a time. What follows the last of them is hidden from all: it costs nothing."""
+
+
+def query_blocks(T: int) -> list[slice]:
+    """Slices of QUERIES positions that cover 0..T."""
+    return [slice(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
+
+
+def hide_later(z: Array, queries: slice, p: Bound, fill: float) -> None:
+    """z (..., queries, keys up to the last query): `fill` where a key comes after the query, in place.
+
+    It is a choice between values, not an addition of a large negative number, which could overflow, nor a product with
+    zero, which an infinity would make NaN. Only the last square of z has such places.
+    """
+    position, square = p.xp.arange(queries.stop - queries.start), z[..., queries.start :]
+    square[...] = p.xp.where(position[:, None] >= position, square, p.xp.full((), fill, z.dtype))
 
 
 def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
@@ -43,6 +56,8 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
 
     qkv (B, T, 3C), as one linear layer makes it -> O (B, T, C). Saved: qkv and P (B, H, T, T).
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1. PyTorch: the four operations one after the other.
+    Differs from the source: a position is not multiplied with those that its whole block does not see, so an Inf or NaN in
+    their v does not reach it as 0 * Inf = NaN.
     """
     B, T, _ = qkv.shape
     O, P = p.by_example(lambda part: _attend(part, p, n_head), B * n_head * T * T, qkv)  # noqa: E741
@@ -50,55 +65,91 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
 
 
 def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
-    """O and P, step by step."""
+    """O and P of all positions: block after block, or the one block there is."""
     q, k, v = split_heads(qkv, n_head)
-    row = p["scores"]
-    S = row.out(row.gemm(row.cast(q, "q"), row.cast(k, "k").swapaxes(-1, -2)), "S", q, k)
-    row = p["scale"]
-    S = row.out(row.wide(row.cast(S, "S")) * (1 / math.sqrt(q.shape[-1])), "S", S)
-    row = p["softmax"]
-    # The mask is a choice between values, not an addition of a large negative number, which could overflow.
-    z = p.xp.where(causal_mask(qkv.shape[1], p), row.wide(row.cast(S, "S")), -math.inf)
-    P = row.out(softmax(z, p), "P", S)
-    row = p["values"]
-    O = row.out(row.gemm(row.cast(P, "P"), row.cast(v, "v")), "O", P, v)  # noqa: E741
+    T = q.shape[-2]
+    k = p["scores"].wide(p["scores"].cast(k, "k"))
+    v = p["values"].wide(p["values"].cast(v, "v"))
+    O = P = None  # noqa: E741
+    for rows in query_blocks(T):
+        O_rows, P_rows = _attend_block(q[..., rows, :], k[..., : rows.stop, :], v[..., : rows.stop, :], rows, p, format_of(qkv))
+        if rows == slice(0, T):
+            return merge_heads(O_rows), P_rows
+        if O is None or P is None:
+            O = p.empty(q.shape, format_of(O_rows))  # noqa: E741
+            P = p.empty((*q.shape[:-1], T), format_of(P_rows))
+        O[..., rows, :], P[..., rows, : rows.stop], P[..., rows, rows.stop :] = O_rows, P_rows, 0
     return merge_heads(O), P
 
 
+def _attend_block(q: Array, k: Array, v: Array, queries: slice, p: Bound, fmt: str) -> tuple[Array, Array]:
+    """O and P of some positions, step by step. k, v: of all positions up to the last of them, cast and wide; fmt: of qkv."""
+    row = p["scores"]
+    S = row.round(row.gemm(row.cast(q, "q"), k.swapaxes(-1, -2)), row.out_format(fmt, fmt), "S")
+    row = p["scale"]
+    z = row.wide(row.cast(S, "S"))
+    z *= 1 / math.sqrt(q.shape[-1])
+    S = row.out(z, "S", S)
+    row = p["softmax"]
+    z = row.wide(row.cast(S, "S"))
+    hide_later(z, queries, p, -math.inf)
+    P = row.out(softmax(z, p), "P", S)
+    row = p["values"]
+    O = row.round(row.gemm(row.cast(P, "P"), v), row.out_format(format_of(P), fmt), "O")  # noqa: E741
+    return O, P
+
+
 def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
-    """dP = dO v^T,  dv = P^T dO,  dS' = P (dP - sum(dP P)),  dS = dS' / sqrt(D),  dq = dS k,  dk = dS^T q."""
+    """dP = dO v^T,  dv = P^T dO,  dS' = P (dP - sum(dP P)),  dS = dS' / sqrt(D),  dq = dS k,  dk = dS^T q.
+
+    dk and dv are sums over blocks of queries, in `acc` and from the last block to the first; rounded once.
+    """
     qkv, P = saved
     (dqkv,) = p.by_example(lambda dO, qkv, P: (_attend_backward(dO, qkv, P, p, n_head),), P.size, dO, qkv, P)
     return (dqkv,)
 
 
 def _attend_backward(dO: Array, qkv: Array, P: Array, p: Bound, n_head: int) -> Array:
-    """The gradient of qkv, step by step."""
-    q, k, v = split_heads(qkv, n_head)
+    """The gradient of qkv. The last block of queries sees all keys: to its dk and dv those of the others are added."""
+    fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
     B, H, T, D = q.shape
-    dO = dO.reshape(B, T, H, D).transpose(0, 2, 1, 3)
-    unscaled_format = p["scores"].out_format(format_of(qkv))
-    S_format = p["scale"].out_format(unscaled_format)
+    scores, values = p["scores"], p["values"]
+    dO = values.wide(dO.reshape(B, T, H, D).transpose(0, 2, 1, 3))
+    q, k, v = scores.wide(scores.cast(q, "q")), scores.wide(scores.cast(k, "k")), values.wide(values.cast(v, "v"))
+    dq = dk = dv = None
+    for rows in reversed(query_blocks(T)):
+        seen = slice(0, rows.stop)
+        P_rows = P[..., rows, seen]
+        dv_rows = values.gemm(values.cast(P_rows, "P").swapaxes(-1, -2), dO[..., rows, :])
+        dS = _scores_gradient(dO[..., rows, :], v[..., seen, :], P_rows, rows, p, fmt, D)
+        dq_rows = scores.gemm(dS, k[..., seen, :])
+        dk_rows = scores.gemm(dS.swapaxes(-1, -2), q[..., rows, :])
+        if dq is None or dk is None or dv is None:
+            dq, dk, dv = dq_rows if rows.start == 0 else p.xp.empty_like(dk_rows), dk_rows, dv_rows
+        else:
+            dk[..., seen, :] += dk_rows
+            dv[..., seen, :] += dv_rows
+        dq[..., rows, :] = dq_rows
 
-    row = p["values"]
-    dP = row.grad(row.gemm(dO, row.cast(v, "v").swapaxes(-1, -2)), "P", format_of(P))
-    dv = row.grad(row.gemm(row.cast(P, "P").swapaxes(-1, -2), dO), "v", format_of(qkv))
-
-    row = p["softmax"]
-    dS = softmax_slope(row.wide(dP), row.wide(P))
-    # P is 0 where masked, but 0 times an infinite dP would be NaN.
-    dS = row.grad(p.xp.where(causal_mask(T, p), dS, p.xp.zeros_like(dS)), "S", S_format)
-    row = p["scale"]
-    dS = row.grad(row.wide(dS) * (1 / math.sqrt(D)), "S", unscaled_format)
-
-    row = p["scores"]
-    dq = row.grad(row.gemm(dS, row.cast(k, "k")), "q", format_of(qkv))
-    dk = row.grad(row.gemm(dS.swapaxes(-1, -2), row.cast(q, "q")), "k", format_of(qkv))
-
-    dqkv = p.empty((B, T, 3, H, D), format_of(qkv))
-    for i, d in enumerate((dq, dk, dv)):
+    dqkv = p.empty((B, T, 3, H, D), fmt)
+    for i, d in enumerate((scores.grad(dq, "q", fmt), scores.grad(dk, "k", fmt), values.grad(dv, "v", fmt))):
         dqkv[:, :, i] = d.transpose(0, 2, 1, 3)
     return dqkv.reshape(qkv.shape)
+
+
+def _scores_gradient(dO: Array, v: Array, P: Array, queries: slice, p: Bound, fmt: str, D: int) -> Array:
+    """dS of a block of queries, from dP to dS' to dS. dO (..., queries, D), v (..., keys, D), P (..., queries, keys)."""
+    unscaled_format = p["scores"].out_format(fmt)
+    row = p["values"]
+    dP = row.grad(row.gemm(dO, v.swapaxes(-1, -2)), "P", format_of(P))
+    row = p["softmax"]
+    dS = softmax_slope(row.wide(dP), row.wide(P), row)
+    hide_later(dS, queries, p, 0.0)  # P is 0 there, but 0 times an infinite dP would be NaN
+    dS = row.grad(dS, "S", p["scale"].out_format(unscaled_format))
+    row = p["scale"]
+    z = row.wide(dS)
+    z *= 1 / math.sqrt(D)
+    return row.grad(z, "S", unscaled_format)
 
 
 attention = Op("attention", attention_forward, attention_backward)

@@ -25,26 +25,37 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
     """
     y = p["y"]
     xc, wc = y.cast(_rows(x), "x"), y.cast(w, "w")
-    z = y.gemm(xc, wc.T)
-    if b is not None:
-        z += y.wide(y.cast(b, "b"))
+    bias = None if b is None else y.wide(y.cast(b, "b"))
+
+    def finish(z: Array) -> Array:
+        if bias is not None:
+            z += bias
+        return y.out(z, "y", x, w)
+
+    result = y.gemm_then(finish, y.out_format(format_of(x), format_of(w)), xc, wc.T)
     # dw = dy^T x reads x again. Keep the copy that was cast here, if linear.dw reads the same format; else x as it came.
     same = p["dw"].row.input("x") == y.row.input("x")
-    return y.out(z, "y", x, w).reshape(*x.shape[:-1], len(w)), (xc if same else x, x.shape, format_of(x))
+    return result.reshape(*x.shape[:-1], len(w)), (xc if same else x, x.shape, format_of(x))
 
 
 def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
     """dx = dy w,  dw = dy^T x,  db = the rows of dy summed (by the row linear.dw); each rounded once."""
     x, x_shape, x_format = saved
-    dy = _rows(dy)
-    row = p["dx"]
-    dx = row.gemm(row.cast(dy, "dy"), row.cast(w, "w"))
-    dx = row.grad(dx, "x", x_format, rounded=row.row.out)
-    row = p["dw"]
-    dyc = row.cast(dy, "dy")
-    dw = row.gemm(dyc.T, row.cast(_rows(x), "x"))
-    dw = row.grad(dw, "w", format_of(w), rounded=row.row.out)
-    db = None if b is None else row.grad(row.wide(dyc).sum(0), "b", format_of(b), rounded=row.row.out)
+    dy, x_row, w_row = _rows(dy), p["dx"], p["dw"]
+
+    def finish_dx(dx: Array) -> Array:
+        return x_row.grad(dx, "x", x_format, rounded=x_row.row.out)
+
+    def finish_dw(dw: Array) -> Array:
+        return w_row.grad(dw, "w", format_of(w), rounded=w_row.row.out)
+
+    dy_x, dy_w = x_row.cast(dy, "dy"), w_row.cast(dy, "dy")
+    one = dy_x is dy_w and x_row.row.acc == w_row.row.acc  # then it is widened once for all three
+    dy_x = x_row.wide(dy_x)
+    dy_w = dy_x if one else w_row.wide(dy_w)
+    dx = x_row.gemm_then(finish_dx, x_format, dy_x, x_row.cast(w, "w"))
+    dw = w_row.gemm_then(finish_dw, format_of(w), dy_w.T, w_row.cast(_rows(x), "x"))
+    db = None if b is None else w_row.grad(dy_w.sum(0), "b", format_of(b), rounded=w_row.row.out)
     return dx.reshape(x_shape), dw, db
 
 

@@ -24,11 +24,12 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
 
     def rows(xc: Array) -> tuple[Array, ...]:
         """y, mean and rstd of some of the rows."""
-        z = p.wide(xc)
-        mean = z.mean(-1, keepdims=True)
-        centred = z - mean
-        rstd = 1 / p.xp.sqrt((centred * centred).mean(-1, keepdims=True) + EPS)
-        y = centred * rstd * scale
+        z, C = p.wide(xc), xc.shape[-1]
+        mean = p.row_sum(z) / C
+        y = z - mean
+        rstd = 1 / p.xp.sqrt(p.row_dot(y, y) / C + EPS)
+        y *= rstd
+        y *= scale
         if shift is not None:
             y += shift
         return p.out(y, "y", x), mean, rstd
@@ -44,11 +45,16 @@ def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Boun
 
     def rows(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, ...]:
         """dx of some of the rows, and their dy h, which dw sums over all."""
-        dy = p.wide(dy)
-        h = (p.wide(x) - mean) * rstd
-        dh = dy * scale
-        dx = (dh - dh.mean(-1, keepdims=True) - h * (dh * h).mean(-1, keepdims=True)) * rstd
-        return p.grad(dx, "x", x_format), dy * h
+        dy, C = p.wide(dy), x.shape[-1]
+        h = p.wide(x) - mean
+        h *= rstd
+        dyh, dx = dy * h, dy * scale
+        mean_dh, mean_dhh = p.row_sum(dx) / C, p.row_dot(dx, h) / C
+        dx -= mean_dh
+        h *= mean_dhh
+        dx -= h
+        dx *= rstd
+        return p.grad(dx, "x", x_format), dyh
 
     dx, dyh = p.by_example(rows, x.size, dy, x, mean, rstd)
     axes = tuple(range(dy.ndim - 1))
@@ -83,13 +89,15 @@ def rmsnorm_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[Array, 
 def softmax(z: Array, p: Bound) -> Array:
     """exp(z - max z) / sum(exp(z - max z)) over the last axis, without rounding; z is in the accumulation format."""
     e = p.xp.exp(z - z.max(-1, keepdims=True))
-    e /= e.sum(-1, keepdims=True)
+    e /= p.row_sum(e)
     return e
 
 
-def softmax_slope(dy: Array, y: Array) -> Array:
+def softmax_slope(dy: Array, y: Array, p: Bound) -> Array:
     """dz = y (dy - sum(dy y)) over the last axis; both in the accumulation format."""
-    return (dy - (dy * y).sum(-1, keepdims=True)) * y
+    dz = dy - p.row_dot(dy, y)
+    dz *= y
+    return dz
 
 
 def softmax_forward(x: Array, p: Bound) -> tuple[Array, Any]:
@@ -101,7 +109,7 @@ def softmax_forward(x: Array, p: Bound) -> tuple[Array, Any]:
 def softmax_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
     """dx = y (dy - sum(dy y)), with the y that was stored."""
     y, x_format = saved
-    return (p.grad(softmax_slope(p.wide(dy), p.wide(y)), "x", x_format),)
+    return (p.grad(softmax_slope(p.wide(dy), p.wide(y), p), "x", x_format),)
 
 
 layernorm = Op("layernorm", layernorm_forward, layernorm_backward, params=(("weight", "w"), ("bias", "b")))

@@ -19,8 +19,12 @@ def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
 
     a (..., S), b (S) -> y (..., S); mixed formats promote to the wider. PyTorch: torch.add.
     """
-    z = p.wide(p.cast(a, "a")) + p.wide(p.cast(b, "b"))
-    return p.out(z, "y", a, b), (format_of(a), b.shape, format_of(b))
+    ac, bc = p.cast(a, "a"), p.cast(b, "b")
+    if a.shape == b.shape:
+        y = p.map(lambda a, b: a + b, lambda z: p.out(z, "y", a, b), ac, bc)
+    else:
+        y = p.out(p.wide(ac) + p.wide(bc), "y", a, b)
+    return y, (format_of(a), b.shape, format_of(b))
 
 
 def add_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
@@ -37,7 +41,7 @@ def fan_in(a: Array, b: Array, p: Bound) -> Array:
 
     a, b (any shape), equal formats -> the same. PyTorch: the engine's accumulation of a gradient.
     """
-    return p.out(p.wide(a) + p.wide(b), "sum", a, b)
+    return p.map(lambda a, b: a + b, lambda z: p.out(z, "sum", a, b), a, b)
 
 
 def relu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
@@ -83,7 +87,15 @@ def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
     """
 
     def formula(z: Array) -> Array:
-        return 0.5 * z * (1 + p.xp.tanh(_BETA * (z + _KAPPA * (z * z * z))))
+        t = z * z
+        t *= z
+        t *= _KAPPA
+        t += z
+        t *= _BETA
+        p.xp.tanh(t, out=t)
+        t += 1
+        t *= 0.5 * z
+        return t
 
     xc = p.cast(x, "x")
     return p.map(formula, lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
@@ -95,8 +107,20 @@ def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
 
     def slope(d: Array, z: Array) -> Array:
         square = z * z
-        t = p.xp.tanh(_BETA * (z + _KAPPA * (square * z)))
-        return d * (0.5 * (1 + t) + 0.5 * z * (1 - t * t) * (_BETA * (1 + 3 * _KAPPA * square)))
+        t = square * z
+        t *= _KAPPA
+        t += z
+        t *= _BETA
+        p.xp.tanh(t, out=t)
+        square *= 3 * _KAPPA * _BETA
+        square += _BETA          # the derivative of the argument of tanh
+        square *= z
+        square *= 1 - t * t
+        t += 1
+        t += square
+        t *= 0.5
+        t *= d
+        return t
 
     return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
 
