@@ -167,6 +167,7 @@ def test_the_workers_of_this_process_have_the_threads_of_numpys_blas() -> None:
 @pytest.mark.parametrize("layout", ["a b", "aT b", "a bT"])
 def test_a_product_in_parts_is_the_product(shape: tuple[int, int, int], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "SHARED_PRODUCTS", 1)
+    monkeypatch.setattr(backends, "SHARED_ROWS", 1)
     M, K, N = shape
     rng = np.random.default_rng(0)
     a = rng.standard_normal((M, K), np.float32) if layout != "aT b" else rng.standard_normal((K, M), np.float32).T
@@ -191,7 +192,8 @@ def test_a_step_in_parts_is_the_step(recipe: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(backends, "SHARED_PRODUCTS", 1 << 60)
     monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 60)
     whole = states()
-    monkeypatch.setattr(backends, "SHARED", 0)
+    for threshold in ("SHARED", "SHARED_PRODUCTS", "SHARED_ROWS"):
+        monkeypatch.setattr(backends, threshold, 0)
     monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 10)
     assert states() == whole
 

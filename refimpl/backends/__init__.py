@@ -72,8 +72,13 @@ class Backend:
 SHARED = 1 << 19
 """Elements from which work is shared among threads: below, threads take turns at Python's lock longer than they save."""
 
-SHARED_PRODUCTS = 1 << 27
+SHARED_PRODUCTS = 1 << 21
 """The same for matrix products, in multiplications."""
+
+SHARED_ROWS = 2048
+"""And in rows of the left operand or in its columns, whichever are more: for all three products of a linear layer that is the
+number of tokens. So a step shares either all of them or none: the BLAS's own threads, once woken, would get in the way of ours.
+"""
 
 CONVERTED = 1 << 18
 """Elements of an array that a thread converts at a time."""
@@ -109,7 +114,8 @@ class NumPyBackend(Backend):
 
     def gemm_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
         """As in `Backend`, to the bit: a row of a product does not depend on how many there are beside it."""
-        if workers().at_work or a.ndim != 2 or b.ndim != 2 or len(a) * b.size < SHARED_PRODUCTS:
+        small = a.ndim != 2 or b.ndim != 2 or max(a.shape) < SHARED_ROWS or len(a) * b.size < SHARED_PRODUCTS
+        if small or workers().at_work:
             return finish(super().gemm(a, b, acc))
         if not a.flags.c_contiguous:
             a = self.convert(widen, a, acc)  # whole: slices of a transposed array would be in no order at all
