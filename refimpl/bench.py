@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, int]] = {
 }
 WARM_UP = 3
 REST = 0.05
-"""Seconds before each call that is timed: threads that the other side left spinning are asleep by then."""
+"""Seconds between the two sides of a comparison: threads that one left spinning are asleep when it is the other's turn."""
 
 
 def machine() -> str:
@@ -85,17 +85,30 @@ def timed(f: Callable[[], Any]) -> float:
 
 
 def alternating(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """The median time of each, all called in turn, after a warm-up. One at a time has no other side to rest from."""
+    """The median time of each, all called in turn, after a warm-up."""
     for f in fs:
         for _ in range(WARM_UP):
             f()
-    rest = REST if len(fs) > 1 else 0.0
+    times = [[timed(f) for f in fs] for _ in range(rounds)]
+    return [median(column) for column in zip(*times, strict=True)]
 
-    def rested(f: Callable[[], Any]) -> float:
-        time.sleep(rest)
+
+def against_each_other(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """As `alternating`, but each has the machine to itself: a rest, then one call to wake its threads up, if it is a short
+    one, and then the one that is timed."""
+
+    def awake(f: Callable[[], Any]) -> Callable[[], Any]:
+        f()
+        return f if timed(f) < 10 * REST else lambda: None
+
+    wake_up = [awake(f) for f in fs]
+
+    def rested(f: Callable[[], Any], wake: Callable[[], Any]) -> float:
+        time.sleep(REST)
+        wake()
         return timed(f)
 
-    times = [[rested(f) for f in fs] for _ in range(rounds)]
+    times = [[rested(*pair) for pair in zip(fs, wake_up, strict=True)] for _ in range(rounds)]
     return [median(column) for column in zip(*times, strict=True)]
 
 
@@ -141,7 +154,7 @@ def against_torch(models: Sequence[str], recipes: Sequence[str], rounds: int) ->
         for recipe in recipes:
             ours = Ours(MODELS[model], recipe)
             theirs = [Theirs(MODELS[model], recipe, variant, ours.batch) for variant in variants(recipe)]
-            mine, *their_times = alternating([ours.step, *(t.step for t in theirs)], rounds)
+            mine, *their_times = against_each_other([ours.step, *(t.step for t in theirs)], rounds)
             best = min(their_times)
             rows.append({
                 "model": model, "recipe": recipe, "ours_ms": 1e3 * mine, "torch_ms": 1e3 * best,

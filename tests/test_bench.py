@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from refimpl.backends.heap import keep_freed_memory
-from refimpl.bench import MODELS, Ours, alternating, bench, gemm_floor, machine, profile
+from refimpl.bench import MODELS, Ours, against_each_other, alternating, bench, gemm_floor, machine, profile
 from refimpl.errors import UsageError
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bench.py"
@@ -53,6 +54,18 @@ def test_medians_are_taken_in_turn() -> None:
     calls: list[int] = []
     times = alternating([lambda: calls.append(1), lambda: calls.append(2)], 5)
     assert len(times) == 2 and calls[-4:] == [1, 2, 1, 2] and all(t >= 0 for t in times)
+
+
+def test_each_side_is_woken_up_before_it_is_timed_if_that_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refimpl.bench.REST", 0.005)
+    calls: list[int] = []
+
+    def long() -> None:
+        calls.append(2)
+        time.sleep(0.06)
+
+    short_time, long_time = against_each_other([lambda: calls.append(1), long], 3)
+    assert calls == [1, 1, 2, 2] + 3 * [1, 1, 2] and short_time < 0.06 <= long_time
 
 
 def test_the_floor_is_positive_and_the_machine_is_named() -> None:
