@@ -27,6 +27,7 @@ from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.measure_memory import process_memory
 from refimpl.ops import OPS, Op
+from refimpl.ops.attention import query_blocks
 from refimpl.show import json_text, table
 from refimpl.trace import batches_of
 from refimpl.trainer import start
@@ -115,8 +116,8 @@ def against_each_other(fs: Sequence[Callable[[], Any]], rounds: int) -> list[flo
 def gemm_floor(sizes: dict[str, int], rounds: int, vocab_size: int = 256) -> float:
     """Seconds that the matrix products of a step take by themselves in FP32: the least that a step in NumPy can take.
 
-    Three for each linear layer, and six for each layer's attention, of which the masked half could be left out; here it is
-    not. Operands and results are reused, so that nothing but the products is timed.
+    Three for each linear layer and six for attention, without what lies beyond the last query of a block. Operands
+    and results are reused, so that nothing but the products is timed.
     """
     L, H, C, T, B = (sizes[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "batch_size"))
     rng = np.random.default_rng(0)
@@ -137,7 +138,17 @@ def gemm_floor(sizes: dict[str, int], rounds: int, vocab_size: int = 256) -> flo
         seconds += count * sum(alternating(products, rounds))
     q, S = draw(B, H, T, C // H), draw(B, H, T, T)
     out = np.empty_like(q)
-    wide, narrow = alternating([lambda: np.matmul(q, q.swapaxes(-1, -2), out=S), lambda: np.matmul(S, q, out=out)], rounds)
+    blocks = query_blocks(T)
+
+    def to_scores() -> None:
+        for b in blocks:
+            np.matmul(q[:, :, b], q[:, :, : b.stop].swapaxes(-1, -2), out=S[:, :, b, : b.stop])
+
+    def from_scores() -> None:
+        for b in blocks:
+            np.matmul(S[:, :, b, : b.stop], q[:, :, : b.stop], out=out[:, :, b])
+
+    wide, narrow = alternating([to_scores, from_scores], rounds)
     return seconds + L * (2 * wide + 4 * narrow)  # S, dP: (T, T) from (T, D); O, dv, dq, dk: (T, D) from (T, T)
 
 
