@@ -49,6 +49,7 @@ def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Boun
         h = p.wide(x) - mean
         h *= rstd
         dyh, dx = dy * h, dy * scale
+        # dx holds dh until both of its means are taken; then the rest of the formula happens in its place.
         mean_dh, mean_dhh = p.row_sum(dx) / C, p.row_dot(dx, h) / C
         dx -= mean_dh
         h *= mean_dhh

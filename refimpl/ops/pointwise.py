@@ -87,6 +87,7 @@ def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
     """
 
     def formula(z: Array) -> Array:
+        """The formula term by term, each in the memory of the one before: fresh arrays would cost as much as the arithmetic."""
         t = z * z
         t *= z
         t *= _KAPPA
@@ -106,6 +107,7 @@ def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
     x, x_format = saved
 
     def slope(d: Array, z: Array) -> Array:
+        """The formula in two arrays: t becomes the tanh and then the result, `square` the second of its terms, doubled."""
         square = z * z
         t = square * z
         t *= _KAPPA
