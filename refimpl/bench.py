@@ -229,7 +229,7 @@ def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:
     run, optimizer = ours.parts.run, ours.parts.optimizer
     run.overrides = {
         name: Op(name, watch(f"{name} forward", op.forward), watch(f"{name} backward", op.backward), op.params)
-        for name, op in OPS.items()
+        for name, op in ((name, run.op(op)) for name, op in OPS.items())
     }
     optimizer.update = watch("update", optimizer.update)  # type: ignore[method-assign]
     for _ in range(WARM_UP):

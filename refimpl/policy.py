@@ -91,6 +91,14 @@ class Run:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     _bound: dict[tuple[str, str], Bound] = field(default_factory=dict, repr=False)
 
+    def op(self, definition: Any) -> Any:
+        """What runs where a model says that operation: this run's override, else the backend's fast twin, else itself.
+
+        Who watches roundings watches those of the definition.
+        """
+        twins = self.backend.ops if self.monitor is None else {}
+        return self.overrides.get(definition.name) or twins.get(definition.name, definition)
+
     def bind(self, op: str, place: str) -> Bound:
         """The precision that operation `op` is handed when it runs at `place`, e.g. ('linear', 'h.0.mlp.c_fc')."""
         key = (op, place)

@@ -82,7 +82,7 @@ class Tape:
     def __call__(self, op: Op, name: str, *inputs: Any, **static: Any) -> Value:
         """Run one operation and write it down. Inputs are Values, or plain arrays (tokens) that have no gradient."""
         place = self._prefix + name
-        op = self.run.overrides.get(op.name, op)
+        op = self.run.op(op)
         p = self.run.bind(op.name, place)
         params = tuple(self._parameter(f"{place}.{param}", operand, p) for param, operand in op.params)
         result = self._apply(op, place, p, inputs, params, static)

@@ -210,9 +210,12 @@ MAY_IMPORT = {
     "cast": {"formats", "fast_cast"},
     "policy": {"cast", "formats"},
     "recipes": {"errors", "formats", "policy"},
-    "backends": {"cast", "errors", "formats", "backends.cupy", "backends.heap", "backends.workers"},
+    "backends": {
+        "cast", "errors", "formats", "backends.cupy", "backends.heap", "backends.numpy_ops", "backends.workers",
+    },
     "backends.heap": set(),
     "backends.workers": set(),
+    "backends.numpy_ops": {"formats", "ops", "ops.norm", "ops.pointwise", "policy"},
     "backends.cupy": {"backends", "errors"},
     "ops": {f"ops.{part}" for part in ("attention", "embedding", "gemm", "loss", "norm", "op", "pointwise", "shape")},
     "ops.op": set(),

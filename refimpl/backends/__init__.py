@@ -6,7 +6,8 @@ side in one process, so there is no module-level `xp`: a run carries its backend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +32,11 @@ class Backend:
     name: str
     xp: Any
     cached_blocks: bool = False  # whether elementwise work is faster in pieces that fit a processor's cache
+
+    @property
+    def ops(self) -> Mapping[str, Any]:
+        """Fast twins of operations, by name (an `ops.Op` each): the same results as the definitions in `ops`."""
+        return {}
 
     def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:
         """[f(part) for part in parts], for parts that are independent and have `size` elements in all."""
@@ -91,6 +97,10 @@ ROWS = 64
 class NumPyBackend(Backend):
     """The host: large operations in parts, one thread of the BLAS for each; small ones whole."""
 
+    @property
+    def ops(self) -> Mapping[str, Any]:
+        return _numpy_ops()
+
     def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:
         return workers().map(f, parts) if size >= SHARED else super().each(f, parts, size)
 
@@ -149,6 +159,14 @@ def _whole_rows(x: Array) -> Array:
 
 
 NUMPY = NumPyBackend("numpy", np, cached_blocks=True)
+
+
+@functools.cache
+def _numpy_ops() -> Mapping[str, Any]:
+    """The host's fast twins; imported late, since who only needs arrays needs no operations."""
+    from refimpl.backends.numpy_ops import NUMPY_OPS
+
+    return NUMPY_OPS
 
 
 def get_backend(name: str) -> Backend:

@@ -19,49 +19,27 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
     x (..., C), w (C,), b (C,) or None -> y (..., C). Saved: x as stored, mean and rstd (a value a row) in `acc`.
     Source: Ba et al. 2016, arXiv 1607.06450. PyTorch: torch.nn.functional.layer_norm.
     """
-    xc = p.cast(x, "x")
-    scale, shift = p.wide(p.cast(w, "w")), None if b is None else p.wide(p.cast(b, "b"))
-
-    def rows(xc: Array) -> tuple[Array, ...]:
-        """y, mean and rstd of some of the rows."""
-        z, C = p.wide(xc), xc.shape[-1]
-        mean = p.row_sum(z) / C
-        y = z - mean
-        rstd = 1 / p.xp.sqrt(p.row_dot(y, y) / C + EPS)
-        y *= rstd
-        y *= scale
-        if shift is not None:
-            y += shift
-        return p.out(y, "y", x), mean, rstd
-
-    y, mean, rstd = p.by_example(rows, x.size, xc)
-    return y, (xc, mean, rstd, format_of(x))
+    xc, C = p.cast(x, "x"), x.shape[-1]
+    z = p.wide(xc)
+    mean = p.row_sum(z) / C
+    rstd = 1 / p.xp.sqrt(p.row_dot(z - mean, z - mean) / C + EPS)
+    y = (z - mean) * rstd * p.wide(p.cast(w, "w"))
+    if b is not None:
+        y = y + p.wide(p.cast(b, "b"))
+    return p.out(y, "y", x), (xc, mean, rstd, format_of(x))
 
 
 def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
     """With h = (x - mean) rstd and dh = dy w:  dx = rstd (dh - mean(dh) - h mean(dh h)),  dw = sum(dy h),  db = sum(dy)."""
     x, mean, rstd, x_format = saved
-    scale = p.wide(p.cast(w, "w"))
-
-    def rows(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, ...]:
-        """dx of some of the rows, and their dy h, which dw sums over all."""
-        dy, C = p.wide(dy), x.shape[-1]
-        h = p.wide(x) - mean
-        h *= rstd
-        dyh, dx = dy * h, dy * scale
-        # dx holds dh until both of its means are taken; then the rest of the formula happens in its place.
-        mean_dh, mean_dhh = p.row_sum(dx) / C, p.row_dot(dx, h) / C
-        dx -= mean_dh
-        h *= mean_dhh
-        dx -= h
-        dx *= rstd
-        return p.grad(dx, "x", x_format), dyh
-
-    dx, dyh = p.by_example(rows, x.size, dy, x, mean, rstd)
+    C, dy = x.shape[-1], p.wide(dy)
+    h = (p.wide(x) - mean) * rstd
+    dh = dy * p.wide(p.cast(w, "w"))
+    dx = (dh - p.row_sum(dh) / C - h * (p.row_dot(dh, h) / C)) * rstd
     axes = tuple(range(dy.ndim - 1))
-    dw = p.grad(dyh.sum(axes), "w", format_of(w))
-    db = None if b is None else p.grad(p.wide(dy).sum(axes), "b", format_of(b))
-    return dx, dw, db
+    dw = p.grad((dy * h).sum(axes), "w", format_of(w))
+    db = None if b is None else p.grad(dy.sum(axes), "b", format_of(b))
+    return p.grad(dx, "x", x_format), dw, db
 
 
 def rmsnorm_forward(x: Array, w: Array, p: Bound) -> tuple[Array, Any]:

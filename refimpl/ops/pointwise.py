@@ -76,8 +76,8 @@ def silu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
     return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
 
 
-_BETA = math.sqrt(2 / math.pi)
-_KAPPA = 0.044715
+BETA = math.sqrt(2 / math.pi)
+KAPPA = 0.044715
 
 
 def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
@@ -87,44 +87,22 @@ def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
     """
 
     def formula(z: Array) -> Array:
-        """The formula term by term, each in the memory of the one before: fresh arrays would cost as much as the arithmetic."""
-        t = z * z
-        t *= z
-        t *= _KAPPA
-        t += z
-        t *= _BETA
-        p.xp.tanh(t, out=t)
-        t += 1
-        t *= 0.5 * z
-        return t
+        return 0.5 * z * (1 + p.xp.tanh(BETA * (z + KAPPA * (z * z * z))))
 
     xc = p.cast(x, "x")
     return p.map(formula, lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
 
 
 def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
-    """dx = dy ((1 + t)/2 + x/2 (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2)); the tanh is computed again, not kept."""
+    """dx = dy ((1 + t)/2 + x/2 (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2)); the tanh t is computed again, not kept."""
     x, x_format = saved
 
-    def slope(d: Array, z: Array) -> Array:
-        """The formula in two arrays: t becomes the tanh and then the result, `square` the second of its terms, doubled."""
-        square = z * z
-        t = square * z
-        t *= _KAPPA
-        t += z
-        t *= _BETA
-        p.xp.tanh(t, out=t)
-        square *= 3 * _KAPPA * _BETA
-        square += _BETA          # the derivative of the argument of tanh
-        square *= z
-        square *= 1 - t * t
-        t += 1
-        t += square
-        t *= 0.5
-        t *= d
-        return t
+    def formula(d: Array, z: Array) -> Array:
+        t = p.xp.tanh(BETA * (z + KAPPA * (z * z * z)))
+        slope = (3 * KAPPA * BETA) * (z * z) + BETA  # the derivative of the argument of tanh
+        return d * (0.5 * ((1 + t) + slope * z * (1 - t * t)))
 
-    return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
+    return (p.map(formula, lambda d: p.grad(d, "x", x_format), dy, x),)
 
 
 _math_erf = np.frompyfunc(math.erf, 1, 1)

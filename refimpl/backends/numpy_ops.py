@@ -1,0 +1,120 @@
+"""Fast twins of operations for the host: the formulas of `ops`, in memory that is used again and in parts for several threads.
+
+The definition is the operation of the same name in `ops`; each function here gives the same bits. Fresh arrays between the
+terms of a formula would cost as much as its arithmetic, so each term is made in the memory of one that is no longer needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from refimpl.formats import format_of
+from refimpl.ops import Op
+from refimpl.ops import gelu_tanh as gelu_tanh_definition
+from refimpl.ops import layernorm as layernorm_definition
+from refimpl.ops.norm import EPS
+from refimpl.ops.pointwise import BETA, KAPPA
+from refimpl.policy import Bound
+
+Array = Any
+
+
+def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in one array beside x."""
+
+    def formula(z: Array) -> Array:
+        t = z * z
+        t *= z
+        t *= KAPPA
+        t += z
+        t *= BETA
+        p.xp.tanh(t, out=t)
+        t += 1
+        t *= 0.5 * z
+        return t
+
+    xc = p.cast(x, "x")
+    return p.map(formula, lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
+
+
+def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx = dy ((1 + t)/2 + x/2 (1 - t^2) s), s the derivative of the argument of tanh.
+
+    `t` is the tanh and becomes the result; `square` is x^2 and becomes x (1 - t^2) s.
+    """
+    x, x_format = saved
+
+    def formula(d: Array, z: Array) -> Array:
+        square = z * z
+        t = square * z
+        t *= KAPPA
+        t += z
+        t *= BETA
+        p.xp.tanh(t, out=t)
+        square *= 3 * KAPPA * BETA
+        square += BETA
+        square *= z
+        square *= 1 - t * t
+        t += 1
+        t += square
+        t *= 0.5
+        t *= d
+        return t
+
+    return (p.map(formula, lambda d: p.grad(d, "x", x_format), dy, x),)
+
+
+def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
+    """y = (x - mean) rstd w + b, made in the memory of x - mean; rows are shared among threads."""
+    xc = p.cast(x, "x")
+    scale, shift = p.wide(p.cast(w, "w")), None if b is None else p.wide(p.cast(b, "b"))
+
+    def rows(xc: Array) -> tuple[Array, ...]:
+        """y, mean and rstd of some of the rows."""
+        z, C = p.wide(xc), xc.shape[-1]
+        mean = p.row_sum(z) / C
+        y = z - mean
+        rstd = 1 / p.xp.sqrt(p.row_dot(y, y) / C + EPS)
+        y *= rstd
+        y *= scale
+        if shift is not None:
+            y += shift
+        return p.out(y, "y", x), mean, rstd
+
+    y, mean, rstd = p.by_example(rows, x.size, xc)
+    return y, (xc, mean, rstd, format_of(x))
+
+
+def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+    """dx = rstd (dh - mean(dh) - h mean(dh h)), made in the memory of dh; dw = sum(dy h), db = sum(dy)."""
+    x, mean, rstd, x_format = saved
+    scale = p.wide(p.cast(w, "w"))
+
+    def rows(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, ...]:
+        """dx of some of the rows, and their dy h, which dw sums over all."""
+        dy, C = p.wide(dy), x.shape[-1]
+        h = p.wide(x) - mean
+        h *= rstd
+        dyh, dx = dy * h, dy * scale
+        mean_dh, mean_dhh = p.row_sum(dx) / C, p.row_dot(dx, h) / C  # both of dh, which dx still is
+        dx -= mean_dh
+        h *= mean_dhh
+        dx -= h
+        dx *= rstd
+        return p.grad(dx, "x", x_format), dyh
+
+    dx, dyh = p.by_example(rows, x.size, dy, x, mean, rstd)
+    axes = tuple(range(dy.ndim - 1))
+    dw = p.grad(dyh.sum(axes), "w", format_of(w))
+    db = None if b is None else p.grad(p.wide(dy).sum(axes), "b", format_of(b))
+    return dx, dw, db
+
+
+NUMPY_OPS: Mapping[str, Op] = {
+    op.name: op
+    for op in (
+        Op("gelu_tanh", gelu_tanh_forward, gelu_tanh_backward, gelu_tanh_definition.params),
+        Op("layernorm", layernorm_forward, layernorm_backward, layernorm_definition.params),
+    )
+}

@@ -1,0 +1,120 @@
+"""The host's fast twins of operations: bit for bit what their definitions give, and taken unless somebody watches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl import backends, policy
+from refimpl.backends import NUMPY, Backend
+from refimpl.bench import MODELS, Ours
+from refimpl.cast import cast
+from refimpl.formats import format_of
+from refimpl.ops import OPS, Op, gelu_tanh
+from refimpl.policy import Run
+from refimpl.recipes import RECIPES
+
+Array = Any
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 6e-8, 1.0, -1.0, 11.0, 300.0, -65504.0, 3e38, np.inf, -np.inf, np.nan]
+SHAPES = [(1,), (7,), (0, 4), (3, 1), (5, 14), (2, 3, 28), (40, 700)]
+
+
+def drawn(shape: tuple[int, ...], fmt: str, special: bool, seed: int) -> Array:
+    """Normal numbers of several sizes, with special ones among them if wanted."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape) * rng.choice([0.01, 1.0, 5.0], shape)
+    if special:
+        x[rng.random(shape) < 0.1] = rng.choice(SPECIAL)
+    return cast(x, fmt)
+
+
+def storage(recipe: str, name: str) -> str:
+    """The format in which an operation finds its input: that of the weights, but 16 bits for an activation under autocast."""
+    own = RECIPES[recipe].state_formats()["weights"]
+    return RECIPES[recipe].policy.row("linear.y").out if name == "gelu_tanh" else own
+
+
+def both_ways(op: Op, recipe: str, shape: tuple[int, ...], special: bool, bias: bool = True) -> list[bytes]:
+    """The bytes of all that an operation returns and saves, forward and backward."""
+    fmt = storage(recipe, op.name)
+    x, dy = drawn(shape, fmt, special, 1), drawn(shape, fmt, special, 2)
+    params: list[Array | None] = [drawn(shape[-1:], fmt, False, 3 + i) for i in range(len(op.params))]
+    if params and not bias:
+        params[-1] = None
+    p = Run(RECIPES[recipe].policy, NUMPY).bind(op.name, "here")
+    with np.errstate(all="ignore"):
+        y, saved = op.forward(x, *params, p=p)
+        results = [y, *saved, *op.backward(dy, saved, *params, p=p)]
+    return [f"{format_of(a)} {a.shape}".encode() + without_payloads(a) if hasattr(a, "dtype") else b"" for a in results]
+
+
+def without_payloads(x: Array) -> bytes:
+    """The bytes of an array, every NaN the same: which of two NaNs a sum hands on is the processor's choice."""
+    bits = x.copy()
+    bits[np.isnan(x)] = np.nan
+    return bytes(bits.tobytes())
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["finite", "special"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.endswith("-cpu")])
+@pytest.mark.parametrize("name", NUMPY.ops)
+def test_a_twin_gives_the_bits_of_its_definition(name: str, recipe: str, shape: tuple[int, ...], special: bool) -> None:
+    assert both_ways(NUMPY.ops[name], recipe, shape, special) == both_ways(OPS[name], recipe, shape, special)
+
+
+def test_without_a_bias_too() -> None:
+    twin, definition = NUMPY.ops["layernorm"], OPS["layernorm"]
+    assert both_ways(twin, "fp16", (5, 14), True, False) == both_ways(definition, "fp16", (5, 14), True, False)
+
+
+@pytest.mark.parametrize("name", NUMPY.ops)
+def test_in_blocks_on_threads_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = both_ways(OPS[name], "bf16", (64, 130), True)
+    monkeypatch.setattr(policy, "MAP_BLOCK", 512)
+    monkeypatch.setattr(backends, "SHARED", 0)
+    assert both_ways(NUMPY.ops[name], "bf16", (64, 130), True) == expected
+
+
+def test_the_comparison_bites() -> None:
+    """With another order of the same factors some last bits differ, and with a special value it shows at once."""
+
+    def reordered(x: Array, p: policy.Bound) -> tuple[Array, Any]:
+        y, saved = gelu_tanh.forward(x, p=p)
+        return cast(cast(y, "fp64") * (1 + 2.0**-23), format_of(y)), saved
+
+    wrong = Op("gelu_tanh", reordered, gelu_tanh.backward)
+    assert both_ways(wrong, "fp32", (5, 14), False) != both_ways(gelu_tanh, "fp32", (5, 14), False)
+
+
+def test_a_step_takes_the_twins_and_a_watched_one_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def noting(op: Op, who: str) -> Op:
+        def forward(*arrays: Any, **more: Any) -> tuple[Array, Any]:
+            called.append(f"{who} {op.name}")
+            return op.forward(*arrays, **more)
+
+        return Op(op.name, forward, op.backward, op.params)
+
+    twins = {name: noting(op, "twin") for name, op in NUMPY.ops.items()}
+    monkeypatch.setattr(type(NUMPY), "ops", property(lambda self: twins))
+    ours = Ours(MODELS["smoke"], "fp16")
+    ours.step()
+    assert sorted(set(called)) == ["twin gelu_tanh", "twin layernorm"]
+    called.clear()
+    ours.parts.watch(lambda site, before, after: None)
+    ours.step()
+    assert called == []
+    ours.parts.watch(None)
+    ours.parts.run.overrides = {"gelu_tanh": noting(gelu_tanh, "override")}
+    ours.step()
+    assert sorted(set(called)) == ["override gelu_tanh", "twin layernorm"]
+
+
+def test_twins_are_operations_with_the_same_parameters_and_other_backends_need_none() -> None:
+    assert {name: op.params for name, op in NUMPY.ops.items()} == {name: OPS[name].params for name in NUMPY.ops}
+    assert Backend("plain", np).ops == {}
