@@ -68,8 +68,8 @@ def processor() -> str:
 class Ours:
     """A run of this project that takes one step at a time."""
 
-    def __init__(self, sizes: dict[str, int], recipe: str) -> None:
-        self.config = Config.of({**sizes, "recipe": recipe, "steps": 10_000})
+    def __init__(self, sizes: dict[str, int], recipe: str, backend: str = "numpy") -> None:
+        self.config = Config.of({**sizes, "recipe": recipe, "backend": backend, "steps": 10_000})
         self.parts = start(self.config)
         (self.batch,) = next(batches_of(self.config, None))
 

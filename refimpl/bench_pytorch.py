@@ -62,24 +62,27 @@ class Model(nn.Module):  # type: ignore[misc, name-defined]
 class Theirs:
     """A run in PyTorch that takes one step at a time: clipping, fused AdamW, and a GradScaler where the recipe is FP16."""
 
-    def __init__(self, sizes: dict[str, int], recipe: str, variant: str, batch: tuple[np.ndarray, np.ndarray]) -> None:
+    def __init__(
+        self, sizes: dict[str, int], recipe: str, variant: str, batch: tuple[np.ndarray, np.ndarray], device: str = "cpu"
+    ) -> None:
         torch.manual_seed(0)
+        self.device = device
         self.low = _LOW.get(recipe.removeprefix("amp-").removesuffix("-cpu"))
         self.autocast = variant == "autocast"
-        self.model = Model(sizes)
+        self.model = Model(sizes).to(device)
         self.masters = None
         if variant == "half model, FP32 masters":
             self.masters = [p.detach().clone() for p in self.model.parameters()]
             self.model = self.model.to(self.low)
         trained = self.masters or list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=self.low == torch.float16)
-        self.tokens, self.targets = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in batch)
+        self.scaler = torch.amp.GradScaler(device, enabled=self.low == torch.float16)
+        self.tokens, self.targets = (torch.from_numpy(np.ascontiguousarray(x)).long().to(device) for x in batch)
 
     def step(self) -> float:
         """One training step on the batch; the loss."""
         if self.autocast:
-            with torch.autocast("cpu", dtype=self.low):
+            with torch.autocast(self.device, dtype=self.low):
                 loss = self.model(self.tokens, self.targets)
         else:
             loss = self.model(self.tokens, self.targets)

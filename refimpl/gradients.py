@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.cast import cast, widen
-from refimpl.state import State, blocks
+from refimpl.state import BLOCK, State, blocks
 
 Array = Any
 
@@ -32,6 +32,10 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     Source: Micikevicius et al. 2018, section 3.2. PyTorch: GradScaler.unscale_, then the norm that
     torch.nn.utils.clip_grad_norm_ computes (there: of the norms of the tensors; equal but for rounding).
     """
+    twin = state.backend.passes.get("check_and_measure")
+    if twin is not None and state.math_format == "fp32":
+        found_inf, norm = twin(state, inverse_scale, BLOCK)
+        return found_inf, norm
     xp, fmt = state.backend.xp, state.math_format
 
     def measure(block: slice) -> tuple[Array, Array]:

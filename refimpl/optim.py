@@ -164,25 +164,37 @@ class Optimizer:
         Each block of gradients is widened, multiplied by 1/S and then by the clip coefficient. The update counter `t`
         advances only with a real update.  Source: the note, steps 3 and 4.  PyTorch: GradScaler.step(optimizer).
         """
-        if found_inf:  # on the host this costs nothing; on a device it waits for the flag
+        if state.backend.on_host and found_inf:  # a look is free here; on a device it would wait, and nobody asks
             return
         scalars = cast(self.scalars[state.t], state.math_format)
+        twin = state.backend.passes.get(type(self.rule).__name__) if self._all_fp32(state) else None
+        if twin is not None:
+            twin(self.rule, state, inverse_scale, clip, scalars, found_inf)
+        else:
+            state.each_block(lambda block: self._update_block(state, block, inverse_scale, clip, scalars, found_inf))
+        state.t = state.backend.xp.where(found_inf, state.t, state.t + 1)
 
-        def update(block: slice) -> None:
-            self._update_block(state, block, inverse_scale, clip, scalars)
+    def _kept(self, state: State) -> list[str]:
+        """The kinds of state that an update changes."""
+        return ["master" if "master" in state.formats else "weights", *self.rule.moments]
 
-        state.each_block(update)
-        state.t = state.t + 1
+    def _all_fp32(self, state: State) -> bool:
+        """Whether the states are kept in the format of the arithmetic, so that an update rounds nothing else."""
+        return {state.formats[kind] for kind in self._kept(state)} == {"fp32"}
 
-    def _update_block(self, state: State, block: slice, inverse_scale: Array, clip: Array | float, scalars: Array) -> None:
-        fmt, kept = state.math_format, ["master" if "master" in state.formats else "weights", *self.rule.moments]
+    def _update_block(
+        self, state: State, block: slice, inverse_scale: Array, clip: Array | float, scalars: Array, found_inf: Array
+    ) -> None:
+        fmt, xp, kept = state.math_format, state.backend.xp, self._kept(state)
         stored = [state.buffers[kind][block] for kind in kept]
-        w, *moments = (widen(x, fmt) for x in stored)
+        before = [widen(x, fmt) for x in stored]
+        w, *moments = before if state.backend.on_host else [x.copy() for x in before]
         g = widen(state.grads[block], fmt) * inverse_scale
         g *= clip
         for start, stop in state.layout.decayed:
             part = slice(max(start - block.start, 0), max(stop - block.start, 0))
             self.rule.decay(w[part], g[part], scalars)
-        self.rule.update_block(w, g, moments, scalars, state.backend.xp)
-        for kind, x, updated in zip(kept, stored, (w, *moments), strict=True):
-            state.round_into(x, updated, f"update.{kind}", block.start)
+        self.rule.update_block(w, g, moments, scalars, xp)
+        for kind, x, old, new in zip(kept, stored, before, (w, *moments), strict=True):
+            # On a device an overflow is known only there: the old values are written once more.
+            state.round_into(x, new if state.backend.on_host else xp.where(found_inf, old, new), f"update.{kind}", block.start)

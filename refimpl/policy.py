@@ -163,6 +163,10 @@ class Bound:
         """The scalar product of each row of x and y (..., N) -> (..., 1), in the accumulation format."""
         return self.run.backend.row_dot(x, y)
 
+    def sum_by_index(self, rows: Array, index: Array, count: int) -> Array:
+        """rows (n, C), index (n,) -> (count, C): place r has the sum of the rows whose index is r, all in `acc`."""
+        return self.run.backend.sum_by_index(rows, index, count)
+
     def out(self, z: Array, site: str, *operands: Array) -> Array:
         """Round a result once, to the row's `out`; with SAME, to the widest format of the operands as they came in."""
         return self.round(z, self.out_format(*(format_of(x) for x in operands)), site)
@@ -188,7 +192,7 @@ class Bound:
         formula leaves between its operations stays in the cache; elementwise results do not depend on that.
         """
         size = arrays[0].size
-        in_one_piece = self.run.monitor is not None or size <= MAP_BLOCK or not self.run.backend.cached_blocks
+        in_one_piece = self.run.monitor is not None or size <= MAP_BLOCK or not self.run.backend.on_host
         if in_one_piece or not all(x.flags.c_contiguous for x in arrays):
             return finish(formula(*(self.wide(x) for x in arrays)))
         flat = [x.reshape(-1) for x in arrays]
@@ -202,7 +206,7 @@ class Bound:
         time, and several threads take them.
         """
         B = len(arrays[0]) if arrays[0].ndim > 1 else 1  # a vector is one example, such as a single row of a norm
-        if self.run.monitor is not None or size <= MAP_BLOCK or B < 2 or not self.run.backend.cached_blocks:
+        if self.run.monitor is not None or size <= MAP_BLOCK or B < 2 or not self.run.backend.on_host:
             return formula(*arrays)
         return tuple(self._joined(formula, arrays, max(1, MAP_BLOCK * B // size), size))
 

@@ -93,6 +93,7 @@ class State:
         xp = backend.xp
         self.buffers = {kind: xp.zeros(self.layout.size, dtype_of(fmt)) for kind, fmt in formats.items()}
         self.t = xp.zeros((), np.int64)
+        self.decayed = backend.from_host(np.array(self.layout.decayed, np.int64).reshape(-1, 2).T.copy())  # starts, stops
         self.monitor: Monitor | None = None
         self.weight_views = self.layout.views(self.weights)
         self.grad_views = self.layout.views(self.grads) if "grads" in formats else {}

@@ -149,9 +149,11 @@ class Tape:
 
     def _receive(self, node: Node, gradient: Array | None, sink: Sink) -> None:
         """Add one use's gradient to a tensor's; a parameter whose last use this was is finished."""
-        if gradient is not None:
-            p = self.run.bind("fan_in", f"{node.name}.grad")
-            node.grad = gradient if node.grad is None else fan_in(node.grad, gradient, p)
+        if gradient is not None and node.grad is not None:
+            p = self.run.bind(fan_in.name, f"{node.name}.grad")
+            node.grad, _ = self.run.op(fan_in).forward(node.grad, gradient, p=p)
+        elif gradient is not None:
+            node.grad = gradient
         node.uses -= 1
         if node.uses == 0 and node.name in self._leaves and node.grad is not None:
             sink(node.name, node.grad)

@@ -86,6 +86,8 @@ ALLOWED_TYPE_CALLS = {
     ("loss_scale.py", "np.float32(init_scale)"),
     ("loss_scale.py", "np.float32(scale)"),
     ("loss_scale.py", "np.float32(state['scale'])"),
+    # a Python number, as a kernel takes it
+    ("backends/launch.py", "np.float32(value)"),
 }
 
 
@@ -213,10 +215,17 @@ MAY_IMPORT = {
     "backends": {
         "cast", "errors", "formats", "backends.cupy", "backends.heap", "backends.numpy_ops", "backends.workers",
     },
+    "backends.cublas": {"formats"},
+    "backends.cupy": {
+        "backends", "backends.cublas", "backends.cupy_ops", "backends.cupy_passes", "backends.launch", "errors", "formats",
+    },
+    "backends.cupy_ops": {"backends.launch", "cast", "formats", "ops", "ops.attention", "ops.gemm", "ops.norm", "policy"},
+    "backends.cupy_passes": {"backends.launch", "formats"},
+    "backends.kernels": set(),
+    "backends.launch": {"formats"},
     "backends.heap": set(),
     "backends.workers": set(),
     "backends.numpy_ops": {"formats", "ops", "ops.norm", "ops.pointwise", "policy"},
-    "backends.cupy": {"backends", "errors"},
     "ops": {f"ops.{part}" for part in ("attention", "embedding", "gemm", "loss", "norm", "op", "pointwise", "shape")},
     "ops.op": set(),
     "ops.attention": OPS_MAY,

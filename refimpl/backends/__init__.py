@@ -31,11 +31,16 @@ class Backend:
 
     name: str
     xp: Any
-    cached_blocks: bool = False  # whether elementwise work is faster in pieces that fit a processor's cache
+    on_host: bool = False  # whether Python can look at a value without waiting, and small pieces of work stay in its cache
 
     @property
     def ops(self) -> Mapping[str, Any]:
         """Fast twins of operations, by name (an `ops.Op` each): the same results as the definitions in `ops`."""
+        return {}
+
+    @property
+    def passes(self) -> Mapping[str, Callable[..., Any]]:
+        """Fast twins of passes over the flat buffers, by name: `check_and_measure` of gradients.py, `AdamW` of optim.py."""
         return {}
 
     def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:
@@ -65,6 +70,15 @@ class Backend:
     def row_dot(self, x: Array, y: Array) -> Array:
         """x, y (..., N) -> (..., 1): the sum of the products of each row, in their format."""
         return (x * y).sum(-1, keepdims=True)
+
+    def sum_by_index(self, rows: Array, index: Array, count: int) -> Array:
+        """rows (n, C), index (n,) -> (count, C): place r has the sum of the rows whose index is r, in their format.
+
+        It is a product with the matrix that is one where a row belongs to a place: the order of the sum is fixed.
+        """
+        xp = self.xp
+        belongs = xp.arange(count)[:, None] == index
+        return xp.matmul(xp.where(belongs, xp.ones((), rows.dtype), xp.zeros((), rows.dtype)), rows)
 
     def from_host(self, x: np.ndarray) -> Array:
         """Copy a NumPy array to the backend's memory (NumPy: no copy)."""
@@ -153,12 +167,23 @@ class NumPyBackend(Backend):
         return np.einsum("...i,...i->...", _whole_rows(x), _whole_rows(y))[..., None]
 
 
+    def sum_by_index(self, rows: Array, index: Array, count: int) -> Array:
+        """As in `Backend`, but for the order of the sum: rows sorted by place (stable), each run added from its first."""
+        sums = np.zeros((count, rows.shape[1]), rows.dtype)
+        if index.size:
+            order = np.argsort(index, kind="stable")
+            ordered = index[order]
+            starts = np.flatnonzero(np.concatenate([np.ones(1, bool), ordered[1:] != ordered[:-1]]))
+            sums[ordered[starts]] = np.add.reduceat(rows[order], starts, axis=0)
+        return sums
+
+
 def _whole_rows(x: Array) -> Array:
     """`x`, or a copy where a row's elements do not lie side by side: einsum would add them in another order."""
     return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
 
 
-NUMPY = NumPyBackend("numpy", np, cached_blocks=True)
+NUMPY = NumPyBackend("numpy", np, on_host=True)
 
 
 @functools.cache

@@ -1,20 +1,54 @@
-"""The CuPy backend: the same operations on an NVIDIA GPU. It has not been run on a GPU by the project yet."""
+"""The CuPy backend: the same algorithm on an NVIDIA GPU, by one call of cuBLAS a product and one kernel a pass.
+
+It has not been run on a GPU by the project; docs/gpu.md says what has been shown without one.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from refimpl.backends import Backend
+from refimpl.backends import Backend, cublas
+from refimpl.backends.launch import FORMATS, Kernels
 from refimpl.errors import UsageError
+from refimpl.formats import format_of
+
+Array = Any
 
 
+@dataclass(frozen=True)
 class CupyBackend(Backend):
-    """CuPy's arrays; only the way back to the host differs."""
+    """CuPy's arrays, with products, operations and passes of our own. It keeps no array, and works on the current device."""
 
-    def to_host(self, x: Any) -> np.ndarray:
+    kernels: Kernels = field(default_factory=Kernels)
+
+    @property
+    def ops(self) -> Mapping[str, Any]:
+        from refimpl.backends.cupy_ops import CUPY_OPS
+
+        return CUPY_OPS
+
+    @property
+    def passes(self) -> Mapping[str, Callable[..., Any]]:
+        from refimpl.backends.cupy_passes import CUPY_PASSES
+
+        return CUPY_PASSES
+
+    def product(self, a: Array, b: Array, fmt: str, out: Array | None = None, add: bool = False) -> Array:
+        """`cublas.product`: a b, plus what `out` holds if `add`, summed in FP32 and rounded once to `fmt`."""
+        return cublas.product(a, b, fmt, out, add)
+
+    def gemm(self, a: Array, b: Array, acc: str) -> Array:
+        """As in `Backend`, but 16-bit operands are read as they are."""
+        if acc == "fp32" and format_of(a) == format_of(b) and format_of(a) in FORMATS:
+            return self.product(a, b, acc)
+        return super().gemm(a, b, acc)
+
+    def to_host(self, x: Array) -> np.ndarray:
         """Copy from the device; waits for it."""
         return np.asarray(self.xp.asnumpy(x))
 

@@ -17,19 +17,13 @@ def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array]:
-    """dw[r] = the sum of dy over all places where token r stood; summed in `acc`, rounded once.
+    """dw[r] = the sum of dy over all places where token r stood; summed in `acc`, in a fixed order, rounded once.
 
-    Rows are sorted by token with a stable sort and each token's run is summed, so the order of the sum is always the same.
     Differs from the source: PyTorch on the CPU rounds a 16-bit gradient after every addition; on CUDA it does not.
     """
-    xp, tokens = p.xp, saved.reshape(-1)
+    tokens = saved.reshape(-1)
     rows = p.wide(dy).reshape(tokens.size, w.shape[-1])
-    dw = xp.zeros(w.shape, rows.dtype)
-    if tokens.size:
-        order = xp.argsort(tokens, kind="stable")
-        ordered = tokens[order]
-        starts = xp.flatnonzero(xp.concatenate([xp.ones(1, bool), ordered[1:] != ordered[:-1]]))
-        dw[ordered[starts]] = xp.add.reduceat(rows[order], starts, axis=0)
+    dw = p.sum_by_index(rows, tokens, len(w))
     return None, p.grad(dw, "w", format_of(w))
 
 

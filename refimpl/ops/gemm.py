@@ -12,7 +12,7 @@ from refimpl.policy import Bound
 Array = Any
 
 
-def _rows(x: Array) -> Array:
+def as_rows(x: Array) -> Array:
     """(..., K) -> (M, K): one 2-D product instead of many small ones."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -24,7 +24,7 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
     Source: the note, step 2. PyTorch: torch.nn.functional.linear.
     """
     y = p["y"]
-    xc, wc = y.cast(_rows(x), "x"), y.cast(w, "w")
+    xc, wc = y.cast(as_rows(x), "x"), y.cast(w, "w")
     bias = None if b is None else y.wide(y.cast(b, "b"))
 
     def finish(z: Array) -> Array:
@@ -41,7 +41,7 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
 def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
     """dx = dy w,  dw = dy^T x,  db = the rows of dy summed (by the row linear.dw); each rounded once."""
     x, x_shape, x_format = saved
-    dy, x_row, w_row = _rows(dy), p["dx"], p["dw"]
+    dy, x_row, w_row = as_rows(dy), p["dx"], p["dw"]
 
     def finish_dx(dx: Array) -> Array:
         return x_row.grad(dx, "x", x_format, rounded=x_row.row.out)
@@ -54,7 +54,7 @@ def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) 
     dy_x = x_row.wide(dy_x)
     dy_w = dy_x if one else w_row.wide(dy_w)
     dx = x_row.gemm_then(finish_dx, x_format, dy_x, x_row.cast(w, "w"))
-    dw = w_row.gemm_then(finish_dw, format_of(w), dy_w.T, w_row.cast(_rows(x), "x"))
+    dw = w_row.gemm_then(finish_dw, format_of(w), dy_w.T, w_row.cast(as_rows(x), "x"))
     db = None if b is None else w_row.grad(dy_w.sum(0), "b", format_of(b), rounded=w_row.row.out)
     return dx.reshape(x_shape), dw, db
 

@@ -30,18 +30,21 @@ def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
 def add_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
     """da = dy,  db = dy summed over the axes along which b was repeated."""
     a_format, b_shape, b_format = saved
-    db = p.wide(dy)
-    if db.ndim > len(b_shape):
-        db = db.reshape(-1, *b_shape).sum(0)
+    db = dy if dy.shape == b_shape else p.wide(dy).reshape(-1, *b_shape).sum(0)
     return p.grad(dy, "a", a_format), p.grad(db, "b", b_format)
 
 
-def fan_in(a: Array, b: Array, p: Bound) -> Array:
-    """The sum of two gradients of one tensor that was used twice, rounded to the tensor's format.
+def fan_in_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
+    """The sum of two gradients of one tensor that was used twice, rounded to the tensor's format: what the tape adds with.
 
     a, b (any shape), equal formats -> the same. PyTorch: the engine's accumulation of a gradient.
     """
-    return p.map(lambda a, b: a + b, lambda z: p.out(z, "sum", a, b), a, b)
+    return p.map(lambda a, b: a + b, lambda z: p.out(z, "sum", a, b), a, b), None
+
+
+def fan_in_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
+    """da = db = dy."""
+    return dy, dy
 
 
 def relu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
@@ -150,6 +153,7 @@ def gelu_erf_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
 
 
 add = Op("add", add_forward, add_backward)
+fan_in = Op("fan_in", fan_in_forward, fan_in_backward)
 relu = Op("relu", relu_forward, relu_backward)
 silu = Op("silu", silu_forward, silu_backward)
 gelu_tanh = Op("gelu_tanh", gelu_tanh_forward, gelu_tanh_backward)

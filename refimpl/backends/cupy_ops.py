@@ -1,0 +1,263 @@
+"""Fast twins of operations for a GPU: each pass over memory is one kernel of `kernels/kernels.cu`, each product one GEMM.
+
+The definition is the operation of the same name in `ops`: the same roundings at the same places, sums in another order.
+The kernels know one storage format at a time, as the tensors of a layer have in every recipe. Where an operation's row
+asks for something else, its definition runs instead, array operation by array operation: slower, never different.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from refimpl.backends.launch import COLUMNS, FORMATS, LANES, THREADS, elementwise_grid, number
+from refimpl.cast import widen
+from refimpl.formats import format_of
+from refimpl.ops import OPS, Op, fan_in
+from refimpl.ops.attention import merge_heads
+from refimpl.ops.gemm import as_rows
+from refimpl.ops.norm import EPS
+from refimpl.policy import SAME, Bound
+
+Array = Any
+
+ROW = (THREADS,)
+COLUMN = (COLUMNS, LANES)
+
+
+class Fused(tuple[Any, ...]):
+    """What a twin saved for its backward; what a definition saved is not of this type."""
+
+
+def twin(definition: Op, forward: Callable[..., Any], backward: Callable[..., Any]) -> Op:
+    """An operation that runs `forward` where that can, and its definition where `forward` returns None."""
+
+    def either_forward(*arrays: Any, p: Bound, **static: Any) -> tuple[Array, Any]:
+        result = forward(*arrays, p=p, **static)
+        return definition.forward(*arrays, p=p, **static) if result is None else result
+
+    def either_backward(dy: Array, saved: Any, *params: Any, p: Bound, **static: Any) -> tuple[Array | None, ...]:
+        how = backward if isinstance(saved, Fused) else definition.backward
+        gradients: tuple[Array | None, ...] = how(dy, saved, *params, p=p, **static)
+        return gradients
+
+    return Op(definition.name, either_forward, either_backward, definition.params)
+
+
+def one_format(p: Bound, *arrays: Array | None) -> str | None:
+    """The format in which all these arrays, operands after their cast, are stored, if kernels exist for it; else None."""
+    formats = {format_of(x) for x in arrays if x is not None}
+    fmt = formats.pop() if len(formats) == 1 else ""
+    return fmt if fmt in FORMATS and p.row.acc == "fp32" else None
+
+
+def keeps(p: Bound, fmt: str) -> bool:
+    """Whether a row takes operands of this format as they are, and gives results of the same."""
+    inputs = {p.row.inputs} if isinstance(p.row.inputs, str) else set(p.row.inputs.values())
+    return p.row.acc == "fp32" and fmt in FORMATS and inputs | {p.row.out} <= {SAME, fmt}
+
+
+def launcher(p: Bound, fmt: str) -> Any:
+    """The kernels of the run's backend for a storage format."""
+    return p.run.backend.kernels(fmt)
+
+
+def in_order(p: Bound, x: Array) -> Array:
+    """`x`, or a copy in C order: kernels take no other."""
+    return p.xp.ascontiguousarray(x)
+
+
+def elementwise(p: Bound, kernel: str, fmt: str, *arrays: Array) -> Array:
+    """A new array y of the shape of the first, from `kernel(arrays..., y, n)`."""
+    arrays = tuple(in_order(p, x) for x in arrays)
+    y = p.empty(arrays[0].shape, fmt)
+    getattr(launcher(p, fmt), kernel)(elementwise_grid(y.size), ROW, *arrays, y, np.int64(y.size))
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------- pointwise
+
+
+def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any] | None:
+    """y = a + b, of equal shapes."""
+    ac, bc = p.cast(a, "a"), p.cast(b, "b")
+    fmt = one_format(p, ac, bc)
+    if fmt is None or a.shape != b.shape or p.out_format(format_of(a), format_of(b)) != fmt:
+        return None
+    return elementwise(p, "add_forward", fmt, ac, bc), (format_of(a), b.shape, format_of(b))
+
+
+def fan_in_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any] | None:
+    """The sum of two gradients."""
+    fmt = one_format(p, a, b)
+    if fmt is None or p.out_format(fmt) != fmt:
+        return None
+    return elementwise(p, "add_forward", fmt, a, b), None
+
+
+def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any] | None:
+    """y = x/2 (1 + tanh(...))."""
+    xc = p.cast(x, "x")
+    fmt = one_format(p, xc)
+    if fmt is None or format_of(x) != fmt or p.out_format(fmt) != fmt:
+        return None
+    return elementwise(p, "gelu_tanh_forward", fmt, xc), Fused((xc,))
+
+
+def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx, from dy and x."""
+    (x,) = saved
+    return (elementwise(p, "gelu_tanh_backward", format_of(x), dy, x),)
+
+
+# ---------------------------------------------------------------------------------------------------- layer norm
+
+
+def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any] | None:
+    """y, and mean and rstd of each row, in one pass."""
+    xc, wc, bc = p.cast(x, "x"), p.cast(w, "w"), None if b is None else p.cast(b, "b")
+    fmt = one_format(p, xc, wc, bc)
+    if fmt is None or p.out_format(format_of(x)) != fmt or not format_of(x) == format_of(w) == fmt:
+        return None
+    xc, C = in_order(p, xc), x.shape[-1]
+    y, mean, rstd = p.empty(x.shape, fmt), p.empty((*x.shape[:-1], 1), "fp32"), p.empty((*x.shape[:-1], 1), "fp32")
+    launcher(p, fmt).layernorm_forward((mean.size,), ROW, xc, wc, bc, y, mean, rstd, np.int32(C), number(EPS))
+    return y, Fused((xc, mean, rstd))
+
+
+def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+    """dx by rows; dw and db by columns, in a second pass."""
+    x, mean, rstd = saved
+    fmt, rows, C, dy = format_of(x), mean.size, x.shape[-1], in_order(p, dy)
+    dx, dw, db = p.empty(x.shape, fmt), p.empty(w.shape, fmt), None if b is None else p.empty(w.shape, fmt)
+    kernels = launcher(p, fmt)
+    kernels.layernorm_backward((rows,), ROW, dy, x, w, mean, rstd, dx, np.int32(C))
+    kernels.layernorm_weights_backward(columns(C), COLUMN, dy, x, mean, rstd, dw, db, np.int32(rows), np.int32(C))
+    return dx, dw, db
+
+
+def columns(C: int) -> tuple[int]:
+    """The grid of a kernel that sums columns."""
+    return (-(-C // COLUMNS),)
+
+
+# ---------------------------------------------------------------------------------------------------- products
+
+
+def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any] | None:
+    """y = x w^T + b: the bias lies in y already when the GEMM adds its sums to it and rounds."""
+    row = p["y"]
+    xc, wc, bc = row.cast(as_rows(x), "x"), row.cast(w, "w"), None if b is None else row.cast(b, "b")
+    fmt = one_format(row, xc, wc, bc)
+    if fmt is None or row.out_format(format_of(x), format_of(w)) != fmt or not p["dx"].row == p["dw"].row == row.row:
+        return None
+    y = p.empty((len(xc), len(w)), fmt)
+    if bc is not None:
+        y[...] = bc
+    p.run.backend.product(xc, wc.T, fmt, out=y, add=bc is not None)
+    return y.reshape(*x.shape[:-1], len(w)), Fused((xc, x.shape, format_of(x)))
+
+
+def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+    """dx = dy w,  dw = dy^T x, each one GEMM that rounds;  db = the rows of dy summed."""
+    x, x_shape, x_format = saved
+    fmt, dy, row, product = format_of(x), in_order(p, as_rows(dy)), p["dx"], p.run.backend.product
+    dx = product(dy, row.cast(w, "w"), fmt)
+    dw = product(dy.T, x, fmt)
+    db = None if b is None else p.empty(b.shape, fmt)
+    if db is not None:
+        launcher(p, fmt).bias_backward(columns(len(db)), COLUMN, dy, db, np.int32(len(dy)), np.int32(len(db)))
+    return widen(dx, x_format).reshape(x_shape), widen(dw, format_of(w)), db if b is None else widen(db, format_of(b))
+
+
+def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any] | None:
+    """O = softmax(mask(q k^T / sqrt(D))) v: two batched GEMMs, one kernel between them, a copy before and after."""
+    fmt = format_of(qkv)
+    if not all(keeps(p[part], fmt) for part in ("scores", "scale", "softmax", "values")):
+        return None
+    (B, T, C3), product = qkv.shape, p.run.backend.product
+    D = C3 // 3 // n_head
+    heads = in_order(p, qkv.reshape(B, T, 3, n_head, D).transpose(2, 0, 3, 1, 4))  # (3, B, H, T, D)
+    q, k, v = heads
+    P = product(q, k.swapaxes(-1, -2), fmt)  # S, which becomes P
+    launcher(p, fmt).causal_softmax_forward((P.size // T,), ROW, P, P, np.int32(T), number(1 / math.sqrt(D)))
+    return merge_heads(product(P, v, fmt)), Fused((heads, P))
+
+
+def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
+    """dv = P^T dO,  dP = dO v^T,  dS from P and dP in one kernel,  dq = dS k,  dk = dS^T q."""
+    heads, P = saved
+    (_, B, H, T, D), fmt, product = heads.shape, format_of(heads), p.run.backend.product
+    q, k, v = heads
+    dO = in_order(p, dO.reshape(B, T, H, D).transpose(0, 2, 1, 3))
+    gradients = p.empty(heads.shape, fmt)
+    dq, dk, dv = gradients
+    product(P.swapaxes(-1, -2), dO, fmt, out=dv)
+    dS = product(dO, v.swapaxes(-1, -2), fmt)  # dP, which becomes dS
+    launcher(p, fmt).causal_softmax_backward((P.size // T,), ROW, P, dS, dS, np.int32(T), number(1 / math.sqrt(D)))
+    product(dS, k, fmt, out=dq)
+    product(dS.swapaxes(-1, -2), q, fmt, out=dk)
+    return (in_order(p, gradients.transpose(1, 3, 0, 2, 4)).reshape(B, T, 3 * H * D),)
+
+
+# ---------------------------------------------------------------------------------------------------- embedding, loss
+
+
+def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array]:
+    """dw[r] = the sum of dy where token r stood, in the order of the places: no atomics, the same bits each time."""
+    (tokens,), fmt = saved, format_of(w)
+    dw = p.empty(w.shape, fmt)
+    grid = (len(w), -(-w.shape[1] // THREADS))
+    launcher(p, fmt).embedding_backward(grid, ROW, tokens, in_order(p, dy), dw, np.int32(tokens.size), np.int32(w.shape[1]))
+    return None, dw
+
+
+def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any] | None:
+    """y[i] = w[tokens[i]]."""
+    wc = p.cast(w, "w")
+    if one_format(p, w, wc) is None or p.out_format(format_of(w)) != format_of(w) or tokens.dtype != np.int64:
+        return None
+    return wc[tokens], Fused((in_order(p, tokens),))
+
+
+def cross_entropy_forward(logits: Array, targets: Array, p: Bound) -> tuple[Array, Any] | None:
+    """The mean loss; the logits are read in the format they are stored in, and widened a value at a time."""
+    fmt, out = one_format(p, logits), p.out_format("fp32")
+    if fmt is None or out != "fp32" or p.row.input("logits") not in ("fp32", SAME) or targets.dtype != np.int64:
+        return None
+    z, target, V = in_order(p, logits.reshape(-1, logits.shape[-1])), in_order(p, targets.reshape(-1)), logits.shape[-1]
+    each, largest, log_sum = (p.empty(target.shape, "fp32") for _ in range(3))
+    loss = p.empty((), "fp32")
+    kernels = launcher(p, fmt)
+    kernels.cross_entropy_forward((target.size,), ROW, z, target, each, largest, log_sum, np.int32(V))
+    kernels.mean((1,), ROW, each, loss, np.int32(target.size))
+    return loss, Fused((z, target, largest, log_sum, logits.shape))
+
+
+def cross_entropy_backward(dloss: Array, saved: Any, p: Bound) -> tuple[Array, None]:
+    """dz = (softmax(z) - onehot(target)) dloss / rows."""
+    z, target, largest, log_sum, shape = saved
+    rows, V, fmt = target.size, shape[-1], format_of(z)
+    dz = p.empty(z.shape, fmt)
+    launcher(p, fmt).cross_entropy_backward(
+        elementwise_grid(dz.size), ROW, z, target, largest, log_sum, dloss, dz, np.int32(rows), np.int32(V)
+    )
+    return dz.reshape(shape), None
+
+
+CUPY_OPS: Mapping[str, Op] = {
+    op.name: op
+    for op in (
+        twin(OPS["add"], add_forward, OPS["add"].backward),
+        twin(fan_in, fan_in_forward, fan_in.backward),
+        twin(OPS["gelu_tanh"], gelu_tanh_forward, gelu_tanh_backward),
+        twin(OPS["layernorm"], layernorm_forward, layernorm_backward),
+        twin(OPS["linear"], linear_forward, linear_backward),
+        twin(OPS["attention"], attention_forward, attention_backward),
+        twin(OPS["embedding"], embedding_forward, embedding_backward),
+        twin(OPS["cross_entropy"], cross_entropy_forward, cross_entropy_backward),
+    )
+}

@@ -1,0 +1,421 @@
+// Every kernel of the CuPy backend. Each has the name, the formula and the order of operations of its NumPy definition in
+// refimpl/ops, gradients.py or optim.py; what those say about sources and PyTorch is not said again.
+//
+// The file is compiled once for each storage format, with -DSTORAGE=fp32, fp16 or bf16; here that type is T. Arithmetic is
+// always fp32. Numbers change their format only in widen() and round_to<T>() of cast.cuh.
+//
+// Three things make a result depend on its inputs alone, bit for bit:
+//   - No product is fused with a sum: add, sub, mul, div and root below each round once, as NumPy's operations do.
+//   - A sum has one order, fixed by its length: a thread adds its own elements first to last, then the threads' sums are
+//     folded in a fixed tree. There are no atomics.
+//   - Launches have the block size of the constants here (`launch.py` refuses others); elementwise kernels take any grid.
+//
+// Differs from the NumPy definitions: long sums have another order, exp, log and tanh are CUDA's, and CuPy compiles all it
+// compiles with -ftz=true, so fp32 numbers below 2^-126 become zero wherever something is computed with them.
+
+#include "cast.cuh"
+
+using T = STORAGE;
+
+constexpr int THREADS = 256;  // of a block: elementwise, or all on one row
+constexpr int COLUMNS = 32;   // a block that sums columns has so many of them,
+constexpr int LANES = 32;     // and so many threads for each, which share its rows
+
+
+// ------------------------------------------------------------------------------------------------------------------ arithmetic
+
+__device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline float sub(float a, float b) { return __fsub_rn(a, b); }
+__device__ inline float mul(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline float div(float a, float b) { return __fdiv_rn(a, b); }
+__device__ inline float root(float a) { return __fsqrt_rn(a); }
+
+__device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
+
+// The larger of two numbers, or NaN where one of them is: NumPy's maximum.
+__device__ inline float larger(float a, float b) { return a > b || isnan(a) ? a : b; }
+
+// The first element that this thread treats in an elementwise kernel, and the distance to its next one.
+__device__ inline long long first_element() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ inline long long stride() { return (long long)gridDim.x * blockDim.x; }
+
+// One value from each of THREADS threads -> all of them folded, which every thread gets. The tree: t takes in t + 128, then
+// t + 64, ... t + 1. block_fold<add> is a sum, block_fold<larger> a maximum.
+template <float (*fold)(float, float)> __device__ inline float block_fold(float mine) {
+    __shared__ float values[THREADS];
+    int t = threadIdx.x;
+    values[t] = mine;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (t < half) values[t] = fold(values[t], values[t + half]);
+    }
+    __syncthreads();
+    float result = values[0];
+    __syncthreads();  // nobody writes for the next fold before all have read
+    return result;
+}
+
+// The same down a column: one value from each of LANES threads of a column -> their sum, which the whole column gets.
+__device__ inline float lanes_sum(float mine) {
+    __shared__ float values[LANES][COLUMNS];
+    int column = threadIdx.x, lane = threadIdx.y;
+    values[lane][column] = mine;
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (lane < half) values[lane][column] = add(values[lane][column], values[lane + half][column]);
+    }
+    __syncthreads();
+    float result = values[0][column];
+    __syncthreads();
+    return result;
+}
+
+
+// -------------------------------------------------------------------------------------------------- elementwise (pointwise.py)
+
+// y = a + b.  All (n,).  Also `fan_in`, the sum of two gradients of one tensor.
+extern "C" __global__ void __launch_bounds__(THREADS)
+add_forward(const T* a, const T* b, T* y, long long n) {
+    for (long long i = first_element(); i < n; i += stride()) y[i] = round_to<T>(add(widen(a[i]), widen(b[i])));
+}
+
+constexpr float KAPPA = 0.044715f;
+constexpr float BETA = 0.7978845608028654f;              // sqrt(2/pi)
+constexpr float THREE_KAPPA_BETA = 0.10703222440890037f;  // 3 KAPPA BETA, rounded once
+
+// t = tanh(sqrt(2/pi) (x + 0.044715 x^3)), from x and x^2.
+__device__ inline float gelu_tanh(float x, float square) {
+    return tanhf(mul(add(mul(mul(square, x), KAPPA), x), BETA));
+}
+
+// y = x/2 (1 + t).  x, y (n,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+gelu_tanh_forward(const T* x, T* y, long long n) {
+    for (long long i = first_element(); i < n; i += stride()) {
+        float z = widen(x[i]);
+        float t = gelu_tanh(z, mul(z, z));
+        y[i] = round_to<T>(mul(add(t, 1.0f), mul(0.5f, z)));
+    }
+}
+
+// dx = dy/2 (1 + t + x (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2));  t is computed again, not kept.  dy, x, dx (n,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+gelu_tanh_backward(const T* dy, const T* x, T* dx, long long n) {
+    for (long long i = first_element(); i < n; i += stride()) {
+        float z = widen(x[i]);
+        float square = mul(z, z);
+        float t = gelu_tanh(z, square);
+        float slope = add(mul(square, THREE_KAPPA_BETA), BETA);  // the derivative of the argument of tanh
+        slope = mul(mul(slope, z), sub(1.0f, mul(t, t)));
+        dx[i] = round_to<T>(mul(mul(add(add(t, 1.0f), slope), 0.5f), widen(dy[i])));
+    }
+}
+
+
+// -------------------------------------------------------------------------------------------------------- layer norm (norm.py)
+
+// y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + eps).  A block a row.
+// x, y (rows, C);  w, b (C,);  mean, rstd (rows,) in fp32, kept for backward.
+extern "C" __global__ void __launch_bounds__(THREADS)
+layernorm_forward(const T* x, const T* w, const T* b /*or null*/, T* y, float* mean, float* rstd, int C, float eps) {
+    long long row = blockIdx.x;
+    x += row * C;
+    y += row * C;
+
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < C; i += THREADS) sum = add(sum, widen(x[i]));
+    float m = div(block_fold<add>(sum), (float)C);
+
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < C; i += THREADS) {
+        float centred = sub(widen(x[i]), m);
+        squares = add(squares, mul(centred, centred));
+    }
+    float r = div(1.0f, root(add(div(block_fold<add>(squares), (float)C), eps)));
+
+    for (int i = threadIdx.x; i < C; i += THREADS) {
+        float z = mul(mul(sub(widen(x[i]), m), r), widen(w[i]));
+        if (b) z = add(z, widen(b[i]));
+        y[i] = round_to<T>(z);
+    }
+    if (threadIdx.x == 0) {
+        mean[row] = m;
+        rstd[row] = r;
+    }
+}
+
+// With h = (x - mean) rstd and dh = dy w:  dx = rstd (dh - mean(dh) - h mean(dh h)).  A block a row.
+// dy, x, dx (rows, C);  w (C,);  mean, rstd (rows,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+layernorm_backward(const T* dy, const T* x, const T* w, const float* mean, const float* rstd, T* dx, int C) {
+    long long row = blockIdx.x;
+    dy += row * C;
+    x += row * C;
+    dx += row * C;
+    float m = mean[row], r = rstd[row];
+
+    float sum_dh = 0.0f, sum_dhh = 0.0f;
+    for (int i = threadIdx.x; i < C; i += THREADS) {
+        float h = mul(sub(widen(x[i]), m), r);
+        float dh = mul(widen(dy[i]), widen(w[i]));
+        sum_dh = add(sum_dh, dh);
+        sum_dhh = add(sum_dhh, mul(dh, h));
+    }
+    float mean_dh = div(block_fold<add>(sum_dh), (float)C);
+    float mean_dhh = div(block_fold<add>(sum_dhh), (float)C);
+
+    for (int i = threadIdx.x; i < C; i += THREADS) {
+        float h = mul(sub(widen(x[i]), m), r);
+        float dh = mul(widen(dy[i]), widen(w[i]));
+        dx[i] = round_to<T>(mul(sub(sub(dh, mean_dh), mul(h, mean_dhh)), r));
+    }
+}
+
+// dw = sum(dy h),  db = sum(dy), over the rows.  A block for COLUMNS columns; lane k adds rows k, k + LANES, ...
+// dy, x (rows, C);  mean, rstd (rows,);  dw, db (C,).
+extern "C" __global__ void __launch_bounds__(COLUMNS * LANES)
+layernorm_weights_backward(const T* dy, const T* x, const float* mean, const float* rstd, T* dw, T* db /*or null*/,
+                           int rows, int C) {
+    int column = blockIdx.x * COLUMNS + threadIdx.x;
+    float sum_dyh = 0.0f, sum_dy = 0.0f;
+    if (column < C) {
+        for (int row = threadIdx.y; row < rows; row += LANES) {
+            long long i = (long long)row * C + column;
+            float d = widen(dy[i]);
+            sum_dyh = add(sum_dyh, mul(d, mul(sub(widen(x[i]), mean[row]), rstd[row])));
+            sum_dy = add(sum_dy, d);
+        }
+    }
+    sum_dyh = lanes_sum(sum_dyh);
+    sum_dy = lanes_sum(sum_dy);
+    if (threadIdx.y == 0 && column < C) {
+        dw[column] = round_to<T>(sum_dyh);
+        if (db) db[column] = round_to<T>(sum_dy);
+    }
+}
+
+
+// -------------------------------------------------------------------------------------------- bias of a linear layer (gemm.py)
+
+// db = the rows of dy summed.  A block for COLUMNS columns, as above.  dy (rows, C);  db (C,).
+extern "C" __global__ void __launch_bounds__(COLUMNS * LANES)
+bias_backward(const T* dy, T* db, int rows, int C) {
+    int column = blockIdx.x * COLUMNS + threadIdx.x;
+    float sum = 0.0f;
+    if (column < C)
+        for (int row = threadIdx.y; row < rows; row += LANES) sum = add(sum, widen(dy[(long long)row * C + column]));
+    sum = lanes_sum(sum);
+    if (threadIdx.y == 0 && column < C) db[column] = round_to<T>(sum);
+}
+
+
+// -------------------------------------------------------------------------------------- causal softmax (attention.py, norm.py)
+
+// P = R(softmax(S')),  S' = R(S scale),  over the keys up to the query; later keys get 0.  A block a row; P may be S.
+// S, P (rows, queries), as many keys as queries; row r belongs to query r % queries.
+// Differs from NumPy: later keys are 0 also where a row is NaN.
+extern "C" __global__ void __launch_bounds__(THREADS)
+causal_softmax_forward(const T* S, T* P, int queries, float scale) {
+    long long row = blockIdx.x;
+    int keys = (int)(row % queries) + 1;
+    S += row * queries;
+    P += row * queries;
+
+    float largest = minus_infinity();
+    for (int i = threadIdx.x; i < keys; i += THREADS) {
+        P[i] = round_to<T>(mul(widen(S[i]), scale));  // S', for the other two passes
+        largest = larger(largest, widen(P[i]));
+    }
+    largest = block_fold<larger>(largest);
+
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < keys; i += THREADS) sum = add(sum, expf(sub(widen(P[i]), largest)));
+    sum = block_fold<add>(sum);
+
+    for (int i = threadIdx.x; i < queries; i += THREADS)
+        P[i] = round_to<T>(i < keys ? div(expf(sub(widen(P[i]), largest)), sum) : 0.0f);
+}
+
+// dS = R(dS' scale),  dS' = R(P (dP - sum(dP P))); later keys get 0, also where dP is infinite.  A block a row; dS may be dP.
+// P, dP, dS (rows, queries), as in forward.
+extern "C" __global__ void __launch_bounds__(THREADS)
+causal_softmax_backward(const T* P, const T* dP, T* dS, int queries, float scale) {
+    long long row = blockIdx.x;
+    int keys = (int)(row % queries) + 1;
+    P += row * queries;
+    dP += row * queries;
+    dS += row * queries;
+
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < keys; i += THREADS) sum = add(sum, mul(widen(dP[i]), widen(P[i])));
+    sum = block_fold<add>(sum);
+
+    for (int i = threadIdx.x; i < queries; i += THREADS) {
+        if (i < keys) {
+            T unscaled = round_to<T>(mul(sub(widen(dP[i]), sum), widen(P[i])));
+            dS[i] = round_to<T>(mul(widen(unscaled), scale));
+        } else {
+            dS[i] = round_to<T>(0.0f);
+        }
+    }
+}
+
+
+// -------------------------------------------------------------------------------------------------------------- loss (loss.py)
+
+// row_loss = log_sum - (z[target] - largest),  log_sum = log(sum exp(z - largest)).  A block a row.  Their `mean` is the loss.
+// logits (rows, V);  target, row_loss, largest, log_sum (rows,), the last two kept for backward.
+extern "C" __global__ void __launch_bounds__(THREADS)
+cross_entropy_forward(const T* logits, const long long* target, float* row_loss, float* largest, float* log_sum, int V) {
+    long long row = blockIdx.x;
+    logits += row * V;
+
+    float most = minus_infinity();
+    for (int i = threadIdx.x; i < V; i += THREADS) most = larger(most, widen(logits[i]));
+    most = block_fold<larger>(most);
+
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < V; i += THREADS) sum = add(sum, expf(sub(widen(logits[i]), most)));
+    sum = block_fold<add>(sum);
+
+    if (threadIdx.x == 0) {
+        float l = logf(sum);
+        row_loss[row] = sub(l, sub(widen(logits[target[row]]), most));
+        largest[row] = most;
+        log_sum[row] = l;
+    }
+}
+
+// dz = (softmax(z) - onehot(target)) dloss / rows.  Elementwise; dloss is the loss scale, read where it lies.
+// logits, dz (rows, V);  target, largest, log_sum (rows,);  dloss (1,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+cross_entropy_backward(const T* logits, const long long* target, const float* largest, const float* log_sum,
+                       const float* dloss, T* dz, int rows, int V) {
+    float each = div(*dloss, (float)rows);
+    for (long long i = first_element(); i < (long long)rows * V; i += stride()) {
+        long long row = i / V;
+        float d = mul(expf(sub(sub(widen(logits[i]), largest[row]), log_sum[row])), each);
+        if (i % V == target[row]) d = sub(d, each);
+        dz[i] = round_to<T>(d);
+    }
+}
+
+// y = mean(x).  One block.  x (n,);  y (1,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+mean(const float* x, float* y, int n) {
+    float sum = 0.0f;
+    for (long long i = threadIdx.x; i < n; i += THREADS) sum = add(sum, x[i]);
+    sum = block_fold<add>(sum);
+    if (threadIdx.x == 0) *y = div(sum, (float)n);
+}
+
+
+// ---------------------------------------------------------------------------------------------------- embedding (embedding.py)
+
+// dw[r] = the sum of dy over all places where token r stands, first to last; 0 for a token that is nowhere.
+// A block for each row r of the table and each THREADS columns: grid (V, columns).  tokens (n,);  dy (n, C);  dw (V, C).
+// The threads look at THREADS tokens at a time and share what they see as bits, one for each token.
+extern "C" __global__ void __launch_bounds__(THREADS)
+embedding_backward(const long long* tokens, const T* dy, T* dw, int n, int C) {
+    __shared__ unsigned here[THREADS / 32];
+    long long row = blockIdx.x;
+    int t = threadIdx.x, column = blockIdx.y * THREADS + t;
+
+    float sum = 0.0f;
+    for (long long start = 0; start < n; start += THREADS) {
+        unsigned seen = __ballot_sync(0xffffffffu, start + t < n && tokens[start + t] == row);
+        if (t % 32 == 0) here[t / 32] = seen;
+        __syncthreads();
+        for (int word = 0; word < THREADS / 32; word++) {
+            for (unsigned left = here[word]; left != 0; left &= left - 1) {  // the lowest bit is the next place
+                long long place = start + 32 * word + __ffs(left) - 1;
+                if (column < C) sum = add(sum, widen(dy[place * C + column]));
+            }
+        }
+        __syncthreads();  // nobody writes the next tokens before all have read these
+    }
+    if (column < C) dw[row * C + column] = round_to<T>(sum);
+}
+
+
+// ----------------------------------------------------------------------------------------- step 3: gradients up (gradients.py)
+
+// For each fixed block of `block` elements of the flat gradients, by a block of threads: whether one of the scaled gradients
+// is Inf or NaN, and the sum of squares of the unscaled ones, g / S.
+// grads (n,);  inverse_scale (1,), which is 1/S;  partial, partial_bad (blocks,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+gradient_norm(const T* grads, const float* inverse_scale, float* partial, bool* partial_bad, long long n, int block) {
+    long long start = (long long)blockIdx.x * block;
+    long long stop = start + block < n ? start + block : n;
+
+    float squares = 0.0f;
+    bool bad = false;
+    for (long long i = start + threadIdx.x; i < stop; i += THREADS) {
+        float scaled = widen(grads[i]);
+        float g = mul(scaled, *inverse_scale);
+        squares = add(squares, mul(g, g));
+        bad = bad || !isfinite(scaled);
+    }
+    squares = block_fold<add>(squares);
+    float bad_threads = block_fold<add>(bad ? 1.0f : 0.0f);
+    if (threadIdx.x == 0) {
+        partial[blockIdx.x] = squares;
+        partial_bad[blockIdx.x] = bad_threads > 0.0f;
+    }
+}
+
+// norm = sqrt(sum of partial, first to last);  found_inf = any of partial_bad.  One thread: the order is the point, and
+// there are few blocks.  partial, partial_bad (blocks,);  norm, found_inf (1,).
+extern "C" __global__ void __launch_bounds__(1)
+gradient_norm_fold(const float* partial, const bool* partial_bad, float* norm, bool* found_inf, int blocks) {
+    float sum = 0.0f;
+    bool bad = false;
+    for (int i = 0; i < blocks; i++) {
+        sum = add(sum, partial[i]);
+        bad = bad || partial_bad[i];
+    }
+    *norm = root(sum);
+    *found_inf = bad;
+}
+
+
+// ------------------------------------------------------------------------------------------ step 4: update, or skip (optim.py)
+
+// Whether i lies in one of the ranges start..stop, which are in order and apart. Binary search for the first that ends after i.
+__device__ inline bool in_ranges(long long i, const long long* start, const long long* stop, int ranges) {
+    int low = 0, high = ranges;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (stop[middle] <= i) low = middle + 1;
+        else high = middle;
+    }
+    return low < ranges && start[low] <= i;
+}
+
+//     g = grads / S clip
+//     w = w (1 - lr wd)                                                    where i lies in a decayed range
+//     m = m + (1 - beta1) (g - m)
+//     v = v beta2 + (1 - beta2) g g
+//     w = w - (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//
+// and nothing at all where found_inf is set: no value on the way here has been seen by the host.
+// w, m, v (n,) in fp32, in place;  grads (n,);  inverse_scale, clip, found_inf (1,);
+// scalars (3,): 1 - lr wd,  lr / (1 - beta1^t),  sqrt(1 - beta2^t), all rounded from double;  decayed_start, _stop (ranges,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+adamw(float* w, float* m, float* v, const T* grads, const float* inverse_scale, const float* clip, const float* scalars,
+      const bool* found_inf, const long long* decayed_start, const long long* decayed_stop, int ranges,
+      float one_minus_beta1, float beta2, float one_minus_beta2, float eps, long long n) {
+    if (*found_inf) return;
+    float decay = scalars[0], step_size = scalars[1], root_correction = scalars[2];
+    for (long long i = first_element(); i < n; i += stride()) {
+        float g = mul(mul(widen(grads[i]), *inverse_scale), *clip);
+        float master = w[i];
+        if (in_ranges(i, decayed_start, decayed_stop, ranges)) master = mul(master, decay);
+        float first = add(m[i], mul(sub(g, m[i]), one_minus_beta1));
+        float second = add(mul(v[i], beta2), mul(mul(g, one_minus_beta2), g));
+        float denominator = add(div(root(second), root_correction), eps);
+        w[i] = sub(master, div(mul(first, step_size), denominator));
+        m[i] = first;
+        v[i] = second;
+    }
+}

@@ -1,0 +1,482 @@
+"""What every CUDA kernel must compute, as checks over a `Device`: the host build, or CuPy. No check knows which.
+
+A kernel is held against its NumPy definition in refimpl/ops, gradients.py or optim.py:
+  - to the bit, where there is one order of operations and no exp, log or tanh;
+  - to the bit, where the device's exp, log and tanh are the C library's, against the definition computed with those;
+  - otherwise within what a correct evaluation can give (bounds.py), which for 16 bits is mostly one number.
+Sums have another order than NumPy's: such kernels are held to the bit against a restatement with their own tree, and within
+bounds.py against the definition. NaNs are compared as such, and where sums begin with a zero, zeros without their sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from bounds import (
+    Array,
+    Near,
+    array,
+    cross_entropy_near,
+    embedding_near,
+    gamma,
+    gelu_tanh_near,
+    layernorm_near,
+    near,
+    possible,
+    softmax_of,
+    softmax_slope,
+    stored,
+    wide,
+)
+
+from refimpl.backends import NUMPY, NumPyBackend
+from refimpl.backends.launch import COLUMNS, LANES, THREADS, elementwise_grid
+from refimpl.cast import cast, widen
+from refimpl.formats import dtype_of
+from refimpl.gradients import check_and_measure
+from refimpl.models import Model, Parameter
+from refimpl.ops import OPS, fan_in
+from refimpl.ops.norm import softmax
+from refimpl.optim import AdamW, Optimizer, Schedule
+from refimpl.policy import Bound, Run
+from refimpl.recipes import get_recipe
+from refimpl.state import BLOCK, State
+
+EPS = np.float32(1e-5)
+MANY = 1_000_003  # no multiple of anything: the last threads of the last block have nothing to do
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where kernels run. launch(fmt, kernel, grid, *arguments) takes NumPy arrays and writes its results into them."""
+
+    launch: Callable[..., None]
+    functions: Any = None  # exp, log and tanh as this device computes them, if NumPy can have them too
+    flushes: bool = False  # whether fp32 numbers below the smallest normal one become zero
+
+
+class CFunctions:
+    """NumPy, but for exp, log and tanh, which are the C library's."""
+
+    def __init__(self, c_function: Callable[[str, Array], Array]) -> None:
+        self.c_function = c_function
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def exp(self, x: Array) -> Array:
+        return self.c_function("expf", x)
+
+    def log(self, x: Array) -> Array:
+        return self.c_function("logf", x)
+
+    def tanh(self, x: Array) -> Array:
+        return self.c_function("tanhf", x)
+
+
+def bound(fmt: str, op: str, functions: Any = None) -> Bound:
+    """The `p` of an operation in the recipe `fmt`, with exp, log and tanh from `functions`."""
+    backend = NumPyBackend("functions", functions) if functions else NUMPY
+    return Run(get_recipe(fmt).policy, backend).bind(op, "here")
+
+
+# ------------------------------------------------------------------------------------------------------------- arrays
+
+
+def empty(shape: int | tuple[int, ...], fmt: str) -> Array:
+    """Memory that a kernel must fill: what it leaves out stays NaN."""
+    return np.full(shape, np.nan, dtype_of(fmt))
+
+
+def normal(rng: np.random.Generator, shape: int | tuple[int, ...], fmt: str, size: float = 1.0) -> Array:
+    return array(rng.standard_normal(shape) * size, fmt)
+
+
+def all_kinds(rng: np.random.Generator, n: int, fmt: str, tiny: bool) -> Array:
+    """Half of them random codes (every size, both zeros, infinities, NaNs), half ordinary numbers, in any order.
+
+    tiny=False: no numbers below 2^-20, so that nothing computed from a few of them vanishes where fp32 has no subnormals.
+    """
+    dtype = dtype_of(fmt)
+    codes = np.frombuffer(rng.bytes(dtype.itemsize * (n // 2)), dtype)
+    x = rng.permutation(np.concatenate([codes, normal(rng, n - n // 2, fmt)]))
+    if not tiny:
+        x[np.abs(widen(x)) < 2.0**-20] = 0
+    return x
+
+
+def assert_same(got: Array, expected: Array, zeros: bool = True) -> None:
+    """The same bits, NaNs as such; zeros=False: a zero is a zero."""
+    assert got.dtype == expected.dtype and got.shape == expected.shape, (got.dtype, got.shape, expected.dtype, expected.shape)
+    a, b = wide(got), wide(expected)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    if zeros:
+        same &= (np.signbit(a) == np.signbit(b)) | np.isnan(a)
+    assert same.all(), f"{np.count_nonzero(~same)} of {same.size} differ, such as {a[~same][:3]}, expected {b[~same][:3]}"
+
+
+def assert_possible(got: Array, exact: Near, fmt: str) -> None:
+    """Each element is one that a correct evaluation can give."""
+    least, greatest = possible(exact, fmt)
+    inside = (least <= wide(got)) & (wide(got) <= greatest)
+    assert inside.all(), f"{np.count_nonzero(~inside)} of {inside.size} are impossible, such as {wide(got)[~inside][:3]}"
+
+
+def tree_sum(x: Array, width: int = THREADS) -> Array:
+    """The sums of the last axis in the kernels' order: `width` threads add theirs first to last, then a tree folds them."""
+    full = np.zeros((*x.shape[:-1], -(-x.shape[-1] // width) * width), x.dtype)
+    full[..., : x.shape[-1]] = x
+    threads = np.zeros((*x.shape[:-1], width), x.dtype)
+    for start in range(0, full.shape[-1], width):
+        threads = threads + full[..., start : start + width]
+    while threads.shape[-1] > 1:
+        half = threads.shape[-1] // 2
+        threads = threads[..., :half] + threads[..., half:]
+    return threads[..., 0]
+
+
+# -------------------------------------------------------------------------------------------------------- elementwise
+
+
+def check_add(device: Device, fmt: str) -> None:
+    """add_forward is the residual addition, and fan_in; bit for bit."""
+    rng = np.random.default_rng(1)
+    for n in (1, 5, THREADS, MANY):
+        a, b = (all_kinds(rng, n, fmt, tiny=not device.flushes) for _ in range(2))
+        for grid in {(1,), elementwise_grid(n)}:
+            y = empty(n, fmt)
+            device.launch(fmt, "add_forward", grid, a, b, y, np.int64(n))
+            assert_same(y, OPS["add"].forward(a, b, bound(fmt, "add"))[0])
+            assert_same(y, fan_in.forward(a, b, bound(fmt, "fan_in"))[0])
+
+
+def check_gelu(device: Device, fmt: str) -> None:
+    """gelu_tanh, both ways: with the C library's tanh bit for bit, else each result a possible one."""
+    rng = np.random.default_rng(2)
+    x, dy = (all_kinds(rng, MANY, fmt, tiny=not device.flushes) for _ in range(2))
+    x[:3] = dy[:3] = np.inf, -np.inf, np.nan
+    y, dx, n = empty(MANY, fmt), empty(MANY, fmt), np.int64(MANY)
+    device.launch(fmt, "gelu_tanh_forward", elementwise_grid(MANY), x, y, n)
+    device.launch(fmt, "gelu_tanh_backward", elementwise_grid(MANY), dy, x, dx, n)
+
+    p = bound(fmt, "gelu_tanh", device.functions)
+    expected_y, saved = OPS["gelu_tanh"].forward(x, p)
+    (expected_dx,) = OPS["gelu_tanh"].backward(dy, saved, p)
+    special = slice(None) if device.functions else slice(0, 3)
+    assert_same(y[special], expected_y[special])
+    assert_same(dx[special], expected_dx[special])
+
+    moderate = (np.abs(wide(x)) < 100) & (np.abs(wide(dy)) < 100)
+    for got, exact in zip((y, dx), gelu_tanh_near(near(wide(x[moderate])), near(wide(dy[moderate]))), strict=True):
+        assert_possible(got[moderate], exact, fmt)
+
+
+def check_cross_entropy_backward(device: Device, fmt: str) -> None:
+    """dz from given statistics: bit for bit with the C library's exp, else each a possible one; a loss scale of 2^10."""
+    rng = np.random.default_rng(3)
+    for rows, V in ((1, 1), (5, 7), (3, 1000), (200, 5003)):
+        logits, target = normal(rng, (rows, V), fmt, 4.0), rng.integers(0, V, rows)
+        dloss, dz = np.float32(1024).reshape(1), empty((rows, V), fmt)
+        p = bound(fmt, "cross_entropy", device.functions)
+        _, saved = OPS["cross_entropy"].forward(logits, target, p)
+        _, largest, log_sum, *_ = saved
+        launch = (elementwise_grid(rows * V), logits, target, largest, log_sum, dloss, dz, np.int32(rows), np.int32(V))
+        device.launch(fmt, "cross_entropy_backward", *launch)
+        if device.functions:
+            assert_same(dz, OPS["cross_entropy"].backward(dloss[0], saved, p)[0])
+        assert_possible(dz, cross_entropy_near(near(wide(logits)), target, near(np.float64(1024)))[1], fmt)
+
+
+STARTS = ((0, 1000), (5000, 5001), (400_000, 900_001))  # decayed ranges: from the first element, of one, across blocks
+
+
+def adamw_state(fmt: str, rng: np.random.Generator, tiny: bool) -> State:
+    """A state in the middle of training with a gradient of every kind; decayed and other parameters take turns."""
+    edges = [0, *(edge for span in STARTS for edge in span if edge), MANY]
+    shapes = [(stop - start, (start, stop) in STARTS) for start, stop in pairwise(edges)]
+    parameters = {f"p{i}": Parameter((n, 1) if decay else (n,), std=1.0) for i, (n, decay) in enumerate(shapes)}
+    state = State(Model("flat", {}, parameters, {}, None, None), get_recipe(fmt).state_formats(), NUMPY)
+    assert state.layout.decayed == STARTS
+    state.grads[...] = all_kinds(rng, MANY, fmt, tiny)
+    state.master[...] = normal(rng, MANY, "fp32")
+    state.buffers["m"][...] = all_kinds(rng, MANY, "fp32", tiny)
+    state.buffers["v"][...] = np.abs(all_kinds(rng, MANY, "fp32", tiny))
+    return state
+
+
+def check_adamw(device: Device, fmt: str) -> None:
+    """w, m and v after an update, bit for bit as the optimizer leaves them; and untouched where found_inf is set."""
+    rng = np.random.default_rng(4)
+    state, rule = adamw_state(fmt, rng, tiny=not device.flushes), AdamW()
+    optimizer = Optimizer(rule, Schedule(6e-4, 6e-4, 0, 10))
+    state.t = np.int64(3)
+    scalars = cast(optimizer.scalars[state.t], "fp32")
+    inverse_scale, clip = np.float32(2.0**-10), np.float32(0.7)
+    starts, stops = (np.array(edges, np.int64) for edges in zip(*STARTS, strict=True))
+    beta1, beta2 = rule.betas
+
+    def launch(found_inf: bool, ranges: int) -> list[Array]:
+        kept = [x.copy() for x in (state.master, state.buffers["m"], state.buffers["v"])]
+        pointers = (state.grads, inverse_scale.reshape(1), clip.reshape(1), scalars, np.array([found_inf]), starts, stops)
+        numbers = (np.float32(1 - beta1), np.float32(beta2), np.float32(1 - beta2), np.float32(rule.eps), np.int64(MANY))
+        device.launch(fmt, "adamw", elementwise_grid(MANY), *kept, *pointers, np.int32(ranges), *numbers)
+        return kept
+
+    before = [state.master.copy(), state.buffers["m"].copy(), state.buffers["v"].copy()]
+    for got, expected in zip(launch(True, len(STARTS)), before, strict=True):
+        assert_same(got, expected)
+
+    updated, undecayed = launch(False, len(STARTS)), launch(False, 0)
+    inside = np.zeros(MANY, bool)
+    for start, stop in STARTS:
+        inside[start:stop] = True
+    assert_same(updated[0][~inside], undecayed[0][~inside])
+
+    optimizer.update(state, inverse_scale, clip, np.False_)
+    for got, expected in zip(updated, (state.master, state.buffers["m"], state.buffers["v"]), strict=True):
+        assert_same(got, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- reducing
+
+SHAPES = ((1, 1), (5, 1), (5, 7), (64, 128), (3, 1000), (100, 33))
+
+
+def layernorm_restated(x: Array, w: Array, b: Array | None, dy: Array, fmt: str) -> list[Array]:
+    """y, mean, rstd, dx, dw, db of layernorm_* with the sums in the order of the kernels."""
+    C = np.float32(x.shape[-1])
+    z, scale, d = widen(x), widen(w), widen(dy)
+    mean = (tree_sum(z) / C)[:, None]
+    centred = z - mean
+    rstd = 1 / np.sqrt(tree_sum(centred * centred)[:, None] / C + EPS)
+    h, dh = centred * rstd, d * scale
+    y = h * scale if b is None else h * scale + widen(b)
+    dx = (dh - (tree_sum(dh) / C)[:, None] - h * (tree_sum(dh * h) / C)[:, None]) * rstd
+    dw, db = tree_sum((d * h).T, LANES), tree_sum(d.T, LANES)
+    return [cast(y, fmt), mean[:, 0], rstd[:, 0], *(cast(z, fmt) for z in (dx, dw, db))]
+
+
+def layernorm_launched(device: Device, x: Array, w: Array, b: Array | None, dy: Array, fmt: str) -> list[Array]:
+    rows, C = x.shape
+    y, dx, dw, db = empty(x.shape, fmt), empty(x.shape, fmt), empty(C, fmt), None if b is None else empty(C, fmt)
+    mean, rstd = empty(rows, "fp32"), empty(rows, "fp32")
+    device.launch(fmt, "layernorm_forward", (rows,), x, w, b, y, mean, rstd, np.int32(C), EPS)
+    device.launch(fmt, "layernorm_backward", (rows,), dy, x, w, mean, rstd, dx, np.int32(C))
+    columns = (-(-C // COLUMNS),)
+    device.launch(fmt, "layernorm_weights_backward", columns, dy, x, mean, rstd, dw, db, np.int32(rows), np.int32(C))
+    return [y, mean, rstd, dx, dw, db]
+
+
+def check_layernorm(device: Device, fmt: str) -> None:
+    """Both ways and the weights': bit for bit as restated, each a possible result of the definition; with b and without."""
+    rng = np.random.default_rng(5)
+    for rows, C in SHAPES:
+        x, dy, w, b = (normal(rng, shape, fmt) for shape in ((rows, C), (rows, C), C, C))
+        x += array(np.float64(3), fmt)
+        for shift in (b, None):
+            got, expected = layernorm_launched(device, x, w, shift, dy, fmt), layernorm_restated(x, w, shift, dy, fmt)
+            for one, other in zip(got, expected, strict=True):
+                if one is not None:
+                    assert_same(one, other, zeros=False)
+        y, _, _, dx, dw, db = layernorm_launched(device, x, w, b, dy, fmt)
+        if C == 1:  # x - mean is 0, and so is all that follows from it
+            assert_same(y, np.broadcast_to(b, y.shape), zeros=False)
+            assert not (wide(dx).any() or wide(dw).any())
+            continue
+        for one, exact in zip((y, dx, dw, db), layernorm_near(*(near(wide(v)) for v in (x, w, b, dy))), strict=True):
+            assert_possible(one, exact, fmt)
+
+
+def check_layernorm_specials(device: Device, fmt: str) -> None:
+    """An Inf or NaN spoils its own row, and its column of dw and db, as in the definition; zeros and equal rows do not."""
+    rng = np.random.default_rng(6)
+    x, dy, w, b = (normal(rng, shape, fmt) for shape in ((7, 50), (7, 50), 50, 50))
+    x[0, 3], x[1, 4], dy[2, 5], dy[3, 6], x[4], x[5] = np.inf, np.nan, -np.inf, np.nan, 0, 1.5
+    got = layernorm_launched(device, x, w, b, dy, fmt)
+    for one, other in zip(got, layernorm_restated(x, w, b, dy, fmt), strict=True):
+        assert_same(one, other, zeros=False)
+    p = bound(fmt, "layernorm")
+    y, saved = OPS["layernorm"].forward(x, w, b, p)
+    for one, other in zip((got[0], *got[3:]), (y, *OPS["layernorm"].backward(dy, saved, w, b, p)), strict=True):
+        assert (np.isnan(wide(one)) == np.isnan(wide(other))).all()
+
+
+def check_bias(device: Device, fmt: str) -> None:
+    """db is the sum of the rows, by LANES lanes and their tree."""
+    rng = np.random.default_rng(7)
+    for rows, C in (*SHAPES, (1000, 40)):
+        dy, db = normal(rng, (rows, C), fmt), empty(C, fmt)
+        device.launch(fmt, "bias_backward", (-(-C // COLUMNS),), dy, db, np.int32(rows), np.int32(C))
+        assert_same(db, cast(tree_sum(widen(dy).T, LANES), fmt), zeros=False)
+        assert_possible(db, near(wide(dy)).sum(0), fmt)
+
+
+QUERIES = ((1, 1), (2, 7), (3, 64), (1, 300))  # (heads, queries)
+
+
+def check_causal_softmax(device: Device, fmt: str) -> None:
+    """P and dS, also where P is written over S and dS over dP; later keys are 0."""
+    rng = np.random.default_rng(8)
+    for heads, queries in QUERIES:
+        shape, scale = (heads * queries, queries), np.float32(1 / np.sqrt(6))
+        S, dP, P, dS = normal(rng, shape, fmt, 3.0), normal(rng, shape, fmt), empty(shape, fmt), empty(shape, fmt)
+        n = np.int32(queries)
+        device.launch(fmt, "causal_softmax_forward", (len(S),), S, P, n, scale)
+        device.launch(fmt, "causal_softmax_backward", (len(S),), P, dP, dS, n, scale)
+        in_place, slope_in_place = S.copy(), dP.copy()
+        device.launch(fmt, "causal_softmax_forward", (len(S),), in_place, in_place, n, scale)
+        device.launch(fmt, "causal_softmax_backward", (len(S),), P, slope_in_place, slope_in_place, n, scale)
+        assert_same(in_place, P)
+        assert_same(slope_in_place, dS)
+
+        seen = np.tile(np.tri(queries, dtype=bool), (heads, 1))
+        scaled, probability, slope = widen(cast(widen(S) * scale, fmt)), widen(P), widen(dP)
+        if device.functions:
+            largest = np.where(seen, scaled, -np.inf).max(-1, keepdims=True)
+            e = device.functions.exp(np.where(seen, scaled - largest, -np.inf))
+            assert_same(P, cast(e / tree_sum(e)[:, None], fmt))
+        products = np.where(seen, slope * probability, np.float32(0))
+        unscaled = widen(cast((slope - tree_sum(products)[:, None]) * probability, fmt))
+        assert_same(dS, cast(np.where(seen, unscaled * scale, np.float32(0)), fmt), zeros=False)
+
+        for row in range(len(S)):
+            keys = row % queries + 1
+            assert not wide(P[row, keys:]).any() and not wide(dS[row, keys:]).any()
+            assert_possible(P[row, :keys], softmax_of(near(wide(scaled[row, :keys]))), fmt)
+            dS_row = stored(softmax_slope(near(wide(dP[row, :keys])), near(wide(P[row, :keys]))), fmt) * near(wide(scale))
+            assert_possible(dS[row, :keys], dS_row, fmt)
+
+
+def check_causal_softmax_specials(device: Device, fmt: str) -> None:
+    """Inf and NaN among the keys that a query sees, and among those that it does not, as in the definition."""
+    S, dP = (normal(np.random.default_rng(seed), (7, 7), fmt) for seed in (9, 10))
+    S[2, 1], S[3, 2], S[4, 0], S[5, 6], S[6, 3] = np.inf, np.nan, -np.inf, np.nan, array(np.float64(60000), fmt)
+    dP[1, 2], dP[2, 6], dP[6, 0] = np.inf, np.nan, np.inf
+    P, dS = empty(S.shape, fmt), empty(S.shape, fmt)
+    device.launch(fmt, "causal_softmax_forward", (7,), S, P, np.int32(7), np.float32(0.25))
+    good = normal(np.random.default_rng(11), S.shape, fmt)  # no NaNs, which would hide what dP does
+    device.launch(fmt, "causal_softmax_backward", (7,), good, dP, dS, np.int32(7), np.float32(0.25))
+    p, seen = bound(fmt, "attention")["softmax"], np.tri(7, dtype=bool)
+    scaled = widen(cast(widen(S) * np.float32(0.25), fmt))
+    expected = softmax(np.where(seen, scaled, np.float32(-np.inf)), p)
+    assert (np.isnan(wide(P)) == (np.isnan(expected) & seen)).all()
+    assert not wide(P)[~seen].any() and not wide(dS)[~seen].any()
+    assert np.isnan(wide(P)).any(-1).tolist() == [False, False, True, True, False, False, False]
+    assert (~np.isfinite(wide(dS))).any(-1).tolist() == [False] * 6 + [True]
+
+
+def check_cross_entropy_forward(device: Device, fmt: str) -> None:
+    """The largest logit exactly, a loss a row, and their mean; a NaN is not passed over in the search for the largest."""
+    rng = np.random.default_rng(12)
+    for rows, V in SHAPES:
+        logits, target = normal(rng, (rows, V), fmt, 4.0), rng.integers(0, V, rows)
+        row_loss, largest, log_sum, loss = (empty(n, "fp32") for n in (rows, rows, rows, 1))
+        device.launch(fmt, "cross_entropy_forward", (rows,), logits, target, row_loss, largest, log_sum, np.int32(V))
+        device.launch(fmt, "mean", (1,), row_loss, loss, np.int32(rows))
+        z = widen(logits)
+        assert_same(largest, z.max(-1))
+        if device.functions:
+            expected = device.functions.log(tree_sum(device.functions.exp(z - z.max(-1, keepdims=True))))
+            assert_same(log_sum, expected)
+            assert_same(row_loss, expected - (z[np.arange(rows), target] - largest))
+        assert_possible(loss, cross_entropy_near(near(wide(z)), target, near(1.0))[0], "fp32")
+
+    logits = normal(rng, (4, 300), fmt)
+    logits[1, 299], logits[2, 5], logits[3, :] = np.nan, np.inf, -np.inf
+    row_loss, largest, log_sum = (empty(4, "fp32") for _ in range(3))
+    device.launch(fmt, "cross_entropy_forward", (4,), logits, np.zeros(4, np.int64), row_loss, largest, log_sum, np.int32(300))
+    assert_same(largest, widen(logits).max(-1))
+    assert np.isfinite(row_loss).tolist() == [True, False, False, False]
+
+
+def check_mean(device: Device, fmt: str) -> None:
+    """By the tree of one block."""
+    for n in (1, 7, THREADS, 1000):
+        x, y = normal(np.random.default_rng(n), n, "fp32"), empty(1, "fp32")
+        device.launch(fmt, "mean", (1,), x, y, np.int32(n))
+        assert_same(y, (tree_sum(x) / np.float32(n)).reshape(1))
+
+
+def check_embedding(device: Device, fmt: str) -> None:
+    """Sums in the order of the tokens, bit for bit; rows without a token are zero, and an Inf stays in its row."""
+    rng = np.random.default_rng(13)
+    for n, V, C in ((0, 3, 2), (1, 4, 1), (300, 5, 7), (1000, 50, 300)):
+        tokens, dy, dw = rng.integers(0, V - 1, n), normal(rng, (n, C), fmt), empty((V, C), fmt)
+        device.launch(fmt, "embedding_backward", (V, -(-C // THREADS)), tokens, dy, dw, np.int32(n), np.int32(C))
+        in_order = np.zeros((V, C), np.float32)
+        np.add.at(in_order, tokens, widen(dy))
+        assert_same(dw, cast(in_order, fmt), zeros=False)
+        if n:
+            assert_possible(dw, embedding_near(tokens, near(np.zeros((V, C))), near(wide(dy)))[1], fmt)
+            dy[0] = np.inf
+            device.launch(fmt, "embedding_backward", (V, -(-C // THREADS)), tokens, dy, dw, np.int32(n), np.int32(C))
+            assert (np.isinf(wide(dw)).all(-1) == (np.arange(V) == tokens[0])).all()
+
+
+def gradient_norm_launched(device: Device, fmt: str, grads: Array, inverse_scale: Array, block: int) -> tuple[Array, Array]:
+    blocks = -(-grads.size // block)
+    partial, bad, norm, found_inf = empty(blocks, "fp32"), np.zeros(blocks, bool), empty(1, "fp32"), np.ones(1, bool)
+    if blocks:
+        sizes = np.int64(grads.size), np.int32(block)
+        device.launch(fmt, "gradient_norm", (blocks,), grads, inverse_scale.reshape(1), partial, bad, *sizes)
+    device.launch(fmt, "gradient_norm_fold", (1,), partial, bad, norm, found_inf, np.int32(blocks))
+    return norm, found_inf
+
+
+def check_gradient_norm(device: Device, fmt: str) -> None:
+    """The norm of fixed blocks folded in order, and found_inf; against the tree, and against `check_and_measure`."""
+    rng = np.random.default_rng(14)
+    inverse_scale = np.float32(2.0**-7)
+    for n, block in ((0, 100), (1, 100), (1000, 300), (1024, 256), (MANY, BLOCK)):
+        grads = normal(rng, n, fmt, 100.0)
+        norm, found_inf = gradient_norm_launched(device, fmt, grads, inverse_scale, block)
+        g = widen(grads) * inverse_scale
+        total = np.float32(0)
+        for start in range(0, n, block):
+            part = g[start : start + block]
+            total = total + tree_sum(part * part)
+        assert_same(norm, np.sqrt(total).reshape(1))
+        assert not found_inf[0]
+        squares = near(wide(grads)) * near(wide(inverse_scale))
+        exact = (squares * squares).sum(-1) if n else Near(np.float64(0))
+        root = np.sqrt(exact.value)
+        assert abs(wide(norm)[0] - root) <= np.sqrt(exact.value + exact.err) - root + 2.0**-24 * root
+
+    # The longest chain of additions: a thread's own, the tree's 8, one for each block. Both sums err by at most gamma of it
+    # (all terms are positive), their roots by half.
+    rtol = gamma(BLOCK // THREADS + 8 + MANY // BLOCK + 1)
+    state = adamw_state(fmt, rng, tiny=not device.flushes)
+    for index, value in ((None, 0), (0, np.inf), (MANY - 1, -np.inf), (300_000, np.nan)):
+        state.grads[...] = normal(rng, MANY, fmt)
+        if index is not None:
+            state.grads[index] = value
+        norm, found_inf = gradient_norm_launched(device, fmt, state.grads, inverse_scale, BLOCK)
+        expected_inf, expected = check_and_measure(state, inverse_scale)
+        assert bool(found_inf[0]) == bool(expected_inf) == (index is not None)
+        assert np.isclose(norm[0], expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+ELEMENTWISE = {
+    "add_forward": check_add,
+    "gelu_tanh": check_gelu,
+    "cross_entropy_backward": check_cross_entropy_backward,
+    "adamw": check_adamw,
+}
+
+REDUCING = {
+    "layernorm": check_layernorm,
+    "layernorm_specials": check_layernorm_specials,
+    "bias_backward": check_bias,
+    "causal_softmax": check_causal_softmax,
+    "causal_softmax_specials": check_causal_softmax_specials,
+    "cross_entropy_forward": check_cross_entropy_forward,
+    "mean": check_mean,
+    "embedding_backward": check_embedding,
+    "gradient_norm": check_gradient_norm,
+}
+
+CHECKS = {**ELEMENTWISE, **REDUCING}

@@ -1,0 +1,356 @@
+"""The CuPy backend as a whole, with real CuPy: on a GPU, or on a CPU by a tool that says so in CUPY_ON_CPU.
+
+Whole runs are judged step by step from their own values, by the bounds that are derived in refimpl/bounds.py. Launches,
+copies and waits are counted where the tool counts them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl.backends import NUMPY, get_backend
+from refimpl.backends.launch import Kernels, source
+from refimpl.cast import cast, widen
+from refimpl.config import Config
+from refimpl.formats import FORMATS, format_of
+from refimpl.gpu_check import OnDevice, no_waits, speed, train_both
+from refimpl.judge import judge
+from refimpl.optim import SGD, AdamW
+from refimpl.recipes import get_recipe
+from refimpl.state import State
+from refimpl.trace import Trace, record
+from refimpl.trainer import INIT, Trainer, generator, start
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not cupy.cuda.is_available(), reason="CuPy is installed, but no device answers"),
+]
+
+Array = Any
+TINY: dict[str, Any] = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "lr": 1e-3, "warmup": 2, "backend": "cupy",
+}  # fmt: skip
+RECIPES = ("fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-fp16", "pure-bf16")
+LOW = ("fp32", "fp16", "bf16")
+
+
+def on_device(x: np.ndarray) -> Array:
+    return get_backend("cupy").from_host(x)
+
+
+def on_host(x: Array) -> np.ndarray:
+    return get_backend("cupy").to_host(x)
+
+
+# ---------------------------------------------------------------------------------------------------------- products
+
+
+def layouts(x: np.ndarray) -> dict[str, Callable[[], Array]]:
+    """The same matrices on the device, laid out in several ways."""
+    wide = np.concatenate([x, x], -1)
+    return {
+        "C order": lambda: on_device(x),
+        "transposed": lambda: on_device(np.ascontiguousarray(x.swapaxes(-1, -2))).swapaxes(-1, -2),
+        "columns of wider rows": lambda: on_device(wide)[..., : x.shape[-1]],
+        "every other column": lambda: on_device(np.repeat(x, 2, -1))[..., ::2],
+    }
+
+
+def product_bound(a: np.ndarray, b: np.ndarray, fmt: str) -> np.ndarray:
+    """Any order of an FP32 sum of K products that are rounded errs by K u sum|a b| at most; then one rounding to fmt."""
+    magnitude = np.abs(a) @ np.abs(b)
+    sums = a.shape[-1] * 2.0**-24 * magnitude
+    return 1.01 * sums + FORMATS[fmt].eps / 2 * (magnitude + sums) + FORMATS[fmt].smallest_subnormal
+
+
+@pytest.mark.parametrize("fmt", LOW)
+@pytest.mark.parametrize(
+    "shapes", [((7, 5), (5, 9)), ((2, 3, 4, 8), (2, 3, 8, 6)), ((3, 1, 5), (3, 5, 1)), ((1, 1), (1, 1))], ids=str
+)
+def test_a_product_in_every_layout(shapes: tuple[tuple[int, ...], tuple[int, ...]], fmt: str) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (cast(rng.standard_normal(shape), fmt) for shape in shapes)
+    exact_a, exact_b = widen(a, "fp64"), widen(b, "fp64")
+    backend: Any = get_backend("cupy")
+    for out in {fmt, "fp32"}:
+        results = []
+        for left in layouts(a).values():
+            for right in layouts(b).values():
+                y = backend.product(left(), right(), out)
+                assert format_of(y) == out
+                error = np.abs(widen(on_host(y), "fp64") - exact_a @ exact_b)
+                assert (error <= product_bound(exact_a, exact_b, out)).all(), (error.max(), out)
+                results.append(on_host(y).tobytes())
+        if "CUPY_ON_CPU" in os.environ:  # one order of the sums, whatever the layout
+            assert len(set(results)) == 1
+
+
+def test_a_bias_is_added_before_the_one_rounding() -> None:
+    """In BF16, whose spacing at 256 is 2: 256 + 0.75 + 0.5 = 257.25 rounds up to 258; rounded before the bias it is 256."""
+    backend: Any = get_backend("cupy")
+    x, w = on_device(cast(np.array([[256.0, 0.75]]), "bf16")), on_device(cast(np.array([[1.0], [1.0]]), "bf16"))
+    y = on_device(cast(np.array([[0.5]]), "bf16"))
+    backend.product(x, w, "bf16", out=y, add=True)
+    assert float(on_host(y)[0, 0]) == 258.0
+    assert float(on_host(backend.product(x, w, "bf16"))[0, 0]) == 256.0
+
+
+def test_products_without_elements() -> None:
+    backend: Any = get_backend("cupy")
+    for shapes in (((0, 4), (4, 3)), ((2, 0), (0, 3)), ((0, 2, 3), (0, 3, 2))):
+        a, b = (on_device(np.ones(shape, np.float32)) for shape in shapes)
+        expected = np.matmul(np.ones(shapes[0]), np.ones(shapes[1]))
+        assert np.array_equal(on_host(backend.product(a, b, "fp32")), expected)
+    kept = on_device(np.full((2, 3), 7, np.float32))
+    backend.product(on_device(np.ones((2, 0), np.float32)), on_device(np.ones((0, 3), np.float32)), "fp32", out=kept, add=True)
+    assert (on_host(kept) == 7).all()
+
+
+def test_products_that_make_no_sense_are_refused() -> None:
+    backend: Any = get_backend("cupy")
+    a, half = on_device(np.ones((2, 3), np.float32)), on_device(np.ones((3, 2), np.float16))
+    with pytest.raises(TypeError, match="fp32 and fp16"):
+        backend.product(a, half, "fp32")
+    with pytest.raises(ValueError, match="cannot multiply"):
+        backend.product(a, a, "fp32")
+    with pytest.raises(ValueError, match="the result is"):
+        backend.product(a, a.T, "fp32", out=on_device(np.ones((2, 2), np.float16)))
+    with pytest.raises(TypeError):
+        backend.product(on_device(np.ones((2, 2))), on_device(np.ones((2, 2))), "fp32")
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+JUDGED = (1, 2, 3, 19, 20)
+
+
+def some_steps(trace: Trace) -> Trace:
+    """Of the other steps only what a judged one starts from, and whether they were skipped."""
+
+    def wanted(key: str) -> bool:
+        step, point = int(key.split("/")[0]), key.split("/")[1]
+        return step in (0, *JUDGED) or point == "3.found_inf" or (step + 1 in JUDGED and point.startswith("4."))
+
+    return Trace(trace.config, {key: tensor for key, tensor in trace.tensors.items() if wanted(key)})
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"), [*(("gpt", recipe) for recipe in RECIPES), *(("mlp", r) for r in ("fp32", "fp16", "amp-bf16"))]
+)
+def test_every_tensor_of_a_training_is_within_its_bound(recipe: str, model: str) -> None:
+    """Twenty steps; the first and the last are judged, tensor by tensor, from the device's own values."""
+    sizes = {k: v for k, v in TINY.items() if model == "gpt" or k != "n_head"}
+    there = Config.of({**sizes, "model": model, "recipe": recipe, "steps": 20})
+    findings = judge(replace(there, backend="numpy"), some_steps(record(there)))
+    assert [f.where for f in findings if f.departs] == []
+    assert {f.step for f in findings if f.point == "2.grads"} == set(JUDGED)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
+def test_free_runs_stay_together(recipe: str) -> None:
+    trained = train_both(recipe, 8)
+    assert trained.agrees, trained.row()
+
+
+def mutated(old: str, new: str) -> Kernels:
+    text = source()
+    assert text.count(old) >= 1, f"{old!r} is no longer in kernels.cu"
+    return Kernels(text.replace(old, new))
+
+
+MUTANTS = {
+    "the other scale": ("dS[i] = round_to<T>(mul(widen(unscaled), scale));", "dS[i] = unscaled;"),
+    "later keys are seen": ("int keys = (int)(row % queries) + 1;", "int keys = queries;"),
+    "no mean": ("float z = mul(mul(sub(widen(x[i]), m), r), widen(w[i]));", "float z = mul(mul(widen(x[i]), r), widen(w[i]));"),
+    "the last row is left out": ("row < rows; row += LANES", "row < rows - 1; row += LANES"),
+    "never skips": ("if (*found_inf) return;", ""),
+    "decays everything": ("if (in_ranges(i, decayed_start, decayed_stop, ranges))", "if (true)"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_kernel_departs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Config.of({**TINY, "recipe": "fp16", "steps": 8, "init_scale": 2.0**20})
+    backend = replace(get_backend("cupy"), kernels=mutated(*MUTANTS[name]))
+    monkeypatch.setattr(Config, "make_backend", lambda self: backend)
+    assert any(f.departs for f in judge(replace(there, backend="numpy"), record(there)))
+
+
+def test_two_runs_have_the_same_bits() -> None:
+    def states() -> dict[str, bytes]:
+        run = OnDevice({k: TINY[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}, "fp16")
+        for _ in range(3):
+            run.queue()
+        return {kind: on_host(buffer).tobytes() for kind, buffer in run.parts.state.buffers.items()}
+
+    assert states() == states()
+
+
+# ------------------------------------------------------------------------------------------- the update, or the skip
+
+
+@pytest.mark.parametrize("rule", [AdamW(), SGD(), SGD(0.0)], ids=["adamw", "sgd with momentum", "sgd"])
+@pytest.mark.parametrize("recipe", ["fp16", "pure-bf16", "fp32"])
+def test_an_update_and_a_skipped_one(recipe: str, rule: Any) -> None:
+    config = Config.of({**TINY, "recipe": recipe, "steps": 5})
+    rng = np.random.default_rng(0)
+    states = []
+    for backend in (NUMPY, get_backend("cupy")):
+        parts = config.make_parts(backend)
+        parts.state = State(parts.model, get_recipe(recipe).state_formats(rule.moments), backend)
+        parts.optimizer.use(rule)
+        states.append(parts)
+    for kind, buffer in states[0].state.buffers.items():
+        values = rng.standard_normal(buffer.size) * 0.1
+        cast(values**2 if kind == "v" else values, format_of(buffer), out=buffer)
+        states[1].state.buffers[kind][...] = on_device(buffer)
+    for skip in (True, False):
+        before = [{k: np.array(p.state.backend.to_host(b)) for k, b in p.state.buffers.items()} for p in states]
+        for parts in states:
+            xp = parts.state.backend.xp
+            numbers = xp.asarray(np.float32(0.5)), xp.asarray(np.float32(0.25)), xp.asarray(np.bool_(skip))
+            parts.optimizer.update(parts.state, *numbers)
+        after = [{k: np.array(p.state.backend.to_host(b)) for k, b in p.state.buffers.items()} for p in states]
+        for kind in after[0]:
+            assert after[0][kind].tobytes() == after[1][kind].tobytes(), kind
+            if skip:
+                assert after[1][kind].tobytes() == before[1][kind].tobytes()
+        assert [int(p.state.t) for p in states] == [0 if skip else 1] * 2
+
+
+def test_an_overflow_is_skipped_and_the_scale_adapts_without_a_look() -> None:
+    config = Config.of({**TINY, "recipe": "fp16", "steps": 8, "init_scale": 2.0**20})
+    ours, theirs = record(replace(config, backend="numpy")), record(config)
+    for point in ("4.scale", "3.found_inf"):
+        values = [[float(t.tensors[f"{step}/{point}"]) for step in ours.steps] for t in (ours, theirs)]
+        assert values[0] == values[1]
+    assert 0 < sum(float(theirs.tensors[f"{step}/3.found_inf"]) for step in theirs.steps) < 8
+
+
+# ------------------------------------------------------------------------------------- launches, copies, waits, memory
+
+
+@pytest.fixture
+def counter() -> Iterator[Any]:
+    """The tool's counters. On a GPU nobody counts."""
+    if "CUPY_ON_CPU" not in os.environ:
+        pytest.skip("launches are counted where CuPy runs on the CPU only")
+    yield importlib.import_module("cupy_on_cpu")
+
+
+def counts_of_a_step(counter: Any, recipe: str, n_layer: int) -> dict[str, int]:
+    """Of the third step, its batch copied from the host."""
+    parts = start(Config.of({**TINY, "recipe": recipe, "n_layer": n_layer, "steps": 5}))
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        counter.reset()
+        parts.step([tuple(on_device(rng.integers(0, 256, (4, 16))) for _ in range(2))])
+    return dict(counter.stats())
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16"])
+def test_the_budget_of_a_step(recipe: str, counter: Any) -> None:
+    two, three = (counts_of_a_step(counter, recipe, n_layer) for n_layer in (2, 3))
+    assert two["d2h"] == two["sync"] == two["malloc"] == two["free"] == 0 and two["h2d"] <= 3, two
+    assert three["gemm"] - two["gemm"] == 18
+    assert three["launch"] + three["gemm"] - two["launch"] - two["gemm"] <= 45
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16"])
+def test_the_budget_of_steps_3_and_4(recipe: str, counter: Any) -> None:
+    """Check, unscale, AdamW and the 16-bit copy: four launches at most, beside the 0-d arithmetic of 1/S, clip and t."""
+    parts = start(Config.of({**TINY, "recipe": recipe, "steps": 5}))
+    batch = tuple(on_device(np.zeros((4, 16), np.int64)) for _ in range(2))
+    counter.reset()
+    parts.step([batch])
+    launched = counter.kernels()
+    ours = [launched.get(name, 0) for name in ("gradient_norm", "gradient_norm_fold", "adamw")]
+    counter.reset()
+    parts.state.weights_down()
+    assert ours == [1, 1, 1] and counter.stats()["launch"] == (0 if recipe == "fp32" else 1)
+
+
+def test_training_looks_at_the_device_for_the_log_only(counter: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(32, 127)) * 200)
+
+    def copies(log_every: int) -> int:
+        sizes = {**TINY, "data": str(text), "steps": 9, "eval_every": 100, "eval_batches": 1, "log_every": log_every}
+        trainer = Trainer(Config.of({**sizes, "recipe": "fp16"}), tmp_path)
+        counter.reset()
+        for _ in range(9):
+            trainer._one_step()
+        return int(counter.stats()["d2h"])
+
+    assert copies(3) == copies(100) == 0
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "amp-fp16"])
+def test_a_step_waits_for_nothing(recipe: str) -> None:
+    run = OnDevice({k: TINY[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}, recipe)
+    run.queue()
+    with no_waits():
+        run.queue()
+    with pytest.raises(Exception, match="synchronization"), no_waits():
+        float(run.parts.loss_scale.scale)
+
+
+# --------------------------------------------------------------------------------------------------- as people use it
+
+
+def test_a_run_is_resumed_on_either_backend(tmp_path: Path) -> None:
+    """Six steps on the device; and three there, then three from the checkpoint on the device, then on the host."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(32, 127)) * 200)
+    sizes = {**TINY, "data": str(text), "recipe": "fp16", "eval_every": 3, "eval_batches": 1, "log_every": 2}
+
+    class Bar:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: None
+
+    def run(folder: str, stop: int, backend: str = "cupy") -> dict[str, np.ndarray]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        trainer = Trainer(Config.of({**sizes, "steps": 6, "backend": backend}), tmp_path / folder)
+        if stop == 6 and folder != "whole":
+            trainer.restore()
+        while trainer.progress.step < stop:
+            trainer._pending.append((trainer.progress.step + 1, trainer._one_step()))
+            trainer.progress.step += 1
+        trainer._write_steps(Bar())
+        trainer.save()
+        return {k: np.array(trainer.backend.to_host(b)) for k, b in trainer.state.buffers.items()}
+
+    whole = run("whole", 6)
+    run("device", 3)
+    run("host", 3)
+    again, on_the_host = run("device", 6), run("host", 6, "numpy")
+    for kind in whole:
+        assert whole[kind].tobytes() == again[kind].tobytes(), kind
+    moved = np.linalg.norm(whole["master"])
+    assert np.linalg.norm(whole["master"] - on_the_host["master"]) < 1e-3 * moved
+
+
+def test_the_check_that_a_user_runs_reports() -> None:
+    row = speed("smoke", "bf16", 1)
+    assert row[:2] == ["smoke", "bf16"] and float(row[2]) > 0 and row[-1] == "steady"
+
+
+def test_backends_live_side_by_side() -> None:
+    weights = Config.of({**TINY}).make_model().initial_weights(generator(0, INIT))
+    parts = [start(Config.of({**TINY, "recipe": "fp32", "backend": name})) for name in ("numpy", "cupy")]
+    for one in parts:
+        one.state.load_weights(weights)
+        x, y = (one.state.backend.from_host(np.full((4, 16), fill)) for fill in (3, 4))
+        one.step([(x, y)])
+    apart = np.abs(on_host(parts[1].state.master) - parts[0].state.master).max()
+    assert 0 <= apart < 1e-5 and isinstance(parts[1].state.master, cupy.ndarray)

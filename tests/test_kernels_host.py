@@ -1,0 +1,164 @@
+"""The CUDA kernels, compiled by g++ and run on the CPU, against their NumPy definitions; and sources with one thing wrong.
+
+The checks are those of kernel_cases.py. Here exp, log and tanh are the C library's on both sides, so all comparisons with
+one order of operations are of bits. That NumPy's own functions differ from those by no more than bounds.py allows is a test
+of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import kernel_cases
+import kernel_host
+import numpy as np
+import pytest
+from bounds import FUNCTION, U, wide
+from kernel_cases import CHECKS, REDUCING, CFunctions, Device
+from kernel_host import HostKernels, c_function
+
+from refimpl.backends.launch import FORMATS, declarations, source
+
+pytestmark = pytest.mark.skipif(bool(kernel_host.why_not()), reason=f"no host build: {kernel_host.why_not()}")
+
+
+@pytest.fixture(autouse=True)
+def overflow_is_a_result() -> Iterator[None]:
+    with np.errstate(all="ignore"):
+        yield
+
+
+def device(text: str | None = None, reverse: bool = False) -> Device:
+    return Device(HostKernels(text, reverse).launch, CFunctions(c_function))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernel_computes_its_definition(check: str, fmt: str) -> None:
+    CHECKS[check](device(), fmt)
+
+
+@pytest.mark.parametrize("check", REDUCING)
+def test_the_order_of_threads_changes_nothing(check: str) -> None:
+    """Threads and blocks last to first: where a barrier were missing, some would read what was not written yet."""
+    REDUCING[check](device(reverse=True), "fp16")
+
+
+def test_every_kernel_is_checked() -> None:
+    text = Path(kernel_cases.__file__).read_text(encoding="utf-8")
+    assert [name for name in declarations(source()) if f'"{name}"' not in text] == []
+
+
+# ---------------------------------------------------------------------------------------------- one thing wrong at a time
+
+# name: (check that must fail, format, text, what it becomes)
+MUTANTS: dict[str, tuple[str, str, str, str]] = {
+    "product for sum": ("add_forward", "fp16", "add(widen(a[i])", "mul(widen(a[i])"),
+    "last element missed": ("add_forward", "fp32", "i < n; i += stride()) y[i]", "i < n - 1; i += stride()) y[i]"),
+    "fp16 truncated": ("add_forward", "fp16", "__float2half_rn(x)", "__float2half_rz(x)"),
+    "bf16 truncated": ("add_forward", "bf16", "__float2bfloat16_rn(x)", "__float2bfloat16_rz(x)"),
+    "gelu: another constant": ("gelu_tanh", "bf16", "KAPPA = 0.044715f", "KAPPA = 0.044716f"),
+    "gelu: another half": ("gelu_tanh", "fp32", "mul(0.5f, z)", "mul(0.49999997f, z)"),
+    "gelu: sign of the slope": ("gelu_tanh", "fp16", "sub(1.0f, mul(t, t))", "add(1.0f, mul(t, t))"),
+    "layernorm: eps outside the root": (
+        "layernorm", "fp16",
+        "root(add(div(block_fold<add>(squares), (float)C), eps))", "add(root(div(block_fold<add>(squares), (float)C)), eps)",
+    ),
+    "layernorm: unbiased variance": ("layernorm", "bf16", "(squares), (float)C", "(squares), (float)(C - 1)"),
+    "layernorm: rounded before the bias": ("layernorm", "fp16", "add(z, widen(b[i]))", "add(widen(round_to<T>(z)), b[i])"),
+    "columns: last row missed": ("bias_backward", "fp32", "row < rows; row += LANES) sum", "row < rows - 1; row += LANES) sum"),
+    "columns: summed in 16 bits": (
+        "bias_backward", "bf16",
+        "add(sum, widen(dy[(long long)row * C + column]))", "widen(round_to<T>(add(sum, dy[(long long)row * C + column])))",
+    ),
+    "softmax: a rounding dropped": ("causal_softmax", "fp16", "T unscaled = round_to<T>(", "float unscaled = ("),
+    "softmax: sees one key more": ("causal_softmax", "fp32", "+ 1;\n    S += row", "+ 2;\n    S += row"),
+    "softmax: not shifted": ("causal_softmax", "fp32", "expf(sub(widen(P[i]), largest)));", "expf(widen(P[i])));"),
+    "loss: NaN passed over": ("cross_entropy_forward", "fp32", "a > b || isnan(a) ? a : b", "a > b ? a : b"),
+    "loss: the shift moved": (
+        "cross_entropy_backward", "fp32",
+        "sub(sub(widen(logits[i]), largest[row]), log_sum[row])", "sub(widen(logits[i]), add(largest[row], log_sum[row]))",
+    ),
+    "loss: no target": ("cross_entropy_backward", "bf16", "if (i % V == target[row]) d = sub(d, each);", ""),
+    "embedding: a token overlooked": ("embedding_backward", "fp32", "__ffs(left) - 1;", "31 - __builtin_clz(left); left = 8;"),
+    "norm: of half-scaled squares": ("gradient_norm", "fp16", "mul(g, g)", "mul(g, scaled)"),
+    "norm: infinities pass": ("gradient_norm", "fp16", "!isfinite(scaled)", "isnan(scaled)"),
+    "norm: looks at its own blocks only": ("gradient_norm", "bf16", "bad = bad || partial_bad[i]", "bad = partial_bad[i]"),
+    "adamw: eps inside": (
+        "adamw", "fp16", "add(div(root(second), root_correction), eps)", "div(add(root(second), eps), root_correction)",
+    ),
+    "adamw: another order": ("adamw", "fp32", "mul(mul(g, one_minus_beta2), g)", "mul(mul(g, g), one_minus_beta2)"),
+    "adamw: no clipping": ("adamw", "bf16", "*inverse_scale), *clip)", "*inverse_scale), 1.0f)"),
+    "adamw: all decay": ("adamw", "fp32", "if (in_ranges(i, decayed_start, decayed_stop, ranges)) master", "master"),
+    "adamw: ranges end one late": ("adamw", "fp32", "stop[middle] <= i", "stop[middle] < i"),
+    "adamw: not skipped": ("adamw", "fp16", "if (*found_inf) return;", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_kernel_fails(name: str) -> None:
+    check, fmt, text, wrong = MUTANTS[name]
+    assert source().count(text) == 1, "the mutant's text is not in the source, or more than once"
+    with pytest.raises(AssertionError):
+        CHECKS[check](device(source().replace(text, wrong)), fmt)
+
+
+BARRIERS = {  # where: (check, what follows the barrier, or its comment)
+    "in the fold of a block": ("layernorm", "\n        if (t < half)"),
+    "after the fold of a block": ("layernorm", "  // nobody writes for the next fold"),
+    "in the fold of lanes": ("bias_backward", "\n        if (lane < half)"),
+}
+
+
+@pytest.mark.parametrize("where", BARRIERS)
+def test_a_missing_barrier_fails_in_one_order_or_the_other(where: str) -> None:
+    check, after = BARRIERS[where]
+    assert source().count("__syncthreads();" + after) == 1
+    text = source().replace("__syncthreads();" + after, after)
+
+    def passes(reverse: bool) -> bool:
+        try:
+            CHECKS[check](device(text, reverse), "fp32")
+        except AssertionError:
+            return False
+        return True
+
+    assert not (passes(False) and passes(True))
+
+
+def test_a_barrier_that_some_threads_miss_is_seen() -> None:
+    fold = "    sum = block_fold<add>(sum);\n    if (threadIdx.x == 0) *y"
+    assert source().count(fold) == 1
+    with pytest.raises(AssertionError, match="a barrier was missed"):
+        CHECKS["mean"](device(source().replace(fold, "    if (threadIdx.x == 0) return;\n" + fold)), "fp32")
+
+
+# ------------------------------------------------------------------------------------------------------------- functions
+
+SPAN = {"expf": (np.exp, -87.0, 88.0), "logf": (np.log, 1e-37, 3e38), "tanhf": (np.tanh, -10.0, 10.0)}
+
+
+@pytest.mark.parametrize("name", SPAN)
+def test_numpy_and_the_c_library_lie_within_the_bound_of_a_function(name: str, record_property: object) -> None:
+    """Both err by at most FUNCTION, relative to the exact value: what bounds.py takes exp, log and tanh to do."""
+    f, low, high = SPAN[name]
+    rng = np.random.default_rng(15)
+    x = rng.uniform(low, high, 1_000_000) if low < 0 else np.exp(rng.uniform(np.log(low), np.log(high), 1_000_000))
+    x = x.astype(np.float32)
+    exact, mine, theirs = f(wide(x)), f(x), c_function(name, x)
+    for side, got in (("numpy", mine), ("C", theirs)):
+        worst = float((np.abs(wide(got) - exact) / np.abs(exact)).max())
+        record_property(f"{name}, {side}: largest relative error in units of 2^-24", worst / U)
+        assert worst <= FUNCTION
+    apart = np.abs(mine.view(np.int32).astype(np.int64) - theirs.view(np.int32))
+    record_property(f"{name}: NumPy and C apart, ulp", int(apart.max()))
+    assert apart.max() <= 2 * FUNCTION / U
+
+
+def test_the_functions_are_those_of_the_c_library() -> None:
+    x = np.array([0.5, 1.0, 3.0], np.float32)
+    libm = ctypes.CDLL(None)
+    libm.expf.restype, libm.expf.argtypes = ctypes.c_float, [ctypes.c_float]
+    assert c_function("expf", x).tolist() == [libm.expf(value) for value in x.tolist()]
