@@ -30,7 +30,7 @@ def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = No
 
     Values above fp32 go to narrower formats by way of fp32, and are so rounded twice, as PyTorch does it.
 
-    Errors: TypeError when `overflow` is missing for a format of 8 bits or fewer.
+    Errors: TypeError when `overflow` is missing for a format of 8 bits or fewer, or `x` is not NumPy's for one of them.
     Source: the note, step 1; IEEE 754-2019 section 4.3.1 (roundTiesToEven).
     PyTorch: `x.to(torch.float16)`, bit for bit but for the payload of NaNs; `overflow='saturate'` is what
       `.to(torch.float8_e4m3fn)` does since 2.13.
@@ -40,6 +40,8 @@ def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = No
         raise TypeError(f"cast to {fmt}: say overflow='inf' or overflow='saturate', the conventions differ")
     if overflow not in (None, "inf", "saturate"):
         raise TypeError(f"cast: overflow is {overflow!r}; it is 'inf' or 'saturate'")
+    if target.bits <= 8 and not isinstance(x, np.ndarray | np.generic):
+        raise TypeError(f"cast to {fmt}: CuPy has no such arrays; formats of 8 bits and fewer are for NumPy's alone")
     _check_out(out, x, target.dtype)
     if x.dtype == np.float64 and target.itemsize < 4:
         x = _convert(x, dtype_of("fp32"))
@@ -116,7 +118,10 @@ def _round_to_tf32(x: Array) -> Array:
 
 
 def _clip_to(x: Array, fmt: str) -> Array:
-    """Clip to the largest values of `fmt`, in a format that holds both those and `x`; NaN stays NaN."""
+    """Clip to the largest values of `fmt`, in a format that holds both those and `x`; NaN stays NaN.
+
+    It has 32 bits at least: 16-bit arrays are storage, and of BF16 CuPy would make FP32 by itself.
+    """
     own = format_of(x)
-    wide = widen(x, fmt if widens_to(own, fmt) else own if FORMATS[own].bits >= 32 else "fp32")
+    wide = widen(x, "fp64" if "fp64" in (own, fmt) else "fp32")
     return wide.clip(-FORMATS[fmt].max, FORMATS[fmt].max)

@@ -37,14 +37,15 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
         found_inf, norm = twin(state, inverse_scale, BLOCK)
         return found_inf, norm
     xp, fmt = state.backend.xp, state.math_format
+    factor = widen(inverse_scale, fmt)
 
     def measure(block: slice) -> tuple[Array, Array]:
         scaled = widen(state.grads[block], fmt)
-        g = scaled * inverse_scale
+        g = scaled * factor
         return xp.isfinite(scaled).all(), (g * g).sum()
 
     finite = xp.asarray(np.True_)
-    total = xp.zeros((), widen(inverse_scale, fmt).dtype)
+    total = xp.zeros((), factor.dtype)
     for block_is_finite, square in state.each_block(measure):
         finite = finite & block_is_finite
         total = total + square

@@ -16,7 +16,7 @@ from typing import Any
 
 from refimpl.cast import cast, widen
 from refimpl.errors import UsageError
-from refimpl.formats import FORMATS, format_of
+from refimpl.formats import FORMATS, dtype_of, format_of
 from refimpl.gradients import check_and_measure, clip_coefficient
 from refimpl.loss_scale import LossScale
 from refimpl.ops import Op, embedding, linear
@@ -244,7 +244,7 @@ def _scaled_clip(parts: Parts, state: State, inverse_scale: Array) -> Array | fl
 def _unscale_after_clip(parts: Parts) -> None:
     _has_loss_scale(parts)
     _need(math.isfinite(parts.max_norm), "--clip above 0")
-    one = parts.state.backend.xp.asarray(1.0)
+    one = parts.state.backend.xp.ones((), dtype_of(parts.state.math_format))
     _change_update(parts, lambda state, inverse, clip, found: (inverse * _scaled_clip(parts, state, inverse), one, found))
 
 

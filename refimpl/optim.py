@@ -189,8 +189,8 @@ class Optimizer:
         stored = [state.buffers[kind][block] for kind in kept]
         before = [widen(x, fmt) for x in stored]
         w, *moments = before if state.backend.on_host else [x.copy() for x in before]
-        g = widen(state.grads[block], fmt) * inverse_scale
-        g *= clip
+        g = widen(state.grads[block], fmt) * widen(inverse_scale, fmt)
+        g *= clip if isinstance(clip, float) else widen(clip, fmt)
         for start, stop in state.layout.decayed:
             part = slice(max(start - block.start, 0), max(stop - block.start, 0))
             self.rule.decay(w[part], g[part], scalars)

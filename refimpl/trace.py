@@ -20,7 +20,7 @@ from refimpl.checkpoint import parse_header, read_tensors, write_tensors
 from refimpl.config import Config
 from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError
-from refimpl.formats import format_of
+from refimpl.formats import dtype_of, format_of
 from refimpl.mistakes import meddle
 from refimpl.parts import Parts, UpdateArguments, WrappedOptimizer
 from refimpl.state import State
@@ -166,9 +166,10 @@ class Recorder:
         self.grads(state)
         with np.errstate(all="ignore"):
             for name, view in state.grad_views.items():
-                self.put("3.unscaled", name, widen(view, state.math_format) * inverse)
+                self.put("3.unscaled", name, widen(view, state.math_format) * widen(inverse, state.math_format))
         self.put("3.found_inf", "", state.backend.xp.asarray(found))
-        self.put("4.clip", "", state.backend.xp.asarray(clip))
+        as_array = state.backend.xp.full((), clip, dtype_of(state.math_format)) if isinstance(clip, float) else clip
+        self.put("4.clip", "", as_array)
         self.put("4.lr", "", self._rule_side.lr(state))
         return inverse, clip, found
 

@@ -9,7 +9,9 @@ import math
 
 import numpy as np
 import pytest
+from strict_backend import on_host
 
+from refimpl.backends import Backend
 from refimpl.cast import cast, widen
 from refimpl.formats import FORMATS, dtype_of
 
@@ -258,6 +260,29 @@ def test_widen_to_out_of_a_narrower_format_is_refused() -> None:
 def test_narrow_formats_have_no_default_overflow(fmt: str) -> None:
     with pytest.raises(TypeError, match=f"cast to {fmt}: say overflow"):
         cast(np.ones(2, np.float32), fmt)
+
+
+@pytest.mark.parametrize("fmt", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("source", ["fp16", "bf16", "fp32", "fp64"])
+def test_saturation_anywhere(source: str, fmt: str, backend: Backend) -> None:
+    """On a device too, where BF16 arrays cannot be clipped. 1.001 times the largest value rounds to one beyond it, or to it."""
+    largest = FORMATS[fmt].max
+    with np.errstate(over="ignore"):
+        x = cast(np.array([1.5, -1.5, 1.001 * largest, -1.001 * largest, np.inf, -np.inf, np.nan, -0.0]), source)
+    y = on_host(cast(backend.from_host(x), fmt, overflow="saturate"))
+    assert y.dtype == dtype_of(fmt)
+    expected = cast(np.clip(widen(x, "fp64"), -largest, largest), fmt)  # one rounding, of a value that is no larger than any
+    assert np.array_equal(bits(y[[0, 1, 2, 3, 4, 5, 7]]), bits(expected[[0, 1, 2, 3, 4, 5, 7]])) and np.isnan(y[6])
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt, row in FORMATS.items() if row.bits <= 8])
+def test_narrow_formats_are_for_numpys_arrays(fmt: str, backend: Backend) -> None:
+    x = backend.from_host(np.array([1.0, -0.0], np.float32))
+    if backend.on_host:
+        assert widen(cast(x, fmt, overflow="saturate")).size == 2
+    else:
+        with pytest.raises(TypeError, match=f"cast to {fmt}: CuPy has no such arrays"):
+            cast(x, fmt, overflow="saturate")
 
 
 def test_no_warning_escapes() -> None:

@@ -104,6 +104,21 @@ def test_a_bias_is_added_before_the_one_rounding() -> None:
     assert float(on_host(backend.product(x, w, "bf16"))[0, 0]) == 256.0
 
 
+def test_no_product_adds_parts_of_a_sum_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cuBLAS does with the setting only a GPU shows; here, that it is made before the product."""
+    cublas, calls = importlib.import_module("cupy_backends.cuda.libs.cublas"), list[str]()
+    for name in ("setMathMode", "gemmStridedBatchedEx"):
+        real = getattr(cublas, name)
+
+        def call(*arguments: Any, name: str = name, real: Callable[..., None] = real) -> None:
+            calls.append(f"{name} {arguments[1]}" if name == "setMathMode" else name)
+            real(*arguments)
+
+        monkeypatch.setattr(cublas, name, call)
+    get_backend("cupy").gemm(on_device(np.ones((4, 4), np.float16)), on_device(np.ones((4, 4), np.float16)), "fp32")
+    assert calls == ["setMathMode 16", "gemmStridedBatchedEx"]
+
+
 def test_products_without_elements() -> None:
     backend: Any = get_backend("cupy")
     for shapes in (((0, 4), (4, 3)), ((2, 0), (0, 3)), ((0, 2, 3), (0, 3, 2))):

@@ -10,6 +10,7 @@ import struct
 import numpy as np
 import pytest
 
+from refimpl.backends import Backend
 from refimpl.errors import UsageError
 from refimpl.loss_scale import DynamicLossScale, StaticLossScale, make_loss_scale
 
@@ -18,7 +19,7 @@ def trace(scale: DynamicLossScale, pattern: str) -> list[float]:
     """The scale after each step of a pattern; 1 is an overflow."""
     result = []
     for c in pattern:
-        scale.update(np.asarray(c == "1"))
+        scale.update(scale.xp.asarray(c == "1"))
         result.append(float(scale.scale))
     return result
 
@@ -31,18 +32,18 @@ def trace(scale: DynamicLossScale, pattern: str) -> list[float]:
         ("1110000101", [512, 256, 128, 128, 128, 256, 256, 128, 128, 64]),
     ],
 )
-def test_golden_traces_from_1024(pattern: str, expected: list[int]) -> None:
-    assert trace(DynamicLossScale(1024.0, growth_interval=3), pattern) == expected
+def test_golden_traces_from_1024(pattern: str, expected: list[int], backend: Backend) -> None:
+    assert trace(DynamicLossScale(1024.0, growth_interval=3, xp=backend.xp), pattern) == expected
 
 
-def test_golden_trace_from_65536() -> None:
+def test_golden_trace_from_65536(backend: Backend) -> None:
     expected = [65536, 65536, 32768, 32768, 32768, 65536, 65536, 65536, 131072, 65536, 32768, 32768]
-    assert trace(DynamicLossScale(65536.0, growth_interval=3), "001000000110") == expected
+    assert trace(DynamicLossScale(65536.0, growth_interval=3, xp=backend.xp), "001000000110") == expected
 
 
-def test_growth_needs_good_steps_in_a_row() -> None:
+def test_growth_needs_good_steps_in_a_row(backend: Backend) -> None:
     # the mistake of counting good steps in total gives another trace
-    assert trace(DynamicLossScale(8.0, growth_interval=3), "001001") == [8, 8, 4, 4, 4, 2]
+    assert trace(DynamicLossScale(8.0, growth_interval=3, xp=backend.xp), "001001") == [8, 8, 4, 4, 4, 2]
 
 
 # ----------------------------------------------------------------------------------------------------------- restatement
@@ -71,16 +72,16 @@ def restated(scale: float, growth: float, backoff: float, interval: int, pattern
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_random_patterns_equal_the_restatement(seed: int) -> None:
+def test_random_patterns_equal_the_restatement(seed: int, backend: Backend) -> None:
     rng = np.random.default_rng(seed)
     init = float(10.0 ** rng.uniform(-40, 38))
     growth, backoff = float(rng.choice([2.0, 1.37, 1.001, 10.0])), float(rng.choice([0.5, 0.9, 0.123]))
     interval = int(rng.integers(1, 8))
     pattern = (rng.random(60) < rng.choice([0.0, 0.12, 0.5])).tolist()
-    scale = DynamicLossScale(init, growth, backoff, interval)
+    scale = DynamicLossScale(init, growth, backoff, interval, backend.xp)
     measured = []
     for overflow in pattern:
-        scale.update(np.asarray(overflow))
+        scale.update(backend.xp.asarray(overflow))
         measured.append((float(scale.scale), int(scale.growth_tracker)))
     assert measured == restated(init, growth, backoff, interval, pattern)
     assert scale.scale.dtype == np.float32 and scale.scale.shape == ()
@@ -90,22 +91,22 @@ def test_random_patterns_equal_the_restatement(seed: int) -> None:
 # ------------------------------------------------------------------------------------------------------- the two far ends
 
 
-def test_growth_never_reaches_infinity() -> None:
-    scale = DynamicLossScale(2.0**126, growth_interval=1)
+def test_growth_never_reaches_infinity(backend: Backend) -> None:
+    scale = DynamicLossScale(2.0**126, growth_interval=1, xp=backend.xp)
     assert trace(scale, "00000") == [2.0**127] * 5  # 2^128 is not a number of fp32; the old scale stays
     assert int(scale.growth_tracker) == 0  # and the counter starts again
     assert trace(scale, "1") == [2.0**126]
 
 
-def test_there_is_no_floor() -> None:
-    scale = DynamicLossScale(2.0**-147, growth_interval=1)
+def test_there_is_no_floor(backend: Backend) -> None:
+    scale = DynamicLossScale(2.0**-147, growth_interval=1, xp=backend.xp)
     assert trace(scale, "111") == [2.0**-148, 2.0**-149, 0.0]
     assert trace(scale, "0000") == [0.0] * 4  # nothing brings it back
 
 
-def test_backoff_rounds_once_from_double() -> None:
-    scale = DynamicLossScale(3.0, backoff_factor=0.3)
-    scale.update(np.asarray(True))
+def test_backoff_rounds_once_from_double(backend: Backend) -> None:
+    scale = DynamicLossScale(3.0, backoff_factor=0.3, xp=backend.xp)
+    scale.update(backend.xp.asarray(True))
     assert float(scale.scale) == fp32(3.0 * 0.3)
     assert float(scale.scale) != float(np.float32(3) * np.float32(0.3))  # a product in fp32 rounds the factor too
 
@@ -113,8 +114,8 @@ def test_backoff_rounds_once_from_double() -> None:
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def test_state_dict_has_torchs_five_keys_and_plain_numbers() -> None:
-    scale = DynamicLossScale(1024.0, growth_factor=4.0, backoff_factor=0.25, growth_interval=5)
+def test_state_dict_has_torchs_five_keys_and_plain_numbers(backend: Backend) -> None:
+    scale = DynamicLossScale(1024.0, growth_factor=4.0, backoff_factor=0.25, growth_interval=5, xp=backend.xp)
     trace(scale, "001000")
     state = scale.state_dict()
     assert state == {
@@ -127,13 +128,13 @@ def test_state_dict_has_torchs_five_keys_and_plain_numbers() -> None:
     assert [type(value) for value in state.values()] == [float, float, float, int, int]
 
 
-def test_a_resumed_scale_goes_on_as_if_never_stopped() -> None:
+def test_a_resumed_scale_goes_on_as_if_never_stopped(backend: Backend) -> None:
     pattern = "0001000000100000010000"
-    whole = trace(DynamicLossScale(1024.0, 2.0, 0.5, 3), pattern)
+    whole = trace(DynamicLossScale(1024.0, 2.0, 0.5, 3, backend.xp), pattern)
     for stop in range(len(pattern)):
-        first = DynamicLossScale(1024.0, 2.0, 0.5, 3)
+        first = DynamicLossScale(1024.0, 2.0, 0.5, 3, backend.xp)
         start = trace(first, pattern[:stop])
-        resumed = DynamicLossScale()  # other settings: all five come back from the state
+        resumed = DynamicLossScale(xp=backend.xp)  # other settings: all five come back from the state
         resumed.load_state_dict(first.state_dict())
         assert start + trace(resumed, pattern[stop:]) == whole, stop
         assert resumed.state_dict().keys() == first.state_dict().keys()
@@ -190,12 +191,12 @@ def test_bad_static_scales_in_fp32(scale: float) -> None:
 # ---------------------------------------------------------------------------------------------------------------- static
 
 
-def test_a_static_scale_never_moves() -> None:
-    scale = StaticLossScale(128.0)
+def test_a_static_scale_never_moves(backend: Backend) -> None:
+    scale = StaticLossScale(128.0, backend.xp)
     for overflow in (True, False, True):
-        scale.update(np.asarray(overflow))
+        scale.update(backend.xp.asarray(overflow))
     assert float(scale.scale) == 128.0 and scale.scale.dtype == np.float32
-    other = StaticLossScale(1.0)
+    other = StaticLossScale(1.0, backend.xp)
     other.load_state_dict(scale.state_dict())
     assert scale.state_dict() == other.state_dict() == {"scale": 128.0}
 
@@ -215,8 +216,9 @@ def test_a_static_scale_must_be_a_positive_number(bad: float) -> None:
         ("1e3", StaticLossScale, 1000.0, False),
     ],
 )
-def test_make_loss_scale(kind: str, expected_class: type, value: float, adapts: bool) -> None:
-    scale = make_loss_scale(kind, init_scale=512.0, growth_interval=7)
+def test_make_loss_scale(kind: str, expected_class: type, value: float, adapts: bool, backend: Backend) -> None:
+    scale = make_loss_scale(kind, init_scale=512.0, growth_interval=7, xp=backend.xp)
+    assert isinstance(scale.scale, backend.xp.ndarray)
     assert type(scale) is expected_class and float(scale.scale) == value and scale.adapts is adapts
     if adapts:
         assert scale.state_dict()["growth_interval"] == 7

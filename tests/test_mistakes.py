@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from strict_backend import STRICT
 
 from refimpl.cast import widen
 from refimpl.compare_pytorch import TRAJECTORY
@@ -61,6 +62,13 @@ def test_with_the_mistake_switched_in_the_trace_agrees_to_the_bit(name: str) -> 
     assert len(findings) > 100 and not any(f.departs for f in findings)
     if name != "accumulate-in-16-bits":  # only of the first micro-batch are the activations in a trace
         assert all(f.identical == 1 for f in findings)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_on_a_device_it_is_the_same_mistake(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
+    first = next((f for f in Judge(config(name), record(config(name, mistake=name))).findings() if f.departs), None)
+    assert first is not None and first.point == MISTAKES[name].departs
 
 
 @pytest.mark.parametrize("settings", sorted({name if name in SETTINGS else "none" for name in MISTAKES}))

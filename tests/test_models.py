@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refimpl.backends import NUMPY
+from refimpl.backends import Backend
 from refimpl.errors import UsageError
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.policy import Run
@@ -35,27 +35,32 @@ def perturbed(model: Model, seed: int = 0, size: float = 0.1) -> dict[str, Array
     return {name: w + size * rng.standard_normal(w.shape) for name, w in model.initial_weights(rng).items()}
 
 
-def tape(model: Model, weights: dict[str, Array], recipe: str, record: bool = True) -> Tape:
+def tape(backend: Backend, model: Model, weights: dict[str, Array], recipe: str, record: bool = True) -> Tape:
     fmt = get_recipe(recipe).state["weights"]
-    stored = {name: w.astype(np.float64).astype(DTYPE[fmt]) for name, w in weights.items()}
-    return Tape(Run(get_recipe(recipe).policy, NUMPY), stored, model.tied, record)
+    stored = {name: backend.from_host(w.astype(np.float64).astype(DTYPE[fmt])) for name, w in weights.items()}
+    return Tape(Run(get_recipe(recipe).policy, backend), stored, model.tied, record)
 
 
-def loss_of(model: Model, weights: dict[str, Array], tokens: Array, targets: Array, recipe: str = "fp64") -> float:
-    return float(model.loss(tape(model, weights, recipe, record=False), tokens, targets).array)
+def loss_of(
+    backend: Backend, model: Model, weights: dict[str, Array], tokens: Array, targets: Array, recipe: str = "fp64"
+) -> float:
+    t = tape(backend, model, weights, recipe, record=False)
+    return float(model.loss(t, *map(backend.from_host, (tokens, targets))).array)
 
 
-def logits_of(model: Model, weights: dict[str, Array], tokens: Array, recipe: str = "fp64") -> Array:
-    return np.asarray(model.logits(tape(model, weights, recipe, record=False), tokens).array)
+def logits_of(backend: Backend, model: Model, weights: dict[str, Array], tokens: Array, recipe: str = "fp64") -> Array:
+    t = tape(backend, model, weights, recipe, record=False)
+    return backend.to_host(model.logits(t, backend.from_host(tokens)).array)
 
 
 def gradients_of(
-    model: Model, weights: dict[str, Array], tokens: Array, targets: Array, recipe: str = "fp64"
+    backend: Backend, model: Model, weights: dict[str, Array], tokens: Array, targets: Array, recipe: str = "fp64"
 ) -> dict[str, Array]:
-    t = tape(model, weights, recipe)
+    t = tape(backend, model, weights, recipe)
     gradients: dict[str, Array] = {}
-    loss = model.loss(t, tokens, targets)
-    t.backward(loss, np.asarray(1, loss.array.dtype), gradients.__setitem__)
+    loss = model.loss(t, *map(backend.from_host, (tokens, targets)))
+    seed = backend.from_host(np.asarray(1, loss.array.dtype))
+    t.backward(loss, seed, lambda name, gradient: gradients.__setitem__(name, backend.to_host(gradient)))
     return gradients
 
 
@@ -176,15 +181,15 @@ def test_initial_weights_follow_from_the_seed() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("model", [gpt(GPTConfig(n_layer=2)), mlp(MLPConfig())], ids=lambda model: model.name)
-def test_the_first_loss_is_near_that_of_a_uniform_guess(model: Model, recipe: str) -> None:
+def test_the_first_loss_is_near_that_of_a_uniform_guess(model: Model, recipe: str, backend: Backend) -> None:
     tokens, targets = batch(8, model.config["block_size"], 256)
     weights = model.initial_weights(np.random.default_rng(0))
-    spread = float(np.asarray(logits_of(model, weights, tokens, "fp32")).std())
+    spread = float(logits_of(backend, model, weights, tokens, "fp32").std())
     rows = 8 if model.name == "mlp" else targets.size
     # Logits N(0, s^2) apart from the targets make ln V + s^2 / 2, give or take s / sqrt(rows) for the mean target logit
     # (five of them, s is 0.2); the mean over V of exp varies by s / sqrt(V). 16 bits round a logit below 1 by at most 2^-9.
     assert spread < 0.3
-    away = abs(loss_of(model, weights, tokens, targets, recipe) - (math.log(256) + spread**2 / 2))
+    away = abs(loss_of(backend, model, weights, tokens, targets, recipe) - (math.log(256) + spread**2 / 2))
     assert away <= 5 * spread / math.sqrt(rows) + 5 * spread / math.sqrt(256) + 2**-9
 
 
@@ -218,16 +223,16 @@ STEP = 1e-5
 
 @pytest.mark.parametrize("model", [gpt(SMALL_GPT), mlp(SMALL_MLP)], ids=lambda model: model.name)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_gradient_of_the_whole_model_is_its_directional_derivative(model: Model, seed: int) -> None:
+def test_the_gradient_of_the_whole_model_is_its_directional_derivative(model: Model, seed: int, backend: Backend) -> None:
     weights = perturbed(model, seed)
     tokens, targets = batch(4, model.config["block_size"], 23, seed)
     rng = np.random.default_rng(100 + seed)
     direction = {name: rng.standard_normal(w.shape) for name, w in weights.items()}
-    gradients = gradients_of(model, weights, tokens, targets)
+    gradients = gradients_of(backend, model, weights, tokens, targets)
     analytic = sum(float((gradients[name] * d).sum()) for name, d in direction.items())
 
     def along(step: float) -> float:
-        return loss_of(model, {name: w + step * direction[name] for name, w in weights.items()}, tokens, targets)
+        return loss_of(backend, model, {name: w + step * direction[name] for name, w in weights.items()}, tokens, targets)
 
     numeric = (along(STEP) - along(-STEP)) / (2 * STEP)
     assert abs(analytic - numeric) <= 1e-6 * max(abs(analytic), abs(numeric))
@@ -238,9 +243,9 @@ def test_the_gradient_of_the_whole_model_is_its_directional_derivative(model: Mo
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("model", [gpt(SMALL_GPT), mlp(SMALL_MLP)], ids=lambda model: model.name)
-def test_every_parameter_gets_a_finite_gradient_in_every_recipe(model: Model, recipe: str) -> None:
+def test_every_parameter_gets_a_finite_gradient_in_every_recipe(model: Model, recipe: str, backend: Backend) -> None:
     tokens, targets = batch(4, model.config["block_size"], 23)
-    gradients = gradients_of(model, perturbed(model), tokens, targets, recipe)
+    gradients = gradients_of(backend, model, perturbed(model), tokens, targets, recipe)
     assert set(gradients) == set(model.parameters)
     for name, g in gradients.items():
         assert g.shape == model.parameters[name].shape and g.dtype == DTYPE[get_recipe(recipe).state["grads"]]
@@ -251,77 +256,77 @@ def test_every_parameter_gets_a_finite_gradient_in_every_recipe(model: Model, re
 # --------------------------------------------------------------------------------------------------------------------- GPT
 
 
-def test_gpt_does_not_look_ahead() -> None:
+def test_gpt_does_not_look_ahead(backend: Backend) -> None:
     model = gpt(SMALL_GPT)
     weights, (tokens, _) = perturbed(model), batch(3, 8, 23)
     changed = tokens.copy()
     changed[:, 5] = (changed[:, 5] + 1) % 23
-    before, after = logits_of(model, weights, tokens), logits_of(model, weights, changed)
+    before, after = logits_of(backend, model, weights, tokens), logits_of(backend, model, weights, changed)
     assert np.array_equal(before[:, :5], after[:, :5])
     assert (before[:, 5:] != after[:, 5:]).any(-1).all()
 
 
 @pytest.mark.parametrize("T", [1, 3, 8])
-def test_gpt_reads_up_to_a_block(T: int) -> None:
+def test_gpt_reads_up_to_a_block(T: int, backend: Backend) -> None:
     model = gpt(SMALL_GPT)
     weights, (tokens, _) = perturbed(model), batch(3, 8, 23)
-    short, full = logits_of(model, weights, tokens[:, :T]), logits_of(model, weights, tokens)
+    short, full = logits_of(backend, model, weights, tokens[:, :T]), logits_of(backend, model, weights, tokens)
     assert short.shape == (3, T, 23)
     # The same numbers but for the order of sums, which BLAS may choose by shape: fp64, some hundred roundings.
     assert np.abs(short - full[:, :T]).max() <= 1e-12
 
 
-def test_gpt_knows_the_order_of_tokens() -> None:
+def test_gpt_knows_the_order_of_tokens(backend: Backend) -> None:
     model = gpt(SMALL_GPT)
-    logits = logits_of(model, perturbed(model), np.array([[1, 2, 3], [2, 1, 3]]))
+    logits = logits_of(backend, model, perturbed(model), np.array([[1, 2, 3], [2, 1, 3]]))
     assert np.abs(logits[0, 2] - logits[1, 2]).max() > 1e-3  # without positions the two would be equal
 
 
 # --------------------------------------------------------------------------------------------------------------------- MLP
 
 
-def test_mlp_predicts_one_byte_from_a_whole_block() -> None:
+def test_mlp_predicts_one_byte_from_a_whole_block(backend: Backend) -> None:
     model = mlp(SMALL_MLP)
     weights, (tokens, _) = perturbed(model), batch(4, 5, 23)
-    logits = logits_of(model, weights, tokens)
+    logits = logits_of(backend, model, weights, tokens)
     assert logits.shape == (4, 23)
     for position in range(5):  # every byte of the block matters, to its own row only
         changed = tokens.copy()
         changed[1, position] = (changed[1, position] + 1) % 23
-        moved = (logits_of(model, weights, changed) != logits).any(-1)
+        moved = (logits_of(backend, model, weights, changed) != logits).any(-1)
         assert moved.tolist() == [False, True, False, False]
 
 
-def test_mlp_refuses_a_block_of_another_length() -> None:
+def test_mlp_refuses_a_block_of_another_length(backend: Backend) -> None:
     model = mlp(SMALL_MLP)
     with pytest.raises(ValueError, match="mismatch"):
-        logits_of(model, perturbed(model), batch(4, 4, 23)[0])
+        logits_of(backend, model, perturbed(model), batch(4, 4, 23)[0])
 
 
-def test_mlp_is_trained_on_the_last_column_of_the_targets() -> None:
+def test_mlp_is_trained_on_the_last_column_of_the_targets(backend: Backend) -> None:
     model = mlp(SMALL_MLP)
     weights, (tokens, targets) = perturbed(model), batch(4, 5, 23)
     others, last = targets.copy(), targets.copy()
     others[:, :-1] = (others[:, :-1] + 1) % 23
     last[:, -1] = (last[:, -1] + 1) % 23
-    loss = loss_of(model, weights, tokens, targets)
-    assert loss_of(model, weights, tokens, others) == loss != loss_of(model, weights, tokens, last)
-    a, b = gradients_of(model, weights, tokens, targets), gradients_of(model, weights, tokens, others)
+    loss = loss_of(backend, model, weights, tokens, targets)
+    assert loss_of(backend, model, weights, tokens, others) == loss != loss_of(backend, model, weights, tokens, last)
+    a, b = gradients_of(backend, model, weights, tokens, targets), gradients_of(backend, model, weights, tokens, others)
     assert all(np.array_equal(a[name], b[name]) for name in a)
 
-    z = logits_of(model, weights, tokens)
+    z = logits_of(backend, model, weights, tokens)
     expected = np.mean([math.log(np.exp(row).sum()) - row[target] for row, target in zip(z, targets[:, -1], strict=True)])
     assert loss == pytest.approx(expected, rel=1e-12)  # fp64, 23 terms
 
 
-def test_mlp_by_definition() -> None:
+def test_mlp_by_definition(backend: Backend) -> None:
     model = mlp(SMALL_MLP)
     w, (tokens, _) = perturbed(model), batch(4, 5, 23)
     x = np.stack([np.concatenate([w["wte.weight"][token] for token in row]) for row in tokens])
     for i in range(2):
         x = np.maximum(x @ w[f"h.{i}.fc.weight"].T + w[f"h.{i}.fc.bias"], 0)
     expected = x @ w["lm_head.weight"].T + w["lm_head.bias"]
-    assert np.abs(logits_of(model, w, tokens) - expected).max() <= 1e-12  # fp64, sums of 30 terms
+    assert np.abs(logits_of(backend, model, w, tokens) - expected).max() <= 1e-12  # fp64, sums of 30 terms
 
 
 # ------------------------------------------------------------------------------------------------ GPT-2, written in PyTorch
@@ -374,30 +379,31 @@ def torch_results(torch: Any, weights: dict[str, Array], tokens: Array, targets:
 
 
 @pytest.mark.parametrize("T", [1, 5, 8])
-def test_gpt_in_fp64_is_pytorchs_gpt2(T: int, torch: Any) -> None:
+def test_gpt_in_fp64_is_pytorchs_gpt2(T: int, torch: Any, backend: Backend) -> None:
     model = gpt(SMALL_GPT)
     weights, (tokens, targets) = perturbed(model), batch(4, T, 23)
     logits, loss, gradients = torch_results(torch, weights, tokens, targets, torch.float64)
     # One formula, two orders of evaluation: a dozen layers of sums of up to 64 terms, 2^-53 each: 1e-13 of the largest.
     # A hundred times that leaves room for cancellation; a formula that differs, in eps say, differs by 1e-5.
     limit = 1e-11
-    assert np.abs(logits_of(model, weights, tokens) - logits).max() <= limit * np.abs(logits).max()
-    assert loss_of(model, weights, tokens, targets) == pytest.approx(loss, rel=limit)
-    ours = gradients_of(model, weights, tokens, targets)
+    assert np.abs(logits_of(backend, model, weights, tokens) - logits).max() <= limit * np.abs(logits).max()
+    assert loss_of(backend, model, weights, tokens, targets) == pytest.approx(loss, rel=limit)
+    ours = gradients_of(backend, model, weights, tokens, targets)
     assert set(ours) == set(gradients)
     for name, g in gradients.items():
         # At T = 1 attention has one position: dq = dk = 0 up to rounding, so compare with the largest of all gradients.
         assert np.abs(ours[name] - g).max() <= limit * max(np.abs(other).max() for other in gradients.values()), name
 
 
-def test_gpt_in_fp32_is_as_close_to_the_exact_result_as_pytorchs(torch: Any) -> None:
+def test_gpt_in_fp32_is_as_close_to_the_exact_result_as_pytorchs(torch: Any, backend: Backend) -> None:
     model = gpt(SMALL_GPT)
     tokens, targets = batch(16, 8, 23)
     weights = {name: w.astype(np.float32).astype(np.float64) for name, w in perturbed(model).items()}
     exact, _, exact_gradients = torch_results(torch, weights, tokens, targets, torch.float64)
     theirs, their_loss, their_gradients = torch_results(torch, weights, tokens, targets, torch.float32)
-    ours, our_loss = logits_of(model, weights, tokens, "fp32"), loss_of(model, weights, tokens, targets, "fp32")
-    our_gradients = gradients_of(model, weights, tokens, targets, "fp32")
+    ours = logits_of(backend, model, weights, tokens, "fp32")
+    our_loss = loss_of(backend, model, weights, tokens, targets, "fp32")
+    our_gradients = gradients_of(backend, model, weights, tokens, targets, "fp32")
 
     def distance(a: Array, b: Array) -> float:
         return float(np.sqrt(((a.astype(np.float64) - b) ** 2).mean()))

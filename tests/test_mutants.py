@@ -42,6 +42,7 @@ import test_step
 from test_ops_torch import CASES, DTYPE, LOW, Case, one_thread, wide
 
 from refimpl import gradients
+from refimpl.backends import NUMPY
 from refimpl.cast import cast, widen
 from refimpl.formats import format_of, widens_to
 from refimpl.optim import Optimizer
@@ -358,14 +359,14 @@ def never_find_inf(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("refimpl.step.check_and_measure", check_and_measure)
 
 
-STEP_MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[Callable[..., None], tuple[str, ...]]] = {
+STEP_MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[Callable[..., None], tuple[Any, ...]]] = {
     unscale_after_clip: (
         test_step.test_a_power_of_two_changes_no_bit_where_nothing_overflows_or_vanishes,
-        ("fp32", "mlp"),
+        ("fp32", "mlp", NUMPY),
     ),
-    drop_the_masters: (test_optim.test_small_updates_add_up_in_a_master_and_are_lost_without, ()),
+    drop_the_masters: (test_optim.test_small_updates_add_up_in_a_master_and_are_lost_without, (NUMPY,)),
     round_the_masters_too: (test_state.test_weights_down_rounds_the_masters, ("fp16",)),
-    never_find_inf: (test_step.test_an_injected_inf_in_one_weight_gradient_is_enough, ()),
+    never_find_inf: (test_step.test_an_injected_inf_in_one_weight_gradient_is_enough, (NUMPY,)),
 }
 """A mistake, the test that it turns red, and the arguments of that test."""
 

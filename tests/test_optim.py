@@ -8,12 +8,13 @@ it is used, with u = 2^-24 the largest relative error of one fp32 rounding. PyTo
 import math
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 
 import refimpl.state
-from refimpl.backends import NUMPY
+from refimpl.backends import Backend
 from refimpl.cast import cast, widen
 from refimpl.models import Model, Parameter
 from refimpl.optim import SGD, AdamW, Optimizer, Schedule
@@ -33,18 +34,42 @@ def constant(lr: float, steps: int = 2000) -> Schedule:
     return Schedule(lr, lr, 0, steps)
 
 
-def state_of(model: Model, recipe: str, rule: AdamW | SGD, rng: np.random.Generator) -> State:
+def start_of(backend: Backend, model: Model, recipe: str, rule: AdamW | SGD) -> State:
+    """A state before training, all zeros."""
+    return State(model, get_recipe(recipe).state_formats(rule.moments), backend)
+
+
+def state_of(backend: Backend, model: Model, recipe: str, rule: AdamW | SGD, rng: np.random.Generator) -> State:
     """A state in the middle of training: random masters, gradients and moments."""
-    state = State(model, get_recipe(recipe).state_formats(rule.moments), NUMPY)
+    state = start_of(backend, model, recipe, rule)
     size = state.layout.size
-    for kind, buffer in state.buffers.items():
+    for kind in state.buffers:
         values = rng.standard_normal(size) * 10.0 ** rng.uniform(-3, 1, size)
-        cast(values**2 if kind == "v" else values, state.formats[kind], out=buffer)
+        put(state, kind, values**2 if kind == "v" else values)
     return state
 
 
+def put(state: State, kind: str, values: np.ndarray) -> None:
+    """Fill a buffer from the host, rounded to its format."""
+    state.buffers[kind][:] = state.backend.from_host(cast(values, state.formats[kind]))
+
+
+def host(state: State, kind: str) -> np.ndarray:
+    """A copy of a buffer on the host."""
+    return state.backend.to_host(state.master if kind == "master" else state.buffers[kind]).copy()
+
+
+def update(rule: AdamW | SGD, schedule: Schedule, state: State, *arguments: Any, times: int = 1) -> Optimizer:
+    """Update a state `times` times; arguments: 1/S, the clip coefficient and found_inf of the host, where they say anything."""
+    optimizer = Optimizer(rule, schedule, state.backend.xp)
+    given = [*arguments, *(ONE, 1.0, np.False_)[len(arguments) :]]
+    for _ in range(times):
+        optimizer.update(state, *(x if isinstance(x, float) else state.backend.from_host(x) for x in given))
+    return optimizer
+
+
 def bits_of(state: State) -> dict[str, bytes]:
-    return {kind: buffer.tobytes() for kind, buffer in state.buffers.items()} | {"t": bytes(np.asarray(state.t).tobytes())}
+    return {kind: host(state, kind).tobytes() for kind in state.buffers} | {"t": state.backend.to_host(state.t).tobytes()}
 
 
 def decayed_mask(state: State) -> np.ndarray:
@@ -70,14 +95,14 @@ def adamw_in_double(w, g, m, v, lr, beta1, beta2, eps, decay, t):
 
 @pytest.mark.parametrize("t", [1, 2, 10, 1000])
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "fp64"])
-def test_adamw_is_the_formula(recipe: str, t: int) -> None:
+def test_adamw_is_the_formula(recipe: str, t: int, backend: Backend) -> None:
     rule, lr = AdamW((0.9, 0.95), 1e-8, 0.1), 3e-3
-    state = state_of(toy(**MIXED, big=(40, 50)), recipe, rule, np.random.default_rng(t))
-    state.t = np.asarray(t - 1)
-    w, m, v = state.master.copy(), state.buffers["m"].copy(), state.buffers["v"].copy()
+    state = state_of(backend, toy(**MIXED, big=(40, 50)), recipe, rule, np.random.default_rng(t))
+    state.t = backend.from_host(np.asarray(t - 1))
+    w, m, v = (host(state, kind) for kind in ("master", "m", "v"))
     inverse_scale, clip = np.float32(2.0**-10), np.float32(0.37)
-    g = widen(state.grads, state.math_format) * inverse_scale * clip  # unscaled, then clipped
-    Optimizer(rule, constant(lr)).update(state, inverse_scale, clip, np.False_)
+    g = widen(host(state, "grads"), state.math_format) * inverse_scale * clip  # unscaled, then clipped
+    update(rule, constant(lr), state, inverse_scale, clip)
     (beta1, beta2), decay = rule.betas, lr * rule.weight_decay * decayed_mask(state)
     w_new, m_new, v_new, step, v_hat = adamw_in_double(w, g, m, v, lr, beta1, beta2, rule.eps, decay, t)
 
@@ -95,22 +120,23 @@ def test_adamw_is_the_formula(recipe: str, t: int) -> None:
     denominator = np.sqrt(v_hat) + rule.eps
     step_bound = u * 10 * np.abs(step) + lr / (1 - beta1**t) * m_bound / denominator
     w_bound = u * (2 * np.abs(w) + np.abs(w_new)) + step_bound
-    assert (np.abs(state.buffers["m"] - m_new) <= m_bound).all()
-    assert (np.abs(state.buffers["v"] - v_new) <= v_bound).all()
-    assert (np.abs(state.master - w_new) <= w_bound).all()
+    assert (np.abs(host(state, "m") - m_new) <= m_bound).all()
+    assert (np.abs(host(state, "v") - v_new) <= v_bound).all()
+    assert (np.abs(host(state, "master") - w_new) <= w_bound).all()
     assert int(state.t) == t
-    assert (state.master != w).mean() > 0.9
+    assert (host(state, "master") != w).mean() > 0.9
 
 
-def test_adamw_bound_can_fail() -> None:
+def test_adamw_bound_can_fail(backend: Backend) -> None:
     # negative control for the test above: off by one in t is seen by most elements, even at t = 10
     rule, lr = AdamW(), 3e-3
-    state = state_of(toy(big=(40, 50)), "fp32", rule, np.random.default_rng(0))
-    w, g, m, v = (x.copy() for x in (state.master, state.grads, state.buffers["m"], state.buffers["v"]))
-    state.t = np.asarray(9)
-    Optimizer(rule, constant(lr)).update(state, ONE, 1.0, np.False_)
+    state = state_of(backend, toy(big=(40, 50)), "fp32", rule, np.random.default_rng(0))
+    w, g, m, v = (host(state, kind) for kind in ("master", "grads", "m", "v"))
+    state.t = backend.from_host(np.asarray(9))
+    update(rule, constant(lr), state)
     right, wrong = (adamw_in_double(w, g, m, v, lr, 0.9, 0.95, 1e-8, lr * 0.1, t)[0] for t in (10, 9))
-    assert np.median(np.abs(state.master - wrong)) > 100 * np.median(np.abs(state.master - right))
+    distances = [np.median(np.abs(host(state, "master") - w)) for w in (wrong, right)]
+    assert distances[0] > 100 * distances[1]
 
 
 @pytest.mark.parametrize("t", [1, 2, 100, 1999])
@@ -126,16 +152,16 @@ def test_bias_corrections_are_made_in_double(t: int, betas: tuple[float, float])
     assert decay == 1 - 0.01 * 0.3
 
 
-def test_the_first_step_is_lr_even_where_beta2_is_one_in_fp32() -> None:
+def test_the_first_step_is_lr_even_where_beta2_is_one_in_fp32(backend: Backend) -> None:
     # m / (1 - beta1) = g and v / (1 - beta2) = g^2 at t = 1, so the step is lr sign(g); 1 - fp32(beta2) would be 0 here
     beta2 = 1 - 1e-9
     assert np.float32(beta2) == 1
     rule = AdamW((0.9, beta2), eps=0.0, weight_decay=0.0)
-    state = State(toy(w=(100,)), get_recipe("fp32").state_formats(), NUMPY)
-    state.grads[:] = g = np.random.default_rng(1).standard_normal(100).astype(np.float32)
-    Optimizer(rule, constant(0.25)).update(state, ONE, 1.0, np.False_)
+    state, g = start_of(backend, toy(w=(100,)), "fp32", rule), np.random.default_rng(1).standard_normal(100)
+    put(state, "grads", g)
+    update(rule, constant(0.25), state)
     # w was 0, m was 0: m 2 roundings and its sum exact; v 3, sqrt halves them and adds 1; 2 scalars; products 1; divisions 2
-    assert np.abs(state.master + 0.25 * np.sign(g)).max() <= 0.25 * 12 * U
+    assert np.abs(host(state, "master") + 0.25 * np.sign(g)).max() <= 0.25 * 12 * U
 
 
 # --------------------------------------------------------------------------------------------------------- one SGD update
@@ -143,53 +169,55 @@ def test_the_first_step_is_lr_even_where_beta2_is_one_in_fp32() -> None:
 
 @pytest.mark.parametrize("recipe", ["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_sgd_is_the_formula(recipe: str, momentum: float) -> None:
+def test_sgd_is_the_formula(recipe: str, momentum: float, backend: Backend) -> None:
     rule, lr = SGD(momentum, weight_decay=0.1), 0.05
-    state = state_of(toy(**MIXED, big=(40, 50)), recipe, rule, np.random.default_rng(3))
+    state = state_of(backend, toy(**MIXED, big=(40, 50)), recipe, rule, np.random.default_rng(3))
     assert ("m" in state.buffers) == (momentum > 0) and "v" not in state.buffers
-    w, g = (np.array(x, np.float64) for x in (state.master, widen(state.grads, state.math_format)))  # copies
-    m = np.array(state.buffers["m"], np.float64) if momentum else np.zeros_like(w)
-    Optimizer(rule, constant(lr)).update(state, ONE, 1.0, np.False_)
+    w, g = (widen(host(state, kind), "fp64") for kind in ("master", "grads"))
+    m = widen(host(state, "m"), "fp64") if momentum else np.zeros_like(w)
+    update(rule, constant(lr), state)
     m_new = momentum * m + g
     w_new = w * (1 - lr * 0.1 * decayed_mask(state)) - lr * m_new
     # m: scalar and product 2, sum 1; w: decay 2, the step's scalar and product 2, difference 1; as much again in the fp64 twin
     u = 1.001 * (U if recipe != "fp64" else 2 * 2.0**-53)
     m_bound = u * (2 * momentum * np.abs(m) + np.abs(m_new))
     if momentum:
-        assert (np.abs(state.buffers["m"] - m_new) <= m_bound).all()
+        assert (np.abs(host(state, "m") - m_new) <= m_bound).all()
     w_bound = u * (2 * np.abs(w) + 2 * lr * np.abs(m_new) + np.abs(w_new)) + lr * m_bound
-    assert (np.abs(state.master - w_new) <= w_bound).all()
+    assert (np.abs(host(state, "master") - w_new) <= w_bound).all()
 
 
 # ------------------------------------------------------------------------------------------------------- decay and blocks
 
 
 @pytest.mark.parametrize("rule", [AdamW(weight_decay=0.5), SGD(weight_decay=0.5)], ids=["adamw", "sgd"])
-def test_decay_acts_on_matrices_only(rule: AdamW | SGD, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decay_acts_on_matrices_only(rule: AdamW | SGD, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in (1, 5, 16, 1 << 16):
         monkeypatch.setattr(refimpl.state, "BLOCK", block)
-        state = State(toy(**MIXED), get_recipe("fp32").state_formats(rule.moments), NUMPY)
-        state.master[:] = w = np.random.default_rng(0).standard_normal(state.layout.size).astype(np.float32)
-        Optimizer(rule, constant(0.1)).update(state, ONE, 1.0, np.False_)  # gradients and moments are zero
+        state = start_of(backend, toy(**MIXED), "fp32", rule)
+        put(state, "weights", w := np.random.default_rng(0).standard_normal(state.layout.size).astype(np.float32))
+        update(rule, constant(0.1), state)  # gradients and moments are zero
         mask = decayed_mask(state)
         assert 0 < mask.sum() < mask.size
-        assert np.array_equal(state.master[~mask], w[~mask])
-        assert np.array_equal(state.master[mask], w[mask] * np.float32(1 - 0.1 * 0.5))
+        after = host(state, "master")
+        assert np.array_equal(after[~mask], w[~mask])
+        assert np.array_equal(after[mask], w[mask] * np.float32(1 - 0.1 * 0.5))
 
 
 @pytest.mark.parametrize("rule", [AdamW(), SGD(weight_decay=0.1)], ids=["adamw", "sgd"])
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "fp64", "pure-bf16"])
-def test_results_do_not_depend_on_the_block_size(recipe: str, rule: AdamW | SGD, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_block_size(
+    recipe: str, rule: AdamW | SGD, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = []
     model = toy(**MIXED, big=(64, 70))
+    least = 64 if not backend.on_host else 1 if recipe == "fp32" else 7  # one element a block is slow; once is enough
     for block in (1, 7, 8, 64, 1000, 1 << 16):
-        if block < 7 and recipe != "fp32":
-            continue  # one element a block is slow; once is enough
+        if block < least:
+            continue
         monkeypatch.setattr(refimpl.state, "BLOCK", block)
-        state = state_of(model, recipe, rule, np.random.default_rng(9))
-        optimizer = Optimizer(rule, constant(1e-3))
-        for _ in range(3):
-            optimizer.update(state, np.float32(0.7), np.float32(0.9), np.False_)
+        state = state_of(backend, model, recipe, rule, np.random.default_rng(9))
+        update(rule, constant(1e-3), state, np.float32(0.7), np.float32(0.9), times=3)
         results.append(bits_of(state))
     assert all(result == results[0] for result in results[1:])
 
@@ -199,32 +227,30 @@ def test_results_do_not_depend_on_the_block_size(recipe: str, rule: AdamW | SGD,
 
 @pytest.mark.parametrize("recipe", ["fp16", "fp32", "fp64", "pure-fp16"])
 @pytest.mark.parametrize("rule", [AdamW(), SGD()], ids=["adamw", "sgd"])
-def test_a_skipped_update_changes_no_bit(recipe: str, rule: AdamW | SGD) -> None:
-    state = state_of(toy(**MIXED), recipe, rule, np.random.default_rng(5))
-    optimizer = Optimizer(rule, Schedule(1e-2, 1e-3, 2, 10))
-    optimizer.update(state, ONE, 1.0, np.False_)
+def test_a_skipped_update_changes_no_bit(recipe: str, rule: AdamW | SGD, backend: Backend) -> None:
+    state, schedule = state_of(backend, toy(**MIXED), recipe, rule, np.random.default_rng(5)), Schedule(1e-2, 1e-3, 2, 10)
+    optimizer = update(rule, schedule, state)
     state.grads[3] = math.inf
     state.grads[-1] = math.nan
     before, lr = bits_of(state), float(optimizer.lr(state))
-    optimizer.update(state, ONE, np.float32(math.nan), np.asarray(True))
+    update(rule, schedule, state, ONE, np.float32(math.nan), np.True_)
     assert bits_of(state) == before
     assert float(optimizer.lr(state)) == lr
 
 
-def test_time_advances_with_real_updates_only() -> None:
+def test_time_advances_with_real_updates_only(backend: Backend) -> None:
     rule, schedule = AdamW(), Schedule(1e-2, 1e-3, 3, 10)
     rng = np.random.default_rng(6)
-    with_skips, without = (state_of(toy(**MIXED), "fp16", rule, np.random.default_rng(7)) for _ in range(2))
-    optimizer = Optimizer(rule, schedule)
+    with_skips, without = (state_of(backend, toy(**MIXED), "fp16", rule, np.random.default_rng(7)) for _ in range(2))
     seen = []
     for skip in (False, True, True, False, True, False):
-        g = (rng.standard_normal(with_skips.layout.size)).astype(np.float16)
-        with_skips.grads[:] = g
-        seen.append(float(optimizer.lr(with_skips)))
-        optimizer.update(with_skips, ONE, 1.0, np.asarray(skip))
+        g = rng.standard_normal(with_skips.layout.size)
+        put(with_skips, "grads", g)
+        seen.append(float(Optimizer(rule, schedule, backend.xp).lr(with_skips)))
+        update(rule, schedule, with_skips, ONE, 1.0, np.bool_(skip))
         if not skip:
-            without.grads[:] = g
-            optimizer.update(without, ONE, 1.0, np.False_)
+            put(without, "grads", g)
+            update(rule, schedule, without)
         with_skips.grads[:] = without.grads
         assert bits_of(with_skips) == bits_of(without)
     assert int(with_skips.t) == 3
@@ -253,15 +279,15 @@ def test_schedule_without_warm_up_or_without_decay() -> None:
     assert [Schedule(1.0, 0.0, 4, 4)(t) for t in (0, 3, 4)] == [0.2, 0.8, 1.0]  # all of it warm-up: no division by zero
 
 
-def test_the_optimizers_tables_are_the_schedules() -> None:
+def test_the_optimizers_tables_are_the_schedules(backend: Backend) -> None:
     rule, schedule = AdamW(), Schedule(6e-4, 6e-5, 5, 20)
-    optimizer = Optimizer(rule, schedule)
-    state = State(toy(w=(2,)), get_recipe("fp32").state_formats(), NUMPY)
+    optimizer = Optimizer(rule, schedule, backend.xp)
+    state = start_of(backend, toy(w=(2,)), "fp32", rule)
     for t in range(20):
-        state.t = np.asarray(t)
+        state.t = backend.from_host(np.asarray(t))
         lr = optimizer.lr(state)
         assert float(lr) == schedule(t) and lr.shape == ()
-        assert tuple(optimizer.scalars[t]) == rule.scalars(schedule(t), t + 1)
+        assert tuple(backend.to_host(optimizer.scalars[t])) == rule.scalars(schedule(t), t + 1)
     assert optimizer.scalars.dtype == optimizer.learning_rates.dtype == np.float64
 
 
@@ -272,29 +298,28 @@ def test_the_optimizers_tables_are_the_schedules() -> None:
     ("step", "moves"),
     [(2.0**-10, False), (2.0**-9, False), (2.0**-9 * (1 + 2.0**-7), True), (2.0**-8, True)],
 )
-def test_a_bf16_weight_moves_only_by_more_than_half_an_ulp(step: float, moves: bool) -> None:
+def test_a_bf16_weight_moves_only_by_more_than_half_an_ulp(step: float, moves: bool, backend: Backend) -> None:
     # below 1 bf16 values lie 2^-8 apart; the tie at 2^-9 goes to the even fraction, which is 1
     rule = SGD(momentum=0.0)
-    pure, mastered = (State(toy(w=(3,)), get_recipe(r).state_formats(()), NUMPY) for r in ("pure-bf16", "bf16"))
+    pure, mastered = (start_of(backend, toy(w=(3,)), recipe, rule) for recipe in ("pure-bf16", "bf16"))
     for state in (pure, mastered):
         state.load_weights({"w": np.ones(3, np.float32)})
         state.grads[:] = 1.0
-        Optimizer(rule, constant(step)).update(state, ONE, 1.0, np.False_)
-    assert (widen(pure.weights) == (1 - 2.0**-8 if moves else 1.0)).all()
-    assert (mastered.master == np.float32(1 - step)).all()  # the master remembers what the weight cannot hold
+        update(rule, constant(step), state)
+    assert (widen(host(pure, "weights")) == (1 - 2.0**-8 if moves else 1.0)).all()
+    assert (host(mastered, "master") == np.float32(1 - step)).all()  # the master remembers what the weight cannot hold
 
 
-def test_small_updates_add_up_in_a_master_and_are_lost_without() -> None:
-    pure, mastered = (State(toy(w=(1,)), get_recipe(r).state_formats(()), NUMPY) for r in ("pure-bf16", "bf16"))
+def test_small_updates_add_up_in_a_master_and_are_lost_without(backend: Backend) -> None:
+    rule = SGD(momentum=0.0)
+    pure, mastered = (start_of(backend, toy(w=(1,)), recipe, rule) for recipe in ("pure-bf16", "bf16"))
     for state in (pure, mastered):
         state.load_weights({"w": np.ones(1, np.float32)})
-        optimizer = Optimizer(SGD(momentum=0.0), constant(6e-4))
-        for _ in range(100):
-            state.grads[:] = 1.0
-            optimizer.update(state, ONE, 1.0, np.False_)
+        state.grads[:] = 1.0
+        update(rule, constant(6e-4), state, times=100)
         state.weights_down()
     assert float(pure.weights[0]) == 1.0
-    assert f"{mastered.master[0]:.7f}" == "0.9400020"  # 1 - 100 * 6e-4 but for 100 roundings; measured with PyTorch
+    assert f"{float(mastered.master[0]):.7f}" == "0.9400020"  # 1 - 100 * 6e-4 but for 100 roundings; measured with PyTorch
     assert float(mastered.weights[0]) == 0.94140625  # the bf16 value nearest to it
 
 
@@ -312,15 +337,15 @@ def test_small_updates_add_up_in_a_master_and_are_lost_without() -> None:
         ("bf16", 1e-6, 1.0),
     ],
 )
-def test_share_of_weights_that_one_step_moves(recipe: str, lr: float, share: float) -> None:
+def test_share_of_weights_that_one_step_moves(recipe: str, lr: float, share: float, backend: Backend) -> None:
     # N(0, 0.02) weights and a step of exactly lr; shares measured with torch casts
-    n, rng = 100_000, np.random.default_rng(8)
-    state = State(toy(w=(n,)), get_recipe(recipe).state_formats(()), NUMPY)
+    n, rng, rule = 100_000, np.random.default_rng(8), SGD(momentum=0.0)
+    state = start_of(backend, toy(w=(n,)), recipe, rule)
     state.load_weights({"w": (0.02 * rng.standard_normal(n)).astype(np.float32)})
-    before = state.master.copy()
-    state.grads[:] = rng.choice([-1.0, 1.0], n)
-    Optimizer(SGD(momentum=0.0), constant(lr)).update(state, ONE, 1.0, np.False_)
-    moved = float((state.master != before).mean())
+    before = host(state, "master")
+    put(state, "grads", rng.choice([-1.0, 1.0], n))
+    update(rule, constant(lr), state)
+    moved = float((host(state, "master") != before).mean())
     print(f"{recipe} lr {lr:g}: {moved:.4f} of {n} weights moved")
     # five standard deviations of a share counted on 100,000 weights, at most 5 sqrt(0.25 / n), twice (both are samples);
     # and the share is given to three digits
@@ -336,17 +361,19 @@ def bounded_gradients(rng: np.random.Generator, size: int, steps: int) -> list[n
     return [(sizes * rng.uniform(0.5, 2, size) * rng.choice([-1, 1], size)).astype(np.float32) for _ in range(steps)]
 
 
-def run_ours(rule: AdamW | SGD, lr: float, w: np.ndarray, gradients: list[np.ndarray]) -> tuple[np.ndarray, float]:
+def run_ours(
+    backend: Backend, rule: AdamW | SGD, lr: float, w: np.ndarray, gradients: list[np.ndarray]
+) -> tuple[np.ndarray, float]:
     """The weights after all updates, and the largest magnitude that any had on the way."""
-    state = State(toy(matrix=(80, 100), vector=(2000,)), get_recipe("fp32").state_formats(rule.moments), NUMPY)
-    state.master[:] = w
-    optimizer = Optimizer(rule, constant(lr))
-    largest = np.abs(w).max()
+    state = start_of(backend, toy(matrix=(80, 100), vector=(2000,)), "fp32", rule)
+    put(state, "weights", w)
+    largest, optimizer = np.abs(w).max(), Optimizer(rule, constant(lr), backend.xp)
+    one, good = (backend.from_host(x) for x in (ONE, np.False_))
     for g in gradients:
-        state.grads[:] = g
-        optimizer.update(state, ONE, 1.0, np.False_)
-        largest = max(largest, np.abs(state.master).max())
-    return state.master.copy(), float(largest)
+        put(state, "grads", g)
+        optimizer.update(state, one, 1.0, good)
+        largest = max(largest, np.abs(host(state, "master")).max())
+    return host(state, "master"), float(largest)
 
 
 def run_torch(optimizer_of: object, w: np.ndarray, gradients: list[np.ndarray]) -> np.ndarray:
@@ -359,7 +386,7 @@ def run_torch(optimizer_of: object, w: np.ndarray, gradients: list[np.ndarray]) 
     return np.concatenate([matrix.detach().numpy(), vector.detach().numpy()])
 
 
-def test_adamw_stays_as_near_to_torch_as_two_ways_of_rounding_allow() -> None:
+def test_adamw_stays_as_near_to_torch_as_two_ways_of_rounding_allow(backend: Backend) -> None:
     steps, lr, (beta1, beta2), wd = 200, 1e-3, (0.9, 0.95), 0.1
     rng = np.random.default_rng(10)
     w, gradients = (0.02 * rng.standard_normal(10_000)).astype(np.float32), bounded_gradients(rng, 10_000, steps)
@@ -369,7 +396,7 @@ def test_adamw_stays_as_near_to_torch_as_two_ways_of_rounding_allow() -> None:
         return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=1e-8, fused=True)
 
     theirs = run_torch(fused, w, gradients)
-    ours, largest = run_ours(AdamW((beta1, beta2), 1e-8, wd), lr, w, gradients)
+    ours, largest = run_ours(backend, AdamW((beta1, beta2), 1e-8, wd), lr, w, gradients)
     # torch's kernel uses fused multiply-adds for m and v: one rounding less in each. So after one step both are within a
     # few u of the exact result, and the difference of two runs grows by that much a step, while the moments forget at
     # rates beta1 and beta2. In units of u, with |g| <= 2 and sqrt(v_hat) >= 0.5 (gradients' sizes divided out):
@@ -384,16 +411,16 @@ def test_adamw_stays_as_near_to_torch_as_two_ways_of_rounding_allow() -> None:
     assert bound < 0.05 * moved  # a bound that says something
     # negative controls: no decay, and other betas, are farther away than that
     for wrong in (AdamW((beta1, beta2), 1e-8, 0.0), AdamW((beta1, 0.96), 1e-8, wd), AdamW((0.91, beta2), 1e-8, wd)):
-        assert np.abs(run_ours(wrong, lr, w, gradients)[0] - theirs).max() > 2 * bound
+        assert np.abs(run_ours(backend, wrong, lr, w, gradients)[0] - theirs).max() > 2 * bound
 
 
-def test_sgd_stays_as_near_to_torch_as_two_ways_of_rounding_allow() -> None:
+def test_sgd_stays_as_near_to_torch_as_two_ways_of_rounding_allow(backend: Backend) -> None:
     steps, lr, momentum = 200, 1e-3, 0.9
     rng = np.random.default_rng(11)
     w = (0.02 * rng.standard_normal(10_000)).astype(np.float32)
     gradients = [np.clip(g, -2, 2) for g in bounded_gradients(rng, 10_000, steps)]
     theirs = run_torch(lambda torch, *w: torch.optim.SGD(w, lr=lr, momentum=momentum, foreach=False), w, gradients)
-    ours, largest = run_ours(SGD(momentum), lr, w, gradients)
+    ours, largest = run_ours(backend, SGD(momentum), lr, w, gradients)
     # In units of u, |m| <= 2 / (1 - momentum) = 20: a step of ours makes 2 roundings of momentum m (one of them the
     # scalar, which torch rounds alike) and one of the sum, torch's fma one; the difference is forgotten at rate momentum:
     # (3 + 2) 20 / (1 - momentum) = 1000. Then lr m: 2 roundings each; w: one each.
@@ -405,9 +432,9 @@ def test_sgd_stays_as_near_to_torch_as_two_ways_of_rounding_allow() -> None:
     assert np.abs(ours - nesterov).max() > 2 * bound  # negative control
 
 
-def test_plain_sgd_is_torchs_but_for_one_fused_product() -> None:
+def test_plain_sgd_is_torchs_but_for_one_fused_product(backend: Backend) -> None:
     rng = np.random.default_rng(12)
     w, gradients = rng.standard_normal(10_000).astype(np.float32), bounded_gradients(rng, 10_000, 1)
     theirs = run_torch(lambda torch, *w: torch.optim.SGD(w, lr=0.5, foreach=False), w, gradients)
     # lr is a power of two: lr g is exact, with or without a fused multiply-add, so the one rounding left is the same
-    assert np.array_equal(run_ours(SGD(0.0), 0.5, w, gradients)[0], theirs)
+    assert np.array_equal(run_ours(backend, SGD(0.0), 0.5, w, gradients)[0], theirs)

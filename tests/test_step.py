@@ -6,21 +6,22 @@ Runs are seeded and deterministic; comparisons of bits have no tolerance, the ot
 import dataclasses
 import math
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
 
 import refimpl.state
-from refimpl.backends import NUMPY
+from refimpl.backends import NUMPY, Backend
 from refimpl.cast import cast, widen
 from refimpl.gradients import check_and_measure
-from refimpl.loss_scale import LossScale, StaticLossScale, make_loss_scale
+from refimpl.loss_scale import make_loss_scale
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.optim import SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.policy import Run
 from refimpl.recipes import RECIPES, get_recipe
 from refimpl.state import State
-from refimpl.step import StepResult, through, train_step
+from refimpl.step import Batch, StepResult, through, train_step
 
 VOCABULARY = 17
 GPT = gpt(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY))
@@ -29,29 +30,44 @@ MODELS = {"gpt": GPT, "mlp": MLP}
 
 
 class Training:
-    """One run: its state, its optimizer and its loss scale."""
+    """One run: its state, its optimizer and its loss scale, on one of the backends."""
 
     def __init__(
-        self, model: Model, recipe: str, loss_scale: LossScale | None = None, grad_accum: int = 1,
-        lr: float = 3e-3, rule: Rule | None = None, steps: int = 200,
+        self, backend: Backend, model: Model, recipe: str, grad_accum: int = 1, lr: float = 3e-3, rule: Rule | None = None,
+        steps: int = 200, loss_scale: str | None = None, **more: float,
     ) -> None:  # fmt: skip
+        """loss_scale and more: arguments of `make_loss_scale`, where it is not to be the recipe's."""
         row, rule = get_recipe(recipe), rule or AdamW()
-        self.model = model
-        self.run = Run(row.policy, NUMPY)
-        self.state = State(model, row.state_formats(rule.moments, grad_accum), NUMPY)
+        self.backend, self.model = backend, model
+        self.run = Run(row.policy, backend)
+        self.state = State(model, row.state_formats(rule.moments, grad_accum), backend)
         self.state.load_weights(model.initial_weights(np.random.default_rng(0)))
-        self.optimizer = Optimizer(rule, Schedule(lr, lr, 0, steps))
-        self.loss_scale = loss_scale or make_loss_scale(row.loss_scale)
+        self.optimizer = Optimizer(rule, Schedule(lr, lr, 0, steps), backend.xp)
+        self.loss_scale = make_loss_scale(loss_scale or row.loss_scale, xp=backend.xp, **more)
 
-    def step(self, *batches: tuple[np.ndarray, np.ndarray], max_norm: float = 1.0) -> StepResult:
-        return train_step(self.model, batches, self.state, self.optimizer, self.loss_scale, self.run, max_norm)
+    def step(self, *batches: Batch, max_norm: float = 1.0) -> StepResult:
+        there = [self.there(*batch) for batch in batches]
+        return train_step(self.model, there, self.state, self.optimizer, self.loss_scale, self.run, max_norm)
+
+    def through(self, *batches: Batch, S: float = 1.0) -> None:
+        """Stage 2 alone, which leaves the gradients of S times the loss."""
+        (scale,) = self.there(np.float32(S))
+        through(self.model, [self.there(*batch) for batch in batches], self.state, scale, self.run)
+
+    def there(self, *arrays: np.ndarray) -> tuple[Any, ...]:
+        return tuple(self.backend.from_host(x) for x in arrays)
+
+    def host(self, kind: str) -> np.ndarray:
+        """A copy of one of the buffers, as a NumPy array."""
+        buffer = self.state.master if kind == "master" else self.state.buffers[kind]
+        return self.backend.to_host(buffer).copy()
 
     def bits(self, *without: str) -> dict[str, bytes]:
-        kept = {kind: x.tobytes() for kind, x in self.state.buffers.items() if kind not in without}
-        return kept | {"t": np.asarray(self.state.t).tobytes()}
+        kept = {kind: self.host(kind).tobytes() for kind in self.state.buffers if kind not in without}
+        return kept | {"t": self.backend.to_host(self.state.t).tobytes()}
 
 
-def batch(seed: int = 1, rows: int = 4) -> tuple[np.ndarray, np.ndarray]:
+def batch(seed: int = 1, rows: int = 4) -> Batch:
     text = np.random.default_rng(seed).integers(0, VOCABULARY, (rows, 9))
     return text[:, :-1], text[:, 1:]
 
@@ -61,8 +77,8 @@ def batch(seed: int = 1, rows: int = 4) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_learns_a_repeated_batch(recipe: str, model: str) -> None:
-    training, data = Training(MODELS[model], recipe), batch()
+def test_every_recipe_learns_a_repeated_batch(recipe: str, model: str, backend: Backend) -> None:
+    training, data = Training(backend, MODELS[model], recipe), batch()
     results = [training.step(data) for _ in range(30)]
     losses = [float(result.loss) for result in results]
     # Before training the model knows nothing: log 17 = 2.83. In 30 steps a quarter of that is learned by all, the pure
@@ -76,11 +92,11 @@ def test_every_recipe_learns_a_repeated_batch(recipe: str, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_recipes_agree_at_first(model: str) -> None:
+def test_recipes_agree_at_first(model: str, backend: Backend) -> None:
     # The loss of the first step, before any update, differs from fp64's only by the rounding of weights and activations:
     # fp32 by some 1e-7, 16-bit formats by their eps times a small factor (errors of a few dozen roundings, averaged in part)
     data = batch()
-    first = {recipe: float(Training(MODELS[model], recipe).step(data).loss) for recipe in RECIPES}
+    first = {recipe: float(Training(backend, MODELS[model], recipe).step(data).loss) for recipe in RECIPES}
     for recipe, loss in first.items():
         eps = {"fp64": 2.0**-52, "fp32": 2.0**-23}.get(recipe, 2.0**-10 if "fp16" in recipe else 2.0**-7)
         allowed = max(eps, 2.0**-23)  # the fp64 run starts from fp32 weights too, but its sums and the others' differ
@@ -90,8 +106,8 @@ def test_recipes_agree_at_first(model: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- the result
 
 
-def test_the_result_says_what_happened() -> None:
-    training, data = Training(GPT, "fp16", rule=AdamW(), lr=1e-3), batch()
+def test_the_result_says_what_happened(backend: Backend) -> None:
+    training, data = Training(backend, GPT, "fp16", rule=AdamW(), lr=1e-3), batch()
     result = training.step(data)
     assert [field.name for field in dataclasses.fields(result)] == ["loss", "lr", "loss_scale", "grad_norm", "skipped"]
     for field in dataclasses.fields(result):
@@ -101,27 +117,27 @@ def test_the_result_says_what_happened() -> None:
     assert float(result.loss_scale) == 65536.0 and not result.skipped
     assert abs(float(result.loss) - math.log(VOCABULARY)) < 0.2
     # the norm is of unscaled gradients: it is not 65536 times too large
-    _, norm = check_and_measure(training.state, np.float32(2.0**-16))
+    _, norm = check_and_measure(training.state, *training.there(np.float32(2.0**-16)))
     assert result.grad_norm == norm and 0.01 < float(norm) < 10
 
 
-def test_the_result_holds_the_scale_that_this_step_used() -> None:
-    training, data = Training(MLP, "fp16", loss_scale=make_loss_scale("dynamic", 1024.0, 2)), batch()
+def test_the_result_holds_the_scale_that_this_step_used(backend: Backend) -> None:
+    training, data = Training(backend, MLP, "fp16", loss_scale="dynamic", init_scale=1024.0, growth_interval=2), batch()
     scales = [float(training.step(data).loss_scale) for _ in range(5)]
     assert scales == [1024.0, 1024.0, 2048.0, 2048.0, 4096.0]
 
 
-def test_the_schedule_is_followed() -> None:
-    training, data = Training(MLP, "bf16"), batch()
+def test_the_schedule_is_followed(backend: Backend) -> None:
+    training, data = Training(backend, MLP, "bf16"), batch()
     schedule = Schedule(1e-2, 1e-3, 2, 6)
-    training.optimizer = Optimizer(AdamW(), schedule)
+    training.optimizer = Optimizer(AdamW(), schedule, backend.xp)
     assert [float(training.step(data).lr) for _ in range(6)] == [schedule(t) for t in range(6)]
 
 
-def test_runs_are_reproducible() -> None:
+def test_runs_are_reproducible(backend: Backend) -> None:
     results = []
     for _ in range(2):
-        training = Training(GPT, "fp16")
+        training = Training(backend, GPT, "fp16")
         for seed in range(3):
             training.step(batch(seed))
         results.append(training.bits())
@@ -132,8 +148,8 @@ def test_runs_are_reproducible() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_an_overflow_skips_and_backs_off_then_trains(model: str) -> None:
-    training, data = Training(MODELS[model], "fp16", loss_scale=make_loss_scale("dynamic", 2.0**40, 2000)), batch()
+def test_an_overflow_skips_and_backs_off_then_trains(model: str, backend: Backend) -> None:
+    training, data = Training(backend, MODELS[model], "fp16", loss_scale="dynamic", init_scale=2.0**40), batch()
     training.step(data)  # to fill `weights`, which the first step writes
     before = training.bits("grads")
     scale, skips, result = 2.0**39, 1, training.step(data)
@@ -153,8 +169,8 @@ def test_an_overflow_skips_and_backs_off_then_trains(model: str) -> None:
     assert losses[-1] < 0.8 * math.log(VOCABULARY)
 
 
-def test_an_injected_inf_in_one_weight_gradient_is_enough() -> None:
-    training, data = Training(MLP, "fp16"), batch()
+def test_an_injected_inf_in_one_weight_gradient_is_enough(backend: Backend) -> None:
+    training, data = Training(backend, MLP, "fp16"), batch()
     training.step(data)
     sink = training.state.gradient_sink
 
@@ -179,8 +195,8 @@ def test_an_injected_inf_in_one_weight_gradient_is_enough() -> None:
     assert int(training.state.t) == 2
 
 
-def test_a_static_scale_skips_but_does_not_adapt() -> None:
-    training, data = Training(MLP, "fp16", loss_scale=StaticLossScale(2.0**40)), batch()
+def test_a_static_scale_skips_but_does_not_adapt(backend: Backend) -> None:
+    training, data = Training(backend, MLP, "fp16", loss_scale=str(2.0**40)), batch()
     for _ in range(3):
         assert training.step(data).skipped
     assert int(training.state.t) == 0 and float(training.loss_scale.scale) == 2.0**40
@@ -191,33 +207,33 @@ def test_a_static_scale_skips_but_does_not_adapt() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("recipe", ["fp32", "bf16", "amp-bf16"])
-def test_a_power_of_two_changes_no_bit_where_nothing_overflows_or_vanishes(recipe: str, model: str) -> None:
+def test_a_power_of_two_changes_no_bit_where_nothing_overflows_or_vanishes(recipe: str, model: str, backend: Backend) -> None:
     data, results = batch(), []
-    for scale in (1.0, 1024.0):
-        training = Training(MODELS[model], recipe, loss_scale=StaticLossScale(scale))
+    for scale in ("none", "1024"):
+        training = Training(backend, MODELS[model], recipe, loss_scale=scale)
         losses = [float(training.step(data).loss) for _ in range(5)]
         results.append((losses, training.bits("grads")))
     assert results[0] == results[1]
 
 
-def test_another_scale_does_change_bits() -> None:
+def test_another_scale_does_change_bits(backend: Backend) -> None:
     # negative control: 1000 is no power of two, so gradients are rounded elsewhere
     bits = []
-    for scale in (1.0, 1000.0):
-        training = Training(MLP, "fp32", loss_scale=StaticLossScale(scale))
+    for scale in ("none", "1000"):
+        training = Training(backend, MLP, "fp32", loss_scale=scale)
         training.step(batch())
         bits.append(training.bits("grads"))
     assert bits[0] != bits[1]
 
 
-def test_without_a_scale_small_fp16_gradients_vanish() -> None:
+def test_without_a_scale_small_fp16_gradients_vanish(backend: Backend) -> None:
     # a loss 2^-20 times as large, made by the seed: in fp16 most gradients fall below 2^-25 and become zero; scaled by
     # 2^16 or held in bf16 most survive
     zeros = {}
     for recipe, seed in (("fp16", 2.0**-20), ("fp16", 2.0**-4), ("bf16", 2.0**-20)):
-        training = Training(GPT, recipe)
-        through(GPT, [batch()], training.state, np.float32(seed), training.run)
-        zeros[recipe, seed] = float((widen(training.state.grads) == 0).mean())
+        training = Training(backend, GPT, recipe)
+        training.through(batch(), S=seed)
+        zeros[recipe, seed] = float((widen(training.host("grads")) == 0).mean())
     print(zeros)
     assert zeros["fp16", 2.0**-20] > 0.9
     # the rows of wte and wpe that no token touched are zero in all; what is lost beside them is less than a tenth
@@ -228,16 +244,16 @@ def test_without_a_scale_small_fp16_gradients_vanish() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_two_micro_batches_are_one_of_double_size(model: str) -> None:
+def test_two_micro_batches_are_one_of_double_size(model: str, backend: Backend) -> None:
     tokens, targets = batch(rows=8)
     halves = [(tokens[:4], targets[:4]), (tokens[4:], targets[4:])]
     gradients, losses, weights = [], [], []
     for batches in ([(tokens, targets)], halves):
-        training = Training(MODELS[model], "fp64", grad_accum=len(batches), rule=SGD(momentum=0.9), lr=0.1)
+        training = Training(backend, MODELS[model], "fp64", grad_accum=len(batches), rule=SGD(momentum=0.9), lr=0.1)
         losses.append(float(training.step(*batches).loss))
-        gradients.append(training.state.grads.copy())
+        gradients.append(training.host("grads"))
         training.step(*batches)
-        weights.append(training.state.master.copy())
+        weights.append(training.host("master"))
     # double precision: some hundred additions in another order, each 2^-53 of numbers no larger than the largest
     for a, b in (gradients, weights):
         assert np.abs(a - b).max() <= 1e-12 * np.abs(a).max()
@@ -245,35 +261,36 @@ def test_two_micro_batches_are_one_of_double_size(model: str) -> None:
 
 
 @pytest.mark.parametrize("n", [3, 5])
-def test_micro_batches_that_are_no_power_of_two(n: int) -> None:
+def test_micro_batches_that_are_no_power_of_two(n: int, backend: Backend) -> None:
     tokens, targets = batch(rows=4 * n)
     parts = [(tokens[i : i + 4], targets[i : i + 4]) for i in range(0, 4 * n, 4)]
     gradients = []
     for batches in ([(tokens, targets)], parts):
-        training = Training(MLP, "fp64", grad_accum=len(batches))
+        training = Training(backend, MLP, "fp64", grad_accum=len(batches))
         training.step(*batches)
-        gradients.append(training.state.grads.copy())
+        gradients.append(training.host("grads"))
     # the seed S/n is an fp32 number in every recipe: one rounding, 2^-24 of every gradient
     assert np.abs(gradients[0] - gradients[1]).max() <= 2.0**-24 * np.abs(gradients[0]).max()
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "bf16"])
-def test_micro_batches_are_summed_in_fp32(recipe: str) -> None:
+def test_micro_batches_are_summed_in_fp32(recipe: str, backend: Backend) -> None:
     tokens, targets = batch(rows=8)
-    training = Training(MLP, recipe, grad_accum=2)
+    training = Training(backend, MLP, recipe, grad_accum=2)
     training.step((tokens[:4], targets[:4]), (tokens[4:], targets[4:]))
-    assert training.state.grads.dtype == np.float32
-    assert (training.state.grads != widen(cast(training.state.grads, recipe))).mean() > 0.1  # sums that 16 bits do not hold
+    sums = training.host("grads")
+    assert sums.dtype == np.float32
+    assert (sums != widen(cast(sums, recipe))).mean() > 0.1  # sums that 16 bits do not hold
     assert training.state.nbytes == 18 * MLP.n_params
 
 
-def test_gradients_of_the_last_step_are_forgotten() -> None:
-    one, other = (Training(MLP, "fp32", grad_accum=2) for _ in range(2))
+def test_gradients_of_the_last_step_are_forgotten(backend: Backend) -> None:
+    one, other = (Training(backend, MLP, "fp32", grad_accum=2) for _ in range(2))
     parts = [batch(2), batch(3)]
-    through(MLP, [batch(7), batch(8)], one.state, np.float32(1), one.run)
+    one.through(batch(7), batch(8))
     for training in (one, other):
-        through(MLP, parts, training.state, np.float32(1), training.run)
-    assert one.state.grads.tobytes() == other.state.grads.tobytes()
+        training.through(*parts)
+    assert one.host("grads").tobytes() == other.host("grads").tobytes()
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -285,7 +302,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> Training:
     monkeypatch.setattr(refimpl.state, "BLOCK", 1 << 14)
     model = mlp(MLPConfig(n_layer=2, n_embd=64, block_size=16, vocab_size=VOCABULARY))
     assert model.n_params > 4 * refimpl.state.BLOCK
-    training = Training(model, "bf16")
+    training = Training(NUMPY, model, "bf16")
     rng = np.random.default_rng(3)
     tokens = rng.integers(0, VOCABULARY, (8, 16))
     training.step((tokens, tokens))
@@ -322,15 +339,16 @@ def test_steps_three_and_four_never_hold_an_fp32_copy_of_the_gradients(large: Tr
 # ----------------------------------------------------------------------------------------------- the mistakes it avoids
 
 
-def test_without_masters_a_small_learning_rate_moves_few_weights() -> None:
+def test_without_masters_a_small_learning_rate_moves_few_weights(backend: Backend) -> None:
     moved, way = {}, {}
     for recipe in ("bf16", "pure-bf16", "fp16", "pure-fp16", "fp32"):
-        training = Training(GPT, recipe, lr=1e-6)
-        before = training.state.master.copy()
+        training = Training(backend, GPT, recipe, lr=1e-6)
+        before = training.host("master")
         for seed in range(3):
             training.step(batch(seed))
-        moved[recipe] = int((training.state.master != before).sum())
-        way[recipe] = np.abs(widen(training.state.master, "fp64") - widen(before, "fp64")).sum()
+        after = training.host("master")
+        moved[recipe] = int((after != before).sum())
+        way[recipe] = np.abs(widen(after, "fp64") - widen(before, "fp64")).sum()
     print(f"of {GPT.n_params} weights moved, three steps at lr 1e-6: {moved}")
     touched = moved["fp32"]
     assert moved["bf16"] > 0.9 * touched
@@ -342,17 +360,17 @@ def test_without_masters_a_small_learning_rate_moves_few_weights() -> None:
     assert moved["pure-fp16"] < 0.5 * touched
 
 
-def test_clipping_scaled_gradients_would_stop_the_training() -> None:
+def test_clipping_scaled_gradients_would_stop_the_training(backend: Backend) -> None:
     # the same step with the clip coefficient of the scaled norm (Adam's own scaling hides this mistake, so SGD): no move
     moves = {}
     for mistake in (False, True):
-        training = Training(MLP, "fp16", rule=SGD(momentum=0.0), lr=0.1)
-        before = training.state.master.copy()
-        S = training.loss_scale.scale
+        training = Training(backend, MLP, "fp16", rule=SGD(momentum=0.0), lr=0.1)
+        before = training.host("master")
+        S = float(training.loss_scale.scale)
         training.state.weights_down()
-        through(MLP, [batch()], training.state, S, training.run)
-        inverse = np.float32(1 / S)
-        found, norm = check_and_measure(training.state, np.float32(1) if mistake else inverse)
+        training.through(batch(), S=S)
+        one, inverse = training.there(np.float32(1), np.float32(1 / S))
+        found, norm = check_and_measure(training.state, one if mistake else inverse)
         training.optimizer.update(training.state, inverse, min(1.0, 1.0 / float(norm)), found)
-        moves[mistake] = float(np.abs(training.state.master - before).max())
+        moves[mistake] = float(np.abs(training.host("master") - before).max())
     assert moves[False] > 1000 * moves[True] > 0

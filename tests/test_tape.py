@@ -11,8 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from strict_backend import on_host
 
-from refimpl.backends import NUMPY
+from refimpl.backends import NUMPY, Backend
 from refimpl.models import GPTConfig, gpt
 from refimpl.ops import OPS, Op, add, cross_entropy, embedding, fan_in, gelu_tanh, layernorm, linear, relu, reshape, silu, split
 from refimpl.policy import Run
@@ -30,12 +31,12 @@ AMP = {"amp-fp16": "fp16", "amp-bf16": "bf16", "amp-fp16-cpu": "fp16", "amp-bf16
 UNIFORM = ["fp64", "fp32", "fp16", "bf16"]
 
 
-def make_run(recipe: str) -> Run:
-    return Run(get_recipe(recipe).policy, NUMPY)
+def make_run(recipe: str, backend: Backend = NUMPY) -> Run:
+    return Run(get_recipe(recipe).policy, backend)
 
 
-def draw(*shape: int, fmt: str = "fp32", seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32).astype(DTYPE[fmt])
+def draw(*shape: int, fmt: str = "fp32", seed: int = 0, backend: Backend = NUMPY) -> Array:
+    return backend.from_host(np.random.default_rng(seed).standard_normal(shape).astype(np.float32).astype(DTYPE[fmt]))
 
 
 def weights_format(recipe: str) -> str:
@@ -43,7 +44,7 @@ def weights_format(recipe: str) -> str:
 
 
 def wide(x: Any) -> Array:
-    return np.asarray(x).astype(np.float64)
+    return np.asarray(on_host(x)).astype(np.float64)
 
 
 def same_bits(a: Array, b: Array) -> bool:
@@ -68,59 +69,65 @@ class Collector:
         return gradient
 
 
-def ones_like(x: Array) -> Array:
-    return np.ones(x.shape, x.dtype)
+def ones_like(x: Array, backend: Backend = NUMPY) -> Array:
+    return backend.xp.ones(x.shape, x.dtype)
+
+
+def by_hand(run: Run, op: Op) -> tuple[Op, Any]:
+    """The operation as this run's backend computes it, and its precision."""
+    return run.op(op), run.bind(op.name, "by hand")
 
 
 # --------------------------------------------------------------------------------------------------- one tensor, many uses
 
 
 @pytest.mark.parametrize("fmt", UNIFORM)
-def test_gradients_of_a_tensor_used_twice_meet_in_one_sum(fmt: str) -> None:
-    weights = {"fc.weight": draw(6, 4, fmt=fmt), "fc.bias": draw(6, fmt=fmt, seed=1)}
-    x, seed = draw(5, 4, fmt=fmt, seed=2), draw(5, 6, fmt=fmt, seed=3)
-    run, sink = make_run(fmt), Collector()
+def test_gradients_of_a_tensor_used_twice_meet_in_one_sum(fmt: str, backend: Backend) -> None:
+    weights = {"fc.weight": draw(6, 4, fmt=fmt, backend=backend), "fc.bias": draw(6, fmt=fmt, seed=1, backend=backend)}
+    x, seed = draw(5, 4, fmt=fmt, seed=2, backend=backend), draw(5, 6, fmt=fmt, seed=3, backend=backend)
+    run, sink = make_run(fmt, backend), Collector()
     t = Tape(run, weights)
     h = t(linear, "fc", x)
     t.backward(t(add, "sum", t(silu, "silu", h), t(gelu_tanh, "gelu", h)), seed, sink)
 
-    p = run.bind("linear", "by hand")
-    y, saved = linear.forward(x, *weights.values(), p=p)
+    product, p = by_hand(run, linear)
+    y, saved = product.forward(x, *weights.values(), p=p)
     each = []
-    for op in (silu, gelu_tanh):
-        p_op = run.bind(op.name, "by hand")
+    for definition in (silu, gelu_tanh):
+        op, p_op = by_hand(run, definition)
         each.append(op.backward(seed, op.forward(y, p=p_op)[1], p=p_op)[0])
-    dy, _ = fan_in.forward(*each, run.bind("fan_in", "by hand"))
-    _, dw, db = linear.backward(dy, saved, *weights.values(), p=p)
+    addition, p_sum = by_hand(run, fan_in)
+    dy, _ = addition.forward(*each, p=p_sum)
+    _, dw, db = product.backward(dy, saved, *weights.values(), p=p)
     assert same_bits(sink["fc.weight"], dw) and same_bits(sink["fc.bias"], db)
 
 
-def test_both_inputs_of_one_operation_may_be_the_same_tensor() -> None:
-    w, sink = draw(7, 3), Collector()
-    t = Tape(make_run("fp32"), {"wte.weight": w})
-    x = t(embedding, "wte", np.arange(7))
-    t.backward(t(add, "twice", x, x), ones_like(w), sink)
-    assert np.array_equal(sink["wte.weight"], np.full((7, 3), 2.0))
+def test_both_inputs_of_one_operation_may_be_the_same_tensor(backend: Backend) -> None:
+    w, sink = draw(7, 3, backend=backend), Collector()
+    t = Tape(make_run("fp32", backend), {"wte.weight": w})
+    x = t(embedding, "wte", backend.xp.arange(7))
+    t.backward(t(add, "twice", x, x), ones_like(w, backend), sink)
+    assert np.array_equal(wide(sink["wte.weight"]), np.full((7, 3), 2.0))
 
 
-def test_a_third_gradient_is_added_to_the_rounded_sum_of_two() -> None:
+def test_a_third_gradient_is_added_to_the_rounded_sum_of_two(backend: Backend) -> None:
     # Backward meets the last use first, so 256 arrives, then 1 and 1. In bf16 256 + 1 is a tie and goes back to 256, twice;
     # one sum of all three would be 258.
-    weights = {"wte.weight": np.array([[1]], DTYPE["bf16"]), "large.weight": np.array([[256]], DTYPE["bf16"])}
+    values = {"wte.weight": np.array([[1]], DTYPE["bf16"]), "large.weight": np.array([[256]], DTYPE["bf16"])}
     sink = Collector()
-    t = Tape(make_run("bf16"), weights)
-    x = t(embedding, "wte", np.zeros(1, np.int64))
+    t = Tape(make_run("bf16", backend), {name: backend.from_host(w) for name, w in values.items()})
+    x = t(embedding, "wte", backend.xp.zeros(1, np.int64))
     small = t(add, "small", t(reshape, "a", x, shape=(1, 1)), t(reshape, "b", x, shape=(1, 1)))
     y = t(add, "all", small, t(linear, "large", x))
-    t.backward(y, np.ones((1, 1), DTYPE["bf16"]), sink)
+    t.backward(y, ones_like(y.array, backend), sink)
     assert wide(sink["wte.weight"]) == 256
 
 
 @pytest.mark.parametrize("op", [reshape, split])
-def test_views_of_a_tensor_send_back_gradients_of_its_shape(op: Op) -> None:
-    w, sink = draw(4, 6), Collector()
-    t = Tape(make_run("fp32"), {"wte.weight": w})
-    x = t(embedding, "wte", np.arange(4))
+def test_views_of_a_tensor_send_back_gradients_of_its_shape(op: Op, backend: Backend) -> None:
+    w, sink = draw(4, 6, backend=backend), Collector()
+    t = Tape(make_run("fp32", backend), {"wte.weight": w})
+    x = t(embedding, "wte", backend.xp.arange(4))
     if op is split:
         parts = [t(split, f"part_{i}", x, start=2 * i, stop=2 * i + 2) for i in range(3)]
         y = t(add, "b", t(add, "a", parts[0], parts[1]), parts[1])  # part 1 twice, part 2 never
@@ -128,73 +135,74 @@ def test_views_of_a_tensor_send_back_gradients_of_its_shape(op: Op) -> None:
     else:
         y = t(reshape, "flat", x, shape=(24,))
         expected = np.ones((4, 6))
-    t.backward(y, ones_like(y.array), sink)
-    assert np.array_equal(sink["wte.weight"], expected)
+    t.backward(y, ones_like(y.array, backend), sink)
+    assert np.array_equal(wide(sink["wte.weight"]), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------ tied weights
 
 
-def tied_tape(recipe: str, weights: Mapping[str, Array], record: bool = True) -> tuple[Run, Tape]:
-    run = make_run(recipe)
-    return run, Tape(run, weights, {"lm_head.weight": "wte.weight"}, record)
+def tied_tape(recipe: str, weights: Mapping[str, Array], backend: Backend = NUMPY) -> tuple[Run, Tape]:
+    run = make_run(recipe, backend)
+    return run, Tape(run, weights, {"lm_head.weight": "wte.weight"})
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_gradient_of_a_tied_embedding_is_the_rounded_sum_of_its_two(recipe: str) -> None:
+def test_the_gradient_of_a_tied_embedding_is_the_rounded_sum_of_its_two(recipe: str, backend: Backend) -> None:
     fmt = weights_format(recipe)
-    w, tokens, targets = draw(9, 8, fmt=fmt), np.array([[3, 0, 3], [8, 3, 1]]), np.array([[0, 3, 1], [3, 1, 7]])
-    seed = np.asarray(256.0, DTYPE["fp64" if recipe == "fp64" else "fp32"])
-    run, t = tied_tape(recipe, {"wte.weight": w})
+    w = draw(9, 8, fmt=fmt, backend=backend)
+    tokens, targets = map(backend.from_host, (np.array([[3, 0, 3], [8, 3, 1]]), np.array([[0, 3, 1], [3, 1, 7]])))
+    seed = backend.from_host(np.asarray(256.0, DTYPE["fp64" if recipe == "fp64" else "fp32"]))
+    run, t = tied_tape(recipe, {"wte.weight": w}, backend)
     sink = Collector()
     t.backward(t(cross_entropy, "loss", t(linear, "lm_head", t(embedding, "wte", tokens)), targets), seed, sink)
 
-    def p(op: Op) -> Any:
-        return run.bind(op.name, "by hand")
-
+    table, p_table = by_hand(run, embedding)
+    head, p_head = by_hand(run, linear)
+    loss, p_loss = by_hand(run, cross_entropy)
     low = AMP.get(recipe)
     copy = w.astype(DTYPE[low]) if low else w  # what lm_head reads
-    x, _ = embedding.forward(tokens, w, p=p(embedding))
-    y, saved_linear = linear.forward(x, copy, None, p=p(linear))
-    _, saved_loss = cross_entropy.forward(y, targets, p=p(cross_entropy))
-    dy, _ = cross_entropy.backward(seed, saved_loss, p=p(cross_entropy))
-    dx, dw_head, _ = linear.backward(dy, saved_linear, copy, None, p=p(linear))
-    _, dw_embedding = embedding.backward(dx, tokens, w, p=p(embedding))
-    assert dw_head.dtype == DTYPE[low or fmt] and dw_embedding.dtype == DTYPE[fmt]
+    x, saved_tokens = table.forward(tokens, w, p=p_table)
+    y, saved_linear = head.forward(x, copy, None, p=p_head)
+    _, saved_loss = loss.forward(y, targets, p=p_loss)
+    dy, _ = loss.backward(seed, saved_loss, p=p_loss)
+    dx, dw_head, _ = head.backward(dy, saved_linear, copy, None, p=p_head)
+    _, dw_table = table.backward(dx, saved_tokens, w, p=p_table)
+    dw_head, dw_table = on_host(dw_head), on_host(dw_table)
+    assert dw_head.dtype == DTYPE[low or fmt] and dw_table.dtype == DTYPE[fmt]
 
     acc = np.float64 if recipe == "fp64" else np.float32
-    expected = (dw_head.astype(acc) + dw_embedding.astype(acc)).astype(DTYPE[fmt])
+    expected = (dw_head.astype(acc) + dw_table.astype(acc)).astype(DTYPE[fmt])
     assert same_bits(sink["wte.weight"], expected)
     assert sink.names == ["wte.weight"]  # under its first name, and once
-    assert dw_head.any() and dw_embedding.any()
+    assert dw_head.any() and dw_table.any()
 
 
-def test_a_tied_name_reads_the_weights_of_its_first_name() -> None:
-    w = draw(9, 8)
-    _, t = tied_tape("fp32", {"wte.weight": w})
-    x = t(embedding, "wte", np.arange(3))
-    assert same_bits(t(linear, "lm_head", x).array, linear.forward(w[:3], w, None, p=make_run("fp32").bind("linear", "-"))[0])
+def test_a_tied_name_reads_the_weights_of_its_first_name(backend: Backend) -> None:
+    w = draw(9, 8, backend=backend)
+    run, t = tied_tape("fp32", {"wte.weight": w}, backend)
+    x, (product, p) = t(embedding, "wte", backend.xp.arange(3)), by_hand(run, linear)
+    assert same_bits(t(linear, "lm_head", x).array, product.forward(w[:3], w, None, p=p)[0])
 
 
 # ------------------------------------------------------------------------------------------------------ the shared 16-bit copy
 
 
 @pytest.mark.parametrize("recipe", AMP)
-def test_autocast_casts_a_weight_once_and_its_gradients_meet_at_the_copy(recipe: str) -> None:
+def test_autocast_casts_a_weight_once_and_its_gradients_meet_at_the_copy(recipe: str, backend: Backend) -> None:
     low = DTYPE[AMP[recipe]]
-    w, x1, x2 = draw(6, 4), draw(5, 4, seed=1), draw(5, 4, seed=2)
-    seed = draw(5, 6, fmt=AMP[recipe], seed=3)
-    run, sink = make_run(recipe), Collector()
+    w, x1, x2 = (draw(*shape, seed=i, backend=backend) for i, shape in enumerate([(6, 4), (5, 4), (5, 4)]))
+    seed = draw(5, 6, fmt=AMP[recipe], seed=3, backend=backend)
+    run, sink = make_run(recipe, backend), Collector()
     t = Tape(run, {"a.weight": w}, {"b.weight": "a.weight"})
     y = t(add, "sum", t(linear, "a", x1), t(linear, "b", x2))
     assert [entry.op.name for entry in t.entries] == ["cast", "linear", "linear", "add"]
     t.backward(y, seed, sink)
 
-    each = []
+    each, (product, p) = [], by_hand(run, linear)
     for x in (x1, x2):
-        p = run.bind("linear", "by hand")
-        _, saved = linear.forward(x, w.astype(low), None, p=p)
-        each.append(linear.backward(seed, saved, w.astype(low), None, p=p)[1])
+        _, saved = product.forward(x, w.astype(low), None, p=p)
+        each.append(on_host(product.backward(seed, saved, w.astype(low), None, p=p)[1]))
         assert each[-1].dtype == low  # R(d), already rounded
     meet_at_copy = (each[0].astype(np.float32) + each[1].astype(np.float32)).astype(low).astype(np.float32)
     meet_at_weight = each[0].astype(np.float32) + each[1].astype(np.float32)
@@ -203,12 +211,13 @@ def test_autocast_casts_a_weight_once_and_its_gradients_meet_at_the_copy(recipe:
 
 
 @pytest.mark.parametrize("recipe", AMP)
-def test_the_copy_lasts_one_step(recipe: str) -> None:
-    weights, x, run = {"fc.weight": draw(6, 4)}, draw(5, 4, seed=1), make_run(recipe)
+def test_the_copy_lasts_one_step(recipe: str, backend: Backend) -> None:
+    weights, x = {"fc.weight": draw(6, 4, backend=backend)}, draw(5, 4, seed=1, backend=backend)
+    run = make_run(recipe, backend)
     first = Tape(run, weights)(linear, "fc", x).array
     weights["fc.weight"] += 1  # an update in place, as the optimizer makes it
-    second = Tape(run, weights)(linear, "fc", x).array
-    assert same_bits(second, linear.forward(x, weights["fc.weight"], None, p=run.bind("linear", "-"))[0])
+    second, (product, p) = Tape(run, weights)(linear, "fc", x).array, by_hand(run, linear)
+    assert same_bits(second, product.forward(x, weights["fc.weight"], None, p=p)[0])
     assert not same_bits(first, second)
 
 
@@ -228,19 +237,19 @@ def test_weights_that_have_the_format_already_are_not_cast() -> None:
 SMALL = gpt(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=11))
 
 
-def small_tape(recipe: str, record: bool = True) -> tuple[Tape, Value]:
-    fmt = weights_format(recipe)
-    weights = {name: w.astype(DTYPE[fmt]) for name, w in SMALL.initial_weights(np.random.default_rng(0)).items()}
-    t = Tape(make_run(recipe), weights, SMALL.tied, record)
-    tokens = np.random.default_rng(1).integers(0, 11, (3, 7))
+def small_tape(recipe: str, record: bool = True, backend: Backend = NUMPY) -> tuple[Tape, Value]:
+    fmt, start = weights_format(recipe), SMALL.initial_weights(np.random.default_rng(0))
+    weights = {name: backend.from_host(w.astype(DTYPE[fmt])) for name, w in start.items()}
+    t = Tape(make_run(recipe, backend), weights, SMALL.tied, record)
+    tokens = backend.from_host(np.random.default_rng(1).integers(0, 11, (3, 7)))
     return t, SMALL.loss(t, tokens[:, :-1], tokens[:, 1:])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_sink_gets_every_parameter_once_and_the_tied_embedding_last(recipe: str) -> None:
-    t, loss = small_tape(recipe)
+def test_the_sink_gets_every_parameter_once_and_the_tied_embedding_last(recipe: str, backend: Backend) -> None:
+    t, loss = small_tape(recipe, backend=backend)
     sink = Collector()
-    t.backward(loss, np.asarray(1.0, DTYPE["fp64" if recipe == "fp64" else "fp32"]), sink)
+    t.backward(loss, backend.from_host(np.asarray(1.0, DTYPE["fp64" if recipe == "fp64" else "fp32"])), sink)
     assert sorted(sink.names) == sorted(SMALL.parameters)
     assert sink.names[-1] == "transformer.wte.weight"
     assert sink.names[:2] == ["transformer.ln_f.weight", "transformer.ln_f.bias"]  # the last layer first
@@ -257,43 +266,45 @@ def test_the_sink_is_called_as_soon_as_a_gradient_is_complete() -> None:
     assert entries_left["transformer.h.1.mlp.c_fc.weight"] > entries_left["transformer.h.0.mlp.c_fc.weight"] > 0
 
 
-def test_a_parameter_that_nothing_uses_is_not_handed_over() -> None:
+def test_a_parameter_that_nothing_uses_is_not_handed_over(backend: Backend) -> None:
     sink = Collector()
-    t = Tape(make_run("fp32"), {"fc.weight": draw(6, 4), "spare.weight": draw(6, 4)})
-    t.backward(t(linear, "fc", draw(5, 4)), np.ones((5, 6), np.float32), sink)
+    weights = {"fc.weight": draw(6, 4, backend=backend), "spare.weight": draw(6, 4, backend=backend)}
+    t = Tape(make_run("fp32", backend), weights)
+    y = t(linear, "fc", draw(5, 4, backend=backend))
+    t.backward(y, ones_like(y.array, backend), sink)
     assert sink.names == ["fc.weight"]
 
 
-def test_a_parameter_whose_output_the_loss_does_not_see_is_not_handed_over() -> None:
+def test_a_parameter_whose_output_the_loss_does_not_see_is_not_handed_over(backend: Backend) -> None:
     sink = Collector()
-    t = Tape(make_run("fp32"), {"fc.weight": draw(6, 4), "dead.weight": draw(6, 4, seed=1)})
-    x = draw(5, 4)
+    weights = {"fc.weight": draw(6, 4, backend=backend), "dead.weight": draw(6, 4, seed=1, backend=backend)}
+    t, x = Tape(make_run("fp32", backend), weights), draw(5, 4, backend=backend)
     y = t(linear, "fc", x)
     t(relu, "dead_end", t(linear, "dead", x))
-    t.backward(y, np.ones((5, 6), np.float32), sink)
+    t.backward(y, ones_like(y.array, backend), sink)
     assert sink.names == ["fc.weight"] and not t.entries
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "amp-fp16"])
-def test_a_use_that_the_loss_does_not_see_does_not_hold_back_the_others(recipe: str) -> None:
-    sink, x, w = Collector(), draw(5, 4), draw(6, 4)
-    t = Tape(make_run(recipe), {"a.weight": w}, {"b.weight": "a.weight"})
+def test_a_use_that_the_loss_does_not_see_does_not_hold_back_the_others(recipe: str, backend: Backend) -> None:
+    sink, x, w = Collector(), draw(5, 4, backend=backend), draw(6, 4, backend=backend)
+    t = Tape(make_run(recipe, backend), {"a.weight": w}, {"b.weight": "a.weight"})
     y = t(linear, "a", x)
     t(linear, "b", x)
-    t.backward(y, ones_like(y.array), sink)
+    t.backward(y, ones_like(y.array, backend), sink)
     alone = Collector()
-    t = Tape(make_run(recipe), {"a.weight": w})
+    t = Tape(make_run(recipe, backend), {"a.weight": w})
     y = t(linear, "a", x)
-    t.backward(y, ones_like(y.array), alone)
+    t.backward(y, ones_like(y.array, backend), alone)
     assert sink.names == ["a.weight"] and same_bits(sink["a.weight"], alone["a.weight"])
 
 
-def test_a_missing_bias_is_no_parameter() -> None:
-    w, sink = draw(6, 4), Collector()
-    t = Tape(make_run("fp32"), {"fc.weight": w})
-    y = t(linear, "fc", draw(5, 4, seed=1))
-    assert same_bits(y.array, linear.forward(draw(5, 4, seed=1), w, None, p=make_run("fp32").bind("linear", "-"))[0])
-    t.backward(y, ones_like(y.array), sink)
+def test_a_missing_bias_is_no_parameter(backend: Backend) -> None:
+    w, x, sink, run = draw(6, 4, backend=backend), draw(5, 4, seed=1, backend=backend), Collector(), make_run("fp32", backend)
+    t, (product, p) = Tape(run, {"fc.weight": w}), by_hand(run, linear)
+    y = t(linear, "fc", x)
+    assert same_bits(y.array, product.forward(x, w, None, p=p)[0])
+    t.backward(y, ones_like(y.array, backend), sink)
     assert sink.names == ["fc.weight"]
 
 
@@ -310,9 +321,9 @@ def test_an_operation_that_forgets_a_gradient_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_without_recording_the_result_is_the_same_and_nothing_is_kept(recipe: str) -> None:
-    recorded, loss = small_tape(recipe)
-    forward_only, other = small_tape(recipe, record=False)
+def test_without_recording_the_result_is_the_same_and_nothing_is_kept(recipe: str, backend: Backend) -> None:
+    recorded, loss = small_tape(recipe, backend=backend)
+    forward_only, other = small_tape(recipe, record=False, backend=backend)
     assert wide(loss.array) == wide(other.array) and math.isfinite(float(loss.array))
     assert forward_only.entries == [] and recorded.entries
 

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 from script_loader import load_script
 
+from refimpl.backends import Backend
 from refimpl.compare import diff
 from refimpl.config import Config
 from refimpl.errors import UsageError
@@ -53,6 +54,21 @@ def test_every_point_is_recorded_in_the_order_of_a_step() -> None:
     weights = trace.at(1, "1.weights")["transformer.wte.weight"]
     assert weights.dtype == np.float16 and trace.at(1, "2.grads")["transformer.wte.weight"].dtype == np.float16
     assert trace.tensors["1/3.unscaled/transformer.wte.weight"].dtype == np.float32
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("recipe", ["fp16", "fp64"])
+def test_the_numbers_of_an_update_are_in_the_format_of_its_arithmetic(
+    recipe: str, clip: float, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device too, where a bare 1.0 would be FP64 beside FP32, and an FP32 1/S no factor of FP64 gradients."""
+    here = record(config(recipe, clip=clip))
+    monkeypatch.setattr(Config, "make_backend", lambda self: backend)
+    there, points = record(config(recipe, clip=clip)), ("3.unscaled", "3.norm", "4.clip")
+    assert list(there.tensors) == list(here.tensors)
+    formats = {str(x.dtype) for k, x in there.tensors.items() if k.split("/")[1] in points}
+    assert formats == {"float64" if recipe == "fp64" else "float32"}
+    assert there.tensors["1/4.clip"] == 1.0 if clip == 0 else there.tensors["1/4.clip"] < 1
 
 
 def test_recording_changes_nothing() -> None:

@@ -20,6 +20,11 @@ Array = Any
 FORMATS = ("fp32", "fp16", "bf16")
 """What operands and results can be stored in."""
 
+SUMS_IN_FP32 = 16
+"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, a name that CuPy does not have: where K is cut into parts, their sums
+are added in FP32 too, never in the 16 bits of the result. PyTorch: allow_fp16_reduced_precision_reduction = False, which is
+not its default."""
+
 
 class Layout(NamedTuple):
     """How cuBLAS is told of the matrices (M, K) of a batch: in row-major words."""
@@ -68,9 +73,11 @@ def _call(cupy: Any, a: Array, b: Array, out: Array, sizes: tuple[int, int, int,
     a, b = _readable(cupy, a), _readable(cupy, b)  # copies, if made, live until the call is queued
     layout_a, layout_b = _layout(a), _layout(b)
     assert layout_a is not None and layout_b is not None
+    handle = cupy.cuda.device.get_cublas_handle()
+    cublas.setMathMode(handle, SUMS_IN_FP32)
     one, beta = np.array(1, np.float32), np.array(add, np.float32)
     cublas.gemmStridedBatchedEx(
-        cupy.cuda.device.get_cublas_handle(), int(layout_b.transposed), int(layout_a.transposed), N, M, K, one.ctypes.data,
+        handle, int(layout_b.transposed), int(layout_a.transposed), N, M, K, one.ctypes.data,
         b.data.ptr, kinds[format_of(b)], layout_b.step, layout_b.batch_step,
         a.data.ptr, kinds[format_of(a)], layout_a.step, layout_a.batch_step, beta.ctypes.data,
         out.data.ptr, kinds[format_of(out)], N, M * N, batch, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,

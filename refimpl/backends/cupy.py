@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from refimpl.backends import Backend, cublas
 from refimpl.backends.launch import FORMATS, Kernels
 from refimpl.errors import UsageError
@@ -47,10 +45,6 @@ class CupyBackend(Backend):
         if acc == "fp32" and format_of(a) == format_of(b) and format_of(a) in FORMATS:
             return self.product(a, b, acc)
         return super().gemm(a, b, acc)
-
-    def to_host(self, x: Array) -> np.ndarray:
-        """Copy from the device; waits for it."""
-        return np.asarray(self.xp.asnumpy(x))
 
 
 def cupy_backend() -> Backend:

@@ -120,7 +120,8 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
     """y, and mean and rstd of each row, in one pass."""
     xc, wc, bc = p.cast(x, "x"), p.cast(w, "w"), None if b is None else p.cast(b, "b")
     fmt = one_format(p, xc, wc, bc)
-    if fmt is None or p.out_format(format_of(x)) != fmt or not format_of(x) == format_of(w) == fmt:
+    stored = {format_of(array) for array in (x, w, b) if array is not None}
+    if fmt is None or p.out_format(format_of(x)) != fmt or stored != {fmt}:
         return None
     xc, C = in_order(p, xc), x.shape[-1]
     y, mean, rstd = p.empty(x.shape, fmt), p.empty((*x.shape[:-1], 1), "fp32"), p.empty((*x.shape[:-1], 1), "fp32")

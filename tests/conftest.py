@@ -1,0 +1,14 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+from strict_backend import BACKENDS
+
+from refimpl.backends import Backend
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """The host, and the CuPy backend on its stand-in: a test that takes this holds for arrays that are not NumPy's too."""
+    return BACKENDS[request.param]

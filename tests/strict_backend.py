@@ -1,0 +1,273 @@
+"""The CuPy backend on the strict stand-in: its own code, unchanged, with NumPy in the place of the kernels and of cuBLAS.
+
+    from strict_backend import STRICT
+
+    parts = config.make_parts(STRICT)             # any run: what cupy_ops.py and cupy_passes.py do is really done
+    STRICT.kernels.launched["adamw"]              # how often a kernel was launched
+
+Each kernel of kernels.cu has a twin here that computes its NumPy definition in refimpl/ops, gradients.py or optim.py. A launch
+of it passes the very check that a launch on a GPU passes (`launch.check`), covers what its grid covers, and counts as one; a
+product is checked as `cublas.product` checks it and counts as one GEMM. So a run on `STRICT` waits, copies and launches as one
+on a GPU does, and refuses what CuPy, the launcher or cuBLAS would refuse or misread. What it does not show is whether the
+kernels compute their definitions: that is what kernel_cases.py is for.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import strict_cupy
+from kernel_cases import bound
+from strict_cupy import counter
+
+from refimpl.backends import NUMPY, Backend, cublas
+from refimpl.backends.cupy import CupyBackend
+from refimpl.backends.launch import COLUMNS, THREADS, Kernels, Module
+from refimpl.cast import cast, widen
+from refimpl.formats import dtype_of, format_of
+from refimpl.ops import OPS, fan_in
+from refimpl.ops.attention import hide_later
+from refimpl.ops.norm import EPS, softmax, softmax_slope
+from refimpl.optim import AdamW
+
+Array = Any
+Grid = tuple[int, ...]
+
+
+def on_host(x: Any) -> Any:
+    """What lies behind a device array, to read and to write; anything else as it is."""
+    return x._host if isinstance(x, strict_cupy.Array) else x
+
+
+def put(out: Array | None, value: Array | None) -> None:
+    """Write a result of the same type and size where a kernel would write it; nothing where there is no room for it."""
+    if out is not None and value is not None:
+        assert out.dtype == value.dtype, f"{value.dtype} written where the kernel writes {out.dtype}"
+        out[...] = value.reshape(out.shape)
+
+
+def covers(grid: Grid, *blocks: int) -> None:
+    """A kernel that has a block for each row, or for some columns, needs exactly these."""
+    assert grid == blocks, f"a grid of {grid}, where {blocks} blocks are needed"
+
+
+# --------------------------------------------------------------------------- the twins: (format, grid, arguments of the kernel)
+
+
+def add_forward(fmt: str, grid: Grid, a: Array, b: Array, y: Array, n: np.int64) -> None:
+    put(y, fan_in.forward(a.reshape(n), b.reshape(n), bound(fmt, "fan_in"))[0])
+
+
+def gelu_tanh_forward(fmt: str, grid: Grid, x: Array, y: Array, n: np.int64) -> None:
+    put(y, OPS["gelu_tanh"].forward(x.reshape(n), bound(fmt, "gelu_tanh"))[0])
+
+
+def gelu_tanh_backward(fmt: str, grid: Grid, dy: Array, x: Array, dx: Array, n: np.int64) -> None:
+    put(dx, OPS["gelu_tanh"].backward(dy.reshape(n), (x.reshape(n), fmt), bound(fmt, "gelu_tanh"))[0])
+
+
+def layernorm_forward(
+    fmt: str, grid: Grid, x: Array, w: Array, b: Array | None, y: Array, mean: Array, rstd: Array, C: np.int32, eps: np.float32
+) -> None:
+    covers(grid, mean.size)
+    assert eps == np.float32(EPS)
+    result, (_, m, r, _) = OPS["layernorm"].forward(x.reshape(-1, C), w, b, bound(fmt, "layernorm"))
+    for out, value in ((y, result), (mean, m), (rstd, r)):
+        put(out, value)
+
+
+def layernorm_gradients(dy: Array, x: Array, w: Array, mean: Array, rstd: Array, fmt: str, C: np.int32) -> tuple[Array, ...]:
+    """dx, dw and db of the definition, which two kernels share."""
+    saved = x.reshape(-1, C), mean.reshape(-1, 1), rstd.reshape(-1, 1), fmt
+    gradients: Any = OPS["layernorm"].backward(dy.reshape(-1, C), saved, w, w, bound(fmt, "layernorm"))
+    return tuple(gradients)
+
+
+def layernorm_backward(
+    fmt: str, grid: Grid, dy: Array, x: Array, w: Array, mean: Array, rstd: Array, dx: Array, C: np.int32
+) -> None:
+    covers(grid, mean.size)
+    put(dx, layernorm_gradients(dy, x, w, mean, rstd, fmt, C)[0])
+
+
+def layernorm_weights_backward(
+    fmt: str, grid: Grid, dy: Array, x: Array, mean: Array, rstd: Array, dw: Array, db: Array | None,
+    rows: np.int32, C: np.int32,
+) -> None:  # fmt: skip
+    covers(grid, -(-C // COLUMNS))
+    assert mean.size == rows
+    any_w = np.ones(C, dtype_of(fmt))  # dw and db do not depend on it
+    _, weight, bias = layernorm_gradients(dy, x, any_w, mean, rstd, fmt, C)
+    put(dw, weight)
+    put(db, bias)
+
+
+def bias_backward(fmt: str, grid: Grid, dy: Array, db: Array, rows: np.int32, C: np.int32) -> None:
+    covers(grid, -(-C // COLUMNS))
+    put(db, cast(widen(dy.reshape(rows, C)).sum(0), fmt))
+
+
+def causal_softmax_forward(fmt: str, grid: Grid, S: Array, P: Array, queries: np.int32, scale: np.float32) -> None:
+    covers(grid, S.size // queries)
+    p, rows = bound(fmt, "attention")["softmax"], slice(0, int(queries))
+    z = widen(cast(widen(S.reshape(-1, queries, queries)) * scale, fmt)).copy()
+    hide_later(z, rows, p, -math.inf)
+    z = softmax(z, p)
+    hide_later(z, rows, p, 0.0)  # later keys are 0 also where a row is NaN
+    put(P, cast(z, fmt))
+
+
+def causal_softmax_backward(
+    fmt: str, grid: Grid, P: Array, dP: Array, dS: Array, queries: np.int32, scale: np.float32
+) -> None:
+    covers(grid, P.size // queries)
+    p, rows = bound(fmt, "attention")["softmax"], slice(0, int(queries))
+    d, probability = (widen(x.reshape(-1, queries, queries)).copy() for x in (dP, P))
+    hide_later(d, rows, p, 0.0)
+    d = softmax_slope(d, probability, p)
+    hide_later(d, rows, p, 0.0)
+    put(dS, cast(widen(cast(d, fmt)) * scale, fmt))
+
+
+def cross_entropy_forward(
+    fmt: str, grid: Grid, logits: Array, target: Array, row_loss: Array, largest: Array, log_sum: Array, V: np.int32
+) -> None:
+    covers(grid, target.size)
+    z = logits.reshape(target.size, V)
+    _, (_, most, log, *_) = OPS["cross_entropy"].forward(z, target, bound(fmt, "cross_entropy"))
+    at_target = widen(z)[np.arange(len(z)), target][:, None]
+    for out, value in ((row_loss, log - (at_target - most)), (largest, most), (log_sum, log)):
+        put(out, value)
+
+
+def cross_entropy_backward(
+    fmt: str, grid: Grid, logits: Array, target: Array, largest: Array, log_sum: Array, dloss: Array, dz: Array,
+    rows: np.int32, V: np.int32,
+) -> None:  # fmt: skip
+    z = logits.reshape(rows, V)
+    saved = z, largest.reshape(-1, 1), log_sum.reshape(-1, 1), target, z.shape, fmt
+    put(dz, OPS["cross_entropy"].backward(dloss.reshape(()), saved, bound(fmt, "cross_entropy"))[0])
+
+
+def mean(fmt: str, grid: Grid, x: Array, y: Array, n: np.int32) -> None:
+    covers(grid, 1)
+    put(y, x.reshape(n).mean())
+
+
+def embedding_backward(fmt: str, grid: Grid, tokens: Array, dy: Array, dw: Array, n: np.int32, C: np.int32) -> None:
+    covers(grid, len(dw), -(-C // THREADS))
+    put(dw, OPS["embedding"].backward(dy.reshape(n, C), tokens.reshape(n), dw, bound(fmt, "embedding"))[1])
+
+
+def gradient_norm(
+    fmt: str, grid: Grid, grads: Array, inverse_scale: Array, partial: Array, partial_bad: Array, n: np.int64, block: np.int32
+) -> None:
+    covers(grid, -(-n // block))
+    for i, scaled in enumerate(np.split(widen(grads.reshape(n)), range(int(block), int(n), int(block)))):
+        g = scaled * inverse_scale
+        partial[i], partial_bad[i] = (g * g).sum(), not np.isfinite(scaled).all()
+
+
+def gradient_norm_fold(
+    fmt: str, grid: Grid, partial: Array, partial_bad: Array, norm: Array, found_inf: Array, blocks: np.int32
+) -> None:
+    covers(grid, 1)
+    total = np.float32(0)
+    for square in partial.reshape(blocks):
+        total = total + square
+    norm[...], found_inf[...] = np.sqrt(total), partial_bad.any()
+
+
+def adamw(
+    fmt: str, grid: Grid, w: Array, m: Array, v: Array, grads: Array, inverse_scale: Array, clip: Array, scalars: Array,
+    found_inf: Array, starts: Array, stops: Array, ranges: np.int32, one_minus_beta1: np.float32, beta2: np.float32,
+    one_minus_beta2: np.float32, eps: np.float32, n: np.int64,
+) -> None:  # fmt: skip
+    if found_inf:
+        return
+    rule = AdamW((1 - float(one_minus_beta1), 1 - float(one_minus_beta2)), float(eps))
+    assert np.float32(rule.betas[1]) == beta2
+    g = widen(grads.reshape(n)) * inverse_scale
+    g *= clip
+    for start, stop in zip(starts.reshape(ranges), stops.reshape(ranges), strict=True):
+        rule.decay(w[start:stop], g[start:stop], scalars)
+    rule.update_block(w, g, (m, v), scalars, np)
+
+
+TWINS: dict[str, Callable[..., None]] = {
+    twin.__name__: twin
+    for twin in (
+        add_forward, gelu_tanh_forward, gelu_tanh_backward, layernorm_forward, layernorm_backward, layernorm_weights_backward,
+        bias_backward, causal_softmax_forward, causal_softmax_backward, cross_entropy_forward, cross_entropy_backward, mean,
+        embedding_backward, gradient_norm, gradient_norm_fold, adamw,
+    )
+}  # fmt: skip
+
+
+@dataclass
+class CompiledTwins:
+    """What stands where CuPy's compiled module would: the twins of the kernels of one storage format."""
+
+    fmt: str
+    launched: collections.Counter[str]
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        """The launch of a kernel by its name: one launch, and one call of its twin on the memory behind the arguments."""
+
+        def launch(grid: Grid, block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+            counter.launches += 1
+            self.launched[name] += 1
+            with np.errstate(all="ignore"):
+                TWINS[name](self.fmt, grid, *map(on_host, arguments))
+
+        return launch
+
+
+class TwinKernels(Kernels):
+    """All kernels, with the declarations of kernels.cu and its checks. `launched`: how often each was launched, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: collections.Counter[str] = collections.Counter()
+
+    def __call__(self, fmt: str) -> Module:
+        if fmt not in self._modules:
+            super().__call__(fmt)._compiled = CompiledTwins(fmt, self.launched)
+        return self._modules[fmt]
+
+
+@dataclass(frozen=True)
+class StrictBackend(CupyBackend):
+    """`CupyBackend` with the stand-in's arrays."""
+
+    kernels: TwinKernels = field(default_factory=TwinKernels)
+
+    def product(self, a: Array, b: Array, fmt: str, out: Array | None = None, add: bool = False) -> Array:
+        """As `cublas.product`, whose checks these are; test_strict_backend.py holds them against the real ones."""
+        if format_of(a) != format_of(b) or not {format_of(a), fmt} <= set(cublas.FORMATS):
+            raise TypeError(f"no product of {format_of(a)} and {format_of(b)} in {fmt}")
+        (*batch, M, K), N = a.shape, b.shape[-1]
+        if tuple(batch) != b.shape[:-2] or b.shape[-2] != K:
+            raise ValueError(f"cannot multiply {a.shape} by {b.shape}")
+        out = self.xp.empty((*batch, M, N), dtype_of(fmt)) if out is None else out
+        cublas._check_result(out, (*batch, M, N), fmt)
+        if out.size and K:
+            counter.gemms += 1
+            counter.launches += sum(cublas._layout(x) is None for x in (a, b))  # copied to where cuBLAS can read it
+        left, right, result = (on_host(x) for x in (a, b, out))
+        with np.errstate(all="ignore"):
+            z = np.matmul(widen(left), widen(right))
+            result[...] = cast(z + widen(result) if add else z, fmt)
+        return out
+
+
+STRICT = StrictBackend("strict", strict_cupy.xp)
+PLAIN = Backend("plain", strict_cupy.xp)
+"""The definitions, array operation by array operation, on the same stand-in: what a step costs without kernels."""
+
+BACKENDS: dict[str, Backend] = {"numpy": NUMPY, "strict": STRICT}
