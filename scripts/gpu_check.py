@@ -5,31 +5,48 @@
 
 Every kernel runs against its twin in NumPy, every recipe trains beside the numpy backend, and steps are timed, beside
 PyTorch's if it is installed. Exit code 0 when everything holds, 1 when not.
+
+    python scripts/gpu_check.py --predict
+
+needs no GPU: it prints what a training step of GPT-2 should cost on an H100, by arithmetic.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from refimpl import gpu_cost
 from refimpl.bench import MODELS
 from refimpl.cli import main
+from refimpl.errors import UsageError
 from refimpl.gpu_check import RECIPES, check
 
 TESTS = Path(__file__).parent.parent / "tests"
+DEFAULTS: dict[str, Any] = {"recipes": ",".join(RECIPES), "steps": 50, "models": "small,medium", "rounds": 15}
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--recipes", default=",".join(RECIPES), help=f"with commas between them ({','.join(RECIPES)})")
-    result.add_argument("--steps", type=int, default=50, help="steps that each recipe trains (50)")
-    result.add_argument("--models", default="small,medium", help=f"sizes to time: {', '.join(MODELS)} (small,medium)")
-    result.add_argument("--rounds", type=int, default=15, help="steps timed (15)")
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+    )
+    recipes = f"with commas between them ({DEFAULTS['recipes']}; with --predict bf16)"
+    result.add_argument("--recipes", help=recipes)
+    result.add_argument("--steps", type=int, help="steps that each recipe trains (50)")
+    result.add_argument("--models", help=f"sizes to time: {', '.join(MODELS)} (small,medium)")
+    result.add_argument("--rounds", type=int, help="steps timed (15)")
+    result.add_argument("--predict", action="store_true", help="print the predicted cost of a step instead; needs no GPU")
     return result
 
 
-def run(arguments: dict[str, Any]) -> int:
-    """Check and print."""
+def run(given: dict[str, Any]) -> int:
+    """Check and print, or predict. Errors: UsageError where a flag does not belong to a prediction."""
+    if given.pop("predict", False):
+        for name in given:
+            if name != "recipes":
+                raise UsageError(f"--{name} does not apply to --predict")
+        return gpu_cost.show(given.get("recipes", "bf16").split(","))
+    arguments = {**DEFAULTS, **given}
     recipes, models = arguments.pop("recipes").split(","), arguments.pop("models").split(",")
     return check(TESTS, recipes, models=models, **arguments)
 

@@ -67,6 +67,7 @@ def test_both_checkers_bite() -> None:
 
 
 SLOW_OR_WRITING = ("train.py", "compare_pytorch.py", "record_vectors.py")
+NEEDS_A_GPU = ("python scripts/gpu_check.py",)
 
 
 @pytest.mark.slow
@@ -77,7 +78,11 @@ def test_the_commands_of_docs_run_one_after_the_other(tmp_path: Path) -> None:
         folder.mkdir()
         for command in commands(page.read_text()):
             script, *arguments = shlex.split(command, comments=True)[1:]
-            if Path(script).name in SLOW_OR_WRITING or ("torch" in script and importlib.util.find_spec("torch") is None):
+            if (
+                command in NEEDS_A_GPU
+                or Path(script).name in SLOW_OR_WRITING
+                or ("torch" in script and importlib.util.find_spec("torch") is None)
+            ):
                 continue
             done = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=folder, capture_output=True, text=True)
             assert done.returncode in (0, 1 if " diff " in command else 0), f"{page.name}: {command}\n{done.stderr}"
