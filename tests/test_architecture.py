@@ -80,6 +80,9 @@ def float_types_called(text: str) -> list[str]:
 ALLOWED_CONVERSIONS = {
     # the initial draw: NumPy makes fp32 normals directly, nothing is converted
     ("models/model.py", "rng.standard_normal(out=value, dtype=np.float32)"),
+    # the door for bits: codes, stochastic rounding and remainders are defined on patterns; no value changes there
+    ("bits.py", "x.view(_UNSIGNED[FORMATS[format_of(x)].itemsize])"),
+    ("bits.py", "bits.view(row.dtype)"),
 }
 ALLOWED_TYPE_CALLS = {
     # settings and checkpoints: Python numbers that become the 0-d scale
@@ -107,7 +110,7 @@ def test_nothing_but_the_door_changes_a_type_in_another_way(name: str) -> None:
 
 # The rule is for what computes. Files that only show or check numbers on the host may hold them as NumPy scalars.
 @pytest.mark.parametrize("name", [n for n in OURS if n.partition("/")[0].removesuffix(".py") in {
-    "backends", "formats", "gradients", "loss_scale", "models", "ops", "optim", "policy", "recipes", "state", "step", "tape",
+    "accumulate", "backends", "compensated", "formats", "gradients", "loss_scale", "models", "ops", "optim", "policy", "recipes", "state", "step", "tape",
 }])  # fmt: skip
 def test_the_algorithm_makes_no_float_scalars_from_arrays(name: str) -> None:
     assert without_allowed(name, float_types_called(source(name)), ALLOWED_TYPE_CALLS) == []
@@ -210,6 +213,17 @@ MAY_IMPORT = {
     "formats": set(),
     "fast_cast": set(),
     "cast": {"formats", "fast_cast"},
+    "bits": {"formats"},
+    "stochastic": {"bits", "cast", "formats"},
+    "compensated": {"bits", "cast", "formats"},
+    "accumulate": {"bits", "cast", "formats"},
+    "quantise": {f"quantise.{part}" for part in ("fp8", "hadamard", "mx", "nvfp4", "product", "quantised")},
+    "quantise.quantised": {"bits", "cast", "formats", "stochastic"},
+    "quantise.fp8": {"bits", "cast", "formats", "quantise.quantised"},
+    "quantise.hadamard": {"cast", "stochastic"},
+    "quantise.mx": {"cast", "formats", "quantise.quantised"},
+    "quantise.nvfp4": {"bits", "cast", "formats", "quantise.quantised"},
+    "quantise.product": {"accumulate", "quantise.quantised"},
     "policy": {"cast", "formats"},
     "recipes": {"errors", "formats", "policy"},
     "backends": {
@@ -258,7 +272,7 @@ def test_imports_run_one_way(module: str) -> None:
     assert forbidden_imports(module, source(MODULES[module])) == set()
 
 
-@pytest.mark.parametrize("package", ["ops", "models", "backends"])
+@pytest.mark.parametrize("package", ["ops", "models", "backends", "quantise"])
 def test_every_module_of_these_packages_is_in_the_table(package: str) -> None:
     assert {m for m in MODULES if m.split(".")[0] == package} <= set(MAY_IMPORT)
 

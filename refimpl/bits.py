@@ -1,0 +1,38 @@
+"""Bit patterns: an array of floats seen as unsigned integers, and the way back. No value changes, nothing is copied.
+
+Codes of the formats of 8 bits and fewer are stored so (no array library but ml_dtypes has types for them), and what is
+defined on bits is written on bits: stochastic rounding, and the 16-bit remainder of a master.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from refimpl.formats import FORMATS, format_of
+
+Array = Any
+
+_UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
+
+
+def bits_of(x: Array) -> Array:
+    """The bit patterns of an array of floats, as unsigned integers of the same size: the same memory, the same shape.
+
+    A format of 4 or 6 bits has its code in the low bits of a byte. Errors: TypeError for an array that holds no floats.
+    PyTorch: `x.view(torch.uint8)`.
+    """
+    return x.view(_UNSIGNED[FORMATS[format_of(x)].itemsize])
+
+
+def from_bits(bits: Array, fmt: str) -> Array:
+    """The values of format `fmt` that have these bit patterns: the same memory, the same shape.
+
+    Errors: TypeError for integers that are signed or of another size than the format's.
+    PyTorch: `bits.view(torch.float8_e4m3fn)`.
+    """
+    row = FORMATS[fmt]
+    if bits.dtype != _UNSIGNED[row.itemsize]:
+        raise TypeError(f"bit patterns of {fmt} are {_UNSIGNED[row.itemsize]}, not {bits.dtype}")
+    return bits.view(row.dtype)
