@@ -110,7 +110,8 @@ def test_nothing_but_the_door_changes_a_type_in_another_way(name: str) -> None:
 
 # The rule is for what computes. Files that only show or check numbers on the host may hold them as NumPy scalars.
 @pytest.mark.parametrize("name", [n for n in OURS if n.partition("/")[0].removesuffix(".py") in {
-    "accumulate", "backends", "compensated", "formats", "gradients", "loss_scale", "models", "ops", "optim", "policy", "recipes", "state", "step", "tape",
+    "accumulate", "backends", "compensated", "formats", "gradients", "loss_scale", "models", "ops", "optim", "policy",
+    "recipes", "state", "step", "storage", "tape",
 }])  # fmt: skip
 def test_the_algorithm_makes_no_float_scalars_from_arrays(name: str) -> None:
     assert without_allowed(name, float_types_called(source(name)), ALLOWED_TYPE_CALLS) == []
