@@ -10,7 +10,7 @@ from typing import Any
 from refimpl.backends import Backend, get_backend
 from refimpl.errors import UsageError
 from refimpl.formats import FORMATS
-from refimpl.loss_scale import LossScale, make_loss_scale
+from refimpl.loss_scale import LossScale, find_scaler, make_loss_scale
 from refimpl.mistakes import MISTAKES
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.optim import SGD, AdamW, Optimizer, Rule, Schedule
@@ -55,6 +55,7 @@ class Config:
     loss_scale: str | None = None
     init_scale: float = 65536.0
     growth_interval: int = 2000
+    hysteresis: int | None = None
     seed: int = 0
     mistake: str = "none"
     eval_every: int = field(default=100, metadata={"free": True})
@@ -77,9 +78,21 @@ class Config:
         filled.setdefault("loss_scale", recipe.loss_scale)
         if filled["optimizer"] == "sgd" and "weight_decay" not in given:
             filled["weight_decay"] = 0.0
+        cls._fill_loss_scale(filled, given)
         config = cls(**{f.name: filled[f.name] for f in fields(cls)})
         config._check()
         return config
+
+    @staticmethod
+    def _fill_loss_scale(filled: dict[str, Any], given: Mapping[str, Any]) -> None:
+        """What a named loss scaler stands at by default. 'torch' has one name in configurations: 'dynamic'."""
+        scaler = find_scaler(filled["loss_scale"])
+        filled.setdefault("hysteresis", scaler.hysteresis if scaler is not None and scaler.hysteresis > 1 else None)
+        if scaler is None:
+            return
+        if scaler.name == "torch":
+            filled["loss_scale"] = "dynamic"
+        filled |= {name: getattr(scaler, name) for name in ("init_scale", "growth_interval") if given.get(name) is None}
 
     def _check(self) -> None:
         least = {"steps": 1, "batch_size": 1, "block_size": 1, "n_layer": 1, "n_embd": 1, "grad_accum": 1, "eval_every": 1}
@@ -132,7 +145,7 @@ class Config:
         """The loss scale that was asked for, or the recipe's."""
         assert self.loss_scale is not None
         more = {} if xp is None else {"xp": xp}
-        return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, **more)
+        return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, hysteresis=self.hysteresis, **more)
 
     def make_parts(self, backend: Backend) -> Parts:
         """All that a training step takes. The weights are still zero: `parts.state.load_weights`."""

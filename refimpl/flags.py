@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from refimpl.config import MODEL_DEFAULTS, Config
+from refimpl.loss_scale import SCALERS
 from refimpl.recipes import RECIPES
 
 HELP = {
@@ -28,9 +29,10 @@ HELP = {
     "weight_decay": "decoupled decay of matrices (0 for sgd unless given)",
     "clip": "largest gradient norm; 0 does not clip",
     "grad_accum": "micro-batches a step, their gradients summed in FP32",
-    "loss_scale": "dynamic, none, or a number (default: the recipe's)",
-    "init_scale": "where the dynamic loss scale starts",
-    "growth_interval": "good steps before the dynamic loss scale doubles",
+    "loss_scale": f"dynamic (torch), none, a number, or as another project: {', '.join(SCALERS)} (default: the recipe's)",
+    "init_scale": "where a loss scale that adapts starts, if not where its project lets it start",
+    "growth_interval": "good steps before it doubles, if not as many as in its project",
+    "hysteresis": "overflows before it halves (2), for those of the projects that wait",
     "seed": "of weights, batches, evaluation and sample",
     "mistake": "a known mistake to make on purpose (`python scripts/mistakes.py` lists them)",
     "eval_every": "steps between evaluations, each followed by a checkpoint",
@@ -39,7 +41,7 @@ HELP = {
     "sample_bytes": "bytes of text to generate at the end",
 }
 INTEGERS = {"steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "warmup", "grad_accum", "growth_interval",
-            "seed", "eval_every", "eval_batches", "log_every", "sample_bytes"}  # fmt: skip
+            "hysteresis", "seed", "eval_every", "eval_batches", "log_every", "sample_bytes"}  # fmt: skip
 NUMBERS = {"momentum", "lr", "min_lr", "weight_decay", "clip", "init_scale"}
 
 

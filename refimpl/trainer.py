@@ -20,6 +20,7 @@ from refimpl.data import Corpus, load_corpus, sample_batch, sequential_batches
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.generate import mean_loss
 from refimpl.gradients import first_non_finite
+from refimpl.loss_scale import DynamicLossScale
 from refimpl.metrics import MetricsLog
 from refimpl.mistakes import meddle
 from refimpl.parts import Parts
@@ -149,6 +150,7 @@ class Trainer:
         bar.update(len(rows))
         for row in rows:
             self._watch(row)
+        self._stop_if_exhausted()
         bar.set_postfix_str(
             f"loss {rows[-1]['loss']:.3f}, scale {rows[-1]['loss_scale']:g}, skipped {self.progress.skipped}, {rate:,.0f} tok/s"
         )
@@ -167,13 +169,31 @@ class Trainer:
                 f"step {row['step']}: {self._what_overflowed()} (loss {row['loss']}) and there is no loss scale to lower; "
                 f"no weight was changed by it. Try a smaller --lr, --recipe bf16, or --loss-scale dynamic"
             )
-        collapsed = not self.loss_scale.adapts or row["loss_scale"] < SMALLEST_SCALE
+        collapsed = not self.loss_scale.adapts or row["loss_scale"] < SMALLEST_SCALE or row["loss_scale"] <= self._floor
         if collapsed and progress.skipped_in_a_row >= SKIPS_BEFORE_STOP:
             advice = "a smaller --lr or --recipe bf16" if self.loss_scale.adapts else "a smaller --loss-scale, or dynamic"
             raise TrainingStopped(
                 f"step {row['step']}: {self._what_overflowed()}, {progress.skipped_in_a_row} steps in a row were skipped "
                 f"and the loss scale is {row['loss_scale']:g}. Try {advice}"
             )
+
+    @property
+    def _floor(self) -> float:
+        """Where the loss scale ends; 0 for one that does not, or that says so itself."""
+        scale = self.loss_scale
+        return scale.scaler.floor if isinstance(scale, DynamicLossScale) and not scale.scaler.stops_at_floor else 0.0
+
+    def _stop_if_exhausted(self) -> None:
+        """End a run whose loss scaler ends runs at its floor, with a checkpoint: skipped steps have changed no weight."""
+        scale = self.loss_scale
+        if not isinstance(scale, DynamicLossScale) or not scale.scaler.stops_at_floor or not bool(scale.exhausted):
+            return
+        path = self.save()
+        raise TrainingStopped(
+            f"by step {self.progress.step}: {self._what_overflowed()} at a loss scale of {scale.scaler.floor:g}, below which "
+            f"{scale.scaler.name} does not go. Try a smaller --lr, --recipe bf16, or --loss-scale dynamic, which has no floor, "
+            f"from these weights: --init-from {path}"
+        )
 
     def _what_overflowed(self) -> str:
         """What the latest gradients tell; they may be a few steps younger than the row that is looked at."""

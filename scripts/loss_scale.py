@@ -1,0 +1,35 @@
+"""Follow a loss scale: what a project's rules make of a pattern of overflows, step by step.
+
+    python scripts/loss_scale.py torch --overflows 1010100000 --init-scale 1024 --interval 3
+    python scripts/loss_scale.py deepspeed --overflows 1110000101 --hysteresis 1
+    python scripts/loss_scale.py --compare                       every scaler on the same overflows, as a table
+    python scripts/loss_scale.py --compare --plot                the same, and a picture in loss_scale.png
+
+Printed is the scale after each step. docs/loss_scaling.md tells how the scalers differ.
+"""
+
+import argparse
+from pathlib import Path
+
+from refimpl.cli import main
+from refimpl.loss_scale import SCALERS
+from refimpl.show_loss_scale import show_loss_scale
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("scaler", nargs="?", metavar="SCALER", help=", ".join(SCALERS))
+    result.add_argument("--overflows", default="1010100000", metavar="PATTERN", help="a 1 or a 0 for each step (1010100000)")
+    result.add_argument("--init-scale", type=float, default=1024.0, help="the scale before the first step (1024)")
+    result.add_argument("--interval", type=int, default=3, help="good steps before it grows (3)")
+    result.add_argument("--hysteresis", type=int, help="overflows before it backs off, for the scalers that wait (2)")
+    result.add_argument("--compare", action="store_true", help="all scalers, as a table")
+    result.add_argument(
+        "--plot", nargs="?", const=Path("loss_scale.png"), type=Path, metavar="FILE", help="draw it too (loss_scale.png)"
+    )
+    return result
+
+
+if __name__ == "__main__":
+    main(lambda: show_loss_scale(**vars(parser().parse_args())))
