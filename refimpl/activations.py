@@ -24,6 +24,7 @@ from refimpl.formats import FORMATS, widest
 from refimpl.models import GPTConfig, MLPConfig
 from refimpl.policy import SAME
 from refimpl.recipes import Recipe
+from refimpl.storage import get_storage
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ class Flow:
     """The format of every tensor of a forward pass: what a recipe's rows make of formats, as `policy.Bound` does to arrays."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.row, self.stored = recipe.policy.row, recipe.state["weights"]
+        self.row, self.stored = recipe.policy.row, get_storage(recipe.state["weights"]).fmt
 
     def cast(self, op: str, operand: str, x: str) -> str:
         """The format in which an operation reads an operand that arrives in format x."""
         fmt = self.row(op).input(operand)
-        return x if fmt == SAME else fmt
+        return fmt if fmt in FORMATS else x  # as it comes; or quantised, of which nothing is kept
 
     def out(self, op: str, *operands: str) -> str:
         """The format of an operation's result."""

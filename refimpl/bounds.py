@@ -139,7 +139,7 @@ class Bounds:
         """The step in FP64 from the weights of the trace."""
         if self._truth is None:
             recipe, parts = get_recipe("fp64"), self.parts
-            exact = State(parts.model, recipe.state_formats(()), NUMPY)
+            exact = State(parts.model, recipe.state_storages(()), NUMPY)
             widen(parts.state.weights, "fp64", out=exact.weights)
             self._truth = self._run(exact, Run(recipe.policy, NUMPY), np.asarray(np.float64(self.S)), follow=False)
         return self._truth

@@ -86,6 +86,8 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, np.ndarray], dict[str
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
+    except AttributeError as error:  # what safetensors' NumPy side says of the types that only PyTorch has, such as FP8
+        raise UsageError(f"{path} has a tensor of a type that NumPy has not: {error}") from error
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:

@@ -177,6 +177,8 @@ def compare(config: Config, spread: bool = True, device: str = "cpu") -> Compari
         raise UsageError(f"recipe {config.recipe} has no twin in PyTorch: choose one of {', '.join(RECIPES)}")
     if config.grad_accum > 1 or (config.optimizer == "sgd" and config.weight_decay):
         raise UsageError("the twin in PyTorch takes one micro-batch a step, and SGD without weight decay")
+    if config.loss_scale not in ("dynamic", "none") or config.masters_from == "rounded":
+        raise UsageError("the twin in PyTorch has a GradScaler (dynamic) or no loss scale, and masters of the original weights")
     torch = import_torch()
     if device not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {device!r}: choose cpu or cuda")

@@ -16,7 +16,8 @@ from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.optim import SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.parts import Parts
 from refimpl.policy import Run
-from refimpl.recipes import Recipe, get_recipe
+from refimpl.quantise import Scales
+from refimpl.recipes import MASTERS_FROM, Recipe, get_recipe
 from refimpl.state import State
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -52,6 +53,7 @@ class Config:
     weight_decay: float = 0.1
     clip: float = 1.0
     grad_accum: int = 1
+    masters_from: str | None = None
     loss_scale: str | None = None
     init_scale: float = 65536.0
     growth_interval: int = 2000
@@ -75,6 +77,7 @@ class Config:
         recipe = get_recipe(config.recipe)
         filled = {**MODEL_DEFAULTS[config.model], **{k: v for k, v in asdict(config).items() if v is not None}}
         filled.setdefault("min_lr", filled["lr"] / 10)
+        filled.setdefault("masters_from", None)
         filled.setdefault("loss_scale", recipe.loss_scale)
         if filled["optimizer"] == "sgd" and "weight_decay" not in given:
             filled["weight_decay"] = 0.0
@@ -112,6 +115,8 @@ class Config:
             raise UsageError(f"--momentum is {self.momentum}: it must be below 1")
         if self.optimizer not in ("adamw", "sgd"):
             raise UsageError(f"unknown optimizer {self.optimizer!r}: choose adamw or sgd")
+        if self.masters_from not in (None, *MASTERS_FROM):
+            raise UsageError(f"--masters-from is {self.masters_from!r}: choose {' or '.join(MASTERS_FROM)}")
         if self.mistake != "none" and self.mistake not in MISTAKES:
             raise UsageError(f"unknown mistake {self.mistake!r}: choose one of {', '.join(MISTAKES)}")
         self.make_model()
@@ -150,13 +155,19 @@ class Config:
     def make_parts(self, backend: Backend) -> Parts:
         """All that a training step takes. The weights are still zero: `parts.state.load_weights`."""
         recipe, model, rule = self.make_recipe(), self.make_model(), self.make_rule()
-        state = State(model, recipe.state_formats(rule.moments, self.grad_accum), backend)
+        state = State(model, recipe.state_storages(rule.moments, self.grad_accum), backend, self.seed)
         optimizer, loss_scale = self.make_optimizer(backend), self.make_loss_scale(backend.xp)
-        return Parts(model, state, optimizer, loss_scale, Run(recipe.policy, backend), self.clip or math.inf)
+        run = Run(recipe.policy, backend, scales=Scales(self.seed))
+        return Parts(model, state, optimizer, loss_scale, run, self.clip or math.inf)
 
     def make_backend(self) -> Backend:
         """The backend that was asked for."""
         return get_backend(self.backend)
+
+    @property
+    def rounds_masters(self) -> bool:
+        """Whether masters start from the rounded copy of the weights: as asked for, or as the recipe says."""
+        return (self.masters_from or self.make_recipe().masters_from) == "rounded"
 
     def make_recipe(self) -> Recipe:
         """The recipe that was asked for."""

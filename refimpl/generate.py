@@ -35,7 +35,7 @@ def sample(
 
     The model sees the last block_size bytes. Random numbers are drawn on the host from `rng`, one a byte.
     """
-    block = model.config["block_size"]
+    block, run = model.config["block_size"], run.frozen()
     text = bytearray(prompt or START)
     start = len(text)
     for _ in range(n_bytes):
@@ -61,7 +61,7 @@ def _draw(logits: np.ndarray, temperature: float, u: float) -> int:
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 def mean_loss(model: Model, state: State, run: Run, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
     """The mean loss over batches of (tokens, targets), each weighted by its rows; in nats a byte. NaN if there is none."""
-    total, rows = 0.0, 0
+    total, rows, run = 0.0, 0, run.frozen()
     for tokens, targets in batches:
         t = Tape(run, state.weight_views, model.tied, record=False)
         loss = model.loss(t, run.backend.from_host(tokens), run.backend.from_host(targets))

@@ -146,8 +146,9 @@ def step_calls(config: GPTConfig, recipe: Recipe, batch_size: int) -> list[Line]
 
     Errors: UsageError for a recipe in which not every operation has its kernel.
     """
-    fmt = recipe.state["weights"]
-    if recipe.policy.name not in FORMATS or recipe.state["m"] != "fp32":  # other moments are updated by the definition
+    kept, fmt = recipe.state, recipe.state["weights"]
+    updated = {kept["master"] or fmt, kept["m"], kept["v"]}  # in other formats by the definition
+    if recipe.policy.name not in FORMATS or updated != {"fp32"} or (kept["grads"], kept["main_grads"]) != (fmt, ""):
         raise UsageError(f"recipe {recipe.name}: the cost is known for {', '.join(FORMATS)}")
     t, L, R, C, V = Ledger(fmt), config.n_layer, batch_size * config.block_size, config.n_embd, config.vocab_size
     _weights_down(t, config, recipe)

@@ -1,7 +1,7 @@
 """Step 3, gradients up: 16-bit gradients of the scaled loss -> FP32, checked for Inf/NaN, unscaled, measured.
 
 It is a pass over the flat buffer in blocks, not an array: no FP32 copy of all gradients ever exists. The update widens
-and unscales each block once more (`optim`).
+and unscales each block once more (`optim`). Only recipes after Apex O2 and Megatron-LM keep that copy, as main_grads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     torch.nn.utils.clip_grad_norm_ computes (there: of the norms of the tensors; equal but for rounding).
     """
     twin = state.backend.passes.get("check_and_measure")
-    if twin is not None and state.math_format == "fp32":
+    main_grads = state.buffers.get("main_grads")
+    if twin is not None and state.math_format == "fp32" and main_grads is None:
         found_inf, norm = twin(state, inverse_scale, BLOCK)
         return found_inf, norm
     xp, fmt = state.backend.xp, state.math_format
@@ -42,6 +43,8 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     def measure(block: slice) -> tuple[Array, Array]:
         scaled = widen(state.grads[block], fmt)
         g = scaled * factor
+        if main_grads is not None:
+            main_grads[block] = g
         return xp.isfinite(scaled).all(), (g * g).sum()
 
     finite = xp.asarray(np.True_)
@@ -50,6 +53,13 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
         finite = finite & block_is_finite
         total = total + square
     return ~finite, xp.sqrt(total)
+
+
+def unscaled(state: State, block: slice, inverse_scale: Array) -> Array:
+    """The FP32 gradients of a block, divided by S: made from the 16-bit ones, or a copy where the state keeps them."""
+    if "main_grads" in state.buffers:
+        return state.buffers["main_grads"][block].copy()
+    return widen(state.grads[block], state.math_format) * widen(inverse_scale, state.math_format)
 
 
 def clip_coefficient(norm: Array, max_norm: float) -> Array | float:

@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from refimpl import checkpoint
 from refimpl.cast import cast, widen
 from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.formats import FORMATS
+from refimpl.formats import FORMATS, format_of
 from refimpl.parts import Parts
-from refimpl.policy import SAME
+from refimpl.policy import Monitor
 from refimpl.recipes import Recipe
 from refimpl.rounding import Counts, RoundingMonitor, kind_of
-from refimpl.run_folder import read_config
+from refimpl.run_folder import CHECKPOINT, read_config
 from refimpl.state import State
 from refimpl.step import Batch, StepResult, through
+from refimpl.storage import Plain, Remainder, Stochastic, get_storage
 from refimpl.trace import batches_of, checked_start, load
 from refimpl.trainer import SKIPS_BEFORE_STOP, Trainer, start
 
@@ -87,13 +89,11 @@ def from_checkpoint(folder: Path, steps: int) -> Source:
 
     Where the run had planned fewer steps, its learning rate is planned anew. Errors: UsageError.
     """
-    saved = read_config(folder)
-    trainer = Trainer(Config.of(saved), folder)
+    saved, (_, header) = read_config(folder), checkpoint.load(folder / CHECKPOINT)
+    progress = header.get("progress")  # perhaps further than planned: a run can be resumed with more steps
+    done = progress.get("step", 0) if isinstance(progress, dict) else 0
+    trainer = Trainer(Config.of({**saved, "steps": max(saved["steps"] or 0, done + steps)}), folder)
     trainer.load_checkpoint()
-    done = trainer.progress.step
-    if done + steps > (saved["steps"] or 0):
-        trainer = Trainer(Config.of({**saved, "steps": done + steps}), folder)
-        trainer.load_checkpoint()
     batches = (trainer.next_batches() for _ in range(steps))
     what = f"{_steps(steps)} from the checkpoint of {folder.name} at step {done}"
     return Source(what, trainer.config, trainer.parts, batches, steps)
@@ -143,13 +143,33 @@ class Inspection:
         _add_all(self.sites, sites)
         for fmt, counts in others.items():
             _add_all(self.others.setdefault(fmt, {}), counts)
-        _add_all(self.unscaled, {s: c.divided_by(scale) for s, c in sites.items() if kind_of(s).endswith("gradients")})
+        gradients = {site: c for site, c in sites.items() if kind_of(site).endswith("gradients") and not has_own_scale(c)}
+        _add_all(self.unscaled, {site: c.divided_by(scale) for site, c in gradients.items()})
 
 
 def _add_all(totals: dict[str, Counts], counts: Mapping[str, Counts]) -> None:
     for site, c in counts.items():
         totals.setdefault(site, Counts(c.fmt))
         totals[site] += c
+
+
+def has_own_scale(counts: Counts) -> bool:
+    """Whether values were divided by a scale of their own before they were rounded: those of 8 bits and fewer always are."""
+    return FORMATS[counts.fmt].bits <= 8
+
+
+def uncounted(config: Config) -> dict[str, str]:
+    """The kinds of state that a recipe keeps in a way whose roundings no monitor is told of: kind -> storage."""
+    stored = config.make_recipe().state_storages(config.make_rule().moments, config.grad_accum)
+    told = (Plain, Stochastic, Remainder)
+    return {kind: name for kind, name in stored.items() if type(get_storage(name)) not in told}
+
+
+def _named(monitor: Monitor, state: State) -> Monitor:
+    """A monitor that is told of the upper half of a master as of the weight that it is, though it is made by the update."""
+    if not isinstance(state.storages["weights"], Remainder):
+        return monitor
+    return lambda site, x, y: monitor(site.replace(":update.weights", ":weights_down"), x, y)
 
 
 def plain(counts: Counts) -> dict[str, Any]:
@@ -172,11 +192,13 @@ def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: A
             raise UsageError(f"--what-if {fmt!r}: choose from {', '.join(f for f in FORMATS if f not in ('fp64', 'e8m0'))}")
     parts, low = source.parts, low_format(source.config.make_recipe(), what_if)
     result = Inspection(source.what, source.config, low, tuple(what_if))
-    monitor, movement = RoundingMonitor(what_if, parts.state.backend.to_host), Movement(parts.state, low)
+    untold = {f"update.{kind}" for kind in uncounted(source.config)}
+    monitor = RoundingMonitor(what_if, parts.state.backend.to_host, lambda site: site.partition(":")[2] not in untold)
+    movement = Movement(parts.state, low)
     batches: Sequence[Batch] = ()
     for step, batches in enumerate(source.batches, 1):
         looked_at = step % every == 0 or step in (1, source.steps)
-        parts.watch(monitor if looked_at else None)
+        parts.watch(_named(monitor, parts.state) if looked_at else None)
         outcome = parts.step(batches)
         parts.watch(None)
         if looked_at:
@@ -196,8 +218,8 @@ def low_format(recipe: Recipe, what_if: Sequence[str] = ()) -> str:
 
     A recipe without one is held against the first 16-bit format of `what_if`, or against bf16.
     """
-    candidates = [recipe.state["weights"], recipe.policy.row("linear.y").input("w"), *what_if, "bf16"]
-    return next(fmt for fmt in candidates if fmt != SAME and FORMATS[fmt].bits == 16)
+    candidates = [get_storage(recipe.state["weights"]).fmt, recipe.policy.row("linear.y").input("w"), *what_if, "bf16"]
+    return next(fmt for fmt in candidates if fmt in FORMATS and FORMATS[fmt].bits == 16)
 
 
 class Movement:
@@ -208,17 +230,22 @@ class Movement:
     """
 
     def __init__(self, state: State, low: str) -> None:
-        self.low, self.with_masters = low, FORMATS[state.master_format].bits > 16
+        self.low, self.with_masters = low, FORMATS[format_of(state.values(state.master_kind))].bits > 16
         self.master = self._host(state)
-        self.start = self.weights = self.alone = cast(self.master, low)
+        self.start = self.weights = self.alone = self._copies(state, self.master)
 
     def _host(self, state: State) -> np.ndarray:
-        return np.array(widen(state.backend.to_host(state.master), state.math_format))
+        return np.array(widen(state.backend.to_host(state.values(state.master_kind)), state.math_format))
+
+    def _copies(self, state: State, master: np.ndarray) -> np.ndarray:
+        """The 16-bit weights: kept so, or as step 1 makes them."""
+        kept: np.ndarray = state.backend.to_host(state.buffers[state.master_kind])
+        return kept.copy() if format_of(kept) == self.low else cast(master, self.low)
 
     def row(self, step: int, outcome: StepResult, state: State) -> StepRow:
         """The row of a step that has just been taken."""
         master = self._host(state)
-        weights = cast(master, self.low)
+        weights = self._copies(state, master)
         with np.errstate(invalid="ignore", over="ignore"):  # of weights that have become infinite
             updated = widen(self.alone, state.math_format) + (master - self.master)
         alone = cast(updated, self.low) if self.with_masters else weights
@@ -250,14 +277,15 @@ def sweep_scales(parts: Parts, batches: Sequence[Batch]) -> list[dict[str, Any]]
     monitor = RoundingMonitor(to_host=parts.state.backend.to_host, only=lambda site: kind_of(site).endswith("gradients"))
     parts.state.weights_down()
     parts.watch(monitor)
-    rows = []
+    run, rows = parts.run.frozen(), []
     for exponent in SWEEP:
         scale = parts.state.backend.xp.asarray(np.array(2.0**exponent, np.float32))
         with np.errstate(all="ignore"):
-            through(parts.model, batches, parts.state, scale, parts.run)
+            through(parts.model, batches, parts.state, scale, run)
         layers: dict[str, Counts] = {}
         for site, counts in monitor.take()[0].items():
-            _add_all(layers, {layer_of(site): counts})
+            if not has_own_scale(counts):  # where values have, no loss scale matters
+                _add_all(layers, {layer_of(site): counts})
         rows.append({"exponent": exponent, "layers": {k: (c.share("flushed"), c.overflowed) for k, c in layers.items()}})
     parts.watch(None)
     return rows

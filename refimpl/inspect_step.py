@@ -21,7 +21,9 @@ from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError
 from refimpl.formats import FORMATS, format_of
 from refimpl.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
+from refimpl.loss_scale import find_scaler
 from refimpl.ops.shape import cast_forward
+from refimpl.recipes import RECIPES
 from refimpl.show import bits, digits, json_text, table, ulp
 from refimpl.state import State
 from refimpl.step import StepResult, through
@@ -32,6 +34,8 @@ Array = Any
 PARAMETER = "transformer.h.0.mlp.c_fc.weight"
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}
 SCHEDULE_STEPS = 1000
+FOLLOWED = tuple(name for name, recipe in RECIPES.items() if {*recipe.state_storages().values()} <= {*FORMATS})
+"""Recipes whose states are plain numbers of a format, each rounded to nearest by itself."""
 PATIENCE = 20
 """After so many skipped steps the next one is shown, whether skipped or not, where no step was asked for."""
 
@@ -134,8 +138,10 @@ def inspect_steps(
     index: the element; none given takes (3, 5), or as near as the parameter's shape allows.
     step: the first step to report on, from 1; none given takes the first that is not skipped for an overflow.
     lr: the largest learning rate; 20 updates of warm-up lead to it, as in scripts/train.py.
-    loss_scale: 'dynamic', 'none' or a number; none given takes the recipe's. init_scale: where a dynamic one starts.
-    Errors: UsageError for an unknown recipe or parameter, an index out of range, or impossible numbers.
+    loss_scale: a name of `loss_scale.SCALERS`, 'dynamic', 'none' or a number; none given takes the recipe's. init_scale: where
+    one that adapts starts.
+    Errors: UsageError for an unknown recipe or parameter, an index out of range, impossible numbers, or a recipe that is not in
+    FOLLOWED.
     """
     if steps < 1 or (step is not None and step < 1):
         raise UsageError(f"--step is {step} and --steps {steps}: both must be at least 1")
@@ -143,8 +149,12 @@ def inspect_steps(
     given: dict[str, Any] = {"model": "gpt", "recipe": recipe, **SIZES, "seed": seed, "lr": lr}
     given |= {"steps": max(SCHEDULE_STEPS, last), "loss_scale": loss_scale}
     config = Config.of(given if init_scale is None else {**given, "init_scale": init_scale})
-    if init_scale is not None and config.loss_scale != "dynamic":
-        raise UsageError(f"--init-scale is for a dynamic loss scale, not for {config.loss_scale!r}: add --loss-scale dynamic")
+    if recipe not in FOLLOWED:
+        stored = config.make_recipe().state_storages()
+        odd = ", ".join(f"{kind} as {kept}" for kind, kept in stored.items() if kept not in FORMATS)
+        raise UsageError(f"recipe {recipe} keeps {odd}, which cannot be followed here: --help lists the others")
+    if init_scale is not None and find_scaler(config.loss_scale or "") is None:
+        raise UsageError(f"--init-scale is for a loss scale that adapts, not {config.loss_scale!r}: add --loss-scale dynamic")
     model = config.make_model()
     parameter = model.tied.get(parameter, parameter)
     if parameter not in model.parameters:
@@ -306,13 +316,14 @@ class _Element:
         unscaled, coefficient = g * self.inverse_scale, self._coefficient()
         widened = f"exact: {format_of(stored)} -> {self.math}" if format_of(stored) != self.math else "nothing to widen"
         where = f"a gradient of {first_non_finite(state)} is Inf or NaN" if self.skipped else "all gradients are finite"
+        kept = "; kept as main_grads" if "main_grads" in self.after else ""
         clipping = f"min(1, {self.watched.config.clip:g} / (norm + 1e-6))" + ": not clipped" * (float(coefficient) == 1)
         unused = "not used: the update is skipped" if self.skipped else ""
         lines = [
             _of("widened", "gradient, widened", g, widened),
             Line("found_inf", "found_inf", self.skipped, remark=where),
             _of("inverse_scale", "1/S", self.inverse_scale),
-            _of("unscaled", "gradient, unscaled", unscaled, "divided by S before anything looks at its size"),
+            _of("unscaled", "gradient, unscaled", unscaled, f"divided by S before anything looks at its size{kept}"),
             _of("norm", "norm", result.grad_norm, f"of all {state.layout.size} unscaled gradients"),
             _of("clip", "clip coefficient", coefficient, clipping),
             _of("clipped", "gradient, clipped", unscaled * coefficient, unused),
@@ -335,7 +346,7 @@ class _Element:
     def _unchanged(self) -> list[Line]:
         """A skipped step: what the states hold is compared with what they held."""
         lines = []
-        for kind in (kind for kind in self.after if kind != "grads"):
+        for kind in (kind for kind in self.after if kind not in ("grads", "main_grads")):
             same = self.watched.before[kind].tobytes() == self.after[kind].tobytes()
             remark = "as before, with all of its tensor" if same else "CHANGED, though the update was skipped"
             lines.append(_of(f"{kind}_after", f"{kind} after", self.new(kind), remark))
@@ -405,17 +416,9 @@ class _Element:
 
     def _scale_line(self) -> Line:
         scale = self.watched.loss_scale
-        before, after = float(self.watched.scale_before), float(scale.scale)
-        if not scale.adapts:
-            remark = "does not adapt" + (
-                ": scripts/train.py stops here" if self.skipped and self.watched.config.loss_scale == "none" else ""
-            )
-        elif self.skipped:
-            remark = f"{before:g} * {scale.backoff_factor:g}: backs off"
-        elif after != before:
-            remark = f"{before:g} * {scale.growth_factor:g}: grows"
-        else:
-            remark = f"{int(scale.growth_tracker)} of {scale.growth_interval} good steps in a row, then it grows"
+        remark = scale.explain(float(self.watched.scale_before), self.skipped)
+        if self.skipped and self.watched.config.loss_scale == "none":
+            remark += ": scripts/train.py stops here"
         return _of("scale_after", "S of the next step", scale.scale, remark)
 
 

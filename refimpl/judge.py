@@ -22,14 +22,21 @@ from refimpl.bounds import Bounds, U, fp64, l2, norm_error, update_bound
 from refimpl.cast import cast, widen
 from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.formats import format_of, is_float
+from refimpl.formats import FORMATS, format_of, is_float
 from refimpl.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.mistakes import MISTAKES, meddle
+from refimpl.recipes import RECIPES
 from refimpl.show import ulp
 from refimpl.step import Batch, through
 from refimpl.trace import POINTS, Recorder, Trace, like
 
 Array = Any
+
+
+JUDGED = tuple(
+    name for name, recipe in RECIPES.items() if recipe.policy.in_formats and {*recipe.state_storages().values()} <= {*FORMATS}
+)
+"""Recipes whose every rounding is to nearest, to a format, and whose sums are in FP32: what the bounds are derived for."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,8 @@ class Judge:
     def __init__(self, config: Config, theirs: Trace, mistake: str = "none") -> None:
         self.theirs, self.ours = theirs, Trace()
         self.last_step = min(max(theirs.steps, default=0), config.steps or 0)  # as far as the learning rate is planned
+        if config.recipe not in JUDGED:
+            raise UsageError(f"traces of recipe {config.recipe} cannot be judged, only those of {', '.join(JUDGED)}")
         self.parts = config.make_parts(NUMPY)
         self.recorder = Recorder(self.parts, self.ours, follow=theirs)
         meddle(mistake, self.parts)

@@ -31,6 +31,9 @@ class LossScale(Protocol):
     def update(self, found_inf: Array) -> None:
         """Adapt after a step, given whether its gradients held an Inf or a NaN."""
 
+    def explain(self, before: float, found_inf: bool) -> str:
+        """What `update` has just made of the scale `before`, and what it waits for, in words; waits for the device."""
+
     def state_dict(self) -> dict[str, float | int]:
         """What a checkpoint keeps; waits for the device."""
 
@@ -200,6 +203,33 @@ class DynamicLossScale:
             self.exhausted = self.exhausted | (found_inf & (left == 0) & (self.value == self.scaler.floor))
         return xp.where(left == 0, smaller, self.value)
 
+    def explain(self, before: float, found_inf: bool) -> str:
+        scaler, left = self.scaler, int(self.hysteresis_tracker)
+        if math.isinf(self.scale):
+            return "infinite in FP32"
+        if not found_inf:
+            return self._explain_growth(before)
+        if before <= scaler.floor and bool(self.exhausted):
+            return f"an overflow at its floor, {scaler.floor:g}: ends the run"
+        if scaler.hysteresis > 1 and left:
+            return f"an overflow that is borne: backs off at {'the next one' if left == 1 else f'number {left} from here'}"
+        if before * self.backoff_factor < scaler.floor:
+            return f"{'stays at' if before <= scaler.floor else 'backs off to'} {scaler.floor:g}, its floor"
+        if before * self.backoff_factor > scaler.ceiling:
+            return f"backs off to {scaler.ceiling:g}, its ceiling"
+        return f"{before:g} * {self.backoff_factor:g}: backs off"
+
+    def _explain_growth(self, before: float) -> str:
+        scaler, after = self.scaler, float(self.scale)
+        if after > before:
+            to_the_end = before * self.growth_factor > scaler.ceiling
+            return f"grows to {scaler.ceiling:g}, its ceiling" if to_the_end else f"{before:g} * {self.growth_factor:g}: grows"
+        if not int(self.growth_tracker):  # it was time to grow
+            at_ceiling = before >= scaler.ceiling
+            return f"stays at {scaler.ceiling:g}, its ceiling" if at_ceiling else "stays: larger, it would be infinite in FP32"
+        n = self.growth_interval - int(self.growth_tracker) + (scaler.late != "")
+        return f"grows after {n} more good {'step' if n == 1 else 'steps in a row'}"
+
     def state_dict(self) -> dict[str, float | int]:
         state: dict[str, float | int] = {
             "scale": float(self.value),
@@ -249,6 +279,13 @@ class GradualLossScale(DynamicLossScale):
         S = xp.where(found_inf, S * self.backoff_factor, grown)
         self.value = xp.maximum(xp.minimum(S, self.scaler.ceiling), self.scaler.floor)
 
+    def _explain_growth(self, before: float) -> str:
+        if float(self.value) >= self.scaler.ceiling:
+            return f"at {self.scaler.ceiling:g}, its ceiling"
+        if bool(self.overflowed):
+            return f"{before:g} * 2^(1/{self.growth_interval}): grows a little in every good step"
+        return f"{before:g} * {self.growth_factor:g}: grows in every step until the first overflow"
+
     def state_dict(self) -> dict[str, float | int]:
         return super().state_dict() | {"overflowed": int(self.overflowed)}
 
@@ -272,6 +309,9 @@ class StaticLossScale:
 
     def update(self, found_inf: Array) -> None:
         pass
+
+    def explain(self, before: float, found_inf: bool) -> str:
+        return "does not adapt"
 
     def state_dict(self) -> dict[str, float | int]:
         return {"scale": float(self.scale)}

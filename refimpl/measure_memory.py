@@ -1,7 +1,7 @@
 """Predicted bytes beside measured ones: what `scripts/memory.py --measure` does.
 
 A real model trains for a few steps on real text. Then every model state is weighed as a live array, and every array that
-the tape holds between forward and backward as the memory that it owns. The predictions are `Recipe.state_formats` times
+the tape holds between forward and backward as the memory that it owns. The predictions are `Recipe.state_storages` times
 the parameters, and `activations`. What no formula here predicts (the process, temporary buffers) is measured only.
 
 Bytes are bytes of arrays. Three 0-d numbers of a run (loss scale, its counter, the update count) are left out.
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.activations import Row, Term, against_paper, gpt_activations, itemsize, mlp_activations, weight_copies
+from refimpl.activations import Row, Term, against_paper, gpt_activations, mlp_activations, weight_copies
 from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.memory_report import paper_text
@@ -106,15 +106,19 @@ def weigh(config: Config) -> Measurement:
 
 def state_lines(config: Config, parts: Parts) -> list[Line]:
     """Each kind of model state: the recipe's bytes a parameter times the parameters, beside the live buffer."""
-    formats = config.make_recipe().state_formats(config.make_rule().moments, config.grad_accum)
+    predicted = config.make_recipe().buffers(config.make_rule().moments, config.grad_accum)
     n, measured, seen = parts.model.n_params, {}, set[int]()
-    for kind, buffer in parts.state.buffers.items():
-        measured[kind] = owned([buffer], seen)
+    for name, buffer in parts.state.buffers.items():
+        measured[name] = owned([buffer], seen)
     lines = []
-    for kind in {**formats, **measured}:
-        size = itemsize(formats[kind]) if kind in formats else 0
-        formula = f"{size} x {n:,} {formats.get(kind, 'not in the recipe')}"
-        lines.append(Line(kind, formula, size * n, measured.get(kind, 0)))
+    for name in {**predicted, **measured}:
+        size, formula = 0, f"0 x {n:,} not in the recipe"
+        if name in predicted:
+            part = predicted[name]
+            size = part.size(n) * part.dtype.itemsize
+            shared = f" / {part.values}, rounded up" if part.values > 1 else ""
+            formula = f"{part.dtype.itemsize} x {n:,}{shared} {part.dtype.name}"
+        lines.append(Line(name, formula, size, measured.get(name, 0)))
     return lines
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from refimpl.errors import UsageError
-from refimpl.formats import FORMATS
 from refimpl.recipes import Recipe
 
 GB, GIB = 10**9, 2**30
@@ -100,6 +99,7 @@ def _states(**kinds: int | Fraction) -> Bytes:
 
 
 _BLOCK_8BIT = 256
+_SCALE = Fraction(4, _BLOCK_8BIT)
 CONVENTIONS: dict[str, Convention] = {
     row.name: row
     for row in (
@@ -117,21 +117,21 @@ CONVENTIONS: dict[str, Convention] = {
         Convention("apex-o2", _states(weights=2, grads=2, main_grads=4, master=4, m=4, v=4), "NVIDIA Apex, amp O2",
                    "an FP32 copy of the gradients"),
         Convention("pure-bf16", _states(weights=2, grads=2, m=2, v=2), "everything in BF16, no masters", "loses small updates"),
-        Convention("bf16-kahan", _states(weights=2, grads=2, compensation=2, m=2, v=2),
+        Convention("bf16-kahan", _states(weights=2, grads=2, weights_compensation=2, m=2, v=2),
                    "Zamirai et al. 2020, arXiv 2010.06192", "what each update lost is kept in BF16"),
         Convention("bf16-fp32-moments", _states(weights=2, grads=2, m=4, v=4), "BF16 weights, FP32 moments, no masters", ""),
-        Convention("adam-8bit", _states(weights=2, grads=2, m=1, v=1, scales=Fraction(2 * 4, _BLOCK_8BIT)),
+        Convention("adam-8bit", _states(weights=2, grads=2, m=1, m_scales=_SCALE, v=1, v_scales=_SCALE),
                    "Dettmers et al. 2022, arXiv 2110.02861; torchao", f"an FP32 scale for {_BLOCK_8BIT} values of m, and of v"),
         Convention("ms-amp-o2", _states(weights=2, grads=1, m=1, v=2), "Peng et al. 2023, arXiv 2310.18313 (MS-AMP)",
                    "FP8 gradients and m, FP16 v; the FP16 weight is the master"),
     )
 }  # fmt: skip
-"""Named layouts. Kinds beyond the recipes' five: main_grads (FP32 gradients beside 16-bit ones), compensation, scales."""
+"""Named layouts. Kinds beyond the note's five: main_grads (FP32 gradients beside 16-bit ones), compensation, scales."""
 
 
 def recipe_states(recipe: Recipe, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1) -> Bytes:
-    """The states of a recipe, from its table: kind -> bytes a parameter."""
-    return {kind: Fraction(FORMATS[fmt].itemsize) for kind, fmt in recipe.state_formats(moments, grad_accum).items()}
+    """The states of a recipe, from its table: buffer -> bytes a parameter."""
+    return {name: part.bytes_per_parameter for name, part in recipe.buffers(moments, grad_accum).items()}
 
 
 SHARDED_FROM = {"weights": 3, "grads": 2}
@@ -151,11 +151,14 @@ def per_rank(n_params: int, states: Bytes, stage: int = 0, ranks: int = 1) -> di
 
     Where the weights are their own masters (fp32, amp) they stay whole until stage 3: stage 1 is 8 + 8/N.
     The last rank's shard is padded to the size of the others. Source: arXiv 1910.02054, section 5.
+    What takes less than a byte a parameter is an FP32 number that several share, and the last ones need a whole one too.
     """
     shard = -(-n_params // ranks)
-    return {
-        kind: math.ceil(size * (shard if stage >= SHARDED_FROM.get(kind, 1) else n_params)) for kind, size in states.items()
-    }
+
+    def whole(size: Fraction, n: int) -> int:
+        return 4 * math.ceil(size * n / 4) if size < 1 else math.ceil(size * n)
+
+    return {kind: whole(size, shard if stage >= SHARDED_FROM.get(kind, 1) else n_params) for kind, size in states.items()}
 
 
 ZERO_SIZES = (7_500_000_000, 128_000_000_000, 1_000_000_000_000)

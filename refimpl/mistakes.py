@@ -18,8 +18,8 @@ from refimpl.cast import cast, widen
 from refimpl.errors import UsageError
 from refimpl.formats import FORMATS, dtype_of, format_of
 from refimpl.gradients import check_and_measure, clip_coefficient
-from refimpl.loss_scale import LossScale
-from refimpl.ops import Op, embedding, linear
+from refimpl.loss_scale import DynamicLossScale
+from refimpl.ops import Op, attention, embedding, linear
 from refimpl.optim import AdamW
 from refimpl.parts import Parts, UpdateArguments, WrappedOptimizer
 from refimpl.policy import SAME, Bound, Policy, Precision
@@ -60,8 +60,10 @@ def _need(present: bool, what: str) -> None:
 
 def _low(parts: Parts) -> str:
     """The 16-bit format that the run's products read."""
-    fmt = parts.run.policy.row("linear.y").input("x")
-    _need(FORMATS[fmt].bits == 16, "a recipe whose products are in 16 bits, such as fp16 or amp-bf16")
+    row = parts.run.policy.row("linear.y")
+    fmt = row.input("x")
+    plain = fmt in FORMATS and FORMATS[fmt].bits == 16 and row.acc == "fp32"
+    _need(plain, "a recipe whose products are in 16 bits with FP32 sums, such as fp16 or amp-bf16")
     return fmt
 
 
@@ -91,7 +93,8 @@ class StaleWeights(State):
 
 
 def _replace_state(parts: Parts, kind: type[State], **formats: str) -> None:
-    parts.state = kind(parts.model, {**parts.state.formats, **formats}, parts.state.backend)
+    state = parts.state
+    parts.state = kind(parts.model, {**state.stored, **formats}, state.backend, state.seed)
 
 
 def _no_masters(parts: Parts) -> None:
@@ -107,22 +110,24 @@ def _stale_weights(parts: Parts) -> None:
 # -- 2. through --------------------------------------------------------------------------------------------------------
 
 
-class HalfScale:
+class HalfScale(DynamicLossScale):
     """The loss scale, handled in FP16, whose largest number is 65504: 65536 is infinite there."""
-
-    def __init__(self, inner: LossScale) -> None:
-        self.inner, self.adapts = inner, inner.adapts
-        self.update, self.state_dict, self.load_state_dict = inner.update, inner.state_dict, inner.load_state_dict
 
     @property
     def scale(self) -> Array:
         """S as FP16 holds it."""
-        return widen(cast(self.inner.scale, "fp16"), "fp32")
+        return widen(cast(super().scale, "fp16"), "fp32")
+
+
+def _change_scale(parts: Parts, change: type[DynamicLossScale]) -> None:
+    """Put the methods of `change` before those of the run's loss scale, which stays what it is in all else."""
+    scale = parts.loss_scale
+    _need(scale.adapts, "a loss scale that adapts, such as dynamic")
+    scale.__class__ = type(change.__name__, (change, type(scale)), {})
 
 
 def _scale_in_16_bits(parts: Parts) -> None:
-    _need(parts.loss_scale.adapts, "a dynamic loss scale")
-    parts.loss_scale = HalfScale(parts.loss_scale)
+    _change_scale(parts, HalfScale)
 
 
 def _override(parts: Parts, op: Op, **functions: Any) -> None:
@@ -195,7 +200,19 @@ def _loss_in_16_bits(parts: Parts) -> None:
 def _softmax_in_16_bits(parts: Parts) -> None:
     low = _low(parts)
     _need(parts.model.name == "gpt", "attention (gpt)")
-    _rows(parts, attention__softmax=Precision(low, low, low))  # exp, sum and quotient in NumPy's own 16-bit arithmetic
+    _rows(parts, attention__softmax=Precision(low, low, low))
+
+    def narrow(p: Bound) -> Bound:
+        p["softmax"].math = low  # exp, sum and quotient in NumPy's own 16-bit arithmetic, which no policy can ask for
+        return p
+
+    def forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
+        return attention.forward(qkv, p=narrow(p), n_head=n_head)
+
+    def backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array | None, ...]:
+        return attention.backward(dO, saved, p=narrow(p), n_head=n_head)
+
+    _override(parts, attention, forward=forward, backward=backward)
 
 
 def _norm_in_16_bits(parts: Parts) -> None:
@@ -231,6 +248,11 @@ def _has_loss_scale(parts: Parts) -> None:
     _need(parts.loss_scale.adapts or float(parts.loss_scale.scale) != 1, "a loss scale")
 
 
+def _unscales_in_update(parts: Parts) -> None:
+    _has_loss_scale(parts)
+    _need("main_grads" not in parts.state.stored, "a recipe that unscales in the update, not into main_grads")
+
+
 def _change_update(parts: Parts, change: Callable[[State, Array, Array | float, Array], UpdateArguments]) -> None:
     parts.optimizer = WrappedOptimizer(parts.optimizer, change)
 
@@ -242,14 +264,14 @@ def _scaled_clip(parts: Parts, state: State, inverse_scale: Array) -> Array | fl
 
 
 def _unscale_after_clip(parts: Parts) -> None:
-    _has_loss_scale(parts)
+    _unscales_in_update(parts)
     _need(math.isfinite(parts.max_norm), "--clip above 0")
     one = parts.state.backend.xp.ones((), dtype_of(parts.state.math_format))
     _change_update(parts, lambda state, inverse, clip, found: (inverse * _scaled_clip(parts, state, inverse), one, found))
 
 
 def _no_unscale(parts: Parts) -> None:
-    _has_loss_scale(parts)
+    _unscales_in_update(parts)
 
     def change(state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
         return state.backend.xp.ones_like(inverse), _scaled_clip(parts, state, inverse), found
@@ -258,7 +280,7 @@ def _no_unscale(parts: Parts) -> None:
 
 
 def _unscale_twice(parts: Parts) -> None:
-    _has_loss_scale(parts)
+    _unscales_in_update(parts)
     _change_update(parts, lambda state, inverse, clip, found: (inverse * inverse, clip, found))
 
 
@@ -278,26 +300,16 @@ def _t_advances_on_skip(parts: Parts) -> None:
     _change_update(parts, change)
 
 
-class DeafScale:
+class DeafScale(DynamicLossScale):
     """A loss scale that never hears of an overflow: it only grows."""
-
-    def __init__(self, inner: LossScale) -> None:
-        self.inner, self.adapts = inner, inner.adapts
-        self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict
-
-    @property
-    def scale(self) -> Array:
-        """S."""
-        return self.inner.scale
 
     def update(self, found_inf: Array) -> None:
         """Every step counts as a good one."""
-        self.inner.update(found_inf & False)
+        super().update(found_inf & False)
 
 
 def _scale_never_backs_off(parts: Parts) -> None:
-    _need(parts.loss_scale.adapts, "a dynamic loss scale")
-    parts.loss_scale = DeafScale(parts.loss_scale)
+    _change_scale(parts, DeafScale)
 
 
 # -- 4. update ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Optimizers: AdamW and SGD, in PyTorch's order of operations, on the flat buffers in blocks.
 
-A block is widened to FP32, updated there, and cast back to the formats that the states are kept in, which rounds nothing
-where they are FP32 already. No optimizer hides a master copy: what it updates is `state.master`.
+A block is read as FP32, updated there, and written back as the states are kept (`storage`), which rounds nothing where they
+are FP32 already. No optimizer hides a master copy: what it updates is `state.master`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from refimpl.cast import cast, widen
+from refimpl.gradients import unscaled
 from refimpl.state import State
 
 Array = Any
@@ -176,25 +177,30 @@ class Optimizer:
 
     def _kept(self, state: State) -> list[str]:
         """The kinds of state that an update changes."""
-        return ["master" if "master" in state.formats else "weights", *self.rule.moments]
+        return [state.master_kind, *self.rule.moments]
 
     def _all_fp32(self, state: State) -> bool:
         """Whether the states are kept in the format of the arithmetic, so that an update rounds nothing else."""
-        return {state.formats[kind] for kind in self._kept(state)} == {"fp32"}
+        return {state.stored[kind] for kind in self._kept(state)} == {"fp32"} and "main_grads" not in state.stored
 
     def _update_block(
         self, state: State, block: slice, inverse_scale: Array, clip: Array | float, scalars: Array, found_inf: Array
     ) -> None:
         fmt, xp, kept = state.math_format, state.backend.xp, self._kept(state)
-        stored = [state.buffers[kind][block] for kind in kept]
-        before = [widen(x, fmt) for x in stored]
-        w, *moments = before if state.backend.on_host else [x.copy() for x in before]
-        g = widen(state.grads[block], fmt) * widen(inverse_scale, fmt)
+        stored = {kind: state.parts(kind, block) for kind in kept}
+        if not state.backend.on_host:  # an overflow is known only there: what is kept is written at the end, or left
+            stored = {kind: {name: x.copy() for name, x in parts.items()} for kind, parts in stored.items()}
+        w, *moments = (state.storages[kind].read(parts, fmt) for kind, parts in stored.items())
+        g = unscaled(state, block, inverse_scale)
         g *= clip if isinstance(clip, float) else widen(clip, fmt)
         for start, stop in state.layout.decayed:
             part = slice(max(start - block.start, 0), max(stop - block.start, 0))
             self.rule.decay(w[part], g[part], scalars)
-        self.rule.update_block(w, g, moments, scalars, xp)
-        for kind, x, old, new in zip(kept, stored, before, (w, *moments), strict=True):
-            # On a device an overflow is known only there: the old values are written once more.
-            state.round_into(x, new if state.backend.on_host else xp.where(found_inf, old, new), f"update.{kind}", block.start)
+        storage = state.storages[state.master_kind]
+        storage.change(stored[state.master_kind], w, lambda x: self.rule.update_block(x, g, moments, scalars, xp))
+        for (kind, parts), new in zip(stored.items(), (w, *moments), strict=True):
+            state.write(kind, parts, new, f"update.{kind}", block.start)
+        if not state.backend.on_host:
+            for kind, parts in stored.items():
+                for name, x in state.parts(kind, block).items():
+                    cast(xp.where(found_inf, widen(x, fmt), widen(parts[name], fmt)), state.formats[kind], out=x)

@@ -1,8 +1,8 @@
 """Precision is data: a policy is a table that says, for every operation, which formats it works in.
 
     row = Precision(inputs, acc, out)
-      inputs   the format that each operand is cast to before the operation reads it
-      acc      the format of all arithmetic inside, sums included
+      inputs   the format that each operand is cast to before the operation reads it; in `linear` also how it is quantised
+      acc      the format of all arithmetic inside, sums included; a product may have an accumulator of fewer bits
       out      the format of the one rounding at the end
 
 No operation knows what recipe it runs in: it casts in, computes in `acc`, rounds out, and `Bound` looks the formats up.
@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from refimpl import cast as door
+from refimpl.accumulate import matmul
+from refimpl.bits import from_bits
+from refimpl.errors import UsageError
 from refimpl.formats import FORMATS, format_of, widens_to, widest
+from refimpl.quantise import SCHEMES, Quantised, Scales, product, spread
 
 Array = Any
 
@@ -43,24 +47,38 @@ class Precision:
         """The format that the named operand is cast to; operands that a table leaves out stay as they are."""
         return self.inputs if isinstance(self.inputs, str) else self.inputs.get(operand, SAME)
 
+    @property
+    def quantises(self) -> bool:
+        """Whether an operand is quantised."""
+        return any(name in SCHEMES for name in ([self.inputs] if isinstance(self.inputs, str) else self.inputs.values()))
+
 
 @dataclass(frozen=True)
 class Policy:
     """A named table of rows. A key with a dot refines the key before it: `linear.dw` if listed, else `linear`, else `*`.
 
     A matrix product has three rows, since forward and the two gradients may differ: `linear.y`, `linear.dx`,
-    `linear.dw`; attention has `attention.scores`, `attention.scale`, `attention.softmax`, `attention.values`.
+    `linear.dw`, and `linear.db` for the bias; attention has `attention.scores`, `attention.scale`, `attention.softmax`,
+    `attention.values`. A place before a colon makes a row of one layer: `lm_head:linear`.
     """
 
     name: str
     rows: Mapping[str, Precision]
 
-    def row(self, key: str) -> Precision:
-        """The most specific row for an operation or a part of one."""
-        while key not in self.rows:
-            parent, dot, _ = key.rpartition(".")
-            key = parent if dot else EVERY_OTHER
-        return self.rows[key]
+    def row(self, key: str, place: str = "") -> Precision:
+        """The most specific row for an operation or a part of one; any row of its place comes before those of all places."""
+        for prefix in (f"{place}:", ""):
+            refined = key
+            while refined:
+                if prefix + refined in self.rows:
+                    return self.rows[prefix + refined]
+                refined = refined.rpartition(".")[0]
+        return self.rows[EVERY_OTHER]
+
+    @property
+    def in_formats(self) -> bool:
+        """Whether all operands are cast to formats and all sums are formed in one: nothing is quantised."""
+        return not any(row.quantises or row.acc not in ("fp32", "fp64") for row in self.rows.values())
 
 
 MAP_BLOCK = 1 << 18
@@ -81,7 +99,7 @@ Observer = Callable[[str, str, Array], Array]
 class Run:
     """What one run (one rank, one backend) shares among all its operations. There is no global state beside it.
 
-    overrides: operations that run in the place of those of the same name.
+    overrides: operations that run in the place of those of the same name. scales: what quantisation remembers.
     """
 
     policy: Policy
@@ -89,7 +107,16 @@ class Run:
     monitor: Monitor | None = None
     observer: Observer | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    scales: Scales = field(default_factory=Scales)
     _bound: dict[tuple[str, str], Bound] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.policy.in_formats and not self.backend.on_host:
+            raise UsageError(f"--backend {self.backend.name} knows formats and FP32 sums; policy {self.policy.name} has others")
+
+    def frozen(self) -> Run:
+        """The run as it is now, for passes that are no training: they change nothing that the run remembers."""
+        return replace(self, scales=self.scales.frozen(), _bound={})
 
     def op(self, definition: Any) -> Any:
         """What runs where a model says that operation: this run's override, else the backend's fast twin, else itself.
@@ -116,7 +143,9 @@ class Bound:
 
     def __init__(self, run: Run, op: str, place: str) -> None:
         self.run, self.op, self.place = run, op, place
-        self.row = run.policy.row(op)
+        self.row = run.policy.row(op, place)
+        self.math = self.row.acc if self.row.acc in ("fp32", "fp64") else "fp32"
+        self.sums_plainly = self.math == self.row.acc
         self.xp = run.backend.xp
         self._parts: dict[str, Bound] = {}
 
@@ -133,25 +162,54 @@ class Bound:
             self.run.monitor(f"{self.place}:{self.op}.{site}", x, y)
         return y
 
-    def cast(self, x: Array, operand: str) -> Array:
-        """Cast an operand to the format that the row names for it."""
+    def cast(self, x: Array, operand: str, axis: int | None = None) -> Any:
+        """Cast an operand to the format that the row names for it; quantise it, if that is a scheme.
+
+        axis: the one that the product sums over, for an operand that can be quantised.
+        """
         fmt = self.row.input(operand)
+        if fmt in SCHEMES:
+            return self.quantise(x, fmt, operand, axis)
         return x if fmt == SAME else self.round(x, fmt, operand)
 
-    def wide(self, x: Array) -> Array:
-        """The operand in the accumulation format. Exact."""
-        return self.run.backend.convert(door.widen, x, self.row.acc)
+    def quantise(self, x: Array, scheme: str, operand: str, axis: int | None) -> Quantised:
+        """Quantise an operand. A monitor is told of its elements before and after: scaled, and rounded to their format."""
+        if axis is None:
+            raise TypeError(f"{self.op}.{operand}: only the factors of linear's products can be quantised, not to {scheme}")
+        q = self.run.scales.quantise(scheme, x, axis, f"{self.place}.{operand}")
+        if self.run.monitor is not None:
+            source = self.run.scales.source(scheme, x, axis)
+            self.run.monitor(f"{self.place}:{self.op}.{operand}", *self._rounding(source, q))
+        return q
 
-    def gemm(self, a: Array, b: Array) -> Array:
+    def _rounding(self, x: Array, q: Quantised) -> tuple[Array, Array]:
+        """What the elements of x were rounded from and to, both divided by their scales.
+
+        A block too small for its scale has the scale zero, and is zero: it is not divided.
+        """
+        with self.xp.errstate(over="ignore", under="ignore", invalid="ignore"):
+            scale = spread(q.scale_values(), q.block, q.shape) * (1 if q.tensor_scale is None else q.tensor_scale)
+            before = door.widen(x, "fp32") / self.xp.where(scale == 0, 1, scale)
+        return before, from_bits(q.codes * (scale != 0), q.fmt)
+
+    def wide(self, x: Any) -> Any:
+        """The operand in the format of the arithmetic. Exact. What is quantised stays so: `gemm` multiplies codes."""
+        return x if isinstance(x, Quantised) else self.run.backend.convert(door.widen, x, self.math)
+
+    def gemm(self, a: Any, b: Any) -> Array:
         """Matrix product of the last two axes, a (..., M, K) @ b (..., K, N) -> (..., M, N), accumulated in `acc`."""
-        return self.run.backend.gemm(a, b, self.row.acc)
+        if isinstance(a, Quantised) != isinstance(b, Quantised):
+            raise TypeError(f"{self.op}: a policy quantises both factors of a product, or none")
+        if isinstance(a, Quantised):
+            return product(a, b, self.row.acc)
+        return self.run.backend.gemm(a, b, self.math) if self.sums_plainly else matmul(a, b, self.row.acc)
 
-    def gemm_then(self, finish: Callable[[Array], Array], fmt: str, a: Array, b: Array) -> Array:
+    def gemm_then(self, finish: Callable[[Array], Array], fmt: str, a: Any, b: Any) -> Array:
         """`finish(gemm(a, b))`, for a `finish` that treats each row of a product by itself and rounds it to `fmt`.
 
         So that a row can be rounded as soon as it is there, by the thread that computed it, and no product is stored wide.
         """
-        if self.run.monitor is not None:
+        if self.run.monitor is not None or isinstance(a, Quantised) or isinstance(b, Quantised) or not self.sums_plainly:
             return finish(self.gemm(a, b))
         return self.run.backend.gemm_then(a, b, self.row.acc, finish, fmt)
 
@@ -232,7 +290,7 @@ class Bound:
         This is autocast's cast of FP32 weights. 8-bit formats are not shared: each GEMM quantises its own way.
         """
         fmt = self["y"].row.input(operand)  # `linear.y` for linear; without parts, the operation's own row
-        if fmt == SAME or fmt == format_of(x) or FORMATS[fmt].bits != 16:
+        if fmt not in FORMATS or fmt == format_of(x) or FORMATS[fmt].bits != 16:
             return None
         return fmt
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from refimpl.figures import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, Picture, as_svg
+from refimpl.formats import FORMATS
 from refimpl.inspect_precision import Inspection, StepRow
 from refimpl.precision_tables import (
     exponents_text,
@@ -26,40 +25,8 @@ from refimpl.precision_tables import (
 from refimpl.rounding import HIGHEST, LOWEST, Counts
 from refimpl.verdicts import NEGLIGIBLE, percent, power
 
-SIZE = (4.3, 3.1)  # inches: two beside each other on a desktop, one on a phone, and the text in it legible on both
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 10, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
-    "legend.fontsize": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "path",
-}  # fmt: skip
-BLUE, ORANGE, GREEN, PURPLE, RED, GRAY = "#0072b2", "#e69f00", "#009e73", "#8c4799", "#c7321b", "#777777"
 LOST, SUBNORMAL, NORMAL = "#f7dcd7", "#e9f1fa", "#c9def2"
 """Behind a histogram: what becomes zero or overflows, the subnormal range, and the normal range of the format."""
-NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure. name: begins all its ids; label: what it shows, for who cannot see it; caption: what to conclude."""
-
-    name: str
-    title: str
-    label: str
-    caption: str
-    svg: str
-
-
-def _svg(name: str, draw: Callable[[Any], None]) -> str:
-    """What `draw` draws into the axes it is given: the same bytes each time, with ids that no other figure has."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    text = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        draw(figure.subplots())
-        figure.savefig(text, format="svg", metadata=NO_METADATA)
-    svg = text.getvalue()
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
 
 
 # -- 1. exponents ------------------------------------------------------------------------------------------------------
@@ -125,7 +92,7 @@ def _histogram(name: str, title: str, fmt: str, kinds: dict[str, Counts], spread
     counts = merged(kinds.values())
     caption = f"{counts.elements:,} values, exponents {exponents_text(counts)}. {range_sentence(counts)}"
     label = f"Histogram of the exponents of {title}, over the range of {fmt}"
-    svg = _svg(name, lambda axes: draw_histogram(axes, fmt, kinds, spread))
+    svg = as_svg(name, lambda axes: draw_histogram(axes, fmt, kinds, spread))
     return Picture(name, title[0].upper() + title[1:], label, caption, svg)
 
 
@@ -168,7 +135,7 @@ def sweep_pictures(inspection: Inspection) -> list[Picture]:
     if not any(row["layers"] for row in inspection.sweep):
         return []
     label = "Share of each layer's gradients that becomes zero, against the loss scale"
-    svg = _svg("sweep", lambda axes: draw_sweep(axes, inspection))
+    svg = as_svg("sweep", lambda axes: draw_sweep(axes, inspection))
     return [Picture("sweep", "Flushed to zero, layer by layer", label, sweep_caption(inspection), svg)]
 
 
@@ -214,7 +181,7 @@ def draw_sweep(axes: Any, inspection: Inspection) -> None:
         axes.plot(*zip(*line, strict=True), marker, ls="-", color=color, lw=1.4, ms=4, label=name)
         if crosses:
             axes.plot(*zip(*crosses, strict=True), "x", color=color, ms=8, mew=2)
-    exponents = [math.log2(scale) for scale in scales(inspection.rows) if scale > 0]
+    exponents = [math.log2(scale) for scale in scales(inspection.rows) if 0 < scale < math.inf]
     axes.axvspan(min(exponents) - 0.15, max(exponents) + 0.15, color=GRAY, alpha=0.3, lw=0, label="S of this run")
     if overflowing:
         axes.axvspan(first_overflow - 1, max(overflowing) + 1, color=LOST, lw=0, zorder=0)
@@ -253,25 +220,28 @@ def _layer_label(layer: str, i: int, n: int) -> str:
 # -- 3. the run --------------------------------------------------------------------------------------------------------
 
 
+SKIPPED = " Such a step updates nothing; a loss scale that adapts backs off, at once or after more of them."
+
+
 def run_pictures(inspection: Inspection) -> list[Picture]:
     """The way of the loss scale, where it is not 1 throughout, and that of the loss."""
     rows, result = inspection.rows, []
     if scales(rows) != [1.0]:
-        svg = _svg("loss-scale", lambda axes: draw_loss_scale(axes, rows))
+        svg = as_svg("loss-scale", lambda axes: draw_loss_scale(axes, rows))
         way = f"S began at {power(rows[0].loss_scale)}, and was {power(rows[-1].loss_scale)} at the last step."
         if len(scales(rows)) == 1:
             way = f"S was {scales_text(rows)} throughout."
-        effect = " Such a step updates nothing, and halves a dynamic loss scale." if any(row.skipped for row in rows) else ""
+        effect = SKIPPED if any(row.skipped for row in rows) else ""
         caption = f"{way} {skipped_sentence(rows)}{effect}"
         result.append(Picture("loss-scale", "Loss scale", "The loss scale at each step", caption, svg))
-    svg = _svg("loss", lambda axes: _draw_loss(axes, rows))
+    svg = as_svg("loss", lambda axes: _draw_loss(axes, rows))
     result.append(Picture("loss", "Loss", "The training loss at each step", loss_sentence(rows), svg))
     return result
 
 
 def draw_loss_scale(axes: Any, rows: Sequence[StepRow]) -> None:
     """log2 of the loss scale that each step used, and crosses at those that were skipped."""
-    steps, exponents = [row.step for row in rows], [math.log2(max(row.loss_scale, 2.0**-149)) for row in rows]
+    steps, exponents = [row.step for row in rows], [math.log2(min(max(row.loss_scale, 2.0**-149), 2.0**128)) for row in rows]
     axes.step(steps, exponents, where="post", color=BLUE)
     axes.set_ylabel("$\\log_2$ of the loss scale S")
     axes.set_ylim(min(exponents) - 1.5, max(exponents) + 1.5)
@@ -308,8 +278,8 @@ def update_pictures(inspection: Inspection) -> list[Picture]:
     means = [f"{percent(_mean(rows, name))} of the {words[name]}" for name in words if getattr(rows[0], name) is not None]
     still = f"On average an update left as they were: {'; '.join(means)}. Skipped steps, which move nothing, are left out."
     moved = _moved_caption(inspection, rows[-1])
-    still_svg = _svg("still", lambda axes: _draw_shares(axes, rows, words, "% not moved by the update"))
-    moved_svg = _svg("moved", lambda axes: _draw_shares(axes, rows, _moved_words(words), "% not where they started"))
+    still_svg = as_svg("still", lambda axes: _draw_shares(axes, rows, words, "% not moved by the update"))
+    moved_svg = as_svg("moved", lambda axes: _draw_shares(axes, rows, _moved_words(words), "% not where they started"))
     still_label, moved_label = (f"Share of the weights that {what}, step by step" for what in (
         "the update left as they were", "are no longer where they started"))  # fmt: skip
     return [
@@ -324,6 +294,8 @@ def _weight_words(inspection: Inspection) -> dict[str, str]:
     if inspection.rows[0].masters_still is None:
         return {"alone_still": f"{low} weights, which have no masters"}
     kept = f"{state['master']} masters" if state["master"] else f"{state['weights']} weights"
+    if state["weights"] not in FORMATS:
+        kept = "fp32 masters, in two halves"
     return {
         "masters_still": kept,
         "weights_still": f"{low} copies of them",

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from refimpl.formats import FORMATS
-from refimpl.inspect_precision import Inspection, StepRow
-from refimpl.rounding import LOWEST, Counts, by_kind
+from refimpl.inspect_precision import Inspection, StepRow, has_own_scale, uncounted
+from refimpl.loss_scale import find_scaler
+from refimpl.rounding import LOWEST, Counts, by_kind, kind_of
 from refimpl.verdicts import NEGLIGIBLE, Verdict, decibels, percent, plain_name, powers
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -42,7 +43,8 @@ COLUMNS = (
     Column("elements", lambda c: f"{c.elements:,}", "how many values were rounded, over all steps that were looked at"),
     Column("exact", _share("exact"), "the value is one of the format: nothing happened to it"),
     Column("rounded", _share("rounded"), "it went to a neighbouring value of the format"),
-    Column("ties", _share("tie"), "it lay in the middle between two values of the format, so that the even one was taken"),
+    Column("ties", _share("tie"),
+           "it lay in the middle between two values of the format, so that the even one was taken (or either, by chance)"),
     Column("subnormal", _share("subnormal"), "it became a subnormal value, which has fewer fraction bits the smaller it is"),
     Column("flushed", _share("flushed"), "it was not zero, and became zero"),
     Column("overflowed", lambda c: f"{c.overflowed:,}",
@@ -113,7 +115,8 @@ def _others(inspection: Inspection, sites: Sequence[str]) -> Compared:
 
 def summary(inspection: Inspection) -> list[str]:
     """Some sentences: which run, what was looked at, what was lost, what the loss scale did, and how the loss went."""
-    return [_the_run(inspection), _the_casts(inspection), _the_gradients(inspection), loss_sentence(inspection.rows)]
+    sentences = (_the_run, _the_casts, _the_states, _the_gradients)
+    return [*filter(None, (sentence(inspection) for sentence in sentences)), loss_sentence(inspection.rows)]
 
 
 def _the_run(inspection: Inspection) -> str:
@@ -144,17 +147,29 @@ def _the_casts(inspection: Inspection) -> str:
     return f"{looked} {lost}{most}"
 
 
+def _the_states(inspection: Inspection) -> str:
+    """Which states have roundings that are not in the counts; nothing where all have."""
+    kept = [f"{kind} ({name})" for kind, name in uncounted(inspection.config).items()]
+    return f"Not counted are the roundings of {' and '.join(kept)}, which are kept in a way of their own." if kept else ""
+
+
 def _the_gradients(inspection: Inspection) -> str:
     skipped = skipped_sentence(inspection.rows)
     if not inspection.unscaled:
         return skipped
     scaled = [inspection.sites[site] for site in inspection.unscaled]
     actual = percent(_joint(scaled, lambda counts: counts.share("flushed")))
+    quantised = [c for site, c in inspection.sites.items() if kind_of(site).endswith("gradients") and has_own_scale(c)]
+    what = "16-bit gradients" if quantised else "gradients"
+    if quantised:
+        flushed = percent(_joint(quantised, lambda counts: counts.share("flushed")))
+        skipped = f"Quantised gradients have scales of their own: {flushed} of those that were not zero became zero. {skipped}"
     if scales(inspection.rows) == [1.0]:
-        return f"There is no loss scale (S = 1), and {actual} of the gradients that were not zero became zero. {skipped}"
+        no_scale = "S was 1" if find_scaler(inspection.config.loss_scale or "") else "There is no loss scale (S = 1)"
+        return f"{no_scale}, and {actual} of the {what} that were not zero became zero. {skipped}"
     at_one = percent(_joint(inspection.unscaled.values(), lambda counts: counts.flushed_at(0, counts.fmt)))
     return (
-        f"Without a loss scale {at_one} of the gradients that were not zero would have become zero; "
+        f"Without a loss scale {at_one} of the {what} that were not zero would have become zero; "
         f"with that of this run (S = {scales_text(inspection.rows)}) {actual} did. {skipped}"
     )
 

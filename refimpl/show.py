@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from refimpl.formats import FORMATS, format_of
@@ -95,7 +96,8 @@ def recipes_data(recipes: Sequence[Recipe]) -> dict[str, Any]:
                 "policy": recipe.policy.name,
                 "state": {kind: recipe.state[kind] or None for kind in STATE_KINDS},
                 "loss_scale": recipe.loss_scale,
-                "bytes_per_parameter": recipe.bytes_per_parameter(),
+                "masters_from": recipe.masters_from,
+                "bytes_per_parameter": float(recipe.bytes_per_parameter()),
             }
             for recipe in recipes
         },
@@ -113,7 +115,7 @@ def recipes_text(recipes: Sequence[Recipe]) -> str:
     """The table of recipes, then a table for each policy."""
     header = ["recipe", *STATE_KINDS, "loss scale", "bytes", "summary"]
     rows = [
-        [r.name, *(r.state[kind] or "-" for kind in STATE_KINDS), r.loss_scale, str(r.bytes_per_parameter()), r.summary]
+        [r.name, *(r.state[kind] or "-" for kind in STATE_KINDS), r.loss_scale, _number(r.bytes_per_parameter()), r.summary]
         for r in recipes
     ]
     parts = [
@@ -129,9 +131,12 @@ def recipes_text(recipes: Sequence[Recipe]) -> str:
 
 def recipe_text(recipe: Recipe) -> str:
     """One recipe in detail."""
+    defaults = f"default loss scale: {recipe.loss_scale}"
+    if recipe.state["master"]:
+        defaults += f"\nmasters start from: the {recipe.masters_from} weights"
     return "\n\n".join(
         [
-            f"recipe {recipe.name}: {recipe.summary}\nsource: {recipe.source}\ndefault loss scale: {recipe.loss_scale}",
+            f"recipe {recipe.name}: {recipe.summary}\nsource: {recipe.source}\n{defaults}",
             f"model states, with AdamW\n{_state_table(recipe)}",
             f"policy {recipe.policy.name}: the formats inside every operation\n{_policy_table(recipe.policy)}",
             _KEY,
@@ -140,12 +145,20 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def _state_table(recipe: Recipe) -> str:
-    kept = recipe.state_formats()
-    rows = [[kind, fmt, str(FORMATS[fmt].itemsize)] for kind, fmt in kept.items()]
+    kept = recipe.buffers()
+    rows = []
+    for name, part in kept.items():
+        shared = f"  {part.dtype.itemsize} for {part.values}" if part.values > 1 else ""
+        rows.append([name, recipe.state.get(name, part.dtype.name), _number(part.bytes_per_parameter) + shared])
     if "master" not in kept:
         rows.append(["master", "-", "0  the weights are their own masters"])
-    rows.append(["together", "", str(recipe.bytes_per_parameter())])
-    return table(["kind", "format", "bytes a parameter"], rows, "  ")
+    rows.append(["together", "", _number(recipe.bytes_per_parameter())])
+    return table(["buffer", "kept as", "bytes a parameter"], rows, "  ")
+
+
+def _number(size: Fraction) -> str:
+    """Bytes a parameter, without zeros at the end."""
+    return f"{float(size):.6g}"
 
 
 def _policy_table(policy: Policy) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from refimpl.checkpoint import write_text_atomically
 from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.inspect_precision import Inspection, Source, fresh, from_checkpoint, from_trace, inspect, plain
+from refimpl.inspect_precision import Inspection, Source, fresh, from_checkpoint, from_trace, has_own_scale, inspect, plain
 from refimpl.precision_report import page
 from refimpl.precision_tables import COLUMNS, OTHER_COLUMNS, cast_of, other_formats_by_kind, summary, totals, worst_sentence
 from refimpl.rounding import LOWEST, OUTCOMES, Counts, kind_of
@@ -155,7 +155,8 @@ def _other_formats_text(inspection: Inspection, width: int) -> str:
         for i, (fmt, counts) in enumerate(formats):
             cells = [column.cell(counts) if counts else "-" for column in OTHER_COLUMNS]
             rows.append([kind if i == 0 else "", fmt, *cells])
-    heading = "Other formats on the same values; those of 8 bits and fewer after each tensor is scaled by a power of two:"
+    own = "; what this run quantises is taken divided by its scales" * any(map(has_own_scale, inspection.sites.values()))
+    heading = f"Other formats on the same values; those of 8 bits and fewer after each tensor is scaled by a power of two{own}:"
     return _wrapped(heading, width) + "\n" + table(["", "format", *(column.heading for column in OTHER_COLUMNS)], rows)
 
 

@@ -2,6 +2,9 @@
 
     weights, grads      in the recipe's format, 16 bits in the note's algorithm
     master, m, v        FP32
+    main_grads          FP32 gradients beside 16-bit ones, where a recipe keeps them
+
+What a recipe keeps in another way than as plain numbers, `storage` reads and writes.
 
 All parameters lie end to end in one buffer, in state_dict order, without padding. So one loop updates them all, a shard
 is a slice, and the bytes of the model states are a sum of five `nbytes`: 2 + 2 + 4 + 4 + 4 = 16 a parameter.
@@ -17,8 +20,10 @@ import numpy as np
 
 from refimpl.backends import Backend
 from refimpl.cast import cast, widen
-from refimpl.formats import dtype_of, format_of, widens_to
+from refimpl.errors import UsageError
+from refimpl.formats import format_of, widens_to
 from refimpl.policy import Monitor
+from refimpl.storage import MAIN, Draw, Plain, buffer_name, buffers_of, get_storage
 
 Array = Any
 Sink = Callable[[str, Array], None]
@@ -87,16 +92,20 @@ def blocks(size: int) -> Iterator[slice]:
 class State:
     """The flat buffers of one run, by kind, and `t`, the number of updates made (skipped steps do not count)."""
 
-    def __init__(self, model: HasParameters, formats: Mapping[str, str], backend: Backend) -> None:
-        """Zeroed buffers. formats: kind -> format, as `Recipe.state_formats` gives it."""
-        self.layout, self.formats, self.backend = Layout.of(model), dict(formats), backend
-        xp = backend.xp
-        self.buffers = {kind: xp.zeros(self.layout.size, dtype_of(fmt)) for kind, fmt in formats.items()}
+    def __init__(self, model: HasParameters, stored: Mapping[str, str], backend: Backend, seed: int = 0) -> None:
+        """Zeroed buffers. stored: kind -> storage, as `Recipe.state_storages` gives it; seed: for storages that use chance."""
+        self.layout, self.stored, self.backend, self.seed = Layout.of(model), dict(stored), backend, seed
+        self.storages = {kind: get_storage(name) for kind, name in stored.items()}
+        if not backend.on_host:
+            self.need_plain(f"--backend {backend.name}")
+        self.formats = {kind: storage.fmt for kind, storage in self.storages.items()}
+        xp, size = backend.xp, self.layout.size
+        self.buffers = {name: xp.zeros(part.size(size), part.dtype) for name, part in buffers_of(stored).items()}
         self.t = xp.zeros((), np.int64)
         self.decayed = backend.from_host(np.array(self.layout.decayed, np.int64).reshape(-1, 2).T.copy())  # starts, stops
         self.monitor: Monitor | None = None
         self.weight_views = self.layout.views(self.weights)
-        self.grad_views = self.layout.views(self.grads) if "grads" in formats else {}
+        self.grad_views = self.layout.views(self.grads) if "grads" in stored else {}
 
     @property
     def weights(self) -> Array:
@@ -118,18 +127,19 @@ class State:
         """Bytes of all model states."""
         return sum(int(buffer.nbytes) for buffer in self.buffers.values())
 
-    def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+    def load_weights(self, weights: Mapping[str, np.ndarray], rounded: bool = False) -> None:
         """Start from FP32 weights by name: the masters keep them in full, the model weights are their rounded copy.
 
-        PyTorch: a model trained with autocast keeps its FP32 weights. Apex O2, Megatron and DeepSpeed start their masters
-        from the rounded copy instead.
+        rounded: the masters start from that copy too. So do Apex O2, Megatron, DeepSpeed and llm.c, which make a 16-bit
+        model first and masters of it. PyTorch: a model trained with autocast keeps its FP32 weights.
         """
-        for name, view in self.layout.views(self.master).items():
-            source = self.backend.from_host(weights[name])
-            if widens_to("fp32", self.master_format):
-                widen(source, self.master_format, out=view)
-            else:
-                cast(source, self.master_format, out=view)
+        storage = self.storages[self.master_kind]
+        for name, (start, stop, _) in self.layout.slots.items():
+            source = self.backend.from_host(weights[name].reshape(-1))
+            if rounded:
+                source = cast(source, self.formats["weights"])
+            wide = widen(source, self.math_format)
+            storage.start(self.parts(self.master_kind, slice(start, stop)), wide)
         self.weights_down()
 
     def weights_down(self) -> None:
@@ -137,20 +147,41 @@ class State:
 
         Source: the note, step 1.
         """
-        self.round_into(self.weights, self.master, "weights_down")
+        cast(self.master, self.formats["weights"], out=self.weights)
+        if "master" in self.stored:
+            self._tell("weights_down", self.master, self.weights)
 
-    def round_into(self, out: Array, values: Array, site: str, start: int = 0) -> None:
-        """Write `values` to `out`, a part of one of the buffers from index `start` on, rounded to its format.
-
-        A monitor is told of the roundings parameter by parameter, at sites named `parameter:site`.
-        """
-        cast(values, format_of(out), out=out)
-        if self.monitor is None or widens_to(format_of(values), format_of(out)):
+    def _tell(self, site: str, values: Array, rounded: Array, start: int = 0) -> None:
+        """Tell a monitor of a rounding of the parameters from index `start` on, at sites named `parameter:site`."""
+        if self.monitor is None or widens_to(format_of(values), format_of(rounded)):
             return
         for name, (first, last, _) in self.layout.slots.items():
             part = slice(max(first - start, 0), max(last - start, 0))
-            if out[part].size:
-                self.monitor(f"{name}:{site}", values[part], out[part])
+            if rounded[part].size:
+                self.monitor(f"{name}:{site}", values[part], rounded[part])
+
+    def parts(self, kind: str, block: slice) -> dict[str, Array]:
+        """The parts of a kind's storage for a block of parameters, as views."""
+        parts = self.storages[kind].parts
+        return {part: self.buffers[buffer_name(kind, part)][spec.slice(block)] for part, spec in parts.items()}
+
+    def values(self, kind: str) -> Array:
+        """All values of a kind, to look at: the buffer itself where it holds them, else a copy in FP32."""
+        return self.storages[kind].values(self.parts(kind, slice(0, self.layout.size)))
+
+    def need_plain(self, who: str) -> None:
+        """Errors: UsageError where a kind is kept in another way than as numbers rounded to nearest."""
+        for kind, storage in self.storages.items():
+            if type(storage) is not Plain:
+                kept = f"this recipe keeps {kind} as {self.stored[kind]}"
+                raise UsageError(f"{who} knows states that are rounded to nearest; {kept}")
+
+    def write(self, kind: str, parts: Mapping[str, Array], values: Array, site: str, start: int) -> None:
+        """Keep values of a block that begins at index `start` in `parts`, rounded as their storage does it."""
+        storage = self.storages[kind]
+        storage.write(parts, values, Draw(self.seed, self.t, start))
+        if isinstance(storage, Plain):
+            self._tell(site, values, parts[MAIN], start)
 
     def each_block(self, f: Callable[[slice], R]) -> list[R]:
         """`f` of every block of the flat buffers, in order; the backend may take several at a time."""
@@ -160,9 +191,14 @@ class State:
         return self.backend.each(f, pieces, size)
 
     @property
+    def master_kind(self) -> str:
+        """The kind that the optimizer updates: 'master', or 'weights' where they are their own masters."""
+        return "master" if "master" in self.stored else "weights"
+
+    @property
     def master_format(self) -> str:
         """The format of what the optimizer updates."""
-        return self.formats.get("master", self.formats["weights"])
+        return self.formats[self.master_kind]
 
     @property
     def math_format(self) -> str:
@@ -172,7 +208,7 @@ class State:
     def gradient_sink(self, first: bool) -> Sink:
         """Where backward leaves its gradients: stored for the first micro-batch of a step, added for the others.
 
-        Sums over micro-batches are in FP32 (`Recipe.state_formats` makes the buffer so), never in 16 bits.
+        Sums over micro-batches are in FP32 (`Recipe.state_storages` makes the buffer so), never in 16 bits.
         """
 
         def store(name: str, gradient: Array) -> None:

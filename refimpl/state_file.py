@@ -11,62 +11,82 @@ import numpy as np
 from refimpl import checkpoint
 from refimpl.backends import NUMPY, Backend
 from refimpl.cast import cast
+from refimpl.compensated import merge
 from refimpl.errors import UsageError
-from refimpl.formats import dtype_of
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.policy import Run
 from refimpl.recipes import get_recipe
 from refimpl.state import State
+from refimpl.storage import buffers_of, get_storage
+
+Array = Any
 
 KEPT = ("weights", "master", "m", "v")
 """The kinds of state that a checkpoint holds; gradients are made anew by the next step."""
+SCALES = "scales."
+
+
+def _tensors(state: State) -> dict[str, Array]:
+    """kind.parameter -> a view of it, for every buffer of the kinds that are kept; buffer.flat where parameters share elements.
+
+    So 'weights.wte.weight', 'weights_compensation.wte.weight', 'm_scales.flat'.
+    """
+    tensors: dict[str, Array] = {}
+    for name, part in buffers_of({kind: state.stored[kind] for kind in KEPT if kind in state.stored}).items():
+        buffer = state.buffers[name]
+        views = state.layout.views(buffer) if part.values == 1 else {"flat": buffer}
+        tensors.update({f"{name}.{parameter}": view for parameter, view in views.items()})
+    return tensors
 
 
 def state_arrays(state: State) -> dict[str, np.ndarray]:
-    """kind.parameter -> array on the host, for every kind that is kept."""
-    return {
-        f"{kind}.{name}": state.backend.to_host(view)
-        for kind in KEPT
-        if kind in state.buffers
-        for name, view in state.layout.views(state.buffers[kind]).items()
-    }
+    """All that is kept of the states, on the host."""
+    return {name: state.backend.to_host(view) for name, view in _tensors(state).items()}
+
+
+def scale_arrays(run: Run) -> dict[str, np.ndarray]:
+    """What quantisation remembers of past steps: scales.tensor.format.array."""
+    return {SCALES + name: array for name, array in run.scales.arrays().items()}
+
+
+def take_scales(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Remove from a checkpoint's arrays what `scale_arrays` made, and return it for `Scales.load`."""
+    return {name.removeprefix(SCALES): arrays.pop(name) for name in sorted(arrays) if name.startswith(SCALES)}
 
 
 def load_state_arrays(path: Path, arrays: dict[str, np.ndarray], state: State) -> None:
     """The way back. All is checked before anything is changed. Errors: UsageError naming the first tensor that differs."""
-    loaded = {}
-    for kind in KEPT:
-        if kind in state.buffers:
-            for name, (_, _, shape) in state.layout.slots.items():
-                key = f"{kind}.{name}"
-                loaded[key] = checkpoint.checked(path, arrays, key, shape, dtype_of(state.formats[kind]))
+    tensors = _tensors(state)
+    loaded = {key: checkpoint.checked(path, arrays, key, view.shape, view.dtype) for key, view in tensors.items()}
     surplus = arrays.keys() - loaded.keys()
     if surplus:
         raise UsageError(f"{path} has a tensor {min(surplus)} that this model and recipe do not: it is another run's")
-    for kind in KEPT:
-        if kind in state.buffers:
-            for name, view in state.layout.views(state.buffers[kind]).items():
-                view[...] = state.backend.from_host(loaded[f"{kind}.{name}"])
+    for key, view in tensors.items():
+        view[...] = state.backend.from_host(loaded[key])
 
 
 def fp32_weights(path: Path, arrays: Mapping[str, np.ndarray], model: Model) -> dict[str, np.ndarray]:
-    """The weights of a checkpoint in FP32 by name: its masters where it has them. Errors: UsageError."""
+    """The weights of a checkpoint in FP32 by name: its masters where it has them, or their two halves. Errors: UsageError."""
     kind = "master" if any(name.startswith("master.") for name in arrays) else "weights"
     weights = {}
     for name, spec in model.parameters.items():
         array = arrays.get(f"{kind}.{name}")
         if array is None or array.shape != spec.shape:
             raise UsageError(f"{path} has no {kind}.{name} of shape {spec.shape}")
-        weights[name] = cast(array, "fp32")
+        lower = arrays.get(f"weights_remainder.{name}")
+        weights[name] = cast(array, "fp32") if lower is None else merge(array, lower)
     return weights
 
 
-def load_initial_weights(path: Path, model: Model, state: State) -> None:
-    """Start from the weights alone of a checkpoint of the same model, of any recipe: its masters where it has them."""
+def load_initial_weights(path: Path, model: Model, state: State, rounded: bool = False) -> None:
+    """Start from the weights alone of a checkpoint of the same model, of any recipe: its masters where it has them.
+
+    rounded: as in `State.load_weights`.
+    """
     arrays, header = checkpoint.load(path)
     if header.get("sizes") != dict(model.config) or header.get("model") != model.name:
         raise UsageError(f"{path} is a {header.get('model')} of sizes {header.get('sizes')}, this run's is another")
-    state.load_weights(fp32_weights(path, arrays, model))
+    state.load_weights(fp32_weights(path, arrays, model), rounded)
 
 
 def model_of(path: Path, header: Mapping[str, Any]) -> Model:
@@ -85,7 +105,9 @@ def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, Sta
     """
     arrays, header = checkpoint.load(path)
     model, recipe = model_of(path, header), get_recipe(header.get("recipe", "no recipe"))
-    state = State(model, {"weights": recipe.state["weights"]}, backend)
+    state = State(model, {"weights": get_storage(recipe.state["weights"]).fmt}, backend)
     only = {name: array for name, array in arrays.items() if name.startswith("weights.")}
     load_state_arrays(path, only, state)
-    return model, state, Run(recipe.policy, backend)
+    run = Run(recipe.policy, backend)
+    run.scales.load(0, take_scales(arrays))
+    return model, state, run

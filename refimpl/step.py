@@ -86,4 +86,5 @@ def through(model: Model, batches: Sequence[Batch], state: State, S: Array, run:
         loss = model.loss(tape, tokens, targets)
         tape.backward(loss, seed=S / n, sink=state.gradient_sink(first=i == 0))
         total = total + loss.array / n
+    run.scales.after_pass()  # (FP8 with delayed scaling: the largest values of this pass make the scales of the next)
     return total

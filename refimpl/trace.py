@@ -177,9 +177,9 @@ class Recorder:
         """Masters, moments and loss scale as they are now."""
         state = parts.state
         for kind in ("m", "v", "master"):
-            buffer = state.master if kind == "master" else state.buffers.get(kind)
-            if buffer is not None:
-                for name, view in state.layout.views(buffer).items():
+            own = state.master_kind if kind == "master" else kind
+            if own in state.stored:
+                for name, view in state.layout.views(state.values(own)).items():
                     self.put(f"4.{kind}", name, view)
         self.put("4.scale", "", parts.loss_scale.scale)
 
@@ -201,7 +201,8 @@ def record(config: Config, source: Trace | None = None) -> Trace:
     recorder = Recorder(parts, trace)
     meddle(config.mistake, parts)
     start = source.at(0, "4.master") if source else parts.model.initial_weights(generator(config.seed, INIT))
-    parts.state.load_weights(checked_start(start, parts))
+    rounded = not source and (config.masters_from or config.make_recipe().masters_from) == "rounded"
+    parts.state.load_weights(checked_start(start, parts), rounded)
     recorder.states(parts)
     assert config.steps is not None
     for recorder.step, batches in enumerate(batches_of(config, source), 1):

@@ -23,7 +23,7 @@ def train(given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool
         trainer.restore()
     else:
         if init_from is not None:
-            load_initial_weights(init_from, trainer.model, trainer.state)
+            load_initial_weights(init_from, trainer.model, trainer.state, rounded=config.rounds_masters)
         open_folder(config, folder)
     baselines = ngram_entropies(trainer.corpus.train, trainer.corpus.valid)
     _announce(trainer, baselines)

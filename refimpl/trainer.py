@@ -25,7 +25,7 @@ from refimpl.metrics import MetricsLog
 from refimpl.mistakes import meddle
 from refimpl.parts import Parts
 from refimpl.run_folder import CHECKPOINT, METRICS
-from refimpl.state_file import load_state_arrays, state_arrays
+from refimpl.state_file import load_state_arrays, scale_arrays, state_arrays, take_scales
 from refimpl.step import Batch, StepResult
 
 SKIPS_BEFORE_STOP = 50
@@ -46,7 +46,8 @@ def start(config: Config) -> Parts:
     """A run before its first step: its parts, with the configuration's mistake in them, and fresh weights."""
     parts = config.make_parts(config.make_backend())
     meddle(config.mistake, parts)
-    parts.state.load_weights(parts.model.initial_weights(generator(config.seed, INIT)))
+    weights = parts.model.initial_weights(generator(config.seed, INIT))
+    parts.state.load_weights(weights, rounded=config.rounds_masters)
     return parts
 
 
@@ -234,6 +235,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "t": int(self.state.t),
             "loss_scale": self.loss_scale.state_dict(),
+            "delayed_scales": len(self.run.scales.delayed),
             "generator": self.batches.bit_generator.state,
         }
 
@@ -241,7 +243,7 @@ class Trainer:
         """Write the checkpoint: weights, masters and moments by parameter name, and the header."""
         self.state.weights_down()
         path = self.folder / CHECKPOINT
-        checkpoint.save(path, state_arrays(self.state), self._header())
+        checkpoint.save(path, {**state_arrays(self.state), **scale_arrays(self.run)}, self._header())
         return path
 
     def restore(self) -> None:
@@ -259,11 +261,15 @@ class Trainer:
             conflicts = self.config.conflicts({**header["config"], "data": self.config.data})
             if conflicts:
                 raise UsageError(f"{path} is another run: {'; '.join(conflicts)}")
+            scales = take_scales(arrays)
             load_state_arrays(path, arrays, self.state)
             self.state.t = self.backend.xp.asarray(np.int64(header["t"]))
             self.loss_scale.load_state_dict(header["loss_scale"])
             self.batches.bit_generator.state = header["generator"]
             self.progress = Progress(**header["progress"])
+            self.run.scales.load(self.progress.step, scales)
+            if len(self.run.scales.delayed) != header.get("delayed_scales", 0):
+                raise UsageError(f"{path} lacks some of the scales that its quantisation had: it is damaged")
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} has a damaged header: {error!r}") from error
         if self.progress.step > (self.config.steps or 0):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refimpl.formats import FORMATS
-from refimpl.inspect_precision import Inspection
+from refimpl.inspect_precision import Inspection, has_own_scale
 from refimpl.rounding import Counts, kind_of, overflow_threshold
 
 NEGLIGIBLE = 1e-3
@@ -86,7 +86,9 @@ def _of_value(counts: Counts) -> tuple[float, str]:
     for name, word in (("flushed", "became zero"), ("saturated", "saturated"), ("subnormal", "became subnormal")):
         if counts.share(name) >= NEGLIGIBLE:
             parts.append(f"{percent(counts.share(name))} of the nonzero values {word} in {fmt}")
-    if counts.largest and math.isfinite(threshold / counts.largest):
+    if has_own_scale(counts):
+        parts.append("divided by its own scale before")
+    elif counts.largest and math.isfinite(threshold / counts.largest):
         room = math.floor(math.log2(threshold / counts.largest))
         if not counts.overflowed:
             parts.append(f"the largest, {counts.largest:.3g}, is 2^{room} times below overflow")

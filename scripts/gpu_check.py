@@ -20,6 +20,7 @@ from refimpl.bench import MODELS
 from refimpl.cli import main
 from refimpl.errors import UsageError
 from refimpl.gpu_check import RECIPES, check
+from refimpl.judge import JUDGED
 
 TESTS = Path(__file__).parent.parent / "tests"
 DEFAULTS: dict[str, Any] = {"recipes": ",".join(RECIPES), "steps": 50, "models": "small,medium", "rounds": 15}
@@ -39,6 +40,14 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _checked(recipes: list[str]) -> list[str]:
+    """Recipes that can be checked. Errors: UsageError for one that cannot, before the minutes that the kernels take."""
+    for name in recipes:
+        if name not in JUDGED:
+            raise UsageError(f"recipe {name} cannot be checked, only {', '.join(JUDGED)}")
+    return recipes
+
+
 def run(given: dict[str, Any]) -> int:
     """Check and print, or predict. Errors: UsageError where a flag does not belong to a prediction."""
     if given.pop("predict", False):
@@ -47,7 +56,7 @@ def run(given: dict[str, Any]) -> int:
                 raise UsageError(f"--{name} does not apply to --predict")
         return gpu_cost.show(given.get("recipes", "bf16").split(","))
     arguments = {**DEFAULTS, **given}
-    recipes, models = arguments.pop("recipes").split(","), arguments.pop("models").split(",")
+    recipes, models = _checked(arguments.pop("recipes").split(",")), arguments.pop("models").split(",")
     return check(TESTS, recipes, models=models, **arguments)
 
 

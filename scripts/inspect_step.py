@@ -9,8 +9,8 @@
 import argparse
 
 from refimpl.cli import main
-from refimpl.inspect_step import PARAMETER, inspect_step
-from refimpl.recipes import RECIPES
+from refimpl.inspect_step import FOLLOWED, PARAMETER, inspect_step
+from refimpl.loss_scale import SCALERS
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -23,15 +23,15 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
-    result.add_argument("--recipe", help=f"{', '.join(RECIPES)} (fp16)")
+    result.add_argument("--recipe", help=f"{', '.join(FOLLOWED)} (fp16)")
     result.add_argument("--parameter", metavar="NAME", help=f"a parameter of the tiny GPT ({PARAMETER})")
     result.add_argument("--index", type=numbers, metavar="I,J", help="one element of it (3,5)")
     result.add_argument("--step", type=int, metavar="N", help="the first step to show (the first that is not skipped)")
     result.add_argument("--steps", type=int, metavar="K", help="how many steps to show (1)")
     result.add_argument("--seed", type=int, help="of weights and batches (0)")
     result.add_argument("--lr", type=float, help="largest learning rate, after 20 updates of warm-up (3e-4)")
-    result.add_argument("--loss-scale", help="dynamic, none, or a number (the recipe's)")
-    result.add_argument("--init-scale", type=float, help="where a dynamic loss scale starts (65536)")
+    result.add_argument("--loss-scale", help=f"dynamic, none, a number, or {', '.join(SCALERS)} (the recipe's)")
+    result.add_argument("--init-scale", type=float, help="where a loss scale that adapts starts (65536, or as its project)")
     result.add_argument("--json", action="store_true", dest="as_json", help="print it as data")
     return result
 

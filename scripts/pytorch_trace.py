@@ -33,6 +33,8 @@ def train(like: Path, out: Path, unscale_late: bool) -> None:
     low = {"amp-fp16-cpu": torch.float16, "amp-bf16-cpu": torch.bfloat16}.get(config.recipe)
     if low is None or config.model != "gpt" or config.grad_accum > 1 or config.optimizer != "adamw":
         raise UsageError(f"{like} must be of a gpt with adamw, recipe amp-fp16-cpu or amp-bf16-cpu, one micro-batch a step")
+    if config.loss_scale not in ("dynamic", "none"):
+        raise UsageError(f"{like} has the loss scale {config.loss_scale}: this loop has PyTorch's, dynamic, or none")
     torch.set_num_threads(1)
     model, casts = GPT(config), Casts()
     model.load_state_dict({n: torch.from_numpy(w) for n, w in ours.at(0, "4.master").items()}, strict=False)

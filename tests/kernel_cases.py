@@ -199,7 +199,7 @@ def adamw_state(fmt: str, rng: np.random.Generator, tiny: bool) -> State:
     edges = [0, *(edge for span in STARTS for edge in span if edge), MANY]
     shapes = [(stop - start, (start, stop) in STARTS) for start, stop in pairwise(edges)]
     parameters = {f"p{i}": Parameter((n, 1) if decay else (n,), std=1.0) for i, (n, decay) in enumerate(shapes)}
-    state = State(Model("flat", {}, parameters, {}, None, None), get_recipe(fmt).state_formats(), NUMPY)
+    state = State(Model("flat", {}, parameters, {}, None, None), get_recipe(fmt).state_storages(), NUMPY)
     assert state.layout.decayed == STARTS
     state.grads[...] = all_kinds(rng, MANY, fmt, tiny)
     state.master[...] = normal(rng, MANY, "fp32")

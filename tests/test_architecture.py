@@ -206,7 +206,7 @@ def imports(text: str, types_too: bool = True, late_too: bool = True) -> set[str
 
 # What each module of the algorithm may import. What is not listed is an application: it may import anything, and no
 # module listed here may import it. `formats <- cast <- policy <- ops <- tape <- models`, `step` on top.
-OPS_MAY = {"formats", "policy", "ops.op", "ops.norm"}
+OPS_MAY = {"formats", "policy", "ops.op", "ops.norm", "quantise"}
 MODELS_MAY = {"errors", "ops", "tape", "models.model"}
 MAY_IMPORT = {
     "": set(),
@@ -218,15 +218,18 @@ MAY_IMPORT = {
     "stochastic": {"bits", "cast", "formats"},
     "compensated": {"bits", "cast", "formats"},
     "accumulate": {"bits", "cast", "formats"},
-    "quantise": {f"quantise.{part}" for part in ("fp8", "hadamard", "mx", "nvfp4", "product", "quantised")},
+    "quantise": {f"quantise.{part}" for part in ("fp8", "hadamard", "mx", "nvfp4", "product", "quantised", "schemes")},
+    "quantise.schemes": {"stochastic", *(f"quantise.{part}" for part in ("fp8", "hadamard", "mx", "nvfp4", "quantised"))},
     "quantise.quantised": {"bits", "cast", "formats", "stochastic"},
     "quantise.fp8": {"bits", "cast", "formats", "quantise.quantised"},
     "quantise.hadamard": {"cast", "stochastic"},
     "quantise.mx": {"cast", "formats", "quantise.quantised"},
     "quantise.nvfp4": {"bits", "cast", "formats", "quantise.quantised"},
     "quantise.product": {"accumulate", "quantise.quantised"},
-    "policy": {"cast", "formats"},
-    "recipes": {"errors", "formats", "policy"},
+    "policy": {"accumulate", "bits", "cast", "errors", "formats", "quantise"},
+    "storage": {"bits", "cast", "compensated", "errors", "formats", "stochastic"},
+    "policies": {"policy"},
+    "recipes": {"errors", "formats", "policies", "policy", "storage"},
     "backends": {
         "cast", "errors", "formats", "backends.cupy", "backends.heap", "backends.numpy_ops", "backends.workers",
     },
@@ -255,10 +258,10 @@ MAY_IMPORT = {
     "models.model": {"tape"},
     "models.gpt": MODELS_MAY,
     "models.mlp": MODELS_MAY,
-    "state": {"backends", "cast", "formats", "policy"},
+    "state": {"backends", "cast", "errors", "formats", "policy", "storage"},
     "gradients": {"cast", "state"},
     "loss_scale": {"cast", "errors", "formats"},
-    "optim": {"cast", "state"},
+    "optim": {"cast", "gradients", "state"},
     "step": {"gradients", "loss_scale", "models", "optim", "policy", "state", "tape"},
 }
 

@@ -13,21 +13,39 @@ import pytest
 from safetensors.numpy import save_file
 
 from refimpl.backends import NUMPY
+from refimpl.bits import bits_of
+from refimpl.cast import cast, widen
 from refimpl.checkpoint import load, save
 from refimpl.errors import UsageError
+from refimpl.formats import is_float
 from refimpl.models import GPTConfig, MLPConfig, gpt, mlp
+from refimpl.policy import Run
 from refimpl.recipes import RECIPES
 from refimpl.state import State
-from refimpl.state_file import load_for_inference, load_state_arrays, state_arrays
+from refimpl.state_file import (
+    fp32_weights,
+    load_for_inference,
+    load_state_arrays,
+    scale_arrays,
+    state_arrays,
+    take_scales,
+)
+from refimpl.step import through
 
 MODEL = gpt(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4))
 
 
 def state_of(recipe: str, seed: int = 0) -> State:
-    state = State(MODEL, RECIPES[recipe].state_formats(), NUMPY)
+    state = State(MODEL, RECIPES[recipe].state_storages(), NUMPY)
     state.load_weights(MODEL.initial_weights(np.random.default_rng(seed)))
+    rng, everything = np.random.default_rng(seed + 1), slice(0, state.layout.size)
     for kind in ("m", "v"):
-        state.buffers[kind][:] = np.random.default_rng(seed + 1).standard_normal(state.layout.size)
+        values = rng.standard_normal(state.layout.size)
+        state.storages[kind].start(state.parts(kind, everything), cast(values if kind == "m" else values**2, state.math_format))
+    for name in ("weights_compensation", "weights_remainder"):
+        if name in state.buffers:
+            bits = bits_of(state.buffers[name]) if is_float(state.buffers[name]) else state.buffers[name]
+            bits[...] = rng.integers(0, 1 << 14, bits.size)
     return state
 
 
@@ -37,9 +55,34 @@ def test_states_come_back_bit_for_bit(recipe: str, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     save(path, state_arrays(state), {"x": 1})
     load_state_arrays(path, load(path)[0], other)
-    for kind in ("weights", "m", "v"):
-        assert state.buffers[kind].tobytes() == other.buffers[kind].tobytes()
-    assert state.master.tobytes() == other.master.tobytes()
+    for name, buffer in state.buffers.items():
+        if name not in ("grads", "main_grads"):  # made anew by the next step
+            assert buffer.any() and buffer.tobytes() == other.buffers[name].tobytes(), name
+
+
+FILES = {
+    "fp16": {"weights": "float16", "master": "float32", "m": "float32", "v": "float32"},
+    "pure-bf16": {"weights": "bfloat16", "m": "bfloat16", "v": "bfloat16"},
+    "apex-o2": {"weights": "float16", "master": "float32", "m": "float32", "v": "float32"},
+    "bf16-kahan": {"weights": "bfloat16", "weights_compensation": "bfloat16", "m": "bfloat16", "v": "bfloat16"},
+    "bf16-remainder": {"weights": "bfloat16", "weights_remainder": "uint16", "m": "float32", "v": "float32"},
+    "adam-8bit": {"weights": "bfloat16", "m": "uint8", "m_scales": "float32", "v": "uint8", "v_scales": "float32"},
+    "adam-fp8": {"weights": "bfloat16", "m": "uint8", "m_scales": "float32", "v": "uint8", "v_scales": "float32"},
+}
+
+
+@pytest.mark.parametrize("recipe", FILES)
+def test_what_is_in_a_file(recipe: str, tmp_path: Path) -> None:
+    """Each buffer by parameter; a scale belongs to no parameter, so scales are one flat tensor."""
+    save(tmp_path / "c", state_arrays(state_of(recipe)), {})
+    arrays = load(tmp_path / "c")[0]
+    kinds: dict[str, set[str]] = {}
+    for name, array in arrays.items():
+        kind, _, parameter = name.partition(".")
+        kinds.setdefault(kind, set()).add(parameter)
+        assert array.dtype.name == FILES[recipe][kind]
+        assert array.shape == ((-(-MODEL.n_params // 256),) if parameter == "flat" else MODEL.parameters[parameter].shape)
+    assert kinds == {kind: {"flat"} if "scales" in kind else set(MODEL.parameters) for kind in FILES[recipe]}
 
 
 def test_equal_states_make_equal_bytes(tmp_path: Path) -> None:
@@ -117,6 +160,40 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_inference_reads_the_weights_alone(recipe: str, tmp_path: Path) -> None:
+    """Not what rounding left over, nor masters and moments: the tape reads none of them."""
+    state = state_of(recipe)
+    save(tmp_path / "c", state_arrays(state), {"model": "gpt", "sizes": dict(MODEL.config), "recipe": recipe})
+    _, loaded, run = load_for_inference(tmp_path / "c")
+    assert list(loaded.buffers) == ["weights"] and loaded.weights.tobytes() == state.weights.tobytes()
+    assert loaded.weights.dtype == state.weights.dtype and run.policy is RECIPES[recipe].policy
+
+
+def test_the_fp32_weights_of_a_file(tmp_path: Path) -> None:
+    """Masters where there are any, put together again where they are in two halves; else the weights."""
+    for recipe in ("bf16", "bf16-remainder", "bf16-sr"):
+        state = state_of(recipe)
+        save(tmp_path / "c", state_arrays(state), {})
+        weights = fp32_weights(tmp_path / "c", load(tmp_path / "c")[0], MODEL)
+        expected = state.layout.views(widen(state.values(state.master_kind), "fp32"))
+        assert {name: x.tobytes() for name, x in weights.items()} == {name: x.tobytes() for name, x in expected.items()}
+
+
+def test_what_quantisation_remembers_comes_back(tmp_path: Path) -> None:
+    """Its tensors have names of their own, in the file and among the arrays that `take_scales` takes from it."""
+    tokens, state = np.zeros((1, 4), np.int64), state_of("fp8-delayed")
+    run, other = (Run(RECIPES["fp8-delayed"].policy, NUMPY) for _ in range(2))
+    through(MODEL, [(tokens, tokens)], state, np.float32(1), run)
+    save(tmp_path / "c", {**state_arrays(state), **scale_arrays(run)}, {})
+    arrays = load(tmp_path / "c")[0]
+    other.scales.load(run.scales.passes, take_scales(arrays))
+    load_state_arrays(tmp_path / "c", arrays, state_of("fp8-delayed"))  # which refuses what is left over
+    ours, theirs = run.scales.arrays(), other.scales.arrays()
+    assert len(ours) == 4 * 3 * 2 and other.scales.passes == 1  # layers, operands, arrays of each
+    assert {name: x.tobytes() for name, x in ours.items()} == {name: x.tobytes() for name, x in theirs.items()}
+
+
 def test_inference_keeps_two_bytes_a_parameter(tmp_path: Path) -> None:
     header = {"model": "gpt", "sizes": dict(MODEL.config), "recipe": "fp16"}
     save(tmp_path / "c", state_arrays(state_of("fp16")), header)
@@ -134,3 +211,11 @@ def test_bf16_is_read_by_a_program_that_imports_nothing_else(tmp_path: Path) -> 
     program = f"from pathlib import Path; from refimpl.checkpoint import load; print(load(Path({path!r}))[0]['w'].dtype)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "bfloat16\n", done.stderr
+
+
+def test_tensors_of_types_that_numpy_has_not_are_refused(tmp_path: Path) -> None:
+    """A file as PyTorch writes it, with a tensor in FP8: eight bytes of length, the header, the data."""
+    header = b'{"x":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(UsageError, match="a type that NumPy has not"):
+        load(tmp_path / "f")

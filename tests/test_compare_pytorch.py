@@ -24,6 +24,7 @@ from refimpl.compare_pytorch import RECIPES, Comparison, compare, report  # noqa
 from refimpl.gradients import clip_coefficient  # noqa: E402
 from refimpl.policy import Policy, Precision, Run  # noqa: E402
 from refimpl.pytorch_twin import Twin  # noqa: E402
+from refimpl.recipes import RECIPES as EVERY_RECIPE  # noqa: E402
 from refimpl.recipes import get_recipe  # noqa: E402
 from refimpl.trace import record  # noqa: E402
 
@@ -177,6 +178,18 @@ def test_recipes_without_a_twin_are_refused() -> None:
         run("pure-bf16")
     with pytest.raises(UsageError, match="micro-batch"):
         run("fp16", grad_accum=2)
+
+
+@pytest.mark.parametrize("recipe", sorted({*EVERY_RECIPE} - {*RECIPES}))
+def test_every_other_recipe_is_refused_by_name(recipe: str) -> None:
+    with pytest.raises(UsageError, match=f"recipe {recipe} has no twin in PyTorch: choose one of fp32"):
+        run(recipe)
+
+
+def test_loss_scales_and_starts_that_the_twin_has_not_are_refused() -> None:
+    for more in ({"loss_scale": "megatron"}, {"loss_scale": "1024"}, {"masters_from": "rounded"}):
+        with pytest.raises(UsageError, match="or no loss scale, and masters of the original weights"):
+            run("fp16", **more)
 
 
 def test_devices_that_cannot_be_used_are_refused() -> None:

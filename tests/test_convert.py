@@ -26,7 +26,7 @@ MODELS = {"gpt": gpt(GPTConfig(2, 3, 12, 5)), "mlp": mlp(MLPConfig(2, 6, 4))}
 def saved(path: Path, model: Model, recipe: str) -> dict[str, np.ndarray]:
     """A checkpoint of fresh weights, which are returned."""
     weights = model.initial_weights(np.random.default_rng(3))
-    state = State(model, RECIPES[recipe].state_formats(), NUMPY)
+    state = State(model, RECIPES[recipe].state_storages(), NUMPY)
     state.load_weights(weights)
     checkpoint.save(path, state_arrays(state), {"model": model.name, "sizes": dict(model.config), "recipe": recipe})
     return weights
@@ -45,11 +45,22 @@ def test_there_and_back(name: str, recipe: str, tmp_path: Path) -> None:
     for key, value in weights.items():
         np.testing.assert_array_equal(exported[key], value)
     import_(tmp_path / "b", tmp_path / "c", n_head=3)
-    state = State(model, RECIPES["fp32"].state_formats(), NUMPY)
+    state = State(model, RECIPES["fp32"].state_storages(), NUMPY)
     load_initial_weights(tmp_path / "c", model, state)
     for key, view in state.weight_views.items():
         np.testing.assert_array_equal(view, weights[key])
     assert load_for_inference(tmp_path / "c")[0].config == model.config
+
+
+def test_masters_start_from_the_weights_of_a_file_or_from_their_rounded_copy(tmp_path: Path) -> None:
+    model = MODELS["gpt"]
+    weights = saved(tmp_path / "a", model, "fp32")
+    for rounded in (False, True):
+        state = State(model, RECIPES["bf16"].state_storages(), NUMPY)
+        load_initial_weights(tmp_path / "a", model, state, rounded)
+        equal = {key: np.array_equal(view, weights[key]) for key, view in state.layout.views(state.master).items()}
+        assert all(equal.values()) != rounded
+        assert np.array_equal(state.master, widen(state.weights)) == rounded
 
 
 def test_torch_loads_it_strictly(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_an_update_and_a_skipped_one(recipe: str, rule: Any) -> None:
     states = []
     for backend in (NUMPY, get_backend("cupy")):
         parts = config.make_parts(backend)
-        parts.state = State(parts.model, get_recipe(recipe).state_formats(rule.moments), backend)
+        parts.state = State(parts.model, get_recipe(recipe).state_storages(rule.moments), backend)
         parts.optimizer.use(rule)
         states.append(parts)
     for kind, buffer in states[0].state.buffers.items():

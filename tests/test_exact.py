@@ -387,7 +387,7 @@ def test_the_rules_drop_into_optimizer(torch: Any, rule: ExactAdamW | ExactSGD, 
     """A model across two blocks, a schedule, decay on matrices only: the bits of torch with one group a kind of tensor."""
     monkeypatch.setattr(refimpl.state, "BLOCK", 1 << 16)
     model, schedule = mlp(MLPConfig(n_layer=1, n_embd=32, block_size=8)), Schedule(1e-2, 1e-4, 5, 40)
-    state = State(model, RECIPES["fp32"].state_formats(rule.moments), NUMPY)
+    state = State(model, RECIPES["fp32"].state_storages(rule.moments), NUMPY)
     assert state.layout.size > 1 << 16 and all((stop - start) % 8 == 0 for start, stop, _ in state.layout.slots.values())
     rng = np.random.default_rng(8)
     state.weights[...] = rng.standard_normal(state.layout.size)

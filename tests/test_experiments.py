@@ -16,6 +16,7 @@ from refimpl.experiments import EXPERIMENTS, draw, show_experiments, training
 from refimpl.experiments.experiment import Result
 from refimpl.experiments.updates import RATES, WEIGHTS, predicted_share
 from refimpl.experiments.values import PRODUCTS, TRIALS
+from refimpl.recipes import RECIPES
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "experiments.py"
 _results: dict[str, Result] = {}
@@ -53,6 +54,63 @@ def test_a_hundred_updates() -> None:
     assert abs(curves["fp16 with masters"][-1] - 0.94) <= 2.0**-12
     assert abs(curves["fp16"][-1] - 0.94) > 10 * abs(curves["fp16 with masters"][-1] - 0.94)
     assert "0.9400020" in result("hundred-updates").conclusion and "still at 1," in result("hundred-updates").conclusion
+
+
+def test_a_hundred_updates_without_a_master() -> None:
+    curves, exact = result("hundred-updates").data["curves"], 0.94
+    # each of 100 roundings moves by 2^-8 with probability p = 6e-4 2^8 or not at all: sd sqrt(100 p (1 - p)) 2^-8, over 4096
+    p = 6e-4 * 2**8
+    standard_error = math.sqrt(100 * p * (1 - p) / 4096) / 2**8
+    assert abs(curves["bf16, stochastic rounding"][-1] - exact) < 4 * standard_error
+    # w + c misses the sum by what c itself loses: half an ulp of a c that stays below half an ulp of w, 2^-9, an update
+    assert abs(curves["bf16, Kahan"][-1] - exact) < 100 * 2.0**-19 and f"{curves['bf16, Kahan'][-1]:.5f}" == "0.93992"
+
+
+def test_mx_scales() -> None:
+    """Significands are uniform: what lies above 1.75 (e4m3, e5m2) or 1.5 (e2m1) saturates; the rest follows by integration."""
+    data = result("mx-scales").data
+    for fmt, share in (("e4m3", 1 / 4), ("e5m2", 1 / 4), ("e2m1", 1 / 2)):
+        assert abs(data[f"{fmt} floor"]["saturated"] - share) < 4 * math.sqrt(share * (1 - share) / 2**14)
+        assert data[f"{fmt} ceil"]["saturated"] == data[f"{fmt} rceil"]["saturated"] == 0
+        assert data[f"{fmt} even"]["saturated"] < data[f"{fmt} floor"]["saturated"]
+    # mean of log2(1.75 / s): s uniform in [1, 1.75) under the floor, and another whole bit where s is above it under rceil
+    mean = math.log2(1.75) - (2 - 1 / math.log(2))
+    assert abs(data["e4m3 rceil"]["unused"] - (mean + 1 / 4)) < 0.01
+    assert abs(data["e4m3 ceil"]["unused"] - (mean + 1)) < 0.01
+    assert "25% of the blocks saturate in e4m3 and 50% in e2m1, under rceil 0%" in result("mx-scales").conclusion
+
+
+def test_accumulators_of_fewer_bits() -> None:
+    """A cut loses K 2^-f / 6 of a sum of one sign (accumulate.py); e4m3 products end early, so it may be somewhat less."""
+    data = result("accumulators").data
+    for acc, f in (("e8m13", 13), ("e8m14", 14), ("e8m15", 15)):
+        predicted = 4096 * 2.0**-f / 6
+        assert 0.85 * predicted < data[acc][-1] < 1.05 * predicted
+    assert data["e8m14/128"][-1] < 0.003 < 0.02 < data["e8m14"][-1] < 0.045
+    assert data["fp32"][-1] < 1e-6
+    assert "4.2%" in result("accumulators").conclusion
+
+
+def test_masks_that_overflow() -> None:
+    data = result("masks").data
+    assert {way for way, found in data.items() if np.isnan(found["whole"]).any()} == {
+        "-Inf in the place of a score", "-65504 added twice (causal and padding)",
+    }  # fmt: skip
+    assert data["-65504 added"]["infinite"] >= 1  # -65504 - 16 = -65520 is a tie, which goes to infinity
+    assert data["-65504 in the place of a score"]["infinite"] == 0
+    assert np.array_equal(data["-65504 in the place of a score"]["whole"], np.full(8, 1 / 8))
+    assert all(found["leaked"] == 0 for found in data.values())
+
+
+def test_epsilon_is_nothing_in_fp16() -> None:
+    data = result("epsilon").data
+    for exponent in data["exponents"]:
+        assert abs(data[exponent]["fp32"] - 1) < 0.011  # eps / |g| at most, 2^20 1e-8
+        flushed = 0.05 * 4.0**exponent <= 2.0**-25
+        assert (data[exponent]["v in fp16"] > 2) == flushed == math.isinf(data[exponent]["all in fp16"])
+        if flushed:
+            assert data[exponent]["v in fp16"] == pytest.approx(2.0**exponent / 1e-8)
+    assert data[-12]["v in fp16"] > 10_000 and "epsilon, 1e-08, is 0 in FP16" in result("epsilon").conclusion
 
 
 @pytest.mark.parametrize(("fmt", "known"), [("bf16", (0.882, 0.303, 0.154, 0.019)), ("fp16", (1, 0.998, 0.882, 0.154))])
@@ -115,6 +173,9 @@ def test_all_recipes() -> None:
     assert not abs(ends["pure-fp16"] - ends["fp32"]) < learnt
     assert len({curve[0] for name, curve in data["curves"].items() if name.startswith("amp-fp16")}) == 1
     assert "pure-fp16 at" in result("recipes").conclusion
+    # 'each of these recipes with FP32 weights or masters' is each that is not pure
+    for name in (name for name in ends if not name.startswith("pure")):
+        assert (RECIPES[name].state["master"] or RECIPES[name].state["weights"]) in ("fp32", "fp64")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

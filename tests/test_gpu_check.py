@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from script_loader import load_script
 
 from refimpl.errors import UsageError
 from refimpl.gpu_check import SIZES, Trained, check, drift, loss_difference
@@ -25,6 +26,13 @@ def test_without_cupy_it_says_what_to_install_in_one_line() -> None:
     done = subprocess.run([sys.executable, ROOT / "scripts/gpu_check.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "cuda13" in done.stderr
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "bf16-sr", "nope"])
+def test_recipes_that_cannot_be_checked_are_refused_before_anything_runs(recipe: str) -> None:
+    script = load_script("gpu_check")
+    with pytest.raises(UsageError, match=f"recipe {recipe} cannot be checked, only fp64, .*apex-o2"):
+        script.run(vars(script.parser().parse_args(["--recipes", f"fp32,{recipe}"])))
 
 
 def test_check_asks_for_the_device_first(monkeypatch: pytest.MonkeyPatch) -> None:

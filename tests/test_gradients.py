@@ -26,7 +26,7 @@ ONE = np.float32(1)
 
 def state_of(backend: Backend, recipe: str, **shapes: tuple[int, ...]) -> State:
     model = Model("toy", {}, {name: Parameter(shape, std=1.0) for name, shape in shapes.items()}, {}, None, None)
-    return State(model, get_recipe(recipe).state_formats(("m",)), backend)
+    return State(model, get_recipe(recipe).state_storages(("m",)), backend)
 
 
 def put(state: State, values: np.ndarray) -> None:

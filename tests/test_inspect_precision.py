@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from refimpl.inspect_precision import (
     sweep_scales,
 )
 from refimpl.metrics import read_metrics
+from refimpl.precision_tables import summary
 from refimpl.recipes import RECIPES, get_recipe
-from refimpl.rounding import Counts
+from refimpl.rounding import Counts, kind_of
 from refimpl.trace import Trace, record, save
 from refimpl.train import train
 from refimpl.verdicts import percent, plain_name, verdicts
@@ -52,6 +54,15 @@ def test_a_trace_is_the_same_run_once_more(tmp_path: Path) -> None:
     assert source.steps == 6 and "trace t.safetensors" in source.what
 
 
+@pytest.mark.parametrize("recipe", ["apex-o2", "megatron-bf16", "bf16-remainder", "bf16-sr", "fp8-delayed", "nvfp4"])
+def test_the_trace_of_any_recipe_is_the_same_run_once_more(recipe: str, tmp_path: Path) -> None:
+    """Its start, its random numbers and its scales too."""
+    trace = record(config(recipe))
+    save(tmp_path / "t.safetensors", trace)
+    rows = inspect(from_trace(tmp_path / "t.safetensors")).rows
+    assert [np.float32(row.loss) for row in rows] == [trace.get(step, "2.loss") for step in trace.steps]
+
+
 def test_a_trace_without_a_configuration_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "t.safetensors", Trace({}, record(config()).tensors))
     with pytest.raises(UsageError, match="does not say how it was made"):
@@ -72,6 +83,14 @@ def test_a_checkpoint_goes_on_as_the_resumed_run_does_and_stays_as_it_is(tmp_pat
     train({"steps": 12}, tmp_path / "part", True, False, None)
     resumed = [row["loss"] for row in read_metrics(tmp_path / "part" / "metrics.jsonl") if "loss" in row][9:]
     assert [row.loss for row in rows] == resumed and len(resumed) == 3
+
+
+def test_a_run_that_was_resumed_beyond_its_plan_goes_on_from_there(tmp_path: Path) -> None:
+    flags = {**TINY, "recipe": "bf16", "eval_batches": 1, "sample_bytes": 0}
+    train({**flags, "steps": 2}, tmp_path / "run", False, False, None)
+    train({"steps": 4}, tmp_path / "run", True, False, None)
+    source = from_checkpoint(tmp_path / "run", 1)
+    assert "at step 4" in source.what and source.config.steps == 5
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -114,6 +133,51 @@ def test_the_format_that_weights_are_held_against(recipe: str, low: str) -> None
     assert low_format(get_recipe(recipe)) == low
     if recipe == "fp32":
         assert low_format(get_recipe(recipe), ("e4m3", "fp16")) == "fp16"
+
+
+def test_values_that_have_a_scale_of_their_own_are_judged_as_they_are_rounded() -> None:
+    """No loss scale moves them, so nothing is said of what another one would do."""
+    result = inspect(fresh(config("nvfp4", loss_scale="1024", steps=2)))
+    quantised = {site for site, counts in result.sites.items() if counts.fmt == "e2m1"}
+    gradients = {site for site in quantised if kind_of(site) == "activation gradients"}
+    assert gradients and not gradients & result.unscaled.keys()
+    for verdict in verdicts(result):
+        assert ("divided by its own scale" in verdict.text) == (verdict.site in quantised)
+        assert verdict.site not in quantised or not re.search(r"S = 1|S of this run|below overflow", verdict.text)
+    _, _, gradients_sentence, _ = summary(result)
+    counts = [result.sites[site] for site in gradients]
+    flushed = sum(c.flushed for c in counts) / sum(c.elements - c.zeros for c in counts)
+    assert flushed > 0.001
+    assert f"Quantised gradients have scales of their own: {percent(flushed)} of those" in gradients_sentence
+    assert gradients_sentence.startswith("Without a loss scale") and "of the 16-bit gradients" in gradients_sentence
+
+
+@pytest.mark.parametrize(
+    ("recipe", "not_counted"),
+    [("bf16-kahan", "weights (bf16-kahan)"), ("adam-8bit", "m (int8-signed) and v (int8-unsigned)"),
+     ("adam-fp8", "m (e4m3-blocks) and v (e4m3-blocks)"), ("bf16-sr", ""), ("bf16-remainder", ""), ("bf16", "")],
+)  # fmt: skip
+def test_states_whose_roundings_are_not_counted_are_named(recipe: str, not_counted: str) -> None:
+    result = inspect(fresh(config(recipe, steps=2)))
+    assert any(f"Not counted are the roundings of {not_counted}, which" in sentence for sentence in summary(result)) == bool(
+        not_counted
+    )
+    assert any(site.endswith("update.weights") for site in result.sites) == (recipe in ("bf16-sr", "adam-8bit", "adam-fp8"))
+
+
+def test_a_master_in_two_halves_is_a_master() -> None:
+    """As the same master in one piece: the halves are put together, and the upper one is its copy."""
+    whole, halves = (inspect(fresh(config(recipe))) for recipe in ("bf16", "bf16-remainder"))
+    for a, b in zip(whole.rows, halves.rows, strict=True):
+        assert a.masters_still == b.masters_still and a.loss == pytest.approx(b.loss, rel=1e-3)
+        assert a.weights_still == pytest.approx(b.weights_still, abs=0.01)
+    downs = [{site for site in result.sites if site.endswith(":weights_down")} for result in (whole, halves)]
+    assert downs[0] == downs[1] and len(downs[0]) > 0
+
+
+def test_a_scaler_that_starts_at_1_is_a_loss_scale() -> None:
+    sentences = [summary(inspect(fresh(config(loss_scale=scale, steps=1))))[2] for scale in ("chainer", "none")]
+    assert sentences[0].startswith("S was 1, and") and sentences[1].startswith("There is no loss scale (S = 1), and")
 
 
 def test_movement_by_hand() -> None:

@@ -37,7 +37,21 @@ def test_model_states_of_other_optimizers(recipe: str, more: dict[str, Any]) -> 
     lines = state_lines(config, config.make_parts(config.make_backend()))
     assert all(line.verdict == "equal" for line in lines)
     kinds = {line.what for line in lines}
+    assert kinds == set(RECIPES[recipe].buffers(config.make_rule().moments, config.grad_accum))
     assert ("v" in kinds) == ("optimizer" not in more) and ("m" in kinds) == (more.get("momentum") != 0.0)
+
+
+def test_scales_are_whole_numbers() -> None:
+    """One for each 256 values, and one for the rest."""
+    config = Config.of({**TINY, "recipe": "adam-8bit", "steps": 1})
+    parts = config.make_parts(config.make_backend())
+    n = parts.model.n_params
+    lines = {line.what: line for line in state_lines(config, parts)}
+    assert n % 256 and lines["m_scales"].predicted == 4 * (n // 256 + 1)
+    assert lines["m_scales"].formula == f"4 x {n:,} / 256, rounded up float32"
+    parts.state.buffers["v_scales"] = np.zeros(n // 256, np.float32)
+    wrong = {line.what: line.verdict for line in state_lines(config, parts) if line.verdict != "equal"}
+    assert wrong == {"v_scales": "differs by -4 bytes"}
 
 
 def hoarding(name: str) -> Op:

@@ -87,12 +87,37 @@ def test_megatrons_distributed_formulas(N: int) -> None:
     assert (bf16 / n, fp16 / n, fp32 / n) == (6 + 12 / N, 4 + 16 / N, 8 + 8 / N)
 
 
+@pytest.mark.parametrize(
+    ("convention", "recipe"),
+    [("zero", "fp16"), ("zero", "bf16"), ("llm.c-no-master", "bf16-sr"), ("torch-amp", "amp-fp16"), ("fp32", "fp32"),
+     ("megatron-bf16", "megatron-bf16"), ("megatron-fp16", "apex-o2"), ("apex-o2", "apex-o2"), ("pure-bf16", "pure-bf16"),
+     ("bf16-kahan", "bf16-kahan"), ("bf16-fp32-moments", "bf16-no-master"), ("adam-8bit", "adam-8bit")],
+)  # fmt: skip
+def test_conventions_that_are_recipes_too(convention: str, recipe: str) -> None:
+    """All but one, buffer by buffer; MS-AMP is counted only."""
+    assert recipe_states(get_recipe(recipe)) == CONVENTIONS[convention].states
+
+
+def test_scales_are_whole_numbers() -> None:
+    """An FP32 scale for each 256 values of m, and of v, and one for the rest."""
+    states = recipe_states(get_recipe("adam-8bit"))
+
+    def scales(n: int, ranks: int = 1) -> tuple[int, int, int]:
+        bytes_of = per_rank(n, states, 1, ranks)
+        assert bytes_of["m_scales"] == bytes_of["v_scales"]
+        return bytes_of["weights"], bytes_of["m"], bytes_of["m_scales"]
+
+    assert scales(1) == (2, 1, 4) and scales(256) == (512, 256, 4) and scales(257) == (514, 257, 8)
+    assert scales(1000) == (2000, 1000, 16) and scales(1000, 3) == (2000, 334, 8)
+    assert sum(per_rank(256 * 1000, states).values()) == 6.03125 * 256 * 1000
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_a_recipes_ledger_is_what_its_state_takes(recipe: str, grad_accum: int) -> None:
     config = Config.of({"recipe": recipe, "grad_accum": grad_accum, "n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4})
     chosen, model, moments = config.make_recipe(), config.make_model(), config.make_rule().moments
-    state = State(model, chosen.state_formats(moments, grad_accum), config.make_backend())
+    state = State(model, chosen.state_storages(moments, grad_accum), config.make_backend())
     predicted = per_rank(model.n_params, recipe_states(chosen, moments, grad_accum))
     assert predicted == {kind: buffer.nbytes for kind, buffer in state.buffers.items()}
 
@@ -256,7 +281,7 @@ BAD = [
     (["--batch-size", "0"], "--batch-size is 0"),
     (["--preset", "gpt2-xl", "--block-size", "2000"], "--block-size is 2000: gpt2-xl takes 1 to 1024"),
     (["--preset", "gpt2-xl", "--checkpointing", "half"], "--checkpointing is 'half'"),
-    (["--recipe", "fp8"], "unknown recipe 'fp8'"),
+    (["--recipe", "fp7"], "unknown recipe 'fp7'"),
     (["--convention", "zero", "--recipe", "fp16"], "--convention and --recipe contradict"),
     (["--convention", "mine"], "unknown convention 'mine'"),
     (["--optimizer", "lion"], "unknown optimizer 'lion'"),

@@ -6,6 +6,7 @@ Beside that, what each mistake does to training, as the table's text has it: the
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from strict_backend import STRICT
 from refimpl.cast import widen
 from refimpl.compare_pytorch import TRAJECTORY
 from refimpl.config import Config
-from refimpl.errors import UsageError
+from refimpl.errors import TrainingStopped, UsageError
 from refimpl.judge import Judge, explanations, judge
+from refimpl.loss_scale import SCALERS
 from refimpl.mistakes import MISTAKES, listing
 from refimpl.trace import Trace, record
+from refimpl.trainer import Trainer, start
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "lr": 1e-3, "steps": 3, "warmup": 1,
@@ -243,7 +246,11 @@ def test_unknown_mistakes_and_runs_without_room_are_refused() -> None:
         ("norm-in-16-bits", {"recipe": "fp16"}, "keeps it in FP32"),
         ("coupled-decay", {"weight_decay": 0.0}, "--weight-decay above 0"),
         ("eps-inside-root", {"optimizer": "sgd"}, "--optimizer adamw"),
-        ("scale-never-backs-off", {"loss_scale": "1024"}, "a dynamic loss scale"),
+        ("scale-never-backs-off", {"loss_scale": "1024"}, "a loss scale that adapts"),
+        ("scale-in-16-bits", {"recipe": "bf16"}, "a loss scale that adapts"),
+        ("cast-twice", {"recipe": "fp8"}, "in 16 bits"),
+        ("sum-in-16-bits", {"recipe": "fp16-sums"}, "in 16 bits with FP32 sums"),
+        ("no-unscale", {"recipe": "apex-o2"}, "unscales in the update"),
     ):
         with pytest.raises(UsageError, match=f"--mistake {name} needs .*{needs}"):
             record(config(name, mistake=name, **more))
@@ -259,6 +266,55 @@ def test_every_mistake_runs_in_every_recipe_that_has_room_for_it(recipe: str) ->
             continue
         ran += trace.steps == [1]
     assert ran >= (5 if recipe == "fp32" else 10)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_runs_or_says_what_it_needs(name: str) -> None:
+    for recipe in ("bf16-kahan", "adam-8bit", "apex-o2", "fp8-delayed", "nvfp4", "fp16-sums-64"):
+        try:
+            record(Config.of({**TINY, "recipe": recipe, "mistake": name, "steps": 1, "grad_accum": 2}))
+        except UsageError as error:
+            assert str(error).startswith(f"--mistake {name} needs ")
+
+
+def test_an_ignored_inf_reaches_the_weights_through_fp32_gradients_too() -> None:
+    trace = record(config("ignore-inf", recipe="apex-o2", mistake="ignore-inf"))
+    assert np.isnan(flat(trace, 3, "4.master")).any()
+
+
+@pytest.mark.parametrize("name", ["scale-in-16-bits", "scale-never-backs-off"])
+@pytest.mark.parametrize("scaler", SCALERS)
+def test_a_mistaken_loss_scale_is_still_its_projects(name: str, scaler: str) -> None:
+    """Whoever trains asks it for its floor, and whether it is exhausted."""
+    own = config(name, loss_scale=scaler, init_scale=4.0).make_loss_scale()
+    parts = start(config(name, loss_scale=scaler, init_scale=4.0, mistake=name))
+    scale = parts.loss_scale
+    assert isinstance(scale, type(own)) and scale.scaler is own.scaler
+    for _ in range(8):
+        own.update(np.bool_(True))
+        scale.update(np.bool_(True))
+    deaf = name == "scale-never-backs-off"
+    assert bool(scale.exhausted) == (own.scaler.stops_at_floor and not deaf) == (bool(own.exhausted) and not deaf)
+    assert float(scale.scale) >= 4 if deaf else float(scale.scale) == np.float16(float(own.scale))
+
+
+def test_a_run_with_a_mistaken_scale_ends_at_the_floor_of_its_project(tmp_path: Path) -> None:
+    more = {"loss_scale": "deepspeed", "hysteresis": 1, "init_scale": 4.0, "lr": 1e9, "warmup": 0, "clip": 0.0, "steps": 40}
+    run = Trainer(config("scale-in-16-bits", mistake="scale-in-16-bits", log_every=5, eval_batches=1, **more), tmp_path)
+    with pytest.raises(TrainingStopped, match="at a loss scale of 1, below which deepspeed does not go"):
+        run.train(NoBar())
+
+
+def test_a_replaced_state_keeps_the_seed_of_its_random_numbers() -> None:
+    for seed in (0, 7):
+        parts = start(config("accumulate-in-16-bits", recipe="bf16-sr", mistake="accumulate-in-16-bits", seed=seed))
+        assert parts.state.seed == seed
+
+
+class NoBar:
+    def update(self, n: int) -> None: ...
+    def write(self, text: str) -> None: ...
+    def set_postfix_str(self, text: str) -> None: ...
 
 
 def test_the_listing_names_them_all() -> None:

@@ -36,7 +36,7 @@ def constant(lr: float, steps: int = 2000) -> Schedule:
 
 def start_of(backend: Backend, model: Model, recipe: str, rule: AdamW | SGD) -> State:
     """A state before training, all zeros."""
-    return State(model, get_recipe(recipe).state_formats(rule.moments), backend)
+    return State(model, get_recipe(recipe).state_storages(rule.moments), backend)
 
 
 def state_of(backend: Backend, model: Model, recipe: str, rule: AdamW | SGD, rng: np.random.Generator) -> State:
@@ -205,7 +205,7 @@ def test_decay_acts_on_matrices_only(rule: AdamW | SGD, backend: Backend, monkey
 
 
 @pytest.mark.parametrize("rule", [AdamW(), SGD(weight_decay=0.1)], ids=["adamw", "sgd"])
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "fp64", "pure-bf16"])
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "fp64", "pure-bf16", "apex-o2"])
 def test_results_do_not_depend_on_the_block_size(
     recipe: str, rule: AdamW | SGD, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +225,7 @@ def test_results_do_not_depend_on_the_block_size(
 # -------------------------------------------------------------------------------------------------------- skipped updates
 
 
-@pytest.mark.parametrize("recipe", ["fp16", "fp32", "fp64", "pure-fp16"])
+@pytest.mark.parametrize("recipe", ["fp16", "fp32", "fp64", "pure-fp16", "pure-bf16", "bf16-moments", "apex-o2"])
 @pytest.mark.parametrize("rule", [AdamW(), SGD()], ids=["adamw", "sgd"])
 def test_a_skipped_update_changes_no_bit(recipe: str, rule: AdamW | SGD, backend: Backend) -> None:
     state, schedule = state_of(backend, toy(**MIXED), recipe, rule, np.random.default_rng(5)), Schedule(1e-2, 1e-3, 2, 10)

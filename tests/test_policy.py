@@ -7,7 +7,7 @@ from refimpl.backends import NUMPY
 from refimpl.formats import dtype_of, format_of
 from refimpl.models import MLPConfig, mlp
 from refimpl.policy import EVERY_OTHER, SAME, Bound, Policy, Precision, Run
-from refimpl.recipes import get_recipe
+from refimpl.recipes import RECIPES, get_recipe
 from refimpl.state import State
 from refimpl.step import through
 
@@ -56,6 +56,76 @@ class Recorder:
 def test_a_row_is_the_most_specific_one(key: str, expected: Precision) -> None:
     policy = Policy("p", {"linear": A, "linear.dw": B, "attention.softmax": C, EVERY_OTHER: D})
     assert policy.row(key) is expected
+
+
+BY_PLACE = {"linear": A, "linear.dw": B, "lm_head:linear": C, "h.1.fc:linear.y": D, EVERY_OTHER: D}
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "expected"),
+    [
+        ("linear.y", "h.0.fc", A),
+        ("linear.dw", "h.0.fc", B),
+        ("linear", "lm_head", C),
+        ("linear.y", "lm_head", C),
+        ("linear.dw", "lm_head", C),  # a row of the place, though one of all places is of this part
+        ("linear.dw.deeper", "lm_head", C),
+        ("cross_entropy", "lm_head", D),
+        ("linear.y", "h.0.lm_head", A),  # a place is a whole name
+        ("linear.y", "lm_head.x", A),
+        ("linear.y", "h.1.fc", D),
+        ("linear.dx", "h.1.fc", A),
+        ("linear.dw", "h.1.fc", B),
+        ("linear.y", "", A),
+    ],
+)
+def test_rows_of_a_place_come_first(key: str, place: str, expected: Precision) -> None:
+    assert Policy("p", BY_PLACE).row(key, place) is expected
+
+
+def test_control_a_lookup_by_part_before_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`linear.dw` of all places before `lm_head:linear`: so a last layer that is meant for 16 bits would be quantised."""
+
+    def by_part(policy: Policy, key: str, place: str = "") -> Precision:
+        while key:
+            for listed in (f"{place}:{key}", key):
+                if listed in policy.rows:
+                    return policy.rows[listed]
+            key = key.rpartition(".")[0]
+        return policy.rows[EVERY_OTHER]
+
+    monkeypatch.setattr(Policy, "row", by_part)
+    with pytest.raises(AssertionError):
+        test_rows_of_a_place_come_first("linear.dw", "lm_head", C)
+
+
+def test_operations_are_handed_the_row_of_their_place() -> None:
+    run = Run(Policy("p", BY_PLACE), NUMPY)
+    assert [run.bind("linear", place)["dw"].row for place in ("lm_head", "h.0.fc")] == [C, B]
+    assert run.bind("linear", "lm_head").row is C and run.bind("linear", "h.1.fc")["y"].row is D
+
+
+@pytest.mark.parametrize(
+    ("row", "in_formats"),
+    [
+        (Precision("fp16", "fp32", "fp16"), True),
+        (Precision({"x": "bf16", "w": SAME}, "fp64", SAME), True),
+        (Precision("e4m3", "fp32", "bf16"), True),  # a format, though of 8 bits
+        (Precision("e4m3-tensor", "fp32", "bf16"), False),
+        (Precision({"x": "bf16", "w": "nvfp4"}, "fp32", "bf16"), False),
+        (Precision("fp16", "fp16", "fp16"), False),
+        (Precision("fp16", "fp32/128", "fp16"), False),
+        (Precision("fp16", "e8m14", "fp16"), False),
+    ],
+)
+def test_in_formats_says_whether_all_is_casts_and_plain_sums(row: Precision, in_formats: bool) -> None:
+    assert Policy("p", {EVERY_OTHER: A, "lm_head:linear": row}).in_formats is in_formats
+    assert row.quantises is (not in_formats and row.acc == "fp32")  # the others have another accumulator
+
+
+def test_recipes_in_formats() -> None:
+    others = {name for name, recipe in RECIPES.items() if not recipe.policy.in_formats}
+    assert others == {name for name in RECIPES if name.startswith(("fp8", "mxfp", "nvfp4", "fp16-sums"))}
 
 
 def test_inputs_are_one_format_or_a_table() -> None:
@@ -188,6 +258,7 @@ def test_grad_rounds_twice_where_the_seen_format_does_not_fit_the_stored_one() -
     ("fp32", "fp32", None),
     ("fp32", "fp16", None),
     ("e4m3", "fp32", None),  # 8 bits: each GEMM quantises its own way
+    ("e4m3-tensor", "fp32", None),
 ])  # fmt: skip
 def test_which_parameters_are_cast_once_a_step(inputs: str, given: str, expected: str | None) -> None:
     assert bound(Precision({"w": inputs}, "fp32", "fp16")).leaf_format("w", ones(given)) == expected
@@ -241,7 +312,7 @@ def test_a_uniform_fp32_or_fp64_run_rounds_nowhere() -> None:
     heard = {}
     for name in ("fp64", "fp32", "bf16", "amp-bf16"):
         monitor, recipe = Recorder(), get_recipe(name)
-        state = State(model, recipe.state_formats(), NUMPY)
+        state = State(model, recipe.state_storages(), NUMPY)
         state.load_weights(model.initial_weights(rng))
         through(model, [(tokens, tokens)], state, np.float32(1), Run(recipe.policy, NUMPY, monitor))
         heard[name] = set(monitor.sites)

@@ -28,17 +28,19 @@ from refimpl import show_precision
 from refimpl.cast import cast
 from refimpl.config import Config
 from refimpl.errors import UsageError
+from refimpl.figures import Picture
+from refimpl.html_page import CSS
 from refimpl.inspect_precision import Inspection, StepRow, fresh, inspect
 from refimpl.precision_figures import (
-    Picture,
     all_pictures,
     draw_histogram,
     draw_loss_scale,
     draw_sweep,
     range_shown,
+    run_pictures,
     sweep_caption,
 )
-from refimpl.precision_report import CSS, page
+from refimpl.precision_report import page
 from refimpl.precision_tables import (
     COLUMNS,
     cast_of,
@@ -264,6 +266,33 @@ def test_of_many_blocks_only_the_first_and_the_last_are_named(axes: Any) -> None
     draw_sweep(axes, replace(by_hand({}), sweep=[{"exponent": 0, "layers": layers}]))
     named = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
     assert named == ["embedding", "block 0", "block 11", "head"] and len(axes.lines) == 14
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("fp8", {}), ("nvfp4", {}), ("bf16-kahan", {}), ("bf16-remainder", {}), ("adam-fp8", {}), ("apex-o2", {}),
+        ("bf16", {"loss_scale": "megatron", "init_scale": 1e38, "growth_interval": 1}),  # S becomes infinite
+    ],
+)  # fmt: skip
+def test_recipes_of_every_kind_and_an_infinite_scale_have_a_page(recipe: str, more: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 4}
+    inspection = inspect(fresh(Config.of({**sizes, "recipe": recipe, **more})), what_if=("e4m3", "fp16"))
+    text = page(inspection, "command")
+    assert ("fp32 masters, in two halves" in text) == (recipe == "bf16-remainder")
+    assert ("divided by its scales" in " ".join(terminal_text(inspection).split())) == (recipe in ("fp8", "nvfp4"))
+    assert math.isinf(inspection.rows[-1].loss_scale) == bool(more)
+
+
+def test_a_skipped_step_does_not_always_halve_the_scale() -> None:
+    """Megatron bears one overflow before it backs off."""
+    pytest.importorskip("matplotlib")
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 2}
+    inspection = inspect(fresh(Config.of({**sizes, "loss_scale": "megatron"})))
+    assert inspection.rows[0].skipped and inspection.rows[1].loss_scale == inspection.rows[0].loss_scale
+    (picture, _) = run_pictures(inspection)
+    assert "backs off, at once or after more of them" in picture.caption and "halves" not in picture.caption
 
 
 def test_the_loss_scale_is_drawn_with_the_steps_that_were_skipped(axes: Any) -> None:
@@ -703,7 +732,7 @@ def test_a_trace_is_taken_again(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--trace", "missing", "--no-page"], "missing"),
         (["--every", "0", "--no-page"], "--every is 0"),
         (["--what-if", "fp8", "--no-page"], "--what-if 'fp8'"),
-        (["--recipe", "fp8", "--no-page"], "unknown recipe 'fp8'"),
+        (["--recipe", "fp7", "--no-page"], "unknown recipe 'fp7'"),
         (["--no-page", "--json", "."], "--json . is a folder"),
         (["--no-page", "--json", "file/data.json"], "--json file/data.json: its folder cannot be made"),
     ],

@@ -407,7 +407,7 @@ def toy(*shapes: tuple[int, ...]) -> Model:
 def check_optimizer(v: Vectors, name: str, rule: Rule, lr: float) -> None:
     """Every update as the training loop makes it, on one flat buffer; the first that differs in any bit is named."""
     start, *gradients = recorder.updates()
-    state = State(toy((recorder.N, 1)), get_recipe("fp32").state_formats(rule.moments), NUMPY)  # a matrix: it decays
+    state = State(toy((recorder.N, 1)), get_recipe("fp32").state_storages(rule.moments), NUMPY)  # a matrix: it decays
     state.weights[...] = start
     optimizer = Optimizer(rule, Schedule(lr, lr, 0, len(gradients)))
     for t, g in enumerate(gradients):
@@ -484,7 +484,7 @@ def check_clipping(v: Vectors, i: int) -> None:
     assert_same_bits(norm_like_torch(np.array([norm_like_torch(g) for g in gradients])), norm, "norm")
     flat = np.concatenate([g.ravel() for g in gradients])
     assert_same_bits(flat * np.float32(clip_coefficient(norm, recorder.CLIP_NORMS[i])), clipped, "clipped gradients")
-    state = State(toy(flat.shape), get_recipe("fp32").state_formats(()), NUMPY)
+    state = State(toy(flat.shape), get_recipe("fp32").state_storages(()), NUMPY)
     state.grads[...] = flat
     _, measured = check_and_measure(state, np.float32(1))
     assert abs(float(measured) - float(norm)) <= (flat.size / 8 + 16) * U * float(norm)
@@ -567,7 +567,7 @@ def run(model: str, recipe: str, policy: Policy | None = None, backend: Backend 
     config, table = replace(recorder.run_config(model, recipe), **changed), get_recipe(recipe)
     weights, batches = recorder.run_inputs(model)
     network, rule = config.make_model(), config.make_rule()
-    state = State(network, table.state_formats(rule.moments), NUMPY)
+    state = State(network, table.state_storages(rule.moments), NUMPY)
     state.load_weights(weights)
     optimizer, loss_scale = config.make_optimizer(NUMPY), config.make_loss_scale(np)
     results, scaled = [], None

@@ -97,23 +97,33 @@ def test_data_is_what_the_recipes_say() -> None:
         shown = data["recipes"][name]
         assert {kind: fmt or "" for kind, fmt in shown["state"].items()} == dict(recipe.state)
         assert (shown["loss_scale"], shown["bytes_per_parameter"]) == (recipe.loss_scale, recipe.bytes_per_parameter())
+        assert shown["masters_from"] == recipe.masters_from
         rows = data["policies"][shown["policy"]]
         assert set(rows) == set(recipe.policy.rows)
         for key, row in rows.items():
             assert recipe.policy.row(key) == Precision(**row)
 
 
+def bytes_in_words(recipe: Recipe) -> str:
+    """'16' or '6.03125': as many digits as it has."""
+    size = recipe.bytes_per_parameter()
+    return str(size) if size.denominator == 1 else str(float(size))
+
+
 def test_text_has_a_row_for_every_recipe_and_policy() -> None:
     text = recipes_text(list(RECIPES.values()))
     lines = [line.split() for line in text.splitlines()]
     for name, recipe in RECIPES.items():
-        state = [recipe.state[kind] or "-" for kind in ("weights", "grads", "master", "m", "v")]
-        expected = [name, *state, recipe.loss_scale, str(recipe.bytes_per_parameter()), *recipe.summary.split()]
+        state = [recipe.state[kind] or "-" for kind in ("weights", "grads", "main_grads", "master", "m", "v")]
+        expected = [name, *state, recipe.loss_scale, bytes_in_words(recipe), *recipe.summary.split()]
         assert expected in lines
-        assert text.count(f"policy {recipe.policy.name}, of ") == 1
-    assert "policy fp16, of fp16, pure-fp16" in text
+        assert text.count(f"\npolicy {recipe.policy.name}, of ") == 1
+    assert "policy fp16, of fp16, pure-fp16, apex-o2\n" in text
     assert "'*' is every other operation" in text and "'same' as inputs" in text
     assert ["*", "every", "other", "operation", "same", "fp32", "same"] in lines
+
+
+TYPES = {"compensation": "bfloat16", "remainder": "uint16", "scales": "float32"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -122,10 +132,16 @@ def test_one_recipe_in_detail(name: str, capsys: pytest.CaptureFixture[str]) -> 
     text, recipe = capsys.readouterr().out, RECIPES[name]
     assert recipe.summary in text and recipe.source in text and recipe.loss_scale in text
     assert ("the weights are their own masters" in text) == (not recipe.state["master"])
+    assert (f"masters start from: the {recipe.masters_from} weights" in text) == bool(recipe.state["master"])
     lines = [line.split() for line in text.splitlines()]
-    assert ["together", str(recipe.bytes_per_parameter())] in lines
+    assert ["together", bytes_in_words(recipe)] in lines
+    for buffer, part in recipe.buffers().items():
+        kept_as = recipe.state.get(buffer) or TYPES[buffer.rpartition("_")[2]]
+        shared = [] if part.values == 1 else ["4", "for", "256"]
+        assert [buffer, kept_as, f"{float(part.bytes_per_parameter):g}", *shared] in lines, buffer
     for row, p in recipe.policy.rows.items():
-        assert any(line[:1] == [row] and line[-3:] == [p.inputs, p.acc, p.out] for line in lines)
+        inputs = p.inputs if isinstance(p.inputs, str) else ", ".join(f"{name}: {fmt}" for name, fmt in p.inputs.items())
+        assert any(line[:1] == [row] and " ".join(line).endswith(f" {inputs} {p.acc} {p.out}") for line in lines), row
 
 
 def test_inputs_that_differ_by_operand_are_named() -> None:

@@ -1,12 +1,16 @@
 """refimpl.state: the flat buffers, their layout and views, the way in for weights and the way in for gradients."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 import refimpl.state
 from refimpl.backends import NUMPY
+from refimpl.bits import bits_of
 from refimpl.cast import cast, widen
-from refimpl.formats import dtype_of, format_of
+from refimpl.formats import dtype_of, format_of, is_float
 from refimpl.models import GPTConfig, MLPConfig, Model, Parameter, gpt, mlp
 from refimpl.optim import AdamW, Optimizer, Schedule
 from refimpl.recipes import RECIPES, get_recipe
@@ -22,7 +26,7 @@ def toy(**shapes: tuple[int, ...]) -> Model:
 
 
 def state_of(model: Model, recipe: str, grad_accum: int = 1) -> State:
-    return State(model, get_recipe(recipe).state_formats(grad_accum=grad_accum), NUMPY)
+    return State(model, get_recipe(recipe).state_storages(grad_accum=grad_accum), NUMPY)
 
 
 def weights_of(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
@@ -110,11 +114,25 @@ def test_blocks_cover_everything_once(size: int, block: int, monkeypatch: pytest
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_nbytes_is_bytes_a_parameter_times_parameters(name: str, grad_accum: int) -> None:
-    state, recipe = state_of(TINY_GPT, name, grad_accum), get_recipe(name)
-    assert state.nbytes == recipe.bytes_per_parameter(grad_accum=grad_accum) * TINY_GPT.n_params
-    for kind, fmt in recipe.state_formats(grad_accum=grad_accum).items():
-        assert format_of(state.buffers[kind]) == fmt and state.buffers[kind].shape == (TINY_GPT.n_params,)
-        assert not widen(state.buffers[kind], "fp64").any()
+    state, recipe, n = state_of(TINY_GPT, name, grad_accum), get_recipe(name), TINY_GPT.n_params
+    scales = [buffer for kind, buffer in state.buffers.items() if kind.endswith("_scales")]
+    unused = sum(4 * (len(buffer) - Fraction(n, 256)) for buffer in scales)  # of the last scale: fewer than 256 share it
+    assert state.nbytes == recipe.bytes_per_parameter(grad_accum=grad_accum) * n + unused
+    assert bool(scales) == name.startswith("adam-") and all(len(buffer) == math.ceil(n / 256) for buffer in scales)
+    for kind, storage in recipe.state_storages(grad_accum=grad_accum).items():
+        main = state.buffers[kind]
+        assert main.dtype == (np.uint8 if f"{kind}_scales" in state.buffers else dtype_of(storage.partition("-")[0]))
+        assert main.shape == (n,)
+    assert not any(bits_of(buffer).any() if is_float(buffer) else buffer.any() for buffer in state.buffers.values())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_buffers_are_those_of_the_recipe(name: str) -> None:
+    """In the order of its table, each with as many elements as it says."""
+    state = state_of(TINY_GPT, name)
+    expected = {name: (part.dtype, part.size(TINY_GPT.n_params)) for name, part in get_recipe(name).buffers().items()}
+    assert {name: (buffer.dtype, len(buffer)) for name, buffer in state.buffers.items()} == expected
+    assert list(state.buffers) == list(expected)
 
 
 def test_the_notes_sixteen_bytes() -> None:
@@ -127,13 +145,20 @@ def test_state_starts_at_update_zero() -> None:
     assert t == 0 and t.shape == () and t.dtype == np.int64
 
 
+SEPARATE = {
+    "fp16", "bf16", "bf16-moments", "fp16-moments", "megatron-bf16", "apex-o2", "fp16-sums", "fp16-sums-64", "fp8",
+    "fp8-delayed", "fp8-e4m3", "fp8-rows", "fp8-rows-dw-bf16", "fp8-blocks", "fp8-14bit", "fp8-14bit-128", "mxfp8",
+    "mxfp8-floor", "mxfp6", "mxfp4", "nvfp4",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_master_is_separate_only_where_the_recipe_says_so(name: str) -> None:
     state = state_of(TINY_MLP, name)
-    separate = name in ("fp16", "bf16")
+    separate = name in SEPARATE
     assert (state.master is state.weights) != separate
     assert np.shares_memory(state.master, state.weights) != separate
-    assert state.master_format == format_of(state.master)
+    assert state.master_format == format_of(state.master) and state.master_kind == ("master" if separate else "weights")
     assert state.math_format == ("fp64" if name == "fp64" else "fp32")
 
 
@@ -151,12 +176,36 @@ def test_views_for_the_tape_are_parts_of_the_buffers() -> None:
 def test_masters_start_from_the_full_fp32_weights(name: str) -> None:
     state, weights = state_of(TINY_GPT, name), weights_of(TINY_GPT)
     state.load_weights(weights)
-    for parameter, master in state.layout.views(state.master).items():
-        expected = (
-            weights[parameter] if state.master_format in ("fp32", "fp64") else cast(weights[parameter], state.master_format)
-        )
+    full = state.master_format in ("fp32", "fp64") or name == "bf16-remainder"
+    for parameter, master in state.layout.views(state.values(state.master_kind)).items():
+        expected = weights[parameter] if full else cast(weights[parameter], state.master_format)
         assert np.array_equal(master, expected), parameter
-        assert np.array_equal(state.weight_views[parameter], cast(master, state.formats["weights"])), parameter
+        if name != "bf16-remainder":  # which rounds ties another way: test_storage.py
+            assert np.array_equal(state.weight_views[parameter], cast(master, state.formats["weights"])), parameter
+
+
+@pytest.mark.parametrize("name", sorted(SEPARATE))
+def test_masters_may_start_from_the_rounded_weights(name: str) -> None:
+    """Apex's way, and Megatron's: a 16-bit model first, and masters of it."""
+    state, other, weights = state_of(TINY_GPT, name), state_of(TINY_GPT, name), weights_of(TINY_GPT)
+    state.load_weights(weights, rounded=True)
+    other.load_weights(weights)
+    assert state.weights.tobytes() == other.weights.tobytes()
+    assert state.master.tobytes() == widen(state.weights, "fp32").tobytes()
+    assert (state.master != other.master).mean() > 0.5  # all but what 16 bits hold
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - SEPARATE))
+def test_weights_that_are_their_own_masters_start_the_same_either_way(name: str) -> None:
+    starts = []
+    for rounded in (False, True):
+        state = state_of(TINY_GPT, name)
+        state.load_weights(weights_of(TINY_GPT), rounded)
+        starts.append(widen(state.values("weights"), "fp64"))
+    if name == "bf16-remainder":  # the one in which the weights hold masters of more bits
+        assert (starts[1] == widen(cast(starts[0], "bf16"), "fp64")).all() and (starts[0] != starts[1]).mean() > 0.5
+    else:
+        assert np.array_equal(*starts)
 
 
 def test_masters_hold_more_than_the_weights_do() -> None:

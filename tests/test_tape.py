@@ -11,13 +11,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from recipe_lists import BASIC
 from strict_backend import on_host
 
 from refimpl.backends import NUMPY, Backend
 from refimpl.models import GPTConfig, gpt
 from refimpl.ops import OPS, Op, add, cross_entropy, embedding, fan_in, gelu_tanh, layernorm, linear, relu, reshape, silu, split
 from refimpl.policy import Run
-from refimpl.recipes import RECIPES, get_recipe
+from refimpl.recipes import get_recipe
 from refimpl.tape import Tape, Value
 
 Array = np.ndarray
@@ -147,7 +148,7 @@ def tied_tape(recipe: str, weights: Mapping[str, Array], backend: Backend = NUMP
     return run, Tape(run, weights, {"lm_head.weight": "wte.weight"})
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", BASIC)
 def test_the_gradient_of_a_tied_embedding_is_the_rounded_sum_of_its_two(recipe: str, backend: Backend) -> None:
     fmt = weights_format(recipe)
     w = draw(9, 8, fmt=fmt, backend=backend)
@@ -245,7 +246,7 @@ def small_tape(recipe: str, record: bool = True, backend: Backend = NUMPY) -> tu
     return t, SMALL.loss(t, tokens[:, :-1], tokens[:, 1:])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", BASIC)
 def test_the_sink_gets_every_parameter_once_and_the_tied_embedding_last(recipe: str, backend: Backend) -> None:
     t, loss = small_tape(recipe, backend=backend)
     sink = Collector()
@@ -320,7 +321,7 @@ def test_an_operation_that_forgets_a_gradient_is_an_error() -> None:
 # --------------------------------------------------------------------------------------------------------- without recording
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", BASIC)
 def test_without_recording_the_result_is_the_same_and_nothing_is_kept(recipe: str, backend: Backend) -> None:
     recorded, loss = small_tape(recipe, backend=backend)
     forward_only, other = small_tape(recipe, record=False, backend=backend)

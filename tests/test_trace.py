@@ -20,6 +20,7 @@ from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.judge import judge
 from refimpl.trace import POINTS, Trace, load, record, save
+from refimpl.trainer import start
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, Any] = {
@@ -94,6 +95,31 @@ def test_the_start_and_the_batches_of_another_trace_are_used() -> None:
         record(config(), only(other, "4.master"))
     with pytest.raises(UsageError, match=r"is \(256, 16\); this model's shape is \(256, 32\)"):
         record(config(n_embd=32), other)
+
+
+@pytest.mark.parametrize("recipe", ["megatron-bf16", "apex-o2", "bf16"])
+def test_a_run_is_recorded_from_the_start_that_training_has(recipe: str) -> None:
+    """Where masters start from the rounded weights, so does a trace."""
+    parts, trace = start(config(recipe)), record(config(recipe))
+    for name, master in parts.state.layout.views(parts.state.master).items():
+        assert np.array_equal(master, trace.at(0, "4.master")[name])
+    other = record(config("fp32", seed=1))  # the start of another trace is taken as it is
+    same = record(config(recipe), other)
+    assert all(np.array_equal(same.at(0, "4.master")[name], x) for name, x in other.at(0, "4.master").items())
+
+
+@pytest.mark.parametrize("recipe", ["bf16-sr", "bf16-kahan", "bf16-remainder", "adam-8bit", "fp8", "nvfp4", "fp16-sums"])
+def test_recipes_that_no_bound_is_derived_for_are_recorded_and_not_judged(recipe: str) -> None:
+    trace = record(config(recipe))
+    assert trace.steps == [1, 2]
+    with pytest.raises(UsageError, match=f"traces of recipe {recipe} cannot be judged, only those of fp64, .*apex-o2"):
+        diff(trace, trace)
+
+
+@pytest.mark.parametrize("recipe", ["bf16-no-master", "bf16-moments", "fp16-moments", "megatron-bf16", "apex-o2"])
+def test_variants_that_round_to_nearest_are_judged(recipe: str) -> None:
+    trace = record(config(recipe))
+    assert all(finding.identical == 1 for finding in judge(config(recipe), trace))
 
 
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
@@ -223,6 +249,14 @@ def test_a_trace_dumped_from_a_pytorch_loop(recipe: str, tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
         done = script("diff", tmp_path / "ours", tmp_path / "theirs")
         assert done.returncode == code and text in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("scale", ["megatron", "1024"])
+def test_the_pytorch_loop_refuses_a_loss_scale_that_it_does_not_have(scale: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the loop is PyTorch's: torch==2.13.0")
+    save(tmp_path / "ours", record(config("amp-fp16-cpu", loss_scale=scale)))
+    with pytest.raises(UsageError, match=f"has the loss scale {scale}: this loop has PyTorch's, dynamic, or none"):
+        load_script("pytorch_trace").train(tmp_path / "ours", tmp_path / "theirs", False)
 
 
 def test_the_documentation_lists_every_point() -> None:

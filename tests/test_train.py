@@ -8,19 +8,22 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from refimpl.checkpoint import load
+from refimpl.cast import widen
+from refimpl.checkpoint import load, save
 from refimpl.config import Config
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.metrics import MetricsLog, plot_run, read_metrics
+from refimpl.quantise import Scales
 from refimpl.recipes import RECIPES
 from refimpl.train import train
-from refimpl.trainer import Trainer
+from refimpl.trainer import Trainer, start
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 8, "warmup": 2, "eval_every": 3,
@@ -75,8 +78,11 @@ def rows_without_timing(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "pure-fp16"])
-@pytest.mark.parametrize("step", [1, 3, 5])
+EARLIEST = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-bf16")
+STOPS = [(recipe, step) for recipe in RECIPES if recipe != "pure-fp16" for step in (1, 3, 5) if step == 3 or recipe in EARLIEST]
+
+
+@pytest.mark.parametrize(("recipe", "step"), STOPS)
 def test_resumed_run_equals_one_never_stopped(recipe: str, step: int, text: str, tmp_path: Path) -> None:
     assert run(tmp_path / "whole", text, recipe=recipe) == 0
     stop_at(tmp_path / "parts", text, step, recipe=recipe)
@@ -113,9 +119,54 @@ def test_a_run_that_skipped_the_generator_state_would_be_seen(text: str, tmp_pat
     assert whole.read_bytes() != parts.read_bytes()
 
 
-def test_evaluating_and_sampling_more_often_changes_no_weight(text: str, tmp_path: Path) -> None:
-    run(tmp_path / "a", text, eval_every=1, eval_batches=3, sample_bytes=50, log_every=1)
-    run(tmp_path / "b", text, eval_every=8)
+LOAD_SCALES = Scales.load
+FORGETFUL: dict[str, Callable[[Scales, int, Any], None]] = {
+    "fp8-delayed": lambda scales, passes, arrays: LOAD_SCALES(scales, passes, {k: np.ones_like(x) for k, x in arrays.items()}),
+    "nvfp4": lambda scales, passes, arrays: None,
+}
+
+
+@pytest.mark.parametrize("recipe", FORGETFUL)
+def test_a_run_that_forgot_its_scales_or_its_draws_would_be_seen(
+    recipe: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control of the same test: delayed scaling without its history; random bits that begin again."""
+    run(tmp_path / "whole", text, recipe=recipe)
+    stop_at(tmp_path / "parts", text, 3, recipe=recipe)
+    monkeypatch.setattr(Scales, "load", FORGETFUL[recipe])
+    run(tmp_path / "parts", text, resume=True)
+    whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() != parts.read_bytes()
+
+
+def test_scales_of_past_steps_are_in_the_checkpoint(text: str, tmp_path: Path) -> None:
+    """A tensor for each operand of the layers that are quantised: its scale and its largest values."""
+    run(tmp_path / "r", text, recipe="fp8-delayed")
+    arrays = load(tmp_path / "r" / "checkpoint.safetensors")[0]
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    operands = ("x.e4m3", "w.e4m3", "dy.e5m2")
+    kept = [f"scales.transformer.h.0.{layer}.{operand}" for layer in layers for operand in operands]
+    assert {name.rpartition(".")[0] for name in arrays if name.startswith("scales.")} == set(kept)
+    for name in kept:
+        history = arrays[f"{name}.amax_history"]
+        assert np.count_nonzero(history) == 8 and history.dtype == np.float32  # eight steps
+
+
+@pytest.mark.parametrize("lost", ["scales.transformer.h.0.mlp.c_fc.x.e4m3.amax_history", "scales."])
+def test_a_file_without_half_or_all_of_the_scales_is_refused(lost: str, text: str, tmp_path: Path) -> None:
+    stop_at(tmp_path / "r", text, 3, recipe="fp8-delayed")
+    path = tmp_path / "r" / "checkpoint.safetensors"
+    arrays, header = load(path)
+    del header["version"]
+    save(path, {name: array for name, array in arrays.items() if not name.startswith(lost)}, header)
+    with pytest.raises(UsageError, match="damaged"):
+        run(tmp_path / "r", text, resume=True)
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "fp8-delayed", "nvfp4", "bf16-sr"])
+def test_evaluating_and_sampling_more_often_changes_no_weight(recipe: str, text: str, tmp_path: Path) -> None:
+    run(tmp_path / "a", text, recipe=recipe, eval_every=1, eval_batches=3, sample_bytes=50, log_every=1)
+    run(tmp_path / "b", text, recipe=recipe, eval_every=8)
     a, b = (tmp_path / name / "checkpoint.safetensors" for name in "ab")
     assert a.read_bytes() == b.read_bytes()
 
@@ -137,6 +188,15 @@ def test_files_of_a_run(text: str, tmp_path: Path, capsys: pytest.CaptureFixture
                                   arrays["master.transformer.wte.weight"].astype(np.float16))  # fmt: skip
     printed = capsys.readouterr().out
     assert "= 16 bytes a parameter, as measured" in printed and "trigram" in printed and "a sample of 5 bytes" in printed
+
+
+@pytest.mark.parametrize(("flag", "rounded"), [(None, False), ("original", False), ("rounded", True)])
+def test_masters_start_from_what_the_flag_says(flag: str | None, rounded: bool, text: str) -> None:
+    """Without it from what the recipe says."""
+    of_bf16, of_megatron = (start(Config.of({**TINY, "data": text, "recipe": name, "masters_from": flag})).state
+                            for name in ("bf16", "megatron-bf16"))  # fmt: skip
+    assert (of_bf16.master == widen(of_bf16.weights)).all() == rounded
+    assert (of_megatron.master == widen(of_megatron.weights)).all() == (flag != "original")
 
 
 def test_accumulation_prints_its_bytes(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,6 +231,7 @@ def test_init_from_takes_the_masters_of_another_recipe(text: str, tmp_path: Path
         ({"optimizer": "lion"}, "unknown optimizer"),
         ({"loss_scale": "big"}, "loss scale 'big'"),
         ({"loss_scale": "-1"}, "loss scale"),
+        ({"masters_from": "nowhere"}, "--masters-from is 'nowhere': choose original or rounded"),
         ({"n_embd": 17}, "not a multiple"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"n_layer": -1}, "--n-layer is -1"),

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from refimpl.checkpoint import write_atomically
 from refimpl.errors import UsageError
+from refimpl.experiments.breaks import EPSILON, MASKS
 from refimpl.experiments.experiment import Experiment, Result
+from refimpl.experiments.narrow import ACCUMULATORS_OF_HARDWARE, MX_SCALES
 from refimpl.experiments.training import ALL_RECIPES, MASTERS, TINY_LOSS
 from refimpl.experiments.updates import HUNDRED_UPDATES, MOVED_WEIGHTS
 from refimpl.experiments.values import ACCUMULATE, FLUSH, LOST_UPDATE
@@ -19,7 +21,8 @@ from refimpl.show import table
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        FLUSH, LOST_UPDATE, HUNDRED_UPDATES, MOVED_WEIGHTS, ACCUMULATE, TINY_LOSS, MASTERS, ALL_RECIPES,
+        FLUSH, LOST_UPDATE, HUNDRED_UPDATES, MOVED_WEIGHTS, ACCUMULATE, ACCUMULATORS_OF_HARDWARE, MX_SCALES, MASKS, EPSILON,
+        TINY_LOSS, MASTERS, ALL_RECIPES,
     )
 }  # fmt: skip
 

@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 
 from refimpl.cast import cast, widen
+from refimpl.compensated import kahan_update
 from refimpl.experiments.experiment import Experiment, Result
 from refimpl.formats import FORMATS
+from refimpl.stochastic import random_bits, stochastic_round
 
 _SOURCE = "Micikevicius et al. 2018, section 3.1"
 
 # -- a hundred updates -------------------------------------------------------------------------------------------------
 
-UPDATES, SIZE = 100, 6e-4
+UPDATES, SIZE, MEAN_OF = 100, 6e-4, 4096
 
 
 def run_hundred_updates(seed: int) -> Result:
-    """Take 6e-4 away from 1.0, a hundred times: w = R(w - 6e-4), or a master in FP32 of which w is the rounded copy."""
+    """Take 6e-4 away from 1.0, a hundred times: w = R(w - 6e-4), or a master in FP32 of which w is the rounded copy.
+
+    Or without a master: R up or down by chance (the mean of 4096 weights), or what R took away kept for the next update.
+    """
     step = cast(np.array(SIZE), "fp32")
     curves: dict[str, list[float]] = {}
     for fmt, masters in (("fp32", False), ("fp16", False), ("bf16", False), ("fp16", True), ("bf16", True)):
@@ -30,13 +35,33 @@ def run_hundred_updates(seed: int) -> Result:
             kept = cast(widen(kept, "fp32") - step, "fp32" if masters else fmt)
             curve.append(float(cast(kept, fmt)))
         curves[f"{fmt} with masters" if masters else fmt] = curve
+    curves["bf16, stochastic rounding"], curves["bf16, Kahan"] = _stochastic(step, seed), _kahan(step)
     exact = 1 - UPDATES * SIZE
     rows = [[name, f"{curve[-1]:.7g}", f"{curve[-1] - exact:+.2g}"] for name, curve in curves.items()]
     conclusion = (
         f"after {UPDATES} updates of -{SIZE:g} the weight should be {exact:.2f}: FP32 has {curves['fp32'][-1]:.7f}, BF16 alone "
-        f"is still at {curves['bf16'][-1]:g}, and the BF16 copy of an FP32 master is {curves['bf16 with masters'][-1]:g}"
+        f"is still at {curves['bf16'][-1]:g}, and the BF16 copy of an FP32 master is {curves['bf16 with masters'][-1]:g}; "
+        f"without a master stochastic rounding comes to {curves['bf16, stochastic rounding'][-1]:.4f} in the mean, and Kahan's "
+        f"sum to {curves['bf16, Kahan'][-1]:.5f}"
     )
     return Result(["weights", "after 100 updates", "error"], rows, conclusion, {"exact": exact, "curves": curves})
+
+
+def _stochastic(step: np.ndarray, seed: int) -> list[float]:
+    w, curve = cast(np.ones(MEAN_OF), "bf16"), [1.0]
+    for t in range(UPDATES):
+        w = stochastic_round(widen(w, "fp32") - step, "bf16", random_bits(seed, t, 0, MEAN_OF))
+        curve.append(float(widen(w, "fp64").mean()))
+    return curve
+
+
+def _kahan(step: np.ndarray) -> list[float]:
+    """The weight with what it owes: w + c."""
+    w, c, curve = cast(np.ones(1), "bf16"), cast(np.zeros(1), "bf16"), [1.0]
+    for _ in range(UPDATES):
+        w, c = kahan_update(w, c, -step)
+        curve.append(float(widen(w, "fp64")[0] + widen(c, "fp64")[0]))
+    return curve
 
 
 def draw_hundred_updates(axes: Any, data: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from refimpl.formats import format_of
 from refimpl.ops.op import Op
 from refimpl.policy import Bound
+from refimpl.quantise import Quantised
 
 Array = Any
 
@@ -24,7 +25,7 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
     Source: the note, step 2. PyTorch: torch.nn.functional.linear.
     """
     y = p["y"]
-    xc, wc = y.cast(as_rows(x), "x"), y.cast(w, "w")
+    xc, wc = y.cast(as_rows(x), "x", axis=1), y.cast(w, "w", axis=1)
     bias = None if b is None else y.wide(y.cast(b, "b"))
 
     def finish(z: Array) -> Array:
@@ -33,15 +34,19 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
         return y.out(z, "y", x, w)
 
     result = y.gemm_then(finish, y.out_format(format_of(x), format_of(w)), xc, wc.T)
-    # dw = dy^T x reads x again. Keep the copy that was cast here, if linear.dw reads the same format; else x as it came.
-    same = p["dw"].row.input("x") == y.row.input("x")
+    # dw = dy^T x reads x again. Keep the copy that was cast here, if linear.dw reads the same format; else x as it came,
+    # and where it is quantised too: dw sums over its other axis.
+    same = p["dw"].row.input("x") == y.row.input("x") and not isinstance(xc, Quantised)
     return result.reshape(*x.shape[:-1], len(w)), (xc if same else x, x.shape, format_of(x))
 
 
 def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
-    """dx = dy w,  dw = dy^T x,  db = the rows of dy summed (by the row linear.dw); each rounded once."""
+    """dx = dy w,  dw = dy^T x,  db = the rows of dy summed; each rounded once.
+
+    Each product reads dy and the other operand by its own row. dx sums over F, dw over the rows.
+    """
     x, x_shape, x_format = saved
-    dy, x_row, w_row = as_rows(dy), p["dx"], p["dw"]
+    dy, x_row, w_row, b_row = as_rows(dy), p["dx"], p["dw"], p["db"]
 
     def finish_dx(dx: Array) -> Array:
         return x_row.grad(dx, "x", x_format, rounded=x_row.row.out)
@@ -49,13 +54,13 @@ def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) 
     def finish_dw(dw: Array) -> Array:
         return w_row.grad(dw, "w", format_of(w), rounded=w_row.row.out)
 
-    dy_x, dy_w = x_row.cast(dy, "dy"), w_row.cast(dy, "dy")
-    one = dy_x is dy_w and x_row.row.acc == w_row.row.acc  # then it is widened once for all three
+    dy_x, dy_w, dy_b = x_row.cast(dy, "dy", axis=1), w_row.cast(dy, "dy", axis=0), b_row.cast(dy, "dy")
+    one = dy_x is dy_w is dy_b and x_row.math == w_row.math == b_row.math  # then it is widened once for all three
     dy_x = x_row.wide(dy_x)
-    dy_w = dy_x if one else w_row.wide(dy_w)
-    dx = x_row.gemm_then(finish_dx, x_format, dy_x, x_row.cast(w, "w"))
-    dw = w_row.gemm_then(finish_dw, format_of(w), dy_w.T, w_row.cast(as_rows(x), "x"))
-    db = None if b is None else w_row.grad(dy_w.sum(0), "b", format_of(b), rounded=w_row.row.out)
+    dy_w, dy_b = (dy_x, dy_x) if one else (w_row.wide(dy_w), b_row.wide(dy_b))
+    dx = x_row.gemm_then(finish_dx, x_format, dy_x, x_row.cast(w, "w", axis=0))
+    dw = w_row.gemm_then(finish_dw, format_of(w), dy_w.T, w_row.cast(as_rows(x), "x", axis=0))
+    db = None if b is None else b_row.grad(dy_b.sum(0), "b", format_of(b), rounded=b_row.row.out)
     return dx.reshape(x_shape), dw, db
 
 

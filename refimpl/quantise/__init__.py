@@ -6,6 +6,7 @@
     nvfp4.py       blocks of 16 with an FP8 scale, and an FP32 scale for the tensor
     hadamard.py    the rotation that spreads outliers before NVFP4
     product.py     the product of two quantised matrices
+    schemes.py     all of these by the names that policies have for them, and what they remember in a run
 
 A matrix product needs both operands quantised along the axis that it sums over, each from the high-precision source: y = x w^T
 takes x and w along C, dx = dy w takes dy and w along F, dw = dy^T x takes dy and x along the tokens. So a tensor is
@@ -25,11 +26,14 @@ from refimpl.quantise.mx import SCALE_RULES, quantise_mx
 from refimpl.quantise.nvfp4 import quantise_nvfp4
 from refimpl.quantise.product import product
 from refimpl.quantise.quantised import Quantised, block_amax, encode, spread
+from refimpl.quantise.schemes import SCHEMES, Scales
 
 __all__ = [
     "SCALE_RULES",
+    "SCHEMES",
     "DelayedScaling",
     "Quantised",
+    "Scales",
     "block_amax",
     "encode",
     "hadamard",

@@ -1,0 +1,207 @@
+"""Recipes side by side: what scripts/compare_recipes.py does.
+
+The same model starts from the same weights and trains on the same batches under each recipe. All runs take a step in turn,
+so that whatever else the machine does hits all of them alike, and an interrupted comparison is one of fewer steps. Beside
+them FP32 trains with other seeds, other weights and other batches: what two such runs differ by is noise, and a recipe whose
+loss differs from FP32's by less is as good as FP32, as far as this comparison can tell.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from refimpl.config import Config
+from refimpl.data import Corpus, load_corpus, sample_batch
+from refimpl.errors import UsageError
+from refimpl.generate import mean_loss
+from refimpl.policy import Policy
+from refimpl.recipes import RECIPES, Recipe, get_recipe
+from refimpl.trainer import BATCHES, EVALUATION, generator, start
+
+BASELINE = "fp32"
+DEFAULT = ("fp32", "fp16", "bf16", "amp-bf16", "pure-bf16", "bf16-sr", "bf16-kahan", "fp8", "mxfp8", "nvfp4")
+WATCHED = 20
+"""Weights are compared with those before the step at every so many steps."""
+LAST = 10
+"""The loss at the end is a mean over the last tenth of the steps, and curves are smoothed over as many."""
+
+
+@dataclass
+class Run:
+    """One recipe under way, and what it has shown so far. `ended`: why it takes no more steps, or ''."""
+
+    config: Config
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+    skipped: int = 0
+    ended: str = ""
+    val_loss: float = float("nan")
+
+    def __post_init__(self) -> None:
+        self.parts = start(self.config)
+        self.batches = generator(self.config.seed, BATCHES)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it trains under."""
+        return get_recipe(self.config.recipe)
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """As measured: the live buffers of the states."""
+        return self.parts.state.nbytes / self.parts.model.n_params
+
+    def step(self, corpus: Corpus) -> None:
+        """One step, timed; every WATCHED steps it is also seen how many of the weights moved."""
+        if self.ended:
+            return
+        config, state = self.config, self.parts.state
+        assert config.batch_size is not None and config.block_size is not None
+        sizes = config.batch_size, config.block_size
+        batches = [sample_batch(corpus.train, *sizes, self.batches) for _ in range(config.grad_accum)]
+        watched = len(self.losses) % WATCHED == WATCHED - 1
+        before = np.array(state.values(state.master_kind)) if watched else None
+        started = time.perf_counter()
+        result = self.parts.step(batches)
+        loss, skipped = float(result.loss), bool(result.skipped)
+        self.seconds.append(time.perf_counter() - started)
+        self.losses.append(loss)
+        self.skipped += skipped
+        if before is not None and not skipped:
+            self.moved.append(float(np.mean(state.values(state.master_kind) != before)))
+        if skipped and config.loss_scale == "none":
+            self.ended = f"Inf or NaN at step {len(self.losses)}"
+
+    def finish(self, corpus: Corpus, seed: int) -> None:
+        """The validation loss, for all runs on the batches of one seed."""
+        config, rng = self.config, generator(seed, EVALUATION)
+        assert config.batch_size is not None and config.block_size is not None
+        batches = (sample_batch(corpus.valid, config.batch_size, config.block_size, rng) for _ in range(config.eval_batches))
+        self.parts.state.weights_down()
+        self.val_loss = mean_loss(self.parts.model, self.parts.state, self.parts.run, batches)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs: one for each recipe, FP32 first, and FP32 again with other seeds."""
+
+    runs: Sequence[Run]
+    others: Sequence[Run]
+
+    @property
+    def steps(self) -> int:
+        """Steps that FP32 has taken."""
+        return len(self.runs[0].losses)
+
+    @property
+    def noise(self) -> float:
+        """The largest difference between the validation losses of FP32 with any two seeds."""
+        losses = [run.val_loss for run in (self.runs[0], *self.others)]
+        return max(losses) - min(losses)
+
+    def smooth(self, losses: Sequence[float]) -> np.ndarray:
+        """Means over a tenth of the steps: the value at each step is the mean of those that end there."""
+        width = min(len(losses), max(1, self.steps // LAST))
+        return np.asarray(np.convolve(losses, np.full(width, 1 / width), "valid"))
+
+    def difference(self, run: Run) -> np.ndarray:
+        """A run's smoothed loss less FP32's, as far as it went: both saw the same batches."""
+        return self.smooth(np.subtract(run.losses, self.runs[0].losses[: len(run.losses)]).tolist())
+
+    def band(self) -> np.ndarray:
+        """At each step the largest difference between the smoothed losses of FP32 with any two seeds."""
+        return np.asarray(np.ptp([self.smooth(run.losses) for run in (self.runs[0], *self.others)], axis=0))
+
+
+def chosen_recipes(text: str) -> list[str]:
+    """The recipes of a list with commas, FP32 first, each once. 'all': those that do not imitate an accumulator.
+
+    Errors: UsageError for an unknown name, or none.
+    """
+    names: list[str] = [BASELINE]
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        fast = [name for name, recipe in RECIPES.items() if _is_fast(recipe.policy)]
+        names += fast if word == "all" else [get_recipe(word).name]
+    if len(names) == 1:
+        raise UsageError(f"--recipes names none: give 'all', or some of {', '.join(RECIPES)}")
+    return list(dict.fromkeys(names))
+
+
+def _is_fast(policy: Policy) -> bool:
+    """Whether all sums are the BLAS's: others are formed product by product, dozens of times as slowly."""
+    return all(row.acc in ("fp32", "fp64") for row in policy.rows.values())
+
+
+def compare(config: Config, recipes: Sequence[str], seeds: int, tick: Callable[[], Any]) -> Comparison:
+    """Train under each recipe. config: of the run under FP32; seeds: how many FP32 trains with. `tick` is called each step.
+
+    Ctrl-C ends it with the steps that all have taken. Errors: UsageError for fewer than 2 seeds, and KeyboardInterrupt where
+    not one step was finished.
+    """
+    if seeds < 2:
+        raise UsageError(f"--seeds is {seeds}: it takes two runs to differ")
+    assert config.block_size is not None and config.steps is not None
+    corpus = load_corpus(config.data, config.block_size)
+    runs = [Run(for_recipe(config, name)) for name in recipes]
+    others = [Run(replace(config, seed=config.seed + i)) for i in range(1, seeds)]
+    try:
+        for _ in range(config.steps):
+            for run in (*runs, *others):
+                run.step(corpus)
+            tick()
+    except KeyboardInterrupt:
+        finished = min(len(run.losses) for run in (*runs, *others) if not run.ended)
+        if not finished:
+            raise
+        for run in (*runs, *others):
+            del run.losses[finished:]
+    for run in (*runs, *others):
+        run.finish(corpus, config.seed)
+    return Comparison(runs, others)
+
+
+def for_recipe(config: Config, name: str) -> Config:
+    """The same run under another recipe, with that recipe's loss scale."""
+    return replace(config, recipe=name, loss_scale=get_recipe(name).loss_scale)
+
+
+HEADER = ("recipe", "bytes", "loss", "validation", "less fp32's", "skipped", "moved", "ms a step")
+
+
+def rows(comparison: Comparison) -> Iterator[list[str]]:
+    """The table: a row for each recipe. An asterisk marks a difference that is larger than the noise."""
+    baseline, noise = comparison.runs[0], comparison.noise
+    for run in comparison.runs:
+        difference = run.val_loss - baseline.val_loss
+        beyond = "" if abs(difference) <= noise else " *"
+        yield [
+            run.config.recipe,
+            f"{run.bytes_per_parameter:.4g}",
+            f"{comparison.smooth(run.losses)[-1]:.4f}",
+            f"{run.val_loss:.4f}",
+            run.ended or ("" if run is baseline else f"{difference:+.4f}{beyond}"),
+            str(run.skipped),
+            f"{100 * float(np.mean(run.moved)):.1f} %" if run.moved else "-",
+            f"{1e3 * median(run.seconds):.0f}",
+        ]
+
+
+def meaning(comparison: Comparison) -> list[str]:
+    """What the columns say, for under the table."""
+    seeds, width = 1 + len(comparison.others), max(1, comparison.steps // LAST)
+    return [
+        f"{comparison.steps} steps from the same weights on the same batches. loss: the mean of the last {width} steps. "
+        f"validation: in nats a byte, on the same {comparison.runs[0].config.eval_batches} batches for all.",
+        f"*: further from FP32 than FP32 is from itself: with {seeds} seeds its validation losses lie within "
+        f"{comparison.noise:.4f}.",
+        f"bytes: model states a parameter, as measured. moved: weights (masters, where there are) that an update changed, at "
+        f"every {WATCHED}th step. Times are of NumPy on this machine, which has no 16-bit or 8-bit arithmetic: on a device "
+        "with it fewer bits are faster, here they are slower.",
+    ]

@@ -1,0 +1,134 @@
+"""A comparison of recipes as a page, `recipes.html`, and the whole of what scripts/compare_recipes.py does."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.checkpoint import write_text_atomically
+from refimpl.compare_recipes import HEADER, Comparison, chosen_recipes, compare, meaning, rows
+from refimpl.config import Config
+from refimpl.errors import UsageError
+from refimpl.figures import Picture, as_svg
+from refimpl.html_page import document, escape, figures, paragraphs, section, table
+from refimpl.show import json_text
+from refimpl.show import table as text_table
+
+PAGE = Path("runs/recipes.html")
+STEPS = 200
+
+
+def compare_recipes(
+    given: Mapping[str, Any], recipes: str, seeds: int, out: Path | None, no_page: bool, json_file: Path | None, command: str
+) -> None:
+    """Train, print the table, write the page and the data. given: fields of Config. Errors: UsageError before any step."""
+    from tqdm import tqdm
+
+    names = chosen_recipes(recipes)
+    config = Config.of({"steps": STEPS, **given, "recipe": names[0]})
+    target = None if no_page else out or PAGE
+    if no_page and out is not None:
+        raise UsageError("--no-page and --out contradict each other: choose one")
+    if target is not None:
+        _need_matplotlib()
+    for path in filter(None, (target, json_file)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=config.steps, unit="step", dynamic_ncols=True) as bar:
+        comparison = compare(config, names, seeds, bar.update)
+    print(text_table(HEADER, list(rows(comparison))), *meaning(comparison), sep="\n")
+    if json_file is not None:
+        write_text_atomically(json_file, json_text(data(comparison)) + "\n")
+        print(f"written: {json_file}")
+    if target is not None:
+        write_text_atomically(target, page(comparison, command))
+        print(f"written: {target}")
+
+
+def _need_matplotlib() -> None:
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (--no-page does without it)") from None
+
+
+def data(comparison: Comparison) -> dict[str, Any]:
+    """Everything that was seen, as plain data."""
+    return {
+        "steps": comparison.steps,
+        "noise": comparison.noise,
+        "runs": [
+            {
+                "recipe": run.config.recipe, "seed": run.config.seed, "losses": run.losses, "val_loss": run.val_loss,
+                "bytes_per_parameter": run.bytes_per_parameter, "skipped": run.skipped, "moved": run.moved,
+                "seconds": run.seconds, "ended": run.ended or None,
+            }
+            for run in (*comparison.runs, *comparison.others)
+        ],
+    }  # fmt: skip
+
+
+def page(comparison: Comparison, command: str) -> str:
+    """The page. The same comparison and command give the same text."""
+    described = [[run.config.recipe, run.recipe.summary, run.recipe.source] for run in comparison.runs]
+    sections = [
+        section("At the end", table("All recipes", HEADER, list(rows(comparison))), paragraphs(meaning(comparison))),
+        section("Loss", paragraphs([LOSS]), figures(_pictures(comparison, "loss"))),
+        section("Difference from FP32", paragraphs([DIFFERENCE]), figures(_pictures(comparison, "difference"))),
+        section("The recipes", table("The recipes", ["recipe", "what it is", "source"], described, words=True)),
+        section("How it was made", f"<pre><code>{escape(command)}</code></pre>\n"),
+    ]
+    config = comparison.runs[0].config
+    return document(f"Recipes compared: {config.model}, {comparison.runs[0].parts.model.n_params:,} parameters", sections)
+
+
+LOSS = "The training loss, smoothed over a tenth of the steps. Each figure has FP32 in grey."
+DIFFERENCE = """\
+The smoothed loss less that of FP32 on the same batches. The grey band is as wide as FP32 differs from itself with other \
+seeds: inside it a recipe cannot be told from FP32 by this comparison."""
+TOGETHER = 5
+"""Curves a figure beside FP32's: more cannot be told apart."""
+
+
+def _pictures(comparison: Comparison, what: str) -> list[Picture]:
+    """Figures of TOGETHER recipes each."""
+    runs, result = comparison.runs[1:], []
+    for start in range(0, len(runs), TOGETHER):
+        shown = runs[start : start + TOGETHER]
+        names = ", ".join(run.config.recipe for run in shown)
+
+        def draw(axes: Any, shown: Any = shown) -> None:
+            _draw(axes, comparison, shown, what)
+
+        caption = "; ".join(f"{run.config.recipe} ended: {run.ended}" for run in shown if run.ended)
+        result.append(Picture(f"{what}-{start}", names, f"{what} of {names} by step", caption, as_svg(f"{what}-{start}", draw)))
+    return result
+
+
+def _draw(axes: Any, comparison: Comparison, shown: Any, what: str) -> None:
+    """The curves of some recipes, and what they are to be held against."""
+
+    def steps(curve: np.ndarray, taken: int) -> np.ndarray:
+        return np.arange(taken - len(curve) + 1, taken + 1)
+
+    if what == "loss":
+        reference = comparison.smooth(comparison.runs[0].losses)
+        axes.plot(steps(reference, comparison.steps), reference, color="#777777", lw=2.5, label="fp32")
+    else:
+        band = comparison.band()
+        axes.fill_between(steps(band, comparison.steps), -band, band, color="#dddddd", lw=0, label="noise of fp32")
+    for i, run in enumerate(shown):
+        curve = comparison.smooth(run.losses) if what == "loss" else comparison.difference(run)
+        axes.plot(steps(curve, len(run.losses)), curve, color=COLORS[i], lw=1.2, label=run.config.recipe)
+    if what == "difference":
+        limit = 4 * float(comparison.band()[-1])  # one that diverges must not flatten the others
+        axes.set_ylim(-limit, limit)
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats a byte")
+    axes.legend()
+
+
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#8c4799", "#c7321b")

@@ -1,0 +1,209 @@
+"""scripts/compare_recipes.py: all runs see the same weights and batches, and its numbers are those of runs by themselves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from script_loader import load_script
+
+from refimpl import compare_recipes as module
+from refimpl.compare_recipes import BASELINE, Comparison, Run, chosen_recipes, compare, for_recipe, rows
+from refimpl.config import Config
+from refimpl.data import load_corpus, sample_batch
+from refimpl.errors import UsageError
+from refimpl.generate import mean_loss
+from refimpl.recipes import RECIPES
+from refimpl.trainer import BATCHES, EVALUATION, generator, start
+
+SIZES: dict[str, Any] = {
+    "model": "gpt", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 21, "warmup": 2,
+    "eval_batches": 2,
+}  # fmt: skip
+
+
+def config(**more: Any) -> Config:
+    return Config.of({**SIZES, "recipe": BASELINE, **more})
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return compare(config(), ["fp32", "fp16", "pure-bf16", "bf16-sr", "fp8-delayed"], 3, lambda: None)
+
+
+def test_each_run_is_as_it_would_be_alone(comparison: Comparison) -> None:
+    for run in (*comparison.runs, *comparison.others):
+        alone, corpus = start(run.config), load_corpus(run.config.data, SIZES["block_size"])
+        rng = generator(run.config.seed, BATCHES)
+        losses = [
+            float(alone.step([sample_batch(corpus.train, SIZES["batch_size"], SIZES["block_size"], rng)]).loss)
+            for _ in range(SIZES["steps"])
+        ]
+        assert losses == run.losses
+        evaluated, drawn = generator(0, EVALUATION), []
+        for _ in range(SIZES["eval_batches"]):
+            drawn.append(sample_batch(corpus.valid, SIZES["batch_size"], SIZES["block_size"], evaluated))
+        alone.state.weights_down()
+        assert run.val_loss == mean_loss(alone.model, alone.state, alone.run, drawn)
+        assert run.bytes_per_parameter == pytest.approx(float(run.recipe.bytes_per_parameter()))
+
+
+def test_recipes_share_seed_and_loss_scale_is_their_own(comparison: Comparison) -> None:
+    assert {run.config.seed for run in comparison.runs} == {0} and [run.config.seed for run in comparison.others] == [1, 2]
+    assert {run.config.recipe for run in comparison.others} == {BASELINE}
+    assert for_recipe(config(), "fp16").loss_scale == "dynamic" and for_recipe(config(), "bf16").loss_scale == "none"
+    firsts = [run.losses[0] for run in comparison.runs]
+    assert max(firsts) - min(firsts) < 0.05 < abs(firsts[0] - comparison.runs[0].losses[-1])
+
+
+def test_curves_and_noise(comparison: Comparison) -> None:
+    first, others = comparison.runs[0], comparison.others
+    width = comparison.steps // 10
+    smooth = [float(np.mean(first.losses[i - width : i])) for i in range(width, 22)]
+    assert np.allclose(comparison.smooth(first.losses), smooth, rtol=0, atol=1e-12)
+    assert (comparison.difference(first) == 0).all() and len(comparison.difference(first)) == len(smooth)
+    losses = [first.val_loss, *(run.val_loss for run in others)]
+    assert comparison.noise == max(losses) - min(losses) > 0
+    ends = [float(np.mean(run.losses[-width:])) for run in (first, *others)]
+    assert comparison.band()[-1] == pytest.approx(max(ends) - min(ends))
+
+
+def test_weights_that_move_are_counted_by_bits(comparison: Comparison) -> None:
+    moved = {run.config.recipe: run.moved for run in comparison.runs}
+    assert all(len(shares) == 1 for shares in moved.values())  # 21 steps: the 20th is watched
+    assert moved["fp32"][0] > 0.9 > moved["pure-bf16"][0] > 0  # rows of tokens that no batch had do not move
+
+
+def test_a_run_that_cannot_go_on_says_so() -> None:
+    result = compare(config(lr=1e3, warmup=0), ["fp32", "pure-fp16"], 2, lambda: None)
+    (ended,) = [run for run in result.runs if run.config.recipe == "pure-fp16"]
+    assert ended.ended.startswith("Inf or NaN at step") and len(ended.losses) < SIZES["steps"]
+    assert ended.ended in list(rows(result))[1]
+
+
+def test_an_asterisk_is_for_what_noise_does_not_explain(comparison: Comparison) -> None:
+    baseline, other = comparison.runs[0], comparison.runs[1]
+    kept = other.val_loss
+    for difference, marked in ((0.5, False), (1.5, True), (-1.5, True)):
+        other.val_loss = baseline.val_loss + difference * comparison.noise
+        assert list(rows(comparison))[1][4].endswith("*") == marked
+    other.val_loss = kept
+
+
+# ----------------------------------------------------------------------------------------------------------- what is asked for
+
+
+def test_names_of_recipes() -> None:
+    assert chosen_recipes("bf16, fp8,bf16") == ["fp32", "bf16", "fp8"]
+    everything = chosen_recipes("all")
+    assert everything[0] == "fp32" and {"fp64", "nvfp4", "adam-8bit"} < set(everything)
+    assert set(RECIPES) - set(everything) == {"fp8-14bit", "fp8-14bit-128", "fp16-sums", "fp16-sums-64"}
+    assert chosen_recipes("all,fp8-14bit")[-1] == "fp8-14bit"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipes", "fp17"], "unknown recipe 'fp17'"),
+        (["--recipes", ","], "--recipes names none"),
+        (["--seeds", "1"], "--seeds is 1"),
+        (["--no-page", "--out", "x.html"], "contradict"),
+        (["--steps", "0"], "--steps is 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_a_step(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Run, "step", None)  # called, it would raise another error
+    with pytest.raises(UsageError, match=message):
+        run_script([*flags, *([] if "--no-page" in flags else ["--no-page"])])
+
+
+def run_script(flags: list[str]) -> None:
+    script = load_script("compare_recipes")
+    arguments = vars(script.parser().parse_args([*flags, *SMALL]))
+    own = {name: arguments.pop(name) for name in script.OWN_FLAGS}
+    script.compare_recipes(arguments, **own, command="python scripts/compare_recipes.py --steps 4")
+
+
+SMALL = [
+    "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "8", "--batch-size", "4", "--eval-batches", "2",
+    "--warmup", "2",
+]  # fmt: skip
+
+
+def test_the_script_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the page needs matplotlib")
+    target, numbers = tmp_path / "deep" / "page.html", tmp_path / "data.json"
+    flags = ["--recipes", "fp16,mxfp4", "--steps", "4", "--seeds", "2", "--out", str(target), "--json", str(numbers)]
+    run_script(flags)
+    shown = capsys.readouterr().out
+    assert f"written: {target}" in shown and f"written: {numbers}" in shown
+    table = [line.split()[0] for line in shown.splitlines()[2:5]]
+    assert table == ["fp32", "fp16", "mxfp4"]
+    page = target.read_text(encoding="ascii")
+    assert page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
+    for recipe in table:
+        assert f">{recipe}<" in page
+    stored = json.loads(numbers.read_text())
+    assert [run["recipe"] for run in stored["runs"]] == ["fp32", "fp16", "mxfp4", "fp32"]
+    assert stored["steps"] == 4 and all(len(run["losses"]) == 4 for run in stored["runs"])
+
+
+def test_without_matplotlib_only_the_page_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match="needs matplotlib"):
+        run_script(["--recipes", "bf16", "--steps", "1"])
+    run_script(["--recipes", "bf16", "--steps", "1", "--no-page"])
+    assert "bf16" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def interrupted(after: int) -> Callable[[], None]:
+    left = [after]
+
+    def tick() -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    return tick
+
+
+def test_ctrl_c_leaves_a_shorter_comparison() -> None:
+    result = compare(config(), ["fp32", "bf16"], 2, interrupted(3))
+    assert [len(run.losses) for run in (*result.runs, *result.others)] == [3, 3, 3]
+    assert all(np.isfinite(run.val_loss) for run in result.runs) and len(list(rows(result))) == 2
+
+
+def test_ctrl_c_in_the_middle_of_a_step_drops_that_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, step = [0], module.Run.step
+
+    def interrupting(self: Run, corpus: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3 * 2 + 2:  # in the third round, after the first of three
+            raise KeyboardInterrupt
+        step(self, corpus)
+
+    monkeypatch.setattr(module.Run, "step", interrupting)
+    result = compare(config(), ["fp32", "bf16"], 2, lambda: None)
+    assert [len(run.losses) for run in (*result.runs, *result.others)] == [2, 2, 2]
+    monkeypatch.setattr(module.Run, "step", lambda self, corpus: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compare(config(), ["fp32", "bf16"], 2, lambda: None)
+
+
+def test_other_weights_would_be_another_comparison(comparison: Comparison) -> None:
+    """Negative control: the same recipe from other weights does not have the losses of the first."""
+    other = Run(replace(comparison.runs[0].config, seed=5))
+    other.step(load_corpus("pydoc", SIZES["block_size"]))
+    assert other.losses[0] != comparison.runs[0].losses[0]
