@@ -1,7 +1,7 @@
 """Train the same model from the same weights on the same batches under several recipes, and compare them.
 
     python scripts/compare_recipes.py                                ten recipes: a table, and runs/recipes.html
-    python scripts/compare_recipes.py --recipes all                  every recipe but those that imitate accumulators
+    python scripts/compare_recipes.py --recipes all                  all but those that imitate accumulators, in ten minutes
     python scripts/compare_recipes.py --recipes bf16,fp8,fp8-delayed --steps 500 --lr 1e-3
 
 `python scripts/recipes.py` says what each recipe is. The page is one HTML file and needs matplotlib.
@@ -15,11 +15,11 @@ from pathlib import Path
 from refimpl.cli import main
 from refimpl.compare_recipes import DEFAULT
 from refimpl.flags import add_config_flags
-from refimpl.recipes_page import PAGE, STEPS, compare_recipes
+from refimpl.recipes_page import PAGE, STEPS, STEPS_OF_ALL, WARMUP, compare_recipes
 
 CONFIG_FLAGS = (
     "model", "data", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "optimizer", "momentum", "lr", "min_lr",
-    "warmup", "weight_decay", "clip", "grad_accum", "seed", "eval_batches",
+    "weight_decay", "clip", "grad_accum", "seed", "eval_batches",
 )  # fmt: skip
 OWN_FLAGS = ("recipes", "seeds", "out", "no_page", "json_file")
 
@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     """Flags of Config, and those of this script."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--recipes", default=",".join(DEFAULT), metavar="NAME,...", help=f"all, or some ({','.join(DEFAULT)})")
-    result.add_argument("--steps", type=int, default=argparse.SUPPRESS, help=f"training steps ({STEPS})")
+    steps = f"training steps ({STEPS}; with all recipes {STEPS_OF_ALL})"
+    result.add_argument("--steps", type=int, default=argparse.SUPPRESS, help=steps)
+    result.add_argument("--warmup", type=int, default=argparse.SUPPRESS, help=f"updates of linear warm-up ({WARMUP})")
     result.add_argument("--seeds", type=int, default=3, help="FP32 runs that show the noise, the compared one among them (3)")
     result.add_argument("--out", type=Path, metavar="FILE", help=f"the page ({PAGE})")
     result.add_argument("--no-page", action="store_true", help="no page; does without matplotlib")

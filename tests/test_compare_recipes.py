@@ -157,6 +157,20 @@ def test_the_script_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert stored["steps"] == 4 and all(len(run["losses"]) == 4 for run in stored["runs"])
 
 
+def test_all_recipes_take_fewer_steps_unless_a_number_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int | None, int]] = []
+
+    def stop(config: Config, *_: Any) -> None:
+        seen.append((config.steps, config.warmup))
+        raise UsageError("enough")
+
+    monkeypatch.setattr("refimpl.recipes_page.compare", stop)
+    for flags in (["--recipes", "bf16"], ["--recipes", "all"], ["--recipes", "all", "--steps", "7"]):
+        with pytest.raises(UsageError, match="enough"):
+            run_script([*flags, "--no-page"])
+    assert [steps for steps, _ in seen] == [200, 60, 7] and {warmup for _, warmup in seen} == {2}
+
+
 def test_without_matplotlib_only_the_page_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
