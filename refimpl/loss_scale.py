@@ -204,6 +204,7 @@ class DynamicLossScale:
         return xp.where(left == 0, smaller, self.value)
 
     def explain(self, before: float, found_inf: bool) -> str:
+        """What `update` has just done with S, which was `before`, in words; waits for the device."""
         scaler, left = self.scaler, int(self.hysteresis_tracker)
         if math.isinf(self.scale):
             return "infinite in FP32"

@@ -197,6 +197,7 @@ class Blockwise:
         update(values)
 
     def write(self, parts: Parts, values: Array, draw: Draw) -> None:
+        """Keep the values: the scale of each block, max |x| / largest code, and the codes nearest to x / scale."""
         blocks = np.zeros((len(parts["scales"]), SHARING), values.dtype)
         blocks.reshape(-1)[: values.size] = values
         largest = self.codebook()[-1] if self.codebook else cast(np.array(FORMATS[self.fmt].max), "fp32")
