@@ -35,6 +35,7 @@ from refimpl.trainer import start
 MODELS: dict[str, dict[str, int]] = {
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12},
     "medium": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 8},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 8},
     "smoke": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2},
 }
 WARM_UP = 3

@@ -5,7 +5,7 @@ with the arrays that it reads and writes, a product with its sizes, a copy. It f
 cupy_passes.py line by line; tests/test_gpu_cost.py holds names, numbers and sizes of all calls against those that the real
 CuPy makes. The calls are facts. The times are a prediction, and no more than that.
 
-    time of a call = max(FLOPs / peak, bytes / bandwidth, instructions / rate) + the gap between two calls
+    time of a call = max(FLOPs / peak, bytes / bandwidth) + the gap between two calls
     time of a step = max(the sum over its calls, calls x time of the host for one)
 
     L layers   B sequences   T positions   R = B T rows   C width   H heads   D = C / H   V vocabulary   N parameters
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from refimpl.activations import gpt_activations, itemsize
 from refimpl.backends.launch import COLUMNS, FORMATS, THREADS, elementwise_grid
+from refimpl.bench import MODELS
 from refimpl.errors import UsageError
 from refimpl.formats import dtype_of
 from refimpl.models import GPTConfig, gpt
@@ -42,20 +43,21 @@ class Gpu:
     gap: float = 2e-6  # seconds from the end of a call to the start of the next one on the device
     host: float = 10e-6  # seconds that Python, CuPy and the driver need for one call
 
-    @property
-    def instructions(self) -> float:
-        """A second, of all threads together: FP32's peak is one multiplication with its addition, 2 FLOPs, an instruction."""
-        return self.flops["fp32"] / 2
 
+_PEAK = {"fp32": 67e12, "fp16": 989e12, "bf16": 989e12}
+GPUS = {
+    "h100": Gpu("H100 SXM", 3.35e12, _PEAK, 80e9, 132),
+    "h200": Gpu("H200 SXM", 4.8e12, _PEAK, 141e9, 132),
+}
+"""Source: NVIDIA's data sheets of the H100 and the H200 (SXM: 3.35 and 4.8 TB/s, 80 and 141 GB; both FP32 67 TFLOPS, BF16 and
+FP16 tensor cores 1979 TFLOPS with sparsity, which is half of that without); its white paper on the architecture for the 132
+multiprocessors. FP32 products take no TF32: `cublas.product` asks for CUBLAS_COMPUTE_32F, in which cuBLAS uses it only if the
+user's environment says so."""
 
-H100 = Gpu("H100 SXM", 3.35e12, {"fp32": 67e12, "fp16": 989e12, "bf16": 989e12}, 80e9, 132)
-"""Source: NVIDIA's data sheet of the H100 (SXM: 3.35 TB/s, 80 GB, FP32 67 TFLOPS, BF16 and FP16 tensor cores 1979 TFLOPS with
-sparsity, which is half of that without); its white paper on the architecture for the 132 multiprocessors. FP32 products take
-no TF32: `cublas.product` asks for CUBLAS_COMPUTE_32F, in which cuBLAS uses it only if the user's environment says so."""
-
-GPT2 = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
-"""GPT-2 of 124 million parameters. Source: Radford et al. 2019."""
-BATCH = 8
+_SIZES = dict(MODELS["gpt2"])
+BATCH = _SIZES.pop("batch_size")
+GPT2 = GPTConfig(**_SIZES)
+"""The transformer of GPT-2's smallest model, on bytes as every model here. Source: Radford et al. 2019."""
 
 # ---------------------------------------------------------------------------------------------------- the ledger
 
@@ -85,7 +87,7 @@ class Line:
     nbytes: int
     blocks: int | None = None
     product: Product | None = None
-    instructions: int = 0  # of all threads of all these calls, where there are so many that bytes do not hide them
+    result: str = ""  # of a product: the format of its result
 
     @property
     def launches(self) -> int:
@@ -94,7 +96,7 @@ class Line:
 
     @property
     def flops(self) -> int:
-        """2 M N K for each product. Other kernels have instructions, if they count at all."""
+        """2 M N K for each product; those of other kernels do not count."""
         return 0 if self.product is None else 2 * math.prod(self.product) * self.times
 
     def seconds(self, gpu: Gpu, fmt: str, fair: bool = False) -> float:
@@ -103,8 +105,7 @@ class Line:
         So a launch of fewer blocks than there are multiprocessors cannot use all of it. In truth it gets something between.
         """
         share = min(1.0, self.blocks / gpu.multiprocessors) if fair and self.blocks else 1.0
-        longest = max(self.flops / gpu.flops[fmt], self.nbytes / (gpu.bandwidth * share), self.instructions / gpu.instructions)
-        return longest + self.times * gpu.gap
+        return max(self.flops / gpu.flops[fmt], self.nbytes / (gpu.bandwidth * share)) + self.times * gpu.gap
 
 
 class Ledger:
@@ -118,21 +119,21 @@ class Ledger:
 
     def launch(
         self, part: str, name: str, times: int = 1, values: int = 0, fp32: int = 0, int64: int = 0,
-        blocks: int | None = None, instructions: int = 0,
+        blocks: int | None = None,
     ) -> None:  # fmt: skip
-        """A kernel: the elements of each format that one launch reads and writes, and what its threads execute."""
+        """A kernel: the elements of each format that one launch reads and writes."""
         nbytes = values * itemsize(self.fmt) + 4 * fp32 + 8 * int64
-        self.lines.append(Line(part, name, times, times * nbytes, blocks, instructions=times * instructions))
+        self.lines.append(Line(part, name, times, times * nbytes, blocks))
 
-    def product(self, part: str, times: int, product: Product, add: bool = False) -> None:
-        """A product, whose operands are read once; with `add` its result is read as well."""
-        M, N, K, batch = product
-        values = batch * (M * K + K * N + M * N * (2 if add else 1))
-        self.lines.append(Line(part, GEMM, times, times * values * itemsize(self.fmt), product=product))
+    def product(self, part: str, times: int, product: Product, result: str | None = None) -> None:
+        """A product, whose operands are read once; its result is in the storage format, or in `result`."""
+        (M, N, K, batch), result = product, result or self.fmt
+        nbytes = batch * ((M * K + K * N) * itemsize(self.fmt) + M * N * itemsize(result))
+        self.lines.append(Line(part, GEMM, times, times * nbytes, product=product, result=result))
 
-    def convert(self, part: str, elements: int, source: str, target: str, times: int = 1, read: int | None = None) -> None:
-        """CuPy's copy of an array into another format, or layout; `read`: the elements of the source, if they are fewer."""
-        nbytes = (elements if read is None else read) * itemsize(source) + elements * itemsize(target)
+    def convert(self, part: str, elements: int, source: str, target: str, times: int = 1) -> None:
+        """CuPy's copy of an array into another format."""
+        nbytes = elements * (itemsize(source) + itemsize(target))
         name = f"cupy_copy__{dtype_of(source).name}_{dtype_of(target).name}"
         self.lines.append(Line(part, name, times, times * nbytes))
 
@@ -172,10 +173,6 @@ def _weights_down(t: Ledger, config: GPTConfig, recipe: Recipe) -> None:
         t.convert("weights down", gpt(config).n_params, recipe.state["master"], t.fmt)
 
 
-SEARCH = 45
-"""What a thread of embedding_backward executes for THREADS tokens among which its row is not, as NVRTC compiles it."""
-
-
 def _embedding(t: Ledger, config: GPTConfig, B: int) -> None:
     """Rows of both tables, their sum by the definition of `add` (the shapes differ), and both gradients."""
     part, T, C, V = "embedding", config.block_size, config.n_embd, config.vocab_size
@@ -195,8 +192,7 @@ def _embedding(t: Ledger, config: GPTConfig, B: int) -> None:
         t.convert(part, T * C, "fp32", t.fmt)
     for rows, places in ((V, R), (T, T)):
         blocks = rows * math.ceil(C / THREADS)
-        search = SEARCH * blocks * THREADS * math.ceil(places / THREADS)
-        t.launch(part, "embedding_backward", values=places * C + rows * C, int64=places, blocks=blocks, instructions=search)
+        t.launch(part, "embedding_backward", values=places * C + rows * C, int64=places, blocks=blocks)
 
 
 def _layernorm(t: Ledger, times: int, R: int, C: int) -> None:
@@ -208,26 +204,21 @@ def _layernorm(t: Ledger, times: int, R: int, C: int) -> None:
 
 
 def _linear(t: Ledger, times: int, R: int, n_in: int, n_out: int) -> None:
-    """A linear layer with its bias: copied into the result, to which the product adds; db is a kernel of its own."""
-    t.convert("bias, copied to the result", R * n_out, t.fmt, t.fmt, times, read=n_out)
-    t.product("linear: y = x w^T + b", times, Product(R, n_out, n_in), add=True)
+    """A linear layer: its sums stay in FP32 until a kernel has added the bias; db is another kernel."""
+    t.product("linear: x w^T", times, Product(R, n_out, n_in), "fp32")
+    t.launch("bias", "bias_forward", times, R * n_out + n_out, R * n_out, blocks=R)
     t.product("linear: dx = dy w", times, Product(R, n_in, n_out))
     t.product("linear: dw = dy^T x", times, Product(n_out, n_in, R))
     t.launch("bias, gradient", "bias_backward", times, R * n_out + n_out, blocks=math.ceil(n_out / COLUMNS))
 
 
 def _attention(t: Ledger, config: GPTConfig, B: int) -> None:
-    """Six batched products, a kernel each way for the softmax, and copies that put heads together and apart."""
+    """Six batched products, a kernel each way for the softmax, and kernels that put heads together and apart."""
     L, T, C, H = config.n_layer, config.block_size, config.n_embd, config.n_head
     D, scores = C // H, B * H * T
-    for shape, axes in (
-        ((B, T, 3, H, D), (2, 0, 3, 1, 4)),  # q, k and v
-        ((B, H, T, D), (0, 2, 1, 3)),  # O
-        ((B, T, H, D), (0, 2, 1, 3)),  # dO
-        ((3, B, H, T, D), (1, 3, 0, 2, 4)),  # dq, dk and dv
-    ):
-        if moves(shape, axes):
-            t.convert("attention, copies of heads", math.prod(shape), t.fmt, t.fmt, L)
+    for name in ("split_heads", "merge_heads"):  # q, k, v and O forward; dO and dq, dk, dv backward
+        for width in (C, 3 * C):
+            t.launch("attention, heads apart and together", name, L, 2 * B * T * width, blocks=B * T)
     inner, outer = Product(T, T, D, B * H), Product(T, D, T, B * H)
     for part, product in (
         ("attention: q k^T, P v", inner), ("attention: q k^T, P v", outer),
@@ -238,12 +229,6 @@ def _attention(t: Ledger, config: GPTConfig, B: int) -> None:
     seen = scores * (T + 1) // 2  # later keys are not read, but written
     t.launch("attention softmax, forward", "causal_softmax_forward", L, seen + scores * T, blocks=scores)
     t.launch("attention softmax, backward", "causal_softmax_backward", L, 2 * seen + scores * T, blocks=scores)
-
-
-def moves(shape: Sequence[int], axes: Sequence[int]) -> bool:
-    """Whether `axes` brings the elements of a C-ordered array into another order: axes of length 1 do not count."""
-    longer = [axis for axis in axes if shape[axis] > 1]
-    return longer != sorted(longer)
 
 
 def _lm_head_and_loss(t: Ledger, R: int, C: int, V: int) -> None:
@@ -258,7 +243,7 @@ def _lm_head_and_loss(t: Ledger, R: int, C: int, V: int) -> None:
     part = "cross-entropy"
     t.launch(part, "cross_entropy_forward", values=2 * R * V, fp32=3 * R, int64=R, blocks=R)
     t.launch(part, "mean", fp32=R, blocks=1)
-    t.launch(part, "cross_entropy_backward", 1, 2 * R * V, 2 * R, R, elementwise_grid(R * V)[0])
+    t.launch(part, "cross_entropy_backward", 1, 2 * R * V, 2 * R, R, R)
 
 
 def _update(t: Ledger, config: GPTConfig, recipe: Recipe) -> None:
@@ -354,7 +339,7 @@ class Prediction:
         return self.flops / (self.seconds(fair) * self.gpu.flops[self.recipe.state["weights"]])
 
 
-def predict(config: GPTConfig, recipe: Recipe, batch_size: int, gpu: Gpu = H100) -> Prediction:
+def predict(config: GPTConfig, recipe: Recipe, batch_size: int, gpu: Gpu = GPUS["h100"]) -> Prediction:
     """The cost of a step. Errors: as `step_calls`."""
     return Prediction(config, recipe, batch_size, gpu, step_calls(config, recipe, batch_size))
 
@@ -402,15 +387,16 @@ EXPLANATION = """\
 A PREDICTION, by arithmetic. Nothing was run; names, numbers and sizes of the calls are tested, times are not. Assumed:
  - A call takes the longer of its FLOPs at the peak and its bytes at the full bandwidth. Nothing reaches either.
  - An array that a call reads or writes passes the memory bus once; the logits twice where a kernel passes over them twice.
- - Of kernels other than products only the search of embedding_backward has its instructions counted: each row of the table
-   looks through all tokens. Those with exp, tanh or a division may need about as long for these as for their 16-bit values.
+ - What a kernel computes costs nothing beside its bytes. Those with exp, tanh or a division may need about as long for these.
  - 'Fair shares': a launch of fewer blocks than multiprocessors gets that part of the bandwidth only, not all of it. The
    truth lies between. That a thread waits for what it reads costs nothing, even where few threads work.
  - The host is never waited for but where its calls take longer than the device."""
 
 
-def show(recipes: Sequence[str]) -> int:
-    """What `scripts/gpu_check.py --predict` does. Errors: UsageError for a recipe that is not known, or not known here."""
-    predictions = [predict(GPT2, get_recipe(name), BATCH) for name in recipes]
+def show(recipes: Sequence[str], gpu: str) -> int:
+    """What `scripts/gpu_check.py --predict` does. Errors: UsageError for a recipe or a GPU that is not known here."""
+    if gpu not in GPUS:
+        raise UsageError(f"unknown GPU {gpu!r}: choose {' or '.join(GPUS)}")
+    predictions = [predict(GPT2, get_recipe(name), BATCH, GPUS[gpu]) for name in recipes]
     print("\n\n".join([EXPLANATION, *(text(p) for p in predictions)]))
     return 0

@@ -20,10 +20,11 @@ from refimpl.bench import MODELS
 from refimpl.cli import main
 from refimpl.errors import UsageError
 from refimpl.gpu_check import RECIPES, check
+from refimpl.gpu_cost import GPUS
 from refimpl.judge import JUDGED
 
 TESTS = Path(__file__).parent.parent / "tests"
-DEFAULTS: dict[str, Any] = {"recipes": ",".join(RECIPES), "steps": 50, "models": "small,medium", "rounds": 15}
+DEFAULTS: dict[str, Any] = {"recipes": ",".join(RECIPES), "steps": 50, "models": "small,medium,gpt2", "rounds": 15}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,9 +35,10 @@ def parser() -> argparse.ArgumentParser:
     recipes = f"with commas between them ({DEFAULTS['recipes']}; with --predict bf16)"
     result.add_argument("--recipes", help=recipes)
     result.add_argument("--steps", type=int, help="steps that each recipe trains (50)")
-    result.add_argument("--models", help=f"sizes to time: {', '.join(MODELS)} (small,medium)")
+    result.add_argument("--models", help=f"sizes to time: {', '.join(MODELS)} ({DEFAULTS['models']})")
     result.add_argument("--rounds", type=int, help="steps timed (15)")
     result.add_argument("--predict", action="store_true", help="print the predicted cost of a step instead; needs no GPU")
+    result.add_argument("--gpu", help=f"with --predict, on which: {' or '.join(GPUS)} (h100)")
     return result
 
 
@@ -52,9 +54,11 @@ def run(given: dict[str, Any]) -> int:
     """Check and print, or predict. Errors: UsageError where a flag does not belong to a prediction."""
     if given.pop("predict", False):
         for name in given:
-            if name != "recipes":
+            if name not in ("recipes", "gpu"):
                 raise UsageError(f"--{name} does not apply to --predict")
-        return gpu_cost.show(given.get("recipes", "bf16").split(","))
+        return gpu_cost.show(given.get("recipes", "bf16").split(","), given.get("gpu", "h100"))
+    if "gpu" in given:
+        raise UsageError("--gpu belongs to --predict: a check runs on the GPU that is there")
     arguments = {**DEFAULTS, **given}
     recipes, models = _checked(arguments.pop("recipes").split(",")), arguments.pop("models").split(",")
     return check(TESTS, recipes, models=models, **arguments)

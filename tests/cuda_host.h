@@ -1,7 +1,8 @@
 // What kernels.cu needs of CUDA, for g++: the whole of a launch runs on one thread of the host.
 //
-// Each thread of a block is a fiber that runs until it meets a barrier, and then lets the next one run. When all have had their
-// turn, all stand at the same barrier, so another round takes them to the next. NVIDIA's own headers convert fp16 and bf16.
+// Each thread of a block is a fiber that runs until it meets a barrier, and then lets the next one run. Warps take turns from one
+// barrier of the block to the next; within a warp, lanes take turns from one exchange of the warp (a ballot, a shuffle) to the
+// next. So no warp waits for another but where the kernel says so. NVIDIA's own headers convert fp16 and bf16.
 
 #pragma once
 
@@ -45,27 +46,43 @@ static char* stacks = (char*)malloc((size_t)MOST_THREADS * STACK);
 static ucontext_t starts[MOST_THREADS];   // a fiber begins here, on a stack of its own,
 static jmp_buf waits[MOST_THREADS];       // and goes on here: a jump asks nothing of the operating system, as a context does
 static jmp_buf scheduler;
-static bool started[MOST_THREADS], finished[MOST_THREADS], votes[MOST_THREADS];
+static bool started[MOST_THREADS], finished[MOST_THREADS], in_warp[MOST_THREADS];  // in_warp: waits for its warp only
+static float shown[MOST_THREADS];
 static std::function<void()> kernel;
 
 static int this_thread() { return threadIdx.y * blockDim.x + threadIdx.x; }
 
-static void __syncthreads() {
+static void wait(bool for_warp) {
+    in_warp[this_thread()] = for_warp;
     if (_setjmp(waits[this_thread()]) == 0) _longjmp(scheduler, 1);
 }
 
-// Here all threads of a block vote together, those of a warp are told theirs.
+static void __syncthreads() { wait(false); }
+
+// Each lane shows a value; then each looks at those of its warp.
+template <class Look> static auto exchange(float mine, Look look) {
+    int thread = this_thread(), first = thread / 32 * 32;
+    shown[thread] = mine;
+    wait(true);
+    auto seen = look(shown + first, thread % 32);
+    wait(true);
+    return seen;
+}
+
 static unsigned __ballot_sync(unsigned, bool vote) {
-    int thread = this_thread();
-    votes[thread] = vote;
-    __syncthreads();
-    unsigned bits = 0;
-    for (int lane = 0; lane < 32; lane++) {
-        int other = thread / 32 * 32 + lane;
-        if (other < (int)(blockDim.x * blockDim.y) && votes[other]) bits |= 1u << lane;
-    }
-    __syncthreads();
-    return bits;
+    return exchange(vote, [](const float* votes, int) {
+        unsigned bits = 0;
+        for (int lane = 0; lane < 32; lane++) bits |= (unsigned)(votes[lane] != 0) << lane;
+        return bits;
+    });
+}
+
+static float __shfl_sync(unsigned, float value, int from) {
+    return exchange(value, [from](const float* values, int) { return values[from]; });
+}
+
+static float __shfl_down_sync(unsigned, float value, int by) {
+    return exchange(value, [by](const float* values, int lane) { return values[lane + by < 32 ? lane + by : lane]; });
 }
 
 static void fiber() {
@@ -83,9 +100,24 @@ __attribute__((noinline)) static void resume(int thread) {
     setcontext(&starts[thread]);
 }
 
-// One block. False: some threads ended while others waited at a barrier.
+// A warp, from one barrier of the block to the next, or to its end; its first thread is `first`. False: its lanes came apart.
+static bool run_warp(int first, int lanes, bool reverse) {
+    int exchanging = 0, ended = 0;
+    do {
+        exchanging = ended = 0;
+        for (int turn = 0; turn < lanes; turn++) {
+            int thread = first + (reverse ? lanes - 1 - turn : turn);
+            resume(thread);
+            ended += finished[thread];
+            exchanging += !finished[thread] && in_warp[thread];
+        }
+    } while (exchanging == lanes);
+    return exchanging == 0 && (ended == 0 || ended == lanes);
+}
+
+// One block. False: some threads ended, or exchanged values in their warp, while others waited at a barrier.
 static bool run_block(bool reverse) {
-    int threads = blockDim.x * blockDim.y, running = threads;
+    int threads = blockDim.x * blockDim.y, warps = (threads + 31) / 32;
     for (int thread = 0; thread < threads; thread++) {
         started[thread] = finished[thread] = false;
         getcontext(&starts[thread]);
@@ -93,14 +125,15 @@ static bool run_block(bool reverse) {
         starts[thread].uc_stack.ss_size = STACK;
         makecontext(&starts[thread], fiber, 0);
     }
-    while (running == threads) {
-        for (int turn = 0; turn < threads; turn++) {
-            int thread = reverse ? threads - 1 - turn : turn;
-            resume(thread);
-            running -= finished[thread];
+    while (true) {
+        int ended = 0;
+        for (int turn = 0; turn < warps; turn++) {
+            int first = 32 * (reverse ? warps - 1 - turn : turn), lanes = threads - first < 32 ? threads - first : 32;
+            if (!run_warp(first, lanes, reverse)) return false;
+            ended += finished[first];
         }
+        if (ended != 0) return ended == warps;
     }
-    return running == 0;
 }
 
 // A whole grid; blocks and threads take turns first to last or, in reverse, last to first. False as above.

@@ -184,7 +184,7 @@ def check_cross_entropy_backward(device: Device, fmt: str) -> None:
         p = bound(fmt, "cross_entropy", device.functions)
         _, saved = OPS["cross_entropy"].forward(logits, target, p)
         _, largest, log_sum, *_ = saved
-        launch = (elementwise_grid(rows * V), logits, target, largest, log_sum, dloss, dz, np.int32(rows), np.int32(V))
+        launch = ((rows,), logits, target, largest, log_sum, dloss, dz, np.int32(rows), np.int32(V))
         device.launch(fmt, "cross_entropy_backward", *launch)
         if device.functions:
             assert_same(dz, OPS["cross_entropy"].backward(dloss[0], saved, p)[0])
@@ -303,6 +303,35 @@ def check_layernorm_specials(device: Device, fmt: str) -> None:
     y, saved = OPS["layernorm"].forward(x, w, b, p)
     for one, other in zip((got[0], *got[3:]), (y, *OPS["layernorm"].backward(dy, saved, w, b, p)), strict=True):
         assert (np.isnan(wide(one)) == np.isnan(wide(other))).all()
+
+
+def check_bias_forward(device: Device, fmt: str) -> None:
+    """y is FP32 products and a bias added and rounded once, bit for bit; also in place where y is FP32."""
+    rng = np.random.default_rng(15)
+    for rows, C in (*SHAPES, (3, 2000)):
+        products, b = (all_kinds(rng, n, kind, tiny=not device.flushes) for n, kind in ((rows * C, "fp32"), (C, fmt)))
+        y, expected = empty((rows, C), fmt), cast(products.reshape(rows, C) + widen(b), fmt)
+        device.launch(fmt, "bias_forward", (rows,), products, b, y, np.int32(C))
+        assert_same(y, expected)
+        if fmt == "fp32":
+            device.launch(fmt, "bias_forward", (rows,), products, b, products, np.int32(C))
+            assert_same(products, expected.reshape(-1))
+
+
+def check_heads(device: Device, fmt: str) -> None:
+    """Heads apart and side by side again: numbered elements, each where transpose puts it."""
+    for parts, B, H, positions, D in ((1, 1, 1, 1, 1), (3, 2, 5, 7, 11), (1, 3, 4, 2, 100), (3, 1, 1, 6, 1), (2, 4, 2, 1, 3)):
+        rows, width = B * positions, parts * H * D
+        x = np.arange(rows * width).astype(np.uint32 if fmt == "fp32" else np.uint16).view(dtype_of(fmt))
+        y = empty((parts, B, H, positions, D), fmt)
+        sizes = [np.int32(n) for n in (positions, parts, H, D)]
+        device.launch(fmt, "split_heads", (rows,), x, y, *sizes)
+        apart = x.reshape(B, positions, parts, H, D).transpose(2, 0, 3, 1, 4)
+        codes = np.uint32 if fmt == "fp32" else np.uint16
+        assert (y.view(codes) == np.ascontiguousarray(apart).view(codes)).all()
+        again = empty(x.shape, fmt)
+        device.launch(fmt, "merge_heads", (rows,), y, again, *sizes)
+        assert (again.view(codes) == x.view(codes)).all()
 
 
 def check_bias(device: Device, fmt: str) -> None:
@@ -465,6 +494,8 @@ ELEMENTWISE = {
     "gelu_tanh": check_gelu,
     "cross_entropy_backward": check_cross_entropy_backward,
     "adamw": check_adamw,
+    "bias_forward": check_bias_forward,
+    "heads": check_heads,
 }
 
 REDUCING = {

@@ -107,9 +107,28 @@ def layernorm_weights_backward(
     put(db, bias)
 
 
+def bias_forward(fmt: str, grid: Grid, products: Array, b: Array, y: Array, C: np.int32) -> None:
+    covers(grid, y.size // C)
+    put(y, cast(products.reshape(-1, C) + widen(b), fmt))
+
+
 def bias_backward(fmt: str, grid: Grid, dy: Array, db: Array, rows: np.int32, C: np.int32) -> None:
     covers(grid, -(-C // COLUMNS))
     put(db, cast(widen(dy.reshape(rows, C)).sum(0), fmt))
+
+
+def split_heads(
+    fmt: str, grid: Grid, x: Array, y: Array, positions: np.int32, parts: np.int32, H: np.int32, D: np.int32
+) -> None:
+    covers(grid, x.size // (parts * H * D))
+    put(y, x.reshape(-1, positions, parts, H, D).transpose(2, 0, 3, 1, 4))
+
+
+def merge_heads(
+    fmt: str, grid: Grid, y: Array, x: Array, positions: np.int32, parts: np.int32, H: np.int32, D: np.int32
+) -> None:
+    covers(grid, y.size // (parts * H * D))
+    put(x, y.reshape(parts, -1, H, positions, D).transpose(1, 3, 0, 2, 4))
 
 
 def causal_softmax_forward(fmt: str, grid: Grid, S: Array, P: Array, queries: np.int32, scale: np.float32) -> None:
@@ -149,6 +168,7 @@ def cross_entropy_backward(
     fmt: str, grid: Grid, logits: Array, target: Array, largest: Array, log_sum: Array, dloss: Array, dz: Array,
     rows: np.int32, V: np.int32,
 ) -> None:  # fmt: skip
+    covers(grid, int(rows))
     z = logits.reshape(rows, V)
     saved = z, largest.reshape(-1, 1), log_sum.reshape(-1, 1), target, z.shape, fmt
     put(dz, OPS["cross_entropy"].backward(dloss.reshape(()), saved, bound(fmt, "cross_entropy"))[0])
@@ -203,8 +223,8 @@ TWINS: dict[str, Callable[..., None]] = {
     twin.__name__: twin
     for twin in (
         add_forward, gelu_tanh_forward, gelu_tanh_backward, layernorm_forward, layernorm_backward, layernorm_weights_backward,
-        bias_backward, causal_softmax_forward, causal_softmax_backward, cross_entropy_forward, cross_entropy_backward, mean,
-        embedding_backward, gradient_norm, gradient_norm_fold, adamw,
+        bias_forward, bias_backward, split_heads, merge_heads, causal_softmax_forward, causal_softmax_backward,
+        cross_entropy_forward, cross_entropy_backward, mean, embedding_backward, gradient_norm, gradient_norm_fold, adamw,
     )
 }  # fmt: skip
 
@@ -247,7 +267,7 @@ class StrictBackend(CupyBackend):
 
     kernels: TwinKernels = field(default_factory=TwinKernels)
 
-    def product(self, a: Array, b: Array, fmt: str, out: Array | None = None, add: bool = False) -> Array:
+    def product(self, a: Array, b: Array, fmt: str, out: Array | None = None) -> Array:
         """As `cublas.product`, whose checks these are; test_strict_backend.py holds them against the real ones."""
         if format_of(a) != format_of(b) or not {format_of(a), fmt} <= set(cublas.FORMATS):
             raise TypeError(f"no product of {format_of(a)} and {format_of(b)} in {fmt}")
@@ -261,8 +281,7 @@ class StrictBackend(CupyBackend):
             counter.launches += sum(cublas._layout(x) is None for x in (a, b))  # copied to where cuBLAS can read it
         left, right, result = (on_host(x) for x in (a, b, out))
         with np.errstate(all="ignore"):
-            z = np.matmul(widen(left), widen(right))
-            result[...] = cast(z + widen(result) if add else z, fmt)
+            result[...] = cast(np.matmul(widen(left), widen(right)), fmt)
         return out
 
 

@@ -68,6 +68,13 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "layernorm: unbiased variance": ("layernorm", "bf16", "(squares), (float)C", "(squares), (float)(C - 1)"),
     "layernorm: rounded before the bias": ("layernorm", "fp16", "add(z, widen(b[i]))", "add(widen(round_to<T>(z)), b[i])"),
+    "bias: rounded before it is added": (
+        "bias_forward", "bf16", "add(products[row * C + i], ", "add(widen(round_to<T>(products[row * C + i])), ",
+    ),
+    "heads: positions and heads exchanged": (
+        "heads", "fp16", "* H + h) * positions + position)", "* positions + position) * H + h)",
+    ),
+    "heads: the first element of a row stays": ("heads", "fp32", "THREADS) x[i] = y[", "THREADS) if (i) x[i] = y["),
     "columns: last row missed": ("bias_backward", "fp32", "row < rows; row += LANES) sum", "row < rows - 1; row += LANES) sum"),
     "columns: summed in 16 bits": (
         "bias_backward", "bf16",
@@ -79,10 +86,12 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "loss: NaN passed over": ("cross_entropy_forward", "fp32", "a > b || isnan(a) ? a : b", "a > b ? a : b"),
     "loss: the shift moved": (
         "cross_entropy_backward", "fp32",
-        "sub(sub(widen(logits[i]), largest[row]), log_sum[row])", "sub(widen(logits[i]), add(largest[row], log_sum[row]))",
+        "sub(sub(widen(logits[i]), most), log)", "sub(widen(logits[i]), add(most, log))",
     ),
-    "loss: no target": ("cross_entropy_backward", "bf16", "if (i % V == target[row]) d = sub(d, each);", ""),
+    "loss: no target": ("cross_entropy_backward", "bf16", "if (i == target[row]) d = sub(d, each);", ""),
     "embedding: a token overlooked": ("embedding_backward", "fp32", "__ffs(left) - 1;", "31 - __builtin_clz(left); left = 8;"),
+    "embedding: a word overlooked": ("embedding_backward", "fp32", "t % 32 < WORDS &&", "t % 32 < WORDS - 1 &&"),
+    "fold: a lane overlooked": ("mean", "fp32", "for (int half = 16; half > 0;", "for (int half = 16; half > 1;"),
     "norm: of half-scaled squares": ("gradient_norm", "fp16", "mul(g, g)", "mul(g, scaled)"),
     "norm: infinities pass": ("gradient_norm", "fp16", "!isfinite(scaled)", "isnan(scaled)"),
     "norm: looks at its own blocks only": ("gradient_norm", "bf16", "bad = bad || partial_bad[i]", "bad = partial_bad[i]"),

@@ -91,7 +91,7 @@ def test_a_launch_with_a_python_number_is_refused() -> None:
 @pytest.mark.skipif(os.environ.get("CUPY_ON_CPU_REVERSE") != "1", reason="needs CUPY_ON_CPU_REVERSE=1")
 def test_a_missing_barrier_is_seen_when_threads_run_last_to_first() -> None:
     text = Kernels().text
-    barrier = "        __syncthreads();\n        for (int word"
+    barrier = "        __syncthreads();\n        unsigned words"
     assert text.count(barrier) == 1
     with pytest.raises(AssertionError):
-        CHECKS["embedding_backward"](device(text.replace(barrier, "        for (int word")), "fp32")
+        CHECKS["embedding_backward"](device(text.replace(barrier, "        unsigned words")), "fp32")

@@ -336,13 +336,13 @@ OUTS: dict[str, Callable[[tuple[int, ...], str], np.ndarray] | None] = {
 }
 
 
-def outcome(product: Callable[..., Array], a: np.ndarray, b: np.ndarray, fmt: str, out: str, add: bool) -> Any:
+def outcome(product: Callable[..., Array], a: np.ndarray, b: np.ndarray, fmt: str, out: str) -> Any:
     """The error that a product raises; or the kind of its result, its GEMMs and its copies, and what it writes without one."""
     make, shape = OUTS[out], (*a.shape[:-1], b.shape[-1])
     given = None if make is None else xp.asarray(make(shape, fmt))
     counter.reset()
     try:
-        y = product(xp.asarray(a), xp.asarray(b), fmt, given, add)
+        y = product(xp.asarray(a), xp.asarray(b), fmt, given)
     except (TypeError, ValueError) as error:
         return type(error)
     written = None if counter.gemms else on_host(y).tobytes()
@@ -355,7 +355,7 @@ def test_the_stand_ins_product_checks_what_the_real_one_does(
 ) -> None:
     """`cublas.product` itself, with the stand-in for CuPy, and a call of cuBLAS that is only counted."""
 
-    def call(cupy: Any, a: Array, b: Array, out: Array, sizes: tuple[int, int, int, int], add: bool) -> None:
+    def call(cupy: Any, a: Array, b: Array, out: Array, sizes: tuple[int, int, int, int]) -> None:
         assert all(cublas._layout(cublas._readable(cupy, x)) is not None for x in (a, b))
         counter.gemms += 1
 
@@ -363,13 +363,11 @@ def test_the_stand_ins_product_checks_what_the_real_one_does(
     monkeypatch.setattr(cublas, "_call", call)
     formats = ("fp32", "fp16", "fp64")
     outcomes = set()
-    for left, right, fmt, out, add in every(formats, formats, formats, OUTS, (False, True)):
-        if add and out == "none":  # nothing to add to: no caller does it
-            continue
+    for left, right, fmt, out in every(formats, formats, formats, OUTS):
         for lay_a, lay_b in every(LAYOUTS.values(), LAYOUTS.values()):
             a, b = (lay(np.ones(shape, dtype_of(f))) for lay, shape, f in ((lay_a, shapes[0], left), (lay_b, shapes[1], right)))
-            expected = outcome(cublas.product, a, b, fmt, out, add)
-            assert outcome(STRICT.product, a, b, fmt, out, add) == expected, (left, right, fmt, out, add)
+            expected = outcome(cublas.product, a, b, fmt, out)
+            assert outcome(STRICT.product, a, b, fmt, out) == expected, (left, right, fmt, out)
             outcomes.add(expected if isinstance(expected, type) else "done")
     assert outcomes >= {TypeError, ValueError}
     assert ("done" in outcomes) == (shapes[0][:-2] == shapes[1][:-2] and shapes[0][-1] == shapes[1][-2])
@@ -473,15 +471,15 @@ def wrong_mean(fmt: str, grid: tuple[int, ...], x: Array, y: Array, n: np.int32)
 class SixteenBitSums(StrictBackend):
     """Products are summed in 16 bits, eight terms at a time."""
 
-    def product(self, a: Array, b: Array, fmt: str, out: Array | None = None, add: bool = False) -> Array:
-        before = on_host(out).copy() if out is not None and add else None
-        y = super().product(a, b, fmt, out, add)
+    def product(self, a: Array, b: Array, fmt: str, out: Array | None = None) -> Array:
+        y = super().product(a, b, fmt, out)
         left, right, result = (on_host(x) for x in (a, b, y))
-        total = np.zeros_like(result) if before is None else before
+        total = np.zeros(result.shape, left.dtype)
         with np.errstate(all="ignore"):
             for k in range(0, left.shape[-1], 8):
-                total = cast(widen(total) + np.matmul(widen(left[..., k : k + 8]), widen(right[..., k : k + 8, :])), fmt)
-        result[...] = total
+                more = np.matmul(widen(left[..., k : k + 8]), widen(right[..., k : k + 8, :]))
+                total = cast(widen(total) + more, format_of(left))
+        result[...] = widen(total, fmt)
         return y
 
 
@@ -491,12 +489,11 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
         "2.activation_grads of transformer.h.0.attn.c_attn departs",
     ),
     "the bias added twice": (
-        edited(cupy_ops, "y[...] = bc", "y[...] = bc + bc"),
+        edited(cupy_ops, "in_order(p, bc)", "in_order(p, bc + bc)"),
         "2.activations of transformer.h.0.attn.c_attn departs",
     ),
     "rounded before the bias": (
-        edited(cupy_ops, "product(xc, wc.T, fmt, out=y, add=bc is not None)",
-               "product(xc, wc.T, fmt, out=y)\n    if bc is not None:\n        y += bc"),
+        edited(cupy_ops, "p.empty(y.shape, fmt), y", "p.empty(y.shape, fmt), widen(y.astype(bc.dtype), 'fp32')"),
         "2.activations of transformer.h.0.attn.c_attn departs",
     ),
     "the slope of attention is not scaled": (

@@ -34,11 +34,11 @@ class Layout(NamedTuple):
     batch_step: int  # elements from one matrix to the next
 
 
-def product(a: Array, b: Array, fmt: str, out: Array | None = None, add: bool = False) -> Array:
+def product(a: Array, b: Array, fmt: str, out: Array | None = None) -> Array:
     """a (..., M, K) @ b (..., K, N) -> (..., M, N) in format `fmt`: accumulated in FP32 and rounded once.
 
     a, b: device arrays of one format, FP32, FP16 or BF16; transposed views are read where they lie. out: in C order,
-    written to; with `add` what it holds (a bias) is added before the rounding.
+    written to.
     Errors: TypeError for other or unequal formats, ValueError for shapes that do not fit.
     PyTorch: torch.matmul of 16-bit tensors on CUDA, which calls the same function.
     """
@@ -52,8 +52,8 @@ def product(a: Array, b: Array, fmt: str, out: Array | None = None, add: bool = 
         out = cupy.empty((*batch, M, N), dtype_of(fmt))
     _check_result(out, (*batch, M, N), fmt)
     if out.size and K:
-        _call(cupy, a, b, out, (math.prod(batch), M, N, K), add)
-    elif not add:
+        _call(cupy, a, b, out, (math.prod(batch), M, N, K))
+    else:
         out[...] = 0
     return out
 
@@ -63,7 +63,7 @@ def _check_result(out: Array, shape: tuple[int, ...], fmt: str) -> None:
         raise ValueError(f"the result is {fmt} {shape} in C order, out is {format_of(out)} {out.shape}")
 
 
-def _call(cupy: Any, a: Array, b: Array, out: Array, sizes: tuple[int, int, int, int], add: bool) -> None:
+def _call(cupy: Any, a: Array, b: Array, out: Array, sizes: tuple[int, int, int, int]) -> None:
     """cuBLAS counts columns first: our a b is its b^T a^T, so b goes first and rows are its columns."""
     cublas = importlib.import_module("cupy_backends.cuda.libs.cublas")
     kinds = {
@@ -75,11 +75,11 @@ def _call(cupy: Any, a: Array, b: Array, out: Array, sizes: tuple[int, int, int,
     assert layout_a is not None and layout_b is not None
     handle = cupy.cuda.device.get_cublas_handle()
     cublas.setMathMode(handle, SUMS_IN_FP32)
-    one, beta = np.array(1, np.float32), np.array(add, np.float32)
+    one, zero = np.array(1, np.float32), np.array(0, np.float32)
     cublas.gemmStridedBatchedEx(
         handle, int(layout_b.transposed), int(layout_a.transposed), N, M, K, one.ctypes.data,
         b.data.ptr, kinds[format_of(b)], layout_b.step, layout_b.batch_step,
-        a.data.ptr, kinds[format_of(a)], layout_a.step, layout_a.batch_step, beta.ctypes.data,
+        a.data.ptr, kinds[format_of(a)], layout_a.step, layout_a.batch_step, zero.ctypes.data,
         out.data.ptr, kinds[format_of(out)], N, M * N, batch, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The CuPy backend: the same algorithm on an NVIDIA GPU, by one call of cuBLAS a product and one kernel a pass.
 
-It has not been run on a GPU by the project; docs/gpu.md says what has been shown without one.
+docs/gpu.md says what has been shown, on a GPU and without one.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class CupyBackend(Backend):
 
         return CUPY_PASSES
 
-    def product(self, a: Array, b: Array, fmt: str, out: Array | None = None, add: bool = False) -> Array:
-        """`cublas.product`: a b, plus what `out` holds if `add`, summed in FP32 and rounded once to `fmt`."""
-        return cublas.product(a, b, fmt, out, add)
+    def product(self, a: Array, b: Array, fmt: str, out: Array | None = None) -> Array:
+        """`cublas.product`: a b, summed in FP32 and rounded once to `fmt`."""
+        return cublas.product(a, b, fmt, out)
 
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
         """As in `Backend`, but 16-bit operands are read as they are."""

@@ -17,7 +17,6 @@ from refimpl.backends.launch import COLUMNS, FORMATS, LANES, THREADS, elementwis
 from refimpl.cast import widen
 from refimpl.formats import format_of
 from refimpl.ops import OPS, Op, fan_in
-from refimpl.ops.attention import merge_heads
 from refimpl.ops.gemm import as_rows
 from refimpl.ops.norm import EPS
 from refimpl.policy import SAME, Bound
@@ -149,16 +148,19 @@ def columns(C: int) -> tuple[int]:
 
 
 def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any] | None:
-    """y = x w^T + b: the bias lies in y already when the GEMM adds its sums to it and rounds."""
+    """y = x w^T + b: the sums of the GEMM stay in FP32 until the bias is added, so that y is rounded once.
+
+    cuBLAS adds a bias too (beta = 1), but on an H200 it rounds before it adds: a quarter of the results were one ulp off.
+    """
     row = p["y"]
     xc, wc, bc = row.cast(as_rows(x), "x"), row.cast(w, "w"), None if b is None else row.cast(b, "b")
     fmt = one_format(row, xc, wc, bc)
     if fmt is None or row.out_format(format_of(x), format_of(w)) != fmt or not p["dx"].row == p["dw"].row == row.row:
         return None
-    y = p.empty((len(xc), len(w)), fmt)
+    y = p.run.backend.product(xc, wc.T, fmt if bc is None else "fp32")
     if bc is not None:
-        y[...] = bc
-    p.run.backend.product(xc, wc.T, fmt, out=y, add=bc is not None)
+        y, products = p.empty(y.shape, fmt), y
+        launcher(p, fmt).bias_forward((len(y),), ROW, products, in_order(p, bc), y, np.int32(len(w)))
     return y.reshape(*x.shape[:-1], len(w)), Fused((xc, x.shape, format_of(x)))
 
 
@@ -174,18 +176,34 @@ def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) 
     return widen(dx, x_format).reshape(x_shape), widen(dw, format_of(w)), db if b is None else widen(db, format_of(b))
 
 
+def split_heads(x: Array, shape: tuple[int, ...], p: Bound) -> Array:
+    """x (B, T, parts H D) -> `shape`, which is (parts, B, H, T, D)."""
+    parts, B, H, T, D = shape
+    fmt, y = format_of(x), p.empty(shape, format_of(x))
+    launcher(p, fmt).split_heads((B * T,), ROW, in_order(p, x), y, *map(np.int32, (T, parts, H, D)))
+    return y
+
+
+def merge_heads(y: Array, p: Bound) -> Array:
+    """y (parts, B, H, T, D) -> (B, T, parts H D)."""
+    (parts, B, H, T, D), fmt = y.shape, format_of(y)
+    x = p.empty((B, T, parts * H * D), fmt)
+    launcher(p, fmt).merge_heads((B * T,), ROW, y, x, *map(np.int32, (T, parts, H, D)))
+    return x
+
+
 def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any] | None:
-    """O = softmax(mask(q k^T / sqrt(D))) v: two batched GEMMs, one kernel between them, a copy before and after."""
+    """O = softmax(mask(q k^T / sqrt(D))) v: two batched GEMMs, one kernel between them, one before and one after."""
     fmt = format_of(qkv)
     if not all(keeps(p[part], fmt) for part in ("scores", "scale", "softmax", "values")):
         return None
     (B, T, C3), product = qkv.shape, p.run.backend.product
     D = C3 // 3 // n_head
-    heads = in_order(p, qkv.reshape(B, T, 3, n_head, D).transpose(2, 0, 3, 1, 4))  # (3, B, H, T, D)
+    heads = split_heads(qkv, (3, B, n_head, T, D), p)
     q, k, v = heads
     P = product(q, k.swapaxes(-1, -2), fmt)  # S, which becomes P
     launcher(p, fmt).causal_softmax_forward((P.size // T,), ROW, P, P, np.int32(T), number(1 / math.sqrt(D)))
-    return merge_heads(product(P, v, fmt)), Fused((heads, P))
+    return merge_heads(product(P, v, fmt)[None], p), Fused((heads, P))
 
 
 def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
@@ -193,7 +211,7 @@ def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Ar
     heads, P = saved
     (_, B, H, T, D), fmt, product = heads.shape, format_of(heads), p.run.backend.product
     q, k, v = heads
-    dO = in_order(p, dO.reshape(B, T, H, D).transpose(0, 2, 1, 3))
+    (dO,) = split_heads(dO, (1, B, H, T, D), p)
     gradients = p.empty(heads.shape, fmt)
     dq, dk, dv = gradients
     product(P.swapaxes(-1, -2), dO, fmt, out=dv)
@@ -201,7 +219,7 @@ def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Ar
     launcher(p, fmt).causal_softmax_backward((P.size // T,), ROW, P, dS, dS, np.int32(T), number(1 / math.sqrt(D)))
     product(dS, k, fmt, out=dq)
     product(dS.swapaxes(-1, -2), q, fmt, out=dk)
-    return (in_order(p, gradients.transpose(1, 3, 0, 2, 4)).reshape(B, T, 3 * H * D),)
+    return (merge_heads(gradients, p),)
 
 
 # ---------------------------------------------------------------------------------------------------- embedding, loss
@@ -244,7 +262,7 @@ def cross_entropy_backward(dloss: Array, saved: Any, p: Bound) -> tuple[Array, N
     rows, V, fmt = target.size, shape[-1], format_of(z)
     dz = p.empty(z.shape, fmt)
     launcher(p, fmt).cross_entropy_backward(
-        elementwise_grid(dz.size), ROW, z, target, largest, log_sum, dloss, dz, np.int32(rows), np.int32(V)
+        (rows,), ROW, z, target, largest, log_sum, dloss, dz, np.int32(rows), np.int32(V)
     )
     return dz.reshape(shape), None
 

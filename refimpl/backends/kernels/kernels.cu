@@ -21,6 +21,8 @@ constexpr int THREADS = 256;  // of a block: elementwise, or all on one row
 constexpr int COLUMNS = 32;   // a block that sums columns has so many of them,
 constexpr int LANES = 32;     // and so many threads for each, which share its rows
 
+constexpr unsigned ALL_LANES = 0xffffffffu;  // of a warp
+
 
 // ------------------------------------------------------------------------------------------------------------------ arithmetic
 
@@ -40,19 +42,21 @@ __device__ inline long long first_element() { return (long long)blockIdx.x * blo
 __device__ inline long long stride() { return (long long)gridDim.x * blockDim.x; }
 
 // One value from each of THREADS threads -> all of them folded, which every thread gets. The tree: t takes in t + 128, then
-// t + 64, ... t + 1. block_fold<add> is a sum, block_fold<larger> a maximum.
+// t + 64, ... t + 1. block_fold<add> is a sum, block_fold<larger> a maximum. The last 32 are folded without a barrier: every
+// warp folds the same, and its first lane has the result.
 template <float (*fold)(float, float)> __device__ inline float block_fold(float mine) {
     __shared__ float values[THREADS];
     int t = threadIdx.x;
     values[t] = mine;
-    for (int half = THREADS / 2; half > 0; half /= 2) {
+    for (int half = THREADS / 2; half >= 32; half /= 2) {
         __syncthreads();
         if (t < half) values[t] = fold(values[t], values[t + half]);
     }
     __syncthreads();
-    float result = values[0];
+    float result = values[t % 32];
+    for (int half = 16; half > 0; half /= 2) result = fold(result, __shfl_down_sync(ALL_LANES, result, half));
     __syncthreads();  // nobody writes for the next fold before all have read
-    return result;
+    return __shfl_sync(ALL_LANES, result, 0);
 }
 
 // The same down a column: one value from each of LANES threads of a column -> their sum, which the whole column gets.
@@ -197,6 +201,14 @@ layernorm_weights_backward(const T* dy, const T* x, const float* mean, const flo
 
 // -------------------------------------------------------------------------------------------- bias of a linear layer (gemm.py)
 
+// y = R(products + b),  products = x w^T in fp32, so that both sums are rounded once.  A block a row; y may be products.
+// products, y (rows, C);  b (C,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+bias_forward(const float* products, const T* b, T* y, int C) {
+    long long row = blockIdx.x;
+    for (int i = threadIdx.x; i < C; i += THREADS) y[row * C + i] = round_to<T>(add(products[row * C + i], widen(b[i])));
+}
+
 // db = the rows of dy summed.  A block for COLUMNS columns, as above.  dy (rows, C);  db (C,).
 extern "C" __global__ void __launch_bounds__(COLUMNS * LANES)
 bias_backward(const T* dy, T* db, int rows, int C) {
@@ -206,6 +218,32 @@ bias_backward(const T* dy, T* db, int rows, int C) {
         for (int row = threadIdx.y; row < rows; row += LANES) sum = add(sum, widen(dy[(long long)row * C + column]));
     sum = lanes_sum(sum);
     if (threadIdx.y == 0 && column < C) db[column] = round_to<T>(sum);
+}
+
+
+// ------------------------------------------------------------------------------------------------------- heads (attention.py)
+
+// Where element i of a row of x (B, positions, parts, H, D) lies in y (parts, B, H, positions, D); the row is blockIdx.x.
+__device__ inline long long among_heads(int i, int positions, int H, int D) {
+    int B = gridDim.x / positions, b = blockIdx.x / positions, position = blockIdx.x % positions;
+    int part = i / (H * D), h = i / D % H;
+    return ((((long long)part * B + b) * H + h) * positions + position) * D + i % D;
+}
+
+// y = x with heads apart: q, k and v where parts is 3.  A block for each row b, position of x; values move as they are.
+extern "C" __global__ void __launch_bounds__(THREADS)
+split_heads(const T* x, T* y, int positions, int parts, int H, int D) {
+    int width = parts * H * D;
+    x += (long long)blockIdx.x * width;
+    for (int i = threadIdx.x; i < width; i += THREADS) y[among_heads(i, positions, H, D)] = x[i];
+}
+
+// x = y with heads side by side again: the other way round.
+extern "C" __global__ void __launch_bounds__(THREADS)
+merge_heads(const T* y, T* x, int positions, int parts, int H, int D) {
+    int width = parts * H * D;
+    x += (long long)blockIdx.x * width;
+    for (int i = threadIdx.x; i < width; i += THREADS) x[i] = y[among_heads(i, positions, H, D)];
 }
 
 
@@ -286,16 +324,18 @@ cross_entropy_forward(const T* logits, const long long* target, float* row_loss,
     }
 }
 
-// dz = (softmax(z) - onehot(target)) dloss / rows.  Elementwise; dloss is the loss scale, read where it lies.
+// dz = (softmax(z) - onehot(target)) dloss / rows.  A block a row; dloss is the loss scale, read where it lies.
 // logits, dz (rows, V);  target, largest, log_sum (rows,);  dloss (1,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 cross_entropy_backward(const T* logits, const long long* target, const float* largest, const float* log_sum,
                        const float* dloss, T* dz, int rows, int V) {
-    float each = div(*dloss, (float)rows);
-    for (long long i = first_element(); i < (long long)rows * V; i += stride()) {
-        long long row = i / V;
-        float d = mul(expf(sub(sub(widen(logits[i]), largest[row]), log_sum[row])), each);
-        if (i % V == target[row]) d = sub(d, each);
+    long long row = blockIdx.x;
+    logits += row * V;
+    dz += row * V;
+    float each = div(*dloss, (float)rows), most = largest[row], log = log_sum[row];
+    for (int i = threadIdx.x; i < V; i += THREADS) {
+        float d = mul(expf(sub(sub(widen(logits[i]), most), log)), each);
+        if (i == target[row]) d = sub(d, each);
         dz[i] = round_to<T>(d);
     }
 }
@@ -314,20 +354,24 @@ mean(const float* x, float* y, int n) {
 
 // dw[r] = the sum of dy over all places where token r stands, first to last; 0 for a token that is nowhere.
 // A block for each row r of the table and each THREADS columns: grid (V, columns).  tokens (n,);  dy (n, C);  dw (V, C).
-// The threads look at THREADS tokens at a time and share what they see as bits, one for each token.
+// The threads look at THREADS tokens at a time and share what they see as bits, one for each token. Most see nothing: so that
+// they are quick to go on, each lane looks at one word of bits, and words that are zero are passed over.
 extern "C" __global__ void __launch_bounds__(THREADS)
 embedding_backward(const long long* tokens, const T* dy, T* dw, int n, int C) {
-    __shared__ unsigned here[THREADS / 32];
+    constexpr int WORDS = THREADS / 32;
+    __shared__ unsigned here[WORDS];
     long long row = blockIdx.x;
     int t = threadIdx.x, column = blockIdx.y * THREADS + t;
 
     float sum = 0.0f;
     for (long long start = 0; start < n; start += THREADS) {
-        unsigned seen = __ballot_sync(0xffffffffu, start + t < n && tokens[start + t] == row);
+        unsigned seen = __ballot_sync(ALL_LANES, start + t < n && tokens[start + t] == row);
         if (t % 32 == 0) here[t / 32] = seen;
         __syncthreads();
-        for (int word = 0; word < THREADS / 32; word++) {
-            for (unsigned left = here[word]; left != 0; left &= left - 1) {  // the lowest bit is the next place
+        unsigned words = __ballot_sync(ALL_LANES, t % 32 < WORDS && here[t % WORDS] != 0);
+        for (; words != 0; words &= words - 1) {  // the lowest bit is the next word
+            int word = __ffs(words) - 1;
+            for (unsigned left = here[word]; left != 0; left &= left - 1) {  // and here the next place
                 long long place = start + 32 * word + __ffs(left) - 1;
                 if (column < C) sum = add(sum, widen(dy[place * C + column]));
             }
