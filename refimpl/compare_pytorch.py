@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,10 +43,13 @@ Array = Any
 Tensors = Mapping[str, np.ndarray]
 
 RECIPES = ("fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu")
-TRAJECTORY = {"fp32": (1e-5, 1e-3), "16 bits": (5e-3, 5e-2)}
-"""Bars of a 50-step trajectory: (absolute difference of a loss, relative L2 of the weights' difference to their move).
+TRAJECTORY = {"fp32": (1e-5, 1e-3), "16 bits": (1e-3, 5e-2)}
+"""Bars of a 50-step trajectory: (median over its steps of the absolute difference of the loss, relative L2 of the weights'
+difference to their move).
 
-PyTorch's AVX2 build against its AVX512 build shows 4.8e-7 and 5.4e-4 in FP32, 1.3e-3 and 2.6e-2 in 16 bits.
+PyTorch's AVX2 build parts from its AVX512 build by 5.4e-4 of the move in FP32 and 2.6e-2 in 16 bits. Runs of our own that add
+the products of a sum in the opposite order have medians up to 1.3e-4 in BF16 and 4.9e-5 in FP16 (40 seeds each). The largest
+difference of a step would be no use: 2 of those 40 pairs in BF16 pass 5e-3 at a single step, whose batch is an odd one.
 """
 TRAJECTORY_ROWS = 256
 """Predictions a batch in those figures. Loss and gradient are means over them, and rounding errors of different rows are
@@ -78,6 +82,7 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """The figures of the verdict, as `--json` writes them."""
         finite = [row for row in self.rows if not row["skipped"]]
+        apart = [abs(row["loss"] - row["loss_torch"]) for row in finite]
         counts: dict[str, list[float]] = {}
         for finding in self.findings:
             total = counts.setdefault(finding.point, [0.0, 0.0])
@@ -86,7 +91,8 @@ class Comparison:
         return {
             "recipe": self.recipe,
             "steps": len(self.rows),
-            "max_abs_loss_diff": max((abs(row["loss"] - row["loss_torch"]) for row in finite), default=0.0),
+            "max_abs_loss_diff": max(apart, default=0.0),
+            "median_abs_loss_diff": median(apart) if apart else 0.0,
             "rel_l2_drift": self.rows[-1]["drift"],
             "scales_equal": all(row["loss_scale"] == row["loss_scale_torch"] for row in self.rows),
             "skips_equal": all(row["skipped"] == row["skipped_torch"] for row in self.rows),
@@ -100,7 +106,7 @@ class Comparison:
     def agrees(self) -> bool:
         """Whether everything is within its bound."""
         s, (loss_bar, drift_bar) = self.summary(), self.bars
-        close = s["max_abs_loss_diff"] <= loss_bar and max(s["rel_l2_drift"], self.branches.farthest) <= drift_bar
+        close = s["median_abs_loss_diff"] <= loss_bar and max(s["rel_l2_drift"], self.branches.farthest) <= drift_bar
         return close and s["scales_equal"] and s["skips_equal"] and self.first_departure is None
 
 
@@ -286,8 +292,8 @@ def report(result: Comparison, every: int = 5) -> str:
             f"\nPyTorch against itself, 2 threads and 1: loss {own['max_abs_loss_diff']:.1e}, drift {own['rel_l2_drift']:.1e}"
         )
     lines.append(
-        f"refimpl against PyTorch:              loss {s['max_abs_loss_diff']:.1e} (bar {loss_bar:.1g}), "
-        f"drift {s['rel_l2_drift']:.1e} (bar {drift_bar:.1g})"
+        f"refimpl against PyTorch:              loss {s['max_abs_loss_diff']:.1e}, median of the steps "
+        f"{s['median_abs_loss_diff']:.1e} (bar {loss_bar:.1g}), drift {s['rel_l2_drift']:.1e} (bar {drift_bar:.1g})"
     )
     if result.branches.all:
         lines.append(

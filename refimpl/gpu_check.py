@@ -72,10 +72,11 @@ def train_both(recipe: str, steps: int, sizes: dict[str, Any] = SIZES, backend: 
 
 
 def loss_difference(ours: Trace, theirs: Trace) -> float:
-    """The largest difference of a step's loss, over steps where both are finite."""
+    """The median of the differences of the losses, over steps where both are finite."""
     losses = [np.array([float(trace.tensors[f"{step}/2.loss"]) for step in ours.steps]) for trace in (ours, theirs)]
     difference = np.abs(losses[0] - losses[1])
-    return float(difference[np.isfinite(difference)].max(initial=0.0))
+    finite = difference[np.isfinite(difference)]
+    return float(np.median(finite)) if finite.size else 0.0
 
 
 def drift(ours: Trace, theirs: Trace) -> float:

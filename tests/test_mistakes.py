@@ -14,7 +14,6 @@ import pytest
 from strict_backend import STRICT
 
 from refimpl.cast import widen
-from refimpl.compare_pytorch import TRAJECTORY
 from refimpl.config import Config
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.judge import Judge, explanations, judge
@@ -139,7 +138,7 @@ def test_a_rounding_more_or_less_does_not_show_in_the_loss(name: str) -> None:
     right, wrong = both(name, steps=20, lr=5e-3)
     apart = np.abs(losses(right) - losses(wrong)).max()
     print(f"{name}: losses {apart:.1e} apart in 20 steps")
-    assert 0 < apart < 2 * TRAJECTORY["16 bits"][0]  # what PyTorch shows against itself; twice, with a quarter of the rows
+    assert 0 < apart < 0.01  # a step of two correct runs may differ by as much: test_gpu_check.py, with four times the rows
     assert losses(wrong)[-1] < losses(wrong)[0] - 0.5
 
 
