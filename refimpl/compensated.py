@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from refimpl.bits import bits_of, from_bits
+from refimpl.bits import bits_of, from_bits, resized
 from refimpl.cast import cast, widen
 from refimpl.formats import format_of
 
@@ -37,7 +35,7 @@ def split(master: Array) -> tuple[Array, Array]:
     pattern = bits_of(master)
     remainder = pattern & 0xFFFF
     weight = (pattern >> 16) + (remainder >= _HALF)
-    return from_bits(np.asarray(weight & 0xFFFF, np.uint16), "bf16"), np.asarray(remainder, np.uint16)
+    return from_bits(resized(weight, 2), "bf16"), resized(remainder, 2)
 
 
 def merge(weight: Array, remainder: Array) -> Array:
@@ -45,8 +43,8 @@ def merge(weight: Array, remainder: Array) -> Array:
 
     The upper half is the weight's bits, less 1 where remainder >= 2^15; the lower half is the remainder.
     """
-    lower = np.asarray(remainder, np.uint32)
-    upper = np.asarray(bits_of(weight), np.uint32) - (lower >= _HALF)
+    lower = resized(remainder, 4)
+    upper = resized(bits_of(weight), 4) - (lower >= _HALF)
     return from_bits(upper << 16 | lower, "fp32")
 
 

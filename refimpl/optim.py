@@ -16,6 +16,7 @@ import numpy as np
 from refimpl.cast import cast, widen
 from refimpl.gradients import unscaled
 from refimpl.state import State
+from refimpl.storage import replace_unless
 
 Array = Any
 
@@ -172,7 +173,9 @@ class Optimizer:
         if twin is not None:
             twin(self.rule, state, inverse_scale, clip, scalars, found_inf)
         else:
-            state.each_block(lambda block: self._update_block(state, block, inverse_scale, clip, scalars, found_inf))
+            state.each_block(
+                lambda block: self._update_block(state, block, inverse_scale, clip, scalars, found_inf), sums=False
+            )
         state.t = state.backend.xp.where(found_inf, state.t, state.t + 1)
 
     def _kept(self, state: State) -> list[str]:
@@ -186,10 +189,11 @@ class Optimizer:
     def _update_block(
         self, state: State, block: slice, inverse_scale: Array, clip: Array | float, scalars: Array, found_inf: Array
     ) -> None:
-        fmt, xp, kept = state.math_format, state.backend.xp, self._kept(state)
-        stored = {kind: state.parts(kind, block) for kind in kept}
+        fmt, xp = state.math_format, state.backend.xp
+        kept = {kind: state.parts(kind, block) for kind in self._kept(state)}
+        stored = kept
         if not state.backend.on_host:  # an overflow is known only there: what is kept is written at the end, or left
-            stored = {kind: {name: x.copy() for name, x in parts.items()} for kind, parts in stored.items()}
+            stored = {kind: {name: x.copy() for name, x in parts.items()} for kind, parts in kept.items()}
         w, *moments = (state.storages[kind].read(parts, fmt) for kind, parts in stored.items())
         g = unscaled(state, block, inverse_scale)
         g *= clip if isinstance(clip, float) else widen(clip, fmt)
@@ -201,6 +205,5 @@ class Optimizer:
         for (kind, parts), new in zip(stored.items(), (w, *moments), strict=True):
             state.write(kind, parts, new, f"update.{kind}", block.start)
         if not state.backend.on_host:
-            for kind, parts in stored.items():
-                for name, x in state.parts(kind, block).items():
-                    cast(xp.where(found_inf, widen(x, fmt), widen(parts[name], fmt)), state.formats[kind], out=x)
+            for kind, parts in kept.items():
+                replace_unless(found_inf, parts, stored[kind], xp)

@@ -83,10 +83,16 @@ BLOCK = 1 << 18
 """Elements that passes over flat buffers handle at a time: few enough for a cache, enough for a thread to work on alone."""
 
 
-def blocks(size: int) -> Iterator[slice]:
-    """Slices of BLOCK elements that cover 0..size. Fixed by the index alone, so sums over them never depend on threads."""
-    for start in range(0, size, BLOCK):
-        yield slice(start, min(start + BLOCK, size))
+DEVICE_BLOCK = 1 << 24
+"""The same on a device, where nothing is summed over them: so many that their launches take no time beside the memory, and
+few enough that the FP32 arrays in between, 64 MiB each, are small beside the states."""
+
+
+def blocks(size: int, step: int = 0) -> Iterator[slice]:
+    """Slices of BLOCK elements, or of `step`, that cover 0..size. Fixed by the index alone, so sums over them never depend
+    on threads."""
+    for start in range(0, size, step or BLOCK):
+        yield slice(start, min(start + (step or BLOCK), size))
 
 
 class State:
@@ -97,7 +103,7 @@ class State:
         self.layout, self.stored, self.backend, self.seed = Layout.of(model), dict(stored), backend, seed
         self.storages = {kind: get_storage(name) for kind, name in stored.items()}
         if not backend.on_host:
-            self.need_plain(f"--backend {backend.name}")
+            self.need_no_codes(f"--backend {backend.name}")
         self.formats = {kind: storage.fmt for kind, storage in self.storages.items()}
         xp, size = backend.xp, self.layout.size
         self.buffers = {name: xp.zeros(part.size(size), part.dtype) for name, part in buffers_of(stored).items()}
@@ -169,23 +175,26 @@ class State:
         """All values of a kind, to look at: the buffer itself where it holds them, else a copy in FP32."""
         return self.storages[kind].values(self.parts(kind, slice(0, self.layout.size)))
 
-    def need_plain(self, who: str) -> None:
-        """Errors: UsageError where a kind is kept in another way than as numbers rounded to nearest."""
+    def need_no_codes(self, who: str) -> None:
+        """Errors: UsageError where a kind is kept as 8-bit codes with scales."""
         for kind, storage in self.storages.items():
-            if type(storage) is not Plain:
-                kept = f"this recipe keeps {kind} as {self.stored[kind]}"
-                raise UsageError(f"{who} knows states that are rounded to nearest; {kept}")
+            if not isinstance(storage, Plain):
+                raise UsageError(f"{who} knows states of 16 bits and more; this recipe keeps {kind} as {self.stored[kind]}")
 
     def write(self, kind: str, parts: Mapping[str, Array], values: Array, site: str, start: int) -> None:
         """Keep values of a block that begins at index `start` in `parts`, rounded as their storage does it."""
         storage = self.storages[kind]
-        storage.write(parts, values, Draw(self.seed, self.t, start))
+        storage.write(parts, values, Draw(self.seed, self.t, start, self.backend.xp))
         if isinstance(storage, Plain):
             self._tell(site, values, parts[MAIN], start)
 
-    def each_block(self, f: Callable[[slice], R]) -> list[R]:
-        """`f` of every block of the flat buffers, in order; the backend may take several at a time."""
-        pieces, size = blocks(self.layout.size), self.layout.size
+    def each_block(self, f: Callable[[slice], R], sums: bool = True) -> list[R]:
+        """`f` of every block of the flat buffers, in order; the backend may take several at a time.
+
+        sums: whether results are added up, and depend on the blocks: those are then the same everywhere, not a device's own.
+        """
+        step = BLOCK if sums or self.backend.on_host else DEVICE_BLOCK
+        pieces, size = blocks(self.layout.size, step), self.layout.size
         if self.monitor is not None:  # who counts what it is told does so for one at a time
             return [f(block) for block in pieces]
         return self.backend.each(f, pieces, size)

@@ -28,7 +28,7 @@ from refimpl.bits import bits_of, from_bits
 from refimpl.cast import cast, widen
 from refimpl.compensated import kahan_update, merge, split
 from refimpl.errors import UsageError
-from refimpl.formats import FORMATS, dtype_of
+from refimpl.formats import FORMATS, dtype_of, is_float
 from refimpl.stochastic import random_bits, stochastic_round
 
 Array = Any
@@ -68,6 +68,7 @@ class Draw(NamedTuple):
     seed: int
     t: Array  # the number of updates made before this one
     start: int  # index of the first value in the flat buffer
+    xp: Any = np  # the array library of the values, and of t
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Stochastic(Plain):
     """
 
     def write(self, parts: Parts, values: Array, draw: Draw) -> None:
-        bits = random_bits(draw.seed, int(draw.t), draw.start, values.size)
+        bits = random_bits(draw.seed, draw.t, draw.start, values.size, xp=draw.xp)
         stochastic_round(values, self.fmt, bits, out=parts[MAIN])
 
 
@@ -159,6 +160,16 @@ class Remainder(Plain):
 
     def start(self, parts: Parts, values: Array) -> None:
         parts[MAIN][...], parts["remainder"][...] = split(values)
+
+
+def replace_unless(keep: Array, parts: Parts, new: Parts, xp: Any) -> None:
+    """`parts` become `new`, in place, unless `keep` is set, a 0-d boolean of the device: nobody waits to see it.
+
+    By their bits: `where` of CuPy makes FP32 of BF16, and no value may change on the way.
+    """
+    for name, part in parts.items():
+        x, y = (bits_of(z) if is_float(z) else z for z in (part, new[name]))
+        x[...] = xp.where(keep, x, y)
 
 
 SHARING = 256

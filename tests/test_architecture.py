@@ -94,13 +94,19 @@ ALLOWED_TYPE_CALLS = {
 }
 
 
+ALLOWED_ASTYPE = {
+    # the same door: unsigned integers in a type of another size, which CuPy converts by no other name
+    ("bits.py", "bits.astype"),
+}
+
+
 def without_allowed(name: str, offences: list[str], allowed: set[tuple[str, str]]) -> list[str]:
     return [o for o in offences if (name, o.split(": ", 1)[1]) not in allowed]
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n not in DOOR])
 def test_nothing_but_the_door_says_astype(name: str) -> None:
-    assert uses_of_astype(source(name)) == []
+    assert without_allowed(name, uses_of_astype(source(name)), ALLOWED_ASTYPE) == []
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -118,7 +124,10 @@ def test_the_algorithm_makes_no_float_scalars_from_arrays(name: str) -> None:
 
 
 def test_every_allowed_exception_is_still_there() -> None:
-    for allowed, checker in ((ALLOWED_CONVERSIONS, other_conversions), (ALLOWED_TYPE_CALLS, float_types_called)):
+    checked = (
+        (ALLOWED_CONVERSIONS, other_conversions), (ALLOWED_TYPE_CALLS, float_types_called), (ALLOWED_ASTYPE, uses_of_astype),
+    )  # fmt: skip
+    for allowed, checker in checked:
         for name, text in allowed:
             assert any(o.endswith(f": {text}") for o in checker(source(name))), (name, text)
 
@@ -261,7 +270,7 @@ MAY_IMPORT = {
     "state": {"backends", "cast", "errors", "formats", "policy", "storage"},
     "gradients": {"cast", "state"},
     "loss_scale": {"cast", "errors", "formats"},
-    "optim": {"cast", "gradients", "state"},
+    "optim": {"cast", "gradients", "state", "storage"},
     "step": {"gradients", "loss_scale", "models", "optim", "policy", "state", "tape"},
 }
 

@@ -15,10 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import storage_cases
 
+import refimpl.state
 from refimpl.backends import NUMPY, get_backend
 from refimpl.backends.launch import Kernels, source
+from refimpl.bits import bits_of, from_bits
 from refimpl.cast import cast, widen
+from refimpl.compensated import merge, split
 from refimpl.config import Config
 from refimpl.formats import FORMATS, format_of
 from refimpl.gpu_check import OnDevice, no_waits, speed, train_both
@@ -27,6 +31,7 @@ from refimpl.optim import SGD, AdamW
 from refimpl.policy import Run
 from refimpl.recipes import get_recipe
 from refimpl.state import State
+from refimpl.stochastic import random_bits, stochastic_round
 from refimpl.trace import Trace, record
 from refimpl.trainer import INIT, Trainer, generator, start
 
@@ -249,6 +254,53 @@ def test_an_update_and_a_skipped_one(recipe: str, rule: Any) -> None:
         assert [int(p.state.t) for p in states] == [0 if skip else 1] * 2
 
 
+@pytest.mark.parametrize(("weights", "moments", "rule"), storage_cases.CASES)
+def test_storages_of_two_parts_and_of_chance_keep_what_the_host_keeps(weights: str, moments: str, rule: str) -> None:
+    """Eight steps, three of them skipped: every part to the bit, from the same gradients; a skip leaves every part."""
+    assert storage_cases.differences(get_backend("cupy"), weights, moments, rule) == []
+
+
+@pytest.mark.parametrize("seed", [0, 7, (1 << 40) + 7, (1 << 64) - 1])
+@pytest.mark.parametrize(("start", "n"), [(0, 10), (5, 1000), (1_234_567, 70_000), ((1 << 63) - 9, 8), (7, 1), (7, 0)])
+def test_random_bits_are_the_hosts(start: int, n: int, seed: int) -> None:
+    for step, stream in ((0, 0), (3, 1), ((1 << 32) - 1, (1 << 32) - 1)):
+        there = random_bits(seed, cupy.asarray(np.int64(step)), start, n, stream, cupy)
+        here = random_bits(seed, step, start, n, stream)
+        assert there.dtype == here.dtype == np.uint32 and np.array_equal(on_host(there), here)
+        assert n < 10 or not np.array_equal(here, random_bits(seed, step, start + 1, n, stream))  # the control
+
+
+def test_rounding_by_chance_and_the_two_halves_have_the_hosts_bits() -> None:
+    """All upper halves of FP32, with lower ones around the ends and the middle; NaN by chance is NaN, whatever its bits."""
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = from_bits((np.arange(1 << 16, dtype=np.uint32)[:, None] << 16 | lower).reshape(-1), "fp32")
+    there, draw = on_device(x), random_bits(1, 2, 3, x.size)
+    for ours, theirs in zip(split(x), split(there), strict=True):
+        assert ours.dtype == theirs.dtype and ours.tobytes() == on_host(theirs).tobytes()
+    assert on_host(merge(*split(there))).tobytes() == x.tobytes()
+    ours, theirs = stochastic_round(x, "bf16", draw), on_host(stochastic_round(there, "bf16", on_device(draw)))
+    number = ~np.isnan(x)
+    assert np.array_equal(bits_of(ours)[number], bits_of(theirs)[number]) and np.isnan(widen(theirs)[~number]).all()
+
+
+@pytest.mark.parametrize("weights", storage_cases.WEIGHTS)
+def test_results_do_not_depend_on_the_blocks_of_a_device(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for block in (1 << 24, 1000, 333):
+        monkeypatch.setattr(refimpl.state, "DEVICE_BLOCK", block)
+        parts = storage_cases.parts_of(get_backend("cupy"), weights, "bf16", "adamw")
+        list(storage_cases.trained(parts, 3))
+        ends.append(storage_cases.kept(parts.state))
+    assert ends[0] == ends[1] == ends[2]
+
+
+@pytest.mark.parametrize("recipe", storage_cases.RECIPES)
+def test_resumed_such_a_run_ends_with_the_same_bits(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Config, "make_backend", lambda self: get_backend("cupy"))
+    whole, halves = storage_cases.resumed(get_backend("cupy"), recipe, tmp_path)
+    assert whole == halves
+
+
 def test_an_overflow_is_skipped_and_the_scale_adapts_without_a_look() -> None:
     config = Config.of({**TINY, "recipe": "fp16", "steps": 8, "init_scale": 2.0**20})
     ours, theirs = record(replace(config, backend="numpy")), record(config)
@@ -287,6 +339,12 @@ def test_the_budget_of_a_step(recipe: str, counter: Any) -> None:
     assert three["launch"] + three["gemm"] - two["launch"] - two["gemm"] <= 45
 
 
+@pytest.mark.parametrize("recipe", storage_cases.RECIPES)
+def test_updates_without_a_kernel_neither_wait_nor_allocate(recipe: str, counter: Any) -> None:
+    step = counts_of_a_step(counter, recipe, 2)
+    assert step["d2h"] == step["sync"] == step["malloc"] == step["free"] == 0 and step["h2d"] <= 3, step
+
+
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16"])
 def test_the_budget_of_steps_3_and_4(recipe: str, counter: Any) -> None:
     """Check, unscale, AdamW and the 16-bit copy: four launches at most, beside the 0-d arithmetic of 1/S, clip and t."""
@@ -316,7 +374,7 @@ def test_training_looks_at_the_device_for_the_log_only(counter: Any, tmp_path: P
     assert copies(3) == copies(100) == 0
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "amp-fp16"])
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "amp-fp16", *storage_cases.RECIPES])
 def test_a_step_waits_for_nothing(recipe: str) -> None:
     run = OnDevice({k: TINY[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}, recipe)
     run.queue()

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 
-from refimpl.bits import bits_of, from_bits
+from refimpl.bits import bits_of, from_bits, resized
 from refimpl.cast import cast, widen
 from refimpl.formats import FORMATS, dtype_of
 from refimpl.stochastic import philox, random_bits, round_exactly, stochastic_round
@@ -235,3 +235,13 @@ def test_what_is_wrong_is_refused() -> None:
         stochastic_round(np.zeros(2), "bf16", np.zeros(2, np.uint32))
     with pytest.raises(TypeError, match="bit patterns of bf16 are uint16"):
         from_bits(np.zeros(2, np.uint32), "bf16")
+    for other in (np.float32, np.int16, np.bool_):
+        with pytest.raises(TypeError, match="no type of unsigned integers"):
+            resized(np.zeros(2, other), 2)
+
+
+def test_resized_keeps_the_low_bits() -> None:
+    wide = np.array([0, 1, 0x7FFF, 0x8000, 0x12345678, 0xFFFFFFFF], np.uint32)
+    narrow = resized(wide, 2)
+    assert narrow.dtype == np.uint16 and narrow.tolist() == [0, 1, 0x7FFF, 0x8000, 0x5678, 0xFFFF]
+    assert resized(narrow, 4).dtype == np.uint32 and resized(narrow, 4).tolist() == narrow.tolist() and resized(wide, 4) is wide

@@ -606,14 +606,14 @@ def test_a_skipped_step_takes_no_draws(spoil: Callable[[float], None]) -> None:
 # ------------------------------------------------------------------------------------------------------ who cannot read them
 
 
-def test_who_needs_plain_states_says_so() -> None:
+def test_who_knows_no_codes_says_so() -> None:
     for name, storage in STORAGES.items():
         state = State(toy(), {"weights": "bf16", "m": name}, NUMPY)
-        if name in ("fp64", "fp32", "fp16", "bf16"):
-            state.need_plain("this")
+        if not isinstance(storage, Blockwise):
+            state.need_no_codes("this")
         else:
-            with pytest.raises(UsageError, match=f"^this knows states that are rounded to nearest; .* keeps m as {name}$"):
-                state.need_plain("this")
+            with pytest.raises(UsageError, match=f"^this knows states of 16 bits and more; .* keeps m as {name}$"):
+                state.need_no_codes("this")
         assert state.values("m").dtype == (dtype_of("fp32") if isinstance(storage, Blockwise | Remainder) else
                                            dtype_of(storage.fmt))  # fmt: skip
     assert {type(storage) for storage in STORAGES.values()} == {Plain, Stochastic, Kahan, Remainder, Blockwise}
