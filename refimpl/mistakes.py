@@ -200,7 +200,7 @@ def _loss_in_16_bits(parts: Parts) -> None:
 def _softmax_in_16_bits(parts: Parts) -> None:
     low = _low(parts)
     _need(parts.model.name == "gpt", "attention (gpt)")
-    _rows(parts, attention__softmax=Precision(low, low, low))
+    _rows(parts, attention__softmax=Precision(low, "fp32", low))
 
     def narrow(p: Bound) -> Bound:
         p["softmax"].math = low  # exp, sum and quotient in NumPy's own 16-bit arithmetic, which no policy can ask for

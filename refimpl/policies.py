@@ -47,8 +47,9 @@ def autocast_cpu(low: str) -> Policy:
 
 
 def with_sums(name: str, acc: str) -> Policy:
-    """FP16 everywhere, the sums of linear layers in another accumulator."""
-    return Policy(name, {**uniform("fp16", "fp32").rows, "linear": Precision("fp16", acc, "fp16")})
+    """FP16 everywhere, the products of linear layers in another accumulator; db is no product, its sum is in FP32."""
+    products = ("linear.y", "linear.dx", "linear.dw")
+    return Policy(name, {**uniform("fp16", "fp32").rows, **dict.fromkeys(products, Precision("fp16", acc, "fp16"))})
 
 
 def low_products(

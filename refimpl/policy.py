@@ -2,7 +2,7 @@
 
     row = Precision(inputs, acc, out)
       inputs   the format that each operand is cast to before the operation reads it; in `linear` also how it is quantised
-      acc      the format of all arithmetic inside, sums included; a product may have an accumulator of fewer bits
+      acc      the format of all arithmetic inside, sums included: fp32 or fp64; a product may have an accumulator of fewer bits
       out      the format of the one rounding at the end
 
 No operation knows what recipe it runs in: it casts in, computes in `acc`, rounds out, and `Bound` looks the formats up.
@@ -29,6 +29,13 @@ SAME = "same"
 
 EVERY_OTHER = "*"
 """The row of all operations that a policy does not list."""
+
+PRODUCTS = ("linear.y", "linear.dx", "linear.dw", "matmul")
+"""The rows that may name an accumulator of fewer bits than FP32: what they sum, `accumulate.matmul` sums."""
+
+
+WIDE = ("fp32", "fp64")
+"""The formats of arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,13 @@ class Policy:
     name: str
     rows: Mapping[str, Precision]
 
+    def __post_init__(self) -> None:
+        """Errors: ValueError for an accumulator that no code would heed: other sums than those of products are fp32 or fp64."""
+        for key, row in self.rows.items():
+            if row.acc not in WIDE and key.rpartition(":")[2] not in PRODUCTS:
+                products = ", ".join(PRODUCTS)
+                raise ValueError(f"policy {self.name}: row {key!r} sums in {row.acc}, which only products can: {products}")
+
     def row(self, key: str, place: str = "") -> Precision:
         """The most specific row for an operation or a part of one; any row of its place comes before those of all places."""
         for prefix in (f"{place}:", ""):
@@ -78,7 +92,7 @@ class Policy:
     @property
     def in_formats(self) -> bool:
         """Whether all operands are cast to formats and all sums are formed in one: nothing is quantised."""
-        return not any(row.quantises or row.acc not in ("fp32", "fp64") for row in self.rows.values())
+        return not any(row.quantises or row.acc not in WIDE for row in self.rows.values())
 
 
 MAP_BLOCK = 1 << 18
@@ -137,14 +151,15 @@ class Run:
 class Bound:
     """A policy row bound to a run and to a place in the model: the `p` of every operation.
 
-    `p.cast(x, 'x')` casts an operand in; `p.wide(x)` takes it to the accumulation format; `p.out(z, 'y', x)` rounds a
-    result; `p.grad(dz, 'x', fmt)` rounds the gradient of operand x and stores it in fmt. `p['dw']` is the row of a part.
+    `p.cast(x, 'x')` casts an operand in; `p.wide(x)` takes it to the format of the arithmetic (that of `acc`, and FP32 where a
+    product has an accumulator of its own, whose sums are handed over in FP32); `p.out(z, 'y', x)` rounds a result; `p.grad(dz,
+    'x', fmt)` rounds the gradient of operand x and stores it in fmt. `p['dw']` is the row of a part.
     """
 
     def __init__(self, run: Run, op: str, place: str) -> None:
         self.run, self.op, self.place = run, op, place
         self.row = run.policy.row(op, place)
-        self.math = self.row.acc if self.row.acc in ("fp32", "fp64") else "fp32"
+        self.math = self.row.acc if self.row.acc in WIDE else "fp32"
         self.sums_plainly = self.math == self.row.acc
         self.xp = run.backend.xp
         self._parts: dict[str, Bound] = {}

@@ -1,12 +1,15 @@
 """refimpl.policy: rows are found by their dotted names, and the precision bound to a run rounds where and how the row says."""
 
+import re
+
 import numpy as np
 import pytest
 
 from refimpl.backends import NUMPY
 from refimpl.formats import dtype_of, format_of
 from refimpl.models import MLPConfig, mlp
-from refimpl.policy import EVERY_OTHER, SAME, Bound, Policy, Precision, Run
+from refimpl.ops.gemm import matmul
+from refimpl.policy import EVERY_OTHER, PRODUCTS, SAME, Bound, Policy, Precision, Run
 from refimpl.recipes import RECIPES, get_recipe
 from refimpl.state import State
 from refimpl.step import through
@@ -119,8 +122,34 @@ def test_operations_are_handed_the_row_of_their_place() -> None:
     ],
 )
 def test_in_formats_says_whether_all_is_casts_and_plain_sums(row: Precision, in_formats: bool) -> None:
-    assert Policy("p", {EVERY_OTHER: A, "lm_head:linear": row}).in_formats is in_formats
+    assert Policy("p", {EVERY_OTHER: A, "lm_head:linear.y": row}).in_formats is in_formats
     assert row.quantises is (not in_formats and row.acc == "fp32")  # the others have another accumulator
+
+
+@pytest.mark.parametrize("acc", ["fp16", "bf16", "e8m14", "fp32/128"])
+@pytest.mark.parametrize(
+    "key", [EVERY_OTHER, "linear", "linear.db", "lm_head:linear", "attention.softmax", "attention.values", "layernorm", "add"]
+)
+def test_an_accumulator_that_nothing_would_heed_is_refused(key: str, acc: str) -> None:
+    """Only the products of linear, and matmul, sum otherwise than in FP32; elsewhere it would be FP32 in silence."""
+    odd = Precision("fp16", acc, "fp16")
+    message = re.escape(f"policy p: row {key!r} sums in {acc}, which only products can: linear.y, linear.dx, linear.dw, matmul")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Policy("p", {EVERY_OTHER: A, key: odd})
+    for product in PRODUCTS:
+        for place in ("", "lm_head:"):
+            assert Policy("p", {EVERY_OTHER: A, place + product: odd}).row(product, "lm_head") is odd
+
+
+def test_matmul_sums_in_its_accumulator() -> None:
+    """Of 4096 ones in FP16, 2048 + 1 is a tie that goes to 2048; test_schemes.py has the products of linear."""
+    for acc, total in (("fp16", 2048), ("fp32", 4096)):
+        p = Run(Policy("p", {EVERY_OTHER: A, "matmul": Precision("fp16", acc, "fp16")}), NUMPY).bind("matmul", "here")
+        row, column, one = ones("fp16", 1, 4096), ones("fp16", 4096, 1), ones("fp16", 1, 1)
+        y, _ = matmul.forward(row, column, p=p)
+        da, _ = matmul.backward(row, matmul.forward(one, row, p=p)[1], p=p)
+        _, db = matmul.backward(column, matmul.forward(column, one, p=p)[1], p=p)
+        assert [z.item() for z in (y, da, db)] == [total] * 3
 
 
 def test_recipes_in_formats() -> None:

@@ -277,10 +277,10 @@ def test_all_linear_layers_but_the_last_are_quantised() -> None:
 
 
 @pytest.mark.parametrize(("name", "acc"), [("fp16-sums", "fp16"), ("fp16-sums-64", "fp16/64/fp16")])
-def test_fp16_sums_differ_from_fp16_in_the_accumulator_of_linear_only(name: str, acc: str) -> None:
+def test_fp16_sums_differ_from_fp16_in_the_accumulator_of_linears_products_only(name: str, acc: str) -> None:
     policy, fp16 = RECIPES[name].policy, RECIPES["fp16"].policy
     for key in EVERY_ROW:
-        assert policy.row(key) == (Precision("fp16", acc, "fp16") if key.startswith("linear") else fp16.row(key)), key
+        assert policy.row(key) == (Precision("fp16", acc, "fp16") if key in OPERANDS else fp16.row(key)), key
     assert not policy.in_formats
 
 
@@ -301,7 +301,7 @@ def test_every_named_format_scheme_accumulator_and_storage_exists() -> None:
             inputs = {row.inputs} if isinstance(row.inputs, str) else set(row.inputs.values())
             assert inputs <= {*FORMATS, SAME, *SCHEMES} and row.out in {*FORMATS, SAME}
             # rule 2: 16-bit arrays are storage, never arithmetic, but for sums of products in which this is what is studied
-            assert row.acc in ("fp32", "fp64") or (key.startswith("linear") and accumulator(row.acc))
+            assert row.acc in ("fp32", "fp64") or (key in OPERANDS and accumulator(row.acc))
         assert {storage for storage in recipe.state.values() if storage} <= set(STORAGES)
 
 

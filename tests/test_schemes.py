@@ -759,7 +759,8 @@ def test_a_device_that_knows_no_schemes_refuses_them() -> None:
 @pytest.mark.parametrize("fmt", ["fp16", "bf16"])
 def test_sums_of_a_linear_layer_are_those_of_its_accumulator(acc: str, fmt: str) -> None:
     """The bias comes after them in FP32, and db is no product: its sum is in FP32."""
-    policy = replace(uniform(fmt, "fp32"), rows={**uniform(fmt, "fp32").rows, "linear": Precision(fmt, acc, fmt)})
+    products = dict.fromkeys(("linear.y", "linear.dx", "linear.dw"), Precision(fmt, acc, fmt))
+    policy = replace(uniform(fmt, "fp32"), rows={**uniform(fmt, "fp32").rows, **products})
     x, w, b, dy = (cast(widen(t, "fp32"), fmt) for t in operands(40))
     dy = cast(widen(dy, "fp32") * np.float32(1e4), fmt)
     _, ours = linear(run_of(policy), x, w, b, dy)
@@ -774,7 +775,7 @@ def test_the_recipes_of_fp16_sums() -> None:
     for name, acc in (("fp16-sums", "fp16"), ("fp16-sums-64", "fp16/64/fp16")):
         assert RECIPES[name].policy.row("linear.y", PLACE) == Precision("fp16", acc, "fp16")
         assert RECIPES[name].policy.rows == with_sums(name, acc).rows
-        others = {key: row for key, row in RECIPES[name].policy.rows.items() if key != "linear"}
+        others = {key: row for key, row in RECIPES[name].policy.rows.items() if not key.startswith("linear.")}
         assert others == RECIPES["fp16"].policy.rows
 
 
