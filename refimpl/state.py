@@ -184,7 +184,7 @@ class State:
     def write(self, kind: str, parts: Mapping[str, Array], values: Array, site: str, start: int) -> None:
         """Keep values of a block that begins at index `start` in `parts`, rounded as their storage does it."""
         storage = self.storages[kind]
-        storage.write(parts, values, Draw(self.seed, self.t, start, self.backend.xp))
+        storage.write(parts, values, Draw(self.seed, self.t, start, self.backend.xp, kind))
         if isinstance(storage, Plain):
             self._tell(site, values, parts[MAIN], start)
 

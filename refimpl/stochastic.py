@@ -7,6 +7,7 @@ which order the elements are rounded. Nor on which backend: all is arithmetic wi
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,12 @@ Array = Any
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key grows by each round: the golden ratio, and sqrt(3) - 1
 ROUNDS = 10
+
+STREAMS = {use: i for i, use in enumerate(("weights", "signs", "grads", "main_grads", "master", "m", "v"))}
+"""The stream of each use of chance in a run, so that no two draw the same bits: each kind of state that is rounded by
+chance, and the signs of a Hadamard transform. Tensors that are quantised by chance have others, by name: `tensor_stream`."""
+
+FIRST_OF_TENSORS = 16
 
 _LOW = (1 << 32) - 1
 _PIECE = 1 << 14  # counters at a time: a few arrays of them fit a cache
@@ -57,7 +64,7 @@ def random_bits(seed: int, step: Array | int, start: int, n: int, stream: int = 
     """32 random bits for each of the elements start, start + 1, ..., start + n - 1 of a global index. -> uint32 (n,)
 
     Element i has word i mod 4 of philox(counter = (i div 4, in two words; step; stream), key = seed, in two words).
-    stream: tells apart what is rounded in one step under one seed, e.g. the weights and each gradient.
+    stream: tells apart what draws in one step under one seed: one of STREAMS, or `tensor_stream`.
     xp: the array library of the result; on a device `step` is a 0-d array there, whose value nobody on the host asks for.
     Errors: ValueError for a number that is negative or too large for its words.
     """
@@ -75,6 +82,12 @@ def random_bits(seed: int, step: Array | int, start: int, n: int, stream: int = 
     counter[:, 2], counter[:, 3] = step, stream
     words = philox(counter, (seed & _LOW, seed >> 32), xp).reshape(-1)
     return words[start - 4 * first :][:n]
+
+
+def tensor_stream(name: str) -> int:
+    """The stream of a tensor of that name, the CRC-32 of it. Two names may share one: who draws for many checks that."""
+    crc = zlib.crc32(name.encode())
+    return crc if crc >= FIRST_OF_TENSORS else crc + FIRST_OF_TENSORS
 
 
 # -- rounding ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from refimpl.cast import cast, widen
 from refimpl.compensated import kahan_update, merge, split
 from refimpl.errors import UsageError
 from refimpl.formats import FORMATS, dtype_of, is_float
-from refimpl.stochastic import random_bits, stochastic_round
+from refimpl.stochastic import STREAMS, random_bits, stochastic_round
 
 Array = Any
 Parts = Mapping[str, Array]
@@ -69,6 +69,7 @@ class Draw(NamedTuple):
     t: Array  # the number of updates made before this one
     start: int  # index of the first value in the flat buffer
     xp: Any = np  # the array library of the values, and of t
+    kind: str = "weights"  # what is kept: each kind draws from a stream of its own, `stochastic.STREAMS`
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Stochastic(Plain):
     """
 
     def write(self, parts: Parts, values: Array, draw: Draw) -> None:
-        bits = random_bits(draw.seed, draw.t, draw.start, values.size, xp=draw.xp)
+        bits = random_bits(draw.seed, draw.t, draw.start, values.size, STREAMS[draw.kind], draw.xp)
         stochastic_round(values, self.fmt, bits, out=parts[MAIN])
 
 

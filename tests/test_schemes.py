@@ -46,7 +46,7 @@ from refimpl.quantise import (
 from refimpl.recipes import RECIPES
 from refimpl.rounding import RoundingMonitor
 from refimpl.step import through
-from refimpl.stochastic import random_bits
+from refimpl.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, tensor_stream
 from refimpl.trainer import start
 
 Array = np.ndarray
@@ -511,6 +511,27 @@ def test_one_tensor_in_two_formats_has_two_states() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- chance
+
+
+def test_two_tensors_never_draw_the_same_bits() -> None:
+    """These two words have one CRC-32; without the check they would be rounded alike."""
+    scales = Scales(SEED)
+    scales.random_bits("plumless", (4,))
+    scales.random_bits("plumless", (4,))
+    for frozen in (scales, scales.frozen()):
+        with pytest.raises(ValueError, match=r"^buckeroo and plumless would draw the same random bits"):
+            frozen.random_bits("buckeroo", (4,))
+
+
+def test_signs_are_not_what_weights_or_tensors_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of their own; and a tensor whose CRC-32 is that of another use takes the next free one."""
+    signs = random_signs(SEED, 64)
+    others = [random_bits(SEED, 0, 0, 64, stream) for use, stream in STREAMS.items() if use != "signs"]
+    for crc in (*STREAMS.values(), FIRST_OF_TENSORS):
+        monkeypatch.setattr(zlib, "crc32", lambda _, crc=crc: crc)
+        others.append(Scales(SEED).random_bits("a", (64,)))
+        assert tensor_stream("a") not in STREAMS.values()
+    assert all(not np.array_equal(np.sign(signs), np.where(bits >> 31, -1, 1)) for bits in others)
 
 
 def test_stochastic_rounding_has_other_bits_for_each_site_use_pass_and_seed() -> None:

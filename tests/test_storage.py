@@ -30,10 +30,10 @@ from refimpl.loss_scale import make_loss_scale
 from refimpl.models import MLPConfig, Model, Parameter, mlp
 from refimpl.optim import SGD, AdamW, Optimizer, Schedule
 from refimpl.policy import Run
-from refimpl.recipes import RECIPES, get_recipe
+from refimpl.recipes import RECIPES, STATE_KINDS, get_recipe
 from refimpl.state import State
 from refimpl.step import StepResult, train_step
-from refimpl.stochastic import random_bits, stochastic_round
+from refimpl.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, stochastic_round
 from refimpl.storage import (
     MAIN,
     STORAGES,
@@ -149,6 +149,17 @@ def test_another_seed_update_or_index_makes_other_bits(other: Draw) -> None:
     x = cast(np.full(SIZE, 1 + 2.0**-8), "fp32")  # half way
     differ = (rounded_trip("bf16-stochastic", x) != rounded_trip("bf16-stochastic", x, other)).mean()
     assert abs(differ - 0.5) < 4 * 0.5 / math.sqrt(SIZE)
+
+
+def test_no_two_kinds_of_state_draw_the_same_bits() -> None:
+    """All kept by chance, half way between two values of BF16, in one update: each falls as no other does."""
+    kinds = [kind for kind in STATE_KINDS if kind != "grads"]
+    state = State(toy(), {**dict.fromkeys(kinds, "bf16-stochastic"), "grads": "fp32"}, NUMPY)
+    x = cast(np.full(SIZE, 1 + 2.0**-8), "fp32")
+    for kind in kinds:
+        state.write(kind, state.parts(kind, slice(0, SIZE)), x, f"update.{kind}", 0)
+    assert len({state.buffers[kind].tobytes() for kind in kinds}) == len(kinds)
+    assert set(STATE_KINDS) < set(STREAMS) and len(set(STREAMS.values())) == len(STREAMS) <= FIRST_OF_TENSORS
 
 
 SMALL = ("fp32", "bf16", "bf16-stochastic", "bf16-kahan", "bf16-remainder")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.cast import cast, widen
-from refimpl.stochastic import random_bits
+from refimpl.stochastic import STREAMS, random_bits
 
 Array = Any
 
@@ -41,7 +41,7 @@ def random_signs(seed: int, n: int = BLOCK) -> Array:
 
     Differs from the source: Transformer Engine has 16 fixed signs, +++-+------+-+--; `rotate` takes those as well.
     """
-    return np.where(random_bits(seed, 0, 0, n) >> 31, -np.float32(1), np.float32(1))
+    return np.where(random_bits(seed, 0, 0, n, STREAMS["signs"]) >> 31, -np.float32(1), np.float32(1))
 
 
 def rotate(x: Array, signs: Array, axis: int = -1) -> Array:

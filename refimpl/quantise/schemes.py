@@ -8,7 +8,6 @@ and where its random bits come from, is in `Scales`: one for each run, with its 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +21,7 @@ from refimpl.quantise.hadamard import random_signs, rotate
 from refimpl.quantise.mx import quantise_mx
 from refimpl.quantise.nvfp4 import quantise_nvfp4
 from refimpl.quantise.quantised import Quantised
-from refimpl.stochastic import random_bits
+from refimpl.stochastic import random_bits, tensor_stream
 
 Array = Any
 
@@ -108,6 +107,7 @@ class Scales:
     delayed: dict[str, DelayedScaling] = field(default_factory=dict)
     is_frozen: bool = False
     _draws: dict[str, int] = field(default_factory=dict)
+    _streams: dict[int, str] = field(default_factory=dict, repr=False)
 
     def quantise(self, scheme: str, x: Array, axis: int, name: str) -> Quantised:
         """Quantise the tensor of that name. axis: the one that the product sums over."""
@@ -127,10 +127,16 @@ class Scales:
         return state
 
     def random_bits(self, name: str, shape: tuple[int, ...]) -> Array:
-        """32 bits for each element: others for each tensor, each use of it in a pass, and each pass."""
+        """32 bits for each element: others for each tensor, each use of it in a pass, and each pass.
+
+        Errors: ValueError for a tensor whose name has the stream of another's, which would draw the same bits.
+        """
+        stream = tensor_stream(name)
+        if self._streams.setdefault(stream, name) != name:
+            raise ValueError(f"{name} and {self._streams[stream]} would draw the same random bits: one needs another name")
         use = self._draws[name] = self._draws.get(name, -1) + 1
         n = int(np.prod(shape))
-        return random_bits(self.seed, self.passes, use << 40, n, zlib.crc32(name.encode())).reshape(shape)
+        return random_bits(self.seed, self.passes, use << 40, n, stream).reshape(shape)
 
     def after_pass(self) -> None:
         """At the end of a training pass: largest magnitudes become the next pass's scales. Nothing, if frozen."""
