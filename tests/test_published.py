@@ -126,7 +126,7 @@ def test_pure_bf16_stalls_and_its_heirs_recover(seed: int) -> None:
 # --------------------------------------------------------------------------------------------------------------------- FP8
 
 FP8_STEPS = 800
-FP8_LIMIT = 1.01 + 2 * 0.01 / math.sqrt(3)
+FP8_LIMIT = 1.01
 
 
 @cache
@@ -139,17 +139,16 @@ def perplexity(recipe: str, seed: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["fp8", "fp8-delayed"])
-def test_fp8_perplexity_is_that_of_bf16(recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "seeds"), [("fp8", 3), ("fp8", 16), ("fp8-delayed", 16)])
+def test_fp8_perplexity_is_that_of_bf16(recipe: str, seeds: int) -> None:
     """arXiv 2209.05433, Table 4: perplexities 0.1 to 0.5 % above those of 16 bits, for 126 million to 175 billion parameters.
 
-    Here: 1 % above at most, as far as three seeds can tell. Runs of 800 steps that differ in roundings alone part by 0.9 %
-    (standard deviation of the log perplexity against that of bf16: thirteen pairs of fp8, fp8-delayed, two variants of it,
-    and fp32), call it 1: the mean of three has a standard error of 1 % / sqrt(3), and twice that is allowed. What chance
-    may do was added after a first measurement: means 1.0016 (fp8) and 1.0113 (fp8-delayed), which is beyond a bare 1 %.
+    Here: 1 % above at most. Runs of 800 steps that differ in roundings alone part by 1.3 % (standard deviation of the ratio
+    over 16 seeds), so that a mean over three says little: 0.75 % either way (with delayed scaling the first three give 1.0113). Over
+    sixteen the ratio is 1.0040 (fp8) and 1.0012 (fp8-delayed), with a standard error of 0.0034 and 0.0031.
     """
-    ratios = [perplexity(recipe, seed) / perplexity("bf16", seed) for seed in range(3)]
-    mean = math.prod(ratios) ** (1 / 3)
+    ratios = [perplexity(recipe, seed) / perplexity("bf16", seed) for seed in range(seeds)]
+    mean = math.prod(ratios) ** (1 / seeds)
     print(f"{recipe}: {ratios}, mean {mean}")
     assert mean <= FP8_LIMIT, ratios
 
@@ -170,8 +169,7 @@ def test_control_fp8_without_scales_is_worse(monkeypatch: pytest.MonkeyPatch) ->
     for batch in batches(config):
         parts.step([batch])
     ratio = math.exp(validation_loss(parts)) / perplexity("bf16", 0)
-    print(f"without scales: {ratio}")
-    assert ratio > FP8_LIMIT
+    assert ratio > FP8_LIMIT + 4 * 0.013, ratio  # beyond what roundings do to a single run; here it is 2.36
 
 
 # ------------------------------------------------------------------------------------------------------------ accumulators
