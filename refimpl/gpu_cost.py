@@ -26,7 +26,7 @@ from refimpl.formats import dtype_of
 from refimpl.models import GPTConfig, gpt
 from refimpl.recipes import Recipe, get_recipe
 from refimpl.show import table
-from refimpl.state import BLOCK
+from refimpl.state import GRAIN
 
 # ---------------------------------------------------------------------------------------------------- the device
 
@@ -252,7 +252,7 @@ def _update(t: Ledger, config: GPTConfig, recipe: Recipe) -> None:
     part, size = "gradients to the flat buffer", N * itemsize(t.fmt)
     t.lines.append(Line(part, CLEAR, 1, size))
     t.lines.append(Line(part, COPY, len(parameters), 2 * size))
-    parts = math.ceil(N / BLOCK)
+    parts = math.ceil(N / GRAIN)
     t.launch("check and norm", "gradient_norm", values=N, fp32=parts, blocks=parts)
     t.launch("check and norm", "gradient_norm_fold", fp32=parts, blocks=1)
     t.launch("AdamW", "adamw", values=N, fp32=6 * N, blocks=elementwise_grid(N)[0])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.cast import cast, widen
-from refimpl.state import BLOCK, State, blocks
+from refimpl.state import State, blocks, by_grain
 
 Array = Any
 
@@ -25,34 +25,39 @@ def inverse_of(scale: Array) -> Array:
 def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
     """found_inf: whether any gradient is Inf or NaN; norm: the L2 norm of all unscaled gradients. Both 0-d.
 
-    The check looks at the *scaled* gradients, before the multiplication. The norm is a sum of squares in FP32, partial
-    sums over fixed blocks of the flat index added in order, so that it depends on nothing but the values. Finite gradients
+    The check looks at the *scaled* gradients, before the multiplication. The norm is a sum of squares in FP32: sums over
+    fixed grains of the flat index, and then the sum of those, so that it depends on nothing but the values. Finite gradients
     beyond 1e19, whose squares overflow FP32, make it infinite and the clip coefficient zero, as in PyTorch.
 
     Source: Micikevicius et al. 2018, section 3.2. PyTorch: GradScaler.unscale_, then the norm that
     torch.nn.utils.clip_grad_norm_ computes (there: of the norms of the tensors; equal but for rounding).
     """
-    twin = state.backend.passes.get("check_and_measure")
-    main_grads = state.buffers.get("main_grads")
-    if twin is not None and state.math_format == "fp32" and main_grads is None:
-        found_inf, norm = twin(state, inverse_scale, BLOCK)
-        return found_inf, norm
-    xp, fmt = state.backend.xp, state.math_format
-    factor = widen(inverse_scale, fmt)
+    passes, plain = state.backend.passes, state.math_format == "fp32" and "main_grads" not in state.buffers
+    squares, bad = (passes.get("measure", measure) if plain else measure)(state, inverse_scale)
+    found_inf, norm = (passes.get("fold", fold) if plain else fold)(state, squares, bad)
+    return found_inf, norm
 
-    def measure(block: slice) -> tuple[Array, Array]:
+
+def measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
+    """Of each grain of the gradients: the sum of squares of the unscaled ones; whether one of the scaled ones is Inf or NaN."""
+    xp, fmt = state.backend.xp, state.math_format
+    factor, main_grads = widen(inverse_scale, fmt), state.buffers.get("main_grads")
+
+    def of_block(block: slice) -> tuple[Array, Array]:
         scaled = widen(state.grads[block], fmt)
         g = scaled * factor
         if main_grads is not None:
             main_grads[block] = g
-        return xp.isfinite(scaled).all(), (g * g).sum()
+        squares = by_grain(g * g, lambda x: x.sum(-1), xp)
+        return squares, by_grain(~xp.isfinite(scaled), lambda x: x.any(-1), xp)
 
-    finite = xp.asarray(np.True_)
-    total = xp.zeros((), factor.dtype)
-    for block_is_finite, square in state.each_block(measure):
-        finite = finite & block_is_finite
-        total = total + square
-    return ~finite, xp.sqrt(total)
+    squares, bad = zip(*state.each_block(of_block), strict=True)
+    return xp.concatenate(squares), xp.concatenate(bad)
+
+
+def fold(state: State, squares: Array, bad: Array) -> tuple[Array, Array]:
+    """found_inf and the norm from what `measure` found in all grains."""
+    return bad.any(), state.backend.xp.sqrt(squares.sum())
 
 
 def unscaled(state: State, block: slice, inverse_scale: Array) -> Array:

@@ -173,9 +173,7 @@ class Optimizer:
         if twin is not None:
             twin(self.rule, state, inverse_scale, clip, scalars, found_inf)
         else:
-            state.each_block(
-                lambda block: self._update_block(state, block, inverse_scale, clip, scalars, found_inf), sums=False
-            )
+            state.each_block(lambda block: self._update_block(state, block, inverse_scale, clip, scalars, found_inf))
         state.t = state.backend.xp.where(found_inf, state.t, state.t + 1)
 
     def _kept(self, state: State) -> list[str]:

@@ -84,15 +84,25 @@ BLOCK = 1 << 18
 
 
 DEVICE_BLOCK = 1 << 24
-"""The same on a device, where nothing is summed over them: so many that their launches take no time beside the memory, and
-few enough that the FP32 arrays in between, 64 MiB each, are small beside the states."""
+"""The same on a device: so many that their launches take no time beside the memory, and few enough that the FP32 arrays in
+between, 64 MiB each, are small beside the states."""
+
+GRAIN = 1 << 10
+"""Elements of the flat index that are summed by themselves first, where a sum goes over all: blocks, and the shards of several
+ranks, begin at multiples of it. So no sum depends on blocks, threads or ranks."""
 
 
 def blocks(size: int, step: int = 0) -> Iterator[slice]:
-    """Slices of BLOCK elements, or of `step`, that cover 0..size. Fixed by the index alone, so sums over them never depend
-    on threads."""
+    """Slices of BLOCK elements, or of `step`, that cover 0..size."""
     for start in range(0, size, step or BLOCK):
         yield slice(start, min(start + (step or BLOCK), size))
+
+
+def by_grain(x: Array, fold: Callable[[Array], Array], xp: Any) -> Array:
+    """x (n,) -> (n / GRAIN, rounded up): `fold` of the last axis of each grain; the last one may be shorter."""
+    whole = x.size // GRAIN * GRAIN
+    folded = fold(x[:whole].reshape(-1, GRAIN))
+    return folded if whole == x.size else xp.concatenate([folded, fold(x[whole:].reshape(1, -1))])
 
 
 class State:
@@ -112,6 +122,11 @@ class State:
         self.monitor: Monitor | None = None
         self.weight_views = self.layout.views(self.weights)
         self.grad_views = self.layout.views(self.grads) if "grads" in stored else {}
+
+    @property
+    def grain(self) -> int:
+        """GRAIN, for a backend's twins."""
+        return GRAIN
 
     @property
     def weights(self) -> Array:
@@ -188,12 +203,9 @@ class State:
         if isinstance(storage, Plain):
             self._tell(site, values, parts[MAIN], start)
 
-    def each_block(self, f: Callable[[slice], R], sums: bool = True) -> list[R]:
-        """`f` of every block of the flat buffers, in order; the backend may take several at a time.
-
-        sums: whether results are added up, and depend on the blocks: those are then the same everywhere, not a device's own.
-        """
-        step = BLOCK if sums or self.backend.on_host else DEVICE_BLOCK
+    def each_block(self, f: Callable[[slice], R]) -> list[R]:
+        """`f` of every block of the flat buffers, in order; the backend may take several at a time."""
+        step = BLOCK if self.backend.on_host else DEVICE_BLOCK
         pieces, size = blocks(self.layout.size, step), self.layout.size
         if self.monitor is not None:  # who counts what it is told does so for one at a time
             return [f(block) for block in pieces]

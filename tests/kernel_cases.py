@@ -44,7 +44,7 @@ from refimpl.ops.norm import softmax
 from refimpl.optim import AdamW, Optimizer, Schedule
 from refimpl.policy import Bound, Run
 from refimpl.recipes import get_recipe
-from refimpl.state import BLOCK, State
+from refimpl.state import GRAIN, State
 
 EPS = np.float32(1e-5)
 MANY = 1_000_003  # no multiple of anything: the last threads of the last block have nothing to do
@@ -457,33 +457,30 @@ def gradient_norm_launched(device: Device, fmt: str, grads: Array, inverse_scale
 
 
 def check_gradient_norm(device: Device, fmt: str) -> None:
-    """The norm of fixed blocks folded in order, and found_inf; against the tree, and against `check_and_measure`."""
+    """The norm of grains folded by the tree, and found_inf; against the tree, and against `check_and_measure`."""
     rng = np.random.default_rng(14)
     inverse_scale = np.float32(2.0**-7)
-    for n, block in ((0, 100), (1, 100), (1000, 300), (1024, 256), (MANY, BLOCK)):
+    for n, block in ((0, 100), (1, 100), (1000, 300), (1024, 256), (MANY, GRAIN)):
         grads = normal(rng, n, fmt, 100.0)
         norm, found_inf = gradient_norm_launched(device, fmt, grads, inverse_scale, block)
         g = widen(grads) * inverse_scale
-        total = np.float32(0)
-        for start in range(0, n, block):
-            part = g[start : start + block]
-            total = total + tree_sum(part * part)
-        assert_same(norm, np.sqrt(total).reshape(1))
+        sums = [tree_sum(part * part) for part in (g[start : start + block] for start in range(0, n, block))]
+        assert_same(norm, np.sqrt(tree_sum(np.array(sums, np.float32))).reshape(1))
         assert not found_inf[0]
         squares = near(wide(grads)) * near(wide(inverse_scale))
         exact = (squares * squares).sum(-1) if n else Near(np.float64(0))
         root = np.sqrt(exact.value)
         assert abs(wide(norm)[0] - root) <= np.sqrt(exact.value + exact.err) - root + 2.0**-24 * root
 
-    # The longest chain of additions: a thread's own, the tree's 8, one for each block. Both sums err by at most gamma of it
-    # (all terms are positive), their roots by half.
-    rtol = gamma(BLOCK // THREADS + 8 + MANY // BLOCK + 1)
+    # The longest chain of additions: a thread's own and the tree's 8, for a grain and for all grains. Both sums err by at most
+    # gamma of it (all terms are positive), their roots by half.
+    rtol = gamma(GRAIN // THREADS + 8 + MANY // GRAIN // THREADS + 1 + 8)
     state = adamw_state(fmt, rng, tiny=not device.flushes)
     for index, value in ((None, 0), (0, np.inf), (MANY - 1, -np.inf), (300_000, np.nan)):
         state.grads[...] = normal(rng, MANY, fmt)
         if index is not None:
             state.grads[index] = value
-        norm, found_inf = gradient_norm_launched(device, fmt, state.grads, inverse_scale, BLOCK)
+        norm, found_inf = gradient_norm_launched(device, fmt, state.grads, inverse_scale, GRAIN)
         expected_inf, expected = check_and_measure(state, inverse_scale)
         assert bool(found_inf[0]) == bool(expected_inf) == (index is not None)
         assert np.isclose(norm[0], expected, rtol=rtol, atol=0, equal_nan=True)

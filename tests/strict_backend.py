@@ -197,10 +197,7 @@ def gradient_norm_fold(
     fmt: str, grid: Grid, partial: Array, partial_bad: Array, norm: Array, found_inf: Array, blocks: np.int32
 ) -> None:
     covers(grid, 1)
-    total = np.float32(0)
-    for square in partial.reshape(blocks):
-        total = total + square
-    norm[...], found_inf[...] = np.sqrt(total), partial_bad.any()
+    norm[...], found_inf[...] = np.sqrt(partial.reshape(blocks).sum()), partial_bad.any()
 
 
 def adamw(

@@ -50,8 +50,8 @@ BAD = [math.inf, -math.inf, math.nan]
 def test_one_bad_gradient_at_either_end_of_any_block_is_found(
     recipe: str, bad: float, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (refimpl.state, refimpl.gradients):
-        monkeypatch.setattr(module, "BLOCK", 8)
+    for name, size in (("BLOCK", 8), ("DEVICE_BLOCK", 16), ("GRAIN", 4)):
+        monkeypatch.setattr(refimpl.state, name, size)
     state = state_of(backend, recipe, a=(5, 5), b=(10,))  # 35 elements: four blocks and a rest of three
     state.grads[:] = 0.5
     found, norm = measured(state)
@@ -124,10 +124,11 @@ def test_norm_is_right(recipe: str, size: int, backend: Backend) -> None:
     found, norm = measured(state, inverse)
     exact = float(np.linalg.norm(widen(backend.to_host(state.grads), "fp64"))) / 1000.0
     # Squares are positive, so relative errors never grow in sums. A square: 1/S 1 u, unscaling 1 u, both twice by the
-    # squaring, the product 1 u: 5 u. NumPy sums a block in pairs down to runs of 128 in 8 lanes: 16 + 3 additions, then
-    # log2(65536 / 128) = 9; then one addition a block. The root halves it all and adds 1.
-    blocks = -(-size // refimpl.state.BLOCK)
-    bound = 1.001 * U * ((5 + 19 + 9 + blocks) / 2 + 1)
+    # squaring, the product 1 u: 5 u. NumPy sums n values in pairs down to runs of 128 in 8 lanes: 16 + 3 additions, then
+    # log2(n / 128), rounded up: of a grain, and of the sums of all grains. The root halves it all and adds 1.
+    grain = refimpl.state.GRAIN
+    additions = sum(19 + max(0, math.ceil(math.log2(n / 128))) for n in (grain, -(-size // grain)))
+    bound = 1.001 * U * ((5 + additions) / 2 + 1)
     assert not found
     assert abs(float(norm) - exact) <= bound * exact
     assert norm.dtype == np.float32 and norm.shape == ()
@@ -156,6 +157,22 @@ def test_norm_does_not_depend_on_threads() -> None:
         with threadpool_limits(threads):
             norms.add(check_and_measure(state, ONE)[1].tobytes())
     assert len(norms) == 1
+
+
+def test_norm_does_not_depend_on_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    grain = refimpl.state.GRAIN
+    state = state_of(backend, "fp16", a=(40 * grain + 17,))
+    put(state, np.random.default_rng(3).standard_normal(state.grads.size))
+    norms = set()
+    for block in (grain, 3 * grain, 16 * grain, 64 * grain):
+        for name in ("BLOCK", "DEVICE_BLOCK"):
+            monkeypatch.setattr(refimpl.state, name, block)
+        norms.add(measured(state)[1].tobytes())
+    assert len(norms) == 1
+    for other in (1, 2, 32, 64):  # other grains are other orders of the sum, of which some give another norm
+        monkeypatch.setattr(refimpl.state, "GRAIN", other)
+        norms.add(measured(state)[1].tobytes())
+    assert len(norms) > 1
 
 
 def test_the_pass_writes_nothing(backend: Backend) -> None:

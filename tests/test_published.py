@@ -144,8 +144,8 @@ def test_fp8_perplexity_is_that_of_bf16(recipe: str, seeds: int) -> None:
     """arXiv 2209.05433, Table 4: perplexities 0.1 to 0.5 % above those of 16 bits, for 126 million to 175 billion parameters.
 
     Here: 1 % above at most. Runs of 800 steps that differ in roundings alone part by 1.3 % (standard deviation of the ratio
-    over 16 seeds), so that a mean over three says little: 0.75 % either way (with delayed scaling the first three give 1.0113). Over
-    sixteen the ratio is 1.0040 (fp8) and 1.0012 (fp8-delayed), with a standard error of 0.0034 and 0.0031.
+    over 16 seeds), so that a mean over three says little: 0.75 % either way (with delayed scaling the first three give 1.0113).
+    Over sixteen the ratio is 1.0040 (fp8) and 1.0012 (fp8-delayed), with a standard error of 0.0034 and 0.0031.
     """
     ratios = [perplexity(recipe, seed) / perplexity("bf16", seed) for seed in range(seeds)]
     mean = math.prod(ratios) ** (1 / seeds)

@@ -517,7 +517,7 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
         lambda patch: SixteenBitSums("broken", xp), "2.activations of transformer.h.0.attn.c_attn departs",
     ),
     "the norm with another 1/S": (
-        edited(cupy_passes, "grads, inverse_scale, partial", "grads, inverse_scale * inverse_scale, partial"),
+        edited(cupy_passes, "grads, inverse_scale, squares", "grads, inverse_scale * inverse_scale, squares"),
         "3.norm departs",
     ),
     "an update with another 1/S": (

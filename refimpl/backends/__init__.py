@@ -40,7 +40,7 @@ class Backend:
 
     @property
     def passes(self) -> Mapping[str, Callable[..., Any]]:
-        """Fast twins of passes over the flat buffers, by name: `check_and_measure` of gradients.py, `AdamW` of optim.py."""
+        """Fast twins of passes over the flat buffers, by name: `measure` and `fold` of gradients.py, `AdamW` of optim.py."""
         return {}
 
     def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:

@@ -16,16 +16,22 @@ from refimpl.formats import format_of
 Array = Any
 
 
-def check_and_measure(state: Any, inverse_scale: Array, block: int) -> tuple[Array, Array]:
-    """found_inf and the norm, 0-d: partial sums of fixed blocks of `block` gradients, folded in their order."""
-    xp, grads = state.backend.xp, state.grads
-    count = -(-grads.size // block)
-    partial, partial_bad = xp.empty(count, np.float32), xp.empty(count, np.bool_)
+def measure(state: Any, inverse_scale: Array) -> tuple[Array, Array]:
+    """Of each grain of the gradients the sum of squares, unscaled, and whether one of them is Inf or NaN."""
+    xp, grads, grain = state.backend.xp, state.grads, state.grain
+    count = -(-grads.size // grain)
+    squares, bad = xp.empty(count, np.float32), xp.empty(count, np.bool_)
+    sizes = np.int64(grads.size), np.int32(grain)
+    state.backend.kernels(format_of(grads)).gradient_norm((count,), (THREADS,), grads, inverse_scale, squares, bad, *sizes)
+    return squares, bad
+
+
+def fold(state: Any, squares: Array, bad: Array) -> tuple[Array, Array]:
+    """found_inf and the norm, 0-d, in one block."""
+    xp = state.backend.xp
     norm, found_inf = xp.empty((), np.float32), xp.empty((), np.bool_)
-    kernels = state.backend.kernels(format_of(grads))
-    sizes = np.int64(grads.size), np.int32(block)
-    kernels.gradient_norm((count,), (THREADS,), grads, inverse_scale, partial, partial_bad, *sizes)
-    kernels.gradient_norm_fold((1,), (1,), partial, partial_bad, norm, found_inf, np.int32(count))
+    kernels = state.backend.kernels(format_of(state.grads))
+    kernels.gradient_norm_fold((1,), (THREADS,), squares, bad, norm, found_inf, np.int32(squares.size))
     return found_inf, norm
 
 
@@ -46,4 +52,4 @@ def adamw(rule: Any, state: Any, inverse_scale: Array, clip: Array | float, scal
     )  # fmt: skip
 
 
-CUPY_PASSES: Mapping[str, Any] = {"check_and_measure": check_and_measure, "AdamW": adamw}
+CUPY_PASSES: Mapping[str, Any] = {"measure": measure, "fold": fold, "AdamW": adamw}

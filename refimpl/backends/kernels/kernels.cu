@@ -384,13 +384,12 @@ embedding_backward(const long long* tokens, const T* dy, T* dw, int n, int C) {
 
 // ----------------------------------------------------------------------------------------- step 3: gradients up (gradients.py)
 
-// For each fixed block of `block` elements of the flat gradients, by a block of threads: whether one of the scaled gradients
-// is Inf or NaN, and the sum of squares of the unscaled ones, g / S.
-// grads (n,);  inverse_scale (1,), which is 1/S;  partial, partial_bad (blocks,).
+// For each grain of the flat gradients, by a block of threads: whether one of the scaled gradients is Inf or NaN, and the sum
+// of squares of the unscaled ones, g / S.  grads (n,);  inverse_scale (1,), which is 1/S;  partial, partial_bad (grains,).
 extern "C" __global__ void __launch_bounds__(THREADS)
-gradient_norm(const T* grads, const float* inverse_scale, float* partial, bool* partial_bad, long long n, int block) {
-    long long start = (long long)blockIdx.x * block;
-    long long stop = start + block < n ? start + block : n;
+gradient_norm(const T* grads, const float* inverse_scale, float* partial, bool* partial_bad, long long n, int grain) {
+    long long start = (long long)blockIdx.x * grain;
+    long long stop = start + grain < n ? start + grain : n;
 
     float squares = 0.0f;
     bool bad = false;
@@ -408,18 +407,21 @@ gradient_norm(const T* grads, const float* inverse_scale, float* partial, bool* 
     }
 }
 
-// norm = sqrt(sum of partial, first to last);  found_inf = any of partial_bad.  One thread: the order is the point, and
-// there are few blocks.  partial, partial_bad (blocks,);  norm, found_inf (1,).
-extern "C" __global__ void __launch_bounds__(1)
-gradient_norm_fold(const float* partial, const bool* partial_bad, float* norm, bool* found_inf, int blocks) {
+// norm = sqrt(sum of partial);  found_inf = any of partial_bad.  One block.  partial, partial_bad (grains,);  norm, found_inf (1,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+gradient_norm_fold(const float* partial, const bool* partial_bad, float* norm, bool* found_inf, int grains) {
     float sum = 0.0f;
     bool bad = false;
-    for (int i = 0; i < blocks; i++) {
+    for (int i = threadIdx.x; i < grains; i += THREADS) {
         sum = add(sum, partial[i]);
         bad = bad || partial_bad[i];
     }
-    *norm = root(sum);
-    *found_inf = bad;
+    sum = block_fold<add>(sum);
+    float bad_threads = block_fold<add>(bad ? 1.0f : 0.0f);
+    if (threadIdx.x == 0) {
+        *norm = root(sum);
+        *found_inf = bad_threads > 0.0f;
+    }
 }
 
 
