@@ -46,3 +46,13 @@ def resized(bits: Array, size: int) -> Array:
     if bits.dtype.kind != "u":
         raise TypeError(f"resized: {bits.dtype} is no type of unsigned integers")
     return bits.astype(_UNSIGNED[size], copy=False)
+
+
+def bytes_of(x: Array) -> Array:
+    """The bytes of a flat array, as a view: what ranks send to one another, whatever the format.
+
+    Errors: TypeError for an array of another shape or order, whose bytes do not lie one after the other.
+    """
+    if x.ndim != 1 or not x.flags.c_contiguous:
+        raise TypeError(f"bytes_of: a flat array in C order, not one of shape {x.shape}")
+    return x.view(np.uint8)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from refimpl.backends import Backend, get_backend
+from refimpl.comm import Comm, Serial
 from refimpl.errors import UsageError
 from refimpl.formats import FORMATS
 from refimpl.loss_scale import LossScale, find_scaler, make_loss_scale
@@ -19,6 +20,7 @@ from refimpl.policy import Run
 from refimpl.quantise import Scales
 from refimpl.recipes import MASTERS_FROM, Recipe, get_recipe
 from refimpl.state import State
+from refimpl.zero import ShardedState
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 2e-3, "steps": 800},
@@ -64,6 +66,7 @@ class Config:
     eval_batches: int = field(default=20, metadata={"free": True})
     log_every: int = field(default=10, metadata={"free": True})
     sample_bytes: int = field(default=300, metadata={"free": True})
+    zero: int | None = field(default=None, metadata={"free": True})
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Config:
@@ -78,6 +81,7 @@ class Config:
         filled = {**MODEL_DEFAULTS[config.model], **{k: v for k, v in asdict(config).items() if v is not None}}
         filled.setdefault("min_lr", filled["lr"] / 10)
         filled.setdefault("masters_from", None)
+        filled.setdefault("zero", None)
         filled.setdefault("loss_scale", recipe.loss_scale)
         if filled["optimizer"] == "sgd" and "weight_decay" not in given:
             filled["weight_decay"] = 0.0
@@ -119,6 +123,8 @@ class Config:
             raise UsageError(f"--masters-from is {self.masters_from!r}: choose {' or '.join(MASTERS_FROM)}")
         if self.mistake != "none" and self.mistake not in MISTAKES:
             raise UsageError(f"unknown mistake {self.mistake!r}: choose one of {', '.join(MISTAKES)}")
+        if self.zero not in (None, 0, 1, 2, 3):
+            raise UsageError(f"--zero is {self.zero}: it is a stage, 0, 1, 2 or 3")
         self.make_model()
         scale = float(self.make_loss_scale().scale)
         if scale < FORMATS["fp32"].smallest_normal:
@@ -152,12 +158,23 @@ class Config:
         more = {} if xp is None else {"xp": xp}
         return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, hysteresis=self.hysteresis, **more)
 
-    def make_parts(self, backend: Backend) -> Parts:
-        """All that a training step takes. The weights are still zero: `parts.state.load_weights`."""
-        recipe, model, rule = self.make_recipe(), self.make_model(), self.make_rule()
-        state = State(model, recipe.state_storages(rule.moments, self.grad_accum), backend, self.seed)
+    def make_parts(self, backend: Backend, comm: Comm | None = None) -> Parts:
+        """All that a training step takes, of one rank if there are several. The weights are still zero:
+        `parts.state.load_weights`.
+
+        Errors: UsageError for a batch that the ranks cannot share equally.
+        """
+        recipe, model, rule, comm = self.make_recipe(), self.make_model(), self.make_rule(), comm or Serial()
+        storages = recipe.state_storages(rule.moments, self.grad_accum)
+        if self.zero is None:
+            state = State(model, storages, backend, self.seed)
+        else:
+            state = ShardedState(model, storages, backend, self.seed, comm, self.zero)
+        assert self.batch_size is not None
+        if self.batch_size % comm.size:
+            raise UsageError(f"--batch-size {self.batch_size} cannot be shared equally by {comm.size} ranks")
         optimizer, loss_scale = self.make_optimizer(backend), self.make_loss_scale(backend.xp)
-        run = Run(recipe.policy, backend, scales=Scales(self.seed))
+        run = Run(recipe.policy, backend, scales=Scales(self.seed, over_ranks=comm.largest))
         return Parts(model, state, optimizer, loss_scale, run, self.clip or math.inf)
 
     def make_backend(self) -> Backend:

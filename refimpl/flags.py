@@ -40,9 +40,10 @@ HELP = {
     "eval_batches": "batches an evaluation",
     "log_every": "steps between looks at the device",
     "sample_bytes": "bytes of text to generate at the end",
+    "zero": "of several ranks, which share each batch: the ZeRO stage, 0 to 3 (docs/ranks.md)",
 }
 INTEGERS = {"steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "warmup", "grad_accum", "growth_interval",
-            "hysteresis", "seed", "eval_every", "eval_batches", "log_every", "sample_bytes"}  # fmt: skip
+            "hysteresis", "seed", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero"}  # fmt: skip
 NUMBERS = {"momentum", "lr", "min_lr", "weight_decay", "clip", "init_scale"}
 
 

@@ -32,26 +32,28 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     Source: Micikevicius et al. 2018, section 3.2. PyTorch: GradScaler.unscale_, then the norm that
     torch.nn.utils.clip_grad_norm_ computes (there: of the norms of the tensors; equal but for rounding).
     """
-    passes, plain = state.backend.passes, state.math_format == "fp32" and "main_grads" not in state.buffers
+    passes, plain = state.backend.passes, state.math_format == "fp32" and "main_grads" not in state.stored
     squares, bad = (passes.get("measure", measure) if plain else measure)(state, inverse_scale)
+    squares, bad = state.of_all_ranks(squares, bad)
     found_inf, norm = (passes.get("fold", fold) if plain else fold)(state, squares, bad)
     return found_inf, norm
 
 
 def measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
     """Of each grain of the gradients: the sum of squares of the unscaled ones; whether one of the scaled ones is Inf or NaN."""
-    xp, fmt = state.backend.xp, state.math_format
-    factor, main_grads = widen(inverse_scale, fmt), state.buffers.get("main_grads")
+    xp, fmt, keeps = state.backend.xp, state.math_format, "main_grads" in state.stored
+    factor = widen(inverse_scale, fmt)
 
     def of_block(block: slice) -> tuple[Array, Array]:
-        scaled = widen(state.grads[block], fmt)
+        scaled = widen(state.block("grads", block), fmt)
         g = scaled * factor
-        if main_grads is not None:
-            main_grads[block] = g
+        if keeps:
+            state.block("main_grads", block)[...] = g
         squares = by_grain(g * g, lambda x: x.sum(-1), xp)
         return squares, by_grain(~xp.isfinite(scaled), lambda x: x.any(-1), xp)
 
-    squares, bad = zip(*state.each_block(of_block), strict=True)
+    nothing = xp.zeros(0, factor.dtype), xp.zeros(0, np.bool_)  # what a rank finds that has no share
+    squares, bad = zip(*(state.each_block(of_block) or [nothing]), strict=True)
     return xp.concatenate(squares), xp.concatenate(bad)
 
 
@@ -62,9 +64,9 @@ def fold(state: State, squares: Array, bad: Array) -> tuple[Array, Array]:
 
 def unscaled(state: State, block: slice, inverse_scale: Array) -> Array:
     """The FP32 gradients of a block, divided by S: made from the 16-bit ones, or a copy where the state keeps them."""
-    if "main_grads" in state.buffers:
-        return state.buffers["main_grads"][block].copy()
-    return widen(state.grads[block], state.math_format) * widen(inverse_scale, state.math_format)
+    if "main_grads" in state.stored:
+        return state.block("main_grads", block).copy()
+    return widen(state.block("grads", block), state.math_format) * widen(inverse_scale, state.math_format)
 
 
 def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
@@ -81,8 +83,9 @@ def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
 
 def first_non_finite(state: State) -> str | None:
     """The first parameter whose gradient holds an Inf or a NaN, for a message; waits for the device."""
-    for block in blocks(state.layout.size):
-        bad = ~np.isfinite(state.backend.to_host(widen(state.grads[block], state.math_format)))
+    for block in blocks(state.own):
+        gradients = state.block("grads", block)
+        bad = ~np.isfinite(state.backend.to_host(widen(gradients, state.math_format)))
         if bad.any():
             return state.layout.name_at(block.start + int(bad.argmax()))
     return None

@@ -140,6 +140,19 @@ SHARDED_FROM = {"weights": 3, "grads": 2}
 COMMUNICATION = {0: 2, 1: 2, 2: 2, 3: 3}
 """Elements a parameter that each rank sends a step, by ZeRO stage, for many ranks. Source: arXiv 1910.02054, section 7."""
 
+OF_WEIGHTS = {0: 0, 1: 1, 2: 1, 3: 2}
+"""How many of them are weights; the others are gradients."""
+
+
+def exchanged(n_params: int, states: Bytes, stage: int, ranks: int, fetched_again: int = 0) -> Fraction:
+    """Bytes that come to each rank from the others in a step: COMMUNICATION elements a parameter, each (N - 1) / N times.
+
+    fetched_again: parameters that stage 3 fetches more than twice: a tied embedding is used at both ends of the model.
+    """
+    weights = OF_WEIGHTS[stage] * n_params + (fetched_again if stage == 3 else 0)
+    gradients = (COMMUNICATION[stage] - OF_WEIGHTS[stage]) * n_params
+    return (weights * states["weights"] + gradients * states["grads"]) * Fraction(ranks - 1, ranks)
+
 
 def per_rank(n_params: int, states: Bytes, stage: int = 0, ranks: int = 1) -> dict[str, int]:
     """Bytes of each kind of state on one rank: all of it, or ceil(parameters / ranks) elements where ZeRO divides it.

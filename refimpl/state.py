@@ -23,7 +23,7 @@ from refimpl.cast import cast, widen
 from refimpl.errors import UsageError
 from refimpl.formats import format_of, widens_to
 from refimpl.policy import Monitor
-from refimpl.storage import MAIN, Draw, Plain, buffer_name, buffers_of, get_storage
+from refimpl.storage import MAIN, Draw, Plain, buffer_name, get_storage
 
 Array = Any
 Sink = Callable[[str, Array], None]
@@ -92,10 +92,10 @@ GRAIN = 1 << 10
 ranks, begin at multiples of it. So no sum depends on blocks, threads or ranks."""
 
 
-def blocks(size: int, step: int = 0) -> Iterator[slice]:
-    """Slices of BLOCK elements, or of `step`, that cover 0..size."""
-    for start in range(0, size, step or BLOCK):
-        yield slice(start, min(start + (step or BLOCK), size))
+def blocks(part: slice, step: int = 0) -> Iterator[slice]:
+    """Slices of BLOCK elements, or of `step`, that cover a part of the flat index."""
+    for start in range(part.start, part.stop, step or BLOCK):
+        yield slice(start, min(start + (step or BLOCK), part.stop))
 
 
 def by_grain(x: Array, fold: Callable[[Array], Array], xp: Any) -> Array:
@@ -106,7 +106,13 @@ def by_grain(x: Array, fold: Callable[[Array], Array], xp: Any) -> Array:
 
 
 class State:
-    """The flat buffers of one run, by kind, and `t`, the number of updates made (skipped steps do not count)."""
+    """The flat buffers of one run, by kind, and `t`, the number of updates made (skipped steps do not count).
+
+    own: the part of the flat index that is updated here. It is all of it, and so is what the buffers hold, but where several
+    ranks divide the states among them (`zero.ShardedState`).
+    """
+
+    ranks = 1
 
     def __init__(self, model: HasParameters, stored: Mapping[str, str], backend: Backend, seed: int = 0) -> None:
         """Zeroed buffers. stored: kind -> storage, as `Recipe.state_storages` gives it; seed: for storages that use chance."""
@@ -115,13 +121,32 @@ class State:
         if not backend.on_host:
             self.need_no_codes(f"--backend {backend.name}")
         self.formats = {kind: storage.fmt for kind, storage in self.storages.items()}
-        xp, size = backend.xp, self.layout.size
-        self.buffers = {name: xp.zeros(part.size(size), part.dtype) for name, part in buffers_of(stored).items()}
+        self.own = self.held("master")
+        xp = backend.xp
+        self.buffers = {
+            buffer_name(kind, part): xp.zeros(spec.size(self.room(kind, part)), spec.dtype)
+            for kind, storage in self.storages.items() for part, spec in storage.parts.items()
+        }  # fmt: skip
         self.t = xp.zeros((), np.int64)
-        self.decayed = backend.from_host(np.array(self.layout.decayed, np.int64).reshape(-1, 2).T.copy())  # starts, stops
+        decayed = np.clip(np.array(self.layout.decayed, np.int64).reshape(-1, 2).T, self.own.start, self.own.stop)
+        self.decayed = backend.from_host((decayed - self.own.start).copy())  # starts and stops among what is updated here
         self.monitor: Monitor | None = None
-        self.weight_views = self.layout.views(self.weights)
-        self.grad_views = self.layout.views(self.grads) if "grads" in stored else {}
+        self.weight_views: Mapping[str, Array] = self.views("weights")
+        self.grad_views = self.views("grads") if "grads" in stored else {}
+
+    # -- what is held here --------------------------------------------------------------------------------------------
+
+    def held(self, kind: str, part: str = MAIN) -> slice:
+        """The part of the flat index whose values of a kind (or of a part of its storage) are held here: all of it."""
+        return slice(0, self.layout.size)
+
+    def room(self, kind: str, part: str) -> int:
+        """How many values a buffer has room for."""
+        return self.layout.size
+
+    def views(self, kind: str) -> dict[str, Array]:
+        """name -> the parameter's part of a kind that is held as a whole, in its shape; no copies."""
+        return self.layout.views(self.buffers[kind])
 
     @property
     def grain(self) -> int:
@@ -156,11 +181,14 @@ class State:
         """
         storage = self.storages[self.master_kind]
         for name, (start, stop, _) in self.layout.slots.items():
-            source = self.backend.from_host(weights[name].reshape(-1))
+            part = slice(max(start, self.own.start), min(stop, self.own.stop))
+            if part.start >= part.stop:
+                continue
+            source = self.backend.from_host(weights[name].reshape(-1)[part.start - start : part.stop - start])
             if rounded:
                 source = cast(source, self.formats["weights"])
             wide = widen(source, self.math_format)
-            storage.start(self.parts(self.master_kind, slice(start, stop)), wide)
+            storage.start(self.parts(self.master_kind, part), wide)
         self.weights_down()
 
     def weights_down(self) -> None:
@@ -168,9 +196,10 @@ class State:
 
         Source: the note, step 1.
         """
-        cast(self.master, self.formats["weights"], out=self.weights)
+        masters, weights = self.mine(self.master_kind), self.mine("weights")
+        cast(masters, self.formats["weights"], out=weights)
         if "master" in self.stored:
-            self._tell("weights_down", self.master, self.weights)
+            self._tell("weights_down", masters, weights, self.own.start)
 
     def _tell(self, site: str, values: Array, rounded: Array, start: int = 0) -> None:
         """Tell a monitor of a rounding of the parameters from index `start` on, at sites named `parameter:site`."""
@@ -182,13 +211,25 @@ class State:
                 self.monitor(f"{name}:{site}", values[part], rounded[part])
 
     def parts(self, kind: str, block: slice) -> dict[str, Array]:
-        """The parts of a kind's storage for a block of parameters, as views."""
-        parts = self.storages[kind].parts
-        return {part: self.buffers[buffer_name(kind, part)][spec.slice(block)] for part, spec in parts.items()}
+        """The parts of a kind's storage for a block of the flat index, as views."""
+        parts = {}
+        for part, spec in self.storages[kind].parts.items():
+            first = self.held(kind, part).start
+            local = slice(block.start - first, block.stop - first)
+            parts[part] = self.buffers[buffer_name(kind, part)][spec.slice(local)]
+        return parts
+
+    def block(self, kind: str, block: slice) -> Array:
+        """The numbers of a kind, as they are stored, for a block of the flat index; a view."""
+        return self.parts(kind, block)[MAIN]
+
+    def mine(self, kind: str) -> Array:
+        """Those of all that is updated here."""
+        return self.block(kind, self.own)
 
     def values(self, kind: str) -> Array:
-        """All values of a kind, to look at: the buffer itself where it holds them, else a copy in FP32."""
-        return self.storages[kind].values(self.parts(kind, slice(0, self.layout.size)))
+        """All values of a kind that are updated here, to look at: the buffer itself where it holds them, else an FP32 copy."""
+        return self.storages[kind].values(self.parts(kind, self.own))
 
     def need_no_codes(self, who: str) -> None:
         """Errors: UsageError where a kind is kept as 8-bit codes with scales."""
@@ -204,9 +245,9 @@ class State:
             self._tell(site, values, parts[MAIN], start)
 
     def each_block(self, f: Callable[[slice], R]) -> list[R]:
-        """`f` of every block of the flat buffers, in order; the backend may take several at a time."""
+        """`f` of every block of what is updated here, in order; the backend may take several at a time."""
         step = BLOCK if self.backend.on_host else DEVICE_BLOCK
-        pieces, size = blocks(self.layout.size, step), self.layout.size
+        pieces, size = blocks(self.own, step), self.own.stop - self.own.start
         if self.monitor is not None:  # who counts what it is told does so for one at a time
             return [f(block) for block in pieces]
         return self.backend.each(f, pieces, size)
@@ -242,3 +283,24 @@ class State:
         if first:
             self.grads[...] = 0  # a parameter that the model did not use this time has a gradient of zero, not the last one
         return store if first else add
+
+    # -- what several ranks do between them, and one does not: `zero.ShardedState` ------------------------------------------
+
+    def reduce_gradients(self, last: bool) -> None:
+        """After the backward of a micro-batch, the step's last or another: the gradients become their sums over the ranks."""
+
+    def of_all_ranks(self, *grains: Array) -> tuple[Array, ...]:
+        """Values of the grains that are updated here -> those of all grains."""
+        return grains
+
+    def mean_over_ranks(self, loss: Array) -> Array:
+        """A loss of this rank's examples, 0-d -> the mean of all."""
+        return loss
+
+    def whole(self, kind: str, part: str) -> Array:
+        """A buffer with the values of the whole flat index, for a checkpoint."""
+        return self.buffers[buffer_name(kind, part)]
+
+    def put_whole(self, kind: str, part: str, values: Array) -> None:
+        """The way back: what is held here is taken from it."""
+        self.buffers[buffer_name(kind, part)][...] = values

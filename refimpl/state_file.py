@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.policy import Run
 from refimpl.recipes import get_recipe
 from refimpl.state import State
-from refimpl.storage import buffers_of, get_storage
+from refimpl.storage import Part, buffer_name, get_storage
 
 Array = Any
 
@@ -26,22 +26,30 @@ KEPT = ("weights", "master", "m", "v")
 SCALES = "scales."
 
 
-def _tensors(state: State) -> dict[str, Array]:
-    """kind.parameter -> a view of it, for every buffer of the kinds that are kept; buffer.flat where parameters share elements.
+def _buffers(state: State) -> Iterator[tuple[str, str, Part]]:
+    """(kind, part, how it is stored) of every buffer that is kept."""
+    for kind in KEPT:
+        if kind in state.stored:
+            for part, spec in state.storages[kind].parts.items():
+                yield kind, part, spec
+
+
+def _tensors(name: str, spec: Part, buffer: Array, state: State) -> dict[str, Array]:
+    """Views of a buffer by name, buffer.parameter; buffer.flat where parameters share elements.
 
     So 'weights.wte.weight', 'weights_compensation.wte.weight', 'm_scales.flat'.
     """
-    tensors: dict[str, Array] = {}
-    for name, part in buffers_of({kind: state.stored[kind] for kind in KEPT if kind in state.stored}).items():
-        buffer = state.buffers[name]
-        views = state.layout.views(buffer) if part.values == 1 else {"flat": buffer}
-        tensors.update({f"{name}.{parameter}": view for parameter, view in views.items()})
-    return tensors
+    views = state.layout.views(buffer) if spec.values == 1 else {"flat": buffer}
+    return {f"{name}.{parameter}": view for parameter, view in views.items()}
 
 
 def state_arrays(state: State) -> dict[str, np.ndarray]:
-    """All that is kept of the states, on the host."""
-    return {name: state.backend.to_host(view) for name, view in _tensors(state).items()}
+    """All that is kept of the states, on the host; of all ranks, if they are divided, and all must ask."""
+    arrays = {}
+    for kind, part, spec in _buffers(state):
+        whole = state.backend.to_host(state.whole(kind, part))
+        arrays.update(_tensors(buffer_name(kind, part), spec, whole, state))
+    return arrays
 
 
 def scale_arrays(run: Run) -> dict[str, np.ndarray]:
@@ -56,13 +64,18 @@ def take_scales(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def load_state_arrays(path: Path, arrays: dict[str, np.ndarray], state: State) -> None:
     """The way back. All is checked before anything is changed. Errors: UsageError naming the first tensor that differs."""
-    tensors = _tensors(state)
-    loaded = {key: checkpoint.checked(path, arrays, key, view.shape, view.dtype) for key, view in tensors.items()}
-    surplus = arrays.keys() - loaded.keys()
+    buffers = {
+        (kind, part): (buffer_name(kind, part), spec, np.empty(spec.size(state.layout.size), spec.dtype))
+        for kind, part, spec in _buffers(state)
+    }
+    views = {name: view for about in buffers.values() for name, view in _tensors(*about, state).items()}
+    for name, view in views.items():
+        view[...] = checkpoint.checked(path, arrays, name, view.shape, view.dtype)
+    surplus = arrays.keys() - views.keys()
     if surplus:
         raise UsageError(f"{path} has a tensor {min(surplus)} that this model and recipe do not: it is another run's")
-    for key, view in tensors.items():
-        view[...] = state.backend.from_host(loaded[key])
+    for (kind, part), (_, _, whole) in buffers.items():
+        state.put_whole(kind, part, state.backend.from_host(whole))
 
 
 def fp32_weights(path: Path, arrays: Mapping[str, np.ndarray], model: Model) -> dict[str, np.ndarray]:

@@ -77,14 +77,16 @@ def train_step(
 def through(model: Model, batches: Sequence[Batch], state: State, S: Array, run: Run) -> Array:
     """Forward and backward over all micro-batches; leaves d(S L)/dw in `state.grads` and returns the mean loss, 0-d.
 
-    Each of n micro-batches is seeded with S/n, so that their sum is the gradient of the mean.
+    Each of n micro-batches is seeded with S/n, so that their sum is the gradient of the mean. (+) With several ranks, each with
+    micro-batches of its own, that is S / (n ranks), and gradients are summed over ranks too.
     """
     n = len(batches)
     total = 0.0
     for i, (tokens, targets) in enumerate(batches):
         tape = Tape(run, state.weight_views, model.tied)
         loss = model.loss(tape, tokens, targets)
-        tape.backward(loss, seed=S / n, sink=state.gradient_sink(first=i == 0))
+        tape.backward(loss, seed=S / (n * state.ranks), sink=state.gradient_sink(first=i == 0))
+        state.reduce_gradients(last=i == n - 1)
         total = total + loss.array / n
     run.scales.after_pass()  # (FP8 with delayed scaling: the largest values of this pass make the scales of the next)
-    return total
+    return state.mean_over_ranks(total)

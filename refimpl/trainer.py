@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from refimpl import checkpoint
+from refimpl.comm import Comm, Serial, shares_of
 from refimpl.config import Config
 from refimpl.data import Corpus, load_corpus, sample_batch, sequential_batches
 from refimpl.errors import TrainingStopped, UsageError
@@ -42,9 +43,12 @@ def generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,))))
 
 
-def start(config: Config) -> Parts:
-    """A run before its first step: its parts, with the configuration's mistake in them, and fresh weights."""
-    parts = config.make_parts(config.make_backend())
+def start(config: Config, comm: Comm | None = None) -> Parts:
+    """A run before its first step: its parts, with the configuration's mistake in them, and fresh weights.
+
+    comm: the rank that this process is, if there are several.
+    """
+    parts = config.make_parts(config.make_backend(), comm)
     meddle(config.mistake, parts)
     weights = parts.model.initial_weights(generator(config.seed, INIT))
     parts.state.load_weights(weights, rounded=config.rounds_masters)
@@ -61,14 +65,19 @@ class Progress:
 
 
 class Trainer:
-    """One run: its parts, and the loop over steps. It writes to `folder`, which `prepare_folder` has checked."""
+    """One run: its parts, and the loop over steps. It writes to `folder`, which `prepare_folder` has checked.
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    Of several ranks each has one. All do the same, each with its rows of a batch; only the first one writes.
+    """
+
+    def __init__(self, config: Config, folder: Path, comm: Comm | None = None) -> None:
         assert config.block_size is not None
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.comm = config, folder, comm or Serial()
+        self.writes = self.comm.rank == 0
+        self.exchanged = 0  # bytes that came from other ranks in training steps
         self.recipe = config.make_recipe()
         self.corpus: Corpus = load_corpus(config.data, config.block_size)
-        self.parts = start(config)
+        self.parts = start(config, self.comm)
         self.model, self.state = self.parts.model, self.parts.state
         self.loss_scale, self.run = self.parts.loss_scale, self.parts.run
         self.backend = self.state.backend
@@ -90,7 +99,7 @@ class Trainer:
         assert steps is not None
         self._window_start = time.perf_counter()
         with self._stop_on_signal():
-            while self.progress.step < steps and not self._stop:
+            while self.progress.step < steps and not self.comm.any(self._stop):
                 self._pending.append((self.progress.step + 1, self._one_step()))
                 self.progress.step += 1
                 at_end = self.progress.step == steps
@@ -106,16 +115,20 @@ class Trainer:
         return self.progress.step == steps
 
     def _one_step(self) -> StepResult:
-        return self.parts.step(self.next_batches())
+        before = self.comm.received.total()
+        result = self.parts.step(self.next_batches())
+        self.exchanged += self.comm.received.total() - before
+        return result
 
     def next_batches(self) -> list[Batch]:
-        """The micro-batches of the next step, drawn from the training part."""
+        """This rank's rows of the micro-batches of the next step, which all ranks draw from the training part."""
         batch_size, block_size = self.config.batch_size, self.config.block_size
         assert batch_size is not None and block_size is not None
+        rows = shares_of(batch_size, self.comm.size)[self.comm.rank]
         micro_batches = []
         for _ in range(self.config.grad_accum):
             x, y = sample_batch(self.corpus.train, batch_size, block_size, self.batches)
-            micro_batches.append((self.backend.from_host(x), self.backend.from_host(y)))
+            micro_batches.append((self.backend.from_host(x[rows]), self.backend.from_host(y[rows])))
         return micro_batches
 
     @contextmanager
@@ -147,7 +160,7 @@ class Trainer:
         tokens = self.config.batch_size * self.config.block_size * self.config.grad_accum  # type: ignore[operator]
         rate = tokens * len(self._pending) / seconds
         rows = [_row(step, result, rate) for step, result in self._pending]
-        self.log.write(rows)
+        self._log(rows)
         bar.update(len(rows))
         for row in rows:
             self._watch(row)
@@ -157,6 +170,10 @@ class Trainer:
         )
         self._pending.clear()
         self._window_start = time.perf_counter()
+
+    def _log(self, rows: list[dict[str, Any]]) -> None:
+        if self.writes:
+            self.log.write(rows)
 
     def _watch(self, row: dict[str, Any]) -> None:
         """Stop a run whose steps can no longer do anything."""
@@ -205,7 +222,7 @@ class Trainer:
         assert self.config.batch_size is not None and self.config.block_size is not None
         started = time.perf_counter()
         loss = self.validation_loss(final)
-        self.log.write([{"step": self.progress.step, "val_loss": loss}])
+        self._log([{"step": self.progress.step, "val_loss": loss}])
         bar.write(f"step {self.progress.step}: validation loss {loss:.4f} nats a byte ({loss / math.log(2):.3f} bits)")
         self._window_start += time.perf_counter() - started
 
@@ -240,16 +257,19 @@ class Trainer:
         }
 
     def save(self) -> Path:
-        """Write the checkpoint: weights, masters and moments by parameter name, and the header."""
+        """Write the checkpoint: weights, masters and moments by parameter name, and the header. All ranks together: it does
+        not depend on how many they are."""
         self.state.weights_down()
-        path = self.folder / CHECKPOINT
-        checkpoint.save(path, {**state_arrays(self.state), **scale_arrays(self.run)}, self._header())
+        path, arrays = self.folder / CHECKPOINT, state_arrays(self.state)
+        if self.writes:
+            checkpoint.save(path, {**arrays, **scale_arrays(self.run)}, self._header())
         return path
 
     def restore(self) -> None:
         """Go on from the checkpoint in the folder, bit for bit. Errors: UsageError when it is damaged or not this run's."""
         self.load_checkpoint()
-        self.log.keep_up_to(self.progress.step)
+        if self.writes:
+            self.log.keep_up_to(self.progress.step)
 
     def load_checkpoint(self) -> None:
         """Everything of `restore` but for the log: no file is changed."""

@@ -83,6 +83,7 @@ ALLOWED_CONVERSIONS = {
     # the door for bits: codes, stochastic rounding and remainders are defined on patterns; no value changes there
     ("bits.py", "x.view(_UNSIGNED[FORMATS[format_of(x)].itemsize])"),
     ("bits.py", "bits.view(row.dtype)"),
+    ("bits.py", "x.view(np.uint8)"),
 }
 ALLOWED_TYPE_CALLS = {
     # settings and checkpoints: Python numbers that become the 0-d scale
@@ -268,6 +269,11 @@ MAY_IMPORT = {
     "models.gpt": MODELS_MAY,
     "models.mlp": MODELS_MAY,
     "state": {"backends", "cast", "errors", "formats", "policy", "storage"},
+    "comm": {"cast", "formats"},
+    "comm.threads": {"comm"},
+    "comm.mpi": {"bits", "comm", "errors"},
+    "comm.nccl": {"bits", "comm", "errors"},
+    "zero": {"backends", "cast", "comm", "memory", "state", "storage"},
     "gradients": {"cast", "state"},
     "loss_scale": {"cast", "errors", "formats"},
     "optim": {"cast", "gradients", "state", "storage"},

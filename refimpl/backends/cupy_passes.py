@@ -18,7 +18,7 @@ Array = Any
 
 def measure(state: Any, inverse_scale: Array) -> tuple[Array, Array]:
     """Of each grain of the gradients the sum of squares, unscaled, and whether one of them is Inf or NaN."""
-    xp, grads, grain = state.backend.xp, state.grads, state.grain
+    xp, grads, grain = state.backend.xp, state.mine("grads"), state.grain
     count = -(-grads.size // grain)
     squares, bad = xp.empty(count, np.float32), xp.empty(count, np.bool_)
     sizes = np.int64(grads.size), np.int32(grain)
@@ -41,13 +41,13 @@ def adamw(rule: Any, state: Any, inverse_scale: Array, clip: Array | float, scal
     The 16-bit copy of the masters is left to step 1, where the page has it: another 6 bytes a parameter of 32.
     """
     beta1, beta2 = rule.betas
-    m, v, grads = state.buffers["m"], state.buffers["v"], state.grads
+    w, m, v, grads = (state.mine(kind) for kind in (state.master_kind, "m", "v", "grads"))
     numbers = [number(x) for x in (1 - beta1, beta2, 1 - beta2, rule.eps)]
     if isinstance(clip, float):
         clip = state.backend.xp.full((), clip, np.float32)
     starts, stops = state.decayed
     state.backend.kernels(format_of(grads)).adamw(
-        elementwise_grid(grads.size), (THREADS,), state.master, m, v, grads, inverse_scale, clip, scalars, found_inf,
+        elementwise_grid(grads.size), (THREADS,), w, m, v, grads, inverse_scale, clip, scalars, found_inf,
         starts, stops, np.int32(len(starts)), *numbers, np.int64(grads.size),
     )  # fmt: skip
 

@@ -100,12 +100,14 @@ class Scales:
 
     seed: of all its random bits; passes: training passes made, of which each has its own. delayed: the state of delayed
     scaling by the tensor's name and format. A frozen copy (for evaluation) uses the state and leaves it alone.
+    over_ranks: magnitudes of one rank -> the largest of all (`Comm.largest`), so that all have the same scales.
     """
 
     seed: int = 0
     passes: int = 0
     delayed: dict[str, DelayedScaling] = field(default_factory=dict)
     is_frozen: bool = False
+    over_ranks: Callable[[Array], Array] = lambda largest: largest
     _draws: dict[str, int] = field(default_factory=dict)
     _streams: dict[int, str] = field(default_factory=dict, repr=False)
 
@@ -143,8 +145,12 @@ class Scales:
         self._draws.clear()
         if self.is_frozen:
             return
-        for state in self.delayed.values():
-            state.update()
+        states = [self.delayed[name] for name in sorted(self.delayed)]
+        if states:
+            largest = self.over_ranks(np.array([state.amax_history[0] for state in states], np.float32))
+            for state, magnitude in zip(states, largest, strict=True):
+                state.amax_history[0] = magnitude
+                state.update()
         self.passes += 1
 
     def frozen(self) -> Scales:

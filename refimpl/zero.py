@@ -1,0 +1,259 @@
+"""ZeRO: the model states divided among ranks, which train on parts of one batch.
+
+    stage   divided among N ranks      bytes, of 2 + 2 + 4 + 4 + 4      elements a parameter that come to a rank in a step
+    0       nothing                    16                               gradients summed: 2
+    1       masters, m, v              4 + 12/N                         gradients to their shards, weights back: 1 + 1
+    2       and gradients              2 + 14/N                         the same, as backward makes them
+    3       and weights                16/N                             weights fetched twice, gradients to shards: 2 + 1
+
+A shard is a slice of the flat index. Each rank updates its own, and step 1 hands the new weights round. All else is the page of
+the algorithm, step.py: backward starts from S / N, so that the sum over ranks is the gradient of the mean over the whole batch
+and nothing is divided afterwards; Inf and NaN are looked for in that sum, after its last rounding; the norm is folded from the
+grains of all ranks. So every rank skips or clips as every other, and all stages give the same bits, with several micro-batches
+too but for one thing: stages 0 and 1 sum over micro-batches first and then over ranks, 2 and 3 the other way round.
+
+Source: Rajbhandari et al. 2020, arXiv 1910.02054. PyTorch: DistributedDataParallel (stage 0), ZeroRedundancyOptimizer (1),
+fully_shard (3).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+from refimpl.backends import Backend
+from refimpl.cast import widen
+from refimpl.comm import Comm, Pending, share_size, shares_of
+from refimpl.memory import SHARDED_FROM
+from refimpl.state import GRAIN, HasParameters, Layout, Sink, State
+from refimpl.storage import MAIN, buffer_name
+
+Array = Any
+
+
+class ShardedState(State):
+    """The states of one rank."""
+
+    def __init__(
+        self, model: HasParameters, stored: Mapping[str, str], backend: Backend, seed: int, comm: Comm, stage: int
+    ) -> None:
+        """stage: 0 to 3. Every rank makes its own, from the same arguments but for `comm`."""
+        size = Layout.of(model).size
+        self.comm, self.stage, self.ranks = comm, stage, comm.size
+        self.shares = shares_of(size, comm.size, GRAIN)
+        self.everything = slice(0, size)
+        super().__init__(model, stored, backend, seed)
+        self.layers = list(layers_of(self.layout))
+        self._buckets: Buckets | None = None
+        if self._divided("weights"):
+            self.weight_views = FetchedWeights(self)
+
+    # -- what this rank holds -----------------------------------------------------------------------------------------
+
+    def _divided(self, kind: str, part: str = MAIN) -> bool:
+        return self.stage >= SHARDED_FROM.get(buffer_name(kind, part), 1)
+
+    def held(self, kind: str, part: str = MAIN) -> slice:
+        """This rank's share, or all."""
+        return self.shares[self.comm.rank] if self._divided(kind, part) else self.everything
+
+    def room(self, kind: str, part: str) -> int:
+        """A full share, also where this rank's is shorter: shards are padded to one size."""
+        return share_size(self.layout.size, self.ranks, GRAIN) if self._divided(kind, part) else self.layout.size
+
+    def views(self, kind: str) -> dict[str, Array]:
+        """Of a kind that is divided there are none."""
+        return {} if self._divided(kind) else super().views(kind)
+
+    # -- step 1: weights down -----------------------------------------------------------------------------------------
+
+    def weights_down(self) -> None:
+        """Each rank rounds its own masters; then the weights go round, at stage 3 only when they are used."""
+        super().weights_down()
+        if self._divided("weights"):
+            self.weight_views.forget()  # type: ignore[attr-defined]
+        elif self.stage >= 1:
+            self.comm.all_gather(self.mine("weights"), self.shares, self.weights)
+
+    # -- step 2: gradients --------------------------------------------------------------------------------------------
+
+    def gradient_sink(self, first: bool) -> Sink:
+        """Stages 0 and 1: the buffer of all gradients. Stages 2 and 3: buckets, which are gone when they are summed."""
+        if not self._divided("grads"):
+            return super().gradient_sink(first)
+        self._buckets = Buckets(self, first)
+        return self._buckets.put
+
+    def reduce_gradients(self, last: bool) -> None:
+        """The gradients become their sums over ranks: of this rank's share, at stage 0 of all."""
+        if self._buckets is not None:
+            self._buckets.finish()
+            self._buckets = None
+        elif last and self.stage == 0:
+            self.grads[...] = self.comm.all_reduce(self.grads)
+        elif last:
+            self.mine("grads")[...] = self.comm.reduce_scatter(self.grads, self.shares)()
+
+    def mean_over_ranks(self, loss: Array) -> Array:
+        """The mean of the ranks' losses, each a mean over as many examples."""
+        return self.comm.all_reduce(loss.reshape(1)).reshape(()) / self.ranks
+
+    # -- step 3: gradients up -----------------------------------------------------------------------------------------
+
+    def of_all_ranks(self, *grains: Array) -> tuple[Array, ...]:
+        """What each rank found in the grains of its share -> of all grains, in their order."""
+        if self.stage == 0:
+            return grains
+        shares = [slice(-(-share.start // GRAIN), -(-share.stop // GRAIN)) for share in self.shares]
+        xp, count = self.backend.xp, shares[-1].stop
+        return tuple(self.comm.all_gather(x, shares, xp.empty(count, x.dtype)) for x in grains)
+
+    # -- checkpoints: the same whatever the number of ranks -----------------------------------------------------------
+
+    def whole(self, kind: str, part: str) -> Array:
+        """A buffer of all ranks together, which all must ask for."""
+        if not self._divided(kind, part):
+            return super().whole(kind, part)
+        spec = self.storages[kind].parts[part]
+        mine = self.parts(kind, self.own)[part]
+        shares = [spec.slice(share) for share in self.shares]
+        return self.comm.all_gather(mine, shares, self.backend.xp.empty(spec.size(self.layout.size), spec.dtype))
+
+    def put_whole(self, kind: str, part: str, values: Array) -> None:
+        held, spec = self.held(kind, part), self.storages[kind].parts[part]
+        mine = self.buffers[buffer_name(kind, part)][: spec.size(held.stop - held.start)]
+        mine[...] = values[spec.slice(held)]
+
+
+# -- layers: what stages 2 and 3 exchange at a time --------------------------------------------------------------------------
+
+
+class Layer:
+    """Consecutive parameters that are used together: a slice of the flat index, and each one's place in it."""
+
+    def __init__(self, names: list[str], layout: Layout) -> None:
+        slots = [layout.slots[name] for name in names]
+        self.part = slice(slots[0][0], slots[-1][1])
+        self.slots = {
+            name: (start - self.part.start, stop - self.part.start, shape)
+            for name, (start, stop, shape) in zip(names, slots, strict=True)
+        }
+
+    def shares(self, all_shares: list[slice]) -> list[slice]:
+        """What of the layer lies in each rank's shard, counted from the layer's start."""
+        first, last = self.part.start, self.part.stop
+        return [slice(*(min(max(edge, first), last) - first for edge in (s.start, s.stop))) for s in all_shares]
+
+    def parameter(self, name: str, values: Array) -> Array:
+        """The parameter's part of the layer's values, in its shape."""
+        start, stop, shape = self.slots[name]
+        return values[start:stop].reshape(shape)
+
+
+def layers_of(layout: Layout) -> Iterator[Layer]:
+    """The parameters of a model by layer: those of a numbered block, or of one module outside of them."""
+
+    def layer(name: str) -> str:
+        numbered = re.match(r"(.*?\.\d+)\.", name)
+        return numbered[1] if numbered else name.rpartition(".")[0]
+
+    for _, names in groupby(layout.slots, layer):
+        yield Layer(list(names), layout)
+
+
+class Buckets:
+    """Stages 2 and 3: the gradients of one micro-batch, layer by layer.
+
+    A layer's gradients are sent to the ranks that own them once the last of them is there, while backward goes on to the
+    layer before; they are waited for when the next layer is complete. So a rank holds those of two layers at a time.
+    """
+
+    def __init__(self, state: ShardedState, first: bool) -> None:
+        self.state, self.first = state, first
+        self.layer_of = {name: layer for layer in state.layers for name in layer.slots}
+        self.missing = {layer: set(layer.slots) for layer in state.layers}
+        self.values: dict[Layer, Array] = {}
+        self.sent: tuple[Layer, Pending] | None = None
+
+    def put(self, name: str, gradient: Array) -> None:
+        """Backward's sink: keep a gradient in the format of the buffer, and send the layer if it is complete."""
+        layer = self.layer_of[name]
+        widen(gradient, self.state.formats["grads"], out=layer.parameter(name, self._values(layer)))
+        self.missing[layer].discard(name)
+        if not self.missing[layer]:
+            self._send(layer)
+
+    def finish(self) -> None:
+        """Send what is left (a parameter that was not used has a gradient of zero), and wait for all."""
+        for layer in reversed(self.state.layers):
+            if self.missing[layer]:
+                self._values(layer)
+                self._send(layer)
+        self._arrive()
+
+    def _values(self, layer: Layer) -> Array:
+        if layer not in self.values:
+            size = layer.part.stop - layer.part.start
+            self.values[layer] = self.state.backend.xp.zeros(size, self.state.grads.dtype)
+        return self.values[layer]
+
+    def _send(self, layer: Layer) -> None:
+        self.missing[layer].clear()
+        self._arrive()
+        self.sent = layer, self.state.comm.reduce_scatter(self.values.pop(layer), layer.shares(self.state.shares))
+
+    def _arrive(self) -> None:
+        """Wait for the layer that was sent, and keep what of its sum belongs to this rank: stored, or added in FP32."""
+        if self.sent is None:
+            return
+        layer, arrived = self.sent
+        share = layer.shares(self.state.shares)[self.state.comm.rank]
+        part = slice(layer.part.start + share.start, layer.part.start + share.stop)
+        mine, total = self.state.block("grads", part), arrived()
+        if self.first:
+            mine[...] = total
+        else:
+            mine += total
+        self.sent = None
+
+
+class FetchedWeights(Mapping[str, Array]):
+    """Stage 3: the weights by name, of one layer at a time, which is fetched from all ranks when one of its names is asked for.
+
+    All ranks must ask in the same order, and they do: they run the same model.
+    """
+
+    def __init__(self, state: ShardedState) -> None:
+        self.state = state
+        self.layer_of = {name: layer for layer in state.layers for name in layer.slots}
+        self.forget()
+
+    def forget(self) -> None:
+        """What is here is out of date."""
+        self._layer: Layer | None = None
+        self._values: Array = None
+
+    def __getitem__(self, name: str) -> Array:
+        layer = self.layer_of[name]
+        if layer is not self._layer:
+            self.forget()  # the other layer goes before this one comes
+            self._layer, self._values = layer, self._fetch(layer)
+        return layer.parameter(name, self._values)
+
+    def _fetch(self, layer: Layer) -> Array:
+        state, shares = self.state, layer.shares(self.state.shares)
+        first, share = layer.part.start, shares[state.comm.rank]
+        mine = state.block("weights", slice(first + share.start, first + share.stop))
+        values = state.backend.xp.empty(layer.part.stop - first, mine.dtype)
+        return state.comm.all_gather(mine, shares, values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layer_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layer_of)
+
+    def __len__(self) -> int:
+        return len(self.layer_of)

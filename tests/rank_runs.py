@@ -1,0 +1,58 @@
+"""Trainings of several ranks for the tests, on whatever ranks they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refimpl.comm import Comm, Serial, shares_of
+from refimpl.comm.threads import run_ranks
+from refimpl.config import Config
+from refimpl.parts import Parts
+from refimpl.state_file import state_arrays
+from refimpl.trace import batches_of
+from refimpl.trainer import start
+
+SIZES: dict[str, Any] = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 12, "lr": 1e-3, "warmup": 1, "steps": 4,
+    "init_scale": 2.0**18,
+}  # fmt: skip
+
+
+@dataclass
+class Trained:
+    """What a rank has at the end: loss, norm and skip of each step, the whole states, and what they and the ranks took."""
+
+    steps: list[tuple[float, float, bool]]
+    arrays: dict[str, np.ndarray]
+    parts: Parts
+    received: int
+
+    def same_as(self, other: Trained) -> bool:
+        """Whether two runs have the same bits."""
+        return repr(self.steps) == repr(other.steps) and all(
+            self.arrays[name].tobytes() == array.tobytes() for name, array in other.arrays.items()
+        )
+
+
+def train(config: Config, comm: Comm, before: Callable[[Parts, Comm], None] | None = None) -> Trained:
+    """The steps of a run, each rank with its rows of the batches. before: what is done to the parts before the first step."""
+    parts, rows, steps = start(config, comm), shares_of(config.batch_size or 0, comm.size)[comm.rank], []
+    if before is not None:
+        before(parts, comm)
+    received = comm.received.total()
+    backend = parts.state.backend
+    for batches in batches_of(config, None):
+        result = parts.step([(backend.from_host(x[rows]), backend.from_host(y[rows])) for x, y in batches])
+        steps.append((float(result.loss), float(result.grad_norm), bool(result.skipped)))
+    received = comm.received.total() - received
+    parts.state.weights_down()
+    return Trained(steps, state_arrays(parts.state), parts, received)
+
+
+def on_ranks(config: Config, ranks: int, before: Callable[[Parts, Comm], None] | None = None) -> list[Trained]:
+    """The same on threads."""
+    return [train(config, Serial(), before)] if ranks == 1 else run_ranks(ranks, lambda comm: train(config, comm, before))

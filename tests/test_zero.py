@@ -1,0 +1,364 @@
+"""Training on several ranks, by ZeRO's stages, on threads: the same algorithm, whatever is divided."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from rank_runs import SIZES, Trained, on_ranks
+from strict_backend import STRICT
+from strict_cupy import counter
+
+from refimpl.cast import cast, widen
+from refimpl.comm import Comm, Serial, share_size
+from refimpl.comm.threads import run_ranks
+from refimpl.compare_pytorch import TRAJECTORY
+from refimpl.config import Config
+from refimpl.errors import UsageError
+from refimpl.gradients import check_and_measure, clip_coefficient
+from refimpl.memory import COMMUNICATION, SHARDED_FROM, exchanged, per_rank, recipe_states
+from refimpl.models import GPTConfig, gpt
+from refimpl.parts import Parts
+from refimpl.recipes import RECIPES
+from refimpl.state import GRAIN, State
+from refimpl.zero import FetchedWeights, ShardedState, layers_of
+
+STAGES = (0, 1, 2, 3)
+OF_NOTE = ("fp32", "fp16", "bf16")
+EIGHT_BIT = next(name for name, recipe in RECIPES.items() if recipe.state.get("m") == "int8-signed")
+
+
+def config(recipe: str = "bf16", stage: int | None = 0, **more: Any) -> Config:
+    return Config.of({**SIZES, "recipe": recipe, "zero": stage, **more})
+
+
+@cache
+def trained(recipe: str, stage: int | None, ranks: int) -> Trained:
+    """Rank 0 of a run, after a look whether all ranks agree."""
+    results = on_ranks(config(recipe, stage), ranks)
+    assert all(result.same_as(results[0]) for result in results)
+    return results[0]
+
+
+# ------------------------------------------------------------------------------------------------- stages and ranks
+
+
+@pytest.mark.parametrize("recipe", OF_NOTE)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_all_stages_have_the_same_bits(ranks: int, recipe: str) -> None:
+    first = trained(recipe, 0, ranks)
+    for stage in (1, 2, 3):
+        assert trained(recipe, stage, ranks).same_as(first), stage
+    assert any(trained("fp16", 0, ranks).steps[i][2] for i in range(2))  # FP16 skips a step there, on all ranks
+
+
+@pytest.mark.parametrize("recipe", OF_NOTE)
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_has_the_bits_of_no_ranks(stage: int, recipe: str) -> None:
+    assert trained(recipe, stage, 1).same_as(trained(recipe, None, 1))
+
+
+@pytest.mark.parametrize("recipe", sorted(name for name in RECIPES if not name.startswith(("fp8-14bit", "fp16-sums"))))
+def test_every_recipe_can_be_divided(recipe: str) -> None:
+    """However it keeps its states, and whatever it quantises: stage 3 has the bits of stage 0, on three ranks."""
+    small = {"n_layer": 1, "steps": 3}
+    whole, divided = (on_ranks(config(recipe, stage, **small), 3)[1] for stage in (0, 3))
+    assert divided.same_as(whole)
+    assert divided.parts.state.nbytes < whole.parts.state.nbytes
+
+
+@pytest.mark.parametrize("recipe", OF_NOTE)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_learn_what_one_learns(ranks: int, recipe: str) -> None:
+    """The whole batch is the same, sums have another order: each rank's share of a gradient is rounded to the buffer's format,
+    in FP32 not at all. So the bars are those of two correct runs: `compare_pytorch.TRAJECTORY`, for 192 rows of 256."""
+    run = {"steps": 20, "warmup": 5}
+    one, many = (on_ranks(config(recipe, 2, **run), n)[0] for n in (1, ranks))
+    fewer_rows = math.sqrt(256 / 192)
+    loss_bar, drift_bar = (fewer_rows * bar for bar in TRAJECTORY["fp32" if recipe == "fp32" else "16 bits"])
+    assert np.median([abs(a[0] - b[0]) for a, b in zip(one.steps, many.steps, strict=True)]) <= loss_bar
+    assert [step[2] for step in one.steps] == [step[2] for step in many.steps]
+    kind = "master." if recipe != "fp32" else "weights."
+    start = on_ranks(config(recipe, None, **run, lr=1e-30, weight_decay=0.0), 1)[0].arrays
+    ends = [{name: widen(x, "fp64") for name, x in run.arrays.items() if name.startswith(kind)} for run in (one, many)]
+    apart = sum(float(np.square(ends[0][name] - ends[1][name]).sum()) for name in ends[0])
+    moved = sum(float(np.square(ends[0][name] - widen(start[name], "fp64")).sum()) for name in ends[0])
+    assert 0 < math.sqrt(apart / moved) <= drift_bar
+
+
+def test_an_infinity_on_one_rank_skips_the_step_on_all() -> None:
+    for stage in STAGES:
+        for victim in range(3):
+
+            def spoil(parts: Parts, comm: Comm, victim: int = victim) -> None:
+                if comm.rank != victim:
+                    return
+                sink_of, step = parts.state.gradient_sink, iter(range(100))
+
+                def gradient_sink(first: bool) -> Any:
+                    sink, bad = sink_of(first), next(step) == 2
+
+                    def put(name: str, gradient: np.ndarray) -> None:
+                        if bad and name == "transformer.h.1.attn.c_proj.weight":
+                            gradient = gradient.copy()
+                            gradient[3, 3] = np.inf
+                        sink(name, gradient)
+
+                    return put
+
+                parts.state.gradient_sink = gradient_sink  # type: ignore[method-assign]
+
+            results = on_ranks(config("fp16", stage, init_scale=1024.0), 3, spoil)
+            assert all([step[2] for step in result.steps] == [False, False, True, False] for result in results)
+            assert all(result.same_as(results[0]) and float(result.parts.loss_scale.scale) == 512 for result in results)
+
+
+# ---------------------------------------------------------------------------------------- each of these can go wrong
+
+
+def _in_16_bits(pieces: Any) -> Any:
+    total = pieces[0]
+    for piece in pieces[1:]:
+        total = total + piece
+    return total
+
+
+WRONG: dict[str, tuple[str, Any]] = {
+    "the norm of the own share": ("refimpl.zero.ShardedState.of_all_ranks", lambda self, *grains: grains),
+    "weights that do not go round": ("refimpl.zero.ShardedState.weights_down", State.weights_down),
+    "gradients that are not summed": ("refimpl.comm.add_up", lambda pieces: pieces[0]),
+    "gradients summed in 16 bits": ("refimpl.comm.add_up", _in_16_bits),
+    "a mean over ranks, not over the batch": ("refimpl.zero.ShardedState.ranks", 1),
+    "weights that stay as they were fetched": ("refimpl.zero.FetchedWeights.forget", lambda self: None),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_between_ranks_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shows in a run of three ranks, or in that these differ, or that one of them has no weights to begin with."""
+    target, wrong = WRONG[name]
+    stage = 3 if "fetched" in name else 1
+    right = on_ranks(config("bf16", stage), 3)
+    if name == "weights that stay as they were fetched":
+        monkeypatch.setattr(FetchedWeights, "_layer", None, raising=False)
+        monkeypatch.setattr(FetchedWeights, "_values", None, raising=False)
+    if target.endswith("ranks"):
+        monkeypatch.setattr(ShardedState, "ranks", property(lambda self: 1, lambda self, value: None))
+    else:
+        monkeypatch.setattr(target, wrong)
+    found = on_ranks(config("bf16", stage), 3)
+    assert not all(result.same_as(right[0]) for result in found)
+
+
+# ------------------------------------------------------------------------------------------- sums that are exact
+
+
+class Whole:
+    """A model of a few parameters whose gradients are handed in: none of it is run."""
+
+    def __init__(self, n: int) -> None:
+        table = gpt(GPTConfig(1, 1, 8, 4)).parameters
+        spec = next(iter(table.values()))
+        shapes = {"a.0.w": (n, 3), "a.1.w": (n,), "b.w": (5, n)}
+        self.parameters = {name: replace(spec, shape=shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("recipe", OF_NOTE)
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_that_sum_exactly_give_the_same_bits_on_any_number_of_ranks(stage: int, recipe: str) -> None:
+    """Twelfths of the batch have whole numbers as gradients; a rank's share is the sum of its twelfths, however many it has."""
+    model, made = Whole(700), config(recipe, stage)
+    names, rng = list(model.parameters), np.random.default_rng(0)
+    twelfths = [{n: rng.integers(-9, 10, model.parameters[n].shape).astype(np.float32) for n in names} for _ in range(12)]
+    start = {n: rng.standard_normal(model.parameters[n].shape).astype(np.float32) for n in names}
+
+    def updated(comm: Comm) -> list[bytes]:
+        backend = made.make_backend()
+        stored = made.make_recipe().state_storages(("m", "v"), 1)
+        state = ShardedState(model, stored, backend, 0, comm, stage)
+        state.load_weights(start)
+        optimizer = made.make_optimizer(backend)
+        for _ in range(2):
+            sink, mine = state.gradient_sink(first=True), np.array_split(range(12), comm.size)[comm.rank]
+            for name in reversed(names):
+                share = np.sum([twelfths[i][name] for i in mine], axis=0, dtype=np.float32)
+                sink(name, cast(share, state.formats["grads"]))
+            state.reduce_gradients(last=True)
+            found_inf, norm = check_and_measure(state, np.float32(0.25))
+            optimizer.update(state, np.float32(0.25), clip_coefficient(norm, 1.0), found_inf)
+            state.weights_down()
+        return [state.whole(kind, "").tobytes() for kind in ("weights", "m", "v")]
+
+    expected = updated(Serial())
+    for ranks in (2, 3, 4):
+        assert all(result == expected for result in run_ranks(ranks, updated))
+
+
+# -------------------------------------------------------------------------------------------------- memory, bytes
+
+
+@pytest.mark.parametrize("recipe", [*OF_NOTE, "amp-bf16", "apex-o2", "bf16-kahan", "bf16-remainder", EIGHT_BIT])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_bytes_on_each_rank_are_the_formulas_and_the_padding(stage: int, ranks: int, recipe: str) -> None:
+    made = config(recipe, stage)
+    states, n = recipe_states(made.make_recipe()), made.make_model().n_params
+    expected = per_rank(n, states, stage, ranks)
+    padding = share_size(n, ranks, GRAIN) - -(-n // ranks)
+    assert 0 <= padding < GRAIN
+
+    def measured(comm: Comm) -> dict[str, int]:
+        return {name: x.nbytes for name, x in made.make_parts(made.make_backend(), comm).state.buffers.items()}
+
+    for buffers in [measured(Serial())] if ranks == 1 else run_ranks(ranks, measured):
+        for name, nbytes in buffers.items():
+            divided = stage >= SHARDED_FROM.get(name, 1)
+            more = states[name] * padding if divided else 0
+            assert expected[name] <= nbytes <= expected[name] + more + (4 if states[name] < 1 else 0), name
+            assert nbytes == expected[name] + more or states[name] < 1, name  # to the byte; scales are whole numbers
+
+
+def test_the_formulas_of_the_paper() -> None:
+    """16, 4 + 12/N, 2 + 14/N, 16/N; fp32 at stage 1: 8 + 8/N."""
+    n, ranks = 4 * 1024 * 100, 4
+    for recipe, totals in (("bf16", (16, 7, 5.5, 4)), ("fp32", (16, 10, 7, 4))):
+        states = recipe_states(config(recipe).make_recipe())
+        assert [sum(per_rank(n, states, stage, ranks).values()) / n for stage in STAGES] == list(totals)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_bytes_that_are_exchanged_are_those_predicted(stage: int, ranks: int, recipe: str) -> None:
+    """On average over ranks; and for each step the sums and flags of the grains, and the loss."""
+    made = config(recipe, stage)
+    results, n = on_ranks(made, ranks), made.make_model().n_params
+    states = recipe_states(made.make_recipe())
+    again = math.prod(made.make_model().parameters["transformer.wte.weight"].shape)
+    predicted = exchanged(n, states, stage, ranks, again)
+    grains = (4 + 1) * math.ceil(n / GRAIN) * (ranks - 1) / ranks if stage else 0
+    loss = 2 * 4 * (ranks - 1) / ranks
+    counted = sum(result.received for result in results) / ranks / len(results[0].steps)
+    assert counted == pytest.approx(float(predicted) + grains + loss, rel=1e-9)
+    assert float(predicted) / (n * 4 if recipe == "fp32" else n * 2) * ranks / (ranks - 1) == pytest.approx(
+        COMMUNICATION[stage] + (again / n if stage == 3 else 0)
+    )
+
+
+def test_stage_3_holds_one_layer_at_a_time() -> None:
+    """Weights are fetched layer by layer, and those of the layer before are gone; 3 L + 5 times a step for L layers."""
+    largest, fetched = [], []
+
+    def watch(parts: Parts, comm: Comm) -> None:
+        weights = parts.state.weight_views
+        assert isinstance(weights, FetchedWeights)
+        fetch = weights._fetch
+
+        def counted(layer: Any) -> Any:
+            assert weights._values is None
+            values = fetch(layer)
+            if comm.rank == 0:
+                largest.append(values.size)
+                fetched.append(next(iter(layer.slots)))
+            return values
+
+        weights._fetch = counted  # type: ignore[method-assign]
+
+    made = config("bf16", 3, steps=1)
+    on_ranks(made, 2, watch)
+    sizes = [layer.part.stop - layer.part.start for layer in layers_of(on_ranks(made, 1)[0].parts.state.layout)]
+    assert max(largest) == max(sizes) < sum(sizes) / 2
+    embeddings = ["transformer.wte.weight", "transformer.wpe.weight"]
+    blocks = ["transformer.h.0.ln_1.weight", "transformer.h.1.ln_1.weight", "transformer.ln_f.weight"]
+    assert fetched == [*embeddings, *blocks, embeddings[0], *reversed(blocks), *reversed(embeddings)]
+
+
+# ------------------------------------------------------------------------------------------ micro-batches, parameters
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (2, 3)])
+def test_micro_batches_sum_over_ranks_before_or_after(pair: tuple[int, int]) -> None:
+    one, other = (on_ranks(config("bf16", stage, grad_accum=3, batch_size=6), 3)[0] for stage in pair)
+    assert one.same_as(other)
+
+
+def test_micro_batches_at_any_stage_train_alike() -> None:
+    """In FP32 the two orders differ in last bits; BF16 gradients, whose FP32 sums are mostly exact, mostly do not."""
+    early, late = (on_ranks(config("fp32", stage, grad_accum=3, batch_size=6), 3)[0] for stage in (0, 2))
+    assert not early.same_as(late)
+    assert all(abs(a[0] - b[0]) < 1e-5 for a, b in zip(early.steps, late.steps, strict=True))
+
+
+def test_a_parameter_without_a_gradient_has_one_of_zero_at_any_stage() -> None:
+    made = config("bf16", 2)
+
+    def gradients(comm: Comm) -> np.ndarray:
+        state = made.make_parts(made.make_backend(), comm).state
+        state.grads[...] = 7  # of the step before
+        sink = state.gradient_sink(first=True)
+        sink("transformer.ln_f.bias", cast(np.full(32, comm.rank + 1, np.float32), "bf16"))
+        state.reduce_gradients(last=True)
+        return state.whole("grads", "")
+
+    for whole in run_ranks(3, gradients):
+        start, stop, _ = made.make_parts(made.make_backend()).state.layout.slots["transformer.ln_f.bias"]
+        assert (widen(whole[start:stop]) == 1 + 2 + 3).all()
+        assert not widen(whole[:start]).any() and not widen(whole[stop:]).any()
+
+
+def test_layers_are_numbered_blocks_and_single_modules() -> None:
+    layout = on_ranks(config("bf16", 3), 1)[0].parts.state.layout
+    layers = list(layers_of(layout))
+    names = [{re.sub(r"(\.\d+)?\.[^.]*$|(?<=\d)\..*", r"\1", name) for name in layer.slots} for layer in layers]
+    assert names == [{f"transformer.{part}"} for part in ("wte", "wpe", "h.0", "h.1", "ln_f")]
+    assert layers[0].part.start == 0 and layers[-1].part.stop == layout.size
+    assert all(a.part.stop == b.part.start for a, b in pairwise(layers))
+
+
+# ------------------------------------------------------------------------------------------------- other backends
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "fp32", "bf16-kahan"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_with_devices(stage: int, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on the stand-in for CuPy: kernels are launched on shards. All stages have the same bits there too."""
+    monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
+    runs = [on_ranks(config(recipe, s, steps=3), 2)[0] for s in (0, stage)]
+    assert runs[1].same_as(runs[0])
+    monkeypatch.undo()
+    host = on_ranks(config(recipe, stage, steps=3), 2)[0]
+    assert all(abs(a[0] - b[0]) < 5e-3 and a[2] == b[2] for a, b in zip(runs[1].steps, host.steps, strict=True))
+
+
+def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
+
+    def waits(parts: Parts, comm: Comm) -> None:
+        step = parts.step
+
+        def counted(batches: Any) -> Any:
+            before = counter.syncs
+            result = step(batches)
+            assert counter.syncs == before
+            return result
+
+        parts.step = counted  # type: ignore[method-assign]
+
+    for stage in STAGES:
+        on_ranks(config("fp16", stage, steps=2), 1, waits)
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_batch_that_cannot_be_shared_and_a_stage_that_does_not_exist() -> None:
+    with pytest.raises(UsageError, match="--batch-size 12 cannot be shared equally by 5 ranks"):
+        on_ranks(config("bf16", 1), 5)
+    with pytest.raises(UsageError, match="--zero is 4: it is a stage, 0, 1, 2 or 3"):
+        config("bf16", 4)
