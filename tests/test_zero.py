@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from rank_runs import SIZES, Trained, on_ranks
 from strict_backend import STRICT
 from strict_cupy import counter
+from threadpoolctl import threadpool_limits
 
 from refimpl.cast import cast, widen
 from refimpl.comm import Comm, Serial, share_size
@@ -23,15 +26,25 @@ from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.gradients import check_and_measure, clip_coefficient
 from refimpl.memory import COMMUNICATION, SHARDED_FROM, exchanged, per_rank, recipe_states
+from refimpl.metrics import read_metrics
 from refimpl.models import GPTConfig, gpt
 from refimpl.parts import Parts
 from refimpl.recipes import RECIPES
+from refimpl.run_folder import CHECKPOINT, METRICS
 from refimpl.state import GRAIN, State
+from refimpl.trainer import Trainer
 from refimpl.zero import FetchedWeights, ShardedState, layers_of
 
 STAGES = (0, 1, 2, 3)
 OF_NOTE = ("fp32", "fp16", "bf16")
 EIGHT_BIT = next(name for name, recipe in RECIPES.items() if recipe.state.get("m") == "int8-signed")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Ranks are threads already; products this small are not worth sharing."""
+    with threadpool_limits(1):
+        yield
 
 
 def config(recipe: str = "bf16", stage: int | None = 0, **more: Any) -> Config:
@@ -277,6 +290,54 @@ def test_stage_3_holds_one_layer_at_a_time() -> None:
     embeddings = ["transformer.wte.weight", "transformer.wpe.weight"]
     blocks = ["transformer.h.0.ln_1.weight", "transformer.h.1.ln_1.weight", "transformer.ln_f.weight"]
     assert fetched == [*embeddings, *blocks, embeddings[0], *reversed(blocks), *reversed(embeddings)]
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class StopsAt:
+    """A progress bar that asks for the end of a run, as Ctrl-C does to one rank."""
+
+    def __init__(self, trainer: Trainer, step: int) -> None:
+        self.trainer, self.step = trainer, step
+
+    def update(self, n: int) -> None:
+        if self.trainer.progress.step == self.step and self.trainer.comm.rank == self.trainer.comm.size - 1:
+            self.trainer._stop = True
+
+    def write(self, text: str) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "bf16-sr", "fp8-delayed", EIGHT_BIT])
+def test_stopped_and_resumed_it_goes_on_bit_for_bit(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On three ranks, of which the last is told to stop; on as many it ends where it would have ended, on two it goes on."""
+    monkeypatch.setattr("refimpl.trainer.FINAL_EVAL_BLOCKS", 4)
+    made = config(recipe, 2, steps=6, log_every=2, eval_every=100, eval_batches=1)
+    whole, parts, fewer = (tmp_path / name for name in ("whole", "parts", "fewer"))
+    for folder in (whole, parts, fewer):
+        folder.mkdir()
+
+    def go_on(folder: Path, stop: int, resume: bool) -> Any:
+        def of_rank(comm: Comm) -> int:
+            trainer = Trainer(made, folder, comm)
+            if resume:
+                trainer.restore()
+            trainer.train(StopsAt(trainer, stop))
+            return trainer.progress.step
+
+        return of_rank
+
+    assert run_ranks(3, go_on(whole, 100, resume=False)) == [6] * 3
+    assert run_ranks(3, go_on(parts, 4, resume=False)) == [4] * 3
+    for name in (CHECKPOINT, METRICS):
+        (fewer / name).write_bytes((parts / name).read_bytes())
+    assert run_ranks(3, go_on(parts, 100, resume=True)) == [6] * 3
+    assert (parts / CHECKPOINT).read_bytes() == (whole / CHECKPOINT).read_bytes()
+    assert run_ranks(2, go_on(fewer, 100, resume=True)) == [6] * 2
+    ours, theirs = ([row["loss"] for row in read_metrics(folder / METRICS) if "loss" in row] for folder in (fewer, whole))
+    assert ours[:4] == theirs[:4] and np.allclose(ours, theirs, atol=5e-3)
 
 
 # ------------------------------------------------------------------------------------------ micro-batches, parameters
