@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from refimpl.activations import gpt_activations, itemsize
-from refimpl.backends.launch import COLUMNS, FORMATS, THREADS, elementwise_grid
+from refimpl.backends.launch import COLUMNS, FORMATS, THREADS, WARPS, elementwise_grid
 from refimpl.bench import MODELS
 from refimpl.errors import UsageError
 from refimpl.formats import dtype_of
@@ -197,9 +197,9 @@ def _embedding(t: Ledger, config: GPTConfig, B: int) -> None:
 
 def _layernorm(t: Ledger, times: int, R: int, C: int) -> None:
     """One kernel forward; backward one by rows and one by columns."""
-    t.launch("layer norm, forward", "layernorm_forward", times, 2 * R * C + 2 * C, 2 * R, blocks=R)
+    t.launch("layer norm, forward", "layernorm_forward", times, 2 * R * C + 2 * C, 2 * R, blocks=math.ceil(R / WARPS))
     part, columns = "layer norm, backward", math.ceil(C / COLUMNS)
-    t.launch(part, "layernorm_backward", times, 3 * R * C + C, 2 * R, blocks=R)
+    t.launch(part, "layernorm_backward", times, 3 * R * C + C, 2 * R, blocks=math.ceil(R / WARPS))
     t.launch(part, "layernorm_weights_backward", times, 2 * R * C + 2 * C, 2 * R, blocks=columns)
 
 
@@ -226,9 +226,9 @@ def _attention(t: Ledger, config: GPTConfig, B: int) -> None:
         ("attention: dv, dP, dq, dk", outer), ("attention: dv, dP, dq, dk", outer),
     ):  # fmt: skip
         t.product(part, L, product)
-    seen = scores * (T + 1) // 2  # later keys are not read, but written
-    t.launch("attention softmax, forward", "causal_softmax_forward", L, seen + scores * T, blocks=scores)
-    t.launch("attention softmax, backward", "causal_softmax_backward", L, 2 * seen + scores * T, blocks=scores)
+    seen, blocks = scores * (T + 1) // 2, B * H * math.ceil(T / WARPS)  # later keys are not read, but written
+    t.launch("attention softmax, forward", "causal_softmax_forward", L, seen + scores * T, blocks=blocks)
+    t.launch("attention softmax, backward", "causal_softmax_backward", L, 2 * seen + scores * T, blocks=blocks)
 
 
 def _lm_head_and_loss(t: Ledger, R: int, C: int, V: int) -> None:

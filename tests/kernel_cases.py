@@ -34,7 +34,7 @@ from bounds import (
 )
 
 from refimpl.backends import NUMPY, NumPyBackend
-from refimpl.backends.launch import COLUMNS, LANES, THREADS, elementwise_grid
+from refimpl.backends.launch import COLUMNS, LANES, THREADS, WARP, WARPS, elementwise_grid
 from refimpl.cast import cast, widen
 from refimpl.formats import dtype_of
 from refimpl.gradients import check_and_measure
@@ -246,16 +246,21 @@ def check_adamw(device: Device, fmt: str) -> None:
 SHAPES = ((1, 1), (5, 1), (5, 7), (64, 128), (3, 1000), (100, 33))
 
 
+def by_warps(rows: int) -> tuple[int]:
+    """The grid of a kernel that has a warp for each row."""
+    return (-(-rows // WARPS),)
+
+
 def layernorm_restated(x: Array, w: Array, b: Array | None, dy: Array, fmt: str) -> list[Array]:
     """y, mean, rstd, dx, dw, db of layernorm_* with the sums in the order of the kernels."""
     C = np.float32(x.shape[-1])
     z, scale, d = widen(x), widen(w), widen(dy)
-    mean = (tree_sum(z) / C)[:, None]
+    mean = (tree_sum(z, WARP) / C)[:, None]
     centred = z - mean
-    rstd = 1 / np.sqrt(tree_sum(centred * centred)[:, None] / C + EPS)
+    rstd = 1 / np.sqrt(tree_sum(centred * centred, WARP)[:, None] / C + EPS)
     h, dh = centred * rstd, d * scale
     y = h * scale if b is None else h * scale + widen(b)
-    dx = (dh - (tree_sum(dh) / C)[:, None] - h * (tree_sum(dh * h) / C)[:, None]) * rstd
+    dx = (dh - (tree_sum(dh, WARP) / C)[:, None] - h * (tree_sum(dh * h, WARP) / C)[:, None]) * rstd
     dw, db = tree_sum((d * h).T, LANES), tree_sum(d.T, LANES)
     return [cast(y, fmt), mean[:, 0], rstd[:, 0], *(cast(z, fmt) for z in (dx, dw, db))]
 
@@ -264,10 +269,10 @@ def layernorm_launched(device: Device, x: Array, w: Array, b: Array | None, dy: 
     rows, C = x.shape
     y, dx, dw, db = empty(x.shape, fmt), empty(x.shape, fmt), empty(C, fmt), None if b is None else empty(C, fmt)
     mean, rstd = empty(rows, "fp32"), empty(rows, "fp32")
-    device.launch(fmt, "layernorm_forward", (rows,), x, w, b, y, mean, rstd, np.int32(C), EPS)
-    device.launch(fmt, "layernorm_backward", (rows,), dy, x, w, mean, rstd, dx, np.int32(C))
-    columns = (-(-C // COLUMNS),)
-    device.launch(fmt, "layernorm_weights_backward", columns, dy, x, mean, rstd, dw, db, np.int32(rows), np.int32(C))
+    sizes, columns = (np.int32(rows), np.int32(C)), (-(-C // COLUMNS),)
+    device.launch(fmt, "layernorm_forward", by_warps(rows), x, w, b, y, mean, rstd, *sizes, EPS)
+    device.launch(fmt, "layernorm_backward", by_warps(rows), dy, x, w, mean, rstd, dx, *sizes)
+    device.launch(fmt, "layernorm_weights_backward", columns, dy, x, mean, rstd, dw, db, *sizes)
     return [y, mean, rstd, dx, dw, db]
 
 
@@ -353,12 +358,12 @@ def check_causal_softmax(device: Device, fmt: str) -> None:
     for heads, queries in QUERIES:
         shape, scale = (heads * queries, queries), np.float32(1 / np.sqrt(6))
         S, dP, P, dS = normal(rng, shape, fmt, 3.0), normal(rng, shape, fmt), empty(shape, fmt), empty(shape, fmt)
-        n = np.int32(queries)
-        device.launch(fmt, "causal_softmax_forward", (len(S),), S, P, n, scale)
-        device.launch(fmt, "causal_softmax_backward", (len(S),), P, dP, dS, n, scale)
+        grid, n = (heads, *by_warps(queries)), np.int32(queries)
+        device.launch(fmt, "causal_softmax_forward", grid, S, P, n, scale)
+        device.launch(fmt, "causal_softmax_backward", grid, P, dP, dS, n, scale)
         in_place, slope_in_place = S.copy(), dP.copy()
-        device.launch(fmt, "causal_softmax_forward", (len(S),), in_place, in_place, n, scale)
-        device.launch(fmt, "causal_softmax_backward", (len(S),), P, slope_in_place, slope_in_place, n, scale)
+        device.launch(fmt, "causal_softmax_forward", grid, in_place, in_place, n, scale)
+        device.launch(fmt, "causal_softmax_backward", grid, P, slope_in_place, slope_in_place, n, scale)
         assert_same(in_place, P)
         assert_same(slope_in_place, dS)
 
@@ -367,9 +372,9 @@ def check_causal_softmax(device: Device, fmt: str) -> None:
         if device.functions:
             largest = np.where(seen, scaled, -np.inf).max(-1, keepdims=True)
             e = device.functions.exp(np.where(seen, scaled - largest, -np.inf))
-            assert_same(P, cast(e / tree_sum(e)[:, None], fmt))
+            assert_same(P, cast(e / tree_sum(e, WARP)[:, None], fmt))
         products = np.where(seen, slope * probability, np.float32(0))
-        unscaled = widen(cast((slope - tree_sum(products)[:, None]) * probability, fmt))
+        unscaled = widen(cast((slope - tree_sum(products, WARP)[:, None]) * probability, fmt))
         assert_same(dS, cast(np.where(seen, unscaled * scale, np.float32(0)), fmt), zeros=False)
 
         for row in range(len(S)):
@@ -386,9 +391,9 @@ def check_causal_softmax_specials(device: Device, fmt: str) -> None:
     S[2, 1], S[3, 2], S[4, 0], S[5, 6], S[6, 3] = np.inf, np.nan, -np.inf, np.nan, array(np.float64(60000), fmt)
     dP[1, 2], dP[2, 6], dP[6, 0] = np.inf, np.nan, np.inf
     P, dS = empty(S.shape, fmt), empty(S.shape, fmt)
-    device.launch(fmt, "causal_softmax_forward", (7,), S, P, np.int32(7), np.float32(0.25))
+    device.launch(fmt, "causal_softmax_forward", (1, 1), S, P, np.int32(7), np.float32(0.25))
     good = normal(np.random.default_rng(11), S.shape, fmt)  # no NaNs, which would hide what dP does
-    device.launch(fmt, "causal_softmax_backward", (7,), good, dP, dS, np.int32(7), np.float32(0.25))
+    device.launch(fmt, "causal_softmax_backward", (1, 1), good, dP, dS, np.int32(7), np.float32(0.25))
     p, seen = bound(fmt, "attention")["softmax"], np.tri(7, dtype=bool)
     scaled = widen(cast(widen(S) * np.float32(0.25), fmt))
     expected = softmax(np.where(seen, scaled, np.float32(-np.inf)), p)
@@ -396,6 +401,23 @@ def check_causal_softmax_specials(device: Device, fmt: str) -> None:
     assert not wide(P)[~seen].any() and not wide(dS)[~seen].any()
     assert np.isnan(wide(P)).any(-1).tolist() == [False, False, True, True, False, False, False]
     assert (~np.isfinite(wide(dS))).any(-1).tolist() == [False] * 6 + [True]
+
+
+def check_rows_beyond_the_last(device: Device, fmt: str) -> None:
+    """The last block has warps without a row: they leave what lies behind the last row as it is."""
+    rows, C = 5, 5  # and arrays for as many rows as a block has
+    x, y, m, r = np.ones((WARPS, C), dtype_of(fmt)), empty((WARPS, C), fmt), empty(WARPS, "fp32"), empty(WARPS, "fp32")
+    w, mean, sizes, scale = x[0], np.ones(WARPS, np.float32), (np.int32(rows), np.int32(C)), np.float32(1)
+    for kernel, grid, arguments, results in (
+        ("layernorm_forward", (1,), (x, w, None, y, m, r, *sizes, EPS), (y, m, r)),
+        ("layernorm_backward", (1,), (x, x, w, mean, mean, y, *sizes), (y,)),
+        ("causal_softmax_forward", (1, 1), (x, y, sizes[1], scale), (y,)),
+        ("causal_softmax_backward", (1, 1), (x, x, y, sizes[1], scale), (y,)),
+    ):
+        y[...] = np.nan
+        device.launch(fmt, kernel, grid, *arguments)
+        for result in results:
+            assert np.isfinite(wide(result[:rows])).all() and np.isnan(wide(result[rows:])).all(), kernel
 
 
 def check_cross_entropy_forward(device: Device, fmt: str) -> None:
@@ -501,6 +523,7 @@ REDUCING = {
     "bias_backward": check_bias,
     "causal_softmax": check_causal_softmax,
     "causal_softmax_specials": check_causal_softmax_specials,
+    "rows_beyond_the_last": check_rows_beyond_the_last,
     "cross_entropy_forward": check_cross_entropy_forward,
     "mean": check_mean,
     "embedding_backward": check_embedding,

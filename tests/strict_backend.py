@@ -27,7 +27,7 @@ from strict_cupy import counter
 
 from refimpl.backends import NUMPY, Backend, cublas
 from refimpl.backends.cupy import CupyBackend
-from refimpl.backends.launch import COLUMNS, THREADS, Kernels, Module
+from refimpl.backends.launch import COLUMNS, THREADS, WARPS, Kernels, Module
 from refimpl.cast import cast, widen
 from refimpl.formats import dtype_of, format_of
 from refimpl.ops import OPS, fan_in
@@ -56,6 +56,11 @@ def covers(grid: Grid, *blocks: int) -> None:
     assert grid == blocks, f"a grid of {grid}, where {blocks} blocks are needed"
 
 
+def covers_rows(grid: Grid, rows: int, *before: int) -> None:
+    """One that has a warp for each row; `before`: the grid in front of that."""
+    covers(grid, *before, -(-rows // WARPS))
+
+
 # --------------------------------------------------------------------------- the twins: (format, grid, arguments of the kernel)
 
 
@@ -72,9 +77,11 @@ def gelu_tanh_backward(fmt: str, grid: Grid, dy: Array, x: Array, dx: Array, n: 
 
 
 def layernorm_forward(
-    fmt: str, grid: Grid, x: Array, w: Array, b: Array | None, y: Array, mean: Array, rstd: Array, C: np.int32, eps: np.float32
-) -> None:
-    covers(grid, mean.size)
+    fmt: str, grid: Grid, x: Array, w: Array, b: Array | None, y: Array, mean: Array, rstd: Array, rows: np.int32, C: np.int32,
+    eps: np.float32,
+) -> None:  # fmt: skip
+    assert mean.size == rows
+    covers_rows(grid, mean.size)
     assert eps == np.float32(EPS)
     result, (_, m, r, _) = OPS["layernorm"].forward(x.reshape(-1, C), w, b, bound(fmt, "layernorm"))
     for out, value in ((y, result), (mean, m), (rstd, r)):
@@ -89,9 +96,10 @@ def layernorm_gradients(dy: Array, x: Array, w: Array, mean: Array, rstd: Array,
 
 
 def layernorm_backward(
-    fmt: str, grid: Grid, dy: Array, x: Array, w: Array, mean: Array, rstd: Array, dx: Array, C: np.int32
+    fmt: str, grid: Grid, dy: Array, x: Array, w: Array, mean: Array, rstd: Array, dx: Array, rows: np.int32, C: np.int32
 ) -> None:
-    covers(grid, mean.size)
+    assert mean.size == rows
+    covers_rows(grid, mean.size)
     put(dx, layernorm_gradients(dy, x, w, mean, rstd, fmt, C)[0])
 
 
@@ -132,7 +140,7 @@ def merge_heads(
 
 
 def causal_softmax_forward(fmt: str, grid: Grid, S: Array, P: Array, queries: np.int32, scale: np.float32) -> None:
-    covers(grid, S.size // queries)
+    covers_rows(grid, int(queries), S.size // queries**2)
     p, rows = bound(fmt, "attention")["softmax"], slice(0, int(queries))
     z = widen(cast(widen(S.reshape(-1, queries, queries)) * scale, fmt)).copy()
     hide_later(z, rows, p, -math.inf)
@@ -144,7 +152,7 @@ def causal_softmax_forward(fmt: str, grid: Grid, S: Array, P: Array, queries: np
 def causal_softmax_backward(
     fmt: str, grid: Grid, P: Array, dP: Array, dS: Array, queries: np.int32, scale: np.float32
 ) -> None:
-    covers(grid, P.size // queries)
+    covers_rows(grid, int(queries), P.size // queries**2)
     p, rows = bound(fmt, "attention")["softmax"], slice(0, int(queries))
     d, probability = (widen(x.reshape(-1, queries, queries)).copy() for x in (dP, P))
     hide_later(d, rows, p, 0.0)

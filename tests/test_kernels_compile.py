@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from kernel_host import include_options
 
-from refimpl.backends.launch import COLUMNS, FORMATS, LANES, THREADS, declarations, source
+from refimpl.backends.launch import COLUMNS, FORMATS, LANES, THREADS, WARP, WARPS, declarations, source
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 FUNCTIONS = ("expf", "logf", "tanhf")
-REGISTERS = {(THREADS,): 40, (COLUMNS, LANES): 64, (1,): 64}
+REGISTERS = {(THREADS,): 40, (WARP, WARPS): 40, (COLUMNS, LANES): 64, (1,): 64}
 """A thread's, by the shape of its block. A multiprocessor has 65536: six blocks of 256 threads, or one of 1024, fit at once."""
 
 
@@ -124,6 +124,20 @@ def bodies(text: str) -> dict[str, str]:
     """Each kernel's body by its name."""
     return dict(re.findall(r"__launch_bounds__\([\w *]+\)\s+(\w+)\([^)]*\) \{\n(.*?)\n\}\n", text, re.S))
 
+
+def loads_at_once(body: str) -> int:
+    """The most loads that a thread issues before a branch or a store, which may have to wait for one."""
+    return max(part.count("ld.global") for part in re.split(r"\bbra\b|\bst\.global|^\$L", body, flags=re.M))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_thread_asks_for_several_values_at_once(fmt: str) -> None:
+    """The compiler unrolls a loop as it is told to only if it can tell how often the loop runs before it begins."""
+    counts = {name: loads_at_once(body) for name, body in entries(compiled(source(), fmt, "sm_90")[0]).items()}
+    assert {name: counts[name] for name, least in AT_ONCE.items() if counts[name] < least} == {}
+
+
+AT_ONCE = {"layernorm_forward": 8, "layernorm_backward": 8, "causal_softmax_forward": 8, "causal_softmax_backward": 16}
 
 BAD = {
     "a fused product and sum": "*y = *x * *x + *x;",

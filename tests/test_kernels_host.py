@@ -64,7 +64,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "gelu: sign of the slope": ("gelu_tanh", "fp16", "sub(1.0f, mul(t, t))", "add(1.0f, mul(t, t))"),
     "layernorm: eps outside the root": (
         "layernorm", "fp16",
-        "root(add(div(block_fold<add>(squares), (float)C), eps))", "add(root(div(block_fold<add>(squares), (float)C)), eps)",
+        "root(add(div(warp_fold<add>(squares), (float)C), eps))", "add(root(div(warp_fold<add>(squares), (float)C)), eps)",
     ),
     "layernorm: unbiased variance": ("layernorm", "bf16", "(squares), (float)C", "(squares), (float)(C - 1)"),
     "layernorm: rounded before the bias": ("layernorm", "fp16", "add(z, widen(b[i]))", "add(widen(round_to<T>(z)), b[i])"),
@@ -81,9 +81,11 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "add(sum, widen(dy[(long long)row * C + column]))", "widen(round_to<T>(add(sum, dy[(long long)row * C + column])))",
     ),
     "softmax: a rounding dropped": ("causal_softmax", "fp16", "T unscaled = round_to<T>(", "float unscaled = ("),
-    "softmax: sees one key more": ("causal_softmax", "fp32", "+ 1;\n    S += row", "+ 2;\n    S += row"),
-    "softmax: not shifted": ("causal_softmax", "fp32", "expf(sub(widen(P[i]), largest)));", "expf(widen(P[i])));"),
-    "loss: NaN passed over": ("cross_entropy_forward", "fp32", "a > b || isnan(a) ? a : b", "a > b ? a : b"),
+    "softmax: sees one key more": (
+        "causal_softmax", "fp32", "i < keys; i += WARP) sum = add(sum, expf", "i <= keys; i += WARP) sum = add(sum, expf",
+    ),
+    "softmax: not shifted": ("causal_softmax", "fp32", "sub(scaled(i), largest)));\n    sum", "scaled(i)));\n    sum"),
+    "loss: NaN passed over": ("cross_entropy_forward", "fp32", "(a > b) | isnan(a) ? a : b", "a > b ? a : b"),
     "loss: the shift moved": (
         "cross_entropy_backward", "fp32",
         "sub(sub(widen(logits[i]), most), log)", "sub(widen(logits[i]), add(most, log))",
@@ -91,7 +93,11 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "loss: no target": ("cross_entropy_backward", "bf16", "if (i == target[row]) d = sub(d, each);", ""),
     "embedding: a token overlooked": ("embedding_backward", "fp32", "__ffs(left) - 1;", "31 - __builtin_clz(left); left = 8;"),
     "embedding: a word overlooked": ("embedding_backward", "fp32", "t % 32 < WORDS &&", "t % 32 < WORDS - 1 &&"),
-    "fold: a lane overlooked": ("mean", "fp32", "for (int half = 16; half > 0;", "for (int half = 16; half > 1;"),
+    "rows: one too many": (
+        "rows_beyond_the_last", "fp32", "if (row >= rows) return;\n    dy += row", "if (row > rows) return;\n    dy += row",
+    ),
+    "fold: the first lane keeps it": ("layernorm", "fp32", "__shfl_sync(ALL_LANES, mine, 0)", "mine"),
+    "fold: a lane overlooked": ("mean", "fp32", "for (int half = WARP / 2; half > 0;", "for (int half = WARP / 2; half > 1;"),
     "norm: of half-scaled squares": ("gradient_norm", "fp16", "mul(g, g)", "mul(g, scaled)"),
     "norm: infinities pass": ("gradient_norm", "fp16", "!isfinite(scaled)", "isnan(scaled)"),
     "norm: looks at its own blocks only": ("gradient_norm", "bf16", "bad = bad || partial_bad[i]", "bad = partial_bad[i]"),
@@ -114,9 +120,13 @@ def test_a_wrong_kernel_fails(name: str) -> None:
         CHECKS[check](device(source().replace(text, wrong)), fmt)
 
 
+MEAN = "    sum = block_fold<add>(sum);\n    if (threadIdx.x == 0) *y"
+TWO_FOLDS = MEAN.replace("block_fold<add>(sum)", "block_fold<add>(div(block_fold<add>(sum), (float)THREADS))")
+"""The same mean by two folds, one after the other: in the second each thread has a part of the sum."""
+
 BARRIERS = {  # where: (check, what follows the barrier, or its comment)
-    "in the fold of a block": ("layernorm", "\n        if (t < half)"),
-    "after the fold of a block": ("layernorm", "  // nobody writes for the next fold"),
+    "in the fold of a block": ("mean", "\n        if (t < half)"),
+    "after the fold of a block": ("mean", "  // nobody writes for the next fold"),
     "in the fold of lanes": ("bias_backward", "\n        if (lane < half)"),
 }
 
@@ -124,8 +134,10 @@ BARRIERS = {  # where: (check, what follows the barrier, or its comment)
 @pytest.mark.parametrize("where", BARRIERS)
 def test_a_missing_barrier_fails_in_one_order_or_the_other(where: str) -> None:
     check, after = BARRIERS[where]
-    assert source().count("__syncthreads();" + after) == 1
-    text = source().replace("__syncthreads();" + after, after)
+    whole = source().replace(MEAN, TWO_FOLDS)
+    assert whole != source() and whole.count("__syncthreads();" + after) == 1
+    CHECKS[check](device(whole), "fp32")
+    text = whole.replace("__syncthreads();" + after, after)
 
     def passes(reverse: bool) -> bool:
         try:
@@ -138,10 +150,9 @@ def test_a_missing_barrier_fails_in_one_order_or_the_other(where: str) -> None:
 
 
 def test_a_barrier_that_some_threads_miss_is_seen() -> None:
-    fold = "    sum = block_fold<add>(sum);\n    if (threadIdx.x == 0) *y"
-    assert source().count(fold) == 1
+    assert source().count(MEAN) == 1
     with pytest.raises(AssertionError, match="a barrier was missed"):
-        CHECKS["mean"](device(source().replace(fold, "    if (threadIdx.x == 0) return;\n" + fold)), "fp32")
+        CHECKS["mean"](device(source().replace(MEAN, "    if (threadIdx.x == 0) return;\n" + MEAN)), "fp32")
 
 
 # ------------------------------------------------------------------------------------------------------------- functions

@@ -15,6 +15,8 @@ from refimpl.backends.launch import (
     FORMATS,
     LANES,
     THREADS,
+    WARP,
+    WARPS,
     Argument,
     Kernels,
     Module,
@@ -34,12 +36,13 @@ class Fake:
 
 
 def layernorm(fmt: str = "bf16") -> list[Any]:
-    """Good arguments of layernorm_forward: x, w, b, y, mean, rstd, C, eps."""
+    """Good arguments of layernorm_forward: x, w, b, y, mean, rstd, rows, C, eps."""
     arrays = [Fake(dtype_of(fmt)) for _ in range(4)] + [Fake(np.float32) for _ in range(2)]
-    return [*arrays, np.int32(64), np.float32(1e-5)]
+    return [*arrays, np.int32(5), np.int32(64), np.float32(1e-5)]
 
 
 KERNEL = declarations(source())["layernorm_forward"]
+BLOCK = (WARP, WARPS)
 
 
 def test_declarations_are_read_as_they_are_written() -> None:
@@ -78,18 +81,18 @@ def test_what_cannot_be_read_is_refused(text: str) -> None:
 def test_the_source_is_one_text_with_the_blocks_that_launch_names() -> None:
     text = source()
     assert '#include "' not in text and "round_to" in text
-    assert {kernel.block for kernel in declarations(text).values()} == {(THREADS,), (COLUMNS, LANES), (1,)}
+    assert {kernel.block for kernel in declarations(text).values()} == {(THREADS,), (WARP, WARPS), (COLUMNS, LANES), (1,)}
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_good_launch_passes(fmt: str) -> None:
-    check(KERNEL, fmt, (THREADS,), layernorm(fmt))
+    check(KERNEL, fmt, BLOCK, layernorm(fmt))
 
 
 def test_null_passes_where_the_kernel_says_so() -> None:
     arguments = layernorm()
     arguments[2] = None
-    check(KERNEL, "bf16", (THREADS,), arguments)
+    check(KERNEL, "bf16", BLOCK, arguments)
 
 
 @pytest.mark.parametrize(
@@ -103,29 +106,29 @@ def test_null_passes_where_the_kernel_says_so() -> None:
         (0, np.float32(1), "x is an array on the device, not float32"),
         (0, [1.0], "x is an array on the device, not list"),
         (4, Fake(dtype_of("bf16")), "mean is an array of float32, not bfloat16"),
-        (6, 64, "C is np.int32, not int"),
-        (6, np.int64(64), "C is np.int32, not int64"),
-        (6, np.float32(64), "C is np.int32, not float32"),
-        (7, 1e-5, "eps is np.float32, not float, which would be packed as a double"),
-        (7, np.float64(1e-5), "eps is np.float32, not float64, which would be packed as a double"),
-        (7, np.float16(1e-5), "eps is np.float32, not float16"),
-        (7, Fake(np.float32), "eps is np.float32, not Fake"),
+        (7, 64, "C is np.int32, not int"),
+        (7, np.int64(64), "C is np.int32, not int64"),
+        (7, np.float32(64), "C is np.int32, not float32"),
+        (8, 1e-5, "eps is np.float32, not float, which would be packed as a double"),
+        (8, np.float64(1e-5), "eps is np.float32, not float64, which would be packed as a double"),
+        (8, np.float16(1e-5), "eps is np.float32, not float16"),
+        (8, Fake(np.float32), "eps is np.float32, not Fake"),
     ],
 )
 def test_a_wrong_argument_is_named(place: int, value: Any, message: str) -> None:
     arguments = layernorm()
     arguments[place] = value
     with pytest.raises(TypeError) as caught:
-        check(KERNEL, "bf16", (THREADS,), arguments)
+        check(KERNEL, "bf16", BLOCK, arguments)
     assert str(caught.value).startswith(f"layernorm_forward: {message}")
 
 
 def test_too_few_and_too_many_arguments_and_another_block_are_refused() -> None:
-    with pytest.raises(TypeError, match="takes 8 arguments, got 7"):
-        check(KERNEL, "bf16", (THREADS,), layernorm()[:-1])
-    with pytest.raises(TypeError, match="takes 8 arguments, got 9"):
-        check(KERNEL, "bf16", (THREADS,), [*layernorm(), None])
-    with pytest.raises(TypeError, match=r"blocks have the shape \(256,\), not \(128,\)"):
+    with pytest.raises(TypeError, match="takes 9 arguments, got 8"):
+        check(KERNEL, "bf16", BLOCK, layernorm()[:-1])
+    with pytest.raises(TypeError, match="takes 9 arguments, got 10"):
+        check(KERNEL, "bf16", BLOCK, [*layernorm(), None])
+    with pytest.raises(TypeError, match=r"blocks have the shape \(32, 8\), not \(128,\)"):
         check(KERNEL, "bf16", (128,), layernorm())
 
 
@@ -157,10 +160,10 @@ def test_kernels_are_compiled_at_their_first_launch_and_once_a_format(cupy: Fake
     kernels("fp16")
     assert cupy.compiled == []
     for _ in range(2):
-        kernels("bf16").layernorm_forward((5,), (THREADS,), *layernorm())
-    kernels("fp16").layernorm_forward((7,), (THREADS,), *layernorm("fp16"))
+        kernels("bf16").layernorm_forward((5,), BLOCK, *layernorm())
+    kernels("fp16").layernorm_forward((7,), BLOCK, *layernorm("fp16"))
     assert [options[0] for options in cupy.compiled] == ["-DSTORAGE=bf16", "-DSTORAGE=fp16"]
-    assert cupy.launched == [("layernorm_forward", grid, (THREADS,), 8) for grid in ((5,), (5,), (7,))]
+    assert cupy.launched == [("layernorm_forward", grid, BLOCK, 9) for grid in ((5,), (5,), (7,))]
 
 
 def test_an_empty_grid_is_checked_but_not_launched(cupy: FakeCupy) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends.launch import COLUMNS, FORMATS, LANES, THREADS, elementwise_grid, number
+from refimpl.backends.launch import COLUMNS, FORMATS, LANES, THREADS, WARP, WARPS, elementwise_grid, number
 from refimpl.cast import widen
 from refimpl.formats import format_of
 from refimpl.ops import OPS, Op, fan_in
@@ -24,6 +24,7 @@ from refimpl.policy import SAME, Bound
 Array = Any
 
 ROW = (THREADS,)
+ROWS = (WARP, WARPS)
 COLUMN = (COLUMNS, LANES)
 
 
@@ -124,7 +125,8 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
         return None
     xc, C = in_order(p, xc), x.shape[-1]
     y, mean, rstd = p.empty(x.shape, fmt), p.empty((*x.shape[:-1], 1), "fp32"), p.empty((*x.shape[:-1], 1), "fp32")
-    launcher(p, fmt).layernorm_forward((mean.size,), ROW, xc, wc, bc, y, mean, rstd, np.int32(C), number(EPS))
+    sizes = np.int32(mean.size), np.int32(C)
+    launcher(p, fmt).layernorm_forward(by_warps(mean.size), ROWS, xc, wc, bc, y, mean, rstd, *sizes, number(EPS))
     return y, Fused((xc, mean, rstd))
 
 
@@ -133,10 +135,15 @@ def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Boun
     x, mean, rstd = saved
     fmt, rows, C, dy = format_of(x), mean.size, x.shape[-1], in_order(p, dy)
     dx, dw, db = p.empty(x.shape, fmt), p.empty(w.shape, fmt), None if b is None else p.empty(w.shape, fmt)
-    kernels = launcher(p, fmt)
-    kernels.layernorm_backward((rows,), ROW, dy, x, w, mean, rstd, dx, np.int32(C))
-    kernels.layernorm_weights_backward(columns(C), COLUMN, dy, x, mean, rstd, dw, db, np.int32(rows), np.int32(C))
+    kernels, sizes = launcher(p, fmt), (np.int32(rows), np.int32(C))
+    kernels.layernorm_backward(by_warps(rows), ROWS, dy, x, w, mean, rstd, dx, *sizes)
+    kernels.layernorm_weights_backward(columns(C), COLUMN, dy, x, mean, rstd, dw, db, *sizes)
     return dx, dw, db
+
+
+def by_warps(rows: int) -> tuple[int]:
+    """The grid of a kernel that has a warp for each row."""
+    return (-(-rows // WARPS),)
 
 
 def columns(C: int) -> tuple[int]:
@@ -202,7 +209,8 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any] | 
     heads = split_heads(qkv, (3, B, n_head, T, D), p)
     q, k, v = heads
     P = product(q, k.swapaxes(-1, -2), fmt)  # S, which becomes P
-    launcher(p, fmt).causal_softmax_forward((P.size // T,), ROW, P, P, np.int32(T), number(1 / math.sqrt(D)))
+    grid = (B * n_head, *by_warps(T))
+    launcher(p, fmt).causal_softmax_forward(grid, ROWS, P, P, np.int32(T), number(1 / math.sqrt(D)))
     return merge_heads(product(P, v, fmt)[None], p), Fused((heads, P))
 
 
@@ -216,7 +224,8 @@ def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Ar
     dq, dk, dv = gradients
     product(P.swapaxes(-1, -2), dO, fmt, out=dv)
     dS = product(dO, v.swapaxes(-1, -2), fmt)  # dP, which becomes dS
-    launcher(p, fmt).causal_softmax_backward((P.size // T,), ROW, P, dS, dS, np.int32(T), number(1 / math.sqrt(D)))
+    grid = (B * H, *by_warps(T))
+    launcher(p, fmt).causal_softmax_backward(grid, ROWS, P, dS, dS, np.int32(T), number(1 / math.sqrt(D)))
     product(dS, k, fmt, out=dq)
     product(dS.swapaxes(-1, -2), q, fmt, out=dk)
     return (merge_heads(gradients, p),)

@@ -1,7 +1,7 @@
 """The CUDA kernels, compiled when first asked for, and launched with every argument checked.
 
     kernels = Kernels()
-    kernels("bf16").layernorm_forward((rows,), (THREADS,), x, w, b, y, mean, rstd, np.int32(C), np.float32(EPS))
+    kernels("bf16").layernorm_forward(grid, (WARP, WARPS), x, w, b, y, mean, rstd, *sizes, np.float32(EPS))
 
 CuPy packs whatever it is given: a Python float becomes a double where the kernel reads a float, an array of another type is
 read as if it were the right one. So each launch is held against the kernel's declaration, which is read from the source.
@@ -25,6 +25,7 @@ FORMATS = ("fp32", "fp16", "bf16")
 """The storage formats that the kernels are compiled for."""
 
 THREADS = 256
+WARP, WARPS = 32, 8
 COLUMNS, LANES = 32, 32
 """Block sizes, by the names that kernels.cu gives them; a launch with another is refused."""
 

@@ -10,6 +10,9 @@
 //     folded in a fixed tree. There are no atomics.
 //   - Launches have the block size of the constants here (`launch.py` refuses others); elementwise kernels take any grid.
 //
+// Memory answers late. The first loop over a row or a column is unrolled, so that a thread asks for several values before it
+// waits for one.
+//
 // Differs from the NumPy definitions: long sums have another order, exp, log and tanh are CUDA's, and CuPy compiles all it
 // compiles with -ftz=true, so fp32 numbers below 2^-126 become zero wherever something is computed with them.
 
@@ -18,6 +21,8 @@
 using T = STORAGE;
 
 constexpr int THREADS = 256;  // of a block: elementwise, or all on one row
+constexpr int WARP = 32;      // threads of a warp; where each warp has a row of its own,
+constexpr int WARPS = 8;      // a block has so many
 constexpr int COLUMNS = 32;   // a block that sums columns has so many of them,
 constexpr int LANES = 32;     // and so many threads for each, which share its rows
 
@@ -34,29 +39,36 @@ __device__ inline float root(float a) { return __fsqrt_rn(a); }
 
 __device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
 
-// The larger of two numbers, or NaN where one of them is: NumPy's maximum.
-__device__ inline float larger(float a, float b) { return a > b || isnan(a) ? a : b; }
+// The larger of two numbers, or NaN where one of them is: NumPy's maximum. With |, not ||: no branch, which would have to wait.
+__device__ inline float larger(float a, float b) { return (a > b) | isnan(a) ? a : b; }
 
 // The first element that this thread treats in an elementwise kernel, and the distance to its next one.
 __device__ inline long long first_element() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ inline long long stride() { return (long long)gridDim.x * blockDim.x; }
 
-// One value from each of THREADS threads -> all of them folded, which every thread gets. The tree: t takes in t + 128, then
-// t + 64, ... t + 1. block_fold<add> is a sum, block_fold<larger> a maximum. The last 32 are folded without a barrier: every
-// warp folds the same, and its first lane has the result.
+// The row of this thread's warp, in blocks of WARPS warps.
+__device__ inline long long row_of_warp() { return (long long)blockIdx.x * WARPS + threadIdx.y; }
+
+// One value from each lane of a warp -> all of them folded, which every lane gets. The tree: lane t takes in t + 16, then
+// t + 8, ... t + 1. warp_fold<add> is a sum, warp_fold<larger> a maximum.
+template <float (*fold)(float, float)> __device__ inline float warp_fold(float mine) {
+    for (int half = WARP / 2; half > 0; half /= 2) mine = fold(mine, __shfl_down_sync(ALL_LANES, mine, half));
+    return __shfl_sync(ALL_LANES, mine, 0);
+}
+
+// The same of THREADS threads: t takes in t + 128, then t + 64, t + 32; what is left every warp folds for itself.
 template <float (*fold)(float, float)> __device__ inline float block_fold(float mine) {
     __shared__ float values[THREADS];
     int t = threadIdx.x;
     values[t] = mine;
-    for (int half = THREADS / 2; half >= 32; half /= 2) {
+    for (int half = THREADS / 2; half >= WARP; half /= 2) {
         __syncthreads();
         if (t < half) values[t] = fold(values[t], values[t + half]);
     }
     __syncthreads();
-    float result = values[t % 32];
-    for (int half = 16; half > 0; half /= 2) result = fold(result, __shfl_down_sync(ALL_LANES, result, half));
+    float result = warp_fold<fold>(values[t % WARP]);
     __syncthreads();  // nobody writes for the next fold before all have read
-    return __shfl_sync(ALL_LANES, result, 0);
+    return result;
 }
 
 // The same down a column: one value from each of LANES threads of a column -> their sum, which the whole column gets.
@@ -118,26 +130,29 @@ gelu_tanh_backward(const T* dy, const T* x, T* dx, long long n) {
 
 // -------------------------------------------------------------------------------------------------------- layer norm (norm.py)
 
-// y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + eps).  A block a row.
+// y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + eps).  A warp a row.
 // x, y (rows, C);  w, b (C,);  mean, rstd (rows,) in fp32, kept for backward.
-extern "C" __global__ void __launch_bounds__(THREADS)
-layernorm_forward(const T* x, const T* w, const T* b /*or null*/, T* y, float* mean, float* rstd, int C, float eps) {
-    long long row = blockIdx.x;
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+layernorm_forward(const T* x, const T* w, const T* b /*or null*/, T* y, float* mean, float* rstd, int rows, int C,
+                  float eps) {
+    long long row = row_of_warp();
+    if (row >= rows) return;
     x += row * C;
     y += row * C;
 
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < C; i += THREADS) sum = add(sum, widen(x[i]));
-    float m = div(block_fold<add>(sum), (float)C);
+    #pragma unroll 8
+    for (int i = threadIdx.x; i < C; i += WARP) sum = add(sum, widen(x[i]));
+    float m = div(warp_fold<add>(sum), (float)C);
 
     float squares = 0.0f;
-    for (int i = threadIdx.x; i < C; i += THREADS) {
+    for (int i = threadIdx.x; i < C; i += WARP) {
         float centred = sub(widen(x[i]), m);
         squares = add(squares, mul(centred, centred));
     }
-    float r = div(1.0f, root(add(div(block_fold<add>(squares), (float)C), eps)));
+    float r = div(1.0f, root(add(div(warp_fold<add>(squares), (float)C), eps)));
 
-    for (int i = threadIdx.x; i < C; i += THREADS) {
+    for (int i = threadIdx.x; i < C; i += WARP) {
         float z = mul(mul(sub(widen(x[i]), m), r), widen(w[i]));
         if (b) z = add(z, widen(b[i]));
         y[i] = round_to<T>(z);
@@ -148,27 +163,29 @@ layernorm_forward(const T* x, const T* w, const T* b /*or null*/, T* y, float* m
     }
 }
 
-// With h = (x - mean) rstd and dh = dy w:  dx = rstd (dh - mean(dh) - h mean(dh h)).  A block a row.
+// With h = (x - mean) rstd and dh = dy w:  dx = rstd (dh - mean(dh) - h mean(dh h)).  A warp a row.
 // dy, x, dx (rows, C);  w (C,);  mean, rstd (rows,).
-extern "C" __global__ void __launch_bounds__(THREADS)
-layernorm_backward(const T* dy, const T* x, const T* w, const float* mean, const float* rstd, T* dx, int C) {
-    long long row = blockIdx.x;
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+layernorm_backward(const T* dy, const T* x, const T* w, const float* mean, const float* rstd, T* dx, int rows, int C) {
+    long long row = row_of_warp();
+    if (row >= rows) return;
     dy += row * C;
     x += row * C;
     dx += row * C;
     float m = mean[row], r = rstd[row];
 
     float sum_dh = 0.0f, sum_dhh = 0.0f;
-    for (int i = threadIdx.x; i < C; i += THREADS) {
+    #pragma unroll 4
+    for (int i = threadIdx.x; i < C; i += WARP) {
         float h = mul(sub(widen(x[i]), m), r);
         float dh = mul(widen(dy[i]), widen(w[i]));
         sum_dh = add(sum_dh, dh);
         sum_dhh = add(sum_dhh, mul(dh, h));
     }
-    float mean_dh = div(block_fold<add>(sum_dh), (float)C);
-    float mean_dhh = div(block_fold<add>(sum_dhh), (float)C);
+    float mean_dh = div(warp_fold<add>(sum_dh), (float)C);
+    float mean_dhh = div(warp_fold<add>(sum_dhh), (float)C);
 
-    for (int i = threadIdx.x; i < C; i += THREADS) {
+    for (int i = threadIdx.x; i < C; i += WARP) {
         float h = mul(sub(widen(x[i]), m), r);
         float dh = mul(widen(dy[i]), widen(w[i]));
         dx[i] = round_to<T>(mul(sub(sub(dh, mean_dh), mul(h, mean_dhh)), r));
@@ -249,53 +266,58 @@ merge_heads(const T* y, T* x, int positions, int parts, int H, int D) {
 
 // -------------------------------------------------------------------------------------- causal softmax (attention.py, norm.py)
 
-// P = R(softmax(S')),  S' = R(S scale),  over the keys up to the query; later keys get 0.  A block a row; P may be S.
-// S, P (rows, queries), as many keys as queries; row r belongs to query r % queries.
+// P = R(softmax(S')),  S' = R(S scale),  over the keys up to the query; later keys get 0.  P may be S.
+// S, P (heads, queries, keys), as many keys as queries.  A warp a row: grid (heads, queries / WARPS).
+// Each pass computes S' again: where P is S, there is no other place for it.
 // Differs from NumPy: later keys are 0 also where a row is NaN.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
 causal_softmax_forward(const T* S, T* P, int queries, float scale) {
-    long long row = blockIdx.x;
-    int keys = (int)(row % queries) + 1;
+    unsigned query = blockIdx.y * WARPS + threadIdx.y;
+    if (query >= queries) return;
+    int keys = query + 1;
+    long long row = (long long)blockIdx.x * queries + query;
     S += row * queries;
     P += row * queries;
+    auto scaled = [=](int i) { return widen(round_to<T>(mul(widen(S[i]), scale))); };
 
     float largest = minus_infinity();
-    for (int i = threadIdx.x; i < keys; i += THREADS) {
-        P[i] = round_to<T>(mul(widen(S[i]), scale));  // S', for the other two passes
-        largest = larger(largest, widen(P[i]));
-    }
-    largest = block_fold<larger>(largest);
+    #pragma unroll 8
+    for (int i = threadIdx.x; i < keys; i += WARP) largest = larger(largest, scaled(i));
+    largest = warp_fold<larger>(largest);
 
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < keys; i += THREADS) sum = add(sum, expf(sub(widen(P[i]), largest)));
-    sum = block_fold<add>(sum);
+    #pragma unroll 4
+    for (int i = threadIdx.x; i < keys; i += WARP) sum = add(sum, expf(sub(scaled(i), largest)));
+    sum = warp_fold<add>(sum);
 
-    for (int i = threadIdx.x; i < queries; i += THREADS)
-        P[i] = round_to<T>(i < keys ? div(expf(sub(widen(P[i]), largest)), sum) : 0.0f);
+    int i = threadIdx.x;
+    for (; i < keys; i += WARP) P[i] = round_to<T>(div(expf(sub(scaled(i), largest)), sum));
+    for (; i < queries; i += WARP) P[i] = round_to<T>(0.0f);
 }
 
-// dS = R(dS' scale),  dS' = R(P (dP - sum(dP P))); later keys get 0, also where dP is infinite.  A block a row; dS may be dP.
-// P, dP, dS (rows, queries), as in forward.
-extern "C" __global__ void __launch_bounds__(THREADS)
+// dS = R(dS' scale),  dS' = R(P (dP - sum(dP P))); later keys get 0, also where dP is infinite.  dS may be dP.
+// P, dP, dS and the grid as in forward.
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
 causal_softmax_backward(const T* P, const T* dP, T* dS, int queries, float scale) {
-    long long row = blockIdx.x;
-    int keys = (int)(row % queries) + 1;
+    unsigned query = blockIdx.y * WARPS + threadIdx.y;
+    if (query >= queries) return;
+    int keys = query + 1;
+    long long row = (long long)blockIdx.x * queries + query;
     P += row * queries;
     dP += row * queries;
     dS += row * queries;
 
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < keys; i += THREADS) sum = add(sum, mul(widen(dP[i]), widen(P[i])));
-    sum = block_fold<add>(sum);
+    #pragma unroll 8
+    for (int i = threadIdx.x; i < keys; i += WARP) sum = add(sum, mul(widen(dP[i]), widen(P[i])));
+    sum = warp_fold<add>(sum);
 
-    for (int i = threadIdx.x; i < queries; i += THREADS) {
-        if (i < keys) {
-            T unscaled = round_to<T>(mul(sub(widen(dP[i]), sum), widen(P[i])));
-            dS[i] = round_to<T>(mul(widen(unscaled), scale));
-        } else {
-            dS[i] = round_to<T>(0.0f);
-        }
+    int i = threadIdx.x;
+    for (; i < keys; i += WARP) {
+        T unscaled = round_to<T>(mul(sub(widen(dP[i]), sum), widen(P[i])));
+        dS[i] = round_to<T>(mul(widen(unscaled), scale));
     }
+    for (; i < queries; i += WARP) dS[i] = round_to<T>(0.0f);
 }
 
 
