@@ -26,7 +26,7 @@ FORMATS = ("fp32", "fp16", "bf16")
 
 THREADS = 256
 WARP, WARPS = 32, 8
-COLUMNS, LANES = 32, 32
+COLUMNS, LANES = 8, 128
 """Block sizes, by the names that kernels.cu gives them; a launch with another is refused."""
 
 _TYPES: dict[str, np.dtype] = {

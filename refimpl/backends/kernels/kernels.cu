@@ -23,8 +23,8 @@ using T = STORAGE;
 constexpr int THREADS = 256;  // of a block: elementwise, or all on one row
 constexpr int WARP = 32;      // threads of a warp; where each warp has a row of its own,
 constexpr int WARPS = 8;      // a block has so many
-constexpr int COLUMNS = 32;   // a block that sums columns has so many of them,
-constexpr int LANES = 32;     // and so many threads for each, which share its rows
+constexpr int COLUMNS = 8;    // a block that sums columns has so many of them,
+constexpr int LANES = 128;    // and so many threads for each, which share its rows
 
 constexpr unsigned ALL_LANES = 0xffffffffu;  // of a warp
 
@@ -200,6 +200,7 @@ layernorm_weights_backward(const T* dy, const T* x, const float* mean, const flo
     int column = blockIdx.x * COLUMNS + threadIdx.x;
     float sum_dyh = 0.0f, sum_dy = 0.0f;
     if (column < C) {
+        #pragma unroll 4
         for (int row = threadIdx.y; row < rows; row += LANES) {
             long long i = (long long)row * C + column;
             float d = widen(dy[i]);
@@ -231,8 +232,10 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * LANES)
 bias_backward(const T* dy, T* db, int rows, int C) {
     int column = blockIdx.x * COLUMNS + threadIdx.x;
     float sum = 0.0f;
-    if (column < C)
+    if (column < C) {
+        #pragma unroll 8
         for (int row = threadIdx.y; row < rows; row += LANES) sum = add(sum, widen(dy[(long long)row * C + column]));
+    }
     sum = lanes_sum(sum);
     if (threadIdx.y == 0 && column < C) db[column] = round_to<T>(sum);
 }
