@@ -324,19 +324,22 @@ def check_bias_forward(device: Device, fmt: str) -> None:
 
 
 def check_heads(device: Device, fmt: str) -> None:
-    """Heads apart and side by side again: numbered elements, each where transpose puts it."""
-    for parts, B, H, positions, D in ((1, 1, 1, 1, 1), (3, 2, 5, 7, 11), (1, 3, 4, 2, 100), (3, 1, 1, 6, 1), (2, 4, 2, 1, 3)):
-        rows, width = B * positions, parts * H * D
-        x = np.arange(rows * width).astype(np.uint32 if fmt == "fp32" else np.uint16).view(dtype_of(fmt))
-        y = empty((parts, B, H, positions, D), fmt)
-        sizes = [np.int32(n) for n in (positions, parts, H, D)]
-        device.launch(fmt, "split_heads", (rows,), x, y, *sizes)
-        apart = x.reshape(B, positions, parts, H, D).transpose(2, 0, 3, 1, 4)
-        codes = np.uint32 if fmt == "fp32" else np.uint16
-        assert (y.view(codes) == np.ascontiguousarray(apart).view(codes)).all()
-        again = empty(x.shape, fmt)
-        device.launch(fmt, "merge_heads", (rows,), y, again, *sizes)
-        assert (again.view(codes) == x.view(codes)).all()
+    """Heads apart and side by side again: numbered elements, each where transpose puts it; as words, and one by one."""
+    codes = np.uint32 if fmt == "fp32" else np.uint16
+    for parts, B, H, positions, D in (
+        (1, 1, 1, 1, 1), (3, 2, 5, 7, 11), (1, 3, 4, 2, 100), (3, 1, 1, 6, 1), (2, 4, 2, 1, 3), (3, 2, 5, 7, 16),
+        (1, 2, 9, 3, 64),
+    ):  # fmt: skip
+        rows, width, shape = B * positions, parts * H * D, (parts, B, H, positions, D)
+        for start in (0, 1):  # in an array, where its words begin, or one element later
+            x, y, again = (empty(rows * width + start, fmt)[start:] for _ in range(3))
+            x[...] = np.arange(rows * width).astype(codes).view(x.dtype)
+            sizes = [np.int32(n) for n in (positions, parts, H, D)]
+            device.launch(fmt, "split_heads", (rows,), x, y, *sizes)
+            apart = x.reshape(B, positions, parts, H, D).transpose(2, 0, 3, 1, 4)
+            assert (y.view(codes).reshape(shape) == np.ascontiguousarray(apart).view(codes)).all()
+            device.launch(fmt, "merge_heads", (rows,), y, again, *sizes)
+            assert (again.view(codes) == x.view(codes)).all()
 
 
 def check_bias(device: Device, fmt: str) -> None:

@@ -75,6 +75,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "heads", "fp16", "* H + h) * positions + position)", "* positions + position) * H + h)",
     ),
     "heads: the first element of a row stays": ("heads", "fp32", "THREADS) x[i] = y[", "THREADS) if (i) x[i] = y["),
+    "heads: words longer than heads": ("heads", "fp16", "return D % IN_WORD == 0", "return D % 4 == 0"),
     "columns: last row missed": ("bias_backward", "fp32", "row < rows; row += LANES) sum", "row < rows - 1; row += LANES) sum"),
     "columns: summed in 16 bits": (
         "bias_backward", "bf16",

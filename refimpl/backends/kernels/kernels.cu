@@ -243,6 +243,14 @@ bias_backward(const T* dy, T* db, int rows, int C) {
 
 // ------------------------------------------------------------------------------------------------------- heads (attention.py)
 
+// Values move as they are, so that most can move as words: V is T, or Word where a head is a whole number of words. D counts Vs.
+using Word = uint4;  // 16 bytes, the most that a thread moves at once
+constexpr int IN_WORD = sizeof(Word) / sizeof(T);
+
+__device__ inline bool in_words(const T* x, const T* y, int D) {
+    return D % IN_WORD == 0 && (size_t)x % sizeof(Word) == 0 && (size_t)y % sizeof(Word) == 0;
+}
+
 // Where element i of a row of x (B, positions, parts, H, D) lies in y (parts, B, H, positions, D); the row is blockIdx.x.
 __device__ inline long long among_heads(int i, int positions, int H, int D) {
     int B = gridDim.x / positions, b = blockIdx.x / positions, position = blockIdx.x % positions;
@@ -250,20 +258,30 @@ __device__ inline long long among_heads(int i, int positions, int H, int D) {
     return ((((long long)part * B + b) * H + h) * positions + position) * D + i % D;
 }
 
-// y = x with heads apart: q, k and v where parts is 3.  A block for each row b, position of x; values move as they are.
-extern "C" __global__ void __launch_bounds__(THREADS)
-split_heads(const T* x, T* y, int positions, int parts, int H, int D) {
+template <class V> __device__ inline void split(const V* x, V* y, int positions, int parts, int H, int D) {
     int width = parts * H * D;
     x += (long long)blockIdx.x * width;
     for (int i = threadIdx.x; i < width; i += THREADS) y[among_heads(i, positions, H, D)] = x[i];
 }
 
-// x = y with heads side by side again: the other way round.
-extern "C" __global__ void __launch_bounds__(THREADS)
-merge_heads(const T* y, T* x, int positions, int parts, int H, int D) {
+template <class V> __device__ inline void merge(const V* y, V* x, int positions, int parts, int H, int D) {
     int width = parts * H * D;
     x += (long long)blockIdx.x * width;
     for (int i = threadIdx.x; i < width; i += THREADS) x[i] = y[among_heads(i, positions, H, D)];
+}
+
+// y = x with heads apart: q, k and v where parts is 3.  A block for each row b, position of x.
+extern "C" __global__ void __launch_bounds__(THREADS)
+split_heads(const T* x, T* y, int positions, int parts, int H, int D) {
+    if (in_words(x, y, D)) split((const Word*)x, (Word*)y, positions, parts, H, D / IN_WORD);
+    else split(x, y, positions, parts, H, D);
+}
+
+// x = y with heads side by side again: the other way round.
+extern "C" __global__ void __launch_bounds__(THREADS)
+merge_heads(const T* y, T* x, int positions, int parts, int H, int D) {
+    if (in_words(x, y, D)) merge((const Word*)y, (Word*)x, positions, parts, H, D / IN_WORD);
+    else merge(y, x, positions, parts, H, D);
 }
 
 
