@@ -143,10 +143,10 @@ def tree_sum(x: Array, width: int = THREADS) -> Array:
 
 
 def check_add(device: Device, fmt: str) -> None:
-    """add_forward is the residual addition, and fan_in; bit for bit."""
+    """add_forward is the residual addition, and fan_in; bit for bit, also of arrays that do not begin where words do."""
     rng = np.random.default_rng(1)
-    for n in (1, 5, THREADS, MANY):
-        a, b = (all_kinds(rng, n, fmt, tiny=not device.flushes) for _ in range(2))
+    for n, start in ((1, 0), (5, 0), (THREADS, 0), (THREADS + 9, 1), (MANY, 0)):
+        a, b = (all_kinds(rng, n + start, fmt, tiny=not device.flushes)[start:] for _ in range(2))
         for grid in {(1,), elementwise_grid(n)}:
             y = empty(n, fmt)
             device.launch(fmt, "add_forward", grid, a, b, y, np.int64(n))

@@ -55,8 +55,10 @@ def test_every_kernel_is_checked() -> None:
 
 # name: (check that must fail, format, text, what it becomes)
 MUTANTS: dict[str, tuple[str, str, str, str]] = {
-    "product for sum": ("add_forward", "fp16", "add(widen(a[i])", "mul(widen(a[i])"),
+    "product for sum": ("add_forward", "fp16", "each(add, y", "each(mul, y"),
     "last element missed": ("add_forward", "fp32", "i < n; i += stride()) y[i]", "i < n - 1; i += stride()) y[i]"),
+    "words: the last value missed": ("add_forward", "bf16", "k < IN_WORD; k++", "k < IN_WORD - 1; k++"),
+    "words: what follows them missed": ("add_forward", "fp32", "words * IN_WORD + first_element()", "n"),
     "fp16 truncated": ("add_forward", "fp16", "__float2half_rn(x)", "__float2half_rz(x)"),
     "bf16 truncated": ("add_forward", "bf16", "__float2bfloat16_rn(x)", "__float2bfloat16_rz(x)"),
     "gelu: another constant": ("gelu_tanh", "bf16", "KAPPA = 0.044715f", "KAPPA = 0.044716f"),

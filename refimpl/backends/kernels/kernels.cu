@@ -49,6 +49,10 @@ __device__ inline long long stride() { return (long long)gridDim.x * blockDim.x;
 // The row of this thread's warp, in blocks of WARPS warps.
 __device__ inline long long row_of_warp() { return (long long)blockIdx.x * WARPS + threadIdx.y; }
 
+using Word = uint4;  // 16 bytes, the most that a thread reads or writes at once
+constexpr int IN_WORD = sizeof(Word) / sizeof(T);
+__device__ inline bool at_word(const T* x) { return (size_t)x % sizeof(Word) == 0; }
+
 // One value from each lane of a warp -> all of them folded, which every lane gets. The tree: lane t takes in t + 16, then
 // t + 8, ... t + 1. warp_fold<add> is a sum, warp_fold<larger> a maximum.
 template <float (*fold)(float, float)> __device__ inline float warp_fold(float mine) {
@@ -89,10 +93,25 @@ __device__ inline float lanes_sum(float mine) {
 
 // -------------------------------------------------------------------------------------------------- elementwise (pointwise.py)
 
+// y = R(f(x, ...)), element by element of arrays (n,): as many at once as a word has, if all arrays begin where words do.
+struct alignas(sizeof(Word)) Values { T at[IN_WORD]; };
+
+template <class F, class... X> __device__ inline void each(F f, T* y, long long n, const X*... x) {
+    long long words = (at_word(y) && ... && at_word(x)) ? n / IN_WORD : 0;
+    auto on_word = [f](auto... read) {
+        Values result;
+        for (int k = 0; k < IN_WORD; k++) result.at[k] = round_to<T>(f(widen(read.at[k])...));
+        return result;
+    };
+    #pragma unroll 1  // a word on its way is enough, and leaves registers for more threads
+    for (long long i = first_element(); i < words; i += stride()) ((Values*)y)[i] = on_word(((const Values*)x)[i]...);
+    for (long long i = words * IN_WORD + first_element(); i < n; i += stride()) y[i] = round_to<T>(f(widen(x[i])...));
+}
+
 // y = a + b.  All (n,).  Also `fan_in`, the sum of two gradients of one tensor.
 extern "C" __global__ void __launch_bounds__(THREADS)
 add_forward(const T* a, const T* b, T* y, long long n) {
-    for (long long i = first_element(); i < n; i += stride()) y[i] = round_to<T>(add(widen(a[i]), widen(b[i])));
+    each(add, y, n, a, b);
 }
 
 constexpr float KAPPA = 0.044715f;
@@ -107,24 +126,21 @@ __device__ inline float gelu_tanh(float x, float square) {
 // y = x/2 (1 + t).  x, y (n,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 gelu_tanh_forward(const T* x, T* y, long long n) {
-    for (long long i = first_element(); i < n; i += stride()) {
-        float z = widen(x[i]);
-        float t = gelu_tanh(z, mul(z, z));
-        y[i] = round_to<T>(mul(add(t, 1.0f), mul(0.5f, z)));
-    }
+    auto gelu = [](float z) { return mul(add(gelu_tanh(z, mul(z, z)), 1.0f), mul(0.5f, z)); };
+    each(gelu, y, n, x);
 }
 
 // dx = dy/2 (1 + t + x (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2));  t is computed again, not kept.  dy, x, dx (n,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 gelu_tanh_backward(const T* dy, const T* x, T* dx, long long n) {
-    for (long long i = first_element(); i < n; i += stride()) {
-        float z = widen(x[i]);
+    auto gradient = [](float d, float z) {
         float square = mul(z, z);
         float t = gelu_tanh(z, square);
         float slope = add(mul(square, THREE_KAPPA_BETA), BETA);  // the derivative of the argument of tanh
         slope = mul(mul(slope, z), sub(1.0f, mul(t, t)));
-        dx[i] = round_to<T>(mul(mul(add(add(t, 1.0f), slope), 0.5f), widen(dy[i])));
-    }
+        return mul(mul(add(add(t, 1.0f), slope), 0.5f), d);
+    };
+    each(gradient, dx, n, dy, x);
 }
 
 
@@ -243,13 +259,8 @@ bias_backward(const T* dy, T* db, int rows, int C) {
 
 // ------------------------------------------------------------------------------------------------------- heads (attention.py)
 
-// Values move as they are, so that most can move as words: V is T, or Word where a head is a whole number of words. D counts Vs.
-using Word = uint4;  // 16 bytes, the most that a thread moves at once
-constexpr int IN_WORD = sizeof(Word) / sizeof(T);
-
-__device__ inline bool in_words(const T* x, const T* y, int D) {
-    return D % IN_WORD == 0 && (size_t)x % sizeof(Word) == 0 && (size_t)y % sizeof(Word) == 0;
-}
+// Values move as they are, as words where a head is a whole number of them: V is T or Word, and D counts Vs.
+__device__ inline bool in_words(const T* x, const T* y, int D) { return D % IN_WORD == 0 && at_word(x) && at_word(y); }
 
 // Where element i of a row of x (B, positions, parts, H, D) lies in y (parts, B, H, positions, D); the row is blockIdx.x.
 __device__ inline long long among_heads(int i, int positions, int H, int D) {
