@@ -4,6 +4,7 @@
     python scripts/bench.py --against torch                      beside PyTorch, alternating, with peak memory
     python scripts/bench.py --profile --models small --recipes fp16
     python scripts/bench.py --scaling --recipes fp32
+    python scripts/bench.py --ranks 2 --models medium            on several ranks, and what 1024 GPUs should give
     python scripts/bench.py --smoke                              runs everything once at a toy size: correct, not timed
 """
 
@@ -11,7 +12,9 @@ import argparse
 from typing import Any
 
 from refimpl.bench import MODELS, bench
+from refimpl.bench_ranks import show
 from refimpl.cli import main
+from refimpl.show import json_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     kind.add_argument("--against", choices=("torch",), help="time PyTorch beside it (pip install torch==2.13.0)")
     kind.add_argument("--profile", action="store_true", help="the time of each operation, for the first model and recipe")
     kind.add_argument("--scaling", action="store_true", help="time a token as batch, block and layers grow")
+    kind.add_argument("--ranks", type=int, metavar="N", help="weak scaling on up to N processes (pip install '.[mpi]')")
     kind.add_argument("--smoke", action="store_true", help="a toy size and two steps, for tests")
     result.add_argument("--models", default="small,medium", help=f"{', '.join(MODELS)} (small,medium)")
     result.add_argument("--recipes", default="fp32,bf16,fp16", help="recipes, with commas between them (fp32,bf16,fp16)")
@@ -32,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: dict[str, Any]) -> None:
     """Choose what is timed."""
     kinds = {"torch": arguments.pop("against"), "profile": arguments.pop("profile"), "scaling": arguments.pop("scaling")}
+    ranks = arguments.pop("ranks")
+    if ranks is not None:
+        text, rows = show(arguments["models"].split(","), arguments["recipes"].split(","), ranks, arguments["rounds"])
+        print(json_text(rows) if arguments["as_json"] else text)
+        return
     if arguments.pop("smoke"):
         arguments |= {"models": "smoke", "rounds": 2}
     bench(next((name for name, asked in kinds.items() if asked), "alone"), **arguments)
