@@ -57,6 +57,8 @@ class Part:
 
     def slice(self, block: slice) -> slice:
         """The elements that belong to the parameters of a block. Errors: ValueError where it starts within an element's."""
+        if block.start >= block.stop:  # the share of a rank for which nothing is left
+            return slice(self.size(block.stop), self.size(block.stop))
         if block.start % self.values:
             raise ValueError(f"a block starts at {block.start}, within {self.values} values that share an element")
         return slice(block.start // self.values, self.size(block.stop))

@@ -105,6 +105,18 @@ def test_ranks_learn_what_one_learns(ranks: int, recipe: str) -> None:
     assert 0 < math.sqrt(apart / moved) <= drift_bar
 
 
+@pytest.mark.parametrize("recipe", ["bf16", "fp32", "bf16-kahan", EIGHT_BIT])
+def test_ranks_for_which_nothing_is_left(recipe: str) -> None:
+    """Three grains and seven ranks: four have no share, and train along."""
+    small = {"n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4, "batch_size": 14, "steps": 3}
+    whole = on_ranks(config(recipe, 0, **small), 7)
+    for stage in (1, 2, 3):
+        divided = on_ranks(config(recipe, stage, **small), 7)
+        assert all(result.same_as(whole[0]) for result in divided)
+        shares = [result.parts.state.own for result in divided]
+        assert [share.stop > share.start for share in shares] == [True] * 3 + [False] * 4
+
+
 def test_an_infinity_on_one_rank_skips_the_step_on_all() -> None:
     for stage in STAGES:
         for victim in range(3):
