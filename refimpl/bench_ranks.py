@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from refimpl.bench import MODELS, WARM_UP
+from refimpl.comm import shares_of
 from refimpl.comm.mpi import mpi_comm
 from refimpl.config import Config
 from refimpl.errors import UsageError
@@ -39,7 +40,7 @@ def of_one_rank(model: str, recipe: str, stage: int, rounds: int) -> None:
     config = Config.of({**sizes, "recipe": recipe, "zero": stage, "steps": 10_000})
     parts, times = start(config, comm), []
     (batch,) = next(batches_of(config, None))
-    rows = slice(comm.rank * MODELS[model]["batch_size"], (comm.rank + 1) * MODELS[model]["batch_size"])
+    rows = shares_of(sizes["batch_size"], comm.size)[comm.rank]
     mine = batch[0][rows], batch[1][rows]
     for _ in range(WARM_UP + rounds):
         comm.barrier()
@@ -67,7 +68,7 @@ def measured(model: str, recipe: str, stage: int, ranks: int, rounds: int) -> fl
 
 
 def weak_scaling(model: str, recipe: str, most: int, rounds: int) -> list[dict[str, Any]]:
-    """The time of a step on 1, 2, 4 ... ranks, at each stage, and how much of the first one's speed each rank keeps."""
+    """The time of a step on 1, 2, 4 ... and `most` ranks at each stage, and how much of one rank's speed each of them keeps."""
     alone = measured(model, recipe, 0, 1, rounds)
     tokens = MODELS[model]["batch_size"] * MODELS[model]["block_size"]
 
@@ -77,12 +78,11 @@ def weak_scaling(model: str, recipe: str, most: int, rounds: int) -> list[dict[s
             "tokens_per_s": ranks * tokens / seconds, "efficiency": alone / seconds,
         }  # fmt: skip
 
-    rows = [row(1, 0, alone)]
-    ranks = 2
-    while ranks <= most:
-        rows += [row(ranks, stage, measured(model, recipe, stage, ranks, rounds)) for stage in STAGES]
-        ranks *= 2
-    return rows
+    numbers = sorted({most, *(2**i for i in range(1, most.bit_length()))})
+    return [
+        row(1, 0, alone),
+        *(row(n, stage, measured(model, recipe, stage, n, rounds)) for n in numbers for stage in STAGES),
+    ]
 
 
 # -- predicted -------------------------------------------------------------------------------------------------------------
@@ -146,11 +146,12 @@ def prediction(c: Cluster = CLUSTER) -> str:
     return (
         f"A PREDICTION, by arithmetic; nothing of it was run. {c.n_params / 1e9:g}B parameters in bf16 on H100s, "
         f"{c.tokens} tokens a GPU and step.\n"
-        f"  computing  = 6 x parameters x tokens / (989 TFLOP/s x {c.utilisation:g})\n"
+        f"  computing  = 6 x parameters x tokens / ({GPUS['h100'].flops['bf16'] / 1e12:g} TFLOP/s x {c.utilisation:g})\n"
         f"  exchanging = elements a parameter x 2 bytes x (N - 1)/N x parameters / bandwidth; elements: {elements}\n"
         f"  bandwidth  = {c.inside / 1e9:g} GB/s within a machine of {c.machine}, {c.outside / 1e9:g} GB/s beyond; "
         f"no latency, no congestion\n"
-        f"  efficiency: with no exchange behind the computing, to as much as there is; activations are not counted in GB.\n\n"
+        f"  efficiency: the least if nothing is exchanged while a GPU computes, the most if all is that can be; GB are without "
+        f"activations.\n\n"
         + table(header, rows)
     )
 
@@ -159,6 +160,11 @@ def show(models: list[str], recipes: list[str], ranks: int, rounds: int) -> tupl
     """The measured table as text with the prediction below it, and its rows as data."""
     if ranks < 2:
         raise UsageError(f"--ranks is {ranks}: it takes at least 2 to compare with one")
+    for model in models:
+        if model not in MODELS:
+            raise UsageError(f"unknown model {model!r}: choose from {', '.join(MODELS)}")
+    for recipe in recipes:
+        get_recipe(recipe)
     rows = [row for model in models for recipe in recipes for row in weak_scaling(model, recipe, ranks, rounds)]
     cells = [
         [r["model"], r["recipe"], str(r["ranks"]), str(r["stage"]), f"{r['step_ms']:.1f}", f"{r['tokens_per_s']:,.0f}",

@@ -34,7 +34,8 @@ class Config:
     """One run. Fields are the flags of scripts/train.py, in nanoGPT's words; None takes the model's default.
 
     `free` in a field's metadata marks what may be given anew when a run is resumed. Other `steps` plan the learning rate
-    anew, another `backend` may change last bits; the rest of the free ones touch no number of the training.
+    anew, another `backend` or number of ranks may change last bits, with micro-batches another `zero` too; the rest of the free
+    ones touch no number of the training.
     """
 
     model: str = "gpt"
@@ -125,6 +126,8 @@ class Config:
             raise UsageError(f"unknown mistake {self.mistake!r}: choose one of {', '.join(MISTAKES)}")
         if self.zero not in (None, 0, 1, 2, 3):
             raise UsageError(f"--zero is {self.zero}: it is a stage, 0, 1, 2 or 3")
+        if self.zero is not None and self.mistake != "none":
+            raise UsageError("--mistake is made on one rank: leave --zero out")
         self.make_model()
         scale = float(self.make_loss_scale().scale)
         if scale < FORMATS["fp32"].smallest_normal:
@@ -172,9 +175,11 @@ class Config:
             state = ShardedState(model, storages, backend, self.seed, comm, self.zero)
         assert self.batch_size is not None
         if self.batch_size % comm.size:
-            raise UsageError(f"--batch-size {self.batch_size} cannot be shared equally by {comm.size} ranks")
+            raise UsageError(
+                f"--batch-size {self.batch_size} cannot be shared equally by {comm.size} ranks: start a number that divides it"
+            )
         optimizer, loss_scale = self.make_optimizer(backend), self.make_loss_scale(backend.xp)
-        run = Run(recipe.policy, backend, scales=Scales(self.seed, over_ranks=comm.largest))
+        run = Run(recipe.policy, backend, scales=Scales(self.seed, over_ranks=comm.on_host.largest))
         return Parts(model, state, optimizer, loss_scale, run, self.clip or math.inf)
 
     def make_backend(self) -> Backend:

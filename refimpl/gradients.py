@@ -82,10 +82,13 @@ def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
 
 
 def first_non_finite(state: State) -> str | None:
-    """The first parameter whose gradient holds an Inf or a NaN, for a message; waits for the device."""
+    """The first parameter whose gradient holds an Inf or a NaN, for a message; waits for the device, and for all ranks."""
+    first = state.layout.size
     for block in blocks(state.own):
         gradients = state.block("grads", block)
         bad = ~np.isfinite(state.backend.to_host(widen(gradients, state.math_format)))
         if bad.any():
-            return state.layout.name_at(block.start + int(bad.argmax()))
-    return None
+            first = block.start + int(bad.argmax())
+            break
+    first = state.least_over_ranks(first)
+    return state.layout.name_at(first) if first < state.layout.size else None

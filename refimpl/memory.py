@@ -144,13 +144,16 @@ OF_WEIGHTS = {0: 0, 1: 1, 2: 1, 3: 2}
 """How many of them are weights; the others are gradients."""
 
 
-def exchanged(n_params: int, states: Bytes, stage: int, ranks: int, fetched_again: int = 0) -> Fraction:
+def exchanged(
+    n_params: int, states: Bytes, stage: int, ranks: int, fetched_again: int = 0, grad_accum: int = 1
+) -> Fraction:
     """Bytes that come to each rank from the others in a step: COMMUNICATION elements a parameter, each (N - 1) / N times.
 
     fetched_again: parameters that stage 3 fetches more than twice: a tied embedding is used at both ends of the model.
+    grad_accum: micro-batches a step, of each of which stages 2 and 3 sum the gradients, and stage 3 fetches the weights.
     """
-    weights = OF_WEIGHTS[stage] * n_params + (fetched_again if stage == 3 else 0)
-    gradients = (COMMUNICATION[stage] - OF_WEIGHTS[stage]) * n_params
+    weights = OF_WEIGHTS[stage] * n_params * (grad_accum if stage == 3 else 1) + (fetched_again if stage == 3 else 0)
+    gradients = (COMMUNICATION[stage] - OF_WEIGHTS[stage]) * n_params * (grad_accum if stage >= 2 else 1)
     return (weights * states["weights"] + gradients * states["grads"]) * Fraction(ranks - 1, ranks)
 
 

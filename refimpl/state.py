@@ -297,6 +297,10 @@ class State:
         """A loss of this rank's examples, 0-d -> the mean of all."""
         return loss
 
+    def least_over_ranks(self, index: int) -> int:
+        """The smallest of all ranks' numbers."""
+        return index
+
     def whole(self, kind: str, part: str) -> Array:
         """A buffer with the values of the whole flat index, for a checkpoint."""
         return self.buffers[buffer_name(kind, part)]

@@ -75,10 +75,10 @@ def train_step(
 
 
 def through(model: Model, batches: Sequence[Batch], state: State, S: Array, run: Run) -> Array:
-    """Forward and backward over all micro-batches; leaves d(S L)/dw in `state.grads` and returns the mean loss, 0-d.
+    """Forward and backward over all micro-batches; leaves d(S L)/dw in `state.grads`, and returns the mean loss, 0-d.
 
     Each of n micro-batches is seeded with S/n, so that their sum is the gradient of the mean. (+) With several ranks, each with
-    micro-batches of its own, that is S / (n ranks), and gradients are summed over ranks too.
+    micro-batches of its own, that is S / (n ranks), and each rank has the sum over ranks of its share of the gradients.
     """
     n = len(batches)
     total = 0.0

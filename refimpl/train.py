@@ -34,12 +34,12 @@ def train(given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool
     with only_the_first_speaks():
         comm = mpi_comm() if launched()[1] > 1 else Serial()
         config, folder = prepare_folder(given, out, resume, overwrite)
-        comm = joined(config, comm)
-        with threadpool_limits(max(1, cores() // comm.neighbours) if comm.neighbours > 1 else None):
+        comm = where_arrays_lie(config, comm)
+        with threadpool_limits(max(1, cores() // comm.on_host.on_machine) if comm.size > 1 else None):
             return _train(config, folder, comm, resume, init_from)
 
 
-def joined(config: Config, comm: Comm) -> Comm:
+def where_arrays_lie(config: Config, comm: Comm) -> Comm:
     """The ranks of a run, which exchange where its arrays lie. Errors: UsageError where it does not say how they share it."""
     if comm.size > 1 and config.zero is None:
         raise UsageError(f"mpiexec has started {comm.size} processes: say how they share the training, --zero 0, 1, 2 or 3")
@@ -99,6 +99,8 @@ def _announce(trainer: Trainer, baselines: NgramBaselines) -> None:
     print(f"model states: {kinds} = {state.nbytes / model.n_params:g} bytes a parameter, as measured{rank}")
     if config.grad_accum > 1 and state.formats["grads"] != trainer.recipe.state["grads"]:
         print(f"  (gradients are summed over {config.grad_accum} micro-batches in FP32)")
+    if config.zero is not None and trainer.comm.size == 1:
+        print("  (one rank, which has all: several are started by mpiexec -n N python -m mpi4py scripts/train.py ...)")
     corpus = trainer.corpus
     print(f"data: {corpus.name}, {len(corpus.train):,} bytes to train on, {len(corpus.valid):,} to validate on")
     sampled = " (from a sample)" if baselines.sampled else ""
@@ -119,7 +121,7 @@ def _report(trainer: Trainer, baselines: NgramBaselines, steps: int) -> None:
     text = b""
     if config.sample_bytes:
         text = sample(trainer.model, trainer.state, trainer.run, config.sample_bytes, generator(config.seed, SAMPLE))
-    counted = trainer.comm.all_reduce(np.array([trainer.exchanged / max(1, steps)]))[0] / trainer.comm.size
+    counted = trainer.comm.on_host.all_reduce(np.array([trainer.exchanged / max(1, steps)]))[0] / trainer.comm.size
     if not trainer.writes:
         return
     losses = [row["val_loss"] for row in read_metrics(folder / METRICS) if "val_loss" in row]
@@ -142,10 +144,10 @@ def _exchanged(trainer: Trainer, counted: float) -> str:
     assert config.zero is not None
     states = recipe_states(trainer.recipe, config.make_rule().moments, config.grad_accum)
     again = sum(int(np.prod(model.parameters[name].shape)) for name in set(model.tied.values()))
-    predicted = float(exchanged(model.n_params, states, config.zero, comm.size, again))
+    predicted = float(exchanged(model.n_params, states, config.zero, comm.size, again, config.grad_accum))
     return (
         f"a rank received {counted:,.0f} bytes a step from the others; ZeRO stage {config.zero} predicts {predicted:,.0f}, "
-        f"{predicted / model.n_params:.2f} a parameter"
+        f"{predicted / model.n_params:.2f} bytes a parameter"
     )
 
 

@@ -9,8 +9,8 @@
 A shard is a slice of the flat index. Each rank updates its own, and step 1 hands the new weights round. All else is the page of
 the algorithm, step.py: backward starts from S / N, so that the sum over ranks is the gradient of the mean over the whole batch
 and nothing is divided afterwards; Inf and NaN are looked for in that sum, after its last rounding; the norm is folded from the
-grains of all ranks. So every rank skips or clips as every other, and all stages give the same bits, with several micro-batches
-too but for one thing: stages 0 and 1 sum over micro-batches first and then over ranks, 2 and 3 the other way round.
+grains of all ranks. So every rank skips or clips as every other, and all stages give the same bits. Only with several
+micro-batches they need not: stages 0 and 1 sum over micro-batches first and then over ranks, 2 and 3 the other way round.
 
 Source: Rajbhandari et al. 2020, arXiv 1910.02054. PyTorch: DistributedDataParallel (stage 0), ZeroRedundancyOptimizer (1),
 fully_shard (3).
@@ -22,6 +22,8 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
+
+import numpy as np
 
 from refimpl.backends import Backend
 from refimpl.cast import widen
@@ -46,6 +48,7 @@ class ShardedState(State):
         self.everything = slice(0, size)
         super().__init__(model, stored, backend, seed)
         self.layers = list(layers_of(self.layout))
+        self.layer_of = {name: layer for layer in self.layers for name in layer.slots}
         self._buckets: Buckets | None = None
         if self._divided("weights"):
             self.weight_views = FetchedWeights(self)
@@ -66,6 +69,11 @@ class ShardedState(State):
     def views(self, kind: str) -> dict[str, Array]:
         """Of a kind that is divided there are none."""
         return {} if self._divided(kind) else super().views(kind)
+
+    def mine_of(self, kind: str, layer: Layer) -> Array:
+        """What of a layer lies in this rank's shard, as it is stored; a view."""
+        share, first = layer.shares(self.shares)[self.comm.rank], layer.span.start
+        return self.block(kind, slice(first + share.start, first + share.stop))
 
     # -- step 1: weights down -----------------------------------------------------------------------------------------
 
@@ -110,6 +118,9 @@ class ShardedState(State):
         xp, count = self.backend.xp, shares[-1].stop
         return tuple(self.comm.all_gather(x, shares, xp.empty(count, x.dtype)) for x in grains)
 
+    def least_over_ranks(self, index: int) -> int:
+        return -int(self.comm.on_host.largest(np.array([-index]))[0])
+
     # -- checkpoints: the same whatever the number of ranks -----------------------------------------------------------
 
     def whole(self, kind: str, part: str) -> Array:
@@ -135,15 +146,20 @@ class Layer:
 
     def __init__(self, names: list[str], layout: Layout) -> None:
         slots = [layout.slots[name] for name in names]
-        self.part = slice(slots[0][0], slots[-1][1])
+        self.span = slice(slots[0][0], slots[-1][1])
         self.slots = {
-            name: (start - self.part.start, stop - self.part.start, shape)
+            name: (start - self.span.start, stop - self.span.start, shape)
             for name, (start, stop, shape) in zip(names, slots, strict=True)
         }
 
+    @property
+    def size(self) -> int:
+        """Parameters."""
+        return self.span.stop - self.span.start
+
     def shares(self, all_shares: list[slice]) -> list[slice]:
         """What of the layer lies in each rank's shard, counted from the layer's start."""
-        first, last = self.part.start, self.part.stop
+        first, last = self.span.start, self.span.stop
         return [slice(*(min(max(edge, first), last) - first for edge in (s.start, s.stop))) for s in all_shares]
 
     def parameter(self, name: str, values: Array) -> Array:
@@ -166,20 +182,19 @@ def layers_of(layout: Layout) -> Iterator[Layer]:
 class Buckets:
     """Stages 2 and 3: the gradients of one micro-batch, layer by layer.
 
-    A layer's gradients are sent to the ranks that own them once the last of them is there, while backward goes on to the
-    layer before; they are waited for when the next layer is complete. So a rank holds those of two layers at a time.
+    A layer's gradients are sent to the ranks that own them once the last of them is there, and waited for when the next layer
+    is complete: by MPI they travel while backward goes on. So a rank holds those of two layers at a time.
     """
 
     def __init__(self, state: ShardedState, first: bool) -> None:
         self.state, self.first = state, first
-        self.layer_of = {name: layer for layer in state.layers for name in layer.slots}
         self.missing = {layer: set(layer.slots) for layer in state.layers}
         self.values: dict[Layer, Array] = {}
         self.sent: tuple[Layer, Pending] | None = None
 
     def put(self, name: str, gradient: Array) -> None:
         """Backward's sink: keep a gradient in the format of the buffer, and send the layer if it is complete."""
-        layer = self.layer_of[name]
+        layer = self.state.layer_of[name]
         widen(gradient, self.state.formats["grads"], out=layer.parameter(name, self._values(layer)))
         self.missing[layer].discard(name)
         if not self.missing[layer]:
@@ -195,8 +210,7 @@ class Buckets:
 
     def _values(self, layer: Layer) -> Array:
         if layer not in self.values:
-            size = layer.part.stop - layer.part.start
-            self.values[layer] = self.state.backend.xp.zeros(size, self.state.grads.dtype)
+            self.values[layer] = self.state.backend.xp.zeros(layer.size, self.state.grads.dtype)
         return self.values[layer]
 
     def _send(self, layer: Layer) -> None:
@@ -209,9 +223,7 @@ class Buckets:
         if self.sent is None:
             return
         layer, arrived = self.sent
-        share = layer.shares(self.state.shares)[self.state.comm.rank]
-        part = slice(layer.part.start + share.start, layer.part.start + share.stop)
-        mine, total = self.state.block("grads", part), arrived()
+        mine, total = self.state.mine_of("grads", layer), arrived()
         if self.first:
             mine[...] = total
         else:
@@ -227,7 +239,6 @@ class FetchedWeights(Mapping[str, Array]):
 
     def __init__(self, state: ShardedState) -> None:
         self.state = state
-        self.layer_of = {name: layer for layer in state.layers for name in layer.slots}
         self.forget()
 
     def forget(self) -> None:
@@ -236,24 +247,21 @@ class FetchedWeights(Mapping[str, Array]):
         self._values: Array = None
 
     def __getitem__(self, name: str) -> Array:
-        layer = self.layer_of[name]
+        layer = self.state.layer_of[name]
         if layer is not self._layer:
             self.forget()  # the other layer goes before this one comes
             self._layer, self._values = layer, self._fetch(layer)
         return layer.parameter(name, self._values)
 
     def _fetch(self, layer: Layer) -> Array:
-        state, shares = self.state, layer.shares(self.state.shares)
-        first, share = layer.part.start, shares[state.comm.rank]
-        mine = state.block("weights", slice(first + share.start, first + share.stop))
-        values = state.backend.xp.empty(layer.part.stop - first, mine.dtype)
-        return state.comm.all_gather(mine, shares, values)
+        state, mine = self.state, self.state.mine_of("weights", layer)
+        return state.comm.all_gather(mine, layer.shares(state.shares), state.backend.xp.empty(layer.size, mine.dtype))
 
     def __contains__(self, name: object) -> bool:
-        return name in self.layer_of
+        return name in self.state.layer_of
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.layer_of)
+        return iter(self.state.layer_of)
 
     def __len__(self) -> int:
-        return len(self.layer_of)
+        return len(self.state.layer_of)

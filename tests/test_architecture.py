@@ -272,7 +272,7 @@ MAY_IMPORT = {
     "comm": {"cast", "formats"},
     "comm.threads": {"comm"},
     "comm.mpi": {"bits", "comm", "errors"},
-    "comm.nccl": {"bits", "comm", "errors"},
+    "comm.nccl": {"backends", "bits", "comm", "errors"},
     "zero": {"backends", "cast", "comm", "memory", "state", "storage"},
     "gradients": {"cast", "state"},
     "loss_scale": {"cast", "errors", "formats"},

@@ -46,10 +46,15 @@ def test_the_page_shows_the_prediction() -> None:
     assert [line for line in prediction().splitlines() if line and f"    {line}" not in page] == []
 
 
-def test_one_rank_is_nothing_to_compare_with() -> None:
+def test_what_cannot_be_compared_is_refused_before_anything_starts() -> None:
     script = load_script("bench")
-    with pytest.raises(UsageError, match="--ranks is 1: it takes at least 2"):
-        script.run(vars(script.parser().parse_args(["--ranks", "1"])))
+    for words, message in (
+        (["--ranks", "1"], "--ranks is 1: it takes at least 2"),
+        (["--ranks", "2", "--models", "nope"], "unknown model 'nope'"),
+        (["--ranks", "2", "--recipes", "nope"], "unknown recipe 'nope'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            script.run(vars(script.parser().parse_args(words)))
 
 
 @pytest.mark.skipif(MPIEXEC.exists(), reason="MPI is installed")

@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_refused(text: str) -> None:
 def test_the_source_is_one_text_with_the_blocks_that_launch_names() -> None:
     text = source()
     assert '#include "' not in text and "round_to" in text
-    assert {kernel.block for kernel in declarations(text).values()} == {(THREADS,), (WARP, WARPS), (COLUMNS, LANES), (1,)}
+    assert {kernel.block for kernel in declarations(text).values()} == {(THREADS,), (WARP, WARPS), (COLUMNS, LANES)}
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -6,6 +6,7 @@ What NCCL itself does only GPUs show; docs/gpu.md says what one has shown.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +97,8 @@ def collectives(comm: Comm) -> list[bytes]:
             own = comm.reduce_scatter(x, shares)()
             out = np.zeros(n, dtype_of(fmt)).view(OnDevice)
             results += [own.tobytes(), comm.all_gather(own, shares, out).tobytes(), comm.broadcast(x.copy()).tobytes()]
+        on_host = np.asarray(values(comm.rank, 7, "fp32"))
+        results += [comm.on_host.all_reduce(on_host).tobytes(), comm.on_host.largest(on_host).tobytes()]
     results.append(bytes([comm.any(False), comm.any(comm.rank == 0)]))
     comm.barrier()
     return results
@@ -115,12 +118,28 @@ def test_a_message_that_nobody_waits_for_is_found(monkeypatch: pytest.MonkeyPatc
         run_ranks(2, lambda host: collectives(NcclComm(host, nccl, CUPY)))
 
 
+@pytest.mark.gpu
+def test_nccls_own_calls_from_one_rank_to_itself() -> None:
+    """A rank has nothing to send to itself, so the engine's own calls are made: the bits come back."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    pytest.importorskip("cupy.cuda.nccl", reason="NCCL is not installed")
+    if not cupy.cuda.is_available() or "CUPY_ON_CPU" in os.environ:
+        pytest.skip("no NVIDIA GPU answers")
+    comm = nccl_comm(Comm())
+    for fmt in ("fp32", "fp16", "bf16"):
+        x = cupy.asarray(np.asarray(values(0, 1000, fmt)))
+        arrived, out = comm._swap(x, [slice(0, 1000)])()[0], x.copy()
+        comm._all_gather([slice(0, 1000)], out)
+        comm.broadcast(out)
+        for y in (arrived, out):
+            assert cupy.asnumpy(y).tobytes() == cupy.asnumpy(x).tobytes()
+
+
 def test_without_nccl_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
-        if name == "cupy":
-            return CUPY
         raise ImportError("libnccl.so.2")
 
+    monkeypatch.setattr("refimpl.comm.nccl.get_backend", lambda name: SimpleNamespace(xp=CUPY))
     monkeypatch.setattr("refimpl.comm.nccl.importlib.import_module", missing)
     with pytest.raises(UsageError, match=r"pip install nvidia-nccl-cu12 or -cu13 \(libnccl.so.2\)"):
         nccl_comm(Comm())

@@ -24,7 +24,7 @@ from refimpl.comm.threads import run_ranks
 from refimpl.compare_pytorch import TRAJECTORY
 from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.gradients import check_and_measure, clip_coefficient
+from refimpl.gradients import check_and_measure, clip_coefficient, first_non_finite
 from refimpl.memory import COMMUNICATION, SHARDED_FROM, exchanged, per_rank, recipe_states
 from refimpl.metrics import read_metrics
 from refimpl.models import GPTConfig, gpt
@@ -257,21 +257,21 @@ def test_the_formulas_of_the_paper() -> None:
         assert [sum(per_rank(n, states, stage, ranks).values()) / n for stage in STAGES] == list(totals)
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
+@pytest.mark.parametrize(("recipe", "grad_accum"), [("fp32", 1), ("bf16", 1), ("bf16", 3)])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("stage", STAGES)
-def test_bytes_that_are_exchanged_are_those_predicted(stage: int, ranks: int, recipe: str) -> None:
+def test_bytes_that_are_exchanged_are_those_predicted(stage: int, ranks: int, recipe: str, grad_accum: int) -> None:
     """On average over ranks; and for each step the sums and flags of the grains, and the loss."""
-    made = config(recipe, stage)
+    made = config(recipe, stage, grad_accum=grad_accum)
     results, n = on_ranks(made, ranks), made.make_model().n_params
-    states = recipe_states(made.make_recipe())
+    states = recipe_states(made.make_recipe(), grad_accum=grad_accum)
     again = math.prod(made.make_model().parameters["transformer.wte.weight"].shape)
-    predicted = exchanged(n, states, stage, ranks, again)
+    predicted = exchanged(n, states, stage, ranks, again, grad_accum)
     grains = (4 + 1) * math.ceil(n / GRAIN) * (ranks - 1) / ranks if stage else 0
     loss = 2 * 4 * (ranks - 1) / ranks
     counted = sum(result.received for result in results) / ranks / len(results[0].steps)
     assert counted == pytest.approx(float(predicted) + grains + loss, rel=1e-9)
-    assert float(predicted) / (n * 4 if recipe == "fp32" else n * 2) * ranks / (ranks - 1) == pytest.approx(
+    assert grad_accum > 1 or float(predicted) / (n * 4 if recipe == "fp32" else n * 2) * ranks / (ranks - 1) == pytest.approx(
         COMMUNICATION[stage] + (again / n if stage == 3 else 0)
     )
 
@@ -297,7 +297,7 @@ def test_stage_3_holds_one_layer_at_a_time() -> None:
 
     made = config("bf16", 3, steps=1)
     on_ranks(made, 2, watch)
-    sizes = [layer.part.stop - layer.part.start for layer in layers_of(on_ranks(made, 1)[0].parts.state.layout)]
+    sizes = [layer.size for layer in layers_of(on_ranks(made, 1)[0].parts.state.layout)]
     assert max(largest) == max(sizes) < sum(sizes) / 2
     embeddings = ["transformer.wte.weight", "transformer.wpe.weight"]
     blocks = ["transformer.h.0.ln_1.weight", "transformer.h.1.ln_1.weight", "transformer.ln_f.weight"]
@@ -368,6 +368,24 @@ def test_micro_batches_at_any_stage_train_alike() -> None:
     assert all(abs(a[0] - b[0]) < 1e-5 for a, b in zip(early.steps, late.steps, strict=True))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_rank_names_the_first_bad_gradient_of_all(stage: int) -> None:
+    made = config("bf16", stage)
+
+    def first(comm: Comm) -> list[str | None]:
+        state, names = made.make_parts(made.make_backend(), comm).state, []
+        for bad in ((), ("transformer.ln_f.bias",), ("transformer.ln_f.bias", "transformer.h.0.mlp.c_fc.weight")):
+            sink = state.gradient_sink(first=True)
+            for name in bad:
+                shape = made.make_model().parameters[name].shape
+                sink(name, cast(np.full(shape, np.inf if comm.rank == 1 else 0, np.float32), "bf16"))
+            state.reduce_gradients(last=True)
+            names.append(first_non_finite(state))
+        return names
+
+    assert run_ranks(3, first) == [[None, "transformer.ln_f.bias", "transformer.h.0.mlp.c_fc.weight"]] * 3
+
+
 def test_a_parameter_without_a_gradient_has_one_of_zero_at_any_stage() -> None:
     made = config("bf16", 2)
 
@@ -390,8 +408,8 @@ def test_layers_are_numbered_blocks_and_single_modules() -> None:
     layers = list(layers_of(layout))
     names = [{re.sub(r"(\.\d+)?\.[^.]*$|(?<=\d)\..*", r"\1", name) for name in layer.slots} for layer in layers]
     assert names == [{f"transformer.{part}"} for part in ("wte", "wpe", "h.0", "h.1", "ln_f")]
-    assert layers[0].part.start == 0 and layers[-1].part.stop == layout.size
-    assert all(a.part.stop == b.part.start for a, b in pairwise(layers))
+    assert layers[0].span.start == 0 and layers[-1].span.stop == layout.size
+    assert all(a.span.stop == b.span.start for a, b in pairwise(layers))
 
 
 # ------------------------------------------------------------------------------------------------- other backends
@@ -431,7 +449,9 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_batch_that_cannot_be_shared_and_a_stage_that_does_not_exist() -> None:
-    with pytest.raises(UsageError, match="--batch-size 12 cannot be shared equally by 5 ranks"):
+    with pytest.raises(UsageError, match="--batch-size 12 cannot be shared equally by 5 ranks: start a number that divides it"):
         on_ranks(config("bf16", 1), 5)
+    with pytest.raises(UsageError, match="--mistake is made on one rank"):
+        config("bf16", 1, mistake="no-masters")
     with pytest.raises(UsageError, match="--zero is 4: it is a stage, 0, 1, 2 or 3"):
         config("bf16", 4)

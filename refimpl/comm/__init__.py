@@ -7,8 +7,8 @@
     any(flag)                        whether one of the ranks says yes
     barrier()                        nobody goes on before all have come
 
-Engines only move bytes. Sums are taken here: in FP32, rank 0 first and the last rank last, and rounded once, so that they are
-the same on every engine and on every rank. A 16-bit array travels as its 16 bits and is never summed in 16 bits.
+Engines only move bytes. Sums are taken here: in FP32 (FP64 of FP64), rank 0 first and the last rank last, and rounded once, so
+that they are the same on every engine and on every rank. A 16-bit array travels as its 16 bits and is never summed in 16 bits.
 
     Serial          here       one rank
     ThreadComm      threads.py ranks as threads of one process, for tests
@@ -57,25 +57,30 @@ def add_up(pieces: Sequence[Array]) -> Array:
     """The sum of arrays of one format, first to last, in FP32 (FP64 of FP64), rounded once to that format."""
     fmt = format_of(pieces[0])
     wide = "fp64" if fmt == "fp64" else "fp32"
-    total = widen(pieces[0], wide) + widen(pieces[1], wide) if len(pieces) > 1 else widen(pieces[0], wide)
-    for piece in pieces[2:]:
-        total += widen(piece, wide)
+    total = widen(pieces[0], wide)
+    for piece in pieces[1:]:
+        total = total + widen(piece, wide)
     return cast(total, fmt)
 
 
 class Comm:
     """One rank among `size`. An engine provides `_swap`, `_all_gather`, `broadcast`, `any` and `barrier`.
 
-    received: bytes that came from other ranks, by call; what a rank sends is as much in all. neighbours: ranks on this
-    machine, this one among them, which share its processor.
+    received: bytes that came from other ranks, by call; what a rank sends is as much in all. on_machine: ranks that share
+    this machine's processor.
     """
 
     rank: int = 0
     size: int = 1
-    neighbours: int = 1
+    on_machine: int = 1
 
     def __init__(self) -> None:
         self.received: Counter[str] = Counter()
+
+    @property
+    def on_host(self) -> Comm:
+        """The same ranks, for arrays on the host."""
+        return self
 
     # -- sums -------------------------------------------------------------------------------------------------------
 
@@ -110,7 +115,7 @@ class Comm:
         return out
 
     def largest(self, x: Array) -> Array:
-        """The largest of all ranks, element by element, NaN left aside: an all_gather."""
+        """The largest of all ranks, element by element, NaN left aside: an all_gather of an array on the host."""
         if self.size == 1:
             return x
         shares = [slice(rank * x.size, (rank + 1) * x.size) for rank in range(self.size)]

@@ -32,7 +32,7 @@ class MpiComm(Comm):
         super().__init__()
         self.mpi, self.world = mpi, mpi.COMM_WORLD.Dup()  # a space of our own for messages
         self.rank, self.size = self.world.Get_rank(), self.world.Get_size()
-        self.neighbours = self.world.Split_type(mpi.COMM_TYPE_SHARED).Get_size()
+        self.on_machine = self.world.Split_type(mpi.COMM_TYPE_SHARED).Get_size()
 
     def _layout(self, shares: Shares, itemsize: int) -> tuple[list[int], list[int]]:
         """Counts and beginnings of shares in bytes."""

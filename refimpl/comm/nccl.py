@@ -10,6 +10,9 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from refimpl.backends import get_backend
 from refimpl.bits import bytes_of
 from refimpl.comm import Array, Comm, Shares
 from refimpl.errors import UsageError
@@ -23,8 +26,12 @@ class NcclComm(Comm):
         super().__init__()
         self.host, self.nccl, self.cupy = host, nccl, cupy
         self.rank, self.size = host.rank, host.size
-        name = host_bytes(nccl.get_unique_id())
+        name = np.frombuffer(nccl.get_unique_id(), np.uint8).copy()  # rank 0's, in a moment
         self.world = nccl.NcclCommunicator(host.size, bytes(host.broadcast(name)), host.rank)
+
+    @property
+    def on_host(self) -> Comm:
+        return self.host
 
     @property
     def _stream(self) -> int:
@@ -68,16 +75,9 @@ class NcclComm(Comm):
         self.host.barrier()
 
 
-def host_bytes(value: bytes) -> Array:
-    """Bytes as an array that can be written to."""
-    import numpy as np
-
-    return np.frombuffer(value, np.uint8).copy()
-
-
 def nccl_comm(host: Comm) -> Comm:
-    """The rank on its own device: device r of a machine with as many ranks. Errors: UsageError where NCCL is missing."""
-    cupy = importlib.import_module("cupy")
+    """The rank on its own device: device r of a machine with as many ranks. Errors: UsageError without CuPy or NCCL."""
+    cupy = get_backend("cupy").xp
     try:
         nccl = importlib.import_module("cupy.cuda.nccl")
     except ImportError as error:
