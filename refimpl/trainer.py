@@ -107,8 +107,9 @@ class Trainer:
                     self._write_steps(bar)
                 if at_end or self.progress.step % self.config.eval_every == 0:
                     self._write_steps(bar)
-                    self._evaluate(bar, at_end)
-                    self.save()
+                    report = self._evaluate(at_end)
+                    self.save()  # before it is told: who reads along may have gone
+                    bar.write(report)
             if self.progress.step < steps:
                 self._write_steps(bar)
                 self.save()
@@ -218,13 +219,14 @@ class Trainer:
         where = first_non_finite(self.state)
         return "a gradient is Inf or NaN" + (f" (in the latest step one of {where})" if where else "")
 
-    def _evaluate(self, bar: Any, final: bool) -> None:
+    def _evaluate(self, final: bool) -> str:
+        """Log the validation loss, and tell it."""
         assert self.config.batch_size is not None and self.config.block_size is not None
         started = time.perf_counter()
         loss = self.validation_loss(final)
         self._log([{"step": self.progress.step, "val_loss": loss}])
-        bar.write(f"step {self.progress.step}: validation loss {loss:.4f} nats a byte ({loss / math.log(2):.3f} bits)")
         self._window_start += time.perf_counter() - started
+        return f"step {self.progress.step}: validation loss {loss:.4f} nats a byte ({loss / math.log(2):.3f} bits)"
 
     def validation_loss(self, final: bool) -> float:
         """The loss on the validation part: on the same sampled batches each time, at the end on all of it (or 1024 blocks)."""

@@ -92,6 +92,22 @@ def test_resumed_run_equals_one_never_stopped(recipe: str, step: int, text: str,
     assert rows_without_timing(tmp_path / "whole") == rows_without_timing(tmp_path / "parts")
 
 
+def test_a_reader_who_has_gone_costs_no_checkpoint(text: str, tmp_path: Path) -> None:
+    """`train.py | head -1` ends at the first line that nobody reads; the checkpoint of that step is written before it."""
+    from refimpl.run_folder import open_folder, prepare_folder
+
+    class Gone(NoBar):
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+    config, folder = prepare_folder({**TINY, "data": text}, tmp_path, False, True)
+    trainer = Trainer(config, folder)
+    open_folder(config, folder)
+    with pytest.raises(BrokenPipeError):
+        trainer.train(Gone())
+    assert load(folder / "checkpoint.safetensors")[1]["progress"]["step"] == TINY["eval_every"]
+
+
 def test_resume_is_bitwise_with_skips_and_accumulation_and_sgd(text: str, tmp_path: Path) -> None:
     flags = {"init_scale": 2.0**40, "grad_accum": 2, "optimizer": "sgd", "steps": 30, "recipe": "fp16"}
     run(tmp_path / "whole", text, **flags)
