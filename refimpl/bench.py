@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import threadpoolctl
 
+from refimpl.backends.workers import cores
 from refimpl.cast import cast
 from refimpl.config import Config
 from refimpl.errors import UsageError
@@ -60,7 +60,7 @@ def processor() -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    return f"{name}, {cores()} cores"
 
 
 # ---------------------------------------------------------------------------------------------------- our side

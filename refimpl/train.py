@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from refimpl.backends.workers import cores
 from refimpl.comm import Comm, Serial
 from refimpl.comm.mpi import launched, mpi_comm
 from refimpl.comm.nccl import nccl_comm
@@ -59,11 +60,6 @@ def only_the_first_speaks() -> Iterator[None]:
         except (UsageError, TrainingStopped) as error:
             time.sleep(PATIENCE)
             raise type(error)(f"rank {rank}: {error}") from error
-
-
-def cores() -> int:
-    """Of the processor, those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _train(config: Config, folder: Path, comm: Comm, resume: bool, init_from: Path | None) -> int:

@@ -50,8 +50,9 @@ class ShardedState(State):
         self.layers = list(layers_of(self.layout))
         self.layer_of = {name: layer for layer in self.layers for name in layer.slots}
         self._buckets: Buckets | None = None
-        if self._divided("weights"):
-            self.weight_views = FetchedWeights(self)
+        self._fetched = FetchedWeights(self) if self._divided("weights") else None
+        if self._fetched is not None:
+            self.weight_views = self._fetched
 
     # -- what this rank holds -----------------------------------------------------------------------------------------
 
@@ -80,8 +81,8 @@ class ShardedState(State):
     def weights_down(self) -> None:
         """Each rank rounds its own masters; then the weights go round, at stage 3 only when they are used."""
         super().weights_down()
-        if self._divided("weights"):
-            self.weight_views.forget()  # type: ignore[attr-defined]
+        if self._fetched is not None:
+            self._fetched.forget()
         elif self.stage >= 1:
             self.comm.all_gather(self.mine("weights"), self.shares, self.weights)
 
@@ -119,6 +120,7 @@ class ShardedState(State):
         return tuple(self.comm.all_gather(x, shares, xp.empty(count, x.dtype)) for x in grains)
 
     def least_over_ranks(self, index: int) -> int:
+        """The smallest of all ranks' numbers, by the largest of their opposites."""
         return -int(self.comm.on_host.largest(np.array([-index]))[0])
 
     # -- checkpoints: the same whatever the number of ranks -----------------------------------------------------------
@@ -133,6 +135,7 @@ class ShardedState(State):
         return self.comm.all_gather(mine, shares, self.backend.xp.empty(spec.size(self.layout.size), spec.dtype))
 
     def put_whole(self, kind: str, part: str, values: Array) -> None:
+        """The way back: this rank takes its share."""
         held, spec = self.held(kind, part), self.storages[kind].parts[part]
         mine = self.buffers[buffer_name(kind, part)][: spec.size(held.stop - held.start)]
         mine[...] = values[spec.slice(held)]

@@ -40,6 +40,15 @@ OF_NOTE = ("fp32", "fp16", "bf16")
 EIGHT_BIT = next(name for name, recipe in RECIPES.items() if recipe.state.get("m") == "int8-signed")
 
 
+BAR = math.sqrt(256 / 192) * TRAJECTORY["16 bits"][0]
+"""By how much losses of two correct runs in 16 bits may differ in the median, over 192 predictions a step instead of 256."""
+
+
+def apart(ours: list[float], theirs: list[float]) -> float:
+    """The median difference of two runs' losses."""
+    return float(np.median(np.abs(np.subtract(ours, theirs))))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Ranks are threads already; products this small are not worth sharing."""
@@ -91,18 +100,18 @@ def test_every_recipe_can_be_divided(recipe: str) -> None:
 def test_ranks_learn_what_one_learns(ranks: int, recipe: str) -> None:
     """The whole batch is the same, sums have another order: each rank's share of a gradient is rounded to the buffer's format,
     in FP32 not at all. So the bars are those of two correct runs: `compare_pytorch.TRAJECTORY`, for 192 rows of 256."""
-    run = {"steps": 20, "warmup": 5}
-    one, many = (on_ranks(config(recipe, 2, **run), n)[0] for n in (1, ranks))
+    given = {"steps": 20, "warmup": 5}
+    one, many = (on_ranks(config(recipe, 2, **given), n)[0] for n in (1, ranks))
     fewer_rows = math.sqrt(256 / 192)
     loss_bar, drift_bar = (fewer_rows * bar for bar in TRAJECTORY["fp32" if recipe == "fp32" else "16 bits"])
-    assert np.median([abs(a[0] - b[0]) for a, b in zip(one.steps, many.steps, strict=True)]) <= loss_bar
+    assert apart(*([step[0] for step in run.steps] for run in (one, many))) <= loss_bar
     assert [step[2] for step in one.steps] == [step[2] for step in many.steps]
     kind = "master." if recipe != "fp32" else "weights."
-    start = on_ranks(config(recipe, None, **run, lr=1e-30, weight_decay=0.0), 1)[0].arrays
+    start = on_ranks(config(recipe, None, **given, lr=1e-30, weight_decay=0.0), 1)[0].arrays
     ends = [{name: widen(x, "fp64") for name, x in run.arrays.items() if name.startswith(kind)} for run in (one, many)]
-    apart = sum(float(np.square(ends[0][name] - ends[1][name]).sum()) for name in ends[0])
+    between = sum(float(np.square(ends[0][name] - ends[1][name]).sum()) for name in ends[0])
     moved = sum(float(np.square(ends[0][name] - widen(start[name], "fp64")).sum()) for name in ends[0])
-    assert 0 < math.sqrt(apart / moved) <= drift_bar
+    assert 0 < math.sqrt(between / moved) <= drift_bar
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp32", "bf16-kahan", EIGHT_BIT])
@@ -349,7 +358,8 @@ def test_stopped_and_resumed_it_goes_on_bit_for_bit(recipe: str, tmp_path: Path,
     assert (parts / CHECKPOINT).read_bytes() == (whole / CHECKPOINT).read_bytes()
     assert run_ranks(2, go_on(fewer, 100, resume=True)) == [6] * 2
     ours, theirs = ([row["loss"] for row in read_metrics(folder / METRICS) if "loss" in row] for folder in (fewer, whole))
-    assert ours[:4] == theirs[:4] and np.allclose(ours, theirs, atol=5e-3)
+    assert ours[:4] == theirs[:4]
+    assert apart(ours, theirs) <= BAR  # two ranks add in another order than three
 
 
 # ------------------------------------------------------------------------------------------ micro-batches, parameters
@@ -424,7 +434,8 @@ def test_ranks_with_devices(stage: int, recipe: str, monkeypatch: pytest.MonkeyP
     assert runs[1].same_as(runs[0])
     monkeypatch.undo()
     host = on_ranks(config(recipe, stage, steps=3), 2)[0]
-    assert all(abs(a[0] - b[0]) < 5e-3 and a[2] == b[2] for a, b in zip(runs[1].steps, host.steps, strict=True))
+    assert [step[2] for step in runs[1].steps] == [step[2] for step in host.steps]
+    assert apart(*([step[0] for step in run.steps] for run in (runs[1], host))) <= BAR  # kernels add in another order
 
 
 def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,5 +77,10 @@ def workers() -> Workers:
     return Workers(numpys[0] if numpys else None)
 
 
+def cores() -> int:
+    """Of the processor, those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads, and would wait for them for ever
     os.register_at_fork(after_in_child=workers.cache_clear)
