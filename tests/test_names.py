@@ -15,7 +15,7 @@ MODEL = gpt(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=2))
 KNOWN = MODEL.parameters.keys()
 
 
-@pytest.mark.parametrize("prefixes", itertools.permutations(("module", "_orig_mod", "model"), 3))
+@pytest.mark.parametrize("prefixes", list(itertools.permutations(("module", "_orig_mod", "model"), 3)))
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_prefixes_in_any_combination_and_order_are_mapped(prefixes: tuple[str, ...], count: int) -> None:
     prefix = ".".join(prefixes[:count])
@@ -50,7 +50,7 @@ def test_a_tied_weight_stands_under_either_name_or_both() -> None:
         renamed, notes = rename(dict.fromkeys(names, w), KNOWN, MODEL.tied)
         assert list(renamed) == ["transformer.wte.weight"]
         assert "lm_head.weight is tied to transformer.wte.weight" in notes
-    with pytest.raises(UsageError, match="both the parameter 'transformer.wte.weight', and their values differ"):
+    with pytest.raises(UsageError, match=r"both the parameter .*wte.*, and their values differ"):
         rename({"transformer.wte.weight": w, "lm_head.weight": w + 1}, KNOWN, MODEL.tied)
     assert own_name("lm_head.weight", KNOWN) is None  # a model that is not tied has no such parameter
 
