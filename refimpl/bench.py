@@ -24,7 +24,7 @@ import threadpoolctl
 from refimpl.backends.workers import cores
 from refimpl.cast import cast
 from refimpl.config import Config
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.measure_memory import process_memory
 from refimpl.ops import OPS, Op
 from refimpl.ops.attention import query_blocks
@@ -265,7 +265,7 @@ def bench(
     where, chosen, kinds = machine(), models.split(","), recipes.split(",")
     for name in chosen:
         if name not in MODELS:
-            raise UsageError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+            raise UsageError(unknown("model", name, MODELS))
     if rounds < 1:
         raise UsageError(f"--rounds is {rounds}: it must be at least 1")
     for recipe in kinds:

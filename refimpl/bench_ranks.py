@@ -20,7 +20,7 @@ from refimpl.bench import MODELS, WARM_UP
 from refimpl.comm import shares_of
 from refimpl.comm.mpi import mpi_comm
 from refimpl.config import Config
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.gpu_cost import GPUS
 from refimpl.memory import COMMUNICATION, exchanged, per_rank, recipe_states
 from refimpl.recipes import get_recipe
@@ -162,7 +162,7 @@ def show(models: list[str], recipes: list[str], ranks: int, rounds: int) -> tupl
         raise UsageError(f"--ranks is {ranks}: it takes at least 2 to compare with one")
     for model in models:
         if model not in MODELS:
-            raise UsageError(f"unknown model {model!r}: choose from {', '.join(MODELS)}")
+            raise UsageError(unknown("model", model, MODELS))
     for recipe in recipes:
         get_recipe(recipe)
     rows = [row for model in models for recipe in recipes for row in weak_scaling(model, recipe, ranks, rounds)]

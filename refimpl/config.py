@@ -9,7 +9,7 @@ from typing import Any
 
 from refimpl.backends import Backend, get_backend
 from refimpl.comm import Comm, Serial
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.formats import FORMATS
 from refimpl.loss_scale import LossScale, find_scaler, make_loss_scale
 from refimpl.mistakes import MISTAKES
@@ -77,7 +77,7 @@ class Config:
         """
         config = cls(**given)
         if config.model not in MODEL_DEFAULTS:
-            raise UsageError(f"unknown model {config.model!r}: choose one of {', '.join(MODEL_DEFAULTS)}")
+            raise UsageError(unknown("model", config.model, MODEL_DEFAULTS))
         recipe = get_recipe(config.recipe)
         filled = {**MODEL_DEFAULTS[config.model], **{k: v for k, v in asdict(config).items() if v is not None}}
         filled.setdefault("min_lr", filled["lr"] / 10)
@@ -119,11 +119,11 @@ class Config:
         if self.momentum >= 1:
             raise UsageError(f"--momentum is {self.momentum}: it must be below 1")
         if self.optimizer not in ("adamw", "sgd"):
-            raise UsageError(f"unknown optimizer {self.optimizer!r}: choose adamw or sgd")
+            raise UsageError(unknown("optimizer", self.optimizer, ("adamw", "sgd")))
         if self.masters_from not in (None, *MASTERS_FROM):
             raise UsageError(f"--masters-from is {self.masters_from!r}: choose {' or '.join(MASTERS_FROM)}")
         if self.mistake != "none" and self.mistake not in MISTAKES:
-            raise UsageError(f"unknown mistake {self.mistake!r}: choose one of {', '.join(MISTAKES)}")
+            raise UsageError(unknown("mistake", self.mistake, MISTAKES))
         if self.zero not in (None, 0, 1, 2, 3):
             raise UsageError(f"--zero is {self.zero}: it is a stage, 0, 1, 2 or 3")
         if self.zero is not None and self.mistake != "none":

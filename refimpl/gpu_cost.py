@@ -21,7 +21,7 @@ from typing import NamedTuple
 from refimpl.activations import gpt_activations, itemsize
 from refimpl.backends.launch import COLUMNS, FORMATS, THREADS, WARPS, elementwise_grid
 from refimpl.bench import MODELS
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.formats import dtype_of
 from refimpl.models import GPTConfig, gpt
 from refimpl.recipes import Recipe, get_recipe
@@ -396,7 +396,7 @@ A PREDICTION, by arithmetic. Nothing was run; names, numbers and sizes of the ca
 def show(recipes: Sequence[str], gpu: str) -> int:
     """What `scripts/gpu_check.py --predict` does. Errors: UsageError for a recipe or a GPU that is not known here."""
     if gpu not in GPUS:
-        raise UsageError(f"unknown GPU {gpu!r}: choose {' or '.join(GPUS)}")
+        raise UsageError(unknown("GPU", gpu, GPUS))
     predictions = [predict(GPT2, get_recipe(name), BATCH, GPUS[gpu]) for name in recipes]
     print("\n\n".join([EXPLANATION, *(text(p) for p in predictions)]))
     return 0

@@ -18,7 +18,7 @@ import numpy as np
 from refimpl.cast import cast, widen
 from refimpl.config import Config
 from refimpl.data import load_corpus, sample_batch
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.formats import FORMATS, format_of
 from refimpl.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
 from refimpl.loss_scale import find_scaler
@@ -158,7 +158,7 @@ def inspect_steps(
     model = config.make_model()
     parameter = model.tied.get(parameter, parameter)
     if parameter not in model.parameters:
-        raise UsageError(f"unknown parameter {parameter!r}: choose one of {', '.join(model.parameters)}")
+        raise UsageError(unknown("parameter", parameter, model.parameters))
     at = _checked_index(parameter, index, model.parameters[parameter].shape)
 
     reports: list[Report] = []

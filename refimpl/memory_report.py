@@ -9,7 +9,7 @@ from typing import Any
 
 from refimpl.activations import Row, against_paper, gpt_activations, weight_copies
 from refimpl.config import Config
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.memory import (
     COMMUNICATION,
     CONVENTIONS,
@@ -105,7 +105,7 @@ def _architecture(
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} contradict each other: give one")
     if preset is not None and preset not in PRESETS:
-        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        raise UsageError(unknown("preset", preset, PRESETS))
     if sizes and model is None:
         raise UsageError(f"--{min(sizes).replace('_', '-')} is a size of --model gpt: give that too")
     if model is None:
@@ -127,7 +127,7 @@ def _states(
         if recipe is not None:
             raise UsageError("--convention and --recipe contradict each other: give one")
         if convention not in CONVENTIONS:
-            raise UsageError(f"unknown convention {convention!r}: choose one of {', '.join(CONVENTIONS)}")
+            raise UsageError(unknown("convention", convention, CONVENTIONS))
         row = CONVENTIONS[convention]
         return row.states, f"convention {row.name}: {row.source}", None
     chosen, rule = get_recipe(recipe or "fp16"), Config.of({"optimizer": optimizer, "momentum": momentum}).make_rule()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.formats import FORMATS
 from refimpl.policies import autocast_cpu, autocast_cuda, low_products, uniform, with_sums
 from refimpl.policy import Policy
@@ -168,5 +168,5 @@ RECIPES: dict[str, Recipe] = {
 def get_recipe(name: str) -> Recipe:
     """The recipe of that name. Errors: UsageError that lists the names."""
     if name not in RECIPES:
-        raise UsageError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")
+        raise UsageError(unknown("recipe", name, RECIPES))
     return RECIPES[name]

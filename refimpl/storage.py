@@ -27,7 +27,7 @@ import numpy as np
 from refimpl.bits import bits_of, from_bits
 from refimpl.cast import cast, widen
 from refimpl.compensated import kahan_update, merge, split
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.formats import FORMATS, dtype_of, is_float
 from refimpl.stochastic import STREAMS, random_bits, stochastic_round
 
@@ -283,7 +283,7 @@ STORAGES: dict[str, Storage] = {
 def get_storage(name: str) -> Storage:
     """The storage of that name. Errors: UsageError that lists the names."""
     if name not in STORAGES:
-        raise UsageError(f"unknown storage {name!r}: choose one of {', '.join(STORAGES)}")
+        raise UsageError(unknown("storage", name, STORAGES))
     return STORAGES[name]
 
 

@@ -8,18 +8,18 @@
     python scripts/bench.py --smoke                              runs everything once at a toy size: correct, not timed
 """
 
-import argparse
 from typing import Any
 
+from refimpl.arguments import Parser
 from refimpl.bench import MODELS, bench
 from refimpl.bench_ranks import show
 from refimpl.cli import main
 from refimpl.show import json_text
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     kind = result.add_mutually_exclusive_group()
     kind.add_argument("--against", choices=("torch",), help="time PyTorch beside it (pip install torch==2.13.0)")
     kind.add_argument("--profile", action="store_true", help="the time of each operation, for the first model and recipe")

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from refimpl.arguments import Parser
 from refimpl.checkpoint import write_text_atomically
 from refimpl.cli import main
 from refimpl.compare_pytorch import RECIPES, compare, report
@@ -20,9 +21,9 @@ DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size
 """A model small enough for seconds; the loss scale starts where it overflows by itself once or twice."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script: those of train.py that matter here."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     add = result.add_argument
     add("--recipe", default="fp16", help=", ".join(RECIPES))
     add("--model", default="gpt", help="gpt or mlp")

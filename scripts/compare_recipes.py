@@ -12,6 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.compare_recipes import DEFAULT
 from refimpl.flags import add_config_flags
@@ -24,9 +25,9 @@ CONFIG_FLAGS = (
 OWN_FLAGS = ("recipes", "seeds", "out", "no_page", "json_file")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Flags of Config, and those of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     result.add_argument("--recipes", default=",".join(DEFAULT), metavar="NAME,...", help=f"all, or some ({','.join(DEFAULT)})")
     steps = f"training steps ({STEPS}; with all recipes {STEPS_OF_ALL})"
     result.add_argument("--steps", type=int, default=argparse.SUPPRESS, help=steps)

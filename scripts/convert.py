@@ -7,16 +7,16 @@ In PyTorch: model.load_state_dict(safetensors.torch.load_file("gpt.safetensors")
 safetensors.torch.save_file(weights, "gpt.safetensors"), where weights is the state_dict without the tied lm_head.weight.
 """
 
-import argparse
 from pathlib import Path
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.convert import export, import_
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     ways = result.add_subparsers(dest="way", required=True)
     out = ways.add_parser("export", help="checkpoint -> state_dict")
     back = ways.add_parser("import", help="state_dict -> a file for train.py --init-from")

@@ -6,16 +6,16 @@
     python scripts/experiments.py all --out pictures --seed 1
 """
 
-import argparse
 from pathlib import Path
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.experiments import EXPERIMENTS, show_experiments
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     result.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}, or all")
     result.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder for the pictures (runs/experiments)")
     result.add_argument("--seed", type=int, default=0, help="of everything drawn by chance (0)")

@@ -7,20 +7,21 @@
     python scripts/formats.py --plot                             two pictures: distances and ranges, in formats.png
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.formats import FORMATS
 from refimpl.show_formats import COMMON, show_formats
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     result.add_argument(
         "values", nargs="*", type=str.strip, metavar="NUMBER", help="0.1, -1e-8, 0x1p-24, 2^-24, 1+2^-11, inf, nan, ..."
     )
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def arguments(words: Sequence[str]) -> argparse.Namespace:
+def arguments(words: Sequence[str]) -> Any:
     """Parse the command line. argparse takes '-1e-8' for a flag, but not ' -1e-8', which `values` strips again."""
     negative = re.compile(r"-(\d|\.|inf|nan)", re.IGNORECASE)
     return parser().parse_intermixed_args([f" {word}" if negative.match(word) else word for word in words])

@@ -4,16 +4,16 @@
     python scripts/generate.py runs/gpt-fp16/checkpoint.safetensors --loss README.md
 """
 
-import argparse
 from pathlib import Path
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.generate import generate
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     result.add_argument("checkpoint", type=Path)
     result.add_argument("--prompt", default="\n", help="text to go on from")
     result.add_argument("--bytes", type=int, default=500, dest="n_bytes", help="bytes to generate (500)")

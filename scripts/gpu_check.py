@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from refimpl import gpu_cost
+from refimpl.arguments import Parser
 from refimpl.bench import MODELS
 from refimpl.cli import main
 from refimpl.errors import UsageError
@@ -27,11 +28,9 @@ TESTS = Path(__file__).parent.parent / "tests"
 DEFAULTS: dict[str, Any] = {"recipes": ",".join(RECIPES), "steps": 50, "models": "small,medium,gpt2", "rounds": 15}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script."""
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
-    )
+    result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     recipes = f"with commas between them ({DEFAULTS['recipes']}; with --predict bf16)"
     result.add_argument("--recipes", help=recipes)
     result.add_argument("--steps", type=int, help="steps that each recipe trains (50)")

@@ -12,6 +12,7 @@ The terminal gets a summary; the page is one HTML file with figures and all tabl
 import argparse
 from pathlib import Path
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.flags import add_config_flags
 from refimpl.show_precision import MORE_STEPS, PAGE, STEPS, inspect_precision
@@ -24,9 +25,9 @@ CONFIG_FLAGS = (
 OWN_FLAGS = ("run", "trace", "every", "what_if", "out", "no_page", "json_file")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Flags of Config for a fresh run, and those of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     add_config_flags(result, CONFIG_FLAGS)
     result.add_argument(
         "--steps", type=int, default=argparse.SUPPRESS, help=f"training steps ({STEPS}; with --run {MORE_STEPS} more)"

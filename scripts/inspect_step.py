@@ -8,6 +8,7 @@
 
 import argparse
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.inspect_step import FOLLOWED, PARAMETER, inspect_step
 from refimpl.loss_scale import SCALERS
@@ -18,11 +19,9 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script; what is not given is left to `inspect_steps`."""
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
-    )
+    result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     result.add_argument("--recipe", help=f"{', '.join(FOLLOWED)} (fp16)")
     result.add_argument("--parameter", metavar="NAME", help=f"a parameter of the tiny GPT ({PARAMETER})")
     result.add_argument("--index", type=numbers, metavar="I,J", help="one element of it (3,5)")

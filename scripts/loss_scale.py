@@ -8,17 +8,17 @@
 Printed is the scale after each step. docs/loss_scaling.md tells how the scalers differ.
 """
 
-import argparse
 from pathlib import Path
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.loss_scale import SCALERS
 from refimpl.show_loss_scale import show_loss_scale
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     result.add_argument("scaler", nargs="?", metavar="SCALER", help=", ".join(SCALERS))
     result.add_argument("--overflows", default="1010100000", metavar="PATTERN", help="a 1 or a 0 for each step (1010100000)")
     result.add_argument("--init-scale", type=float, default=1024.0, help="the scale before the first step (1024)")

@@ -12,6 +12,7 @@
 import argparse
 from typing import Any
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.errors import UsageError
 from refimpl.measure_memory import measure
@@ -22,11 +23,9 @@ from refimpl.recipes import RECIPES
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script; one that is not given is left to `memory_report.choose` or to the measured run."""
-    result = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
-    )
+    result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     result.add_argument("--params", type=float, metavar="N", help="number of parameters (7e9, the note's example)")
     result.add_argument("--preset", help=", ".join(PRESETS))
     result.add_argument("--model", help="gpt, of the sizes below; with --measure also mlp")

@@ -9,11 +9,11 @@ docs/traces.md, and you may leave out any of them. The loop is autocast with a G
 batches and settings come from a trace of refimpl. --unscale-late puts the classic mistake into it.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.compare_pytorch import import_torch
 from refimpl.errors import UsageError
@@ -102,9 +102,9 @@ def train(like: Path, out: Path, unscale_late: bool) -> None:
     print(f"{out}: {len(ours.steps)} steps, {len(trace)} tensors")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     result.add_argument("--like", type=Path, required=True, metavar="TRACE", help="a trace of refimpl to follow")
     result.add_argument("--out", type=Path, required=True)
     result.add_argument("--unscale-late", action="store_true", help="clip the gradients before they are unscaled")

@@ -5,15 +5,15 @@
     python scripts/recipes.py --json
 """
 
-import argparse
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.show import show_recipes
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     result.add_argument("--recipe", metavar="NAME", dest="name", help="only this one, in detail")
     result.add_argument("--json", action="store_true", dest="as_json", help="print it as data")
     return result

@@ -24,7 +24,6 @@ Inputs that are not in the file are drawn by `Stream`.
 
 from __future__ import annotations
 
-import argparse
 import math
 import warnings
 import zlib
@@ -35,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.arguments import Parser
 from refimpl.checkpoint import save
 from refimpl.cli import main
 from refimpl.compare_pytorch import RECIPES, import_torch
@@ -534,9 +534,9 @@ def run(out: Path) -> None:
     print(f"{out}: {len(arrays)} arrays, {out.stat().st_size:,} bytes, PyTorch {about['torch']}")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flag of this script."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     result.add_argument("--out", type=Path, default=TARGET, help="file to write (tests/vectors/pytorch.safetensors)")
     return result
 

@@ -9,10 +9,10 @@ docs/traces.md says what a trace holds; scripts/pytorch_trace.py dumps one from 
 Exit code of diff: 0 when everything is within its bound, 1 when not.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
+from refimpl.arguments import Parser
 from refimpl.checkpoint import write_text_atomically
 from refimpl.cli import main
 from refimpl.compare import diff
@@ -27,9 +27,9 @@ DEFAULTS: dict[str, Any] = {
 FOR_LONG_RUNS = ("backend", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of train.py that matter here, for a small model and a few steps."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     commands = result.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record", help="train a few steps and write everything down")
     add_config_flags(recording, [name for name in HELP if name not in FOR_LONG_RUNS], DEFAULTS)

@@ -6,17 +6,17 @@
     python scripts/train.py --resume --out runs/mine
 """
 
-import argparse
 from pathlib import Path
 
+from refimpl.arguments import Parser
 from refimpl.cli import main
 from refimpl.flags import add_config_flags
 from refimpl.train import train
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """One flag for each field of Config; a flag that is not given is left to it, or to the run that is resumed."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__)
     add_config_flags(result)
     result.add_argument("--out", type=Path, help="folder for log, checkpoint and picture (default: a new one under runs/)")
     result.add_argument("--overwrite", action="store_true", help="replace the run in --out")

@@ -16,7 +16,7 @@ import numpy as np
 from refimpl.backends.heap import keep_freed_memory
 from refimpl.backends.workers import workers
 from refimpl.cast import widen
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.formats import dtype_of
 
 Array = Any
@@ -207,4 +207,4 @@ def get_backend(name: str) -> Backend:
         from refimpl.backends.cupy import cupy_backend
 
         return cupy_backend()
-    raise UsageError(f"unknown backend {name!r}: choose numpy or cupy")
+    raise UsageError(unknown("backend", name, ("numpy", "cupy")))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refimpl.checkpoint import write_atomically
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.experiments.breaks import EPSILON, MASKS
 from refimpl.experiments.experiment import Experiment, Result
 from refimpl.experiments.narrow import ACCUMULATORS_OF_HARDWARE, MX_SCALES
@@ -35,7 +35,7 @@ def show_experiments(names: Sequence[str], out: Path, seed: int) -> None:
     chosen = list(EXPERIMENTS) if list(names) == ["all"] else list(dict.fromkeys(names))
     for name in chosen:
         if name not in EXPERIMENTS:
-            raise UsageError(f"unknown experiment {name!r}: choose from {', '.join(EXPERIMENTS)}, or all")
+            raise UsageError(unknown("experiment", name, [*EXPERIMENTS, "all"]))
     if seed < 0:
         raise UsageError(f"--seed is {seed}: it must be 0 or more")
     if not chosen:

@@ -1,0 +1,58 @@
+"""The command line of every script: flags as argparse reads them, and one line where it cannot."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+from refimpl.errors import nearest, one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with the layout of this project's docstrings, and with errors of one line.
+
+    A wrong command line prints what is wrong with it and where help is, and ends with exit code 2. argparse prints all of
+    its usage before that line, 25 lines for scripts/train.py. Sub-commands are parsers of this class, too.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, and suggest the flag that was meant where one is unknown."""
+        result, extra = self.parse_known_args(args, namespace)
+        self._refuse(result, extra)
+        return result
+
+    def parse_intermixed_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        """The same with flags between positional arguments."""
+        result, extra = self.parse_known_intermixed_args(args, namespace)
+        self._refuse(result, extra)
+        return result
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` in one line and exit with 2."""
+        choices = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        guess = nearest(choices[1], re.findall(r"[\w-]+", choices[2])) if choices else ""
+        line = one_line(message + guess)
+        self.exit(2, f"error: {line}{' See' if line.endswith('?') else '; see'} {self.prog} --help\n")
+
+    def _refuse(self, result: argparse.Namespace, extra: list[str]) -> None:
+        if not extra:
+            return
+        parser = next(self._chosen(result), self)
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        unknown = next((word for word in extra if word.startswith("-")), None)
+        if unknown is None:
+            parser.error(f"unexpected {' '.join(extra)!r}")
+        parser.error(f"unknown flag {unknown}{nearest(unknown.partition('=')[0], flags)}")
+
+    def _chosen(self, result: argparse.Namespace) -> Iterator[Parser]:
+        """The parser of the sub-command that was given, if there are any."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                chosen = getattr(result, action.dest, None)
+                if chosen in action.choices:
+                    yield action.choices[chosen]
