@@ -14,7 +14,7 @@ from refimpl.formats import FORMATS
 from refimpl.loss_scale import LossScale, find_scaler, make_loss_scale
 from refimpl.mistakes import MISTAKES
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
-from refimpl.optim import SGD, AdamW, Optimizer, Rule, Schedule
+from refimpl.optim import SCHEDULES, SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.parts import Parts
 from refimpl.policy import Run
 from refimpl.quantise import Scales
@@ -50,8 +50,12 @@ class Config:
     n_embd: int | None = None
     optimizer: str = "adamw"
     momentum: float = 0.9
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
     lr: float | None = None
     min_lr: float | None = None
+    schedule: str = "cosine"
     warmup: int = 50
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -80,7 +84,7 @@ class Config:
             raise UsageError(unknown("model", config.model, MODEL_DEFAULTS))
         recipe = get_recipe(config.recipe)
         filled = {**MODEL_DEFAULTS[config.model], **{k: v for k, v in asdict(config).items() if v is not None}}
-        filled.setdefault("min_lr", filled["lr"] / 10)
+        filled.setdefault("min_lr", filled["lr"] / (1 if filled["schedule"] == "constant" else 10))
         filled.setdefault("masters_from", None)
         filled.setdefault("zero", None)
         filled.setdefault("loss_scale", recipe.loss_scale)
@@ -113,13 +117,10 @@ class Config:
         for name in ("lr", "init_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"{_flag(name)} is {getattr(self, name)}: it must be positive and finite")
-        for name in ("min_lr", "weight_decay", "clip", "momentum"):
+        for name in ("min_lr", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{_flag(name)} is {getattr(self, name)}: it must be 0 or more and finite")
-        if self.momentum >= 1:
-            raise UsageError(f"--momentum is {self.momentum}: it must be below 1")
-        if self.optimizer not in ("adamw", "sgd"):
-            raise UsageError(unknown("optimizer", self.optimizer, ("adamw", "sgd")))
+        self._check_optimizer()
         if self.masters_from not in (None, *MASTERS_FROM):
             raise UsageError(f"--masters-from is {self.masters_from!r}: choose {' or '.join(MASTERS_FROM)}")
         if self.mistake != "none" and self.mistake not in MISTAKES:
@@ -133,11 +134,34 @@ class Config:
         if scale < FORMATS["fp32"].smallest_normal:
             raise UsageError(f"the loss scale starts at {scale:g}: its inverse must be finite in FP32")
 
+    def _check_optimizer(self) -> None:
+        if self.optimizer not in ("adamw", "sgd"):
+            raise UsageError(unknown("optimizer", self.optimizer, ("adamw", "sgd")))
+        for name in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: it must be 0 or more and below 1")
+        smallest, largest = FORMATS["fp32"].smallest_normal, FORMATS["fp32"].max
+        if not smallest <= self.eps <= largest:
+            raise UsageError(
+                f"--eps is {self.eps}: it must be a normal number of FP32, {smallest:.3g} to {largest:.3g}; with an eps of 0 "
+                f"the update of a parameter that has had no gradient would be 0/0"
+            )
+        for name in ("momentum",) if self.optimizer == "adamw" else ("beta1", "beta2", "eps"):
+            if getattr(self, name) != getattr(Config, name):
+                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: --optimizer {self.optimizer} has none")
+        if self.schedule not in SCHEDULES:
+            raise UsageError(unknown("schedule", self.schedule, SCHEDULES))
+        if self.schedule == "constant" and self.min_lr != self.lr:
+            raise UsageError(f"--min-lr is {self.min_lr}: leave it out, as --schedule constant stays at --lr, {self.lr}")
+
     def conflicts(self, saved: Mapping[str, Any]) -> list[str]:
-        """How this run differs from a saved one in what must not differ when it is resumed, flag by flag."""
+        """How this run differs from a saved one in what must not differ when it is resumed, flag by flag.
+
+        A setting that `saved` lacks had no flag when it was saved: it stood at today's default.
+        """
         mine = asdict(self)
-        bound = [f.name for f in fields(self) if not f.metadata.get("free")]
-        return [f"{_flag(k)} {saved.get(k)} there, {mine[k]} here" for k in bound if saved.get(k) != mine[k]]
+        there = {f.name: saved.get(f.name, f.default) for f in fields(self) if not f.metadata.get("free")}
+        return [f"{_flag(k)} {value} there, {mine[k]} here" for k, value in there.items() if value != mine[k]]
 
     def make_model(self) -> Model:
         """The model of these sizes."""
@@ -148,12 +172,16 @@ class Config:
         """The optimizer's update rule."""
         if self.optimizer == "sgd":
             return SGD(self.momentum, self.weight_decay)
-        return AdamW(weight_decay=self.weight_decay)
+        return AdamW((self.beta1, self.beta2), self.eps, self.weight_decay)
+
+    def make_schedule(self) -> Schedule:
+        """The learning rate of each update."""
+        assert self.lr is not None and self.min_lr is not None and self.steps is not None
+        return Schedule(self.lr, self.min_lr, self.warmup, self.steps, self.schedule)
 
     def make_optimizer(self, backend: Backend) -> Optimizer:
         """The rule with its schedule over all steps."""
-        assert self.lr is not None and self.min_lr is not None and self.steps is not None
-        return Optimizer(self.make_rule(), Schedule(self.lr, self.min_lr, self.warmup, self.steps), backend.xp)
+        return Optimizer(self.make_rule(), self.make_schedule(), backend.xp)
 
     def make_loss_scale(self, xp: Any = None) -> LossScale:
         """The loss scale that was asked for, or the recipe's."""

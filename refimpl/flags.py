@@ -8,6 +8,7 @@ from typing import Any
 
 from refimpl.config import MODEL_DEFAULTS, Config
 from refimpl.loss_scale import SCALERS
+from refimpl.optim import SCHEDULES
 from refimpl.recipes import RECIPES
 
 HELP = {
@@ -23,8 +24,12 @@ HELP = {
     "n_embd": "width",
     "optimizer": "adamw or sgd",
     "momentum": "momentum of sgd",
+    "beta1": "decay of AdamW's first moments",
+    "beta2": "decay of AdamW's second moments",
+    "eps": "what AdamW adds to the root of the second moments",
     "lr": "largest learning rate",
-    "min_lr": "learning rate at the end of the cosine (default: lr / 10)",
+    "min_lr": "learning rate at the end of a cosine or linear schedule (default: lr / 10)",
+    "schedule": f"learning rate after warm-up: {', '.join(SCHEDULES)}",
     "warmup": "updates of linear warm-up",
     "weight_decay": "decoupled decay of matrices (0 for sgd unless given)",
     "clip": "largest gradient norm; 0 does not clip",
@@ -44,7 +49,7 @@ HELP = {
 }
 INTEGERS = {"steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "warmup", "grad_accum", "growth_interval",
             "hysteresis", "seed", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero"}  # fmt: skip
-NUMBERS = {"momentum", "lr", "min_lr", "weight_decay", "clip", "init_scale"}
+NUMBERS = {"momentum", "beta1", "beta2", "eps", "lr", "min_lr", "weight_decay", "clip", "init_scale"}
 
 
 def _default(name: str) -> str:

@@ -248,15 +248,19 @@ class Twin:
         ]
         if config.optimizer == "sgd":
             return torch.optim.SGD(groups, config.lr, momentum=config.momentum)
-        return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        return torch.optim.AdamW(groups, config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
     def _lr(self) -> float:
-        """Linear warm-up and cosine, by the number of updates made."""
+        """The learning rate by the number of updates made: linear warm-up, then constant, or down a line or a cosine."""
         c, t = self.config, self.updates
         assert c.lr is not None and c.min_lr is not None and c.steps is not None
         if t < c.warmup:
             return c.lr * (t + 1) / (c.warmup + 1)
+        if c.schedule == "constant":
+            return c.lr
         x = min(1.0, (t - c.warmup) / max(1, c.steps - c.warmup))
+        if c.schedule == "linear":
+            return c.lr * (1 - x) + c.min_lr * x
         return c.min_lr + (c.lr - c.min_lr) * (1 + math.cos(math.pi * x)) / 2
 
     @property

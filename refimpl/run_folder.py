@@ -55,11 +55,11 @@ def open_folder(config: Config, folder: Path) -> None:
 
 def _that_may_change(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The flags given for a resumed run, if all those that decide the numbers are as they were."""
-    bound = {f.name for f in fields(Config) if not f.metadata.get("free")}
+    there = {f.name: saved.get(f.name, f.default) for f in fields(Config) if not f.metadata.get("free")}
     for name, value in given.items():
-        if name in bound and value != saved.get(name):
+        if name in there and value != there[name]:
             raise UsageError(
-                f"the run in --out has {name.replace('_', '-')} {saved.get(name)}, not {value}: it cannot go on as another run"
+                f"the run in --out has {name.replace('_', '-')} {there[name]}, not {value}: it cannot go on as another run"
             )
     return given
 

@@ -43,7 +43,7 @@ def train(like: Path, out: Path, unscale_late: bool) -> None:
         {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     scaler = torch.amp.GradScaler(
         "cpu", config.init_scale, growth_interval=config.growth_interval, enabled=config.loss_scale == "dynamic"
     )

@@ -173,6 +173,34 @@ def test_a_biased_moment_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch)
     assert first is not None and first.point == "4.v"
 
 
+OTHER_SETTINGS: list[dict[str, Any]] = [
+    {"beta1": 0.8, "beta2": 0.999, "eps": 1e-6, "schedule": "linear"},
+    {"beta1": 0.0, "beta2": 0.5, "eps": 1e-3, "schedule": "constant"},
+]
+
+
+@pytest.mark.parametrize("settings", OTHER_SETTINGS, ids=["linear", "constant"])
+def test_other_betas_eps_and_schedules_agree(settings: dict[str, Any]) -> None:
+    result = run("fp32", {**ODD, "steps": 8}, **settings)
+    assert result.agrees, report(result)
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2", "eps", "schedule"])
+def test_a_setting_that_one_side_lacks_departs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the twin without one of them is found where it acts first."""
+    first = {"beta1": "4.m", "beta2": "4.v", "eps": "4.master", "schedule": "4.lr"}[name]
+    settings = {"beta1": 0.8, "beta2": 0.999, "eps": 1e-3, "schedule": "linear", "warmup": 0}
+    default = getattr(Config, name)
+    original = Twin.__init__
+
+    def without(self: Twin, config: Config, weights: Any, device: str = "cpu") -> None:
+        original(self, replace(config, **{name: default}), weights, device)
+
+    monkeypatch.setattr(Twin, "__init__", without)
+    found = run("fp32", {**ODD, "steps": 3}, **settings).first_departure
+    assert found is not None and found.point == first
+
+
 def test_recipes_without_a_twin_are_refused() -> None:
     with pytest.raises(UsageError, match="no twin"):
         run("pure-bf16")

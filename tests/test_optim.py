@@ -6,6 +6,7 @@ it is used, with u = 2^-24 the largest relative error of one fp32 rounding. PyTo
 """
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,7 @@ import refimpl.state
 from refimpl.backends import Backend
 from refimpl.cast import cast, widen
 from refimpl.models import Model, Parameter
-from refimpl.optim import SGD, AdamW, Optimizer, Schedule
+from refimpl.optim import SCHEDULES, SGD, AdamW, Optimizer, Schedule
 from refimpl.recipes import get_recipe
 from refimpl.state import State
 
@@ -277,6 +278,41 @@ def test_schedule_without_warm_up_or_without_decay() -> None:
     assert Schedule(1.0, 0.0, 0, 10)(0) == 1.0
     assert [Schedule(0.5, 0.5, 0, 10)(t) for t in (0, 3, 10, 11)] == [0.5] * 4
     assert [Schedule(1.0, 0.0, 4, 4)(t) for t in (0, 3, 4)] == [0.2, 0.8, 1.0]  # all of it warm-up: no division by zero
+
+
+def test_linear_and_constant_schedules_by_hand() -> None:
+    # updates 0 to 7, two of them warm-up: thirds of 3, then from 3 down to 1 in four equal parts, and there it stays
+    assert [Schedule(3.0, 1.0, 2, 6, "linear")(t) for t in range(8)] == [1.0, 2.0, 3.0, 2.5, 2.0, 1.5, 1.0, 1.0]
+    assert [Schedule(3.0, 1.0, 2, 6, "constant")(t) for t in range(8)] == [1.0, 2.0, *6 * [3.0]]
+    assert [Schedule(3.0, 1.0, 2, 6)(t) for t in (2, 4, 6)] == [3.0, 2.0, 1.0]
+    assert Schedule(1.0, 0.0, 4, 4, "linear")(4) == 1.0  # all of it warm-up: no division by zero
+
+
+@pytest.mark.parametrize("shape", SCHEDULES)
+def test_schedules_are_pytorchs(shape: str) -> None:
+    torch = pytest.importorskip("torch")
+    lr, min_lr, warmup, steps = 6e-4, 1e-4, 5, 40
+    schedulers = torch.optim.lr_scheduler
+
+    def rates(of: Callable[[Any], Any], n: int) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+        scheduler, seen = of(optimizer), []
+        for _ in range(n):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return seen
+
+    after: dict[str, Callable[[Any], Any]] = {
+        "cosine": lambda o: schedulers.CosineAnnealingLR(o, steps - warmup, eta_min=min_lr),
+        "linear": lambda o: schedulers.LinearLR(o, 1.0, min_lr / lr, steps - warmup),
+        "constant": lambda o: schedulers.ConstantLR(o, 1.0),
+    }
+    theirs = rates(lambda o: schedulers.LinearLR(o, 1 / (warmup + 1), 1.0, warmup), warmup)
+    theirs += rates(after[shape], steps - warmup)
+    schedule = Schedule(lr, min_lr, warmup, steps, shape)
+    # theirs are recurrences in double precision: at most a few roundings of 1e-16 an update
+    assert [schedule(t) for t in range(steps)] == pytest.approx(theirs, rel=4 * steps * 2.0**-53)
 
 
 def test_the_optimizers_tables_are_the_schedules(backend: Backend) -> None:
