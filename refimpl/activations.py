@@ -84,6 +84,7 @@ class Flow:
 
     def __init__(self, recipe: Recipe) -> None:
         self.row, self.stored = recipe.policy.row, get_storage(recipe.state["weights"]).fmt
+        self.fused_attention = recipe.policy.fused_attention
 
     def cast(self, op: str, operand: str, x: str) -> str:
         """The format in which an operation reads an operand that arrives in format x."""
@@ -152,8 +153,18 @@ def _attention_lines(f: Flow, x: str) -> list[_Line]:
         *_norm_lines(f, "h.i ln_1", "L ", f"{place}.ln_1", x),
         ("h.i attn.c_attn input", "L B T C", kept, f"{place}.attn.c_attn", _made_by("ln_1", h, kept)),
         ("h.i attention qkv", "L B T 3C", qkv, f"{place}.attn", "the output of attn.c_attn; q, k and v are views of it"),
-        ("h.i attention P", "L B H T T", P, f"{place}.attn", "the softmax output, masked half included"),
-        ("h.i attn.c_proj input", "L B T C", kept_O, f"{place}.attn.c_proj", _made_by("attention", O, kept_O)),
+        *(_fused_lines(f, O, f"{place}.attn") if f.fused_attention else [
+            ("h.i attention P", "L B H T T", P, f"{place}.attn", "the softmax output, masked half included")]),
+        *([] if f.fused_attention and kept_O == O else [
+            ("h.i attn.c_proj input", "L B T C", kept_O, f"{place}.attn.c_proj", _made_by("attention", O, kept_O))]),
+    ]  # fmt: skip
+
+
+def _fused_lines(f: Flow, O: str, place: str) -> list[_Line]:  # noqa: E741
+    """Fused attention keeps its output and a number per row, and no array of T x T."""
+    return [
+        ("h.i attention O", "L B T C", O, place, "its output, which attn.c_proj reads: the same memory, unless that casts it"),
+        ("h.i attention log(sum(exp S))", "L B H T", f.row("attention.softmax").acc, place, "a value a row"),
     ]
 
 
@@ -262,7 +273,7 @@ def against_paper(config: GPTConfig, recipe: Recipe, batch_size: int, block_size
     terms = gpt_activations(replace(config, n_layer=1), recipe, batch_size, block_size)
     layer = {term.name.removeprefix("h.i "): term for term in terms}
     sbh, as2b = block_size * batch_size * config.n_embd, config.n_head * block_size**2 * batch_size
-    qkv, P = layer["attention qkv"], layer["attention P"]
+    qkv, P, O = layer["attention qkv"], layer.get("attention P"), layer.get("attention O")  # noqa: E741
     norm_bytes = layer["ln_1 input"].nbytes + layer["ln_2 input"].nbytes
     statistics = layer["ln_1 mean and rstd"].nbytes + layer["ln_2 mean and rstd"].nbytes
 
@@ -273,11 +284,11 @@ def against_paper(config: GPTConfig, recipe: Recipe, batch_size: int, block_size
     return [
         both("input of Q, K, V", 2 * sbh, layer["attn.c_attn input"]),
         both("Q and K", 4 * sbh, qkv, qkv.nbytes * 2 // 3),
-        both("softmax output", 2 * as2b, P),
+        both("softmax output", 2 * as2b, P) if P else Row("softmax output", 2 * as2b, 0, "fused attention: computed again"),
         Row("softmax dropout mask", as2b, 0, "no dropout"),
         Row("softmax dropout output", 2 * as2b, 0, "no dropout: attention reads the softmax output itself"),
         both("V", 2 * sbh, qkv, qkv.nbytes // 3),
-        both("input of the output projection", 2 * sbh, layer["attn.c_proj input"]),
+        both("input of the output projection", 2 * sbh, O or layer["attn.c_proj input"]),
         Row("attention dropout mask", sbh, 0, "no dropout"),
         both("input of the first MLP linear", 2 * sbh, layer["mlp.c_fc input"]),
         both("GELU input", 8 * sbh, layer["mlp.gelu input"]),

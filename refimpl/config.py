@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from refimpl.backends import Backend, get_backend
@@ -14,8 +14,10 @@ from refimpl.formats import FORMATS
 from refimpl.loss_scale import LossScale, find_scaler, make_loss_scale
 from refimpl.mistakes import MISTAKES
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
+from refimpl.ops import fused_attention
 from refimpl.optim import SCHEDULES, SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.parts import Parts
+from refimpl.policies import ATTENTION, with_attention
 from refimpl.policy import Run
 from refimpl.quantise import Scales
 from refimpl.recipes import MASTERS_FROM, Recipe, get_recipe
@@ -61,6 +63,7 @@ class Config:
     clip: float = 1.0
     grad_accum: int = 1
     masters_from: str | None = None
+    attention: str = "unfused"
     loss_scale: str | None = None
     init_scale: float = 65536.0
     growth_interval: int = 2000
@@ -123,6 +126,8 @@ class Config:
         self._check_optimizer()
         if self.masters_from not in (None, *MASTERS_FROM):
             raise UsageError(f"--masters-from is {self.masters_from!r}: choose {' or '.join(MASTERS_FROM)}")
+        if self.attention not in ATTENTION:
+            raise UsageError(unknown("attention", self.attention, ATTENTION))
         if self.mistake != "none" and self.mistake not in MISTAKES:
             raise UsageError(unknown("mistake", self.mistake, MISTAKES))
         if self.zero not in (None, 0, 1, 2, 3):
@@ -207,7 +212,8 @@ class Config:
                 f"--batch-size {self.batch_size} cannot be shared equally by {comm.size} ranks: start a number that divides it"
             )
         optimizer, loss_scale = self.make_optimizer(backend), self.make_loss_scale(backend.xp)
-        run = Run(recipe.policy, backend, scales=Scales(self.seed, over_ranks=comm.on_host.largest))
+        overrides = {"attention": fused_attention} if recipe.policy.fused_attention else {}
+        run = Run(recipe.policy, backend, overrides=overrides, scales=Scales(self.seed, over_ranks=comm.on_host.largest))
         return Parts(model, state, optimizer, loss_scale, run, self.clip or math.inf)
 
     def make_backend(self) -> Backend:
@@ -220,8 +226,9 @@ class Config:
         return (self.masters_from or self.make_recipe().masters_from) == "rounded"
 
     def make_recipe(self) -> Recipe:
-        """The recipe that was asked for."""
-        return get_recipe(self.recipe)
+        """The recipe that was asked for, with the attention that was asked for."""
+        recipe = get_recipe(self.recipe)
+        return replace(recipe, policy=with_attention(recipe.policy, self.attention))
 
 
 def _flag(name: str) -> str:

@@ -35,6 +35,7 @@ HELP = {
     "clip": "largest gradient norm; 0 does not clip",
     "grad_accum": "micro-batches a step, their gradients summed in FP32",
     "masters_from": "original (the FP32 weights) or rounded (their copy in the model's format) (default: the recipe's)",
+    "attention": "unfused (each operation rounds), fused (as one kernel, FlashAttention), or math (all FP32, one rounding)",
     "loss_scale": f"dynamic (torch), none, a number, or as another project: {', '.join(SCALERS)} (default: the recipe's)",
     "init_scale": "where a loss scale that adapts starts, if not where its project lets it start",
     "growth_interval": "good steps before it doubles, if not as many as in its project",

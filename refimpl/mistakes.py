@@ -22,7 +22,7 @@ from refimpl.loss_scale import DynamicLossScale
 from refimpl.ops import Op, attention, embedding, linear
 from refimpl.optim import AdamW
 from refimpl.parts import Parts, UpdateArguments, WrappedOptimizer
-from refimpl.policy import SAME, Bound, Policy, Precision
+from refimpl.policy import SAME, Bound, Precision
 from refimpl.state import Sink, State
 
 Array = Any
@@ -181,13 +181,18 @@ def _rows(parts: Parts, **rows: Precision) -> None:
     """Other rows of the policy; a name's '__' stands for its dot."""
     policy = parts.run.policy
     changed = {**policy.rows, **{name.replace("__", "."): row for name, row in rows.items()}}
-    parts.run.policy = Policy(policy.name, changed)
+    parts.run.policy = replace(policy, rows=changed)
+
+
+def _need_written_out(parts: Parts) -> None:
+    _need(parts.model.name == "gpt", "attention (gpt)")
+    _need(parts.run.policy.row("attention.scores").out != "fp32", "--attention unfused")
 
 
 def _missing_cast(parts: Parts) -> None:
     low = _low(parts)
     inputs = parts.run.policy.row("attention.softmax").input("S")
-    _need(parts.model.name == "gpt", "attention (gpt)")
+    _need_written_out(parts)
     _rows(parts, attention__softmax=Precision(inputs, "fp32", "fp32"),
           attention__values=Precision({"P": SAME, "v": low}, "fp32", low))  # fmt: skip
 
@@ -199,7 +204,7 @@ def _loss_in_16_bits(parts: Parts) -> None:
 
 def _softmax_in_16_bits(parts: Parts) -> None:
     low = _low(parts)
-    _need(parts.model.name == "gpt", "attention (gpt)")
+    _need_written_out(parts)
     _rows(parts, attention__softmax=Precision(low, "fp32", low))
 
     def narrow(p: Bound) -> Bound:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from refimpl.policy import EVERY_OTHER, SAME, Policy, Precision
 
+ATTENTION = ("unfused", "fused", "math")
+"""Ways to compute attention: operation by operation as the policy's own rows say, or as one operation (`with_attention`)."""
+
 
 def uniform(fmt: str, acc: str) -> Policy:
     """Every tensor in one format, sums in `acc`; the loss in `acc` too, from logits cast up to it."""
@@ -44,6 +47,27 @@ def autocast_cpu(low: str) -> Policy:
             EVERY_OTHER: Precision(SAME, "fp32", SAME),
         },
     )
+
+
+def with_attention(policy: Policy, kind: str) -> Policy:
+    """The policy with attention as PyTorch's F.scaled_dot_product_attention computes it. kind: one of ATTENTION.
+
+    Both read q, k and v in 16 bits and store neither S nor P. 'fused', SDPBackend.FLASH_ATTENTION, the default where there are
+    neither masks nor dropout: the products read 16 bits, so exp(S - max) and, backward, P and dS are rounded to them.
+    'math', SDPBackend.MATH on the CPU: all of it in FP32, with one rounding at the end.
+    """
+    if kind == "unfused":
+        return policy
+    values = policy.row("attention.values")
+    low, acc = values.input("v"), values.acc
+    inside = Precision(acc, acc, acc)
+    if kind == "math":
+        scores, values = inside, Precision(acc, acc, low)
+    else:
+        scores, values = Precision(low, acc, acc), Precision(low, acc, low)
+    rows = {"scores": scores, "scale": inside, "softmax": inside, "values": values}
+    named = {f"attention.{part}": row for part, row in rows.items()}
+    return Policy(f"{policy.name}, {kind} attention", {**policy.rows, **named}, fused_attention=kind == "fused")
 
 
 def with_sums(name: str, acc: str) -> Policy:

@@ -67,10 +67,13 @@ class Policy:
     A matrix product has three rows, since forward and the two gradients may differ: `linear.y`, `linear.dx`,
     `linear.dw`, and `linear.db` for the bias; attention has `attention.scores`, `attention.scale`, `attention.softmax`,
     `attention.values`. A place before a colon makes a row of one layer: `lm_head:linear`.
+
+    fused_attention: whether attention runs as `ops.fused_attention` computes it, not operation by operation.
     """
 
     name: str
     rows: Mapping[str, Precision]
+    fused_attention: bool = False
 
     def __post_init__(self) -> None:
         """Errors: ValueError for an accumulator that no code would heed: other sums than those of products are fp32 or fp64."""

@@ -254,9 +254,12 @@ MAY_IMPORT = {
     "backends.heap": set(),
     "backends.workers": set(),
     "backends.numpy_ops": {"formats", "ops", "ops.norm", "ops.pointwise", "policy"},
-    "ops": {f"ops.{part}" for part in ("attention", "embedding", "gemm", "loss", "norm", "op", "pointwise", "shape")},
+    "ops": {
+        f"ops.{x}" for x in ("attention", "embedding", "fused_attention", "gemm", "loss", "norm", "op", "pointwise", "shape")
+    },
     "ops.op": set(),
     "ops.attention": OPS_MAY,
+    "ops.fused_attention": OPS_MAY | {"ops.attention"},
     "ops.embedding": OPS_MAY,
     "ops.gemm": OPS_MAY,
     "ops.loss": OPS_MAY,

@@ -1,5 +1,7 @@
 """All operations, in one table by name: forward/backward pairs of plain functions, see `ops.op`.
 
+`fused_attention` is no other operation: it runs in the place of `attention` where a policy says so.
+
 The models here use some of them; the others (matmul, rmsnorm, silu, ...) are for yours. `fan_in` adds gradients for the tape.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from refimpl.ops.attention import attention
 from refimpl.ops.embedding import embedding
+from refimpl.ops.fused_attention import fused_attention
 from refimpl.ops.gemm import linear, matmul
 from refimpl.ops.loss import cross_entropy
 from refimpl.ops.norm import layernorm, rmsnorm, softmax_op
@@ -38,6 +41,7 @@ OPS: dict[str, Op] = {
 }
 
 __all__ = [
-    "OPS", "Op", "add", "attention", "cast_parameter", "cross_entropy", "embedding", "fan_in", "gelu_erf", "gelu_tanh",
-    "layernorm", "linear", "matmul", "relu", "reshape", "rmsnorm", "silu", "softmax_op", "split", "transpose",
+    "OPS", "Op", "add", "attention", "cast_parameter", "cross_entropy", "embedding", "fan_in", "fused_attention",
+    "gelu_erf", "gelu_tanh", "layernorm", "linear", "matmul", "relu", "reshape", "rmsnorm", "silu", "softmax_op",
+    "split", "transpose",
 ]

@@ -3,7 +3,8 @@
     S = R(q k^T)   S' = R(S / sqrt(D))   P = R(softmax(S'))   O = R(P v)
 
 Each of the four has its own row: `attention.scores`, `.scale`, `.softmax`, `.values`. 'All FP32 and one rounding at the
-end', which is what PyTorch's SDPBackend.MATH does, is four other rows and no other code.
+end', which is what PyTorch's SDPBackend.MATH does, is four other rows and no other code (`--attention math`). A fused kernel
+rounds in places that this order of operations does not have: `fused_attention`.
 """
 
 from __future__ import annotations
