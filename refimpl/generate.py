@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refimpl.cast import widen
+from refimpl.console import printable
 from refimpl.data import map_file, sequential_batches
 from refimpl.errors import UsageError
 from refimpl.models import Model
@@ -30,15 +31,19 @@ def sample(
     rng: np.random.Generator,
     prompt: bytes = START,
     temperature: float = 0.8,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> bytes:
     """n_bytes sampled one after the other, each from softmax(logits / temperature); temperature 0 takes the likeliest.
 
-    The model sees the last block_size bytes. Random numbers are drawn on the host from `rng`, one a byte.
+    The model sees the last block_size bytes. Random numbers are drawn on the host from `rng`, one a byte. Fewer are sampled
+    where `stopping`, which is asked before each, says so.
     """
     block, run = model.config["block_size"], run.frozen()
     text = bytearray(prompt or START)
     start = len(text)
     for _ in range(n_bytes):
+        if stopping():
+            break
         context = bytes(text[-block:])
         if model.name == "mlp":  # it reads a whole block, no less
             context = context.rjust(block, START)
@@ -85,6 +90,6 @@ def generate(checkpoint: Path, prompt: str, n_bytes: int, temperature: float, se
         nats = mean_loss(model, state, run, sequential_batches(text, 16, block_size))
         print(f"{loss}: {nats:.4f} nats a byte, {nats / math.log(2):.4f} bits a byte")
         return
-    rng = np.random.Generator(np.random.PCG64(seed))
-    sampled = sample(model, state, run, n_bytes, rng, prompt.encode(), temperature)
-    print(prompt + sampled.decode("utf-8", "replace"))
+    rng, given = np.random.Generator(np.random.PCG64(seed)), prompt.encode("utf-8", "surrogateescape")
+    sampled = sample(model, state, run, n_bytes, rng, given, temperature)
+    print(printable(given + sampled))

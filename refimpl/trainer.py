@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,10 +19,11 @@ from refimpl.errors import TrainingStopped, UsageError
 from refimpl.generate import mean_loss
 from refimpl.gradients import first_non_finite
 from refimpl.loss_scale import DynamicLossScale
-from refimpl.metrics import MetricsLog
+from refimpl.metrics import MetricsLog, read_metrics
 from refimpl.mistakes import meddle
 from refimpl.parts import Parts
 from refimpl.run_folder import CHECKPOINT, METRICS
+from refimpl.signals import Stop
 from refimpl.state_file import load_state_arrays, scale_arrays, state_arrays, take_scales
 from refimpl.step import Batch, StepResult
 
@@ -33,6 +31,7 @@ SKIPS_BEFORE_STOP = 50
 """So many skipped steps in a row, with a scale that is static or below SMALLEST_SCALE, end a run: the scale is not why."""
 SMALLEST_SCALE = 2.0**-14
 FINAL_EVAL_BLOCKS = 1024
+STOPPING = "stopping after this step, with a checkpoint; again to stop at once"
 
 # Every use of chance has its own stream, so that evaluating or sampling more often changes no batch and no weight.
 INIT, BATCHES, EVALUATION, SAMPLE = range(4)
@@ -86,20 +85,23 @@ class Trainer:
         self.log = MetricsLog(folder / METRICS)
         self._pending: list[tuple[int, StepResult]] = []
         self._window_start = time.perf_counter()
-        self._stop = False
+        self._owes_evaluation = False
+        self.stop = Stop(STOPPING, speaks=self.writes)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self, bar: Any) -> bool:
-        """Step until the end, or until Ctrl-C; True when all steps are done. `bar` is a tqdm bar.
+        """Step until the end, or until a signal asks to stop; True when all steps are done. `bar` is a tqdm bar.
 
         Errors: TrainingStopped when the numbers allow no going on; the checkpoint before it stays.
         """
         steps = self.config.steps
         assert steps is not None
         self._window_start = time.perf_counter()
-        with self._stop_on_signal():
-            while self.progress.step < steps and not self.comm.any(self._stop):
+        with self.stop:
+            if self._owes_evaluation:
+                self._tell(bar, self._evaluate(False))
+            while self.progress.step < steps and not self.stopping():
                 self._pending.append((self.progress.step + 1, self._one_step()))
                 self.progress.step += 1
                 at_end = self.progress.step == steps
@@ -109,11 +111,20 @@ class Trainer:
                     self._write_steps(bar)
                     report = self._evaluate(at_end)
                     self.save()  # before it is told: who reads along may have gone
-                    bar.write(report)
+                    self._tell(bar, report)
             if self.progress.step < steps:
                 self._write_steps(bar)
                 self.save()
         return self.progress.step == steps
+
+    @staticmethod
+    def _tell(bar: Any, report: str) -> None:
+        if report:
+            bar.write(report)
+
+    def stopping(self) -> bool:
+        """Whether a signal has asked this rank, or another one, to stop."""
+        return self.comm.any(self.stop.asked)
 
     def _one_step(self) -> StepResult:
         before = self.comm.received.total()
@@ -131,25 +142,6 @@ class Trainer:
             x, y = sample_batch(self.corpus.train, batch_size, block_size, self.batches)
             micro_batches.append((self.backend.from_host(x[rows]), self.backend.from_host(y[rows])))
         return micro_batches
-
-    @contextmanager
-    def _stop_on_signal(self) -> Iterator[None]:
-        """The first Ctrl-C (or SIGTERM) lets the step end and saves; a second one ends at once."""
-
-        def handle(signum: int, frame: FrameType | None) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-
-        try:
-            before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever runs this handles signals
-            before = {}
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
 
     # -- the log ----------------------------------------------------------------------------------------------------
 
@@ -220,25 +212,40 @@ class Trainer:
         return "a gradient is Inf or NaN" + (f" (in the latest step one of {where})" if where else "")
 
     def _evaluate(self, final: bool) -> str:
-        """Log the validation loss, and tell it."""
-        assert self.config.batch_size is not None and self.config.block_size is not None
+        """Log the validation loss, and tell it; '' if a signal asked to stop in the middle of it."""
         started = time.perf_counter()
         loss = self.validation_loss(final)
-        self._log([{"step": self.progress.step, "val_loss": loss}])
         self._window_start += time.perf_counter() - started
+        if loss is None:
+            return ""
+        self._log([{"step": self.progress.step, "val_loss": loss}])
         return f"step {self.progress.step}: validation loss {loss:.4f} nats a byte ({loss / math.log(2):.3f} bits)"
 
-    def validation_loss(self, final: bool) -> float:
-        """The loss on the validation part: on the same sampled batches each time, at the end on all of it (or 1024 blocks)."""
+    def validation_loss(self, final: bool) -> float | None:
+        """The loss on the validation part: on the same sampled batches each time, at the end on all of it (or 1024 blocks).
+
+        None if a signal asked to stop before its last batch.
+        """
         batch_size, block_size = self.config.batch_size, self.config.block_size
         assert batch_size is not None and block_size is not None
         self.state.weights_down()
+        batches: Iterable[tuple[np.ndarray, np.ndarray]]
         if final:
             batches = sequential_batches(self.corpus.valid, batch_size, block_size, FINAL_EVAL_BLOCKS)
-            return mean_loss(self.model, self.state, self.run, batches)
-        rng = generator(self.config.seed, EVALUATION)
-        sampled = (sample_batch(self.corpus.valid, batch_size, block_size, rng) for _ in range(self.config.eval_batches))
-        return mean_loss(self.model, self.state, self.run, sampled)
+        else:
+            rng = generator(self.config.seed, EVALUATION)
+            batches = (sample_batch(self.corpus.valid, batch_size, block_size, rng) for _ in range(self.config.eval_batches))
+        cut = []
+
+        def until_stopped() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for batch in batches:
+                if self.stopping():
+                    cut.append(True)
+                    return
+                yield batch
+
+        loss = mean_loss(self.model, self.state, self.run, until_stopped())
+        return None if cut else loss
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -268,10 +275,17 @@ class Trainer:
         return path
 
     def restore(self) -> None:
-        """Go on from the checkpoint in the folder, bit for bit. Errors: UsageError when it is damaged or not this run's."""
-        self.load_checkpoint()
+        """Go on from the checkpoint in the folder, bit for bit; from the start where the run did not get as far as one.
+
+        Errors: UsageError when it is damaged or not this run's.
+        """
+        if (self.folder / CHECKPOINT).exists():
+            self.load_checkpoint()
+        step = self.progress.step
+        evaluated = any(row["step"] == step for row in read_metrics(self.log.path) if "val_loss" in row)
+        self._owes_evaluation = step > 0 and step % self.config.eval_every == 0 and not evaluated  # a signal cut it short
         if self.writes:
-            self.log.keep_up_to(self.progress.step)
+            self.log.keep_up_to(step)
 
     def load_checkpoint(self) -> None:
         """Everything of `restore` but for the log: no file is changed."""

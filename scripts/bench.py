@@ -8,12 +8,13 @@
     python scripts/bench.py --smoke                              runs everything once at a toy size: correct, not timed
 """
 
+from refimpl.cli import main
+
 from typing import Any
 
 from refimpl.arguments import Parser
 from refimpl.bench import MODELS, bench
 from refimpl.bench_ranks import show
-from refimpl.cli import main
 from refimpl.show import json_text
 
 

@@ -6,6 +6,8 @@
 Exit code 0 when everything is within its bound, 1 when not.
 """
 
+from refimpl.cli import main
+
 import argparse
 import json
 from pathlib import Path
@@ -13,7 +15,6 @@ from typing import Any
 
 from refimpl.arguments import Parser
 from refimpl.checkpoint import write_text_atomically
-from refimpl.cli import main
 from refimpl.compare_pytorch import RECIPES, compare, report
 from refimpl.config import Config
 from refimpl.flags import add_config_flags
@@ -58,4 +59,4 @@ def run(arguments: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    main(lambda: run(vars(parser().parse_args())))
+    main(lambda: run(vars(parser().parse_args())), goes_on=True)

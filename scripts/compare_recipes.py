@@ -7,13 +7,14 @@
 `python scripts/recipes.py` says what each recipe is. The page is one HTML file and needs matplotlib.
 """
 
+from refimpl.cli import main
+
 import argparse
 import shlex
 import sys
 from pathlib import Path
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.compare_recipes import DEFAULT
 from refimpl.flags import add_config_flags
 from refimpl.recipes_page import PAGE, STEPS, STEPS_OF_ALL, WARMUP, compare_recipes

@@ -7,10 +7,11 @@ In PyTorch: model.load_state_dict(safetensors.torch.load_file("gpt.safetensors")
 safetensors.torch.save_file(weights, "gpt.safetensors"), where weights is the state_dict without the tied lm_head.weight.
 """
 
+from refimpl.cli import main
+
 from pathlib import Path
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.convert import export, import_
 
 
@@ -27,7 +28,11 @@ def parser() -> Parser:
     return result
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Convert as the command line says."""
     arguments = vars(parser().parse_args())
-    exports = arguments.pop("way") == "export"
-    main(lambda: export(**arguments) if exports else import_(**arguments))
+    (export if arguments.pop("way") == "export" else import_)(**arguments)
+
+
+if __name__ == "__main__":
+    main(run, goes_on=True)

@@ -6,10 +6,11 @@
     python scripts/experiments.py all --out pictures --seed 1
 """
 
+from refimpl.cli import main
+
 from pathlib import Path
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.experiments import EXPERIMENTS, show_experiments
 
 
@@ -23,4 +24,4 @@ def parser() -> Parser:
 
 
 if __name__ == "__main__":
-    main(lambda: show_experiments(**vars(parser().parse_args())))
+    main(lambda: show_experiments(**vars(parser().parse_args())), goes_on=True)

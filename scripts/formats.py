@@ -7,6 +7,8 @@
     python scripts/formats.py --plot                             two pictures: distances and ranges, in formats.png
 """
 
+from refimpl.cli import main
+
 import re
 import sys
 from collections.abc import Sequence
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.formats import FORMATS
 from refimpl.show_formats import COMMON, show_formats
 

@@ -9,6 +9,8 @@ a newer CuPy shows what changed. Parameters are in order; `axis=` has a default,
 
 from __future__ import annotations
 
+from refimpl.cli import main
+
 import argparse
 import inspect
 import json
@@ -78,6 +80,11 @@ def as_text(table: dict[str, Any]) -> str:
     return json.dumps(table, indent=1) + "\n"
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Print the file."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(as_text(frozen()), end="")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -4,10 +4,11 @@
     python scripts/generate.py runs/gpt-fp16/checkpoint.safetensors --loss README.md
 """
 
+from refimpl.cli import main
+
 from pathlib import Path
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.generate import generate
 
 

@@ -11,6 +11,8 @@ PyTorch's if it is installed. Exit code 0 when everything holds, 1 when not.
 needs no GPU: it prints what a training step of GPT-2 should cost on an H100, by arithmetic.
 """
 
+from refimpl.cli import main
+
 import argparse
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from typing import Any
 from refimpl import gpu_cost
 from refimpl.arguments import Parser
 from refimpl.bench import MODELS
-from refimpl.cli import main
 from refimpl.errors import UsageError
 from refimpl.gpu_check import RECIPES, check
 from refimpl.gpu_cost import GPUS

@@ -9,11 +9,12 @@
 The terminal gets a summary; the page is one HTML file with figures and all tables, and needs matplotlib.
 """
 
+from refimpl.cli import main
+
 import argparse
 from pathlib import Path
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.flags import add_config_flags
 from refimpl.show_precision import MORE_STEPS, PAGE, STEPS, inspect_precision
 

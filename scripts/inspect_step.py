@@ -6,10 +6,11 @@
     python scripts/inspect_step.py --parameter transformer.wte.weight --index 101,7 --step 50
 """
 
+from refimpl.cli import main
+
 import argparse
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.inspect_step import FOLLOWED, PARAMETER, inspect_step
 from refimpl.loss_scale import SCALERS
 

@@ -8,10 +8,11 @@
 Printed is the scale after each step. docs/loss_scaling.md tells how the scalers differ.
 """
 
+from refimpl.cli import main
+
 from pathlib import Path
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.loss_scale import SCALERS
 from refimpl.show_loss_scale import show_loss_scale
 

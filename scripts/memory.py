@@ -9,11 +9,12 @@
     python scripts/memory.py --measure --recipe amp-fp16         trains a small model and weighs it, byte for byte
 """
 
+from refimpl.cli import main
+
 import argparse
 from typing import Any
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.errors import UsageError
 from refimpl.measure_memory import measure
 from refimpl.memory import CHECKPOINTING, CONVENTIONS, PRESETS

@@ -5,10 +5,17 @@
 """
 
 
-from refimpl.arguments import Parser
 from refimpl.cli import main
+
+from refimpl.arguments import Parser
 from refimpl.mistakes import listing
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Print the list."""
     Parser(description=__doc__).parse_args()
-    main(lambda: print(listing()))
+    print(listing())
+
+
+if __name__ == "__main__":
+    main(run)

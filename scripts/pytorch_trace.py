@@ -9,12 +9,13 @@ docs/traces.md, and you may leave out any of them. The loop is autocast with a G
 batches and settings come from a trace of refimpl. --unscale-late puts the classic mistake into it.
 """
 
+from refimpl.cli import main
+
 import json
 from pathlib import Path
 from typing import Any
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.compare_pytorch import import_torch
 from refimpl.errors import UsageError
 
@@ -112,4 +113,4 @@ def parser() -> Parser:
 
 
 if __name__ == "__main__":
-    main(lambda: train(**vars(parser().parse_args())))
+    main(lambda: train(**vars(parser().parse_args())), goes_on=True)

@@ -6,8 +6,9 @@
 """
 
 
-from refimpl.arguments import Parser
 from refimpl.cli import main
+
+from refimpl.arguments import Parser
 from refimpl.show import show_recipes
 
 

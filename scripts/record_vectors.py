@@ -24,6 +24,8 @@ Inputs that are not in the file are drawn by `Stream`.
 
 from __future__ import annotations
 
+from refimpl.cli import main
+
 import math
 import warnings
 import zlib
@@ -36,7 +38,6 @@ import numpy as np
 
 from refimpl.arguments import Parser
 from refimpl.checkpoint import save
-from refimpl.cli import main
 from refimpl.compare_pytorch import RECIPES, import_torch
 from refimpl.config import Config
 from refimpl.formats import FORMATS, dtype_of
@@ -542,5 +543,4 @@ def parser() -> Parser:
 
 
 if __name__ == "__main__":
-    arguments = parser().parse_args()
-    main(lambda: run(arguments.out))
+    main(lambda: run(parser().parse_args().out), goes_on=True)

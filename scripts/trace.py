@@ -9,12 +9,13 @@ docs/traces.md says what a trace holds; scripts/pytorch_trace.py dumps one from 
 Exit code of diff: 0 when everything is within its bound, 1 when not.
 """
 
+from refimpl.cli import main
+
 from pathlib import Path
 from typing import Any
 
 from refimpl.arguments import Parser
 from refimpl.checkpoint import write_text_atomically
-from refimpl.cli import main
 from refimpl.compare import diff
 from refimpl.config import Config
 from refimpl.flags import HELP, add_config_flags
@@ -60,4 +61,4 @@ def run(arguments: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    main(lambda: run(vars(parser().parse_args())))
+    main(lambda: run(vars(parser().parse_args())), goes_on=True)

@@ -6,10 +6,11 @@
     python scripts/train.py --resume --out runs/mine
 """
 
+from refimpl.cli import main
+
 from pathlib import Path
 
 from refimpl.arguments import Parser
-from refimpl.cli import main
 from refimpl.flags import add_config_flags
 from refimpl.train import train
 
@@ -25,7 +26,12 @@ def parser() -> Parser:
     return result
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """Train as the command line says."""
     arguments = vars(parser().parse_args())
     special = {name: arguments.pop(name) for name in ("out", "resume", "overwrite", "init_from")}
-    main(lambda: train(arguments, **special))
+    return train(arguments, **special)
+
+
+if __name__ == "__main__":
+    main(run, goes_on=True)

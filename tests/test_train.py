@@ -29,6 +29,7 @@ TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 8, "warmup": 2, "eval_every": 3,
     "eval_batches": 2, "log_every": 2, "sample_bytes": 5, "lr": 1e-2, "growth_interval": 3, "init_scale": 2.0**22,
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 class NoBar:

@@ -324,7 +324,7 @@ class StopsAt:
 
     def update(self, n: int) -> None:
         if self.trainer.progress.step == self.step and self.trainer.comm.rank == self.trainer.comm.size - 1:
-            self.trainer._stop = True
+            self.trainer.stop.asked = True
 
     def write(self, text: str) -> None: ...
 

@@ -1,0 +1,108 @@
+"""Standard output and error, made so that no reader, no encoding and no terminal can end a program or be disturbed by it.
+
+    a reader who has gone (`train.py | head`), a full disk, a closed stream (`>&-`)    -> `OutputLost`, or going on without it
+    a character that the encoding lacks (cp1252, ascii)                                -> \\ufffd
+    a control character: ESC, BEL, Shift-Out, those of Unicode                         -> \\x1b
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+
+class OutputLost(Exception):
+    """What was printed has nowhere to go. `reader_gone`: a pipe whose other end was closed, which is no error of anybody's."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot write to standard output: {error.strerror}")
+        self.reader_gone = error.errno == errno.EPIPE
+
+
+def printable(text: str | bytes, kept: str = "\n\t") -> str:
+    r"""The text with everything that a terminal would obey, or not show, spelled out: \x1b for ESC, \u202e for an override.
+
+    Bytes are read as UTF-8; those that are not become \xff. kept: control characters that stay as they are.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "backslashreplace")
+    return "".join(c if c in kept or c.isprintable() else _spelled(ord(c)) for c in text)
+
+
+def _spelled(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+class Output:
+    """A stream that is written to as long as that works. What is lost afterwards is dropped.
+
+    Standard output raises `OutputLost` when it is lost, unless `goes_on`: then standard error is told, once. Standard error
+    is never missed.
+    """
+
+    def __init__(self, stream: TextIO | None, is_error: bool, goes_on: bool) -> None:
+        self.is_error, self.goes_on, self.lost = is_error, goes_on, False
+        self.closed_before = None if stream is not None else OSError(errno.EBADF, "it is closed")
+        self.stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115 (for as long as the process is)
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
+
+    def write(self, text: str) -> int:
+        """Write, or drop what can no longer be written."""
+        try:
+            if self.closed_before is not None:
+                raise self.closed_before
+            self.stream.write(text if self.is_error else printable(text))  # a progress bar moves the cursor on standard error
+        except OSError as error:
+            self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, or drop it."""
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if self.lost:
+            return
+        self.lost = True
+        with suppress(OSError):  # what is left in its buffer goes nowhere, also when Python flushes it at the end
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+        if self.is_error:
+            return
+        if not self.goes_on:
+            raise OutputLost(error)
+        reason = "its reader has gone" if error.errno == errno.EPIPE else error.strerror
+        print(f"standard output cannot be written to ({reason}): going on without it", file=sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def safe_streams(goes_on: bool) -> Iterator[None]:
+    """Standard output and error as `Output`. goes_on: what the program does matters more than what it prints."""
+    before = sys.stdout, sys.stderr
+    sys.stderr = Output(before[1], True, True)
+    sys.stdout = Output(before[0], False, goes_on)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def keep_closed_descriptors() -> None:
+    """Open what is closed of descriptors 0, 1 and 2 on nothing, so that no file of ours becomes standard output."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
