@@ -16,9 +16,9 @@ from refimpl.parts import Parts
 from refimpl.policy import Policy, Run
 from refimpl.recipes import get_recipe
 from refimpl.show import ulp
-from refimpl.state import State
+from refimpl.state import Sink, State
 from refimpl.step import Batch, through
-from refimpl.trace import Recorder, Trace, key
+from refimpl.trace import Recorder, Trace, in_batch, key
 
 Array = Any
 
@@ -59,9 +59,37 @@ def update_bound(after: Array, before: Array, relative: float, fmt: str) -> floa
     return 2 * relative * distance(after, before) + 4 * u * (l2(after) + l2(before))
 
 
+def _free(fmt: str, exact: Array) -> float:
+    """Three results on the other side of a rounding, each an ulp of the largest element away."""
+    return 3 * ulp(fmt, float(np.abs(_finite(exact)).max(initial=0.0)))
+
+
+def _unfit(x: Array, fmt: str) -> int:
+    """How many finite values of an array are no values of a format."""
+    values = _finite(x)
+    return int(np.count_nonzero(fp64(cast(values, fmt)) != values))
+
+
 def norm_error(size: int) -> float:
     """Relative error of PyTorch's norm: a running FP32 sum in 8 lanes, (n/8 + 8) u, halved by the root; plus ours."""
     return (size / 8 + 16) * U
+
+
+class Addends(State):
+    """A state that keeps each micro-batch's gradients beside their sum."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.addends: dict[str, list[Array]] = {}
+
+    def gradient_sink(self, first: bool) -> Sink:
+        sink = super().gradient_sink(first)
+
+        def keep(name: str, gradient: Array) -> None:
+            self.addends.setdefault(name, []).append(np.array(gradient))
+            sink(name, gradient)
+
+        return keep
 
 
 class Bounds:
@@ -69,17 +97,25 @@ class Bounds:
 
     *As a whole*: both sides are roundings of one true value, which a run in FP64 gives. With e the smaller of the two
     distances from it, and the other side at most half as accurate (2 e), the two are within 3 e of each other. The loss is
-    one number, near the truth by luck at times: its e is the mean over rows of each row's.
+    one number, near the truth by luck at times: its e is the mean over rows of each row's. This is the weaker bound: it lets
+    a rounding too many or too few pass.
 
-    *Operation by operation*, where the trace holds every activation (and every gradient of one): each operation computes
-    from the trace's own values, so that the two sides differ by the order of their sums alone. The judge is the same
-    operation with the same rounding points and its sums in FP64. With e the distance of ours from it, theirs may be 3 e
-    away: a few times as many results that fall on the other side of a rounding. A few such results, 3 ulps of the largest
-    element, are free. This finds a single rounding too many or too few. Values that are FP32 to the last bit have no such
-    rounding, and their e is the luck of an order of summation: for them the larger of the two bounds holds. In fused attention
+    *Operation by operation*, where the trace holds all that an operation is computed from: it computes from the trace's own
+    values, so that the two sides differ by the order of its sums alone. The judge is the same operation with the same rounding
+    points and its sums in FP64. With e the distance of ours from it, theirs may be 3 e away: a few times as many results that
+    fall on the other side of a rounding. A few such results, 3 ulps of the largest element, are free. This finds a single
+    rounding too many or too few. Values that are FP32 to the last bit have no such rounding, and their e is the luck of an
+    order of summation: for them the larger of the two bounds holds. In fused attention
     correct kernels differ by more than sums: 5/4 of the distance to another correct one (`other_kernels`) is added. That one
     comes of n roundings that went the other way; as many others have an L2 within 1 / (2 sqrt(n)) of it (one standard
     deviation): a quarter is five of them at n = 100, below which the 3 ulps that are free are more.
+
+    The gradient of a parameter over n micro-batches is a sum of n such results, each with a few free ones of its own, and of
+    the FP32 roundings of n - 1 additions on either side, each within u of a partial sum that no order makes larger than the
+    sum of the addends' norms.
+
+    *Formats*: where our values all fit 16 bits, theirs must, and where ours do not, theirs must not either; what an
+    FP32 operation or sum leaves does not fit 16 bits by chance. A 16-bit value may be stored in a wider format.
     """
 
     def __init__(self, parts: Parts, ours: Trace, theirs: Trace, step: int, batches: list[Batch], S: Array) -> None:
@@ -89,30 +125,53 @@ class Bounds:
         self._exact_sums: Trace | None = None
         self._other_kernel: Trace | None = None
         self._truth: Trace | None = None
+        self._addends: dict[str, list[Array]] = {}
 
-    def of(self, point: str, name: str, ours: Array, theirs: Array, stepwise: bool) -> float:
-        """The bound of a tensor's difference."""
+    def of(self, point: str, name: str, ours: Array, theirs: Array, weak: bool) -> float:
+        """Return the bound of a tensor's difference. weak: it was not computed from the trace's own values alone."""
         if point == "2.loss":
-            return self._of_loss(ours, stepwise)
-        fmt = min((self._rounded_to(x) for x in (ours, theirs)), key=lambda name: FORMATS[name].bits)
-        by_operation = self._by_operation(point, name, ours, fmt) if stepwise else 0.0
-        if stepwise and fmt != "fp32":
-            return by_operation
-        return max(by_operation, self._as_a_whole(point, name, ours, theirs))
-
-    def _of_loss(self, ours: Array, stepwise: bool) -> float:
-        """Both rules for the one number that is kept in FP32 always, plus its sum over rows in some order."""
-        rows = math.prod(self.batches[0][1].shape) * len(self.batches)
-        e = distance(ours, self.exact_sums.tensors[f"{self.step}/2.loss"]) if stepwise else self._row_error()
-        return 3 * e + 2 * math.sqrt(rows) * U * l2(ours)  # each addition errs by u at most, in a random direction
-
-    def _by_operation(self, point: str, name: str, ours: Array, fmt: str) -> float:
+            return self._of_loss(ours, weak)
+        if weak:
+            return self._as_a_whole(point, name, ours, theirs)
         exact = self.exact_sums.get(self.step, point, name)
         assert exact is not None
-        kernels = 0.0
+        if point == "2.grads" and len(self.batches) > 1:
+            by_operation, fmt = self._of_sum(name)
+        else:
+            fmt = min((self._rounded_to(x) for x in (ours, theirs)), key=lambda name: FORMATS[name].bits)
+            by_operation = _free(fmt, exact)
+        by_operation += 3 * distance(ours, exact)
         if self.parts.run.policy.fused_attention:
-            kernels = 1.25 * distance(ours, self.other_kernel.tensors[key(self.step, point, name)])
-        return 3 * distance(ours, exact) + kernels + 3 * ulp(fmt, float(np.abs(_finite(exact)).max(initial=0.0)))
+            by_operation += 1.25 * distance(ours, self.other_kernel.tensors[key(self.step, point, name)])
+        return by_operation if fmt != "fp32" else max(by_operation, self._as_a_whole(point, name, ours, theirs))
+
+    def wrong_format(self, ours: Array, theirs: Array) -> str:
+        """Return what is wrong with the format of their values beside ours, in words; '' where nothing is.
+
+        Eight values that do not fit 16 bits are no accident, nor is one beside eight or more that all fit.
+        """
+        low = self._low
+        if FORMATS[low].bits > 16 or np.shape(ours) != np.shape(theirs):
+            return ""
+        (a, b), present = (_unfit(x, low) for x in (ours, theirs)), np.count_nonzero(_finite(ours))
+        if a >= 8 and b == 0:
+            return f"all values fit {low}: they should have been kept in more bits"
+        if a == 0 and b > 0 and present >= 8:
+            return f"{b} values do not fit {low}: they should have been rounded to it"
+        return ""
+
+    def _of_loss(self, ours: Array, weak: bool) -> float:
+        """Both rules for the one number that is kept in FP32 always, plus its sum over rows in some order."""
+        rows = math.prod(self.batches[0][1].shape) * len(self.batches)
+        e = self._row_error() if weak else distance(ours, self.exact_sums.tensors[f"{self.step}/2.loss"])
+        return 3 * e + 2 * math.sqrt(rows) * U * l2(ours)  # each addition errs by u at most, in a random direction
+
+    def _of_sum(self, name: str) -> tuple[float, str]:
+        """What micro-batches add to the bound of a gradient, and the format that each one's gradient was rounded to."""
+        addends = self._addends[name]
+        fmt = max((self._rounded_to(x) for x in addends), key=lambda fmt: FORMATS[fmt].bits)
+        sums = 2 * (len(addends) - 1) * U * sum(l2(x) for x in addends)
+        return sums + sum(_free(fmt, x) for x in addends), fmt
 
     def _as_a_whole(self, point: str, name: str, ours: Array, theirs: Array) -> float:
         exact = self.truth.get(self.step, point, name)
@@ -136,8 +195,8 @@ class Bounds:
         if self._exact_sums is None:
             run = self.parts.run
             rows = {key: replace(row, acc="fp64") if row.acc == "fp32" else row for key, row in run.policy.rows.items()}
-            exact_run = Run(Policy("exact sums", rows), NUMPY, overrides=run.overrides)
-            self._exact_sums = self._run(self._same_weights(), exact_run, self.S, follow=True)
+            exact, exact_run = self._same_weights(), Run(Policy("exact sums", rows), NUMPY, overrides=run.overrides)
+            self._exact_sums, self._addends = self._run(exact, exact_run, self.S, follow=True), exact.addends
         return self._exact_sums
 
     @property
@@ -159,10 +218,10 @@ class Bounds:
             self._truth = self._run(exact, Run(recipe.policy, NUMPY), np.asarray(np.float64(self.S)), follow=False)
         return self._truth
 
-    def _same_weights(self) -> State:
+    def _same_weights(self) -> Addends:
         """A state with our weights, and gradients of its own."""
         state = self.parts.state
-        other = State(self.parts.model, {kind: state.formats[kind] for kind in ("weights", "grads")}, NUMPY)
+        other = Addends(self.parts.model, {kind: state.formats[kind] for kind in ("weights", "grads")}, NUMPY)
         other.weights[...] = state.weights
         return other
 
@@ -177,12 +236,13 @@ class Bounds:
 
     def _row_error(self) -> float:
         """The mean over rows of |our loss of the row - the true one|, from the logits as each run has them."""
-        name = "lm_head"
-        ours, truth = (trace.get(self.step, "2.activations", name) for trace in (self.ours, self.truth))
-        assert ours is not None and truth is not None
-        targets = self.batches[0][1]
-        target = (targets if ours.ndim == 3 else targets[:, -1]).reshape(-1)
-        return float(np.abs(_row_losses(ours, target) - _row_losses(truth, target)).mean())
+        errors = []
+        for i, (_, targets) in enumerate(self.batches, 1):
+            ours, truth = (trace.get(self.step, "2.activations", in_batch("lm_head", i)) for trace in (self.ours, self.truth))
+            assert ours is not None and truth is not None
+            target = (targets if ours.ndim == 3 else targets[:, -1]).reshape(-1)
+            errors.append(float(np.abs(_row_losses(ours, target) - _row_losses(truth, target)).mean()))
+        return float(np.mean(errors))
 
 
 def _row_losses(logits: Array, target: Array) -> np.ndarray:

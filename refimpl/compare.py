@@ -9,51 +9,98 @@ from typing import Any
 import numpy as np
 
 from refimpl.config import Config
+from refimpl.coverage import Coverage, coverage, verdict
 from refimpl.errors import UsageError
-from refimpl.judge import Finding, explanations, judge
+from refimpl.findings import Finding
+from refimpl.judge import Judge, explanations
 from refimpl.mistakes import MISTAKES
 from refimpl.show import table
 from refimpl.trace import POINTS, Trace
+
+GROUPS = 12
+"""Reasons that are printed; `--json` has all."""
 
 
 def diff(a: Trace, b: Trace) -> dict[str, Any]:
     """Print how trace `b` compares with the recipe that `a` was made with; return the verdict as `--json` writes it.
 
     One of the two must be a trace of refimpl, whose header holds the configuration; if only `b` is, `a` is judged. What the
-    judged one lacks of the start and of the batches is taken from the other.
+    judged one lacks of the start and of the batches is taken from the other. Errors: UsageError.
     """
     if not a.config and not b.config:
         raise UsageError("neither file says how it was made: one of the two must come from `scripts/trace.py record`")
     reference, theirs = (a, b) if a.config else (b, a)
-    config = replace(Config.of(reference.config), mistake="none")
-    given = {k: v for k, v in reference.tensors.items() if k.startswith("0/") or "/0." in k}
-    theirs = Trace(theirs.config, {**given, **theirs.tensors})
-    findings = judge(config, theirs)
+    config = replace(config_of(reference), mistake="none")
+    judge = Judge(config, with_start_of(reference, theirs))
+    own = Judge(config, theirs).theirs if theirs.tensors else theirs
+    findings = list(judge.findings())
+    covered = coverage(own, findings, judge.reasons)
+    if not covered.tensors:
+        raise UsageError("nothing in this trace can be judged: it holds a start and batches at most")
     first = next((finding for finding in findings if finding.departs), None)
-    reasons = explanations(config, theirs, first) if first else []
-    print(report(reference, theirs, findings, first, reasons))
-    return {"agrees": first is None, "first_departure": vars(first) if first else None, "explained_by": reasons}
+    reasons = explanations(config, judge.theirs, first) if first else []
+    print(report(reference, judge, findings, covered, reasons))
+    said = verdict(findings, covered)
+    return {
+        "verdict": said, "agrees": said == "AGREES", "first_departure": vars(first) if first else None,
+        "explained_by": reasons, "coverage": covered.as_data(), "notes": judge.notes,
+    }  # fmt: skip
+
+
+def config_of(trace: Trace) -> Config:
+    """The configuration that a trace's header holds. Errors: UsageError where it is none."""
+    try:
+        return Config.of(trace.config)
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        raise UsageError(f"the configuration in the trace's header is damaged: {error}") from error
+
+
+def with_start_of(reference: Trace, theirs: Trace) -> Trace:
+    """The judged trace with what it lacks of batches, and of the start if that may be the reference's."""
+    given = {k: v for k, v in reference.tensors.items() if k.startswith("0/") or "/0." in k}
+    return Trace(theirs.config, {**given, **theirs.tensors}, theirs.settings)
 
 
 def report(
-    reference: Trace, theirs: Trace, findings: Sequence[Finding], first: Finding | None, reasons: Sequence[str]
+    reference: Trace, judge: Judge, findings: Sequence[Finding], covered: Coverage, reasons: Sequence[str]
 ) -> str:
-    """What a person reads: the two runs side by side, each point, the first departure, and what explains it."""
-    lines = [f"recipe {reference.config['recipe']}, {reference.config['model']}", _trajectory(reference, theirs), ""]
-    lines += ["each step taken again from the trace's own values:", shares(findings), ""]
-    if first is None:
-        worst = max(findings, key=lambda f: f.error)
-        return "\n".join([*lines, f"AGREES: nearest to its bound is {worst.where}, at {worst.error:.2f} of it"])
-    lines.append(
-        f"DEPARTS first at {first.where}: {first.error:.3g} times its bound, {first.ulps:.3g} ulps at most "
-        f"(at the largest element), {first.identical:.1%} of {first.elements} elements identical"
-    )
+    """What a person reads: the two runs side by side, each point, what was judged, the first departure, what explains it."""
+    lines = [f"recipe {reference.config['recipe']}, {reference.config['model']}", *judge.notes]
+    lines += [_trajectory(reference, judge.theirs), ""]
+    if findings:
+        lines += ["each step taken again from the trace's own values:", shares(findings), ""]
+    lines += [covered.sentence]
+    for title, groups in (("not judged", covered.not_judged), ("by the weaker bound", covered.weakly)):
+        lines += [f"  {title}: {group}" for group in groups[:GROUPS]]
+        if len(groups) > GROUPS:
+            rest = groups[GROUPS:]
+            lines.append(f"  {title}: {sum(group.tensors for group in rest)} more tensors for other reasons (see --json)")
+    first = next((finding for finding in findings if finding.departs), None)
+    if first is not None:
+        return "\n".join([*lines, *_departure(first, findings, reasons)])
+    if not findings:
+        return "\n".join([*lines, "PARTLY JUDGED: nothing of it could be judged"])
+    worst = max(findings, key=lambda f: f.error)
+    near = f"nearest to its bound is {worst.where}, at {worst.error:.2f} of it"
+    if covered.complete:
+        return "\n".join([*lines, f"AGREES: {near}"])
+    what = [f"{covered.tensors - covered.judged} tensors were not judged"] if covered.not_judged else []
+    weakly = sum(group.tensors for group in covered.weakly)
+    what += [f"{weakly} only by the weaker bound, which known mistakes pass"] if weakly else []
+    return "\n".join([*lines, f"PARTLY JUDGED: nothing departs, but {' and '.join(what)}; {near}"])
+
+
+def _departure(first: Finding, findings: Sequence[Finding], reasons: Sequence[str]) -> list[str]:
+    """The first tensor that departs, what else does in that step, and what explains it."""
+    note = f"; {first.note}" if first.note else ""
     later = dict.fromkeys(f.point for f in findings if f.departs and f.step == first.step)
-    lines.append(f"in that step outside their bounds: {', '.join(later)}")
+    lines = [
+        f"DEPARTS first at {first.where}: {first.error:.3g} times its bound, {first.ulps:.3g} ulps at most "
+        f"(at the largest element), {first.identical:.1%} of {first.elements} elements identical{note}",
+        f"in that step outside their bounds: {', '.join(later)}",
+    ]
     lines += [f"explained by --mistake {name}: {MISTAKES[name].what}" for name in reasons]
-    if not reasons:
-        lines.append("none of the known mistakes (python scripts/mistakes.py) explains it")
-    return "\n".join(lines)
+    return lines if reasons else [*lines, "none of the known mistakes (python scripts/mistakes.py) explains it"]
 
 
 def _trajectory(a: Trace, b: Trace) -> str:
@@ -78,5 +125,6 @@ def shares(findings: Sequence[Finding]) -> str:
             elements = sum(f.elements for f in here)
             same = sum(f.identical * f.elements for f in here) / max(1, elements)
             worst = max(here, key=lambda f: np.nan_to_num(f.error, nan=np.inf))
-            rows.append([point, str(len(here)), f"{same:.3%}", f"{worst.error:.3g}", worst.name])
-    return table(["point", "tensors", "identical", "of bound", "in"], rows)
+            weak = sum(bool(f.weak) for f in here)
+            rows.append([point, str(len(here)), str(weak or ""), f"{same:.3%}", f"{worst.error:.3g}", worst.name])
+    return table(["point", "tensors", "weakly", "identical", "of bound", "in"], rows)

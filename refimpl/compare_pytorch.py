@@ -29,8 +29,9 @@ from refimpl.cast import widen
 from refimpl.config import Config
 from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError
+from refimpl.findings import Finding
 from refimpl.formats import format_of
-from refimpl.judge import Finding, judge
+from refimpl.judge import judge
 from refimpl.ops import Op
 from refimpl.policy import Bound
 from refimpl.state import Sink, State

@@ -26,7 +26,8 @@ from refimpl.backends import get_backend
 from refimpl.bench import MODELS, WARM_UP, Ours, timed
 from refimpl.compare_pytorch import STAGE_STEPS, TRAJECTORY
 from refimpl.config import Config
-from refimpl.judge import Finding, judge
+from refimpl.findings import Finding
+from refimpl.judge import judge
 from refimpl.show import table
 from refimpl.trace import Trace, record
 

@@ -2,7 +2,8 @@
 
 Every step of the trace is taken once more by our code *from the trace's own values*: from its masters and moments before
 the step, on its batch, and after each stage its tensors replace ours. So no difference is carried on, and each point is
-bounded by what it can do by itself (`bounds.py`). What a trace does not hold is not judged.
+bounded by what it can do by itself (`bounds.py`). Parameters and operations are judged one by one: what the trace lacks of
+one leaves the others as they are. What cannot be judged is listed with the reason (`coverage.py`).
 
 A trace that departs is explained by trying the known mistakes (`mistakes.py`): the same replay with a mistake switched
 in; those with which everything up to there is within its bounds are named.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,17 @@ from refimpl.bounds import Bounds, U, fp64, l2, norm_error, update_bound
 from refimpl.cast import cast, widen
 from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.formats import FORMATS, format_of, is_float
+from refimpl.findings import Finding, find
+from refimpl.formats import FORMATS
 from refimpl.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.mistakes import MISTAKES, meddle
+from refimpl.operations import Basis, Operation, bases, operations_of, together
+from refimpl.parts import WrappedOptimizer
 from refimpl.recipes import RECIPES
-from refimpl.show import ulp
-from refimpl.step import Batch, through
-from refimpl.trace import POINTS, Recorder, Trace, like
+from refimpl.replay_start import resume_from, start_from
+from refimpl.step import through
+from refimpl.trace import BY_PLACE, POINTS, SCALE_STATE, Recorder, Trace, in_batch, key, like
+from refimpl.trace_checks import checked
 
 Array = Any
 
@@ -37,44 +41,6 @@ JUDGED = tuple(
     name for name, recipe in RECIPES.items() if recipe.policy.in_formats and {*recipe.state_storages().values()} <= {*FORMATS}
 )
 """Recipes whose every rounding is to nearest, to a format, and whose sums are in FP32: what the bounds are derived for."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One tensor of a trace beside ours: how it compares, and whether it is within its bound."""
-
-    step: int
-    point: str
-    name: str
-    identical: float  # share of elements with equal bits
-    error: float  # the L2 of the difference as a multiple of its bound: above 1 departs
-    ulps: float  # the largest difference in ulps of the tensor's format at its largest element
-    elements: int
-
-    @property
-    def departs(self) -> bool:
-        """Whether it is outside its bound."""
-        return not self.error <= 1
-
-    @property
-    def where(self) -> str:
-        """For a message: 'step 3, 2.grads of transformer.wte.weight'."""
-        return f"step {self.step}, {self.point}" + (f" of {self.name}" if self.name else "")
-
-
-def find(step: int, point: str, name: str, ours: Array, theirs: Array, bound: float) -> Finding:
-    """Hold two tensors against a bound of the L2 of their difference. A different shape, Inf or NaN departs."""
-    if np.shape(ours) != np.shape(theirs):
-        return Finding(step, point, name, 0.0, math.inf, math.inf, max(1, np.size(theirs)))
-    a, b = fp64(ours), fp64(theirs)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    with np.errstate(all="ignore"):
-        difference = np.where(same, 0.0, a - b)
-        distance = float(np.sqrt((difference * difference).sum()))
-        unit = ulp(format_of(theirs), float(np.abs(b).max(initial=0.0))) if is_float(np.asarray(theirs)) else 1.0
-        ulps = float(np.abs(difference).max(initial=0.0)) / unit
-    error = 0.0 if same.all() else distance / bound if bound > 0 else math.inf
-    return Finding(step, point, name, float(same.mean()) if same.size else 1.0, error, ulps, same.size)
 
 
 # -- one step, from the trace's own values -----------------------------------------------------------------------------
@@ -93,71 +59,86 @@ def _finite_in_both(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarra
 class Judge:
     """Replays the steps of a trace under one configuration, with or without a mistake, and yields a finding a tensor.
 
-    The parts keep what a trace cannot hold and what goes on from step to step: the number of updates, the counter of the
-    loss scale, and whatever else a mistake forgets to renew.
+    The parts keep what goes on from step to step: the number of updates, the loss scale with its counters, and whatever else
+    a mistake forgets to renew. `lost` says why number and scale are not known; it is '' while they are.
+    `reasons` tells of each tensor that was not judged why, once all findings have been asked for.
+
+    Errors: UsageError for a recipe that no bounds are derived for, and for anything malformed in the trace.
     """
 
     def __init__(self, config: Config, theirs: Trace, mistake: str = "none") -> None:
-        self.theirs, self.ours = theirs, Trace()
-        self.last_step = min(max(theirs.steps, default=0), config.steps or 0)  # as far as the learning rate is planned
         if config.recipe not in JUDGED:
             raise UsageError(f"traces of recipe {config.recipe} cannot be judged, only those of {', '.join(JUDGED)}")
-        self.parts = config.make_parts(NUMPY)
-        self.recorder = Recorder(self.parts, self.ours, follow=theirs)
+        self.parts, self.ours = config.make_parts(NUMPY), Trace()
+        self.operations: list[Operation] = operations_of(self.parts.model)
+        self.theirs, self.notes = checked(theirs, self.parts.model, [op.place for op in self.operations[:-1]])
+        self.recorder = Recorder(self.parts, self.ours, follow=self.theirs)
         meddle(mistake, self.parts)
-        self._skips_known = True  # of every step so far; if not, nobody knows the loss scale and the number of updates
+        start_from(self.theirs, self.parts)
+        self.lost = ""
+        self.reasons: dict[str, str] = {}
 
     def findings(self) -> Iterator[Finding]:
         """All tensors of all steps, in the order in which a step computes them."""
-        for step in range(1, self.last_step + 1):
-            self.recorder.step = step
+        previous = 0
+        for step in self.theirs.steps:
+            if step != previous + 1:
+                self.lost = f"nothing is there of step {previous + 1}"
+            self.recorder.step = previous = step
             with np.errstate(all="ignore"):
                 yield from self._step(step)
 
     def _step(self, step: int) -> Iterator[Finding]:
         parts, theirs = self.parts, self.theirs
-        known = self._put_state(step - 1)
-        if known:
-            parts.state.weights_down()
-            self.recorder.weights(parts.state)
-            yield from self._equal(step, "1.weights")
-        weights = self._take(step, "1.weights", parts.state.weight_views) or known
-        batches = theirs.inputs(step)
-        if self._skips_known:
+        unknown = self._put_states(step - 1)
+        yield from self._weights(step, unknown)
+        if not self.lost:
             self.recorder.put("2.loss_scale", "", parts.loss_scale.scale)
             yield from self._equal(step, "2.loss_scale")
-        S = theirs.get(step, "2.loss_scale")
-        S = parts.loss_scale.scale if S is None else cast(S, "fp32")
-        if weights and batches and any(theirs.at(step, p) or theirs.get(step, p) is not None for p in POINTS if p[0] == "2"):
-            yield from self._through(step, batches, S)
-        found: Array = theirs.get(step, "3.found_inf")
-        if self._take(step, "2.grads", parts.state.grad_views):
-            found = yield from self._update(step, S, known)
-        else:  # nothing to update from: time goes on all the same
-            self._skips_known &= found is not None or not parts.loss_scale.adapts
-            parts.state.t = parts.state.t + (1 if found is None else 1 - int(bool(found)))
-        parts.loss_scale.update(np.bool_(found))
-        if self._skips_known:
-            self.ours.put(step, "4.scale", "", parts.loss_scale.scale)
-            yield from self._equal(step, "4.scale")
+        self._give_reason(step, "2.loss_scale", self.lost)
+        S, no_scale = theirs.get(step, "2.loss_scale"), ""
+        if S is None:
+            S = parts.loss_scale.scale
+            no_scale = "2.loss_scale is missing" if self.lost and parts.loss_scale.adapts else ""
+        S = cast(S, "fp32")
+        weights = {name: f"1.weights of {name} is missing" for name in self._unread}
+        yield from self._through(step, S, weights, no_scale)
+        found = yield from self._update(step, S, no_scale, unknown)
+        yield from self._counters(step, found)
 
-    def _put_state(self, step: int) -> bool:
-        """Our masters and moments become theirs after a step; False when they are not all there."""
-        state, complete = self.parts.state, True
+    def _put_states(self, step: int) -> dict[str, str]:
+        """Our masters and moments become theirs after a step. Returns what is missing of a parameter's, where anything is."""
+        state, unknown = self.parts.state, dict[str, str]()
         for kind in ("m", "v", "master"):
             buffer = state.master if kind == "master" else state.buffers.get(kind)
-            if buffer is not None and not (kind != "master" and step == 0 and not self.theirs.at(0, f"4.{kind}")):
-                complete &= self._take(step, f"4.{kind}", state.layout.views(buffer))
-        return complete
+            if buffer is None or (kind != "master" and step == 0 and not self.theirs.at(0, f"4.{kind}")):
+                continue  # the moments of a run that begins are zero
+            given = self._take(step, f"4.{kind}", state.layout.views(buffer))
+            for name in state.layout.slots.keys() - given:
+                unknown[name] = f"4.{kind} of {name} after step {step} is missing"
+        return unknown
 
-    def _take(self, step: int, point: str, views: Mapping[str, Array]) -> bool:
-        """Our arrays become theirs, if all of them are there. Errors: UsageError for another shape."""
+    def _weights(self, step: int, unknown: Mapping[str, str]) -> Iterator[Finding]:
+        """Stage 1. `_unread` are then the parameters whose weights nobody knows."""
+        state = self.parts.state
+        masters = self.theirs.at(step - 1, "4.master").keys() & state.layout.slots.keys()
+        if masters:
+            state.weights_down()
+            for name in state.layout.slots:
+                if name in masters:
+                    self.recorder.put("1.weights", name, state.weight_views[name])
+            yield from self._equal(step, "1.weights")
+        given = self._take(step, "1.weights", state.weight_views)
+        self._unread = [name for name in state.layout.slots if name not in given | masters]
+        for name in given - masters:
+            self._give_reason(step, "1.weights", f"4.master of {name} after step {step - 1} is missing", name)
+
+    def _take(self, step: int, point: str, views: Mapping[str, Array]) -> set[str]:
+        """Our arrays become theirs, as far as they are there. Returns their names."""
         tensors = self.theirs.at(step, point)
-        if not views.keys() <= tensors.keys():
-            return False
-        for name, view in views.items():
-            view[...] = like(tensors[name], view, f"{point} of {name}")
-        return True
+        for name, tensor in tensors.items():
+            views[name][...] = like(tensor, views[name], f"{point} of {name}")
+        return set(tensors)
 
     def _pairs(self, step: int, point: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """(name, ours, theirs) of a point, in our order, as far as both have it."""
@@ -172,58 +153,172 @@ class Judge:
         for name, ours, theirs in self._pairs(step, point):
             yield find(step, point, name, ours, theirs, 0.0)
 
+    def _give_reason(self, step: int, point: str, reason: str, name: str | None = None) -> None:
+        """Note why a tensor was not judged, or none of a point, unless there is no reason."""
+        if reason:
+            names = (list(self.theirs.at(step, point)) or [""]) if name is None else [name]
+            for each in names:
+                self.reasons.setdefault(key(step, point, each), reason)
+
     # -- stage 2 ----------------------------------------------------------------------------------------------------
 
-    def _through(self, step: int, batches: list[Batch], S: Array) -> Iterator[Finding]:
+    def _through(self, step: int, S: Array, unread: Mapping[str, str], no_scale: str) -> Iterator[Finding]:
         """Forward and backward. See `Bounds` for the two judges."""
-        parts, theirs = self.parts, self.theirs
+        parts, theirs, points = self.parts, self.theirs, ("2.activations", "2.loss", "2.activation_grads", "2.grads")
+        if not any(theirs.at(step, point) or theirs.get(step, point) is not None for point in points):
+            return
+        batches = theirs.inputs(step)
+        if batches is None:
+            for point in points:
+                self._give_reason(step, point, "0.tokens or 0.targets is missing")
+            return
         loss = through(parts.model, batches, parts.state, S, parts.run)
         self.recorder.put("2.loss", "", loss)
         self.recorder.grads(parts.state)
         bounds = Bounds(parts, self.ours, theirs, step, batches, S)
-        traced = self.ours.at(step, "2.activations").keys()
-        whole = len(batches) == 1 and traced <= theirs.at(step, "2.activations").keys()
-        backward = traced <= theirs.at(step, "2.activation_grads").keys()
+        known = self._bases(step, len(batches), unread, no_scale)
         overflowed = self._overflowed(self.ours, step) and self._overflowed(theirs, step)
-        for point, stepwise in (("2.activations", whole), ("2.loss", whole), ("2.activation_grads", whole and backward),
-                                ("2.grads", whole and backward)):  # fmt: skip
+        for point in points:
             for name, a, b in self._pairs(step, point):
+                basis = known[point, name]
+                missing = basis.missing or (next(iter(unread.values()), "") if basis.weak else "")
+                if missing:
+                    self._give_reason(step, point, missing, name)
+                    continue
                 if overflowed:  # which elements overflow depends on the order of the sums
                     a, b = _finite_in_both(a, b)
-                yield find(step, point, name, a, b, bounds.of(point, name, a, b, stepwise))
+                lacking = f"{basis.recomputed[0]} is missing" if basis.weak else ""
+                note = "" if point == "2.loss" else bounds.wrong_format(a, b)
+                yield find(step, point, name, a, b, bounds.of(point, name, a, b, basis.weak), lacking, note)
+
+    def _bases(self, step: int, n: int, unread: Mapping[str, str], no_scale: str) -> dict[tuple[str, str], Basis]:
+        """What each tensor of stage 2 is judged by, all micro-batches together."""
+        traced = {point: self.theirs.at(step, point).keys() for point in BY_PLACE}
+        batches = [bases(self.operations, i, traced, unread, no_scale) for i in range(1, n + 1)]
+        result = {("2.loss", ""): together(batch.loss for batch in batches)}
+        for i, batch in enumerate(batches, 1):
+            result |= {("2.activations", in_batch(place, i)): basis for place, basis in batch.activations.items()}
+            result |= {("2.activation_grads", in_batch(place, i)): basis for place, basis in batch.activation_grads.items()}
+        return result | {("2.grads", name): together(batch.grads[name] for batch in batches) for name in batches[0].grads}
 
     def _overflowed(self, trace: Trace, step: int) -> bool:
         return not all(np.isfinite(fp64(g)).all() for g in trace.at(step, "2.grads").values())
 
     # -- stages 3 and 4 ---------------------------------------------------------------------------------------------
 
-    def _update(self, step: int, S: Array, known: bool) -> Any:
-        """From their gradients on. A generator that returns whether the step was skipped."""
-        parts, state = self.parts, self.parts.state
+    def _update(self, step: int, S: Array, no_scale: str, unknown: Mapping[str, str]) -> Any:
+        """From their gradients on, parameter by parameter. A generator that returns whether the step was skipped, or None
+        where that is not known."""
+        parts, state, relative = self.parts, self.parts.state, norm_error(self.parts.state.layout.size)
+        state.grads[...] = 0
+        given = self._take(step, "2.grads", state.grad_views)
+        absent = {name: f"2.grads of {name} is missing" for name in state.layout.slots if name not in given}
+        skipped = self._skipped(step, given, absent)
+        if not given or no_scale:  # nothing to update from: time goes on all the same
+            self._no_update(step, "2.grads of all parameters are missing" if not given else no_scale)
+            state.t = state.t + (not skipped)
+            return skipped
         before = {kind: buffer.copy() for kind, buffer in state.buffers.items()}
         inverse = inverse_of(S)
         found, norm = check_and_measure(state, inverse)
-        parts.optimizer.update(state, inverse, clip_coefficient(norm, parts.max_norm), found)
+        clip, no_clip = clip_coefficient(norm, parts.max_norm), ""
+        if absent:
+            clip, no_clip = self._their_clip(step, next(iter(absent.values())))
+            found = np.bool_(skipped)
+        no_rate = self._plan(step)
+        parts.optimizer.update(state, inverse, clip, found)
         self.recorder.put("3.norm", "", norm)
         self.recorder.states(parts)
-        relative = norm_error(state.layout.size)
-        for name, a, b in self._pairs(step, "3.unscaled"):
-            # Exact, but for a mistake that has a clip coefficient in it already.
-            exact = np.array_equal(a, widen(state.grad_views[name], state.math_format) * inverse, equal_nan=True)
-            yield find(step, "3.unscaled", name, a, b, 0.0 if exact else relative * l2(a))
-        yield from self._equal(step, "3.found_inf")
-        for point in ("3.norm", "4.clip"):
-            for name, a, b in self._pairs(step, point):
-                yield find(step, point, name, a, b, relative * l2(a))
-        if not self._skips_known:
-            return found
-        for name, a, b in self._pairs(step, "4.lr"):
-            yield find(step, "4.lr", name, a, b, 4 * U * l2(a))  # computed in double precision, perhaps kept in FP32
-        if known:
-            yield from self._states(step, before, relative)
-        return found
+        yield from self._unscaled(step, inverse, relative, absent)
+        yield from self._norm(step, relative, next(iter(absent.values()), ""))
+        if not self.lost and not no_rate:
+            for name, a, b in self._pairs(step, "4.lr"):
+                yield find(step, "4.lr", name, a, b, 4 * U * l2(a))  # computed in double precision, perhaps kept in FP32
+        self._give_reason(step, "4.lr", self.lost or no_rate)
+        reason = "" if skipped else self.lost or no_clip or (no_rate if self.theirs.get(step, "4.lr") is None else "")
+        if skipped is None:
+            reason = "3.found_inf is missing: nobody knows whether the step was skipped"
+        for kind in ("4.m", "4.v", "4.master"):
+            self._give_reason(step, kind, reason)
+        if not reason:
+            yield from self._states(step, before, relative, {**({} if skipped else absent), **unknown})
+        return skipped
 
-    def _states(self, step: int, before: dict[str, Array], norm_relative: float) -> Iterator[Finding]:
+    def _skipped(self, step: int, given: set[str], absent: Mapping[str, str]) -> bool | None:
+        """Whether a step was skipped, by its gradients or by what the trace says; None where neither tells."""
+        views, told = self.parts.state.grad_views, self.theirs.get(step, "3.found_inf")
+        if any(not np.isfinite(fp64(views[name])).all() for name in given):
+            return True
+        scale = self.parts.loss_scale
+        if absent and told is None and (scale.adapts or float(scale.scale) != 1):
+            return None
+        return bool(absent and told)
+
+    def _no_update(self, step: int, reason: str) -> None:
+        """Note that nothing of stages 3 and 4 can be judged but the loss scale."""
+        for point in ("3.unscaled", "3.found_inf", "3.norm", "4.clip", "4.lr", "4.m", "4.v", "4.master"):
+            self._give_reason(step, point, reason)
+
+    def _their_clip(self, step: int, absent: str) -> tuple[Array | float, str]:
+        """The clip coefficient where our norm is not that of all gradients: by the trace's own norm, or as the trace has it.
+
+        Returns it, and why it is not known, or ''.
+        """
+        norm, clip = self.theirs.get(step, "3.norm"), self.theirs.get(step, "4.clip")
+        if math.isinf(self.parts.max_norm):
+            return 1.0, ""
+        if norm is not None:
+            return clip_coefficient(cast(norm, self.parts.state.math_format), self.parts.max_norm), ""
+        if clip is not None:
+            return cast(clip, self.parts.state.math_format), ""
+        return 1.0, f"{absent}, and so are 3.norm and 4.clip"
+
+    def _plan(self, step: int) -> str:
+        """Update by the trace's own learning rate, where it has one that is not the schedule's.
+
+        Returns why the schedule has no rate for this step, or ''.
+        """
+        optimizer = self.parts.optimizer
+        while isinstance(optimizer, WrappedOptimizer):
+            optimizer = optimizer.inner
+        schedule, rule, t = optimizer.schedule, optimizer.rule, int(self.parts.state.t)
+        while len(optimizer.learning_rates) <= t:  # beyond its end
+            i = len(optimizer.learning_rates)
+            optimizer.learning_rates = np.append(optimizer.learning_rates, schedule(i))
+            optimizer.scalars = np.vstack([optimizer.scalars, rule.scalars(schedule(i), i + 1)])
+        own = self.theirs.get(step, "4.lr")
+        rate = schedule(t) if own is None or abs(float(own) - schedule(t)) <= 4 * U * schedule(t) else float(own)
+        optimizer.scalars[t] = rule.scalars(rate, t + 1)
+        return f"the schedule ends after {schedule.steps} updates" if t >= schedule.steps else ""
+
+    def _unscaled(self, step: int, inverse: Array, relative: float, absent: Mapping[str, str]) -> Iterator[Finding]:
+        state = self.parts.state
+        for name, reason in absent.items():
+            self._give_reason(step, "3.unscaled", reason, name)
+        for name, a, b in self._pairs(step, "3.unscaled"):
+            if name not in absent:
+                # Exact, but for a mistake that has a clip coefficient in it already.
+                plain = widen(state.grad_views[name], state.math_format) * inverse
+                exact = np.array_equal(a, plain, equal_nan=True)
+                yield find(step, "3.unscaled", name, a, b, 0.0 if exact else relative * l2(a))
+
+    def _norm(self, step: int, relative: float, absent: str) -> Iterator[Finding]:
+        """found_inf, norm and clip coefficient: what all gradients together make."""
+        overflow = any(not np.isfinite(fp64(g)).all() for g in self.theirs.at(step, "2.grads").values())
+        if overflow or not absent:
+            yield from self._equal(step, "3.found_inf")
+        self._give_reason(step, "3.found_inf", absent)
+        self._give_reason(step, "3.norm", absent)
+        no_clip = absent if self.theirs.get(step, "3.norm") is None else ""
+        self._give_reason(step, "4.clip", no_clip)
+        for point in ("3.norm", "4.clip"):
+            if not (absent if point == "3.norm" else no_clip):
+                for name, a, b in self._pairs(step, point):
+                    yield find(step, point, name, a, b, relative * l2(a))
+
+    def _states(
+        self, step: int, before: dict[str, Array], norm_relative: float, unknown: Mapping[str, str]
+    ) -> Iterator[Finding]:
         state = self.parts.state
         clipped = float(self.ours.tensors.get(f"{step}/4.clip", np.array(1.0))) < 1
         relative = (norm_relative if clipped else 0.0) + 16 * U
@@ -232,7 +327,24 @@ class Judge:
             if stored in before:
                 starts = state.layout.views(before[stored])
                 for name, a, b in self._pairs(step, f"4.{kind}"):
+                    if name in unknown:
+                        self._give_reason(step, f"4.{kind}", unknown[name], name)
+                        continue
                     yield find(step, f"4.{kind}", name, a, b, update_bound(a, starts[name], relative, state.formats[stored]))
+
+    def _counters(self, step: int, skipped: bool | None) -> Iterator[Finding]:
+        """The loss scale and the number of updates after the step; where nobody knows them, the trace's own from here on."""
+        parts, points = self.parts, (*SCALE_STATE, "4.t")
+        if skipped is None:
+            self.lost = self.lost or f"nothing tells whether step {step} was skipped (3.found_inf)"
+        parts.loss_scale.update(np.bool_(skipped))
+        self.recorder.counters(parts)
+        for point in points:
+            if not self.lost:
+                yield from self._equal(step, point)
+            self._give_reason(step, point, self.lost)
+        if self.lost and resume_from(self.theirs, parts, step):
+            self.lost = ""
 
 
 # -- verdict and explanation -------------------------------------------------------------------------------------------
@@ -247,20 +359,24 @@ def judge(config: Config, theirs: Trace, mistake: str = "none") -> list[Finding]
 
 
 def explanations(config: Config, theirs: Trace, first: Finding) -> list[str]:
-    """The known mistakes with which the trace is within its bounds, up to and including the step where it departs."""
-    names = []
+    """Return the known mistakes that explain a departure, those alone that explain the most.
+
+    A mistake explains it if the tensor that departs, and all up to it, are within their bounds once it is switched into the
+    replay; it explains more, the later the trace departs from it too.
+    """
+    reach: dict[str, tuple[float, int]] = {}
     for name in MISTAKES:
         try:
             findings = Judge(config, theirs, name).findings()
-            if all(not f.departs for f in _until(findings, first.step)):
-                names.append(name)
         except UsageError:  # the recipe leaves no room for it
             continue
-    return names
-
-
-def _until(findings: Iterator[Finding], step: int) -> Iterator[Finding]:
-    for finding in findings:
-        if finding.step > step:
-            return
-        yield finding
+        judged, end = False, (math.inf, 0)
+        for finding in findings:
+            at = (finding.step, list(POINTS).index(finding.point))
+            if finding.departs:
+                end = at
+                break
+            judged |= (finding.step, finding.point, finding.name) == (first.step, first.point, first.name)
+        if judged and end > (first.step, list(POINTS).index(first.point)):
+            reach[name] = end
+    return [name for name, end in reach.items() if end == max(reach.values())]

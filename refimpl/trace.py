@@ -1,8 +1,9 @@
 """Traces: what a training run computed, step by step, as named tensors in a safetensors file.
 
-A tensor's name is `step/point` or `step/point/parameter`, for example `3/2.grads/transformer.wte.weight`. Step 0 is the
-start: the masters and moments before the first step. docs/traces.md lists the points and how each is meant; a trace may
-hold any of them. The header (metadata key `refimpl-trace`) is JSON: `version`, and `config` where refimpl wrote the file.
+A tensor's name is `step/point` or `step/point/name`, for example `3/2.grads/transformer.wte.weight`. Step 0 is the start:
+the states before the first step. docs/traces.md lists the points and how each is meant; a trace may hold any of them. Of
+micro-batches after the first, the name begins with their number: `3/2.activations/2:lm_head`. The header (metadata key
+`refimpl-trace`) is JSON: `version`, `settings` of whoever wrote it, and `config` where refimpl did.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ POINTS = {
     "0.tokens": "what the model reads: (B, T) integers; with n micro-batches (n, B, T)",
     "0.targets": "what it is to predict, in the same shape",
     "1.weights": "a parameter as the forward pass reads it, in its own format",
-    "2.activations": "the output of an operation, by its place in the model, of the first micro-batch",
     "2.loss_scale": "S, which backward starts from",
+    "2.activations": "the output of an operation, by its place in the model",
     "2.loss": "the mean loss, not scaled",
-    "2.activation_grads": "the gradient of S times the loss by that output, of the first micro-batch",
+    "2.activation_grads": "the gradient of S times the loss by that output",
     "2.grads": "the gradient of S times the loss by a parameter, in the format that it is stored in",
     "3.unscaled": "the same in FP32, divided by S, not yet clipped",
     "3.found_inf": "whether the step is skipped: 0 or 1",
@@ -49,16 +50,33 @@ POINTS = {
     "4.v": "Adam's second moment after the step",
     "4.master": "the FP32 weights after the step",
     "4.scale": "the loss scale after the step",
+    "4.growth_tracker": "good steps since the loss scale last changed, after the step",
+    "4.hysteresis_tracker": "overflows that are still borne, after the step, where the loss scale has hysteresis",
+    "4.overflowed": "1 once there has been an overflow, where the loss scale grows gradually until then",
+    "4.t": "the number of updates made, skipped steps not counted, after the step",
 }
 """The points of a step in the order in which it computes them, and what stands there."""
+
+BY_PARAMETER = ("1.weights", "2.grads", "3.unscaled", "4.m", "4.v", "4.master")
+BY_PLACE = ("2.activations", "2.activation_grads")
+BATCH = ("0.tokens", "0.targets")
+SCALE_STATE = {
+    "4.scale": "scale", "4.growth_tracker": "_growth_tracker", "4.hysteresis_tracker": "_hysteresis_tracker",
+    "4.overflowed": "overflowed",
+}  # fmt: skip
+"""Points of the loss scale -> what `LossScale.state_dict` calls it."""
 
 
 @dataclass
 class Trace:
-    """Named tensors of some steps, in memory."""
+    """Named tensors of some steps, in memory.
+
+    config: all fields of the `Config` that refimpl made the run with, else empty. settings: those that somebody else states.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def put(self, step: int, point: str, name: str, array: Array) -> None:
         """Keep a copy of a tensor; name is '' where a point has only one."""
@@ -91,13 +109,38 @@ def key(step: int, point: str, name: str = "") -> str:
     return f"{step}/{point}/{name}" if name else f"{step}/{point}"
 
 
+def parse_key(text: str) -> tuple[int, str, str]:
+    """Return step, point and name ('' without one) of a tensor. Errors: ValueError where it is not named as a trace's are."""
+    step, _, rest = text.partition("/")
+    point, slash, name = rest.partition("/")
+    named = point in BY_PARAMETER or point in BY_PLACE
+    if not (step.isascii() and step.isdecimal() and str(int(step)) == step) or point not in POINTS or bool(slash) != named:
+        raise ValueError(text)
+    if named and not name:
+        raise ValueError(text)
+    return int(step), point, name
+
+
+def in_batch(place: str, number: int) -> str:
+    """Return the name of a place in a micro-batch, counted from 1: 'lm_head' in the first, '2:lm_head' in the second."""
+    return place if number == 1 else f"{number}:{place}"
+
+
+def split_batch(name: str) -> tuple[str, int]:
+    """Return (place, number of the micro-batch) of a name that `in_batch` made; '1:lm_head' is 'lm_head'."""
+    number, colon, place = name.partition(":")
+    return (place, int(number)) if colon and number.isascii() and number.isdecimal() else (name, 1)
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
 def save(path: Path, trace: Trace) -> None:
     """Write a trace. Errors: UsageError when it cannot be written."""
-    header = json.dumps({"version": VERSION, "config": trace.config, "order": list(trace.tensors)}, separators=(",", ":"))
-    write_tensors(path, trace.tensors, {_KEY: header})
+    header: dict[str, Any] = {"version": VERSION, "config": trace.config, "order": list(trace.tensors)}
+    if trace.settings:
+        header["settings"] = trace.settings
+    write_tensors(path, trace.tensors, {_KEY: json.dumps(header, separators=(",", ":"))})
 
 
 def load(path: Path) -> Trace:
@@ -109,17 +152,20 @@ def load(path: Path) -> Trace:
     tensors, metadata = read_tensors(path, "trace")
     header = parse_header(path, metadata.get(_KEY, "{}"))
     if header.get("version", VERSION) != VERSION:
-        raise UsageError(f"{path} has trace version {header['version']}; this program reads version {VERSION}")
+        raise UsageError(f"{path} has trace version {header['version']!r}; this program reads version {VERSION}")
     order = header.get("order", [])
-    position = {name: i for i, name in enumerate(order)} if isinstance(order, list) else {}
+    position = {name: i for i, name in enumerate(order) if isinstance(name, str)} if isinstance(order, list) else {}
     tensors = dict(sorted(tensors.items(), key=lambda item: position.get(item[0], len(position))))
     for name in tensors:
-        step, _, rest = name.partition("/")
-        point = rest.partition("/")[0]
-        if not step.isdigit() or point not in POINTS:
-            raise UsageError(f"{path}: {name!r} is no tensor of a trace (step/point/name); points are {', '.join(POINTS)}")
-    config = header.get("config", {})
-    return Trace(config if isinstance(config, dict) else {}, tensors)
+        try:
+            parse_key(name)
+        except ValueError:
+            what = f"{name!r} is no tensor of a trace (step/point or step/point/name)"
+            raise UsageError(f"{path}: {what}; points are {', '.join(POINTS)}") from None
+    config, settings = (header.get(part, {}) for part in ("config", "settings"))
+    if not isinstance(config, dict) or not isinstance(settings, dict):
+        raise UsageError(f"{path} has a damaged header: its configuration or its settings are no table")
+    return Trace(config, tensors, settings)
 
 
 # -- recording ---------------------------------------------------------------------------------------------------------
@@ -139,17 +185,31 @@ class Recorder:
         parts.run.observer = self._observe
         parts.optimizer = WrappedOptimizer(parts.optimizer, self._before_update)
 
+    @property
+    def step(self) -> int:
+        """The step that is written down; setting it begins another one, with its first micro-batch."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step, self._batch, self._seen = step, 1, set[str]()
+
     def put(self, point: str, name: str, array: Array) -> None:
         """Write an array down, if nothing is written there yet."""
         if key(self.step, point, name) not in self.trace.tensors:
             self.trace.put(self.step, point, name, self._to_host(array))
 
     def _observe(self, point: str, place: str, array: Array) -> Array:
-        if array.ndim == 0 or key(self.step, f"2.{point}", place) in self.trace.tensors:
-            return array  # the loss, which has a point of its own; a micro-batch after the first
-        self.put(f"2.{point}", place, array)
-        theirs = self.follow.get(self.step, f"2.{point}", place) if self.follow else None
-        return array if theirs is None else like(theirs, array, f"2.{point} of {place}")
+        if array.ndim == 0:
+            return array  # the loss, which has a point of its own
+        if point == "activations":
+            if place in self._seen:  # a place that comes again: the next micro-batch has begun
+                self._batch, self._seen = self._batch + 1, set()
+            self._seen.add(place)
+        name = in_batch(place, self._batch)
+        self.put(f"2.{point}", name, array)
+        theirs = self.follow.get(self.step, f"2.{point}", name) if self.follow else None
+        return array if theirs is None else like(theirs, array, f"2.{point} of {name}")
 
     def weights(self, state: State) -> None:
         """The weights that forward reads."""
@@ -174,14 +234,22 @@ class Recorder:
         return inverse, clip, found
 
     def states(self, parts: Parts) -> None:
-        """Masters, moments and loss scale as they are now."""
+        """Masters and moments as they are now."""
         state = parts.state
         for kind in ("m", "v", "master"):
             own = state.master_kind if kind == "master" else kind
             if own in state.stored:
                 for name, view in state.layout.views(state.values(own)).items():
                     self.put(f"4.{kind}", name, view)
+
+    def counters(self, parts: Parts) -> None:
+        """The loss scale, its counters, and the number of updates, as they are now."""
         self.put("4.scale", "", parts.loss_scale.scale)
+        counters = parts.loss_scale.state_dict()
+        for point, name in SCALE_STATE.items():
+            if name in counters and name != "scale":
+                self.put(point, "", np.int64(counters[name]))
+        self.put("4.t", "", parts.state.t)
 
 
 def like(theirs: np.ndarray, ours: Array, what: str) -> np.ndarray:
@@ -204,6 +272,7 @@ def record(config: Config, source: Trace | None = None) -> Trace:
     rounded = not source and (config.masters_from or config.make_recipe().masters_from) == "rounded"
     parts.state.load_weights(checked_start(start, parts), rounded)
     recorder.states(parts)
+    recorder.counters(parts)
     assert config.steps is not None
     for recorder.step, batches in enumerate(batches_of(config, source), 1):
         for point, i in (("0.tokens", 0), ("0.targets", 1)):
@@ -214,6 +283,7 @@ def record(config: Config, source: Trace | None = None) -> Trace:
         recorder.put("2.loss_scale", "", result.loss_scale)
         recorder.put("3.norm", "", result.grad_norm)
         recorder.states(parts)
+        recorder.counters(parts)
     return trace
 
 

@@ -6,7 +6,7 @@
     python scripts/trace.py record --recipe fp16 --like theirs.safetensors --out ours.safetensors   their start, their batches
 
 docs/traces.md says what a trace holds; scripts/pytorch_trace.py dumps one from a training loop in PyTorch.
-Exit code of diff: 0 when everything is within its bound, 1 when not.
+Exit code of diff: 0 AGREES, 1 DEPARTS, 2 bad usage, 3 PARTLY JUDGED (nothing departs, but not everything could be judged).
 """
 
 from refimpl.cli import main
@@ -18,6 +18,7 @@ from refimpl.arguments import Parser
 from refimpl.checkpoint import write_text_atomically
 from refimpl.compare import diff
 from refimpl.config import Config
+from refimpl.coverage import EXIT_CODES
 from refimpl.flags import HELP, add_config_flags
 from refimpl.show import json_text
 from refimpl.trace import load, record, save
@@ -49,7 +50,7 @@ def run(arguments: dict[str, Any]) -> int:
         verdict = diff(load(arguments["a"]), load(arguments["b"]))
         if arguments["json"]:
             write_text_atomically(arguments["json"], json_text(verdict) + "\n")
-        return 0 if verdict["agrees"] else 1
+        return EXIT_CODES[verdict["verdict"]]
     like, out = arguments.pop("like"), arguments.pop("out")
     source = load(like) if like else None
     if source:

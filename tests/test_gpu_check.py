@@ -19,8 +19,8 @@ from refimpl.cast import widen
 from refimpl.compare_pytorch import TRAJECTORY
 from refimpl.config import Config
 from refimpl.errors import UsageError
+from refimpl.findings import Finding
 from refimpl.gpu_check import SIZES, Trained, check, drift, loss_difference
-from refimpl.judge import Finding
 from refimpl.trace import Trace, record
 
 ROOT = Path(__file__).resolve().parents[1]

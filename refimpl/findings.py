@@ -1,0 +1,57 @@
+"""What a judge finds: one tensor of a trace beside ours, held against its bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refimpl.bounds import fp64
+from refimpl.formats import format_of, is_float
+from refimpl.show import ulp
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One tensor of a trace beside ours: how it compares, and whether it is within its bound."""
+
+    step: int
+    point: str
+    name: str
+    identical: float  # share of elements with equal bits
+    error: float  # the L2 of the difference as a multiple of its bound: above 1 departs
+    ulps: float  # the largest difference in ulps of the tensor's format at its largest element
+    elements: int
+    weak: str = ""  # what the trace lacks, so that only the weaker bound could be used
+    note: str = ""  # what is wrong with the format of its values
+
+    @property
+    def departs(self) -> bool:
+        """Whether it is outside its bound, or its values have another format."""
+        return bool(self.note) or not self.error <= 1
+
+    @property
+    def where(self) -> str:
+        """For a message: 'step 3, 2.grads of transformer.wte.weight'."""
+        return f"step {self.step}, {self.point}" + (f" of {self.name}" if self.name else "")
+
+
+def find(
+    step: int, point: str, name: str, ours: Array, theirs: Array, bound: float, weak: str = "", note: str = ""
+) -> Finding:
+    """Hold two tensors against a bound of the L2 of their difference. A different shape, Inf or NaN departs."""
+    if np.shape(ours) != np.shape(theirs):
+        return Finding(step, point, name, 0.0, math.inf, math.inf, max(1, np.size(theirs)))
+    a, b = fp64(ours), fp64(theirs)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(all="ignore"):
+        difference = np.where(same, 0.0, a - b)
+        distance = float(np.sqrt((difference * difference).sum()))
+        unit = ulp(format_of(theirs), float(np.abs(b).max(initial=0.0))) if is_float(np.asarray(theirs)) else 1.0
+        ulps = float(np.abs(difference).max(initial=0.0)) / unit
+    error = 0.0 if same.all() else distance / bound if bound > 0 else math.inf
+    return Finding(step, point, name, float(same.mean()) if same.size else 1.0, error, ulps, same.size, weak, note)
