@@ -268,14 +268,14 @@ def test_the_documentation_lists_every_point() -> None:
 
 
 def test_beyond_the_schedule_a_trace_is_judged_by_its_own_rates() -> None:
-    trace = record(config(steps=3, min_lr=1e-4))
-    judged = Judge(config(), trace)
+    trace = record(config(steps=3, min_lr=1e-4, init_scale=1024.0))  # no step is skipped
+    judged = Judge(config(init_scale=1024.0), trace)
     findings = list(judged.findings())
     assert {f.step for f in findings if f.point == "4.lr"} == {1, 2}
     assert {f.step for f in findings if f.point == "4.master"} == {1, 2, 3}
     assert judged.reasons["3/4.lr"] == "the schedule ends after 2 updates"
     del trace.tensors["3/4.lr"]
-    assert {f.step for f in judge(config(), trace) if f.point == "4.master"} == {1, 2}
+    assert {f.step for f in judge(config(init_scale=1024.0), trace) if f.point == "4.master"} == {1, 2}
 
 
 def test_a_skip_that_the_trace_does_not_tell_is_not_held_against_it() -> None:
