@@ -191,10 +191,11 @@ def _norm_lines(f: Flow, name: str, each: str, place: str, x: str) -> list[_Line
 
 
 def _loss_lines(f: Flow, rows: str, logits: str, targets: str) -> list[_Line]:
-    """Cross-entropy keeps the logits as they came, never a widened copy, and two numbers a row."""
+    """Cross-entropy keeps the logits as they came, never a widened copy, two numbers a row, and the number of rows."""
     return [
         ("logits", f"{rows} V", logits, "loss", "the output of lm_head, as stored"),
         ("loss largest and log_sum", f"2 {rows}", f.row("cross_entropy").acc, "loss", "a value a row, in its `acc`"),
+        ("loss rows that count", "1", f.row("cross_entropy").acc, "loss", "those whose target is not ignored, in its `acc`"),
         ("targets", "B T", "int64", "loss", targets),
     ]
 

@@ -162,7 +162,7 @@ class Bounds:
 
     def _of_loss(self, ours: Array, weak: bool) -> float:
         """Both rules for the one number that is kept in FP32 always, plus its sum over rows in some order."""
-        rows = math.prod(self.batches[0][1].shape) * len(self.batches)
+        rows = sum(int(self.parts.model.n_targets(targets)) for _, targets in self.batches)
         e = self._row_error() if weak else distance(ours, self.exact_sums.tensors[f"{self.step}/2.loss"])
         return 3 * e + 2 * math.sqrt(rows) * U * l2(ours)  # each addition errs by u at most, in a random direction
 
@@ -236,13 +236,17 @@ class Bounds:
 
     def _row_error(self) -> float:
         """The mean over rows of |our loss of the row - the true one|, from the logits as each run has them."""
-        errors = []
+        model, errors = self.parts.model, []
         for i, (_, targets) in enumerate(self.batches, 1):
             ours, truth = (trace.get(self.step, "2.activations", in_batch("lm_head", i)) for trace in (self.ours, self.truth))
             assert ours is not None and truth is not None
-            target = (targets if ours.ndim == 3 else targets[:, -1]).reshape(-1)
-            errors.append(float(np.abs(_row_losses(ours, target) - _row_losses(truth, target)).mean()))
-        return float(np.mean(errors))
+            target = model.predicted(targets).reshape(-1)
+            counts = target != model.ignore_index
+            errors.append(np.abs(_row_losses(ours, target * counts) - _row_losses(truth, target * counts))[counts])
+        if model.loss_mean == "micro-batches":
+            return float(np.mean([each.mean() for each in errors if each.size] or [0.0]))
+        together = np.concatenate(errors)
+        return float(together.mean()) if together.size else 0.0
 
 
 def _row_losses(logits: Array, target: Array) -> np.ndarray:

@@ -13,8 +13,9 @@ from refimpl.errors import UsageError, unknown
 from refimpl.formats import FORMATS
 from refimpl.loss_scale import LossScale, find_scaler, make_loss_scale
 from refimpl.mistakes import MISTAKES
-from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
+from refimpl.models import LOSS_MEANS, GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.ops import fused_attention
+from refimpl.ops.loss import IGNORE_INDEX
 from refimpl.optim import SCHEDULES, SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.parts import Parts
 from refimpl.policies import ATTENTION, with_attention
@@ -62,6 +63,8 @@ class Config:
     weight_decay: float = 0.1
     clip: float = 1.0
     grad_accum: int = 1
+    ignore_index: int = IGNORE_INDEX
+    loss_mean: str = "tokens"
     masters_from: str | None = None
     attention: str = "unfused"
     loss_scale: str | None = None
@@ -130,6 +133,8 @@ class Config:
             raise UsageError(unknown("attention", self.attention, ATTENTION))
         if self.mistake != "none" and self.mistake not in MISTAKES:
             raise UsageError(unknown("mistake", self.mistake, MISTAKES))
+        if self.loss_mean not in LOSS_MEANS:
+            raise UsageError(f"--loss-mean is {self.loss_mean!r}: choose {' or '.join(LOSS_MEANS)}")
         if self.zero not in (None, 0, 1, 2, 3):
             raise UsageError(f"--zero is {self.zero}: it is a stage, 0, 1, 2 or 3")
         if self.zero is not None and self.mistake != "none":
@@ -171,7 +176,8 @@ class Config:
     def make_model(self) -> Model:
         """The model of these sizes."""
         sizes: dict[str, Any] = {"n_layer": self.n_layer, "n_embd": self.n_embd, "block_size": self.block_size}
-        return gpt(GPTConfig(n_head=self.n_head or 0, **sizes)) if self.model == "gpt" else mlp(MLPConfig(**sizes))
+        how = self.ignore_index, self.loss_mean
+        return gpt(GPTConfig(n_head=self.n_head or 0, **sizes), *how) if self.model == "gpt" else mlp(MLPConfig(**sizes), *how)
 
     def make_rule(self) -> Rule:
         """The optimizer's update rule."""

@@ -34,6 +34,8 @@ HELP = {
     "weight_decay": "decoupled decay of matrices (0 for sgd unless given)",
     "clip": "largest gradient norm; 0 does not clip",
     "grad_accum": "micro-batches a step, their gradients summed in FP32",
+    "ignore_index": "the target that has no part in the loss",
+    "loss_mean": "over tokens (all targets that count) or over micro-batches (the mean of their means)",
     "masters_from": "original (the FP32 weights) or rounded (their copy in the model's format) (default: the recipe's)",
     "attention": "unfused (each operation rounds), fused (as one kernel, FlashAttention), or math (all FP32, one rounding)",
     "loss_scale": f"dynamic (torch), none, a number, or as another project: {', '.join(SCALERS)} (default: the recipe's)",
@@ -49,7 +51,8 @@ HELP = {
     "zero": "of several ranks, which share each batch: the ZeRO stage, 0 to 3 (docs/ranks.md)",
 }
 INTEGERS = {"steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "warmup", "grad_accum", "growth_interval",
-            "hysteresis", "seed", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero"}  # fmt: skip
+            "hysteresis", "ignore_index", "seed", "eval_every", "eval_batches", "log_every", "sample_bytes",
+            "zero"}  # fmt: skip
 NUMBERS = {"momentum", "beta1", "beta2", "eps", "lr", "min_lr", "weight_decay", "clip", "init_scale"}
 
 

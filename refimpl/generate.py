@@ -65,14 +65,17 @@ def _draw(logits: np.ndarray, temperature: float, u: float) -> int:
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 def mean_loss(model: Model, state: State, run: Run, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
-    """The mean loss over batches of (tokens, targets), each weighted by its rows; in nats a byte. NaN if there is none."""
-    total, rows, run = 0.0, 0, run.frozen()
+    """The mean loss over all targets of the batches (tokens, targets) that count; in nats a byte. NaN if there is none."""
+    total, n, run = 0.0, 0, run.frozen()
     for tokens, targets in batches:
+        count = int(model.n_targets(targets))
+        if count == 0:
+            continue
         t = Tape(run, state.weight_views, model.tied, record=False)
         loss = model.loss(t, run.backend.from_host(tokens), run.backend.from_host(targets))
-        total += float(loss.array) * len(tokens)
-        rows += len(tokens)
-    return total / rows if rows else float("nan")
+        total += float(loss.array) * count
+        n += count
+    return total / n if n else float("nan")
 
 
 def generate(checkpoint: Path, prompt: str, n_bytes: int, temperature: float, seed: int, loss: Path | None) -> None:

@@ -242,7 +242,7 @@ def _lm_head_and_loss(t: Ledger, R: int, C: int, V: int) -> None:
     t.elementwise("residuals, fan-in of gradients", "add_forward", V * C, 3)
     part = "cross-entropy"
     t.launch(part, "cross_entropy_forward", values=2 * R * V, fp32=3 * R, int64=R, blocks=R)
-    t.launch(part, "mean", fp32=R, blocks=1)
+    t.launch(part, "cross_entropy_mean", fp32=R, int64=R, blocks=1)
     t.launch(part, "cross_entropy_backward", 1, 2 * R * V, 2 * R, R, R)
 
 

@@ -30,6 +30,7 @@ class Casts:
     """
 
     seen: dict[str, Tensor] | None = None
+    ignore_index = -100
 
     def __init__(self) -> None:
         self.branches: dict[str, np.ndarray] = {}  # where each ReLU lets its input through
@@ -57,7 +58,7 @@ class Casts:
         return torch.softmax(x, -1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+        return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=self.ignore_index)
 
 
 class HalfModel(Casts):
@@ -289,7 +290,7 @@ class Twin:
                     model_parameters[name].copy_(master)
         self.model.zero_grad(set_to_none=True)
         casts = self._casts()
-        casts.seen = None if trace is None else {}
+        casts.seen, casts.ignore_index = None if trace is None else {}, self.config.ignore_index
         x, y = (torch.from_numpy(part).to(self.device) for part in (tokens, targets))
         with torch.autocast(self.device, dtype=self.low, enabled=self._autocast):
             loss = self.model(x, y, casts)

@@ -297,6 +297,10 @@ class State:
         """A loss of this rank's examples, 0-d -> the mean of all."""
         return loss
 
+    def sum_over_ranks(self, count: Array) -> Array:
+        """A number of this rank's, 0-d -> the sum of all."""
+        return count
+
     def least_over_ranks(self, index: int) -> int:
         """The smallest of all ranks' numbers."""
         return index

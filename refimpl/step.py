@@ -15,6 +15,7 @@ import numpy as np
 
 from refimpl.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.loss_scale import LossScale
+from refimpl.micro_batches import divided, divisors
 from refimpl.models import Model
 from refimpl.optim import Optimizer
 from refimpl.policy import Run
@@ -75,18 +76,17 @@ def train_step(
 
 
 def through(model: Model, batches: Sequence[Batch], state: State, S: Array, run: Run) -> Array:
-    """Forward and backward over all micro-batches; leaves d(S L)/dw in `state.grads`, and returns the mean loss, 0-d.
+    """Forward and backward over all micro-batches; leaves d(S L)/dw in `state.grads`, and returns the mean loss L, 0-d.
 
-    Each of n micro-batches is seeded with S/n, so that their sum is the gradient of the mean. (+) With several ranks, each with
-    micro-batches of its own, that is S / (n ranks), and each rank has the sum over ranks of its share of the gradients.
+    A micro-batch that makes up 1/n of the mean is seeded with S/n, so that the sum is the gradient of the mean. (+) With
+    several ranks, each has micro-batches of its own, and each has the sum over ranks of its share of the gradients.
     """
-    n = len(batches)
-    total = 0.0
-    for i, (tokens, targets) in enumerate(batches):
+    total, xp = 0.0, run.backend.xp
+    for i, ((tokens, targets), n) in enumerate(zip(batches, divisors(model, batches, state), strict=True)):
         tape = Tape(run, state.weight_views, model.tied)
         loss = model.loss(tape, tokens, targets)
-        tape.backward(loss, seed=S / (n * state.ranks), sink=state.gradient_sink(first=i == 0))
-        state.reduce_gradients(last=i == n - 1)
-        total = total + loss.array / n
+        tape.backward(loss, seed=divided(S, n, xp), sink=state.gradient_sink(first=i == 0))
+        state.reduce_gradients(last=i == len(batches) - 1)
+        total = total + divided(loss.array, n / state.ranks, xp)
     run.scales.after_pass()  # (FP8 with delayed scaling: the largest values of this pass make the scales of the next)
     return state.mean_over_ranks(total)

@@ -278,7 +278,7 @@ def record(config: Config, source: Trace | None = None) -> Trace:
         for point, i in (("0.tokens", 0), ("0.targets", 1)):
             arrays = [batch[i] for batch in batches]
             trace.put(recorder.step, point, "", np.stack(arrays) if len(arrays) > 1 else arrays[0])
-        result = parts.step([(parts.state.backend.from_host(x), parts.state.backend.from_host(y)) for x, y in batches])
+        result = parts.step([parts.model.batch_on(parts.state.backend, x, y) for x, y in batches])
         recorder.put("2.loss", "", result.loss)
         recorder.put("2.loss_scale", "", result.loss_scale)
         recorder.put("3.norm", "", result.grad_norm)

@@ -140,7 +140,7 @@ class Trainer:
         micro_batches = []
         for _ in range(self.config.grad_accum):
             x, y = sample_batch(self.corpus.train, batch_size, block_size, self.batches)
-            micro_batches.append((self.backend.from_host(x[rows]), self.backend.from_host(y[rows])))
+            micro_batches.append(self.model.batch_on(self.backend, x[rows], y[rows]))
         return micro_batches
 
     # -- the log ----------------------------------------------------------------------------------------------------

@@ -107,7 +107,11 @@ class ShardedState(State):
 
     def mean_over_ranks(self, loss: Array) -> Array:
         """The mean of the ranks' losses, each a mean over as many examples."""
-        return self.comm.all_reduce(loss.reshape(1)).reshape(()) / self.ranks
+        return self.sum_over_ranks(loss) / self.ranks
+
+    def sum_over_ranks(self, count: Array) -> Array:
+        """A number of this rank's, 0-d -> the sum of all."""
+        return self.comm.all_reduce(count.reshape(1)).reshape(())
 
     # -- step 3: gradients up -----------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ def train(like: Path, out: Path, unscale_late: bool) -> None:
         raise UsageError(f"{like} has the loss scale {config.loss_scale}: this loop has PyTorch's, dynamic, or none")
     torch.set_num_threads(1)
     model, casts = GPT(config), Casts()
+    casts.ignore_index = config.ignore_index
     model.load_state_dict({n: torch.from_numpy(w) for n, w in ours.at(0, "4.master").items()}, strict=False)
     named = dict(model.named_parameters())
     groups = [

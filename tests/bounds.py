@@ -340,15 +340,17 @@ def embedding_near(tokens: Array, w: Near, dy: Near) -> list[Near]:
     return [Near(w.value[tokens]), Near(total, gamma(int(np.bincount(tokens).max()) - 1) * size)]
 
 
-def cross_entropy_near(logits: Near, targets: Array, S: Near) -> list[Near]:
-    rows = np.arange(targets.size)
+def cross_entropy_near(logits: Near, targets: Array, S: Near, ignore_index: int = -100) -> list[Near]:
+    """The mean over the rows whose target is not ignored, of which there must be one; the other rows' gradients are 0."""
+    counts = targets != ignore_index
+    rows, n, targets = np.flatnonzero(counts), counts.sum(), targets[counts]
     shifted = logits - logits.value.max(-1, keepdims=True)
     log_p = shifted - shifted.exp().sum(-1, keepdims=True).log()
     at_target = Near(log_p.value[rows, targets], log_p.err[rows, targets])
     onehot = np.zeros_like(logits.value)
     onehot[rows, targets] = 1
-    each = S / targets.size
-    return [-at_target.sum(0) / targets.size, log_p.exp() * each - onehot * each]
+    each = S * counts[:, None] / n
+    return [-at_target.sum(0) / n, log_p.exp() * each - onehot * each]
 
 
 # ------------------------------------------------------------------------------------------------------------- attention

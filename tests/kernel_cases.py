@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -175,20 +175,42 @@ def check_gelu(device: Device, fmt: str) -> None:
         assert_possible(got[moderate], exact, fmt)
 
 
+def some_ignored(rng: np.random.Generator, rows: int, V: int, ignore_index: int) -> Array:
+    """Targets of which every third is to be ignored, but for the first."""
+    target = rng.integers(0, V, rows)
+    target[0], target[2::3] = (ignore_index + 1) % V, ignore_index
+    return target
+
+
+IGNORED = (-100, -1, 5)
+"""What stands for 'no target': PyTorch's default, nanoGPT's, and a class."""
+
+
 def check_cross_entropy_backward(device: Device, fmt: str) -> None:
-    """dz from given statistics: bit for bit with the C library's exp, else each a possible one; a loss scale of 2^10."""
-    rng = np.random.default_rng(3)
-    for rows, V in ((1, 1), (5, 7), (3, 1000), (200, 5003)):
-        logits, target = normal(rng, (rows, V), fmt, 4.0), rng.integers(0, V, rows)
+    """dz from given statistics: bit for bit with the C library's exp, else each a possible one; a loss scale of 2^10.
+
+    Rows whose target is ignored are 0; one whose target is no class is NaN, and no logit outside of the row is read.
+    """
+    rng, backward = np.random.default_rng(3), OPS["cross_entropy"].backward
+    for (rows, V), ignore_index in product(((1, 1), (5, 7), (3, 1000), (200, 5003)), IGNORED):
+        logits, target = normal(rng, (rows, V), fmt, 4.0), some_ignored(rng, rows, V, ignore_index)
         dloss, dz = np.float32(1024).reshape(1), empty((rows, V), fmt)
         p = bound(fmt, "cross_entropy", device.functions)
-        _, saved = OPS["cross_entropy"].forward(logits, target, p)
-        _, largest, log_sum, *_ = saved
-        launch = ((rows,), logits, target, largest, log_sum, dloss, dz, np.int32(rows), np.int32(V))
+        _, saved = OPS["cross_entropy"].forward(logits, target, p, ignore_index)
+        _, largest, log_sum, _, n, *_ = saved
+        more = np.int32(V), np.int64(ignore_index)
+        launch = ((rows,), logits, target, largest, log_sum, n.reshape(1), dloss, dz, *more)
         device.launch(fmt, "cross_entropy_backward", *launch)
         if device.functions:
-            assert_same(dz, OPS["cross_entropy"].backward(dloss[0], saved, p)[0])
-        assert_possible(dz, cross_entropy_near(near(wide(logits)), target, near(np.float64(1024)))[1], fmt)
+            assert_same(dz, backward(dloss[0], saved, p, ignore_index)[0])
+        assert_possible(dz, cross_entropy_near(near(wide(logits)), target, near(np.float64(1024)), ignore_index)[1], fmt)
+
+    for nothing in (np.full(3, -100), np.array([V, -1, 1 << 40])):
+        logits, dz = normal(rng, (3, V), fmt), empty((3, V), fmt)
+        largest, log_sum, n = np.zeros(3, np.float32), np.ones(3, np.float32), np.zeros(1, np.float32)
+        more = np.int32(V), np.int64(-100)
+        device.launch(fmt, "cross_entropy_backward", (3,), logits, nothing, largest, log_sum, n, dloss, dz, *more)
+        assert (dz == 0).all() if nothing[0] == -100 else np.isnan(wide(dz)).all()
 
 
 STARTS = ((0, 1000), (5000, 5001), (400_000, 900_001))  # decayed ranges: from the first element, of one, across blocks
@@ -424,35 +446,51 @@ def check_rows_beyond_the_last(device: Device, fmt: str) -> None:
 
 
 def check_cross_entropy_forward(device: Device, fmt: str) -> None:
-    """The largest logit exactly, a loss a row, and their mean; a NaN is not passed over in the search for the largest."""
+    """The largest logit exactly, a loss a row, and their mean; a NaN is not passed over in the search for the largest.
+
+    A row whose target is ignored has the loss 0; one whose target is no class, NaN.
+    """
     rng = np.random.default_rng(12)
-    for rows, V in SHAPES:
-        logits, target = normal(rng, (rows, V), fmt, 4.0), rng.integers(0, V, rows)
-        row_loss, largest, log_sum, loss = (empty(n, "fp32") for n in (rows, rows, rows, 1))
-        device.launch(fmt, "cross_entropy_forward", (rows,), logits, target, row_loss, largest, log_sum, np.int32(V))
-        device.launch(fmt, "mean", (1,), row_loss, loss, np.int32(rows))
+    for (rows, V), ignore_index in zip(SHAPES, cycle(IGNORED)):
+        logits, target = normal(rng, (rows, V), fmt, 4.0), some_ignored(rng, rows, V, ignore_index)
+        row_loss, largest, log_sum, loss, n = (empty(n, "fp32") for n in (rows, rows, rows, 1, 1))
+        ignored = np.int64(ignore_index)
+        device.launch(fmt, "cross_entropy_forward", (rows,), logits, target, row_loss, largest, log_sum, np.int32(V), ignored)
+        device.launch(fmt, "cross_entropy_mean", (1,), row_loss, target, loss, n, np.int32(rows), ignored)
+        counts = target != ignore_index
+        assert n == counts.sum()
         z = widen(logits)
         assert_same(largest, z.max(-1))
         if device.functions:
             expected = device.functions.log(tree_sum(device.functions.exp(z - z.max(-1, keepdims=True))))
             assert_same(log_sum, expected)
-            assert_same(row_loss, expected - (z[np.arange(rows), target] - largest))
-        assert_possible(loss, cross_entropy_near(near(wide(z)), target, near(1.0))[0], "fp32")
+            assert_same(row_loss, np.where(counts, expected - (z[np.arange(rows), target * counts] - largest), np.float32(0)))
+        assert_possible(loss, cross_entropy_near(near(wide(z)), target, near(1.0), ignore_index)[0], "fp32")
 
     logits = normal(rng, (4, 300), fmt)
     logits[1, 299], logits[2, 5], logits[3, :] = np.nan, np.inf, -np.inf
     row_loss, largest, log_sum = (empty(4, "fp32") for _ in range(3))
-    device.launch(fmt, "cross_entropy_forward", (4,), logits, np.zeros(4, np.int64), row_loss, largest, log_sum, np.int32(300))
+    more = np.int32(300), np.int64(-100)
+    device.launch(fmt, "cross_entropy_forward", (4,), logits, np.zeros(4, np.int64), row_loss, largest, log_sum, *more)
     assert_same(largest, widen(logits).max(-1))
     assert np.isfinite(row_loss).tolist() == [True, False, False, False]
 
+    outside = np.array([300, -1, -101, 1 << 40])
+    device.launch(fmt, "cross_entropy_forward", (4,), normal(rng, (4, 300), fmt), outside, row_loss, largest, log_sum, *more)
+    assert np.isnan(row_loss).all()
 
-def check_mean(device: Device, fmt: str) -> None:
-    """By the tree of one block."""
-    for n in (1, 7, THREADS, 1000):
-        x, y = normal(np.random.default_rng(n), n, "fp32"), empty(1, "fp32")
-        device.launch(fmt, "mean", (1,), x, y, np.int32(n))
-        assert_same(y, (tree_sum(x) / np.float32(n)).reshape(1))
+
+def check_cross_entropy_mean(device: Device, fmt: str) -> None:
+    """By the tree of one block, of the rows that count; of none it is NaN."""
+    for rows in (1, 7, THREADS, 1000):
+        rng = np.random.default_rng(rows)
+        row_loss, target, loss, n = normal(rng, rows, "fp32"), some_ignored(rng, rows, 9, -1), *(empty(1, "fp32") for _ in "12")
+        row_loss[target == -1] = 0
+        device.launch(fmt, "cross_entropy_mean", (1,), row_loss, target, loss, n, np.int32(rows), np.int64(-1))
+        assert n == (target != -1).sum()
+        assert_same(loss, (tree_sum(row_loss) / n).reshape(1))
+    device.launch(fmt, "cross_entropy_mean", (1,), np.zeros(7, np.float32), np.full(7, -1), loss, n, np.int32(7), np.int64(-1))
+    assert n == 0 and np.isnan(loss)
 
 
 def check_embedding(device: Device, fmt: str) -> None:
@@ -528,7 +566,7 @@ REDUCING = {
     "causal_softmax_specials": check_causal_softmax_specials,
     "rows_beyond_the_last": check_rows_beyond_the_last,
     "cross_entropy_forward": check_cross_entropy_forward,
-    "mean": check_mean,
+    "cross_entropy_mean": check_cross_entropy_mean,
     "embedding_backward": check_embedding,
     "gradient_norm": check_gradient_norm,
 }

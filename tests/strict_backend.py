@@ -162,29 +162,34 @@ def causal_softmax_backward(
 
 
 def cross_entropy_forward(
-    fmt: str, grid: Grid, logits: Array, target: Array, row_loss: Array, largest: Array, log_sum: Array, V: np.int32
-) -> None:
+    fmt: str, grid: Grid, logits: Array, target: Array, row_loss: Array, largest: Array, log_sum: Array, V: np.int32,
+    ignore_index: np.int64,
+) -> None:  # fmt: skip
     covers(grid, target.size)
-    z = logits.reshape(target.size, V)
-    _, (_, most, log, *_) = OPS["cross_entropy"].forward(z, target, bound(fmt, "cross_entropy"))
-    at_target = widen(z)[np.arange(len(z)), target][:, None]
-    for out, value in ((row_loss, log - (at_target - most)), (largest, most), (log_sum, log)):
+    z, p = logits.reshape(target.size, V), bound(fmt, "cross_entropy")
+    _, (_, most, log, *_) = OPS["cross_entropy"].forward(z, target, p, ignore_index)
+    each = [0 if t == ignore_index else OPS["cross_entropy"].forward(row, t, p)[0] for row, t in zip(z, target, strict=True)]
+    for out, value in ((row_loss, np.array(each, np.float32)), (largest, most), (log_sum, log)):
         put(out, value)
 
 
 def cross_entropy_backward(
-    fmt: str, grid: Grid, logits: Array, target: Array, largest: Array, log_sum: Array, dloss: Array, dz: Array,
-    rows: np.int32, V: np.int32,
+    fmt: str, grid: Grid, logits: Array, target: Array, largest: Array, log_sum: Array, counted: Array,
+    dloss: Array, dz: Array, V: np.int32, ignore_index: np.int64,
 ) -> None:  # fmt: skip
-    covers(grid, int(rows))
-    z = logits.reshape(rows, V)
-    saved = z, largest.reshape(-1, 1), log_sum.reshape(-1, 1), target, z.shape, fmt
-    put(dz, OPS["cross_entropy"].backward(dloss.reshape(()), saved, bound(fmt, "cross_entropy"))[0])
+    covers(grid, target.size)
+    z = logits.reshape(-1, V)
+    saved = z, largest.reshape(-1, 1), log_sum.reshape(-1, 1), target, counted.reshape(()), z.shape, fmt
+    put(dz, OPS["cross_entropy"].backward(dloss.reshape(()), saved, bound(fmt, "cross_entropy"), ignore_index)[0])
 
 
-def mean(fmt: str, grid: Grid, x: Array, y: Array, n: np.int32) -> None:
+def cross_entropy_mean(
+    fmt: str, grid: Grid, row_loss: Array, target: Array, loss: Array, counted: Array, rows: np.int32, ignore_index: np.int64
+) -> None:
     covers(grid, 1)
-    put(y, x.reshape(n).mean())
+    n = np.float32((target.reshape(rows) != ignore_index).sum())
+    put(counted, n)
+    put(loss, row_loss.reshape(rows).sum() / n)
 
 
 def embedding_backward(fmt: str, grid: Grid, tokens: Array, dy: Array, dw: Array, n: np.int32, C: np.int32) -> None:
@@ -229,7 +234,8 @@ TWINS: dict[str, Callable[..., None]] = {
     for twin in (
         add_forward, gelu_tanh_forward, gelu_tanh_backward, layernorm_forward, layernorm_backward, layernorm_weights_backward,
         bias_forward, bias_backward, split_heads, merge_heads, causal_softmax_forward, causal_softmax_backward,
-        cross_entropy_forward, cross_entropy_backward, mean, embedding_backward, gradient_norm, gradient_norm_fold, adamw,
+        cross_entropy_forward, cross_entropy_backward, cross_entropy_mean, embedding_backward, gradient_norm,
+        gradient_norm_fold, adamw,
     )
 }  # fmt: skip
 

@@ -81,6 +81,7 @@ STANDS_AT = {
     "logits": ("loss", [0]),
     "loss largest and log_sum": ("loss", [1, 2]),
     "targets": ("loss", [3]),
+    "loss rows that count": ("loss", [4]),
 }
 
 

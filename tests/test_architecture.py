@@ -216,8 +216,8 @@ def imports(text: str, types_too: bool = True, late_too: bool = True) -> set[str
 
 # What each module of the algorithm may import. What is not listed is an application: it may import anything, and no
 # module listed here may import it. `formats <- cast <- policy <- ops <- tape <- models`, `step` on top.
-OPS_MAY = {"formats", "policy", "ops.op", "ops.norm", "quantise"}
-MODELS_MAY = {"errors", "ops", "tape", "models.model"}
+OPS_MAY = {"formats", "policy", "ops.indices", "ops.op", "ops.norm", "quantise"}
+MODELS_MAY = {"errors", "ops", "ops.loss", "tape", "models.model"}
 MAY_IMPORT = {
     "": set(),
     "errors": set(),
@@ -247,7 +247,9 @@ MAY_IMPORT = {
     "backends.cupy": {
         "backends", "backends.cublas", "backends.cupy_ops", "backends.cupy_passes", "backends.launch", "errors", "formats",
     },
-    "backends.cupy_ops": {"backends.launch", "cast", "formats", "ops", "ops.attention", "ops.gemm", "ops.norm", "policy"},
+    "backends.cupy_ops": {
+        "backends.launch", "cast", "formats", "ops", "ops.attention", "ops.gemm", "ops.loss", "ops.norm", "policy",
+    },
     "backends.cupy_passes": {"backends.launch", "formats"},
     "backends.kernels": set(),
     "backends.launch": {"formats"},
@@ -263,12 +265,13 @@ MAY_IMPORT = {
     "ops.embedding": OPS_MAY,
     "ops.gemm": OPS_MAY,
     "ops.loss": OPS_MAY,
+    "ops.indices": {"errors", "policy"},
     "ops.norm": OPS_MAY - {"ops.norm"},
     "ops.pointwise": OPS_MAY,
     "ops.shape": OPS_MAY,
     "tape": {"ops", "policy"},
     "models": {"models.model", "models.gpt", "models.mlp"},
-    "models.model": {"tape"},
+    "models.model": {"ops.indices", "ops.loss", "tape"},
     "models.gpt": MODELS_MAY,
     "models.mlp": MODELS_MAY,
     "state": {"backends", "cast", "errors", "formats", "policy", "storage"},
@@ -280,7 +283,8 @@ MAY_IMPORT = {
     "gradients": {"cast", "state"},
     "loss_scale": {"cast", "errors", "formats"},
     "optim": {"cast", "gradients", "state", "storage"},
-    "step": {"gradients", "loss_scale", "models", "optim", "policy", "state", "tape"},
+    "micro_batches": {"cast", "formats", "models", "state"},
+    "step": {"gradients", "loss_scale", "micro_batches", "models", "optim", "policy", "state", "tape"},
 }
 
 

@@ -94,13 +94,20 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "sub(sub(widen(logits[i]), most), log)", "sub(widen(logits[i]), add(most, log))",
     ),
     "loss: no target": ("cross_entropy_backward", "bf16", "if (i == target[row]) d = sub(d, each);", ""),
+    "loss: ignored rows counted": ("cross_entropy_mean", "fp32", "target[i] == ignore_index ? 0.0f : 1.0f", "1.0f"),
+    "loss: ignored rows summed": ("cross_entropy_forward", "fp32", "i == ignore_index ? 0.0f : sub(l,", "sub(l,"),
+    "loss: ignored rows not left out": ("cross_entropy_backward", "fp32", "if (target[row] == ignore_index) each = 0.0f;", ""),
+    "loss: a target below 0 read": ("cross_entropy_forward", "fp32", "return 0 <= target && target < V", "return target < V"),
+    "loss: a target beyond V read": ("cross_entropy_forward", "bf16", "return 0 <= target && target < V", "return 0 <= target"),
     "embedding: a token overlooked": ("embedding_backward", "fp32", "__ffs(left) - 1;", "31 - __builtin_clz(left); left = 8;"),
     "embedding: a word overlooked": ("embedding_backward", "fp32", "t % 32 < WORDS &&", "t % 32 < WORDS - 1 &&"),
     "rows: one too many": (
         "rows_beyond_the_last", "fp32", "if (row >= rows) return;\n    dy += row", "if (row > rows) return;\n    dy += row",
     ),
     "fold: the first lane keeps it": ("layernorm", "fp32", "__shfl_sync(ALL_LANES, mine, 0)", "mine"),
-    "fold: a lane overlooked": ("mean", "fp32", "for (int half = WARP / 2; half > 0;", "for (int half = WARP / 2; half > 1;"),
+    "fold: a lane overlooked": (
+        "cross_entropy_mean", "fp32", "for (int half = WARP / 2; half > 0;", "for (int half = WARP / 2; half > 1;",
+    ),
     "norm: of half-scaled squares": ("gradient_norm", "fp16", "mul(g, g)", "mul(g, scaled)"),
     "norm: infinities pass": ("gradient_norm", "fp16", "!isfinite(scaled)", "isnan(scaled)"),
     "norm: looks at its own blocks only": ("gradient_norm", "bf16", "bad = bad || partial_bad[i]", "bad = partial_bad[i]"),
@@ -123,13 +130,13 @@ def test_a_wrong_kernel_fails(name: str) -> None:
         CHECKS[check](device(source().replace(text, wrong)), fmt)
 
 
-MEAN = "    sum = block_fold<add>(sum);\n    if (threadIdx.x == 0) *y"
+MEAN = "    sum = block_fold<add>(sum);\n    n = block_fold"
 TWO_FOLDS = MEAN.replace("block_fold<add>(sum)", "block_fold<add>(div(block_fold<add>(sum), (float)THREADS))")
 """The same mean by two folds, one after the other: in the second each thread has a part of the sum."""
 
 BARRIERS = {  # where: (check, what follows the barrier, or its comment)
-    "in the fold of a block": ("mean", "\n        if (t < half)"),
-    "after the fold of a block": ("mean", "  // nobody writes for the next fold"),
+    "in the fold of a block": ("cross_entropy_mean", "\n        if (t < half)"),
+    "after the fold of a block": ("cross_entropy_mean", "  // nobody writes for the next fold"),
     "in the fold of lanes": ("bias_backward", "\n        if (lane < half)"),
 }
 
@@ -155,7 +162,7 @@ def test_a_missing_barrier_fails_in_one_order_or_the_other(where: str) -> None:
 def test_a_barrier_that_some_threads_miss_is_seen() -> None:
     assert source().count(MEAN) == 1
     with pytest.raises(AssertionError, match="a barrier was missed"):
-        CHECKS["mean"](device(source().replace(MEAN, "    if (threadIdx.x == 0) return;\n" + MEAN)), "fp32")
+        CHECKS["cross_entropy_mean"](device(source().replace(MEAN, "    if (threadIdx.x == 0) return;\n" + MEAN)), "fp32")
 
 
 # ------------------------------------------------------------------------------------------------------------- functions

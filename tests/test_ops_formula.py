@@ -94,6 +94,8 @@ def make_cases() -> list[Case]:
         Case("embedding", "1-D", (np.arange(5),), (r(7, 4),)),
         Case("cross_entropy", "2-D", (r(4, 7), np.array([0, 6, 3, 3]))),
         Case("cross_entropy", "3-D", (r(2, 3, 7), np.array([[0, 6, 3], [3, 1, 2]]))),
+        Case("cross_entropy", "some ignored", (r(5, 7), np.array([-100, 6, 3, -100, 3]))),
+        Case("cross_entropy", "a class ignored", (r(2, 3, 7), np.array([[0, 6, 3], [3, 1, 2]])), static={"ignore_index": 3}),
         Case("reshape", "join two axes", (r(2, 3, 4),), static={"shape": (2, 12)}),
         Case("transpose", "a cycle of three axes", (r(2, 3, 4),), static={"axes": (1, 2, 0)}),
         Case("split", "the middle", (r(2, 3, 8),), static={"start": 2, "stop": 5}),

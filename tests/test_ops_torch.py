@@ -778,6 +778,39 @@ def test_cross_entropy_of_logits_that_are_not_finite(recipe: str) -> None:
             same_kind(dz, dz_torch, f"dlogits with {bad}, target {target}")
 
 
+@pytest.mark.parametrize("ignore_index", [-100, -1, 7])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_cross_entropy_with_ignored_targets(fmt: str, ignore_index: int) -> None:
+    rng, op = np.random.default_rng(22), OPS["cross_entropy"]
+    z, targets = array(rng.standard_normal((60, 50)), fmt), rng.integers(0, 50, 60)
+    targets[rng.permutation(60)[:25]] = ignore_index
+    p = Run(policy_of(fmt), NUMPY).bind("cross_entropy", "loss")
+    y, saved = op.forward(z, targets, p, ignore_index=ignore_index)
+    dz, _ = op.backward(np.float32(1024), saved, p, ignore_index=ignore_index)
+    y_torch, (dz_torch, _) = theirs(
+        lambda z, t: F.cross_entropy(z.float(), t, ignore_index=ignore_index), [z, targets], np.float32(1024)
+    )
+    exact = cross_entropy_near(near(wide(z)), targets, near(1024.0), ignore_index)
+    assert_agrees(y, wide(y_torch), exact[0], "fp32", "loss")
+    assert_agrees(dz, wide(dz_torch), exact[1], fmt, "dlogits")
+    assert not wide(dz)[targets == ignore_index].any()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_cross_entropy_ignores_as_pytorch_does_where_values_are_not_finite(fmt: str) -> None:
+    """All ignored: a loss of NaN and gradients of 0. A bad row that is ignored leaves the loss finite, not its own gradient."""
+    rows = array(np.random.default_rng(23).standard_normal((3, 5)), fmt)
+    for bad, targets in ((0.0, [-100] * 3), (math.nan, [-100, 1, 2]), (math.inf, [-100, 1, 2]), (-math.inf, [1, -100, 2])):
+        z = rows.copy()
+        z[0, 2] = z[0, 2] if bad == 0 else bad
+        with np.errstate(all="ignore"):
+            y, (dz, _) = ours(policy_of(fmt), "cross_entropy", [z, np.array(targets)], np.float32(1024))
+        y_torch, (dz_torch, _) = theirs(TWINS["cross_entropy"].torch, [z, np.array(targets)], np.float32(1024))
+        same_kind(y, y_torch, f"loss with {bad}")
+        same_kind(dz, dz_torch, f"dlogits with {bad}")
+        assert bad != 0 or (np.isnan(y) and not wide(dz).any())
+
+
 SUBNORMAL = {"fp16": 2.0**-20, "bf16": 2.0**-130, "fp32": 2.0**-130}
 """Times normal values: some bits are left, and some values become zero."""
 

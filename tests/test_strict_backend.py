@@ -211,17 +211,17 @@ class Case:
     arrays: tuple[str, ...]
     row: Precision = LOW
     rows: Mapping[str, Precision] = field(default_factory=dict)
+    static: Mapping[str, int] = field(default_factory=dict)
 
     def run(self, op: Any, backend: Backend) -> tuple[Array, Array, list[Array | None]]:
         """y, what was saved, and the gradients, of this operation or of a twin of it."""
         rng = np.random.default_rng(0)
         arrays = [backend.from_host(self._draw(rng, *words.split())) for words in self.arrays]
         p = Run(Policy("case", {EVERY_OTHER: self.row, **self.rows}), backend).bind(self.op, "here")
-        static = {"n_head": 2} if self.op == "attention" else {}
-        y, saved = op.forward(*arrays, p=p, **static)
+        y, saved = op.forward(*arrays, p=p, **self.static)
         dy = backend.from_host(cast(rng.standard_normal(y.shape), format_of(y)))
         params = arrays[len(arrays) - len(op.params) :] if op.params else []
-        return y, saved, list(op.backward(dy, saved, *params, p=p, **static))
+        return y, saved, list(op.backward(dy, saved, *params, p=p, **self.static))
 
     @staticmethod
     def _draw(rng: np.random.Generator, fmt: str, *shape: str) -> np.ndarray:
@@ -238,10 +238,11 @@ FUSED = {
     "layernorm of FP32 under autocast": Case("layernorm", ("fp32 3 4", "fp32 4", "fp32 4"), HIGH),
     "linear": Case("linear", ("fp16 3 4", "fp16 5 4", "fp16 5")),
     "linear of FP32 under autocast": Case("linear", ("fp32 3 4", "fp16 5 4", "fp16 5")),
-    "attention": Case("attention", ("fp16 2 3 12",)),
+    "attention": Case("attention", ("fp16 2 3 12",), static={"n_head": 2}),
     "embedding": Case("embedding", ("int64 2 3", "fp16 5 4")),
     "cross_entropy": Case("cross_entropy", ("fp16 3 5", "int64 3"), HIGH),
     "cross_entropy of FP32": Case("cross_entropy", ("fp32 3 5", "int64 3"), HIGH),
+    "cross_entropy, some ignored": Case("cross_entropy", ("fp16 6 5", "int64 6"), HIGH, static={"ignore_index": 3}),
 }
 """Where there are kernels: the controls."""
 
@@ -268,17 +269,20 @@ FALLBACKS = {
     "linear, another dw": Case("linear", ("fp16 3 4", "fp16 5 4", "fp16 5"), rows={"linear.dw": WIDE_RESULT}),
     "linear, fp64": Case("linear", ("fp64 3 4", "fp64 5 4", "fp64 5"), EXACT),
     **{
-        f"attention, wider {part}": Case("attention", ("fp16 2 3 12",), rows={f"attention.{part}": WIDE_RESULT})
+        f"attention, wider {part}": Case(
+            "attention", ("fp16 2 3 12",), rows={f"attention.{part}": WIDE_RESULT}, static={"n_head": 2}
+        )
         for part in ("scores", "scale", "softmax", "values")
     },
-    "attention, a softmax in FP32": Case("attention", ("fp16 2 3 12",), rows={"attention.softmax": HIGH}),
-    "attention, cast operands": Case("attention", ("fp32 2 3 12",)),
-    "attention, fp64": Case("attention", ("fp64 2 3 12",), EXACT),
+    "attention, a softmax in FP32": Case("attention", ("fp16 2 3 12",), static={"n_head": 2}, rows={"attention.softmax": HIGH}),
+    "attention, cast operands": Case("attention", ("fp32 2 3 12",), static={"n_head": 2}),
+    "attention, fp64": Case("attention", ("fp64 2 3 12",), EXACT, static={"n_head": 2}),
     "embedding, short tokens": Case("embedding", ("int32 2 3", "fp16 5 4")),
     "embedding, a cast table": Case("embedding", ("int64 2 3", "fp32 5 4")),
     "embedding, a wider result": Case("embedding", ("int64 2 3", "fp16 5 4"), WIDE_RESULT),
     "embedding, fp64": Case("embedding", ("int64 2 3", "fp64 5 4"), EXACT),
     "cross_entropy, short targets": Case("cross_entropy", ("fp16 3 5", "int32 3"), HIGH),
+    "cross_entropy, some ignored": Case("cross_entropy", ("fp16 6 5", "int32 6"), HIGH, static={"ignore_index": 3}),
     "cross_entropy, cast down": Case("cross_entropy", ("fp32 3 5", "int64 3"), WIDE_RESULT),
     "cross_entropy, a loss in FP16": Case("cross_entropy", ("fp16 3 5", "int64 3"), LOW),
     "cross_entropy, fp64": Case("cross_entropy", ("fp64 3 5", "int64 3"), EXACT),
@@ -466,9 +470,13 @@ def wrong_bias_backward(fmt: str, grid: tuple[int, ...], dy: Array, db: Array, r
     put(db, total)
 
 
-def wrong_mean(fmt: str, grid: tuple[int, ...], x: Array, y: Array, n: np.int32) -> None:
+def wrong_cross_entropy_mean(
+    fmt: str, grid: tuple[int, ...], row_loss: Array, target: Array, loss: Array, counted: Array,
+    rows: np.int32, ignored: np.int64,
+) -> None:  # fmt: skip
     """A sum of FP16 numbers."""
-    put(y, widen(cast(x, "fp16").sum(dtype=np.float16)) / np.float32(n))
+    put(counted, np.float32((target != ignored).sum()))
+    put(loss, widen(cast(row_loss, "fp16").sum(dtype=np.float16)) / counted)
 
 
 @dataclass(frozen=True)
@@ -512,7 +520,7 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
         in_place_of(wrong_embedding_backward), "2.grads of transformer.wte.weight departs",
     ),
     "a bias gradient summed in FP16": (in_place_of(wrong_bias_backward), "bias departs"),
-    "the loss summed in FP16": (in_place_of(wrong_mean), "2.loss departs"),
+    "the loss summed in FP16": (in_place_of(wrong_cross_entropy_mean), "2.loss departs"),
     "products summed in FP16": (
         lambda patch: SixteenBitSums("broken", xp), "2.activations of transformer.h.0.attn.c_attn departs",
     ),

@@ -18,6 +18,7 @@ from refimpl.cast import widen
 from refimpl.formats import format_of
 from refimpl.ops import OPS, Op, fan_in
 from refimpl.ops.gemm import as_rows
+from refimpl.ops.loss import IGNORE_INDEX
 from refimpl.ops.norm import EPS
 from refimpl.policy import SAME, Bound
 
@@ -251,28 +252,27 @@ def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any] | 
     return wc[tokens], Fused((in_order(p, tokens),))
 
 
-def cross_entropy_forward(logits: Array, targets: Array, p: Bound) -> tuple[Array, Any] | None:
+def cross_entropy_forward(
+    logits: Array, targets: Array, p: Bound, ignore_index: int = IGNORE_INDEX
+) -> tuple[Array, Any] | None:
     """The mean loss; the logits are read in the format they are stored in, and widened a value at a time."""
     fmt, out = one_format(p, logits), p.out_format("fp32")
     if fmt is None or out != "fp32" or p.row.input("logits") not in ("fp32", SAME) or targets.dtype != np.int64:
         return None
     z, target, V = in_order(p, logits.reshape(-1, logits.shape[-1])), in_order(p, targets.reshape(-1)), logits.shape[-1]
     each, largest, log_sum = (p.empty(target.shape, "fp32") for _ in range(3))
-    loss = p.empty((), "fp32")
-    kernels = launcher(p, fmt)
-    kernels.cross_entropy_forward((target.size,), ROW, z, target, each, largest, log_sum, np.int32(V))
-    kernels.mean((1,), ROW, each, loss, np.int32(target.size))
-    return loss, Fused((z, target, largest, log_sum, logits.shape))
+    loss, counted = p.empty((), "fp32"), p.empty((), "fp32")
+    kernels, ignored = launcher(p, fmt), np.int64(ignore_index)
+    kernels.cross_entropy_forward((target.size,), ROW, z, target, each, largest, log_sum, np.int32(V), ignored)
+    kernels.cross_entropy_mean((1,), ROW, each, target, loss, counted, np.int32(target.size), ignored)
+    return loss, Fused((z, target, largest, log_sum, counted, logits.shape))
 
 
-def cross_entropy_backward(dloss: Array, saved: Any, p: Bound) -> tuple[Array, None]:
-    """dz = (softmax(z) - onehot(target)) dloss / rows."""
-    z, target, largest, log_sum, shape = saved
-    rows, V, fmt = target.size, shape[-1], format_of(z)
-    dz = p.empty(z.shape, fmt)
-    launcher(p, fmt).cross_entropy_backward(
-        (rows,), ROW, z, target, largest, log_sum, dloss, dz, np.int32(rows), np.int32(V)
-    )
+def cross_entropy_backward(dloss: Array, saved: Any, p: Bound, ignore_index: int = IGNORE_INDEX) -> tuple[Array, None]:
+    """dz = (softmax(z) - onehot(target)) dloss / n in the n rows that count, 0 in the others."""
+    z, target, largest, log_sum, counted, shape = saved
+    dz, fmt, sizes = p.empty(z.shape, format_of(z)), format_of(z), (np.int32(shape[-1]), np.int64(ignore_index))
+    launcher(p, fmt).cross_entropy_backward((target.size,), ROW, z, target, largest, log_sum, counted, dloss, dz, *sizes)
     return dz.reshape(shape), None
 
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from refimpl.models.gpt import GPTConfig, gpt
 from refimpl.models.mlp import MLPConfig, mlp
-from refimpl.models.model import Model, Parameter
+from refimpl.models.model import LOSS_MEANS, Model, Parameter
 
-__all__ = ["GPTConfig", "MLPConfig", "Model", "Parameter", "gpt", "mlp"]
+__all__ = ["LOSS_MEANS", "GPTConfig", "MLPConfig", "Model", "Parameter", "gpt", "mlp"]

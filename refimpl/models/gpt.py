@@ -9,6 +9,7 @@ from typing import Any
 from refimpl.errors import UsageError
 from refimpl.models.model import Model, Parameter
 from refimpl.ops import add, attention, cross_entropy, embedding, gelu_tanh, layernorm, linear
+from refimpl.ops.loss import IGNORE_INDEX
 from refimpl.tape import Tape, Value
 
 Array = Any
@@ -46,6 +47,8 @@ def _block(t: Tape, x: Value, n_head: int) -> Value:
 
 
 def _logits(t: Tape, tokens: Array, config: GPTConfig) -> Value:
+    if tokens.shape[1] > config.block_size:  # said here, since on a device the lookup below would not notice
+        raise UsageError(f"{tokens.shape[1]} tokens per sequence are too many: the model has {config.block_size} positions")
     positions = t.run.backend.xp.arange(tokens.shape[1])
     x = t(embedding, "transformer.wte", tokens)       # (B, T, C)
     e = t(embedding, "transformer.wpe", positions)    # (T, C)
@@ -84,10 +87,10 @@ def _parameters(config: GPTConfig) -> dict[str, Parameter]:
     return table | _layernorm("transformer.ln_f", C)
 
 
-def gpt(config: GPTConfig) -> Model:
+def gpt(config: GPTConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
     """GPT-2 with GELU (tanh), biases in the linear layers but for the last, which is tied to the token embedding; no dropout.
 
-    tokens (B, T) with T <= block_size -> logits (B, T, V).
+    tokens (B, T) with T <= block_size -> logits (B, T, V). Targets that are ignore_index have no part in the loss.
     Source: Radford et al. 2019; initialisation and names as in nanoGPT.
     """
 
@@ -95,7 +98,7 @@ def gpt(config: GPTConfig) -> Model:
         return _logits(t, tokens, config)
 
     def loss(t: Tape, tokens: Array, targets: Array) -> Value:
-        return t(cross_entropy, "loss", logits(t, tokens), targets)
+        return t(cross_entropy, "loss", logits(t, tokens), targets, ignore_index=ignore_index)
 
     tied = {"lm_head.weight": "transformer.wte.weight"}
-    return Model("gpt", asdict(config), _parameters(config), tied, logits, loss)
+    return Model("gpt", asdict(config), _parameters(config), tied, logits, loss, ignore_index=ignore_index, loss_mean=loss_mean)

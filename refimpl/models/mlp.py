@@ -9,6 +9,7 @@ from typing import Any
 from refimpl.errors import UsageError
 from refimpl.models.model import Model, Parameter
 from refimpl.ops import cross_entropy, embedding, linear, relu, reshape
+from refimpl.ops.loss import IGNORE_INDEX
 from refimpl.tape import Tape, Value
 
 Array = Any
@@ -54,17 +55,21 @@ def _parameters(config: MLPConfig) -> dict[str, Parameter]:
     return table
 
 
-def mlp(config: MLPConfig) -> Model:
+def mlp(config: MLPConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
     """The model predicts one byte from a whole block: tokens (B, k) with k = block_size -> logits (B, V).
 
     Of `targets` (B, k), the bytes that follow each position, the last column is the one it is trained on.
+    Targets that are ignore_index have no part in the loss.
     Source: Bengio et al. 2003, 'A neural probabilistic language model', with ReLU for tanh (He et al. 2015).
     """
 
     def logits(t: Tape, tokens: Array) -> Value:
         return _logits(t, tokens, config)
 
-    def loss(t: Tape, tokens: Array, targets: Array) -> Value:
-        return t(cross_entropy, "loss", logits(t, tokens), targets[:, -1])
+    def predicted(targets: Array) -> Array:
+        return targets[:, -1]
 
-    return Model("mlp", asdict(config), _parameters(config), {}, logits, loss)
+    def loss(t: Tape, tokens: Array, targets: Array) -> Value:
+        return t(cross_entropy, "loss", logits(t, tokens), predicted(targets), ignore_index=ignore_index)
+
+    return Model("mlp", asdict(config), _parameters(config), {}, logits, loss, predicted, ignore_index, loss_mean)

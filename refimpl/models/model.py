@@ -8,9 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.ops.indices import refuse_outside
+from refimpl.ops.loss import IGNORE_INDEX
 from refimpl.tape import Tape, Value
 
 Array = Any
+
+
+LOSS_MEANS = {
+    "tokens": "the mean over all targets that count, in whichever micro-batch or rank they are",
+    "micro-batches": "the mean of the micro-batches' means, so that a target counts for more the fewer there are beside it",
+}
+"""What the loss of several micro-batches can be. Where all have as many targets that count, the two are the same to the bit."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class Model:
 
     parameters: name -> Parameter, in state_dict order. tied: a second name of a parameter -> its first.
     logits(t, tokens) -> logits of the next byte; loss(t, tokens, targets) -> the mean loss. Neither ever casts.
+    predicted(targets) -> those of the targets that the loss looks at. ignore_index: the target that stands for 'none'.
+    loss_mean: over what a step of several micro-batches has the mean, `LOSS_MEANS`.
     """
 
     name: str
@@ -43,11 +54,29 @@ class Model:
     tied: Mapping[str, str]
     logits: Callable[[Tape, Array], Value]
     loss: Callable[[Tape, Array, Array], Value]
+    predicted: Callable[[Array], Array] = lambda targets: targets
+    ignore_index: int = IGNORE_INDEX
+    loss_mean: str = "tokens"
 
     @property
     def n_params(self) -> int:
         """Number of parameters; a tied one counts once."""
         return sum(int(np.prod(spec.shape)) for spec in self.parameters.values())
+
+    def n_targets(self, targets: Array) -> Array:
+        """How many of a batch's targets its loss is the mean over: 0-d, where the targets lie."""
+        return (self.predicted(targets) != self.ignore_index).sum()
+
+    def batch_on(self, backend: Any, tokens: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:
+        """Copy a batch to where a backend computes.
+
+        On a device no operation can stop for a token or target that is out of range, so the batch is looked at here, on the
+        host. Errors: UsageError that names the first one, where it stands, and the range.
+        """
+        if not backend.on_host:
+            refuse_outside(tokens, self.config["vocab_size"], "token")
+            refuse_outside(targets, self.config["vocab_size"], "target", self.ignore_index)
+        return backend.from_host(tokens), backend.from_host(targets)
 
     def initial_weights(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Fresh FP32 weights, drawn in the order of the table."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from refimpl.formats import format_of
+from refimpl.ops.indices import check_indices
 from refimpl.ops.op import Op
 from refimpl.policy import Bound
 
@@ -12,7 +13,12 @@ Array = Any
 
 
 def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any]:
-    """y[i] = w[tokens[i]]. tokens (...) integers, w (V, C) -> y (..., C). PyTorch: torch.nn.functional.embedding."""
+    """y[i] = w[tokens[i]]. tokens (...) integers, w (V, C) -> y (..., C).
+
+    Errors: UsageError for a token that is not 0 to V - 1 (on the host: see `check_indices`).
+    PyTorch: torch.nn.functional.embedding.
+    """
+    check_indices(tokens, len(w), "index", p)
     return p.out(p.cast(w, "w")[tokens], "y", w), tokens
 
 

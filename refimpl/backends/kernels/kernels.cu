@@ -355,10 +355,16 @@ causal_softmax_backward(const T* P, const T* dP, T* dS, int queries, float scale
 
 // -------------------------------------------------------------------------------------------------------------- loss (loss.py)
 
-// row_loss = log_sum - (z[target] - largest),  log_sum = log(sum exp(z - largest)).  A block a row.  Their `mean` is the loss.
+// Whether there is a logit of that target. Where there is none, and it is not ignored either, the loss is NaN.
+__device__ inline bool is_class(long long target, int V) { return 0 <= target && target < V; }
+__device__ inline float not_a_number() { return __int_as_float(0x7fc00000); }
+
+// row_loss = log_sum - (z[target] - largest),  log_sum = log(sum exp(z - largest));  0 where the target is ignored, NaN where it
+// is no class.  A block a row.  cross_entropy_mean of them is the loss.
 // logits (rows, V);  target, row_loss, largest, log_sum (rows,), the last two kept for backward.
 extern "C" __global__ void __launch_bounds__(THREADS)
-cross_entropy_forward(const T* logits, const long long* target, float* row_loss, float* largest, float* log_sum, int V) {
+cross_entropy_forward(const T* logits, const long long* target, float* row_loss, float* largest, float* log_sum, int V,
+                      long long ignore_index) {
     long long row = blockIdx.x;
     logits += row * V;
 
@@ -372,21 +378,26 @@ cross_entropy_forward(const T* logits, const long long* target, float* row_loss,
 
     if (threadIdx.x == 0) {
         float l = logf(sum);
-        row_loss[row] = sub(l, sub(widen(logits[target[row]]), most));
+        long long i = target[row];
+        float at_target = is_class(i, V) ? widen(logits[i]) : not_a_number();
+        row_loss[row] = i == ignore_index ? 0.0f : sub(l, sub(at_target, most));
         largest[row] = most;
         log_sum[row] = l;
     }
 }
 
-// dz = (softmax(z) - onehot(target)) dloss / rows.  A block a row; dloss is the loss scale, read where it lies.
-// logits, dz (rows, V);  target, largest, log_sum (rows,);  dloss (1,).
+// dz = (softmax(z) - onehot(target)) dloss / counted;  times 0 where the target is ignored, NaN where it is no class.
+// A block a row; dloss is the loss scale, read where it lies.
+// logits, dz (rows, V);  target, largest, log_sum (rows,);  counted, dloss (1,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 cross_entropy_backward(const T* logits, const long long* target, const float* largest, const float* log_sum,
-                       const float* dloss, T* dz, int rows, int V) {
+                       const float* counted, const float* dloss, T* dz, int V, long long ignore_index) {
     long long row = blockIdx.x;
     logits += row * V;
     dz += row * V;
-    float each = div(*dloss, (float)rows), most = largest[row], log = log_sum[row];
+    float each = is_class(target[row], V) ? div(*dloss, *counted) : not_a_number();
+    if (target[row] == ignore_index) each = 0.0f;
+    float most = largest[row], log = log_sum[row];
     for (int i = threadIdx.x; i < V; i += THREADS) {
         float d = mul(expf(sub(sub(widen(logits[i]), most), log)), each);
         if (i == target[row]) d = sub(d, each);
@@ -394,13 +405,22 @@ cross_entropy_backward(const T* logits, const long long* target, const float* la
     }
 }
 
-// y = mean(x).  One block.  x (n,);  y (1,).
+// counted = how many targets are not ignored;  loss = sum(row_loss) / counted, NaN where there are none.  One block.
+// row_loss, target (rows,);  loss, counted (1,).
 extern "C" __global__ void __launch_bounds__(THREADS)
-mean(const float* x, float* y, int n) {
-    float sum = 0.0f;
-    for (long long i = threadIdx.x; i < n; i += THREADS) sum = add(sum, x[i]);
+cross_entropy_mean(const float* row_loss, const long long* target, float* loss, float* counted, int rows,
+                   long long ignore_index) {
+    float sum = 0.0f, n = 0.0f;
+    for (long long i = threadIdx.x; i < rows; i += THREADS) {
+        sum = add(sum, row_loss[i]);
+        n = add(n, target[i] == ignore_index ? 0.0f : 1.0f);
+    }
     sum = block_fold<add>(sum);
-    if (threadIdx.x == 0) *y = div(sum, (float)n);
+    n = block_fold<add>(n);
+    if (threadIdx.x == 0) {
+        *counted = n;
+        *loss = div(sum, n);
+    }
 }
 
 
