@@ -277,7 +277,7 @@ def test_bytes_that_are_exchanged_are_those_predicted(stage: int, ranks: int, re
     again = math.prod(made.make_model().parameters["transformer.wte.weight"].shape)
     predicted = exchanged(n, states, stage, ranks, again, grad_accum)
     grains = (4 + 1) * math.ceil(n / GRAIN) * (ranks - 1) / ranks if stage else 0
-    loss = 2 * 4 * (ranks - 1) / ranks
+    loss = 2 * (4 + 4) * (ranks - 1) / ranks  # and the number of targets that it is the mean over
     counted = sum(result.received for result in results) / ranks / len(results[0].steps)
     assert counted == pytest.approx(float(predicted) + grains + loss, rel=1e-9)
     assert grad_accum > 1 or float(predicted) / (n * 4 if recipe == "fp32" else n * 2) * ranks / (ranks - 1) == pytest.approx(
