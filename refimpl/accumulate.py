@@ -24,6 +24,7 @@ Wang et al. 2018, arXiv 1812.08011: FP16 accumulation in chunks of 64.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +67,12 @@ def fraction_bits_kept(name: str) -> int | None:
     return int(cut[1]) if cut and 1 <= int(cut[1]) <= FORMATS["fp32"].fraction_bits else None
 
 
-def matmul(a: Array, b: Array, acc: str = "fp32") -> Array:
+def matmul(a: Array, b: Array, acc: str = "fp32", multiply: Callable[[Array, Array], Array] = np.matmul) -> Array:
     """a (..., M, K) @ b (..., K, N) -> fp32 (..., M, N), summed in the accumulator `acc`.
 
     a, b: formats that fp32 holds, their leading axes equal. Products of two values of 11 significant bits or fewer (fp16,
     bf16, e4m3, ...) are exact in fp32; a sum is formed in fp32 and then rounded, or cut, to the accumulator. In the order of k.
+    multiply: what computes the products whose sums are FP32's: the BLAS, or a backend's gemm.
 
     Errors: ValueError for an unknown accumulator, or shapes that do not match.
     PyTorch: torch.matmul, for 'fp32'; torch.backends.cuda.matmul.allow_fp16_accumulation is something like 'fp16'.
@@ -85,19 +87,19 @@ def matmul(a: Array, b: Array, acc: str = "fp32") -> Array:
         raise ValueError(f"matmul: the shapes {a.shape} and {b.shape} do not match")
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow is a result here, not a warning
         if not kind.every:
-            return _sum_products(a, b, kind.inner)
+            return _sum_products(a, b, kind.inner, multiply)
         total = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
         for start in range(0, K, kind.every):
             part = slice(start, start + kind.every)
-            total += _sum_products(a[..., part], b[..., part, :], kind.inner)
+            total += _sum_products(a[..., part], b[..., part, :], kind.inner, multiply)
             _keep(total, kind.outer)
     return total
 
 
-def _sum_products(a: Array, b: Array, inner: str) -> Array:
+def _sum_products(a: Array, b: Array, inner: str, multiply: Callable[[Array, Array], Array]) -> Array:
     """a @ b with all partial sums kept in `inner`, in pieces of rows that fit a cache."""
     if inner == "fp32":
-        return np.matmul(a, b)
+        return multiply(a, b)
     total = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
     product = np.empty_like(total)
     if not total.size:

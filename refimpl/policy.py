@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from refimpl import cast as door
@@ -218,9 +219,10 @@ class Bound:
         """Matrix product of the last two axes, a (..., M, K) @ b (..., K, N) -> (..., M, N), accumulated in `acc`."""
         if isinstance(a, Quantised) != isinstance(b, Quantised):
             raise TypeError(f"{self.op}: a policy quantises both factors of a product, or none")
+        multiply = partial(self.run.backend.gemm, acc=self.math)
         if isinstance(a, Quantised):
-            return product(a, b, self.row.acc)
-        return self.run.backend.gemm(a, b, self.math) if self.sums_plainly else matmul(a, b, self.row.acc)
+            return product(a, b, self.row.acc, multiply)
+        return multiply(a, b) if self.sums_plainly else matmul(a, b, self.row.acc, multiply)
 
     def gemm_then(self, finish: Callable[[Array], Array], fmt: str, a: Any, b: Any) -> Array:
         """`finish(gemm(a, b))`, for a `finish` that treats each row of a product by itself and rounds it to `fmt`.

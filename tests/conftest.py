@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from strict_backend import BACKENDS
+from threadpoolctl import threadpool_info
 
 from refimpl.backends import Backend
+
+
+def pytest_report_header() -> str:
+    """What multiplies matrices here, by which kernels: last bits of results depend on it."""
+    found = [
+        f"{lib['internal_api']} {lib['version']}, {lib.get('architecture', 'unknown')} kernels, {lib['num_threads']} threads"
+        for lib in threadpool_info()
+        if lib["user_api"] == "blas"
+    ]
+    return f"NumPy {np.__version__}, BLAS: {'; '.join(found) or 'not known to threadpoolctl'}"
 
 
 @pytest.fixture(params=BACKENDS)

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bounds import gamma
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import refimpl.backends as backends
 from refimpl import policy, state
-from refimpl.backends import NUMPY, Backend
+from refimpl.backends import NUMPY, WHOLE, Backend, row_blocks
 from refimpl.backends.workers import Workers, workers
 from refimpl.bench import MODELS, Ours
 from refimpl.policy import Run
@@ -30,14 +31,27 @@ def slowly(_: int) -> int:
 
 
 class FakeBlas:
-    """What threadpoolctl hands out, writing down what it is told."""
+    """What threadpoolctl hands out."""
 
     def __init__(self, threads: int) -> None:
-        self.num_threads, self.told = threads, list[int]()
+        self.num_threads = threads
 
     def set_num_threads(self, n: int) -> None:
         self.num_threads = n
-        self.told.append(n)
+
+
+class OpenMPBlas:
+    """One whose number of threads is the calling thread's own, as that of a BLAS built on OpenMP is."""
+
+    def __init__(self, threads: int) -> None:
+        self.first, self.own = threads, threading.local()
+
+    @property
+    def num_threads(self) -> int:
+        return getattr(self.own, "n", self.first)
+
+    def set_num_threads(self, n: int) -> None:
+        self.own.n = n
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -67,13 +81,44 @@ def test_each_part_is_computed_once_and_threads_share_them() -> None:
     assert len({thread for _, thread in seen}) == 3 and threading.get_ident() in {thread for _, thread in seen}
 
 
-def test_the_blas_has_one_thread_while_parts_run_and_all_of_them_afterwards() -> None:
-    blas = FakeBlas(2)
-    Workers(blas).map(lambda i: i, range(4))
-    assert blas.told == [1, 2]
+@pytest.mark.parametrize("blas", [FakeBlas(2), OpenMPBlas(2)], ids=["one number", "one for each thread"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_blas_has_one_thread_while_parts_run_and_all_of_them_afterwards(blas: FakeBlas | OpenMPBlas, parts: int) -> None:
+    two, barrier = Workers(blas), threading.Barrier(min(2, parts), timeout=20)
+
+    def at(_: int) -> int:
+        barrier.wait()  # so that either thread has some
+        return blas.num_threads
+
+    assert two.map(at, range(parts)) == [1] * parts and blas.num_threads == 2
     with pytest.raises(ZeroDivisionError):
-        Workers(blas).map(lambda i: 1 // i, range(4))
-    assert blas.told == [1, 2, 1, 2]
+        two.map(lambda i: 1 // i, range(parts))
+    assert blas.num_threads == 2
+
+
+def test_whoever_leaves_last_restores_what_the_first_has_found() -> None:
+    """Ranks that are threads of one process come and go as they like; and a product may stand within a part."""
+    blas, other = FakeBlas(3), FakeBlas(2)
+    some, inside, leave = Workers(blas, other), threading.Barrier(2, timeout=20), threading.Event()
+
+    def stay() -> None:
+        with some.one_thread_a_product() as before:
+            assert before == 3
+            inside.wait()
+            leave.wait(20)
+
+    stays = threading.Thread(target=stay)
+    with some.one_thread_a_product():
+        stays.start()
+        inside.wait()
+        with pytest.raises(ValueError, match="inner"), some.one_thread_a_product() as before:
+            assert before == 3
+            raise ValueError("inner")
+        assert (blas.num_threads, other.num_threads) == (1, 1)
+    assert (blas.num_threads, other.num_threads) == (1, 1)
+    leave.set()
+    stays.join()
+    assert (blas.num_threads, other.num_threads) == (3, 2)
 
 
 def test_who_limits_the_blas_limits_the_workers_too_and_keeps_the_limit() -> None:
@@ -147,7 +192,7 @@ def test_an_error_is_raised_when_all_have_ended() -> None:
 
 
 def test_without_a_blas_that_can_be_told_the_calling_thread_does_all() -> None:
-    alone = Workers(None)
+    alone = Workers()
     assert alone.threads == 1
     assert set(alone.map(lambda _: threading.get_ident(), range(4))) == {threading.get_ident()}
 
@@ -162,54 +207,58 @@ def test_the_workers_of_this_process_have_the_threads_of_numpys_blas() -> None:
 # --------------------------------------------------------------------------------------------------------- same bits
 
 
-@pytest.mark.parametrize("shape", [(2048, 384, 1536), (1536, 2048, 384), (1000, 700, 321), (130, 1100, 1000)])
+@pytest.mark.parametrize("shape", [(2048, 384, 1536), (1536, 2048, 384), (1000, 700, 321), (130, 1100, 1000), (20, 60, 50)])
 @pytest.mark.parametrize("layout", ["a b", "aT b", "a bT"])
-def test_a_product_in_parts_is_the_product(shape: tuple[int, int, int], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "SHARED_PRODUCTS", 1)
-    monkeypatch.setattr(backends, "SHARED_ROWS", 1)
+def test_a_product_in_blocks_is_the_product(shape: tuple[int, int, int], layout: str) -> None:
+    """To the bit where the BLAS itself makes no difference between the whole and its blocks: OpenBLAS's kernels for AVX512 do
+    not, those for Haswell do. Else to the bit equal to the blocks, and to the whole within what the order of a sum can do.
+    """
     M, K, N = shape
     rng = np.random.default_rng(0)
     a = rng.standard_normal((M, K), np.float32) if layout != "aT b" else rng.standard_normal((K, M), np.float32).T
     b = rng.standard_normal((K, N), np.float32) if layout != "a bT" else rng.standard_normal((N, K), np.float32).T
     with threadpool_limits(1):
         whole = Backend.gemm(NUMPY, a, b, "fp32")
-    assert NUMPY.gemm(a, b, "fp32").tobytes() == whole.tobytes()
+        blocks = np.concatenate([a[rows] @ b for rows in row_blocks(M, M * K * N)])
+    z = NUMPY.gemm(a, b, "fp32")
+    assert z.tobytes() == blocks.tobytes()
+    # Either sum is within gamma(K) |a| |b| of the exact one, whatever its order (Higham 2002, section 3.1); the bound of the
+    # sizes is computed in FP32 too, which the factor covers.
+    if blocks.tobytes() != whole.tobytes():
+        assert (abs(z - whole) <= 2 * gamma(K) * (1 + gamma(K)) * (abs(a) @ abs(b))).all()
+
+
+def test_blocks_cover_all_rows_and_are_two_at_least_for_a_large_product() -> None:
+    for M in (1, 2, 63, 64, 65, 130, 384, 767, 768, 1152, 1536, 1600, 2048, 8192):
+        blocks = row_blocks(M, 1 << 30)
+        assert [i for rows in blocks for i in range(M)[rows]] == list(range(M))
+        assert row_blocks(M, WHOLE) == [slice(0, M)]
+    assert [len(row_blocks(M, 1 << 30)) for M in (64, 384, 1152, 1536, 3072, 8192)] == [1, 2, 2, 4, 8, 16]
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "fp64"])
 def test_a_step_in_parts_is_the_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All operations cut small and shared, against all of them whole."""
+    """All operations cut small and shared by three threads, against all of them whole on one. (Of products the blocks of rows
+    stay the same: they are part of what is computed.)"""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "batch_size": 6}
+    monkeypatch.setattr(backends, "WHOLE", 0)
+    monkeypatch.setattr(backends, "ROWS", 32)
 
-    def states() -> dict[str, bytes]:
+    def states(threads: int) -> dict[str, bytes]:
+        some = Workers(FakeBlas(threads))
+        monkeypatch.setattr(backends, "workers", lambda: some)
         ours = Ours(sizes, recipe)
         for _ in range(2):
             ours.step()
         return {kind: buffer.tobytes() for kind, buffer in ours.parts.state.buffers.items()}
 
-    monkeypatch.setattr(backends, "SHARED", 1 << 60)
-    monkeypatch.setattr(backends, "SHARED_PRODUCTS", 1 << 60)
-    monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 60)
-    whole = states()
-    for threshold in ("SHARED", "SHARED_PRODUCTS", "SHARED_ROWS"):
-        monkeypatch.setattr(backends, threshold, 0)
-    monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 10)
-    assert states() == whole
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_step_does_not_depend_on_the_number_of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {**MODELS["medium"], "n_layer": 1, "batch_size": 4}
-
-    def states() -> bytes:
-        ours = Ours(sizes, "amp-fp16")
-        ours.step()
-        return b"".join(buffer.tobytes() for buffer in ours.parts.state.buffers.values())
-
-    normal = states()
-    others = Workers(FakeBlas(threads))
-    monkeypatch.setattr(backends, "workers", lambda: others)
-    assert states() == normal
+    with threadpool_limits(1):  # since those workers cannot tell the true BLAS
+        monkeypatch.setattr(backends, "SHARED", 1 << 60)
+        monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 60)
+        whole = states(1)
+        monkeypatch.setattr(backends, "SHARED", 0)
+        monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 10)
+        assert states(3) == whole
 
 
 def test_a_single_row_of_a_norm_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,24 +92,38 @@ class Backend:
 SHARED = 1 << 19
 """Elements from which work is shared among threads: below, threads take turns at Python's lock longer than they save."""
 
-SHARED_PRODUCTS = 1 << 21
-"""The same for matrix products, in multiplications."""
-
-SHARED_ROWS = 2048
-"""And in rows of the left operand or in its columns, whichever are more: for all three products of a linear layer that is the
-number of tokens. So a step shares either all of them or none: the BLAS's own threads, once woken, would get in the way of ours.
-"""
-
 CONVERTED = 1 << 18
 """Elements of an array that a thread converts at a time."""
 
-ROWS = 64
-"""The rows of a matrix product that a thread computes are a multiple of this, which BLAS kernels take without a remainder."""
+ROWS = 384
+"""The rows of a matrix product that a thread computes are at least so many, if there are enough for two threads: with each
+block of rows the BLAS packs the whole right operand anew.
+"""
+
+WHOLE = 1 << 21
+"""Multiplications up to which a matrix product is one block: to wake another thread would take longer."""
+
+
+def row_blocks(M: int, multiplications: int) -> list[slice]:
+    """The blocks in which a product of M rows is computed: two, four, ... equal ones, or one. They follow from the shape alone,
+    never from the number of threads: how a row is summed may depend on how many there are beside it.
+
+    >>> row_blocks(1600, 1600 * 64 * 64)
+    [slice(0, 448, None), slice(448, 896, None), slice(896, 1344, None), slice(1344, 1792, None)]
+    """
+    if multiplications <= WHOLE:
+        return [slice(0, M)]
+    count = 2
+    while 2 * count * ROWS <= M:
+        count *= 2
+    step = -(-M // (count * 64)) * 64
+    return [slice(start, start + step) for start in range(0, M, step)]
 
 
 @dataclass(frozen=True)
 class NumPyBackend(Backend):
-    """The host: large operations in parts, one thread of the BLAS for each; small ones whole."""
+    """The host: large operations in parts, shared among threads; small ones whole. See workers.py: results do not depend on
+    the number of threads, neither of ours nor of the BLAS's."""
 
     def to_host(self, x: Array) -> np.ndarray:
         """As it is: no copy."""
@@ -141,10 +155,15 @@ class NumPyBackend(Backend):
         return self.gemm_then(a, b, acc, lambda z: z, acc)
 
     def gemm_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
-        """As in `Backend`, to the bit: a row of a product does not depend on how many there are beside it."""
-        small = a.ndim != 2 or b.ndim != 2 or max(a.shape) < SHARED_ROWS or len(a) * b.size < SHARED_PRODUCTS
-        if small or workers().at_work:
-            return finish(super().gemm(a, b, acc))
+        """As in `Backend`, but that a product of two matrices is computed in `row_blocks`, as is that of `gemm`.
+
+        Of a batch, each matrix is a product of its own, computed whole.
+        """
+        if a.ndim != 2 or b.ndim != 2:
+            with workers().one_thread_a_product():
+                z = super().gemm(a, b, acc)
+            return finish(z)
+        blocks = row_blocks(len(a), len(a) * b.size)
         if not a.flags.c_contiguous:
             a = self.convert(widen, a, acc)  # whole: slices of a transposed array would be in no order at all
         b, result = self.convert(widen, b, acc), np.empty((len(a), b.shape[1]), dtype_of(fmt))
@@ -156,8 +175,7 @@ class NumPyBackend(Backend):
             if y is not part:
                 part[...] = y
 
-        step = -(-len(a) // (workers().threads * ROWS)) * ROWS
-        workers().map(product, [slice(start, start + step) for start in range(0, len(a), step)])
+        workers().map(product, blocks)
         return result
 
     def row_sum(self, x: Array) -> Array:

@@ -14,6 +14,7 @@ Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2; OCP MX v1.0, section 6.2 (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,12 @@ from refimpl.quantise.quantised import Quantised, spread
 Array = Any
 
 
-def product(a: Quantised, b: Quantised, acc: str = "fp32") -> Array:
+def product(
+    a: Quantised, b: Quantised, acc: str = "fp32", multiply: Callable[[Array, Array], Array] = np.matmul
+) -> Array:
     """a (M, K) @ b (K, N) -> fp32 (M, N), both quantised along K.
 
-    acc: an accumulator of accumulate.py. With FP32 scales it is emptied at each block's end, whatever it is.
+    acc: an accumulator of accumulate.py. With FP32 scales it is emptied at each block's end. multiply: as there.
     y = x w^T, w (F, C) quantised along C:  product(x, w.T).
     Errors: ValueError for operands that are no matrices or do not match, that have one scale for each k (quantised along the
       other axis), or blocks of which the smaller does not divide the larger.
@@ -49,7 +52,7 @@ def product(a: Quantised, b: Quantised, acc: str = "fp32") -> Array:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         for start in range(0, K, small):
             part = slice(start, start + small)
-            sums = matmul(x[:, part], w[part], acc)
+            sums = matmul(x[:, part], w[part], acc, multiply)
             sums *= x_scales[:, start // x_step, None]
             sums *= w_scales[start // w_step]
             result += sums
