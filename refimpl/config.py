@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from refimpl.backends import Backend, get_backend
@@ -85,6 +86,7 @@ class Config:
 
         Errors: UsageError that names the flag and what it must be.
         """
+        _check_types(given)
         config = cls(**given)
         if config.model not in MODEL_DEFAULTS:
             raise UsageError(unknown("model", config.model, MODEL_DEFAULTS))
@@ -235,6 +237,27 @@ class Config:
         """The recipe that was asked for, with the attention that was asked for."""
         recipe = get_recipe(self.recipe)
         return replace(recipe, policy=with_attention(recipe.policy, self.attention))
+
+
+_TYPES: dict[str, tuple[Any, str]] = {"str": (str, "a text"), "int": (Integral, "an integer"), "float": (Real, "a number")}
+_LARGEST = 2**53
+"""Integers beyond it are no numbers of FP64, in which learning rates are computed."""
+
+
+def _check_types(given: Mapping[str, Any]) -> None:
+    """Settings may come from a file, where anything can stand. Errors: UsageError for one that is unknown or no such thing."""
+    annotations = {f.name: str(f.type).partition(" | ") for f in fields(Config)}
+    for name, value in given.items():
+        if name not in annotations:
+            raise UsageError(unknown("setting", name, annotations))
+        kind, _, none = annotations[name]
+        python_type, what = _TYPES[kind]
+        if value is None and none:
+            continue
+        if not isinstance(value, python_type) or isinstance(value, bool):
+            raise UsageError(f"{_flag(name)} is {value!r:.60}: it must be {what}")
+        if kind == "int" and abs(int(value)) > _LARGEST:
+            raise UsageError(f"{_flag(name)} is about 2^{int(value).bit_length()}: it must be at most 2^53")
 
 
 def _flag(name: str) -> str:

@@ -24,7 +24,7 @@ def to_state_dict(path: Path) -> dict[str, np.ndarray]:
     PyTorch: model.load_state_dict(safetensors.torch.load_file(...)). Errors: UsageError.
     """
     arrays, header = checkpoint.load(path)
-    model = model_of(path, header)
+    model = model_of(path, header, arrays)
     weights = fp32_weights(path, arrays, model)
     return weights | {other: weights[name] for other, name in model.tied.items()}
 

@@ -6,21 +6,28 @@ import difflib
 from collections.abc import Iterable
 
 
-class UsageError(Exception):
-    """Wrong input: an unknown recipe, a file too short, a folder in use. Scripts print it and exit with 2."""
-
-
-class TrainingStopped(Exception):
-    """A run that cannot go on: a loss that became NaN, a loss scale that collapsed. Scripts print it and exit with 1."""
-
-
-def one_line(text: object, limit: int = 1000) -> str:
+def one_line(text: object, limit: int = 4000) -> str:
     """Return a message as it may be printed: control characters, line ends among them, escaped; cut where it is very long.
 
     What a damaged file or a strange name holds can be anything, and stands in messages.
     """
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
     return line if len(line) <= limit else line[: limit - 4] + " ..."
+
+
+class _OneLine(Exception):
+    """An error whose text is one line, whatever was put into it."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+class UsageError(_OneLine):
+    """Wrong input: an unknown recipe, a file too short, a folder in use. Scripts print it and exit with 2."""
+
+
+class TrainingStopped(_OneLine):
+    """A run that cannot go on: a loss that became NaN, a loss scale that collapsed. Scripts print it and exit with 1."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

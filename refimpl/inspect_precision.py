@@ -26,6 +26,7 @@ from refimpl.recipes import Recipe
 from refimpl.rounding import Counts, RoundingMonitor, kind_of
 from refimpl.run_folder import CHECKPOINT, read_config
 from refimpl.state import State
+from refimpl.state_file import check_run_header
 from refimpl.step import Batch, StepResult, through
 from refimpl.storage import Plain, Remainder, Stochastic, get_storage
 from refimpl.trace import batches_of, checked_start, load
@@ -67,7 +68,8 @@ def from_trace(path: Path) -> Source:
     trace = load(path)
     if not trace.config:
         raise UsageError(f"{path} does not say how it was made: it must come from `scripts/trace.py record`")
-    config = Config.of({**trace.config, "steps": max(trace.config["steps"] or 0, len(trace.steps))})
+    planned = Config.of(trace.config).steps or 0
+    config = Config.of({**trace.config, "steps": max(planned, len(trace.steps))})
     parts = start(config)
     parts.state.load_weights(checked_start(trace.at(0, "4.master"), parts))
     batches = _on_device(batches_of(config, trace), parts)
@@ -90,9 +92,9 @@ def from_checkpoint(folder: Path, steps: int) -> Source:
     Where the run had planned fewer steps, its learning rate is planned anew. Errors: UsageError.
     """
     saved, (_, header) = read_config(folder), checkpoint.load(folder / CHECKPOINT)
-    progress = header.get("progress")  # perhaps further than planned: a run can be resumed with more steps
-    done = progress.get("step", 0) if isinstance(progress, dict) else 0
-    trainer = Trainer(Config.of({**saved, "steps": max(saved["steps"] or 0, done + steps)}), folder)
+    check_run_header(folder / CHECKPOINT, header)
+    done = header["progress"]["step"]  # perhaps further than planned: a run can be resumed with more steps
+    trainer = Trainer(Config.of({**saved, "steps": max(Config.of(saved).steps or 0, done + steps)}), folder)
     trainer.load_checkpoint()
     batches = (trainer.next_batches() for _ in range(steps))
     what = f"{_steps(steps)} from the checkpoint of {folder.name} at step {done}"

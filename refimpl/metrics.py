@@ -9,6 +9,7 @@ from typing import Any
 
 from refimpl.checkpoint import write_atomically, write_text_atomically
 from refimpl.errors import UsageError
+from refimpl.schema import FINITE, Integer, Maybe, OneOf, Table, check
 
 
 class MetricsLog:
@@ -37,16 +38,28 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_NUMBER = Maybe(FINITE)
+STEP_ROW = Table({"step": Integer(1), "loss": _NUMBER}, {"loss_scale": _NUMBER, "skipped": OneOf((False, True))})
+EVALUATION_ROW = Table({"step": Integer(0), "val_loss": _NUMBER})
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; a last line that a killed run left unfinished is dropped."""
+    """All whole rows of a metrics file; a last line that a killed run left unfinished is dropped.
+
+    Errors: UsageError for any other line that is damaged.
+    """
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    *lines, unfinished = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, unfinished] if unfinished.endswith(b"}") else lines, 1):
+        damage = f"line {number} of {path} is damaged (mend it, or move the file away)"
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{damage}: {error}") from error
+        check(row, EVALUATION_ROW if isinstance(row, dict) and "val_loss" in row else STEP_ROW, damage)
+        rows.append(row)
     return rows
 
 
@@ -58,7 +71,7 @@ def plot_run(folder: Path, baselines: dict[int, float], title: str) -> Path | No
     except ImportError:
         return None
     rows = read_metrics(folder / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
+    steps = [row for row in rows if {"loss", "loss_scale", "skipped"} <= row.keys()]
     evals = [row for row in rows if "val_loss" in row]
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.checkpoint import write_text_atomically
+from refimpl.checkpoint import FILE_NAME, write_text_atomically
 from refimpl.comm import Comm
 from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.folder_lock import locked
+from refimpl.schema import Table, Text, check
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = FILE_NAME
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
@@ -179,8 +180,8 @@ def _read(folder: Path) -> dict[str, Any]:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"there is no run in {folder} (it has no config.json)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    if not isinstance(saved, dict):
-        raise UsageError(f"{path} cannot be read: it is no table")
-    return saved
+    check(saved, Table(optional={INIT_FROM: Text()}), f"{path} is damaged")
+    table: dict[str, Any] = saved
+    return table

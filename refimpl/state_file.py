@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from refimpl.errors import UsageError
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.policy import Run
 from refimpl.recipes import get_recipe
+from refimpl.schema import FINITE, Integer, OneOf, Real, Table, Text, check
 from refimpl.state import State
 from refimpl.storage import Part, buffer_name, get_storage
 
@@ -57,6 +59,14 @@ def scale_arrays(run: Run) -> dict[str, np.ndarray]:
     return {SCALES + name: array for name, array in run.scales.arrays().items()}
 
 
+def load_scales(path: Path, run: Run, passes: int, arrays: dict[str, np.ndarray]) -> None:
+    """The way back, which takes these tensors out of a checkpoint's arrays. Errors: UsageError where they are damaged."""
+    try:
+        run.scales.load(passes, take_scales(arrays))
+    except (ValueError, KeyError) as error:  # of tensors' names, which say what they are
+        raise UsageError(f"{path} has damaged scales: {error}") from error
+
+
 def take_scales(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Remove from a checkpoint's arrays what `scale_arrays` made, and return it for `Scales.load`."""
     return {name.removeprefix(SCALES): arrays.pop(name) for name in sorted(arrays) if name.startswith(SCALES)}
@@ -78,6 +88,75 @@ def load_state_arrays(path: Path, arrays: dict[str, np.ndarray], state: State) -
         state.put_whole(kind, part, state.backend.from_host(whole))
 
 
+# -- headers -----------------------------------------------------------------------------------------------------------
+
+_SIZE = Integer(1, 2**31 - 1)
+SIZES = {
+    "gpt": Table(dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), _SIZE), closed=True),
+    "mlp": Table(dict.fromkeys(("n_layer", "n_embd", "block_size", "vocab_size"), _SIZE), closed=True),
+}
+MODEL_HEADER = Table({"model": OneOf(tuple(SIZES)), "sizes": Table(), "recipe": Text()})
+"""What stands in every checkpoint's header: what its weights are of."""
+
+LARGEST_INT32 = 2**31 - 1
+LOSS_SCALE = Table(
+    {"scale": Real(0, math.inf)},
+    {
+        "growth_factor": FINITE, "backoff_factor": FINITE, "growth_interval": Integer(1),
+        "_growth_tracker": Integer(0, LARGEST_INT32), "hysteresis": Integer(1, LARGEST_INT32),
+        "_hysteresis_tracker": Integer(0, LARGEST_INT32), "exhausted": OneOf((0, 1)), "overflowed": OneOf((0, 1)),
+    },
+)  # fmt: skip
+GENERATOR = Table({
+    "bit_generator": OneOf(("PCG64",)), "state": Table({"state": Integer(0, 2**128 - 1), "inc": Integer(0, 2**128 - 1)}),
+    "has_uint32": OneOf((0, 1)), "uinteger": Integer(0, 2**32 - 1),
+})  # fmt: skip
+RUN_HEADER = Table(
+    {
+        **MODEL_HEADER.fields, "config": Table(), "corpus": Table(), "t": Integer(), "loss_scale": LOSS_SCALE,
+        "progress": Table({"step": Integer(), "skipped": Integer(), "skipped_in_a_row": Integer()}, closed=True),
+        "generator": GENERATOR,
+    },
+    {"delayed_scales": Integer()},
+)  # fmt: skip
+"""What stands in the header of a run's checkpoint: all that decides how it goes on."""
+
+
+def check_run_header(path: Path, header: Mapping[str, Any]) -> None:
+    """Check the header of a run's checkpoint, before anything of it is used.
+
+    Errors: UsageError that names the first field that is missing, of another type, out of range, or at odds with another.
+    """
+    if "progress" not in header:
+        raise UsageError(f"{path} holds weights alone, not the state of a run: start from it with --init-from")
+    check(header, RUN_HEADER, f"{path} has a damaged header")
+    progress = header["progress"]
+    for name, value in (("t", header["t"]), *progress.items()):
+        if value > progress["step"]:
+            raise UsageError(f"{path} has a damaged header: {name} is {value} after {progress['step']} steps")
+
+
+def model_of(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Model:
+    """The model that a checkpoint's header names, whose weights its tensors are.
+
+    Errors: UsageError where the header is damaged, or where tensors and header do not belong together.
+    """
+    check(header, MODEL_HEADER, f"{path} has a damaged header")
+    check(header["sizes"], SIZES[header["model"]], f"{path} has a damaged header", "sizes")
+    sizes = header["sizes"]
+    if sizes["n_layer"] > len(arrays):  # so that no table of 2^31 layers is made
+        raise UsageError(f"{path} has a damaged header: {sizes['n_layer']} layers, and {len(arrays)} tensors")
+    model = gpt(GPTConfig(**sizes)) if header["model"] == "gpt" else mlp(MLPConfig(**sizes))
+    for name, spec in model.parameters.items():
+        array = arrays.get(f"weights.{name}")
+        if array is None or array.shape != spec.shape:
+            raise UsageError(f"{path} has no weights.{name} of shape {spec.shape}, which its header says: it is damaged")
+    return model
+
+
+# -- weights alone -----------------------------------------------------------------------------------------------------
+
+
 def fp32_weights(path: Path, arrays: Mapping[str, np.ndarray], model: Model) -> dict[str, np.ndarray]:
     """The weights of a checkpoint in FP32 by name: its masters where it has them, or their two halves. Errors: UsageError."""
     kind = "master" if any(name.startswith("master.") for name in arrays) else "weights"
@@ -97,18 +176,10 @@ def load_initial_weights(path: Path, model: Model, state: State, rounded: bool =
     rounded: as in `State.load_weights`.
     """
     arrays, header = checkpoint.load(path)
-    if header.get("sizes") != dict(model.config) or header.get("model") != model.name:
-        raise UsageError(f"{path} is a {header.get('model')} of sizes {header.get('sizes')}, this run's is another")
+    theirs = model_of(path, header, arrays)
+    if theirs.name != model.name or theirs.config != model.config:
+        raise UsageError(f"{path} is a {theirs.name} of sizes {dict(theirs.config)}, this run's is another")
     state.load_weights(fp32_weights(path, arrays, model), rounded)
-
-
-def model_of(path: Path, header: Mapping[str, Any]) -> Model:
-    """The model that a checkpoint's header names. Errors: UsageError."""
-    try:
-        sizes = header["sizes"]
-        return gpt(GPTConfig(**sizes)) if header["model"] == "gpt" else mlp(MLPConfig(**sizes))
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{path} has a damaged header: {error!r}") from error
 
 
 def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, State, Run]:
@@ -117,10 +188,10 @@ def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, Sta
     Errors: UsageError when the file is damaged or does not fit the model that it names.
     """
     arrays, header = checkpoint.load(path)
-    model, recipe = model_of(path, header), get_recipe(header.get("recipe", "no recipe"))
+    model, recipe = model_of(path, header, arrays), get_recipe(header["recipe"])
     state = State(model, {"weights": get_storage(recipe.state["weights"]).fmt}, backend)
     only = {name: array for name, array in arrays.items() if name.startswith("weights.")}
     load_state_arrays(path, only, state)
     run = Run(recipe.policy, backend)
-    run.scales.load(0, take_scales(arrays))
+    load_scales(path, run, 0, arrays)
     return model, state, run

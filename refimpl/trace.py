@@ -8,7 +8,6 @@ micro-batches after the first, the name begins with their number: `3/2.activatio
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,19 +16,21 @@ from typing import Any
 import numpy as np
 
 from refimpl.cast import cast, widen
-from refimpl.checkpoint import parse_header, read_tensors, write_tensors
+from refimpl.checkpoint import check_exchanged, parse_header, read_tensors, sealed, write_tensors
 from refimpl.config import Config
 from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError
 from refimpl.formats import dtype_of, format_of
 from refimpl.mistakes import meddle
 from refimpl.parts import Parts, UpdateArguments, WrappedOptimizer
+from refimpl.schema import Integer, Table, Words, check
 from refimpl.state import State
 from refimpl.trainer import BATCHES, INIT, generator
 
 Array = Any
 
 VERSION = 1
+HEADER = Table(optional={"version": Integer(), "order": Words(), "config": Table(), "settings": Table()})
 _KEY = "refimpl-trace"
 
 POINTS = {
@@ -140,7 +141,7 @@ def save(path: Path, trace: Trace) -> None:
     header: dict[str, Any] = {"version": VERSION, "config": trace.config, "order": list(trace.tensors)}
     if trace.settings:
         header["settings"] = trace.settings
-    write_tensors(path, trace.tensors, {_KEY: json.dumps(header, separators=(",", ":"))})
+    write_tensors(path, trace.tensors, {_KEY: sealed(header, trace.tensors)})
 
 
 def load(path: Path) -> Trace:
@@ -151,10 +152,11 @@ def load(path: Path) -> Trace:
     """
     tensors, metadata = read_tensors(path, "trace")
     header = parse_header(path, metadata.get(_KEY, "{}"))
+    check_exchanged(path, header, tensors)
+    check(header, HEADER, f"{path} has a damaged header")
     if header.get("version", VERSION) != VERSION:
         raise UsageError(f"{path} has trace version {header['version']!r}; this program reads version {VERSION}")
-    order = header.get("order", [])
-    position = {name: i for i, name in enumerate(order) if isinstance(name, str)} if isinstance(order, list) else {}
+    position = {name: i for i, name in enumerate(header.get("order", []))}
     tensors = dict(sorted(tensors.items(), key=lambda item: position.get(item[0], len(position))))
     for name in tensors:
         try:
@@ -162,10 +164,7 @@ def load(path: Path) -> Trace:
         except ValueError:
             what = f"{name!r} is no tensor of a trace (step/point or step/point/name)"
             raise UsageError(f"{path}: {what}; points are {', '.join(POINTS)}") from None
-    config, settings = (header.get(part, {}) for part in ("config", "settings"))
-    if not isinstance(config, dict) or not isinstance(settings, dict):
-        raise UsageError(f"{path} has a damaged header: its configuration or its settings are no table")
-    return Trace(config, tensors, settings)
+    return Trace(header.get("config", {}), tensors, header.get("settings", {}))
 
 
 # -- recording ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from refimpl.mistakes import meddle
 from refimpl.parts import Parts
 from refimpl.run_folder import CHECKPOINT, METRICS
 from refimpl.signals import Stop
-from refimpl.state_file import load_state_arrays, scale_arrays, state_arrays, take_scales
+from refimpl.state_file import check_run_header, load_scales, load_state_arrays, scale_arrays, state_arrays
 from refimpl.step import Batch, StepResult
 
 SKIPS_BEFORE_STOP = 50
@@ -291,23 +291,24 @@ class Trainer:
         """Everything of `restore` but for the log: no file is changed."""
         path = self.folder / CHECKPOINT
         arrays, header = checkpoint.load(path)
-        if header.get("corpus") != self.corpus.description:
+        check_run_header(path, header)
+        if header["corpus"] != self.corpus.description:
             raise UsageError(f"{path} was trained on other data than --data {self.config.data} holds now")
+        conflicts = self.config.conflicts({**header["config"], "data": self.config.data})
+        if conflicts:
+            raise UsageError(f"{path} is another run: {'; '.join(conflicts)}")
+        progress = Progress(**header["progress"])
+        load_scales(path, self.run, progress.step, arrays)
+        if len(self.run.scales.delayed) != header.get("delayed_scales", 0):
+            raise UsageError(f"{path} lacks some of the scales that its quantisation had: it is damaged")
+        load_state_arrays(path, arrays, self.state)
+        self.state.t = self.backend.xp.asarray(np.int64(header["t"]))
         try:
-            conflicts = self.config.conflicts({**header["config"], "data": self.config.data})
-            if conflicts:
-                raise UsageError(f"{path} is another run: {'; '.join(conflicts)}")
-            scales = take_scales(arrays)
-            load_state_arrays(path, arrays, self.state)
-            self.state.t = self.backend.xp.asarray(np.int64(header["t"]))
             self.loss_scale.load_state_dict(header["loss_scale"])
-            self.batches.bit_generator.state = header["generator"]
-            self.progress = Progress(**header["progress"])
-            self.run.scales.load(self.progress.step, scales)
-            if len(self.run.scales.delayed) != header.get("delayed_scales", 0):
-                raise UsageError(f"{path} lacks some of the scales that its quantisation had: it is damaged")
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{path} has a damaged header: {error!r}") from error
+        except (KeyError, ValueError, UsageError) as error:
+            raise UsageError(f"{path} has a damaged loss scale: {error}") from error
+        self.batches.bit_generator.state = header["generator"]
+        self.progress = progress
         if self.progress.step > (self.config.steps or 0):
             raise UsageError(f"{path} is at step {self.progress.step} already, --steps is {self.config.steps}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.numpy import save_file
 from refimpl.backends import NUMPY
 from refimpl.bits import bits_of
 from refimpl.cast import cast, widen
-from refimpl.checkpoint import load, save
+from refimpl.checkpoint import load, save, write_tensors, write_text_atomically, written_here
 from refimpl.errors import UsageError
 from refimpl.formats import is_float
 from refimpl.models import GPTConfig, MLPConfig, gpt, mlp
@@ -158,6 +160,47 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot write"):
         save(tmp_path / "no folder" / "c", {"x": np.ones(2)}, {})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save(tmp_path / "c", {"x": np.zeros(2)}, {})
+        write_text_atomically(tmp_path / "t", "text")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_a_full_disk_is_one_line_about_the_file_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c"
+    save(path, {"x": np.zeros(2)}, {})
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the temporary name")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (lambda: save(path, {"x": np.ones(2)}, {}), lambda: write_text_atomically(path, "text")):
+        with pytest.raises(UsageError, match=r"c: No space left on device; what was there before is unchanged$"):
+            write()
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c"]
+    with pytest.raises(UsageError) as error:
+        write_text_atomically(tmp_path / "none" / "file", "text")
+    assert ".tmp" not in str(error.value) and "No such file" in str(error.value)
+
+
+def test_the_file_is_what_safetensors_itself_writes_but_for_the_spaces(tmp_path: Path) -> None:
+    arrays = {"h": np.arange(3, dtype=np.float16), "a": np.ones((2, 2), np.float32), "e": np.zeros((0, 3), np.int64),
+              "s": np.array(7, np.uint8), "b": np.array([1, 2], ml_dtypes.bfloat16)}  # fmt: skip
+    write_tensors(tmp_path / "ours", arrays, {"k": "v"})
+    save_file(arrays, tmp_path / "theirs", metadata={"k": "v"})
+    ours, theirs = ((tmp_path / name).read_bytes() for name in ("ours", "theirs"))
+    size = [8 + int.from_bytes(data[:8], "little") for data in (ours, theirs)]
+    assert json.loads(ours[8 : size[0]]) == json.loads(theirs[8 : size[1]])
+    assert ours[size[0] :] == theirs[size[1] :] and size[0] % 64 == 0
+    assert written_here(tmp_path / "ours") and not written_here(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,0 +1,341 @@
+"""Damaged files: each is refused with one line, or loaded with exactly the numbers that were saved.
+
+What would turn this red: a checksum that leaves out the header or a tensor's name, type or shape; a reader that uses a
+field before it has checked it; an error of any other kind than UsageError.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from refimpl import checkpoint, trace
+from refimpl.backends import NUMPY
+from refimpl.config import Config
+from refimpl.convert import import_, to_state_dict
+from refimpl.errors import UsageError
+from refimpl.inspect_precision import from_checkpoint, from_trace
+from refimpl.metrics import read_metrics
+from refimpl.recipes import get_recipe
+from refimpl.run_folder import CHECKPOINT, open_folder, prepare_folder, read_config
+from refimpl.state import State
+from refimpl.state_file import load_for_inference, load_initial_weights
+from refimpl.trainer import Trainer
+
+TINY: dict[str, Any] = {
+    "n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 4, "batch_size": 2, "steps": 3, "recipe": "fp8-delayed",
+    "eval_every": 3, "eval_batches": 1, "sample_bytes": 0, "loss_scale": "deepspeed",
+}  # fmt: skip
+
+
+class Silent:
+    """Stands for tqdm's bar."""
+
+    def update(self, n: int) -> None: ...
+    def write(self, text: str) -> None: ...
+    def set_postfix_str(self, text: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A finished run of 3 steps with everything in its checkpoint: FP8 scales, hysteresis, a generator."""
+    folder = tmp_path_factory.mktemp("damage")
+    (folder / "text").write_text("to be or not to be, that is the question; " * 40)
+    config, out = prepare_folder({**TINY, "data": str(folder / "text")}, folder / "run", False, False)
+    trainer = Trainer(config, out)
+    open_folder(config, out)
+    assert trainer.train(Silent())
+    return trainer
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """The bytes of a file after one accident: bits flipped, a run zeroed or overwritten or moved, a cut, bytes added."""
+    while (result := _accident(data, rng)) == data:  # zeros over zeros
+        pass
+    return result
+
+
+def small_trace(run: Trainer) -> trace.Trace:
+    """One step of a smaller model."""
+    small = {"model": "mlp", "n_layer": 1, "n_embd": 2, "block_size": 2, "batch_size": 2, "steps": 1}
+    return trace.record(Config.of({**small, "data": run.config.data}))
+
+
+def _accident(data: bytes, rng: np.random.Generator) -> bytes:
+    result, n = bytearray(data), len(data)
+    header = 8 + int.from_bytes(data[:8], "little")
+    start = int(rng.integers(0, header if rng.random() < 0.5 else n))  # the header is small, and half of the accidents hit it
+    size = int(rng.integers(1, 64))
+    kind = rng.integers(7)
+    if kind <= 1:
+        for _ in range(1 if kind == 0 else size):
+            result[int(rng.integers(start, min(start + 64, n)))] ^= 1 << int(rng.integers(8))
+    elif kind == 2:
+        result[start : start + size] = bytes(len(result[start : start + size]))
+    elif kind == 3:
+        result[start : start + size] = rng.bytes(len(result[start : start + size]))
+    elif kind == 4:
+        other = int(rng.integers(0, n - size))
+        result[start : start + size] = data[other : other + len(result[start : start + size])]
+    elif kind == 5:
+        del result[start : start + size if rng.random() < 0.5 else n]
+    else:
+        place = start if rng.random() < 0.5 else n
+        result[place:place] = rng.bytes(size)
+    return bytes(result)
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file over what was there: emptying it first takes most of the time of a test that writes thousands."""
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.write(data)
+        file.truncate()
+
+
+def refused(read: Callable[[], Any]) -> bool:
+    """Whether `read` refuses a file, in one line. Any other error is this test's failure."""
+    try:
+        with redirect_stderr(io.StringIO()):
+            read()
+    except UsageError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000, str(error)
+        return True
+    return False
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    """Whether two files' tensors are equal to the bit."""
+    return a.keys() == b.keys() and all(
+        (a[k].dtype, a[k].shape, a[k].tobytes()) == (b[k].dtype, b[k].shape, b[k].tobytes()) for k in a
+    )
+
+
+COUNTS = pytest.mark.parametrize("seeds", [range(500), pytest.param(range(500, 10_000), marks=pytest.mark.slow)], ids=len)
+
+
+@COUNTS
+def test_damaged_checkpoints(run: Trainer, seeds: range, tmp_path: Path) -> None:
+    whole, path = (run.folder / CHECKPOINT).read_bytes(), tmp_path / "c.safetensors"
+    arrays, header = checkpoint.load(run.folder / CHECKPOINT)
+    loaded = 0
+    for seed in seeds:
+        put(path, damaged(whole, np.random.default_rng(seed)))
+        if not refused(lambda: checkpoint.load(path)):
+            loaded += 1
+            there, its_header = checkpoint.load(path)
+            assert same(arrays, there) and its_header == header, seed
+    print(f"{len(seeds)} damaged checkpoints: {len(seeds) - loaded} refused, {loaded} loaded with the saved numbers")
+    assert loaded <= len(seeds) / 100  # what changed a byte, but nothing that it says
+
+
+@COUNTS
+def test_damaged_traces(seeds: range, tmp_path: Path, run: Trainer) -> None:
+    trace.save(tmp_path / "whole", small_trace(run))
+    whole, there, path = (tmp_path / "whole").read_bytes(), trace.load(tmp_path / "whole"), tmp_path / "t.safetensors"
+    loaded = 0
+    for seed in seeds:
+        put(path, damaged(whole, np.random.default_rng(seed)))
+        if not refused(lambda: trace.load(path)):
+            loaded += 1
+            again = trace.load(path)
+            assert same(there.tensors, again.tensors) and again.config == there.config, seed
+    print(f"{len(seeds)} damaged traces: {len(seeds) - loaded} refused, {loaded} loaded with the saved numbers")
+    assert loaded <= len(seeds) / 100
+
+
+# -- headers that somebody edited, with a checksum to match, or in the form that had none ---------------------------------
+
+INSTEAD = [float("inf"), float("nan"), -1, 2**70, 1.5, "x\ny", None, [], [1], {}, {"a": 1}, True, -(2**70), 0]
+
+
+def edits(table: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(place, the table with another value there) for every place in a header, and for it left out."""
+    for key, value in table.items():
+        for other in (*INSTEAD, KeyError):
+            edited = copy.deepcopy(table)
+            if other is KeyError:
+                del edited[key]
+            else:
+                edited[key] = other
+            yield (*place, key), edited
+        if isinstance(value, dict):
+            for where, inner in edits(value, (key,)):
+                yield (*place, *where), {**table, key: inner}
+
+
+def write_old(path: Path, arrays: dict[str, np.ndarray], header: dict[str, Any]) -> None:
+    """A checkpoint as version 1 wrote it, without a checksum."""
+    save_file(arrays, path, metadata={"refimpl": json.dumps({**header, "version": 1})})
+
+
+def readers(run: Trainer, path: Path) -> list[Callable[[], Any]]:
+    """Everything that reads a checkpoint at `path`, the one in the folder of `run`."""
+    state = State(run.model, get_recipe("fp16").state_storages(), NUMPY)
+    return [
+        run.load_checkpoint,
+        lambda: load_for_inference(path),
+        lambda: to_state_dict(path),
+        lambda: load_initial_weights(path, run.model, state),
+    ]
+
+
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_edited_headers(run: Trainer, every: int) -> None:
+    """Every field replaced by every thing that it is not: no reader raises anything but UsageError."""
+    path = run.folder / CHECKPOINT
+    whole = path.read_bytes()
+    arrays, header = checkpoint.load(path)
+    needed = {"progress", "generator", "loss_scale", "t", "corpus", "config"}
+    try:
+        for i, (place, edited) in enumerate(edits(header)):
+            if i % every:
+                continue
+            (checkpoint.save if i % 2 else write_old)(path, arrays, edited)
+            results = [refused(read) for read in readers(run, path)]
+            if place[0] in needed and len(place) == 1 and place[0] != "t":
+                assert results[0], (place, edited.get(place[0]))  # resuming
+            if place[0] in ("model", "sizes") and edited.get(place[0]) != header[place[0]]:
+                assert all(results[1:]), (place, edited.get(place[0]))
+    finally:
+        path.write_bytes(whole)
+    run.load_checkpoint()
+
+
+@pytest.mark.parametrize("field, value", [
+    ("t", float("inf")), ("t", 2**70), ("t", -1), ("t", 4), ("t", [3]), ("progress", {"step": 3, "skipped": 0}),
+    ("progress", {"step": 3, "skipped": 4, "skipped_in_a_row": 0}), ("progress", [1, 2, 3]), ("recipe", ["fp16"]),
+    ("loss_scale", {"scale": float("nan")}), ("loss_scale", "dynamic"), ("generator", {"bit_generator": "MT19937"}),
+    ("generator", None), ("delayed_scales", 1), ("delayed_scales", "many"), ("corpus", "another"), ("config", 3),
+])  # fmt: skip
+def test_a_run_does_not_go_on_from_it(run: Trainer, field: str, value: Any) -> None:
+    path = run.folder / CHECKPOINT
+    whole = path.read_bytes()
+    arrays, header = checkpoint.load(path)
+    try:
+        for write in (checkpoint.save, write_old):
+            write(path, arrays, {**header, field: value})
+            assert refused(run.load_checkpoint) and refused(lambda: from_checkpoint(run.folder, 1))
+    finally:
+        path.write_bytes(whole)
+
+
+def test_an_edited_header_is_noticed_where_the_checksum_was_left(run: Trainer, tmp_path: Path) -> None:
+    """Also an edit that makes good sense."""
+    arrays, header = checkpoint.load(run.folder / CHECKPOINT)
+    text = checkpoint.sealed({**header, "version": 2}, arrays)
+    for edited in (text.replace('"seed":0', '"seed":1'), text.replace('"sha256":', '"sha257":')):
+        assert edited != text
+        save_file(arrays, tmp_path / "c", metadata={"refimpl": edited})
+        with pytest.raises(UsageError, match="is damaged"):
+            checkpoint.load(tmp_path / "c")
+    name = "m.transformer.wpe.weight"
+    x = arrays.pop(name)
+    for other in ({f"{name}s": x}, {name: x.reshape(-1)}, {name: x.view(np.int32)}, {name: x, "more": x}, {}):
+        save_file({**arrays, **other}, tmp_path / "c", metadata={"refimpl": text})
+        with pytest.raises(UsageError, match="is damaged"):
+            checkpoint.load(tmp_path / "c")
+    save_file({**arrays, name: x}, tmp_path / "c", metadata={"refimpl": text})
+    checkpoint.load(tmp_path / "c")
+
+
+# -- other files of a run, and of others ---------------------------------------------------------------------------------
+
+
+def test_edited_configurations(run: Trainer) -> None:
+    path = run.folder / "config.json"
+    whole = path.read_text()
+    try:
+        for i, (_, edited) in enumerate(edits(json.loads(whole))):
+            if i % 9 == 0:
+                path.write_text(json.dumps(edited))
+                refused(lambda: prepare_folder({}, run.folder, True, False))
+        for name in ("steps", "lr", "recipe", "seed", "n_layer", "clip"):
+            for value in (float("nan"), float("inf"), -1, -1.5, 2**70, "x", [], {}, [1], True):
+                if (name, value) != ("lr", 2**70) and (name, value) != ("clip", 2**70):  # large, but numbers
+                    path.write_text(json.dumps({**json.loads(whole), name: value}))
+                    assert refused(lambda: prepare_folder({}, run.folder, True, False)), (name, value)
+        for text in ("", "[]", "3", "[" * 100_000, '{"steps": 1' + "0" * 5000 + "}", "\udcff"):
+            path.write_bytes(text.encode("utf-8", "surrogateescape"))
+            assert refused(lambda: Config.of(read_config(run.folder))), text[:20]
+    finally:
+        path.write_text(whole)
+
+
+def test_damaged_metrics(run: Trainer, tmp_path: Path) -> None:
+    """An unfinished last line is what a killed run leaves; anything else is said."""
+    path = tmp_path / "metrics.jsonl"
+    good = '{"step": 1, "loss": 2.5, "loss_scale": 1.0, "skipped": false}\n{"step": 1, "val_loss": null}\n'
+    path.write_text(good + '{"step": 2, "lo')
+    assert len(read_metrics(path)) == 2
+    path.write_text(good.rstrip("\n"))
+    assert len(read_metrics(path)) == 2
+    bad = [
+        "3", "[]", "{}", "{\0", "\udcff", "[" * 100_000, '{"step": "1", "loss": 1}', '{"step": 1e999, "loss": 1}',
+        '{"step": 1, "loss": [1]}', '{"step": 1}', '{"step": 2, "val_loss": NaN}', '{"step": -1, "val_loss": 1}',
+        '{"step": 1, "loss": 1, "skipped": 2}', '{"step": 1' + "0" * 5000 + "}",
+    ]  # fmt: skip
+    for line in bad:
+        path.write_bytes((line + "\n" + good).encode("utf-8", "surrogateescape"))
+        assert refused(lambda: read_metrics(path)), line[:40]
+
+
+def test_edited_trace_headers(run: Trainer, tmp_path: Path) -> None:
+    made = small_trace(run)
+    path = tmp_path / "t"
+    header = {"version": 1, "config": made.config, "order": list(made.tensors)}
+    for i, (_, edited) in enumerate(edits(header)):
+        if i % 23 == 0:
+            if i % 2:
+                save_file(made.tensors, path, metadata={"refimpl-trace": json.dumps(edited)})
+            else:
+                checkpoint.write_tensors(path, made.tensors, {"refimpl-trace": checkpoint.sealed(edited, made.tensors)})
+            refused(lambda: from_trace(path))
+    for part, value in (("order", [1]), ("order", "all"), ("config", []), ("version", "1"), ("version", 2**70)):
+        save_file(made.tensors, path, metadata={"refimpl-trace": json.dumps({**header, part: value})})
+        assert refused(lambda: trace.load(path)), (part, value)
+
+
+def test_a_trace_that_another_program_rewrote_is_read(run: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """People change tensors of a trace and keep its metadata; that is no damage, and is told from it."""
+    made = small_trace(run)
+    trace.save(tmp_path / "ours", made)
+    trace.load(tmp_path / "ours")
+    assert capsys.readouterr().err == ""
+    tensors, metadata = checkpoint.read_tensors(tmp_path / "ours", "trace")
+    save_file({**tensors, "1/2.loss": np.asarray(tensors["1/2.loss"] * 2)}, tmp_path / "theirs", metadata=metadata)
+    assert trace.load(tmp_path / "theirs").tensors["1/2.loss"] == made.tensors["1/2.loss"] * 2
+    assert "written anew by another program" in capsys.readouterr().err
+    save_file(tensors, tmp_path / "foreign", metadata={"refimpl-trace": '{"version": 1}'})
+    trace.load(tmp_path / "foreign")
+    assert capsys.readouterr().err == ""
+    checkpoint.write_tensors(tmp_path / "ours", {**tensors, "1/2.loss": np.asarray(tensors["1/2.loss"] * 2)}, metadata)
+    with pytest.raises(UsageError, match="is damaged"):
+        trace.load(tmp_path / "ours")
+
+
+def test_damaged_files_of_pytorch_people(tmp_path: Path) -> None:
+    weights = {"transformer.wte.weight": np.ones((256, 4), np.float32), "a": np.ones(3, np.float32)}
+    save_file(weights, tmp_path / "w")
+    whole = (tmp_path / "w").read_bytes()
+    for seed in range(100):
+        (tmp_path / "w").write_bytes(damaged(whole, np.random.default_rng(seed)))
+        assert refused(lambda: import_(tmp_path / "w", tmp_path / "out", 1)), seed
+
+
+def test_an_older_checkpoint_is_read_with_a_note(run: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays, header = checkpoint.load(run.folder / CHECKPOINT)
+    assert capsys.readouterr().err == ""
+    write_old(tmp_path / "c", arrays, header)
+    there, its_header = checkpoint.load(tmp_path / "c")
+    assert same(arrays, there) and its_header["progress"] == header["progress"]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("note: ") and "before files had a checksum" in err
