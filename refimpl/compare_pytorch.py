@@ -223,8 +223,9 @@ def _batches(config: Config) -> Any:
     assert config.block_size and config.batch_size and config.steps
     corpus, rng = load_corpus(config.data, config.block_size), np.random.default_rng(config.seed + 1)
     injected = {config.steps // 7, config.steps // 2} if config.loss_scale == "dynamic" and config.steps >= 7 else set()
+    sizes = config.batch_size, config.block_size
     for i in range(config.steps):
-        yield (*sample_batch(corpus.train, config.batch_size, config.block_size, rng), i in injected)
+        yield (*sample_batch(corpus.train, *sizes, rng, config.no_target), i in injected)
 
 
 def _side_by_side(config: Config, weights: Tensors, batches: list[Any], theirs: Twin) -> Comparison:

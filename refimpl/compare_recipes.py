@@ -65,7 +65,7 @@ class Run:
         config, state = self.config, self.parts.state
         assert config.batch_size is not None and config.block_size is not None
         sizes = config.batch_size, config.block_size
-        batches = [sample_batch(corpus.train, *sizes, self.batches) for _ in range(config.grad_accum)]
+        batches = [sample_batch(corpus.train, *sizes, self.batches, config.no_target) for _ in range(config.grad_accum)]
         watched = len(self.losses) % WATCHED == WATCHED - 1
         before = np.array(state.values(state.master_kind)) if watched else None
         started = time.perf_counter()
@@ -83,7 +83,8 @@ class Run:
         """The validation loss, for all runs on the batches of one seed."""
         config, rng = self.config, generator(seed, EVALUATION)
         assert config.batch_size is not None and config.block_size is not None
-        batches = (sample_batch(corpus.valid, config.batch_size, config.block_size, rng) for _ in range(config.eval_batches))
+        sizes = config.batch_size, config.block_size
+        batches = (sample_batch(corpus.valid, *sizes, rng, config.no_target) for _ in range(config.eval_batches))
         self.parts.state.weights_down()
         self.val_loss = mean_loss(self.parts.model, self.parts.state, self.parts.run, batches)
 

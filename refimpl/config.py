@@ -10,6 +10,7 @@ from typing import Any
 
 from refimpl.backends import Backend, get_backend
 from refimpl.comm import Comm, Serial
+from refimpl.data import EXAMPLES
 from refimpl.errors import UsageError, unknown
 from refimpl.formats import FORMATS
 from refimpl.loss_scale import LossScale, find_scaler, make_loss_scale
@@ -46,6 +47,7 @@ class Config:
     recipe: str = "fp16"
     backend: str = field(default="numpy", metadata={"free": True})
     data: str = "pydoc"
+    examples: str = "blocks"
     steps: int | None = field(default=None, metadata={"free": True})
     batch_size: int | None = None
     block_size: int | None = None
@@ -135,8 +137,12 @@ class Config:
             raise UsageError(unknown("attention", self.attention, ATTENTION))
         if self.mistake != "none" and self.mistake not in MISTAKES:
             raise UsageError(unknown("mistake", self.mistake, MISTAKES))
+        if self.examples not in EXAMPLES:
+            raise UsageError(unknown("examples", self.examples, EXAMPLES))
+        if self.examples == "lines" and self.model == "mlp":
+            raise UsageError("--examples lines is for --model gpt: the mlp has one target per block, its last byte")
         if self.loss_mean not in LOSS_MEANS:
-            raise UsageError(f"--loss-mean is {self.loss_mean!r}: choose {' or '.join(LOSS_MEANS)}")
+            raise UsageError(unknown("loss mean", self.loss_mean, LOSS_MEANS))
         if self.zero not in (None, 0, 1, 2, 3):
             raise UsageError(f"--zero is {self.zero}: it is a stage, 0, 1, 2 or 3")
         if self.zero is not None and self.mistake != "none":
@@ -180,6 +186,11 @@ class Config:
         sizes: dict[str, Any] = {"n_layer": self.n_layer, "n_embd": self.n_embd, "block_size": self.block_size}
         how = self.ignore_index, self.loss_mean
         return gpt(GPTConfig(n_head=self.n_head or 0, **sizes), *how) if self.model == "gpt" else mlp(MLPConfig(**sizes), *how)
+
+    @property
+    def no_target(self) -> int | None:
+        """What stands in a batch's targets where there is none, for examples that are padded; None for those that are not."""
+        return self.ignore_index if self.examples == "lines" else None
 
     def make_rule(self) -> Rule:
         """The optimizer's update rule."""

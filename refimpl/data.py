@@ -235,28 +235,39 @@ def _spaced_blocks(tokens: np.ndarray, count: int, length: int) -> list[np.ndarr
 # ---------------------------------------------------------------------------------------------------- batches
 
 
+EXAMPLES = {
+    "blocks": "blocks of block_size bytes, whatever is in them",
+    "lines": "blocks that end with the line they begin in: what follows is padding, without targets",
+}
+"""What the rows of a batch are. Lines have unequal numbers of targets, as the padded texts of most fine-tuning have."""
+
+LINE_END, PADDING = ord("\n"), 0
+
+
 def sample_batch(
-    tokens: np.ndarray, batch_size: int, block_size: int, rng: np.random.Generator
+    tokens: np.ndarray, batch_size: int, block_size: int, rng: np.random.Generator, no_target: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Blocks from random places, drawn with replacement, every start equally likely.
 
     tokens: uint8, 1-D. Returns x, y: int64 (B, T); y[b, t] is the byte after x[b, t].
+    no_target: for lines, what stands in y where there is no target (`Config.no_target`); None for whole blocks.
     Errors: UsageError where tokens hold fewer than T + 1 bytes.
     """
     _check_one_block(tokens, batch_size, block_size)
     starts = rng.integers(0, tokens.size - block_size, batch_size)  # the last start, len - T - 1, leaves room for y
-    return _blocks_at(tokens, starts, block_size)
+    return _blocks_at(tokens, starts, block_size, no_target)
 
 
 def sequential_batches(
-    tokens: np.ndarray, batch_size: int, block_size: int, limit: int | None = None
+    tokens: np.ndarray, batch_size: int, block_size: int, limit: int | None = None, no_target: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Consecutive blocks from the start, to measure the loss of a whole file. Yields x, y: int64 (B, T).
 
     Block i predicts the bytes i T + 1 to (i + 1) T, so every byte is predicted once, except the first, which has
     nothing before it, and a tail of fewer than T bytes, (len - 1) mod T, that fills no block. The last batch may have
-    fewer rows; to average, weigh each batch by its rows.
+    fewer rows; to average, weigh each batch by its targets.
 
+    no_target: as in `sample_batch`; of each block only the line that it begins in is predicted then.
     limit: at most so many blocks (not batches, so that what is measured does not depend on the batch size).
     Errors: UsageError, on the first batch, where tokens hold fewer than T + 1 bytes.
     """
@@ -266,14 +277,21 @@ def sequential_batches(
         blocks = min(blocks, limit)
     for first in range(0, blocks, batch_size):
         indices = np.arange(first, min(first + batch_size, blocks))
-        yield _blocks_at(tokens, indices * block_size, block_size)
+        yield _blocks_at(tokens, indices * block_size, block_size, no_target)
 
 
-def _blocks_at(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _blocks_at(
+    tokens: np.ndarray, starts: np.ndarray, block_size: int, no_target: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """x and y, int64 (B, T), of the blocks at `starts`: one gather of T + 1 bytes a row, whose two ends overlap."""
     windows = np.empty((starts.size, block_size + 1), np.int64)
     windows[...] = tokens[starts[:, None] + np.arange(block_size + 1)]
-    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+    x, y = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+    if no_target is not None:
+        ends = y == LINE_END
+        after = np.cumsum(ends, 1) > ends  # the first line end is predicted still
+        x[after], y[after] = PADDING, no_target
+    return x, y
 
 
 def _check_one_block(tokens: np.ndarray, batch_size: int, block_size: int) -> None:

@@ -16,6 +16,7 @@ HELP = {
     "recipe": ", ".join(RECIPES),
     "backend": "numpy or cupy",
     "data": "pydoc (Python's manual), stdlib (its library's sources), or a file of any kind",
+    "examples": "blocks of any bytes, or lines: blocks that end with their line, the rest padded and without targets (gpt)",
     "steps": "training steps",
     "batch_size": "sequences a micro-batch",
     "block_size": "bytes of context",

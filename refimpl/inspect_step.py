@@ -192,7 +192,7 @@ def _train(config: Config, parameter: str) -> Iterator[_Watched]:
         copies.clear()
         before = {kind: state.layout.views(buffer)[parameter].copy() for kind, buffer in state.buffers.items()}
         scale_before, t = scale.scale.copy(), int(state.t)
-        batch = sample_batch(corpus.train, config.batch_size, config.block_size, batches)
+        batch = sample_batch(corpus.train, config.batch_size, config.block_size, batches, config.no_target)
         result = parts.step([batch])
         if "master" in before:
             before["weights"] = state.weight_views[parameter].copy()  # made by step 1, not touched since

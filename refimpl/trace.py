@@ -306,5 +306,6 @@ def batches_of(config: Config, source: Trace | None) -> Iterator[list[tuple[np.n
             yield batches
         return
     corpus, rng = load_corpus(config.data, config.block_size), generator(config.seed, BATCHES)
+    sizes = config.batch_size, config.block_size
     for _ in range(config.steps):
-        yield [sample_batch(corpus.train, config.batch_size, config.block_size, rng) for _ in range(config.grad_accum)]
+        yield [sample_batch(corpus.train, *sizes, rng, config.no_target) for _ in range(config.grad_accum)]

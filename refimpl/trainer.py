@@ -139,7 +139,7 @@ class Trainer:
         rows = shares_of(batch_size, self.comm.size)[self.comm.rank]
         micro_batches = []
         for _ in range(self.config.grad_accum):
-            x, y = sample_batch(self.corpus.train, batch_size, block_size, self.batches)
+            x, y = sample_batch(self.corpus.train, batch_size, block_size, self.batches, self.config.no_target)
             micro_batches.append(self.model.batch_on(self.backend, x[rows], y[rows]))
         return micro_batches
 
@@ -226,15 +226,16 @@ class Trainer:
 
         None if a signal asked to stop before its last batch.
         """
-        batch_size, block_size = self.config.batch_size, self.config.block_size
-        assert batch_size is not None and block_size is not None
+        config = self.config
+        assert config.batch_size is not None and config.block_size is not None
+        sizes, no_target = (config.batch_size, config.block_size), config.no_target
         self.state.weights_down()
         batches: Iterable[tuple[np.ndarray, np.ndarray]]
         if final:
-            batches = sequential_batches(self.corpus.valid, batch_size, block_size, FINAL_EVAL_BLOCKS)
+            batches = sequential_batches(self.corpus.valid, *sizes, FINAL_EVAL_BLOCKS, no_target)
         else:
-            rng = generator(self.config.seed, EVALUATION)
-            batches = (sample_batch(self.corpus.valid, batch_size, block_size, rng) for _ in range(self.config.eval_batches))
+            rng = generator(config.seed, EVALUATION)
+            batches = (sample_batch(self.corpus.valid, *sizes, rng, no_target) for _ in range(config.eval_batches))
         cut = []
 
         def until_stopped() -> Iterator[tuple[np.ndarray, np.ndarray]]:

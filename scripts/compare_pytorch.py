@@ -36,6 +36,7 @@ def parser() -> Parser:
     add("--batch-size", type=int, default=argparse.SUPPRESS, help="8 for gpt, 256 for mlp: 256 predictions a step")
     add("--warmup", type=int, default=10)
     add("--optimizer", default="adamw", help="adamw or sgd")
+    add_config_flags(result, ("examples", "ignore_index"))
     add_config_flags(result, ("weight_decay", "momentum", "beta1", "beta2", "eps", "min_lr", "schedule"))
     add("--clip", type=float, default=1.0)
     add("--init-scale", type=float, default=2.0**18)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from strict_backend import STRICT
 from refimpl.comm import Comm
 from refimpl.comm.threads import run_ranks
 from refimpl.config import Config
+from refimpl.data import sample_batch, sequential_batches
 from refimpl.errors import UsageError
 from refimpl.generate import mean_loss
 from refimpl.judge import judge
 from refimpl.parts import Parts
 from refimpl.step import Batch, through
-from refimpl.trace import Trace, record
-from refimpl.trainer import start
+from refimpl.trace import Trace, batches_of, record
+from refimpl.trainer import Trainer, start
 
 Array = Any
 
@@ -211,3 +213,54 @@ def test_a_padded_trace_is_recorded_and_judged(grad_accum: int) -> None:
         wrong = record(replace(config, loss_mean="micro-batches"), theirs)
         assert any(finding.departs for finding in judge(config, wrong))
         assert not any(finding.departs for finding in judge(replace(config, loss_mean="micro-batches"), wrong))
+
+
+# -------------------------------------------------------------------------------------------------------------- lines
+
+TEXT = np.frombuffer(b"a line\nanother, longer line of text\nx\n\n" * 40, np.uint8)
+
+
+def test_examples_of_lines_end_with_the_line_that_they_begin_in() -> None:
+    """Held against Python's own split, for each block that the same generator draws whole."""
+    padded_x, padded_y = sample_batch(TEXT, 64, 16, np.random.default_rng(5), -7)
+    x, y = sample_batch(TEXT, 64, 16, np.random.default_rng(5))
+    counts = set()
+    for i in range(64):
+        n = len(bytes(y[i].astype(np.uint8)).split(b"\n")[0]) + 1  # the line end is a target itself
+        assert padded_y[i].tolist() == [*y[i, :n], *[-7] * (16 - n)]
+        assert padded_x[i].tolist() == [*x[i, :n], *[0] * (16 - n)]
+        counts.add(min(n, 16))
+    assert min(counts) == 1 and max(counts) == 16
+    (first_x, first_y), *_ = sequential_batches(TEXT, 4, 16, None, -7)
+    assert first_y[0].tolist() == [*b" line\n", *[-7] * 10] and first_x[0].tolist() == [*b"a line", *[0] * 10]
+
+
+def test_a_run_on_lines_has_micro_batches_of_unequal_counts_and_resumes_to_the_byte(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(TEXT.tobytes())
+    config = config_of(data=str(text), examples="lines", grad_accum=2, batch_size=4, eval_every=2, eval_batches=1)
+    (_, one), (_, other) = next(batches_of(config, None))
+    model = config.make_model()
+    assert model.n_targets(one) != model.n_targets(other)
+    runs = [Trainer(config, tmp_path / name) for name in ("whole", "stopped")]
+    for trainer in runs:
+        trainer.folder.mkdir()
+        for _ in range(2):
+            trainer.parts.step(trainer.next_batches())
+            trainer.progress.step += 1
+    runs[1].save()
+    again = Trainer(config, runs[1].folder)
+    again.restore()
+    for trainer in (runs[0], again):
+        trainer.parts.step(trainer.next_batches())
+        trainer.progress.step += 1
+    assert runs[0].save().read_bytes() == again.save().read_bytes()
+    assert again.validation_loss(True) == runs[0].validation_loss(True)
+    with pytest.raises(UsageError, match="--examples lines there, blocks here"):
+        Trainer(replace(config, examples="blocks"), again.folder).restore()
+
+
+def test_choices_of_the_loss_are_checked() -> None:
+    for given in ({"examples": "line"}, {"loss_mean": "rows"}, {"model": "mlp", "n_head": None, "examples": "lines"}):
+        with pytest.raises(UsageError):
+            config_of(**given)
