@@ -13,7 +13,7 @@ from refimpl.comm import Comm, Serial
 from refimpl.data import EXAMPLES
 from refimpl.errors import UsageError, unknown
 from refimpl.formats import FORMATS
-from refimpl.loss_scale import LossScale, find_scaler, make_loss_scale
+from refimpl.loss_scale import LossScale, make_loss_scale
 from refimpl.mistakes import MISTAKES
 from refimpl.models import LOSS_MEANS, GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.ops import fused_attention
@@ -24,6 +24,7 @@ from refimpl.policies import ATTENTION, with_attention
 from refimpl.policy import Run
 from refimpl.quantise import Scales
 from refimpl.recipes import MASTERS_FROM, Recipe, get_recipe
+from refimpl.scaler_rules import find_scaler
 from refimpl.state import State
 from refimpl.zero import ShardedState
 
@@ -32,6 +33,9 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"n_layer": 2, "n_head": 0, "n_embd": 64, "block_size": 16, "batch_size": 256, "lr": 2e-3, "steps": 1000},
 }
 """What the flags that depend on the model stand at when they are not given."""
+
+OWN_OF_THE_SCALER = ("growth_factor", "backoff_factor", "scale_floor")
+"""Settings of a loss scale that stay None where they are the project's own."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class Config:
     init_scale: float = 65536.0
     growth_interval: int = 2000
     hysteresis: int | None = None
+    growth_factor: float | None = None
+    backoff_factor: float | None = None
+    scale_floor: float | None = None
     seed: int = 0
     mistake: str = "none"
     eval_every: int = field(default=100, metadata={"free": True})
@@ -97,6 +104,7 @@ class Config:
         filled.setdefault("min_lr", filled["lr"] / (1 if filled["schedule"] == "constant" else 10))
         filled.setdefault("masters_from", None)
         filled.setdefault("zero", None)
+        filled |= {name: filled.get(name) for name in OWN_OF_THE_SCALER}
         filled.setdefault("loss_scale", recipe.loss_scale)
         if filled["optimizer"] == "sgd" and "weight_decay" not in given:
             filled["weight_decay"] = 0.0
@@ -115,6 +123,8 @@ class Config:
         if scaler.name == "torch":
             filled["loss_scale"] = "dynamic"
         filled |= {name: getattr(scaler, name) for name in ("init_scale", "growth_interval") if given.get(name) is None}
+        own = {"growth_factor": 2.0, "backoff_factor": 0.5, "scale_floor": scaler.floor}
+        filled |= {name: None for name, value in own.items() if filled[name] == value}
 
     def _check(self) -> None:
         least = {"steps": 1, "batch_size": 1, "block_size": 1, "n_layer": 1, "n_embd": 1, "grad_accum": 1, "eval_every": 1}
@@ -210,8 +220,9 @@ class Config:
     def make_loss_scale(self, xp: Any = None) -> LossScale:
         """The loss scale that was asked for, or the recipe's."""
         assert self.loss_scale is not None
-        more = {} if xp is None else {"xp": xp}
-        return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, hysteresis=self.hysteresis, **more)
+        more: dict[str, Any] = {} if xp is None else {"xp": xp}
+        knobs = {name: getattr(self, name) for name in ("hysteresis", *OWN_OF_THE_SCALER)}
+        return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, **knobs, **more)
 
     def make_parts(self, backend: Backend, comm: Comm | None = None) -> Parts:
         """All that a training step takes, of one rank if there are several. The weights are still zero:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from refimpl.config import MODEL_DEFAULTS, Config
-from refimpl.loss_scale import SCALERS
 from refimpl.optim import SCHEDULES
 from refimpl.recipes import RECIPES
+from refimpl.scaler_rules import SCALERS
 
 HELP = {
     "model": "gpt or mlp",
@@ -43,6 +43,9 @@ HELP = {
     "init_scale": "where a loss scale that adapts starts, if not where its project lets it start",
     "growth_interval": "good steps before it doubles, if not as many as in its project",
     "hysteresis": "overflows before it halves (2), for those of the projects that wait",
+    "growth_factor": "what the loss scale grows by (default: its project's, 2)",
+    "backoff_factor": "what an overflow multiplies it by (default: 1/2; 1/growth factor where its project has one factor)",
+    "scale_floor": "least loss scale, for those of the projects that have one (default: its project's)",
     "seed": "of weights, batches, evaluation and sample",
     "mistake": "a known mistake to make on purpose (`python scripts/mistakes.py` lists them)",
     "eval_every": "steps between evaluations, each followed by a checkpoint",
@@ -54,7 +57,8 @@ HELP = {
 INTEGERS = {"steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "warmup", "grad_accum", "growth_interval",
             "hysteresis", "ignore_index", "seed", "eval_every", "eval_batches", "log_every", "sample_bytes",
             "zero"}  # fmt: skip
-NUMBERS = {"momentum", "beta1", "beta2", "eps", "lr", "min_lr", "weight_decay", "clip", "init_scale"}
+NUMBERS = {"momentum", "beta1", "beta2", "eps", "lr", "min_lr", "weight_decay", "clip", "init_scale",
+           "growth_factor", "backoff_factor", "scale_floor"}  # fmt: skip
 
 
 def _default(name: str) -> str:

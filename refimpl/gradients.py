@@ -23,11 +23,14 @@ def inverse_of(scale: Array) -> Array:
 
 
 def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
-    """found_inf: whether any gradient is Inf or NaN; norm: the L2 norm of all unscaled gradients. Both 0-d.
+    """found_inf: whether any gradient is Inf or NaN, or 1/S is; norm: the L2 norm of all unscaled gradients. Both 0-d.
 
     The check looks at the *scaled* gradients, before the multiplication. The norm is a sum of squares in FP32: sums over
     fixed grains of the flat index, and then the sum of those, so that it depends on nothing but the values. Finite gradients
     beyond 1e19, whose squares overflow FP32, make it infinite and the clip coefficient zero, as in PyTorch.
+
+    1/S is infinite for an S of 0, which a scale without a floor reaches, and below 2^-128. Every update would be NaN then.
+    Differs from the source: PyTorch makes that update; here such a step is skipped.
 
     Source: Micikevicius et al. 2018, section 3.2. PyTorch: GradScaler.unscale_, then the norm that
     torch.nn.utils.clip_grad_norm_ computes (there: of the norms of the tensors; equal but for rounding).
@@ -36,7 +39,7 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     squares, bad = (passes.get("measure", measure) if plain else measure)(state, inverse_scale)
     squares, bad = state.of_all_ranks(squares, bad)
     found_inf, norm = (passes.get("fold", fold) if plain else fold)(state, squares, bad)
-    return found_inf, norm
+    return found_inf | ~state.backend.xp.isfinite(inverse_scale), norm
 
 
 def measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:

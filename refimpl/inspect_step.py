@@ -21,9 +21,9 @@ from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError, unknown
 from refimpl.formats import FORMATS, format_of
 from refimpl.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
-from refimpl.loss_scale import find_scaler
 from refimpl.ops.shape import cast_forward
 from refimpl.recipes import RECIPES
+from refimpl.scaler_rules import find_scaler
 from refimpl.show import bits, digits, json_text, table, ulp
 from refimpl.state import State
 from refimpl.step import StepResult, through

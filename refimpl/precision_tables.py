@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from refimpl.formats import FORMATS
 from refimpl.inspect_precision import Inspection, StepRow, has_own_scale, uncounted
-from refimpl.loss_scale import find_scaler
 from refimpl.rounding import LOWEST, Counts, by_kind, kind_of
+from refimpl.scaler_rules import find_scaler
 from refimpl.verdicts import NEGLIGIBLE, Verdict, decibels, percent, plain_name, powers
 
 # -- tables ------------------------------------------------------------------------------------------------------------

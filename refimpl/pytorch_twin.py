@@ -238,7 +238,10 @@ class Twin:
         self.updates = 0
         self.branches: dict[str, np.ndarray] = {}  # of the latest step
         dynamic = config.loss_scale == "dynamic"
-        self.scaler = torch.amp.GradScaler(device, config.init_scale, growth_interval=config.growth_interval, enabled=dynamic)
+        self.scaler = torch.amp.GradScaler(
+            device, config.init_scale, config.growth_factor or 2.0, config.backoff_factor or 0.5, config.growth_interval,
+            enabled=dynamic,
+        )  # fmt: skip
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config

@@ -12,7 +12,8 @@ import numpy as np
 
 from refimpl.checkpoint import write_atomically
 from refimpl.errors import UsageError
-from refimpl.loss_scale import SCALERS, make_loss_scale
+from refimpl.loss_scale import make_loss_scale
+from refimpl.scaler_rules import SCALERS
 from refimpl.show import table
 
 
@@ -29,40 +30,39 @@ def show_loss_scale(
     overflows: str,
     init_scale: float,
     interval: int,
-    hysteresis: int | None = None,
     compare: bool = False,
     plot: Path | None = None,
+    **knobs: float | None,
 ) -> None:
     """What scripts/loss_scale.py does: print the scale after each step on one line, or, with `compare`, those of all scalers.
 
     overflows: a character a step, 1 for one whose gradients overflow, else 0. plot: where to draw it too.
+    knobs: settings of `make_loss_scale` (hysteresis, growth_factor, backoff_factor, scale_floor). In a comparison those
+    scalers that have one take it.
     Errors: UsageError for anything else, an unknown scaler, impossible numbers, or a picture that cannot be made.
     """
     if compare == (scaler is not None):
         raise UsageError(f"name one scaler ({', '.join(SCALERS)}), or give --compare for all of them")
     names = list(SCALERS) if scaler is None else [scaler]
-    traces = {name: trace(name, overflows, init_scale, interval, _hysteresis_of(name, hysteresis, compare)) for name in names}
+    taken = {name: {k: v for k, v in knobs.items() if not compare or k in SCALERS[name].knobs} for name in names}
+    traces = {name: trace(name, overflows, init_scale, interval, **taken[name]) for name in names}
     if plot is not None:
         plot_traces(plot, traces, overflows)
         print(f"drawn: {plot}", file=sys.stderr)
     for name, found in traces.items():
         if found.ends_at:
-            print(f"{name} ends the run at step {found.ends_at}: an overflow at its floor", file=sys.stderr)
+            where = SCALERS[name].stops.replace("to", "that would take S to").replace("the floor", "its floor")
+            print(f"{name} ends the run at step {found.ends_at}: an overflow {where}", file=sys.stderr)
     print(_table(traces, overflows) if compare else " ".join(map(number_text, traces[names[0]].scales)))
 
 
-def _hysteresis_of(name: str, hysteresis: int | None, compare: bool) -> int | None:
-    """In a comparison those scalers that have no hysteresis are spared it."""
-    return None if compare and SCALERS[name].hysteresis == 1 else hysteresis
-
-
-def trace(name: str, overflows: str, init_scale: float, interval: int, hysteresis: int | None = None) -> Trace:
+def trace(name: str, overflows: str, init_scale: float, interval: int, **knobs: Any) -> Trace:
     """Run one scaler over a pattern. Errors: UsageError for an unknown scaler, a wrong pattern or impossible numbers."""
     if name not in SCALERS:
         raise UsageError(f"no scaler {name!r}; there are {', '.join(SCALERS)}")
     if not overflows or set(overflows) - {"0", "1"}:
         raise UsageError(f"--overflows {overflows!r}: it is 0s and 1s, one a step; 1 is an overflow")
-    scale = make_loss_scale(name, init_scale, interval, hysteresis=hysteresis)
+    scale = make_loss_scale(name, init_scale, interval, **knobs)
     scales, ends_at = [], 0
     for step, overflow in enumerate(overflows, 1):
         scale.update(np.asarray(overflow == "1"))

@@ -16,6 +16,7 @@ from refimpl.comm import Comm, Serial, shares_of
 from refimpl.config import Config
 from refimpl.data import Corpus, load_corpus, sample_batch, sequential_batches
 from refimpl.errors import TrainingStopped, UsageError
+from refimpl.formats import FORMATS
 from refimpl.generate import mean_loss
 from refimpl.gradients import first_non_finite
 from refimpl.loss_scale import DynamicLossScale
@@ -158,6 +159,7 @@ class Trainer:
         for row in rows:
             self._watch(row)
         self._stop_if_exhausted()
+        self._stop_at_zero()
         bar.set_postfix_str(
             f"loss {rows[-1]['loss']:.3f}, scale {rows[-1]['loss_scale']:g}, skipped {self.progress.skipped}, {rate:,.0f} tok/s"
         )
@@ -180,7 +182,8 @@ class Trainer:
                 f"step {row['step']}: {self._what_overflowed()} (loss {row['loss']}) and there is no loss scale to lower; "
                 f"no weight was changed by it. Try a smaller --lr, --recipe bf16, or --loss-scale dynamic"
             )
-        collapsed = not self.loss_scale.adapts or row["loss_scale"] < SMALLEST_SCALE or row["loss_scale"] <= self._floor
+        S = row["loss_scale"]
+        collapsed = not self.loss_scale.adapts or S < SMALLEST_SCALE or self._floor >= S or math.isinf(S)
         if collapsed and progress.skipped_in_a_row >= SKIPS_BEFORE_STOP:
             advice = "a smaller --lr or --recipe bf16" if self.loss_scale.adapts else "a smaller --loss-scale, or dynamic"
             raise TrainingStopped(
@@ -192,19 +195,28 @@ class Trainer:
     def _floor(self) -> float:
         """Where the loss scale ends; 0 for one that does not, or that says so itself."""
         scale = self.loss_scale
-        return scale.scaler.floor if isinstance(scale, DynamicLossScale) and not scale.scaler.stops_at_floor else 0.0
+        return scale.scaler.floor if isinstance(scale, DynamicLossScale) and not scale.scaler.stops else 0.0
 
     def _stop_if_exhausted(self) -> None:
         """End a run whose loss scaler ends runs at its floor, with a checkpoint: skipped steps have changed no weight."""
         scale = self.loss_scale
-        if not isinstance(scale, DynamicLossScale) or not scale.scaler.stops_at_floor or not bool(scale.exhausted):
+        if not isinstance(scale, DynamicLossScale) or not scale.scaler.stops or not bool(scale.exhausted):
             return
         path = self.save()
         raise TrainingStopped(
-            f"by step {self.progress.step}: {self._what_overflowed()} at a loss scale of {scale.scaler.floor:g}, below which "
+            f"by step {self.progress.step}: {self._what_overflowed()} at a loss scale of {float(scale.scale):g}, below which "
             f"{scale.scaler.name} does not go. Try a smaller --lr, --recipe bf16, or --loss-scale dynamic, which has no floor, "
             f"from these weights: --init-from {path}"
         )
+
+    def _stop_at_zero(self) -> None:
+        """End a run whose loss scale has become 0 or nearly so: no gradient can be divided by it, and every step is skipped."""
+        S = float(self.loss_scale.scale)
+        if FORMATS["fp32"].smallest_normal > S:
+            raise TrainingStopped(
+                f"by step {self.progress.step}: {self._what_overflowed()}, and by now the loss scale is {S:g}, by which "
+                f"no gradient can be divided. Try a smaller --lr or --recipe bf16"
+            )
 
     def _what_overflowed(self) -> str:
         """What the latest gradients tell; they may be a few steps younger than the row that is looked at."""

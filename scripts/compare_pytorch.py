@@ -21,6 +21,10 @@ from refimpl.flags import add_config_flags
 
 DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "lr": 1e-3}
 """A model small enough for seconds; the loss scale starts where it overflows by itself once or twice."""
+CONFIG_FLAGS = (
+    "examples", "ignore_index", "weight_decay", "momentum", "beta1", "beta2", "eps", "min_lr", "schedule", "growth_factor",
+    "backoff_factor",
+)  # fmt: skip
 
 
 def parser() -> Parser:
@@ -36,8 +40,7 @@ def parser() -> Parser:
     add("--batch-size", type=int, default=argparse.SUPPRESS, help="8 for gpt, 256 for mlp: 256 predictions a step")
     add("--warmup", type=int, default=10)
     add("--optimizer", default="adamw", help="adamw or sgd")
-    add_config_flags(result, ("examples", "ignore_index"))
-    add_config_flags(result, ("weight_decay", "momentum", "beta1", "beta2", "eps", "min_lr", "schedule"))
+    add_config_flags(result, CONFIG_FLAGS)
     add("--clip", type=float, default=1.0)
     add("--init-scale", type=float, default=2.0**18)
     add("--growth-interval", type=int, default=8)

@@ -12,7 +12,7 @@ import argparse
 
 from refimpl.arguments import Parser
 from refimpl.inspect_step import FOLLOWED, PARAMETER, inspect_step
-from refimpl.loss_scale import SCALERS
+from refimpl.scaler_rules import SCALERS
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from refimpl.cli import main
 from pathlib import Path
 
 from refimpl.arguments import Parser
-from refimpl.loss_scale import SCALERS
+from refimpl.scaler_rules import SCALERS
 from refimpl.show_loss_scale import show_loss_scale
 
 
@@ -25,6 +25,9 @@ def parser() -> Parser:
     result.add_argument("--init-scale", type=float, default=1024.0, help="the scale before the first step (1024)")
     result.add_argument("--interval", type=int, default=3, help="good steps before it grows (3)")
     result.add_argument("--hysteresis", type=int, help="overflows before it backs off, for the scalers that wait (2)")
+    result.add_argument("--growth-factor", type=float, help="what it grows by (2)")
+    result.add_argument("--backoff-factor", type=float, help="what an overflow multiplies it by (1/2)")
+    result.add_argument("--scale-floor", type=float, help="the least scale, for the scalers that have one to choose")
     result.add_argument("--compare", action="store_true", help="all scalers, as a table")
     result.add_argument(
         "--plot", nargs="?", const=Path("loss_scale.png"), type=Path, metavar="FILE", help="draw it too (loss_scale.png)"

@@ -47,8 +47,9 @@ def train(like: Path, out: Path, unscale_late: bool) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     scaler = torch.amp.GradScaler(
-        "cpu", config.init_scale, growth_interval=config.growth_interval, enabled=config.loss_scale == "dynamic"
-    )
+        "cpu", config.init_scale, config.growth_factor or 2.0, config.backoff_factor or 0.5, config.growth_interval,
+        enabled=config.loss_scale == "dynamic",
+    )  # fmt: skip
 
     trace: dict[str, Any] = {}  # (trace)
 

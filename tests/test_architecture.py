@@ -89,7 +89,6 @@ ALLOWED_TYPE_CALLS = {
     # settings and checkpoints: Python numbers that become the 0-d scale
     ("loss_scale.py", "np.float32(init_scale)"),
     ("loss_scale.py", "np.float32(scale)"),
-    ("loss_scale.py", "np.float32(state['scale'])"),
     # a Python number, as a kernel takes it
     ("backends/launch.py", "np.float32(value)"),
 }
@@ -281,7 +280,8 @@ MAY_IMPORT = {
     "comm.nccl": {"backends", "bits", "comm", "errors"},
     "zero": {"backends", "cast", "comm", "memory", "state", "storage"},
     "gradients": {"cast", "state"},
-    "loss_scale": {"cast", "errors", "formats"},
+    "scaler_rules": {"cast", "errors", "formats"},
+    "loss_scale": {"cast", "errors", "formats", "scaler_rules"},
     "optim": {"cast", "gradients", "state", "storage"},
     "micro_batches": {"cast", "formats", "models", "state"},
     "step": {"gradients", "loss_scale", "micro_batches", "models", "optim", "policy", "state", "tape"},

@@ -98,7 +98,7 @@ def finished(original: tuple[Path, dict[str, Any]], tmp_path: Path) -> tuple[Pat
     return shutil.copytree(original[0], tmp_path / "run"), original[1]
 
 
-BOUND: dict[str, Any] = {**OPTIMIZER}
+BOUND: dict[str, Any] = {**OPTIMIZER, "growth_factor": 4.0, "backoff_factor": 0.25}
 
 
 def test_a_resumed_run_keeps_its_settings(finished: tuple[Path, dict[str, Any]]) -> None:

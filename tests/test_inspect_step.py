@@ -22,8 +22,8 @@ from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.formats import FORMATS
 from refimpl.inspect_step import FOLLOWED, PARAMETER, SIZES, Line, Report, inspect_step, inspect_steps, report_data, report_text
-from refimpl.loss_scale import SCALERS
 from refimpl.recipes import RECIPES
+from refimpl.scaler_rules import SCALERS
 from refimpl.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

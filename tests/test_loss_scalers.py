@@ -28,11 +28,12 @@ from strict_cupy import WaitError, counter
 
 from refimpl import loss_scale as module
 from refimpl.backends import Backend
-from refimpl.checkpoint import load
+from refimpl.checkpoint import load, save
 from refimpl.config import Config
 from refimpl.errors import TrainingStopped, UsageError
-from refimpl.loss_scale import SCALERS, DynamicLossScale, Scaler, StaticLossScale, make_loss_scale
+from refimpl.loss_scale import DynamicLossScale, StaticLossScale, make_loss_scale
 from refimpl.run_folder import open_folder, prepare_folder
+from refimpl.scaler_rules import SCALERS, Scaler
 from refimpl.show_loss_scale import number_text, show_loss_scale, trace
 from refimpl.trainer import Trainer
 
@@ -99,6 +100,7 @@ GOLDEN: dict[tuple[str, int | None], dict[str, str]] = {
         B: "1024 1024 1024 1024 1024 1024 1024 1024 2048 2048",
         C: "1024 512 256 256 256 256 512 512 512 512",
     },
+    **{(name, None): TORCH for name in ("fairseq", "fairseq-tolerance")},
     ("chainer", None): {
         A: "2048 4096 8192 16384 32768 65504 65504 65504",
         B: "512 645.0796 322.5398 406.3747 203.1873 256 322.5398 406.3747 512 645.0796",
@@ -126,14 +128,29 @@ ENDS: list[tuple[str, float, str, list[float]]] = [
     ("deepspeed", 1.0, "101000011", [1, 1, 1, 1, 1, 1, 2, 2, 1]),
     ("deepspeed-consecutive", 1.0, "101000011", [1, 1, 1, 1, 1, 1, 2, 2, 1]),
     ("chainer", 1.0, "110", [1, 1, 2 ** (1 / 3)]),
+    *((name, 0.5, "1" * 13, [2.0**-n for n in range(2, 14)] + [2.0**-13]) for name in ("fairseq", "fairseq-tolerance")),
+    *((name, TOP, "0001", [TOP, TOP, 2 * TOP, TOP]) for name in ("fairseq", "fairseq-tolerance")),
     ("flax", 2 * TINY, "1100001", [TINY, TINY, TINY, TINY, TINY, 2 * TINY, TINY]),
     ("torch", 2.0**-148, "11000", [2.0**-149, 0, 0, 0, 0]),
     ("apex-kernel", 2.0**-148, "111000", [2.0**-148, 2.0**-149, 0, 0, 0, 0]),
     ("apex-amp", 2.0**-148, "11000", [2.0**-149, 2.0**-150, 2.0**-150, 2.0**-150, 2.0**-149]),
 ]
-"""Scaler, start, pattern and trace, interval 3: worked out by hand from the projects' rules."""
+"""Scaler, start, pattern and trace, interval 3: worked out by hand from the projects' rules. Fairseq's 13 overflows from 0.5 on
+end with its error 'Minimum loss scale reached (0.0001)' and the scale as it was (facebookresearch/fairseq, issue 512)."""
 
-EXHAUSTED: list[tuple[str, int, str, int]] = [
+TOLERANT: list[tuple[str, list[float]]] = [
+    ("0" * 19 + "1", [8.0] * 19 + [4]),  # 1 of 20 steps is 5 %
+    ("0" * 20 + "1" + "0", [8.0] * 22),  # 1 of 21 is not
+    ("0" * 20 + "11", [8.0] * 21 + [4]),  # 2 of 22 is
+    ("0" * 20 + "1" + "0" * 18 + "1", [8.0] * 39 + [4]),  # 2 of 40 is
+    ("0" * 20 + "1" + "0" * 25 + "11", [8.0] * 45 + [16, 8, 4]),  # grown: 2 of 1, then a new count: 1 of 1
+    ("0" * 20 + "1" + "0" * 47 + "1", [8.0] * 45 + [16.0] * 23 + [8]),  # 2 of 23: growth leaves the count of overflows as it is
+    ("1" + "0" * 19 + "1", [4.0] * 20 + [2]),
+    ("1" + "0" * 20 + "1", [4.0] * 22),  # the count begins anew where S backs off: 1 of 21
+]
+"""Patterns and traces of fairseq with a tolerance of 5 %, from 8 and with an interval of 25, by hand."""
+
+EXHAUSTED: list[tuple[str, int | None, str, int]] = [
     ("deepspeed", 2, "11110", 3),  # and stays over
     ("deepspeed-consecutive", 2, "1111", 3),
     ("deepspeed", 1, "1111", 2),
@@ -143,6 +160,9 @@ EXHAUSTED: list[tuple[str, int, str, int]] = [
     ("deepspeed", 2, "110000", 0),  # at the floor, but nothing overflows there
     ("deepspeed", 2, "1100001", 0),  # growth came in between
     ("megatron", 2, "111111", 0),
+    *((name, None, "111111", 0) for name in ("jmp", "apex-fp16", "chainer", "flax", "torch")),
+    *((name, None, "1" * 15 + "0", 15) for name in ("fairseq", "fairseq-tolerance")),  # 2^-13 is the last above 1e-4
+    *((name, None, "1" * 14 + "0001", 0) for name in ("fairseq", "fairseq-tolerance")),
 ]
 """Scaler, hysteresis, pattern from a start of 2, and the step that ends the run (0: none), interval 3."""
 
@@ -158,6 +178,9 @@ def wrong_traces(make: Callable[..., Any], xp: Any, only: str | None = None) -> 
     for name, start, pattern, expected_scales in ENDS:
         if only in (None, name) and follow(make(name, start, 3, xp), pattern) != expected_scales:
             wrong.append(f"{name} from {start} {pattern}")
+    for pattern, expected_scales in TOLERANT if only in (None, "fairseq-tolerance") else ():
+        if follow(make("fairseq-tolerance", 8.0, 25, xp), pattern) != expected_scales:
+            wrong.append(f"fairseq-tolerance {pattern}")
     for name, hysteresis, pattern, step in EXHAUSTED:
         if only in (None, name):
             scale = make(name, 2.0, 3, xp, hysteresis)
@@ -318,9 +341,32 @@ def chainer(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -
         yield scale
 
 
+def fairseq(scale: float, interval: int, hysteresis: int, pattern: list[bool], tolerance: float = 0.0) -> Steps:
+    last_overflow, last_rescale, overflows = -1, -1, 0
+    for step, overflow in enumerate(pattern):
+        if overflow:
+            since, last_overflow = step - last_rescale, step
+            overflows += 1
+            if overflows / float(since) >= tolerance:
+                scale /= 2.0
+                last_rescale, overflows = step, 0
+            if scale <= 1e-4:
+                yield "stop"
+                return
+        elif (step - last_overflow) % interval == 0:
+            scale *= 2.0
+            last_rescale = step
+        yield scale
+
+
+def fairseq_tolerance(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    return fairseq(scale, interval, hysteresis, pattern, tolerance=0.05)
+
+
 RESTATED = {
     "torch": pytorch, "apex-amp": apex_amp, "apex-fp16": apex_fp16, "apex-kernel": apex_kernel, "megatron": megatron,
     "deepspeed": deepspeed, "deepspeed-consecutive": deepspeed_consecutive, "flax": flax, "jmp": jmp, "chainer": chainer,
+    "fairseq": fairseq, "fairseq-tolerance": fairseq_tolerance,
 }  # fmt: skip
 
 
@@ -330,12 +376,13 @@ def a_case(rng: np.random.Generator, floor: float) -> tuple[float, int, int, lis
     exponent = rng.choice([rng.uniform(low, high), low + 3 * rng.random(), high - 3 * rng.random()])
     start = fp32(2.0 ** (round(exponent) if rng.random() < 0.5 else exponent))
     pattern = rng.random(60) < rng.choice([0.0, 0.05, 0.15, 0.4, 0.9])
-    return max(start, floor), int(rng.integers(1, 8)), int(rng.integers(1, 5)), pattern.tolist()
+    interval = int(rng.integers(1, 8) if rng.random() < 0.7 else rng.integers(20, 45))
+    return max(start, floor), interval, int(rng.integers(1, 5)), pattern.tolist()
 
 
 @pytest.mark.parametrize("name", SCALERS)
-def test_200_random_patterns_equal_the_restatement(name: str, backend: Backend) -> None:
-    patterns = 200 if backend.on_host else 20
+def test_random_patterns_equal_the_restatement(name: str, backend: Backend) -> None:
+    patterns = 60 if backend.on_host else 4
     moved = stopped = 0
     for seed in range(patterns):
         start, interval, hysteresis, pattern = a_case(np.random.default_rng(seed), SCALERS[name].floor)
@@ -349,20 +396,27 @@ def test_200_random_patterns_equal_the_restatement(name: str, backend: Backend) 
                 break
             assert float(scale.value) == expected, (seed, step)
             moved += before != expected
-    assert moved > 5 * patterns and (stopped > 0) == SCALERS[name].stops_at_floor
+    assert moved > 4 * patterns and (stopped > 0 or not backend.on_host) == bool(SCALERS[name].stops or not backend.on_host)
     assert scale.scale.dtype == np.float32 and scale.scale.shape == ()
     assert {scale.growth_tracker.dtype, scale.hysteresis_tracker.dtype} == {np.dtype(np.int32)}
 
 
-def test_torch_is_pytorch() -> None:
+def test_an_overflow_from_a_start_at_fairseqs_least_scale_ends_the_run() -> None:
+    scale = make_loss_scale("fairseq", 1e-4, 3)
+    assert follow(scale, "00") == [1e-4, 1e-4] and not scale.exhausted
+    assert follow(scale, "1") == [1e-4] and scale.exhausted
+
+
+@pytest.mark.parametrize(("growth", "backoff"), [(None, None), (1.001, 0.3), (3.0, 0.999)])
+def test_torch_is_pytorch(growth: float | None, backoff: float | None) -> None:
     torch = pytest.importorskip("torch")
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=0.0)
-    for seed in range(20):
+    for seed in range(10):
         start, interval, _, pattern = a_case(np.random.default_rng(seed), 0.0)
-        theirs = torch.amp.GradScaler("cpu", init_scale=start, growth_interval=interval)
+        theirs = torch.amp.GradScaler("cpu", start, growth or 2.0, backoff or 0.5, interval)
         theirs.scale(torch.zeros(()))
-        ours = make_loss_scale("torch", start, interval)
+        ours = make_loss_scale("torch", start, interval, growth_factor=growth, backoff_factor=backoff)
         for step, overflow in enumerate(pattern):
             weight.grad = torch.full((3,), math.inf if overflow else 0.0)
             theirs.step(optimizer)
@@ -384,7 +438,8 @@ def test_an_update_waits_for_nothing() -> None:
 # ------------------------------------------------------------------------------------------------------- negative controls
 
 OTHER: dict[str, list[Any]] = {
-    "late": ["", "first", "always"], "gradual": [False, True], "floor": [0.0, 1.0, 2.0**-140], "stops_at_floor": [False, True],
+    "late": ["", "first", "always"], "gradual": [False, True], "floor": [0.0, 1.0, 2.0**-140],
+    "stops": ["", "at the floor", "to the floor"], "tolerance": [0.0, 0.75],
     "ceiling": [math.inf, 2.0**11, 2.0**24], "unbounded": [False, True], "hysteresis": [1, 2, 3],
     "refill": ["growth", "good step"], "kept": ["fp32", "fp64"],
 }  # fmt: skip
@@ -396,7 +451,8 @@ def matters(scaler: Scaler, field: str) -> bool:
         return False
     hidden = {
         "refill": scaler.hysteresis == 1,
-        "stops_at_floor": scaler.hysteresis == 1 or not scaler.floor,
+        "hysteresis": scaler.tolerance > 0,  # no project has both
+        "stops": not scaler.floor or scaler.name == "flax",  # its floor is far below any trace's end but one
         "unbounded": scaler.ceiling < math.inf or scaler.kept == "fp64",  # FP64 has room enough
         "kept": scaler.ceiling < math.inf and scaler.floor >= TINY and not scaler.gradual,  # all that is between fits in both
     }
@@ -424,7 +480,7 @@ def test_every_fact_of_every_row_shows_in_a_golden_trace(
 
 
 def test_all_facts_are_mutated() -> None:
-    described = {"name", "source", "init_scale", "growth_interval"}  # the last two: test_the_page_has_the_facts
+    described = {"name", "source", "init_scale", "growth_interval", "knobs"}  # test_the_page_has_the_facts, test_knobs
     assert {field for _, field, _ in MUTANTS} == {f.name for f in dataclasses.fields(Scaler)} - described
 
 
@@ -443,11 +499,20 @@ BROKEN = [
     ("self.hysteresis_tracker - 1", "self.hysteresis_tracker"),
     ("xp.where(grow, full, self.hysteresis_tracker)", "self.hysteresis_tracker"),
     ("xp.where(found_inf, left, refilled)", "refilled"),
-    ("return xp.where(left == 0, smaller, self.value)", "return smaller"),
-    ("(found_inf & (left == 0) & ", "((left == 0) & "),
-    ("(found_inf & (left == 0) & ", "(found_inf & "),
+    ("smaller = xp.where(backs_off, smaller, self.value)", "pass"),
+    ("return found_inf & (left == 0)", "return left == 0"),
+    ("return found_inf & (left == 0)", "return found_inf"),
     (" & (self.value == self.scaler.floor)", ""),
+    ("ends = backs_off & ", "ends = found_inf & "),
+    ("found_inf & (smaller <= self.scaler.floor)", "found_inf & (smaller < self.scaler.floor / 2)"),
     ("self.exhausted = self.exhausted | ", "self.exhausted = "),
+    ("return self.xp.where(ends, self.value, smaller)", "return smaller"),
+    ("overflows / steps >= self", "overflows / steps > self"),
+    ("self.steps_since_change + 1", "self.steps_since_change + 2"),
+    ("xp.where(backs_off | (grow & ~found_inf), 0, steps)", "xp.where(backs_off, 0, steps)"),
+    ("xp.where(backs_off | (grow & ~found_inf), 0, steps)", "xp.where(grow & ~found_inf, 0, steps)"),
+    ("xp.where(backs_off, 0, overflows)", "overflows"),
+    ("backs_off = found_inf & (overflows", "backs_off = (overflows"),
     ("self.overflowed = self.overflowed | found_inf", "self.overflowed = found_inf"),
     ("2.0 ** (1 / self.growth_interval)", "2.0"),
     ("S * self.backoff_factor, grown", "S, grown"),
@@ -473,7 +538,7 @@ def test_a_broken_rule_fails_the_golden_traces(right: str, wrong: str, monkeypat
 def test_a_resumed_scale_goes_on_as_if_never_stopped(name: str, backend: Backend) -> None:
     pattern = "00010010100000011100001000000000"
     whole = follow(make_loss_scale(name, 3.0, 3, backend.xp), pattern)
-    for stop in range(len(pattern)):
+    for stop in range(0, len(pattern), 1 if backend.on_host else 7):
         first = make_loss_scale(name, 3.0, 3, backend.xp)
         start = follow(first, pattern[:stop])
         resumed = make_loss_scale(name, xp=backend.xp)  # other settings: they come back from the state
@@ -485,23 +550,27 @@ def test_a_resumed_scale_goes_on_as_if_never_stopped(name: str, backend: Backend
 
 def test_each_number_of_the_state_is_needed() -> None:
     """Negative control: a state that lacks one is refused, and one with another number goes on in another way."""
+    others = {"overflowed": -1, "backoff_factor": 0.25, "_hysteresis_tracker": 2}
 
     def goes_on(name: str, state: dict[str, float]) -> list[Any]:
         found = []
-        for pattern in ("0", "1100", "0000110111"):
+        for pattern in ("0", "1100", "0000110111", "0" * 24 + "1", "0" * 38):
             scale = make_loss_scale(name)
             scale.load_state_dict(state)
             found.append((follow(scale, pattern), bool(scale.exhausted)))
         return found
 
     for name, scaler in SCALERS.items():
-        first = make_loss_scale(name, 4.0, 3)
+        first = make_loss_scale(name, 4.0, 40 if scaler.tolerance else 5)
         follow(first, "1100")
         state = first.state_dict()
         for key, value in state.items():
-            with pytest.raises(KeyError, match=key):
+            with pytest.raises(ValueError, match=f"lacks {key}$"):
                 goes_on(name, {k: v for k, v in state.items() if k != key})
-            other = state | {key: 1 - value if key in ("exhausted", "overflowed") else value + 2}
+            more = 30 if scaler.tolerance and key in ("_growth_tracker", "_steps_since_change") else others.get(key, 1)
+            if key == "_hysteresis_tracker" and value == state["hysteresis"]:
+                more = -1
+            other = state | {key: value + more}
             unused = scaler.gradual and key in ("growth_factor", "_growth_tracker")  # it is past its first overflow
             assert (goes_on(name, other) == goes_on(name, state)) == unused, (name, key)
 
@@ -548,8 +617,11 @@ def _held_to_its_word(scale: DynamicLossScale, before: float, bad: bool) -> str:
         assert math.isinf(after) and scaler.unbounded
         return text
     if text.endswith("ends the run"):
-        assert bool(scale.exhausted) and after == scaler.floor
+        assert bool(scale.exhausted) and (after == scaler.floor or (before == after and after / 2 <= scaler.floor))
         return "ends"
+    if text == "an overflow that is borne: below 5% of the steps since it changed":
+        assert bad and after == before and int(scale.overflows) / int(scale.steps_since_change) < 0.05
+        return "tolerated"
     assert text == "stays: larger, it would be infinite in FP32" and after == before and before * 2 > FP32_MAX and not bad
     return "stays"
 
@@ -566,6 +638,155 @@ def _steps_until_it_changes(scale: DynamicLossScale, bad: bool, most: int) -> in
     return None
 
 
+KNOBS: dict[str, tuple[str, ...]] = {
+    "growth_factor": ("torch", "apex-amp", "apex-fp16", "apex-kernel", "megatron", "deepspeed", "deepspeed-consecutive",
+                      "fairseq", "fairseq-tolerance", "flax", "jmp"),
+    "backoff_factor": ("torch", "apex-kernel", "megatron", "flax"),
+    "scale_floor": ("apex-amp", "megatron", "deepspeed", "deepspeed-consecutive", "fairseq", "fairseq-tolerance", "flax",
+                    "jmp"),
+    "hysteresis": ("apex-kernel", "megatron", "deepspeed", "deepspeed-consecutive"),
+}  # fmt: skip
+"""What each project lets one choose: arguments of its class, the others are constants in its code."""
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_knobs(knob: str) -> None:
+    value = {"growth_factor": 4.0, "backoff_factor": 0.25, "scale_floor": 32.0, "hysteresis": 3}[knob]
+    for name in SCALERS:
+        if name in KNOBS[knob]:
+            before, after = (follow(make_loss_scale(name, 64.0, 2, **{knob: x}), "1110001111") for x in (None, value))
+            assert before != after, name
+        else:
+            with pytest.raises(UsageError, match=f"{knob.replace('_', ' ')} {value} with {name}, which has none to choose: "):
+                make_loss_scale(name, 64.0, 2, **{knob: value})
+    for kind in ("none", "128"):
+        with pytest.raises(UsageError, match=f"{knob.replace('_', ' ')} {value} with loss scale {kind}: only one that adapts"):
+            make_loss_scale(kind, **{knob: value})
+
+
+CHOSEN: list[tuple[str, dict[str, float], float, str, list[float]]] = [
+    ("torch", {"growth_factor": 4.0, "backoff_factor": 0.25}, 64.0, "11000", [16, 4, 4, 4, 16]),
+    ("torch", {"backoff_factor": 0.1}, 1.0, "1", [fp32(fp32(1.0) * 0.1)]),
+    ("megatron", {"growth_factor": 4.0, "scale_floor": 20.0}, 64.0, "1111000", [64, 32, 20, 20, 20, 20, 80]),
+    ("deepspeed", {"growth_factor": 4.0}, 64.0, "111", [64, 16, 4]),  # one factor, both ways
+    ("jmp", {"growth_factor": 8.0, "scale_floor": 4.0}, 64.0, "1100000", [8, 4, 4, 4, 32, 32, 32]),
+    ("apex-amp", {"scale_floor": 32.0}, 64.0, "111", [32, 32, 32]),
+    ("flax", {"scale_floor": 0.1}, 1.0, "1111", [0.5, 0.25, 0.125, fp32(0.1)]),
+    ("fairseq", {"growth_factor": 4.0, "scale_floor": 1.0}, 64.0, "1111", [16, 4, 4, 4]),
+]
+"""Scaler, settings, start, pattern and trace with interval 3, by hand."""
+
+
+@pytest.mark.parametrize(("name", "knobs", "start", "pattern", "expected"), CHOSEN)
+def test_chosen_factors_and_floors(
+    name: str, knobs: dict[str, Any], start: float, pattern: str, expected: list[float], backend: Backend
+) -> None:
+    assert follow(make_loss_scale(name, start, 3, backend.xp, **knobs), pattern) == expected
+    config = Config.of({"loss_scale": name, "init_scale": start, "growth_interval": 3, **knobs})
+    assert follow(config.make_loss_scale(), pattern) == expected
+
+
+def test_a_chosen_floor_ends_the_run_where_its_project_does() -> None:
+    deepspeed = make_loss_scale("deepspeed", 64.0, 3, hysteresis=1, scale_floor=32.0)
+    assert follow(deepspeed, "1") == [32] and not deepspeed.exhausted
+    assert follow(deepspeed, "1") == [32] and deepspeed.exhausted
+    fairseq = make_loss_scale("fairseq", 64.0, 3, scale_floor=32.0)
+    assert follow(fairseq, "1") == [64] and fairseq.exhausted
+
+
+def test_rows_without_hysteresis_end_runs_too(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
+    """A row that stops at its floor does so whether it has hysteresis or not."""
+    monkeypatch.setitem(SCALERS, "jmp", dataclasses.replace(SCALERS["jmp"], stops="at the floor"))
+    scale = make_loss_scale("jmp", 2.0, 3, backend.xp)
+    flags = [(follow(scale, c), bool(backend.to_host(scale.exhausted)))[1] for c in "1011"]
+    assert flags == [False, False, True, True] and scale.state_dict()["exhausted"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "says"),
+    [
+        ("torch", {"growth_factor": 1.0}, "growth factor 1.0: it must be above 1"),
+        ("torch", {"growth_factor": 0.5}, "growth factor 0.5: it must be above 1"),
+        ("torch", {"growth_factor": math.inf}, "growth factor inf: it must be"),
+        ("torch", {"growth_factor": math.nan}, "growth factor nan: it must be"),
+        ("torch", {"backoff_factor": 1.0}, "backoff factor 1.0: it must be between 0 and 1"),
+        ("torch", {"backoff_factor": 0.0}, "backoff factor 0.0: it must be"),
+        ("torch", {"backoff_factor": -0.5}, "backoff factor -0.5: it must be"),
+        ("torch", {"scale_floor": 1.0}, "scale floor 1.0 with torch, which has none to choose: only for apex-amp, megatron"),
+        ("deepspeed", {"backoff_factor": 0.25}, "backoff factor 0.25 with deepspeed, which has none to choose: only for torch"),
+        ("chainer", {"growth_factor": 4.0}, "growth factor 4.0 with chainer"),
+        ("megatron", {"scale_floor": 128.0}, "init scale 64.0: it must be at least 128, the floor of megatron"),
+        ("megatron", {"scale_floor": 0.0}, "scale floor 0.0: it must be from 1.18e-38"),
+        ("megatron", {"scale_floor": -1.0}, "scale floor -1.0: it must be"),
+        ("megatron", {"scale_floor": math.nan}, "scale floor nan: it must be"),
+        ("megatron", {"scale_floor": 1e-40}, "scale floor 1e-40: it must be"),
+        ("apex-amp", {"scale_floor": 2.0**25}, "scale floor 33554432.0: it must be .* to 1.68e.07"),
+        ("none", {"scale_floor": 1.0}, "scale floor 1.0 with loss scale none"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name: str, knobs: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says) as error:
+        Config.of({"loss_scale": name, "init_scale": 64.0, **knobs})
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_are_the_projects_own_change_nothing() -> None:
+    own = {"growth_factor": 2.0, "backoff_factor": 0.5, "scale_floor": 1.0}
+    for name, scaler in SCALERS.items():
+        given = {k: scaler.floor if k == "scale_floor" else v for k, v in own.items()}
+        assert Config.of({"loss_scale": name, **given}) == Config.of({"loss_scale": name})
+
+
+# ------------------------------------------------------------------------------------------------- what cannot be a state
+
+IMPOSSIBLE = (0, 0.0, -4.0, math.nan, math.inf, -math.inf, 1e-45, 1e-39, 1e39, 1e300, "4", None, True, [4.0], {}, 10**400)
+NO_FP32 = 1 + 2.0**-30
+SETTINGS_OF_A_STATE = {
+    "growth_factor": (1.0, 0.5, -2.0, math.nan, math.inf, "2", None, True),
+    "backoff_factor": (0.0, 1.0, 2.0, -0.5, math.nan, "0.5", None),
+    "growth_interval": (0, -1, 2.5, 3.0, math.nan, math.inf, "3", None, True, 2**70),
+    "_growth_tracker": (-1, 0.5, 4, 2**70, math.nan, "0", None, False, [0]),
+    "hysteresis": (0, -1, 1.5, "2", None, True),
+    "_hysteresis_tracker": (-1, 3, 0.5, "1", None, 2**70),
+    "_steps_since_change": (-1, 0.5, 2**31, None),
+    "_overflows": (-1, 0.5, 2**31, None),
+    "exhausted": (-1, 2, 0.5, "no", None),
+    "overflowed": (-1, 2, 0.5, "no", None),
+}
+
+
+@pytest.mark.parametrize("name", [*SCALERS, "128"])
+def test_what_cannot_be_a_state_is_refused(name: str) -> None:
+    scale = make_loss_scale(name, 64.0, 3) if name in SCALERS else make_loss_scale(name)
+    scale.update(np.asarray(True))
+    state = scale.state_dict()
+    scaler = SCALERS.get(name)
+    kept = scaler.kept if scaler else "fp32"
+    bad: list[Any] = [{**state, "scale": x} for x in IMPOSSIBLE if not (x == 1e300 or x == 1e39) or kept == "fp32"]
+    bad += [{**state, "scale": NO_FP32}] if kept == "fp32" else []
+    bad += [{**state, "scale": scaler.floor * 0.99}] if scaler and scaler.floor else []
+    bad += [{**state, "scale": scaler.ceiling * 1.01}] if scaler and scaler.ceiling < FP32_MAX and not scaler.gradual else []
+    bad += [{**state, key: x} for key in state.keys() - {"scale"} for x in SETTINGS_OF_A_STATE[key]]
+    bad += [{k: v for k, v in state.items() if k != key} for key in state] + [{**state, "more": 1}, {}, [], None, "state"]
+    for wrong in bad:
+        with pytest.raises(ValueError, match=r"^the state of a loss scale ") as error:
+            scale.load_state_dict(wrong)
+        assert "\n" not in str(error.value) and scale.state_dict() == state, wrong
+    scale.load_state_dict(json.loads(json.dumps(state)))
+    assert scale.state_dict() == state
+
+
+def test_states_of_long_runs_are_taken() -> None:
+    """Negative control of the bounds: whatever a run that goes on has come to is a state of the same scaler."""
+    for name in SCALERS:
+        first, rng = make_loss_scale(name, 64.0, 3), np.random.default_rng(0)
+        for bad in rng.random(300) < 0.3:
+            first.update(np.asarray(bad))
+            if first.exhausted or not TINY <= float(first.value) <= FP32_MAX:
+                break
+            make_loss_scale(name).load_state_dict(first.state_dict())
+
+
 def test_the_defaults_are_each_projects_own() -> None:
     for name, scaler in SCALERS.items():
         scale = make_loss_scale(name)
@@ -578,8 +799,8 @@ def test_the_defaults_are_each_projects_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("torch", 8.0, 3, np, 2), "hysteresis 2 with torch: .*apex-kernel, megatron, deepspeed, deepspeed-consecutive"),
-        (("megatron", 8.0, 3, np, 0), "hysteresis 0 with megatron: it is at least 1"),
+        (("torch", 8.0, 3, np, 2), "hysteresis 2 with torch, .*only for apex-kernel, megatron, deepspeed"),
+        (("megatron", 8.0, 3, np, 0), "hysteresis 0 with megatron: it must be at least 1"),
         (("none", 8.0, 3, np, 2), "hysteresis 2 with loss scale none"),
         (("128", 8.0, 3, np, 2), "hysteresis 2 with loss scale 128"),
         (("megatron", 0.5), "init scale 0.5: it must be at least 1, the floor of megatron"),
@@ -681,6 +902,37 @@ def test_a_scale_that_stays_at_its_floor_stops_the_run_too(name: str, tmp_path: 
         run.train(Bar())
 
 
+def test_a_run_ends_at_fairseqs_least_scale(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "r", loss_scale="fairseq", init_scale=4.0, scale_floor=0.5)
+    run.state.master[:] = np.nan
+    with pytest.raises(TrainingStopped, match=r"at a loss scale of 1, below which fairseq does not go"):
+        run.train(Bar())
+
+
+def test_a_scale_of_zero_ends_the_run_at_once(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "r", init_scale=2.0**-120, backoff_factor=0.01)
+    run.state.master[:] = np.nan
+    with pytest.raises(TrainingStopped, match=r"by step 4: .* the loss scale is \S+, by which no gradient can be divided") as e:
+        run.train(Bar())
+    assert "\n" not in str(e.value) and not (tmp_path / "r" / "checkpoint.safetensors").exists()
+
+
+def test_megatrons_infinite_scale_ends_the_run(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "r", loss_scale="megatron", init_scale=2.0**127, steps=100, eval_every=100)
+    run.loss_scale.value = np.asarray(np.float32(math.inf))
+    with pytest.raises(TrainingStopped, match="50 steps in a row were skipped and the loss scale is inf"):
+        run.train(Bar())
+
+
+def test_a_checkpoint_with_an_impossible_scale_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path / "r", steps=8).train(Bar())
+    path = tmp_path / "r" / "checkpoint.safetensors"
+    arrays, header = load(path)
+    save(path, arrays, {**header, "loss_scale": {**header["loss_scale"], "scale": 0.0}})
+    with pytest.raises(UsageError, match=r"checkpoint.safetensors has a damaged header: .*has scale 0.0: it must be"):
+        trainer(tmp_path / "r", resume=True)
+
+
 # ------------------------------------------------------------------------------------------------------------- the script
 
 SCRIPT = str(ROOT / "scripts" / "loss_scale.py")
@@ -779,13 +1031,14 @@ def facts(scaler: Scaler) -> list[str]:
     """The line of a scaler in the table of docs/loss_scaling.md."""
     good_steps = {"": f"{scaler.growth_interval}", "always": f"{scaler.growth_interval + 1}",
                   "first": f"{scaler.growth_interval + 1}, then {scaler.growth_interval}"}[scaler.late]  # fmt: skip
-    floor = {0.0: "none", 1.0: "1", TINY: "2^-126"}[scaler.floor] + ", stops" * scaler.stops_at_floor
+    floor = {0.0: "none", 1.0: "1", TINY: "2^-126", 1e-4: "10^-4"}[scaler.floor]
+    floor += {"": "", "at the floor": ", stops", "to the floor": ", stops above"}[scaler.stops]
     ceilings = {FP32_MAX: "FP32", 2.0**24: "2^24", 65504.0: "65504", math.inf: "none" if scaler.unbounded else "FP32"}
     return [
         f"`{scaler.name}`",
         "1" if scaler.init_scale == 1 else f"2^{math.log2(scaler.init_scale):g}",
         "gradually, " * scaler.gradual + good_steps,
-        {1: "1st", 2: "2nd"}[scaler.hysteresis],
+        {1: "1st", 2: "2nd"}[scaler.hysteresis] + f" at {scaler.tolerance:.0%}" * bool(scaler.tolerance),
         "" if scaler.hysteresis == 1 else {"growth": "growth", "good step": "any good step"}[scaler.refill],
         floor,
         ceilings[scaler.ceiling],

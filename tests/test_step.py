@@ -441,3 +441,25 @@ def test_clipping_scaled_gradients_would_stop_the_training(backend: Backend) -> 
         training.optimizer.update(training.state, inverse, min(1.0, 1.0 / float(norm)), found)
         moves[mistake] = float(np.abs(training.host("master") - before).max())
     assert moves[False] > 1000 * moves[True] > 0
+
+
+# ------------------------------------------------------------------------------------------------ a loss scale without inverse
+
+
+@pytest.mark.parametrize("S", [0.0, 2.0**-149, 2.0**-128])
+def test_a_scale_whose_inverse_is_infinite_changes_no_weight(backend: Backend, S: float) -> None:
+    """0 * (1/0) is NaN: without a look at 1/S the first good step would make every weight NaN, as it does in PyTorch."""
+    training, data = Training(backend, MLP, "fp16"), batch()
+    training.loss_scale = make_loss_scale("torch", 2.0**-126, xp=backend.xp)
+    training.loss_scale.value = backend.from_host(np.asarray(S, np.float32))
+    before = training.bits("weights", "grads")
+    result = training.step(data)
+    assert bool(backend.to_host(result.skipped))
+    assert training.bits("weights", "grads") == before
+
+
+def test_the_smallest_scale_that_has_an_inverse_trains() -> None:
+    """Negative control, and PyTorch's way as far as it goes: 1/2^-127 is a number of FP32."""
+    training = Training(NUMPY, MLP, "fp32")
+    training.loss_scale = make_loss_scale("torch", 2.0**-127)
+    assert not training.step(batch()).skipped and np.isfinite(training.state.master).all()
