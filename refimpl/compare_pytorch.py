@@ -32,6 +32,7 @@ from refimpl.errors import UsageError
 from refimpl.findings import Finding
 from refimpl.formats import format_of
 from refimpl.judge import judge
+from refimpl.memory_limits import need, require_memory
 from refimpl.ops import Op
 from refimpl.policy import Bound
 from refimpl.state import Sink, State
@@ -186,6 +187,7 @@ def compare(config: Config, spread: bool = True, device: str = "cpu") -> Compari
         raise UsageError("the twin in PyTorch takes one micro-batch a step, and SGD without weight decay")
     if config.loss_scale not in ("dynamic", "none") or config.masters_from == "rounded":
         raise UsageError("the twin in PyTorch has a GradScaler (dynamic) or no loss scale, and masters of the original weights")
+    require_memory([need(config)])
     torch = import_torch()
     if device not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {device!r}: choose cpu or cuda")

@@ -14,6 +14,7 @@ from refimpl.data import EXAMPLES
 from refimpl.errors import UsageError, unknown
 from refimpl.formats import FORMATS
 from refimpl.loss_scale import LossScale, make_loss_scale
+from refimpl.memory_limits import need, require_memory
 from refimpl.mistakes import MISTAKES
 from refimpl.models import LOSS_MEANS, GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.ops import fused_attention
@@ -157,7 +158,7 @@ class Config:
             raise UsageError(f"--zero is {self.zero}: it is a stage, 0, 1, 2 or 3")
         if self.zero is not None and self.mistake != "none":
             raise UsageError("--mistake is made on one rank: leave --zero out")
-        self.make_model()
+        replace(self, n_layer=1).make_model()  # whether its sizes go together; a model of 10^9 layers is not made for that
         scale = float(self.make_loss_scale().scale)
         if scale < FORMATS["fp32"].smallest_normal:
             raise UsageError(f"the loss scale starts at {scale:g}: its inverse must be finite in FP32")
@@ -228,9 +229,11 @@ class Config:
         """All that a training step takes, of one rank if there are several. The weights are still zero:
         `parts.state.load_weights`.
 
-        Errors: UsageError for a batch that the ranks cannot share equally.
+        Errors: UsageError for a batch that the ranks cannot share equally, and for sizes that memory cannot hold.
         """
-        recipe, model, rule, comm = self.make_recipe(), self.make_model(), self.make_rule(), comm or Serial()
+        comm = comm or Serial()
+        require_memory([need(self, comm.size, comm.on_host.on_machine)])
+        recipe, model, rule = self.make_recipe(), self.make_model(), self.make_rule()
         storages = recipe.state_storages(rule.moments, self.grad_accum)
         if self.zero is None:
             state = State(model, storages, backend, self.seed)

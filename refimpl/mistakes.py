@@ -49,6 +49,11 @@ def meddle(name: str, parts: Parts) -> None:
         raise UsageError(f"--mistake {name} needs {error}") from None
 
 
+def announcement(name: str) -> str:
+    """Return what a run with a mistake in it says of it, wherever its numbers are shown."""
+    return f"MISTAKE switched in: {name}: {MISTAKES[name].what}"
+
+
 class NoRoom(Exception):
     """What a mistake needs and the run does not have."""
 

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refimpl.checkpoint import write_atomically
 from refimpl.errors import UsageError
 from refimpl.formats import FORMATS
+from refimpl.outputs import target
 from refimpl.show import ulp
 
+PICTURE = Path("formats.png")
 
-def plot_formats(path: Path, formats: Sequence[str]) -> None:
-    """Draw two panels, distances of values above and ranges below, and write them as a PNG.
+
+def plot_formats(path: Path, formats: Sequence[str], overwrite: bool = False) -> Path:
+    """Draw two panels, distances of values above and ranges below, and write them as a PNG; returns where.
 
     Errors: UsageError without matplotlib, for a name that does not end in .png, and where the file cannot be written.
     """
@@ -26,6 +28,7 @@ def plot_formats(path: Path, formats: Sequence[str]) -> None:
         from matplotlib.ticker import MaxNLocator, StrMethodFormatter
     except ImportError:
         raise UsageError("--plot needs matplotlib: pip install -e '.[plot]'") from None
+    picture = target("--plot", None if path is PICTURE else path, PICTURE, overwrite)
     figure = Figure(figsize=(11, 10), layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, height_ratios=(3, 2))
@@ -35,7 +38,7 @@ def plot_formats(path: Path, formats: Sequence[str]) -> None:
     for axis in (top.xaxis, top.yaxis, bottom.xaxis):
         axis.set_major_formatter(powers)
         axis.set_major_locator(MaxNLocator(12, integer=True))
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    return picture.write(lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def spacing(fmt: str) -> tuple[list[float], list[float]]:

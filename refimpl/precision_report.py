@@ -44,7 +44,9 @@ def page(inspection: Inspection, command: str) -> str:
         section("Other formats", *_other_formats(inspection, ranked)) if inspection.what_if else "",
         section("How to read this, and how it was made", *_reading(inspection, command)),
     ]
-    title = f"Precision report: {inspection.config.model}, {inspection.config.recipe}"
+    config = inspection.config
+    mistake = "" if config.mistake == "none" else f", with the MISTAKE {config.mistake}"
+    title = f"Precision report: {config.model}, {config.recipe}{mistake}"
     return document(title, sections)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from refimpl.formats import FORMATS
 from refimpl.inspect_precision import Inspection, StepRow, has_own_scale, uncounted
+from refimpl.mistakes import announcement
 from refimpl.rounding import LOWEST, Counts, by_kind, kind_of
 from refimpl.scaler_rules import find_scaler
 from refimpl.verdicts import NEGLIGIBLE, Verdict, decibels, percent, plain_name, powers
@@ -115,8 +116,12 @@ def _others(inspection: Inspection, sites: Sequence[str]) -> Compared:
 
 def summary(inspection: Inspection) -> list[str]:
     """Some sentences: which run, what was looked at, what was lost, what the loss scale did, and how the loss went."""
-    sentences = (_the_run, _the_casts, _the_states, _the_gradients)
+    sentences = (_the_run, _the_mistake, _the_casts, _the_states, _the_gradients)
     return [*filter(None, (sentence(inspection) for sentence in sentences)), loss_sentence(inspection.rows)]
+
+
+def _the_mistake(inspection: Inspection) -> str:
+    return "" if inspection.config.mistake == "none" else f"{announcement(inspection.config.mistake)}."
 
 
 def _the_run(inspection: Inspection) -> str:

@@ -9,12 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.checkpoint import write_text_atomically
-from refimpl.compare_recipes import HEADER, Comparison, chosen_recipes, compare, meaning, rows
+from refimpl.compare_recipes import (
+    HEADER,
+    IS_DIFFERENT,
+    MATTERS_MORE,
+    PERTURBATIONS,
+    Comparison,
+    Run,
+    chosen_recipes,
+    compare,
+    meaning,
+    rows,
+)
 from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.figures import Picture, as_svg
 from refimpl.html_page import document, escape, figures, paragraphs, section, table
+from refimpl.outputs import target
 from refimpl.show import json_text
 from refimpl.show import table as text_table
 
@@ -24,7 +35,15 @@ STEPS, STEPS_OF_ALL, WARMUP = 200, 60, 10
 
 
 def compare_recipes(
-    given: Mapping[str, Any], recipes: str, seeds: int, out: Path | None, no_page: bool, json_file: Path | None, command: str
+    given: Mapping[str, Any],
+    recipes: str,
+    seeds: int,
+    out: Path | None,
+    no_page: bool,
+    json_file: Path | None,
+    command: str,
+    perturbations: int = PERTURBATIONS,
+    overwrite: bool = False,
 ) -> None:
     """Train, print the table, write the page and the data. given: fields of Config. Errors: UsageError before any step."""
     from tqdm import tqdm
@@ -32,22 +51,19 @@ def compare_recipes(
     names = chosen_recipes(recipes)
     steps = STEPS_OF_ALL if "all" in recipes.split(",") else STEPS
     config = Config.of({"steps": steps, "warmup": WARMUP, **given, "recipe": names[0]})
-    target = None if no_page else out or PAGE
     if no_page and out is not None:
         raise UsageError("--no-page and --out contradict each other: choose one")
-    if target is not None:
+    if not no_page:
         _need_matplotlib()
-    for path in filter(None, (target, json_file)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=config.steps, unit="step", dynamic_ncols=True) as bar:
-        comparison = compare(config, names, seeds, bar.update)
+    page_file = None if no_page else target("--out", out, PAGE, overwrite)
+    data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
+    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # later than a complaint of `compare`
+        comparison = compare(config, names, seeds, bar.update, perturbations)
     print(text_table(HEADER, list(rows(comparison))), *meaning(comparison), sep="\n")
-    if json_file is not None:
-        write_text_atomically(json_file, json_text(data(comparison)) + "\n")
-        print(f"written: {json_file}")
-    if target is not None:
-        write_text_atomically(target, page(comparison, command))
-        print(f"written: {target}")
+    if data_file is not None:
+        print(f"written: {data_file.write_text(json_text(data(comparison)) + chr(10))}")
+    if page_file is not None:
+        print(f"written: {page_file.write_text(page(comparison, command))}")
 
 
 def _need_matplotlib() -> None:
@@ -62,14 +78,17 @@ def data(comparison: Comparison) -> dict[str, Any]:
     return {
         "steps": comparison.steps,
         "noise": comparison.noise,
-        "runs": [
-            {
-                "recipe": run.config.recipe, "seed": run.config.seed, "losses": run.losses, "val_loss": run.val_loss,
-                "bytes_per_parameter": run.bytes_per_parameter, "skipped": run.skipped, "moved": run.moved,
-                "seconds": run.seconds, "ended": run.ended or None,
-            }
-            for run in (*comparison.runs, *comparison.others)
-        ],
+        "drift": comparison.drift,
+        "runs": [_run_data(run) for run in (*comparison.runs, *comparison.others)],
+        "perturbed": [{"perturbation": run.perturbation, **_run_data(run)} for run in comparison.changed],
+    }
+
+
+def _run_data(run: Run) -> dict[str, Any]:
+    return {
+        "recipe": run.config.recipe, "seed": run.config.seed, "losses": run.losses, "val_loss": run.val_loss,
+        "bytes_per_parameter": run.bytes_per_parameter, "skipped": run.skipped, "moved": run.moved,
+        "seconds": run.seconds, "ended": run.ended or None,
     }  # fmt: skip
 
 
@@ -79,7 +98,9 @@ def page(comparison: Comparison, command: str) -> str:
     sections = [
         section("At the end", table("All recipes", HEADER, list(rows(comparison))), paragraphs(meaning(comparison))),
         section("Loss", paragraphs([LOSS]), figures(_pictures(comparison, "loss"))),
-        section("Difference from FP32", paragraphs([DIFFERENCE]), figures(_pictures(comparison, "difference"))),
+        section(
+            "Difference from FP32", paragraphs([difference_text(comparison)]), figures(_pictures(comparison, "difference"))
+        ),
         section("The recipes", table("The recipes", ["recipe", "what it is", "source"], described, words=True)),
         section("How it was made", f"<pre><code>{escape(command)}</code></pre>\n"),
     ]
@@ -88,9 +109,17 @@ def page(comparison: Comparison, command: str) -> str:
 
 
 LOSS = "The training loss, smoothed over a tenth of the steps. Each figure has FP32 in grey."
-DIFFERENCE = """\
-The smoothed loss less that of FP32 on the same batches. The grey band is as wide as FP32 differs from itself with other \
-seeds: inside it a recipe cannot be told from FP32 by this comparison."""
+def difference_text(comparison: Comparison) -> str:
+    """What the figures of differences are held against."""
+    return (
+        f"The smoothed loss minus that of FP32 on the same batches; the axis is logarithmic above the dark band and below it. "
+        f"The dark band answers: {IS_DIFFERENT} It is as wide as FP32 differs from itself on these batches from weights that "
+        f"are changed in their last bit, {len(comparison.changed)} times: a recipe that stays inside cannot be told from FP32. "
+        f"The light band answers: {MATTERS_MORE} It is as wide as FP32 with {1 + len(comparison.others)} seeds differs from "
+        f"itself, other weights and other batches: what a recipe does inside it is less than what another seed does."
+    )
+
+
 TOGETHER = 5
 """Curves a figure beside FP32's: more cannot be told apart."""
 
@@ -120,16 +149,18 @@ def _draw(axes: Any, comparison: Comparison, shown: Any, what: str) -> None:
         reference = comparison.smooth(comparison.runs[0].losses)
         axes.plot(steps(reference, comparison.steps), reference, color="#777777", lw=2.5, label="fp32")
     else:
-        band = comparison.band()
-        axes.fill_between(steps(band, comparison.steps), -band, band, color="#dddddd", lw=0, label="noise of fp32")
+        bands = (comparison.band(), "#e4e4e4", "fp32, other seeds"), (comparison.drift_band(), "#a8a8a8", "fp32, last bit")
+        for band, color, label in bands:
+            axes.fill_between(steps(band, comparison.steps), -band, band, color=color, lw=0, label=label)
     for i, run in enumerate(shown):
         curve = comparison.smooth(run.losses) if what == "loss" else comparison.difference(run)
         axes.plot(steps(curve, len(run.losses)), curve, color=COLORS[i], lw=1.2, label=run.config.recipe)
     if what == "difference":
         limit = 4 * float(comparison.band()[-1])  # one that diverges must not flatten the others
+        axes.set_yscale("symlog", linthresh=max(float(comparison.drift_band()[-1]), 1e-4 * limit))
         axes.set_ylim(-limit, limit)
     axes.set_xlabel("step")
-    axes.set_ylabel("nats a byte")
+    axes.set_ylabel("nats per byte")
     axes.legend()
 
 

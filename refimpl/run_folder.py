@@ -68,6 +68,11 @@ def run_name(config: Config) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]", "_", "-".join(words))[:100]
 
 
+def short_name(config: Config) -> str:
+    """The same for a report, without the model where it is the usual one: 'bf16-seed1'."""
+    return run_name(config).removeprefix("gpt-")
+
+
 def numbered(path: Path, ending: str = "") -> Iterator[Path]:
     """path, path-2, path-3, ...; the number stands before `ending`, that of a file."""
     yield path

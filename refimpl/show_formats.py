@@ -29,6 +29,7 @@ def show_formats(
     formats: str | None = None,
     overflow: str = "saturate",
     plot: Path | None = None,
+    overwrite: bool = False,
     as_json: bool = False,
 ) -> None:
     """What scripts/formats.py does: print the facts of the formats, or, given `values`, what each format makes of them.
@@ -39,8 +40,8 @@ def show_formats(
     chosen = chosen_formats(formats) if formats is not None else None
     given = [read_number(text) for text in values]
     if plot is not None:
-        plot_formats(plot, chosen or [fmt for fmt in FORMATS if fmt != "fp64"])  # beside fp64 the others would be dots
-        print(f"drawn: {plot}", file=sys.stderr)
+        shown = chosen or [fmt for fmt in FORMATS if fmt != "fp64"]  # beside fp64 the others would be dots
+        print(f"drawn: {plot_formats(plot, shown, overwrite)}", file=sys.stderr)
     if as_json:
         numbers = [number_data(number, chosen or COMMON, overflow) for number in given]
         print(json_text({"formats": {fmt: facts(fmt) for fmt in chosen or FORMATS}, "numbers": numbers}))

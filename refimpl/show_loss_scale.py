@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.checkpoint import write_atomically
 from refimpl.errors import UsageError
 from refimpl.loss_scale import make_loss_scale
+from refimpl.outputs import target
 from refimpl.scaler_rules import SCALERS
 from refimpl.show import table
+
+PICTURE = Path("loss_scale.png")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ def show_loss_scale(
     interval: int,
     compare: bool = False,
     plot: Path | None = None,
+    overwrite: bool = False,
     **knobs: float | None,
 ) -> None:
     """What scripts/loss_scale.py does: print the scale after each step on one line, or, with `compare`, those of all scalers.
@@ -47,8 +50,7 @@ def show_loss_scale(
     taken = {name: {k: v for k, v in knobs.items() if not compare or k in SCALERS[name].knobs} for name in names}
     traces = {name: trace(name, overflows, init_scale, interval, **taken[name]) for name in names}
     if plot is not None:
-        plot_traces(plot, traces, overflows)
-        print(f"drawn: {plot}", file=sys.stderr)
+        print(f"drawn: {plot_traces(plot, traces, overflows, overwrite)}", file=sys.stderr)
     for name, found in traces.items():
         if found.ends_at:
             where = SCALERS[name].stops.replace("to", "that would take S to").replace("the floor", "its floor")
@@ -83,8 +85,8 @@ def _table(traces: Mapping[str, Trace], overflows: str) -> str:
     return table(["overflow", *overflows], [[name, *cells] for name, cells in zip(traces, short, strict=True)])
 
 
-def plot_traces(path: Path, traces: Mapping[str, Trace], overflows: str) -> None:
-    """Draw the scales against the steps, with a mark where an overflow came, and write them as a PNG.
+def plot_traces(path: Path, traces: Mapping[str, Trace], overflows: str, overwrite: bool = False) -> Path:
+    """Draw the scales against the steps, with a mark where an overflow came, and write them as a PNG; returns where.
 
     Errors: UsageError without matplotlib, for a name that does not end in .png, and where the file cannot be written.
     """
@@ -95,10 +97,11 @@ def plot_traces(path: Path, traces: Mapping[str, Trace], overflows: str) -> None
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("--plot needs matplotlib: pip install -e '.[plot]'") from None
+    picture = target("--plot", None if path is PICTURE else path, PICTURE, overwrite)
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     _draw(figure.subplots(), traces, overflows)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    return picture.write(lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def _draw(axes: Any, traces: Mapping[str, Trace], overflows: str) -> None:

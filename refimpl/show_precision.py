@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shlex
 import shutil
 import textwrap
@@ -14,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.checkpoint import write_text_atomically
 from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.inspect_precision import Inspection, Source, fresh, from_checkpoint, from_trace, has_own_scale, inspect, plain
+from refimpl.outputs import target
 from refimpl.precision_report import page
 from refimpl.precision_tables import COLUMNS, OTHER_COLUMNS, cast_of, other_formats_by_kind, summary, totals, worst_sentence
 from refimpl.rounding import LOWEST, OUTCOMES, Counts, kind_of
+from refimpl.run_folder import short_name
 from refimpl.show import json_text, table
 from refimpl.verdicts import verdicts
 
@@ -28,6 +28,7 @@ STEPS, MORE_STEPS = 200, 50
 """Steps of a fresh run, and after a checkpoint, where --steps is not given."""
 WORST = 10
 PAGE = Path("runs/report.html")
+"""Where the page goes if it is not said; before the ending stands the run, as in report-fp8.html."""
 
 
 def inspect_precision(
@@ -39,6 +40,7 @@ def inspect_precision(
     out: Path | None = None,
     no_page: bool = False,
     json_file: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Everything that the script does.
 
@@ -49,23 +51,19 @@ def inspect_precision(
 
     if no_page and out is not None:
         raise UsageError("--no-page and --out contradict each other: choose one")
-    target = None if no_page else out or PAGE
-    if target is not None:
+    if not no_page:
         _require_matplotlib()
     source = make_source(given, run, trace)
     formats = [fmt for fmt in what_if.split(",") if fmt]
-    for flag, path in (("--out", target), ("--json", json_file)):
-        if path is not None:
-            _prepare(flag, path)
+    page_file = None if no_page else target("--out", out, PAGE.with_stem(f"report-{short_name(source.config)}"), overwrite)
+    data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
     with tqdm(total=source.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # later than a complaint of `inspect`
         inspection = inspect(source, every, formats, bar)
     print(terminal_text(inspection, shutil.get_terminal_size().columns))
-    if json_file is not None:
-        write_text_atomically(json_file, json_text(data(inspection)) + "\n")
-        print(f"written: {json_file}")
-    if target is not None:
-        write_text_atomically(target, page(inspection, command(given, run, trace, every, formats)))
-        print(f"written: {target}")
+    if data_file is not None:
+        print(f"written: {data_file.write_text(json_text(data(inspection)) + chr(10))}")
+    if page_file is not None:
+        print(f"written: {page_file.write_text(page(inspection, command(given, run, trace, every, formats)))}")
 
 
 def make_source(given: Mapping[str, Any], run: Path | None, trace: Path | None) -> Source:
@@ -90,18 +88,6 @@ def _require_matplotlib() -> None:
         importlib.import_module("matplotlib")
     except ImportError:
         raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (--no-page does without it)") from None
-
-
-def _prepare(flag: str, path: Path) -> None:
-    """Make the folder that a file will be written to, and see before a long run that it can be."""
-    if path.is_dir():
-        raise UsageError(f"{flag} {path} is a folder: name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{flag} {path}: its folder cannot be made: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{flag} {path}: its folder cannot be written to")
 
 
 def command(given: Mapping[str, Any], run: Path | None, trace: Path | None, every: int, what_if: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ from refimpl.errors import TrainingStopped, UsageError
 from refimpl.generate import sample
 from refimpl.memory import exchanged, recipe_states
 from refimpl.metrics import plot_run, read_metrics
-from refimpl.mistakes import MISTAKES
+from refimpl.mistakes import announcement
 from refimpl.run_folder import (
     CHECKPOINT,
     CONFIG,
@@ -144,7 +144,7 @@ def _train(trainer: Trainer, baselines: NgramBaselines, note: str) -> int:
                 trainer.train(bar)
         except TrainingStopped:
             _draw(trainer, baselines)
-            _warn(trainer)
+            warn(trainer)
             raise
         trainer.stop.saying = SAVED
         if not trainer.stopping():
@@ -155,7 +155,7 @@ def _train(trainer: Trainer, baselines: NgramBaselines, note: str) -> int:
         else:
             print(f"\nall {steps} steps are done; stopped before the end of their evaluation")
             _draw(trainer, baselines)
-        _warn(trainer)
+        warn(trainer)
         return ENDED if trainer.stopping() else 0
 
 
@@ -166,7 +166,7 @@ def _announce(trainer: Trainer, baselines: NgramBaselines) -> None:
     config, model, state = trainer.config, trainer.model, trainer.state
     print(f"{model.name}, {model.n_params:,} parameters, recipe {trainer.recipe.name}: {trainer.recipe.summary}")
     if config.mistake != "none":
-        print(mistake_line(config.mistake))
+        print(announcement(config.mistake))
     kinds = " + ".join(f"{kind} {buffer.nbytes / model.n_params:g}" for kind, buffer in state.buffers.items())
     rank = f" on each of {trainer.comm.size} ranks, ZeRO stage {config.zero}" if trainer.comm.size > 1 else ""
     print(f"model states: {kinds} = {state.nbytes / model.n_params:g} bytes a parameter, as measured{rank}")
@@ -226,19 +226,14 @@ def _draw(trainer: Trainer, baselines: NgramBaselines) -> None:
         print("(no picture: that takes matplotlib, pip install -e '.[plot]')")
 
 
-def _warn(trainer: Trainer) -> None:
+def warn(trainer: Trainer) -> None:
     """The last lines: what a person must know before they believe the numbers."""
     config, progress = trainer.config, trainer.progress
     if progress.skipped > MANY_SKIPPED * progress.step:
         share = 100 * progress.skipped / progress.step
         print(f"WARNING: {progress.skipped} of {progress.step} steps ({share:.0f} %) were skipped: they changed no weight")
     if config.mistake != "none":
-        print(mistake_line(config.mistake))
-
-
-def mistake_line(name: str) -> str:
-    """What a run with a known mistake in it says of it."""
-    return f"MISTAKE switched in: {name}: {MISTAKES[name].what}"
+        print(announcement(config.mistake))
 
 
 def _exchanged(trainer: Trainer, counted: float) -> str:

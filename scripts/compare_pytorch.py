@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.arguments import Parser
-from refimpl.checkpoint import write_text_atomically
 from refimpl.compare_pytorch import RECIPES, compare, report
 from refimpl.config import Config
 from refimpl.flags import add_config_flags
+from refimpl.outputs import target
 
 DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "lr": 1e-3}
 """A model small enough for seconds; the loss scale starts where it overflows by itself once or twice."""
@@ -47,18 +47,19 @@ def parser() -> Parser:
     add("--data", default="pydoc")
     add("--device", default="cpu", help="where PyTorch runs: cpu, or cuda with torch.autocast('cuda')")
     add("--json", type=Path, metavar="FILE", help="write the figures of the verdict")
+    add("--overwrite", action="store_true", help="replace the figures that are there")
     return result
 
 
 def run(arguments: dict[str, Any]) -> int:
     """Compare, print, write; 0 within the bounds, 1 outside."""
-    path, device = arguments.pop("json"), arguments.pop("device")
+    path, overwrite, device = arguments.pop("json"), arguments.pop("overwrite"), arguments.pop("device")
+    figures = target("--json", path, path, overwrite) if path else None
     arguments.setdefault("batch_size", 256 if arguments["model"] == "mlp" else 8)
     result = compare(Config.of(arguments), device=device)
     print(report(result))
-    if path:
-        text = json.dumps(result.summary(), indent=2) + "\n"
-        write_text_atomically(path, text)
+    if figures:
+        figures.write_text(json.dumps(result.summary(), indent=2) + "\n")
     return 0 if result.agrees else 1
 
 

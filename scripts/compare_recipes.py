@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from refimpl.arguments import Parser
-from refimpl.compare_recipes import DEFAULT
+from refimpl.compare_recipes import DEFAULT, PERTURBATIONS
 from refimpl.flags import add_config_flags
 from refimpl.recipes_page import PAGE, STEPS, STEPS_OF_ALL, WARMUP, compare_recipes
 
@@ -23,7 +23,7 @@ CONFIG_FLAGS = (
     "model", "data", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "optimizer", "momentum", "beta1",
     "beta2", "eps", "lr", "min_lr", "schedule", "weight_decay", "clip", "grad_accum", "seed", "eval_batches",
 )  # fmt: skip
-OWN_FLAGS = ("recipes", "seeds", "out", "no_page", "json_file")
+OWN_FLAGS = ("recipes", "seeds", "perturbations", "out", "no_page", "json_file", "overwrite")
 
 
 def parser() -> Parser:
@@ -33,16 +33,23 @@ def parser() -> Parser:
     steps = f"training steps ({STEPS}; with all recipes {STEPS_OF_ALL})"
     result.add_argument("--steps", type=int, default=argparse.SUPPRESS, help=steps)
     result.add_argument("--warmup", type=int, default=argparse.SUPPRESS, help=f"updates of linear warm-up ({WARMUP})")
-    result.add_argument("--seeds", type=int, default=3, help="FP32 runs that show the noise, the compared one among them (3)")
-    result.add_argument("--out", type=Path, metavar="FILE", help=f"the page ({PAGE})")
+    result.add_argument("--seeds", type=int, default=3, help="seeds that FP32 trains with, the compared one among them (3)")
+    changed = f"FP32 runs on the same batches, from weights changed in their last bit ({PERTURBATIONS})"
+    result.add_argument("--perturbations", type=int, default=PERTURBATIONS, metavar="N", help=changed)
+    result.add_argument("--out", type=Path, metavar="FILE", help=f"the page (a new one: {PAGE}, or with a number)")
     result.add_argument("--no-page", action="store_true", help="no page; does without matplotlib")
     result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="write all the data too")
+    result.add_argument("--overwrite", action="store_true", help="replace the page and the data that are there")
     add_config_flags(result, CONFIG_FLAGS)
     return result
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Compare as the command line says."""
     arguments = vars(parser().parse_args())
     own = {name: arguments.pop(name) for name in OWN_FLAGS}
-    own["command"] = shlex.join(["python", "scripts/compare_recipes.py", *sys.argv[1:]])
-    main(lambda: compare_recipes(arguments, **own))
+    compare_recipes(arguments, **own, command=shlex.join(["python", "scripts/compare_recipes.py", *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    main(run, goes_on=True)

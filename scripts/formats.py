@@ -17,6 +17,7 @@ from typing import Any
 
 from refimpl.arguments import Parser
 from refimpl.formats import FORMATS
+from refimpl.plot_formats import PICTURE
 from refimpl.show_formats import COMMON, show_formats
 
 
@@ -35,8 +36,9 @@ def parser() -> Parser:
         help="what is too large for formats of 8 bits and fewer becomes the largest value, or inf or NaN (saturate)",
     )  # fmt: skip
     result.add_argument(
-        "--plot", nargs="?", const=Path("formats.png"), type=Path, metavar="FILE", help="draw the formats too (formats.png)"
+        "--plot", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"draw the formats too (a new {PICTURE})"
     )
+    result.add_argument("--overwrite", action="store_true", help="replace the picture that is there")
     result.add_argument("--json", action="store_true", dest="as_json", help="print it as data")
     return result
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from refimpl.arguments import Parser
 from refimpl.scaler_rules import SCALERS
-from refimpl.show_loss_scale import show_loss_scale
+from refimpl.show_loss_scale import PICTURE, show_loss_scale
 
 
 def parser() -> Parser:
@@ -30,8 +30,9 @@ def parser() -> Parser:
     result.add_argument("--scale-floor", type=float, help="the least scale, for the scalers that have one to choose")
     result.add_argument("--compare", action="store_true", help="all scalers, as a table")
     result.add_argument(
-        "--plot", nargs="?", const=Path("loss_scale.png"), type=Path, metavar="FILE", help="draw it too (loss_scale.png)"
+        "--plot", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"draw it too (a new {PICTURE})"
     )
+    result.add_argument("--overwrite", action="store_true", help="replace the picture that is there")
     return result
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.arguments import Parser
-from refimpl.checkpoint import write_text_atomically
 from refimpl.compare import diff
 from refimpl.config import Config
 from refimpl.coverage import EXIT_CODES
 from refimpl.flags import HELP, add_config_flags
+from refimpl.outputs import target
 from refimpl.show import json_text
 from refimpl.trace import load, record, save
 
@@ -41,15 +41,18 @@ def parser() -> Parser:
     difference.add_argument("a", type=Path)
     difference.add_argument("b", type=Path)
     difference.add_argument("--json", type=Path, metavar="FILE", help="write the verdict")
+    difference.add_argument("--overwrite", action="store_true", help="replace the verdict that is there")
     return result
 
 
 def run(arguments: dict[str, Any]) -> int:
     """Record, or compare."""
     if arguments.pop("command") == "diff":
+        path = arguments["json"]
+        file = target("--json", path, path, arguments["overwrite"]) if path else None
         verdict = diff(load(arguments["a"]), load(arguments["b"]))
-        if arguments["json"]:
-            write_text_atomically(arguments["json"], json_text(verdict) + "\n")
+        if file:
+            file.write_text(json_text(verdict) + "\n")
         return EXIT_CODES[verdict["verdict"]]
     like, out = arguments.pop("like"), arguments.pop("out")
     source = load(like) if like else None

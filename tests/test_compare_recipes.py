@@ -14,12 +14,25 @@ import pytest
 from script_loader import load_script
 
 from refimpl import compare_recipes as module
-from refimpl.compare_recipes import BASELINE, Comparison, Run, chosen_recipes, compare, for_recipe, rows
+from refimpl.compare_recipes import (
+    BASELINE,
+    IS_DIFFERENT,
+    MATTERS_MORE,
+    PERTURBATIONS,
+    Comparison,
+    Run,
+    chosen_recipes,
+    compare,
+    for_recipe,
+    meaning,
+    rows,
+)
 from refimpl.config import Config
 from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError
 from refimpl.generate import mean_loss
 from refimpl.recipes import RECIPES
+from refimpl.recipes_page import difference_text
 from refimpl.trainer import BATCHES, EVALUATION, generator, start
 
 SIZES: dict[str, Any] = {
@@ -87,13 +100,40 @@ def test_a_run_that_cannot_go_on_says_so() -> None:
     assert ended.ended in list(rows(result))[1]
 
 
-def test_an_asterisk_is_for_what_noise_does_not_explain(comparison: Comparison) -> None:
+def test_an_asterisk_is_for_what_a_last_bit_does_not_explain(comparison: Comparison) -> None:
+    """The seeds answer another question: their noise hides what a recipe does on the same batches."""
     baseline, other = comparison.runs[0], comparison.runs[1]
     kept = other.val_loss
+    assert 0 < comparison.drift < 0.1 * comparison.noise
     for difference, marked in ((0.5, False), (1.5, True), (-1.5, True)):
-        other.val_loss = baseline.val_loss + difference * comparison.noise
+        other.val_loss = baseline.val_loss + difference * comparison.drift
         assert list(rows(comparison))[1][4].endswith("*") == marked
     other.val_loss = kept
+
+
+def test_perturbed_weights_are_next_to_the_first_ones(comparison: Comparison) -> None:
+    """On the same batches, each time others, by one unit in the last place of each weight."""
+    assert [run.perturbation for run in comparison.changed] == [1, 2, 3] == [i + 1 for i in range(PERTURBATIONS)]
+    assert {run.config for run in comparison.changed} == {comparison.runs[0].config}
+    starts = [Run(config(), i).parts.state.master.copy() for i in range(3)]
+    for a, b in ((0, 1), (0, 2)):
+        np.testing.assert_array_max_ulp(starts[a], starts[b], 1)
+        assert (starts[a] != starts[b]).all()
+    assert 0.4 < np.mean(starts[1] > starts[0]) < 0.6 and 0.4 < np.mean(starts[1] == starts[2]) < 0.6
+    assert (Run(config(), 1).parts.state.master == starts[1]).all()  # the same each time
+    losses = [run.losses for run in (comparison.runs[0], *comparison.changed)]
+    assert np.ptp([row[0] for row in losses]) < 1e-5 and len({tuple(row) for row in losses}) == 4
+    ends = [run.val_loss for run in (comparison.runs[0], *comparison.changed)]
+    assert comparison.drift == max(ends) - min(ends)
+    assert len(comparison.drift_band()) == len(comparison.band()) and (comparison.drift_band() < comparison.band()).all()
+
+
+def test_each_band_says_which_question_it_answers(comparison: Comparison) -> None:
+    table, told = "\n".join(meaning(comparison)), difference_text(comparison)
+    for text in (table, told):
+        assert IS_DIFFERENT in text and MATTERS_MORE in text and "last bit" in text and "3 seeds" in text
+    assert f"{comparison.drift:.2g}" in table and f"{comparison.noise:.2g}" in table
+    assert "5 more runs of FP32" in table and f"{comparison.seconds:.0f} s" in table
 
 
 # ----------------------------------------------------------------------------------------------------------- what is asked for
@@ -113,6 +153,7 @@ def test_names_of_recipes() -> None:
         (["--recipes", "fp17"], "unknown recipe 'fp17'"),
         (["--recipes", ","], "--recipes names none"),
         (["--seeds", "1"], "--seeds is 1"),
+        (["--perturbations", "0"], "--perturbations is 0"),
         (["--no-page", "--out", "x.html"], "contradict"),
         (["--steps", "0"], "--steps is 0"),
     ],
@@ -142,7 +183,8 @@ SMALL = [
 def test_the_script_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="the page needs matplotlib")
     target, numbers = tmp_path / "deep" / "page.html", tmp_path / "data.json"
-    flags = ["--recipes", "fp16,mxfp4", "--steps", "4", "--seeds", "2", "--out", str(target), "--json", str(numbers)]
+    flags = ["--recipes", "fp16,mxfp4", "--steps", "4", "--seeds", "2", "--perturbations", "1"]
+    flags += ["--out", str(target), "--json", str(numbers)]
     run_script(flags)
     shown = capsys.readouterr().out
     assert f"written: {target}" in shown and f"written: {numbers}" in shown
@@ -155,6 +197,7 @@ def test_the_script_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     stored = json.loads(numbers.read_text())
     assert [run["recipe"] for run in stored["runs"]] == ["fp32", "fp16", "mxfp4", "fp32"]
     assert stored["steps"] == 4 and all(len(run["losses"]) == 4 for run in stored["runs"])
+    assert [run["perturbation"] for run in stored["perturbed"]] == [1] and stored["drift"] < stored["noise"]
 
 
 def test_all_recipes_take_fewer_steps_unless_a_number_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,13 +247,13 @@ def test_ctrl_c_in_the_middle_of_a_step_drops_that_step(monkeypatch: pytest.Monk
 
     def interrupting(self: Run, corpus: Any) -> None:
         calls[0] += 1
-        if calls[0] == 3 * 2 + 2:  # in the third round, after the first of three
+        if calls[0] == 4 * 2 + 2:  # in the third round, after the first of four
             raise KeyboardInterrupt
         step(self, corpus)
 
     monkeypatch.setattr(module.Run, "step", interrupting)
-    result = compare(config(), ["fp32", "bf16"], 2, lambda: None)
-    assert [len(run.losses) for run in (*result.runs, *result.others)] == [2, 2, 2]
+    result = compare(config(), ["fp32", "bf16"], 2, lambda: None, 1)
+    assert [len(run.losses) for run in (*result.runs, *result.others, *result.changed)] == [2, 2, 2, 2]
     monkeypatch.setattr(module.Run, "step", lambda self, corpus: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compare(config(), ["fp32", "bf16"], 2, lambda: None)

@@ -31,6 +31,7 @@ from refimpl.errors import UsageError
 from refimpl.figures import Picture
 from refimpl.html_page import CSS
 from refimpl.inspect_precision import Inspection, StepRow, fresh, inspect
+from refimpl.mistakes import announcement
 from refimpl.precision_figures import (
     all_pictures,
     draw_histogram,
@@ -683,13 +684,17 @@ def test_without_a_page_no_matplotlib_is_needed(
 
 
 @needs_matplotlib
-def test_the_page_lands_under_runs_and_replaces_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_lands_under_runs_beside_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is the run's, which a mistake is part of; the page says so itself."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "report.html").write_text("an older one")
-    run(*TINY_FLAGS)
-    assert complaints((tmp_path / "runs" / "report.html").read_text()) == []
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["report.html"]
+    older = tmp_path / "runs" / "report-fp16-no-unscale.html"
+    older.write_text("an older one")
+    run(*TINY_FLAGS, "--mistake", "no-unscale")
+    page = (tmp_path / "runs" / "report-fp16-no-unscale-2.html").read_text()
+    assert complaints(page) == [] and older.read_text() == "an older one"
+    assert "<h1>Precision report: gpt, fp16, with the MISTAKE no-unscale</h1>" in page
+    assert f"<p>{announcement('no-unscale')}.</p>" in page
 
 
 def test_a_run_of_train_py_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

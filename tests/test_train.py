@@ -22,8 +22,8 @@ from refimpl.errors import TrainingStopped, UsageError
 from refimpl.metrics import MetricsLog, plot_run, read_metrics
 from refimpl.quantise import Scales
 from refimpl.recipes import RECIPES
-from refimpl.train import train
-from refimpl.trainer import Trainer, start
+from refimpl.train import train, warn
+from refimpl.trainer import Progress, Trainer, start
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 8, "warmup": 2, "eval_every": 3,
@@ -214,6 +214,53 @@ def test_masters_start_from_what_the_flag_says(flag: str | None, rounded: bool, 
                             for name in ("bf16", "megatron-bf16"))  # fmt: skip
     assert (of_bf16.master == widen(of_bf16.weights)).all() == rounded
     assert (of_megatron.master == widen(of_megatron.weights)).all() == (flag != "original")
+
+
+def test_a_mistake_is_said_at_both_ends_and_on_the_picture(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr("refimpl.train.plot_run", lambda folder, baselines, title: titles.append(title))
+    run(tmp_path / "r", text, mistake="scale-never-backs-off", init_scale=1e30)
+    lines = capsys.readouterr().out.splitlines()
+    said = "MISTAKE switched in: scale-never-backs-off: "
+    assert lines[1].startswith(said) and lines[-1].startswith(said)
+    assert lines[-2] == "WARNING: 8 of 8 steps (100 %) were skipped: they changed no weight"
+    assert "seed 0" in titles[0] and "MISTAKE switched in: scale-never-backs-off" in titles[0]
+
+
+@pytest.mark.parametrize(("skipped", "warned"), [(0, False), (2, False), (3, True)])
+def test_more_than_a_tenth_of_the_steps_skipped_is_a_warning(
+    skipped: int, warned: bool, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(Config.of({**TINY, "data": text}), tmp_path)
+    trainer.progress = Progress(step=20, skipped=skipped)
+    warn(trainer)
+    assert capsys.readouterr().out == "WARNING: 3 of 20 steps (15 %) were skipped: they changed no weight\n" * warned
+
+
+def test_the_picture_is_drawn_when_a_run_is_stopped(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a signal, by its numbers, and in the middle of its sample; without matplotlib that is said."""
+    drawn: list[Path] = []
+    monkeypatch.setattr("refimpl.train.plot_run", lambda folder, *_: drawn.append(folder))
+    with pytest.raises(TrainingStopped):
+        run(tmp_path / "a", text, recipe="pure-fp16", lr=1.0, steps=50)
+
+    write = MetricsLog.write
+
+    def interrupted(self: MetricsLog, rows: list[dict[str, Any]]) -> None:
+        write(self, rows)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", interrupted)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(tmp_path / "b", text) == 130
+    told = capsys.readouterr().out
+    assert drawn == [tmp_path / "a", tmp_path / "b"]
+    assert "stopped after step 2 of 8; go on with: --resume --out" in told and "that takes matplotlib" in told
+    assert load(tmp_path / "b" / "checkpoint.safetensors")[1]["progress"]["step"] == 2
 
 
 def test_accumulation_prints_its_bytes(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,15 +46,18 @@ def show_experiments(names: Sequence[str], out: Path, seed: int) -> None:
         result = experiment.run(seed)
         print(f"{experiment.name}: {experiment.question}\n\n{table(result.header, result.rows, '  ')}\n")
         print(f"Conclusion: {result.conclusion}.")
-        print(_drawn(draw(experiment, result, out)), end="\n\n" if name != chosen[-1] else "\n")
+        print(_drawn(draw(experiment, result, out, seed)), end="\n\n" if name != chosen[-1] else "\n")
 
 
 def _drawn(path: Path | None) -> str:
     return f"drawn: {path}" if path else "(no picture: that takes matplotlib, pip install -e '.[plot]')"
 
 
-def draw(experiment: Experiment, result: Result, folder: Path) -> Path | None:
-    """Draw a result to `folder/NAME.png`; None without matplotlib. Errors: UsageError when it cannot be written."""
+def draw(experiment: Experiment, result: Result, folder: Path, seed: int = 0) -> Path | None:
+    """Draw a result to `folder/NAME.png`, of another seed than 0 to NAME-seed1.png; a name has one content.
+
+    Returns None without matplotlib. Errors: UsageError when it cannot be written.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -66,7 +69,7 @@ def draw(experiment: Experiment, result: Result, folder: Path) -> Path | None:
     experiment.draw(axes, result.data)
     axes.set_title(experiment.question)
     axes.grid(alpha=0.3)
-    path = folder / f"{experiment.name}.png"
+    path = folder / f"{experiment.name}{f'-seed{seed}' if seed else ''}.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ class Model:
     @property
     def n_params(self) -> int:
         """Number of parameters; a tied one counts once."""
-        return sum(int(np.prod(spec.shape)) for spec in self.parameters.values())
+        return sum(math.prod(spec.shape) for spec in self.parameters.values())  # Python's integers do not overflow
 
     def n_targets(self, targets: Array) -> Array:
         """How many of a batch's targets its loss is the mean over: 0-d, where the targets lie."""

@@ -1,0 +1,113 @@
+"""Sizes that memory cannot hold: refused in one line, before anything is allocated, by the ledger that memory.py prints."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refimpl import memory_limits
+from refimpl.compare_recipes import compare
+from refimpl.config import Config
+from refimpl.errors import UsageError
+from refimpl.memory_limits import TABLE_BYTES, Need, limits, n_params, need, require_memory
+from refimpl.memory_report import choose, ledger_data
+from refimpl.train import train
+from refimpl.trainer import start
+
+GPT: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "amp-bf16", "adam-8bit"])
+def test_what_is_needed_is_what_memory_py_predicts(recipe: str) -> None:
+    config = Config.of({**GPT, "recipe": recipe, "grad_accum": 2})
+    sizes = {name: GPT[name] for name in ("n_layer", "n_head", "n_embd")}
+    told = ledger_data(choose(model="gpt", sizes=sizes, recipe=recipe, grad_accum=2, batch_size=4, block_size=8))
+    found = need(config)
+    assert found.total - found.tables == told["total_bytes"]
+    assert found.logits == next(line["nbytes"] for line in told["own_activations"] if line["name"] == "logits")
+    assert found.tables == TABLE_BYTES * 800
+
+
+@pytest.mark.parametrize("model", ["gpt", "mlp"])
+@pytest.mark.parametrize("n_layer", [1, 2, 5])
+def test_parameters_are_counted_without_listing_them(model: str, n_layer: int) -> None:
+    config = Config.of({"model": model, "n_layer": n_layer, "n_embd": 16})
+    assert n_params(config) == config.make_model().n_params
+    huge = n_params(Config.of({"model": model, "n_layer": 10**9, "n_embd": 10**9}))
+    assert huge > 10**27  # more than int64 can count
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"n_embd": 10**9},
+        {"n_embd": 100_000, "n_layer": 100},
+        {"n_layer": 10**9},
+        {"batch_size": 10**8},
+        {"steps": 10**12},
+        {"model": "mlp", "n_embd": 10**9, "n_head": 0},
+        {"model": "mlp", "batch_size": 10**9},
+    ],
+)
+def test_what_cannot_fit_is_refused_before_anything_is_allocated(flags: dict[str, Any], tmp_path: Path) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match=r"needs at least [\d,]+ bytes of memory.*GiB") as refused:
+            start(Config.of(flags))
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UsageError, match="needs at least"):
+        train(flags, tmp_path / "r", False, False, None)
+    assert not (tmp_path / "r").exists()
+
+
+def test_sizes_that_do_not_go_together_are_told_first() -> None:
+    with pytest.raises(UsageError, match="not a multiple of n_head"):
+        Config.of({"n_embd": 10**9 + 1})
+
+
+def test_the_smallest_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = need(Config.of(GPT))
+    for limit, refused in ((wanted.total, False), (wanted.total - 1, True)):
+        monkeypatch.setattr(memory_limits, "limits", lambda n=limit: [(10**15, "this machine has"), (n, "the limit is")])
+        if refused:
+            with pytest.raises(UsageError, match=f"{wanted.total:,} bytes.*but the limit is {wanted.total - 1:,}"):
+                start(Config.of(GPT))
+        else:
+            start(Config.of(GPT))
+
+
+def test_runs_that_are_there_together_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of all of them, activations of the largest: they take their steps in turn."""
+    needs = [Need(100, 10, 0), Need(200, 50, 0, copies=5), Need(50, 30, 0, tables=7)]
+    monkeypatch.setattr(memory_limits, "limits", lambda: [(412, "this machine has")])
+    require_memory(needs)
+    monkeypatch.setattr(memory_limits, "limits", lambda: [(411, "this machine has")])
+    with pytest.raises(UsageError, match="needs at least 412 bytes"):
+        require_memory(needs)
+    one = need(Config.of({**GPT, "recipe": "fp32"})).total
+    monkeypatch.setattr(memory_limits, "limits", lambda: [(2 * one, "this machine has")])
+    with pytest.raises(UsageError, match="the comparison needs at least"):
+        compare(Config.of({**GPT, "recipe": "fp32"}), ["fp32", "bf16"], 2, lambda: None)
+
+
+def test_ranks_share_a_machine() -> None:
+    config = Config.of({**GPT, "zero": 3})
+    alone, four = need(config), need(config, 4, 4)
+    assert alone.states <= four.states < alone.states + 4 * 64  # shards are padded
+    assert four.tables == 4 * alone.tables and 4 * need(config, 4, 1).activations == four.activations
+
+
+def test_limits_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = limits()
+    assert all(n > 2**20 for n, _ in found)
+    monkeypatch.setattr(memory_limits, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_limits._of_cgroup() is None
+    (tmp_path / "memory.max").write_text("123456\n")
+    assert memory_limits._of_cgroup() in (None, 123456)  # None where there is no /proc
