@@ -114,6 +114,9 @@ def own_folder(config: Config, out: Path | None, comm: Comm, resume: bool, overw
         with locked(folder):
             if not resume and not overwrite:
                 _refuse_to_replace(folder)  # since it was first looked at another run may have come and gone
+            for name in FILES:  # what a run that was killed had half-written
+                for leftover in folder.glob(f".{name}.*.tmp"):
+                    leftover.unlink(missing_ok=True)
             yield _told(folder, comm)
     finally:
         if not (folder / CONFIG).exists():
