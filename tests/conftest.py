@@ -9,6 +9,24 @@ from threadpoolctl import threadpool_info
 
 from refimpl.backends import Backend
 
+BLAS_TESTS = {
+    f"test_{name}"
+    for name in (
+        "accumulate", "checkpoint", "compare_recipes", "ddp", "experiments", "fused_attention", "gradients", "ignored_targets",
+        "inspect_precision", "mistakes", "models", "mpi", "numpy_ops", "ops_edges", "ops_formula", "ops_torch", "optim",
+        "parity_onnx", "parity_opinfo", "policy", "published", "quantise", "recorded", "same_bits", "schemes", "step",
+        "strict_backend", "tape", "trace", "train", "workers", "zero",
+    )
+}  # fmt: skip
+"""The files whose tests compare results of matrix products. They must hold on every BLAS, so .ci/run takes several kernels."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark them: `OPENBLAS_CORETYPE=Haswell python -m pytest -m 'blas and not slow'`."""
+    for item in items:
+        if item.path.stem in BLAS_TESTS:
+            item.add_marker("blas")
+
 
 def pytest_report_header() -> str:
     """What multiplies matrices here, by which kernels: last bits of results depend on it."""
