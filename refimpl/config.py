@@ -59,6 +59,8 @@ class Config:
     n_layer: int | None = None
     n_head: int | None = None
     n_embd: int | None = None
+    vocab_size: int = 256
+    bias: bool = True
     optimizer: str = "adamw"
     momentum: float = 0.9
     beta1: float = 0.9
@@ -158,6 +160,8 @@ class Config:
             raise UsageError(f"--zero is {self.zero}: it is a stage, 0, 1, 2 or 3")
         if self.zero is not None and self.mistake != "none":
             raise UsageError("--mistake is made on one rank: leave --zero out")
+        if self.model == "mlp" and not self.bias:
+            raise UsageError("--no-bias is a choice of --model gpt: the mlp has its biases")
         replace(self, n_layer=1).make_model()  # whether its sizes go together; a model of 10^9 layers is not made for that
         scale = float(self.make_loss_scale().scale)
         if scale < FORMATS["fp32"].smallest_normal:
@@ -194,9 +198,11 @@ class Config:
 
     def make_model(self) -> Model:
         """The model of these sizes."""
-        sizes: dict[str, Any] = {"n_layer": self.n_layer, "n_embd": self.n_embd, "block_size": self.block_size}
-        how = self.ignore_index, self.loss_mean
-        return gpt(GPTConfig(n_head=self.n_head or 0, **sizes), *how) if self.model == "gpt" else mlp(MLPConfig(**sizes), *how)
+        names, how = ("n_layer", "n_embd", "block_size", "vocab_size"), (self.ignore_index, self.loss_mean)
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.model == "mlp":
+            return mlp(MLPConfig(**sizes), *how)
+        return gpt(GPTConfig(n_head=self.n_head or 0, bias=self.bias, **sizes), *how)
 
     @property
     def no_target(self) -> int | None:
@@ -264,7 +270,9 @@ class Config:
         return replace(recipe, policy=with_attention(recipe.policy, self.attention))
 
 
-_TYPES: dict[str, tuple[Any, str]] = {"str": (str, "a text"), "int": (Integral, "an integer"), "float": (Real, "a number")}
+_TYPES: dict[str, tuple[Any, str]] = {
+    "str": (str, "a text"), "int": (Integral, "an integer"), "float": (Real, "a number"), "bool": (bool, "true or false"),
+}  # fmt: skip
 _LARGEST = 2**53
 """Integers beyond it are no numbers of FP64, in which learning rates are computed."""
 
@@ -279,7 +287,7 @@ def _check_types(given: Mapping[str, Any]) -> None:
         python_type, what = _TYPES[kind]
         if value is None and none:
             continue
-        if not isinstance(value, python_type) or isinstance(value, bool):
+        if not isinstance(value, python_type) or isinstance(value, bool) != (kind == "bool"):
             raise UsageError(f"{_flag(name)} is {value!r:.60}: it must be {what}")
         if kind == "int" and abs(int(value)) > _LARGEST:
             raise UsageError(f"{_flag(name)} is about 2^{int(value).bit_length()}: it must be at most 2^53")

@@ -23,6 +23,8 @@ HELP = {
     "n_layer": "layers",
     "n_head": "attention heads (gpt)",
     "n_embd": "width",
+    "vocab_size": "token ids; data are bytes, so 256 at least",
+    "bias": "biases in the linear layers and layer norms (gpt); nanoGPT's bias=False is --no-bias",
     "optimizer": "adamw or sgd",
     "momentum": "momentum of sgd",
     "beta1": "decay of AdamW's first moments",
@@ -54,9 +56,11 @@ HELP = {
     "sample_bytes": "bytes of text to generate at the end",
     "zero": "of several ranks, which share each batch: the ZeRO stage, 0 to 3 (docs/ranks.md)",
 }
-INTEGERS = {"steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "warmup", "grad_accum", "growth_interval",
-            "hysteresis", "ignore_index", "seed", "eval_every", "eval_batches", "log_every", "sample_bytes",
-            "zero"}  # fmt: skip
+INTEGERS = {
+    "steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "warmup", "grad_accum",
+    "growth_interval", "hysteresis", "ignore_index", "seed", "eval_every", "eval_batches", "log_every", "sample_bytes",
+    "zero",
+}  # fmt: skip
 NUMBERS = {"momentum", "beta1", "beta2", "eps", "lr", "min_lr", "weight_decay", "clip", "init_scale",
            "growth_factor", "backoff_factor", "scale_floor"}  # fmt: skip
 
@@ -76,6 +80,10 @@ def add_config_flags(
     """
     own = defaults or {}
     for name in names:
+        flag, default = f"--{name.replace('_', '-')}", own.get(name, argparse.SUPPRESS)
+        if isinstance(getattr(Config, name, None), bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[name])
+            continue
         kind = int if name in INTEGERS else float if name in NUMBERS else str
         text = HELP[name] + (f" ({own[name]})" if name in own else _default(name))
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=own.get(name, argparse.SUPPRESS), help=text)
+        parser.add_argument(flag, type=kind, default=default, help=text)

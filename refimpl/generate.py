@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ from refimpl.tape import Tape
 
 Array = Any
 START = b"\n"
+BYTES = 256
+"""Token ids that are bytes. Text is read and written as bytes; a model may have more ids than these, which stay unused."""
+
+
+def check_has_bytes(vocab_size: int, whose: str) -> None:
+    """Errors: UsageError for a vocabulary that has no id for some bytes: what its ids mean, no file here says."""
+    if vocab_size < BYTES:
+        raise UsageError(
+            f"{whose} is {vocab_size}, and text is read and written as bytes here, which takes {BYTES} ids: a model of "
+            "characters or other tokens has to be trained anew on bytes"
+        )
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
@@ -35,8 +47,8 @@ def sample(
 ) -> bytes:
     """n_bytes sampled one after the other, each from softmax(logits / temperature); temperature 0 takes the likeliest.
 
-    The model sees the last block_size bytes. Random numbers are drawn on the host from `rng`, one a byte. Fewer are sampled
-    where `stopping`, which is asked before each, says so.
+    The model sees the last block_size bytes. Ids above 255 are no bytes, and are never sampled. Random numbers are drawn on
+    the host from `rng`, one a byte. Fewer are sampled where `stopping`, which is asked before each, says so.
     """
     block, run = model.config["block_size"], run.frozen()
     text = bytearray(prompt or START)
@@ -50,7 +62,7 @@ def sample(
         tokens = np.frombuffer(context, np.uint8)[None, :]
         t = Tape(run, state.weight_views, model.tied, record=False)
         logits = model.logits(t, run.backend.from_host(tokens)).array
-        last = widen(run.backend.to_host(logits.reshape(-1, logits.shape[-1])[-1]), "fp64")
+        last = widen(run.backend.to_host(logits.reshape(-1, logits.shape[-1])[-1, :BYTES]), "fp64")
         text.append(_draw(last, temperature, rng.random()))
     return bytes(text[start:])
 
@@ -85,6 +97,11 @@ def generate(checkpoint: Path, prompt: str, n_bytes: int, temperature: float, se
     if n_bytes < 0 or seed < 0 or not 0 <= temperature < math.inf:
         raise UsageError("--bytes, --seed and --temperature must be 0 or more, and finite")
     model, state, run = load_for_inference(checkpoint)
+    vocab_size = model.config["vocab_size"]
+    check_has_bytes(vocab_size, f"the vocabulary of {checkpoint}")
+    if vocab_size > BYTES:
+        note = f"note: of this model's {vocab_size} token ids those above 255 are no bytes: none is sampled, and what it writes"
+        print(f"{note} is text only if it was trained on bytes", file=sys.stderr)
     if loss is not None:
         text = map_file(loss)
         block_size = model.config["block_size"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from refimpl.activations import gpt_activations, itemsize
 from refimpl.backends.launch import COLUMNS, FORMATS, THREADS, WARPS, elementwise_grid
@@ -54,7 +54,7 @@ FP16 tensor cores 1979 TFLOPS with sparsity, which is half of that without); its
 multiprocessors. FP32 products take no TF32: `cublas.product` asks for CUBLAS_COMPUTE_32F, in which cuBLAS uses it only if the
 user's environment says so."""
 
-_SIZES = dict(MODELS["gpt2"])
+_SIZES: dict[str, Any] = dict(MODELS["gpt2"])
 BATCH = _SIZES.pop("batch_size")
 GPT2 = GPTConfig(**_SIZES)
 """The transformer of GPT-2's smallest model, on bytes as every model here. Source: Radford et al. 2019."""

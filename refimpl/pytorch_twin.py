@@ -69,7 +69,8 @@ class HalfModel(Casts):
     """
 
     def norm(self, x: Tensor, layer: nn.LayerNorm) -> Tensor:
-        y = F.layer_norm(x.float(), layer.normalized_shape, layer.weight.float(), layer.bias.float(), layer.eps)
+        bias = None if layer.bias is None else layer.bias.float()
+        y = F.layer_norm(x.float(), layer.normalized_shape, layer.weight.float(), bias, layer.eps)
         return y.to(x.dtype)
 
     def embedding(self, index: Tensor, layer: nn.Embedding) -> Tensor:
@@ -105,11 +106,11 @@ class CudaAutocast(Casts):
 class Attention(nn.Module):
     """Causal self-attention, one operation a line."""
 
-    def __init__(self, width: int, n_head: int) -> None:
+    def __init__(self, width: int, n_head: int, bias: bool) -> None:
         super().__init__()
         self.n_head = n_head
-        self.c_attn = nn.Linear(width, 3 * width)
-        self.c_proj = nn.Linear(width, width)
+        self.c_attn = nn.Linear(width, 3 * width, bias)
+        self.c_proj = nn.Linear(width, width, bias)
 
     def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
         B, T, C = x.shape
@@ -125,10 +126,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with GELU (tanh) between them."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, bias: bool) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = nn.Linear(width, 4 * width, bias)
+        self.c_proj = nn.Linear(4 * width, width, bias)
 
     def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
         x = casts.see(f"{name}.c_fc", casts.linear(x, self.c_fc))
@@ -139,10 +140,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A transformer block, layer norm first."""
 
-    def __init__(self, width: int, n_head: int) -> None:
+    def __init__(self, width: int, n_head: int, bias: bool) -> None:
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(width), Attention(width, n_head)
-        self.ln_2, self.mlp = nn.LayerNorm(width), MLP(width)
+        self.ln_1, self.attn = nn.LayerNorm(width, bias=bias), Attention(width, n_head, bias)
+        self.ln_2, self.mlp = nn.LayerNorm(width, bias=bias), MLP(width, bias)
 
     def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
         h = casts.see(f"{name}.ln_1", casts.norm(x, self.ln_1))
@@ -157,16 +158,16 @@ class GPT(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         assert config.n_layer and config.n_head and config.n_embd and config.block_size
-        width = config.n_embd
+        width, bias = config.n_embd, config.bias
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(256, width),
+                "wte": nn.Embedding(config.vocab_size, width),
                 "wpe": nn.Embedding(config.block_size, width),
-                "h": nn.ModuleList(Block(width, config.n_head) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(width),
+                "h": nn.ModuleList(Block(width, config.n_head, bias) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(width, bias=bias),
             }
         )
-        self.lm_head = nn.Linear(width, 256, bias=False)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.lm_head.weight = cast(Any, self.transformer["wte"]).weight
 
     def forward(self, tokens: Tensor, targets: Tensor, casts: Casts) -> Tensor:
@@ -195,10 +196,10 @@ class ByteMLP(nn.Module):
         super().__init__()
         assert config.n_layer and config.n_embd and config.block_size
         width = 4 * config.n_embd
-        self.wte = nn.Embedding(256, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         sizes = [config.block_size * config.n_embd] + [width] * config.n_layer
         self.h: Any = nn.ModuleList(Hidden(a, b) for a, b in itertools.pairwise(sizes))
-        self.lm_head = nn.Linear(width, 256)
+        self.lm_head = nn.Linear(width, config.vocab_size)
 
     def forward(self, tokens: Tensor, targets: Tensor, casts: Casts) -> Tensor:
         x = casts.see("wte", casts.embedding(tokens, self.wte))

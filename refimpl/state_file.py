@@ -91,9 +91,10 @@ def load_state_arrays(path: Path, arrays: dict[str, np.ndarray], state: State) -
 # -- headers -----------------------------------------------------------------------------------------------------------
 
 _SIZE = Integer(1, 2**31 - 1)
+_NAMES = ("n_layer", "n_embd", "block_size", "vocab_size")
 SIZES = {
-    "gpt": Table(dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), _SIZE), closed=True),
-    "mlp": Table(dict.fromkeys(("n_layer", "n_embd", "block_size", "vocab_size"), _SIZE), closed=True),
+    "gpt": Table(dict.fromkeys((*_NAMES, "n_head"), _SIZE), {"bias": OneOf((False, True))}, closed=True),
+    "mlp": Table(dict.fromkeys(_NAMES, _SIZE), closed=True),
 }
 MODEL_HEADER = Table({"model": OneOf(tuple(SIZES)), "sizes": Table(), "recipe": Text()})
 """What stands in every checkpoint's header: what its weights are of."""
@@ -175,11 +176,29 @@ def load_initial_weights(path: Path, model: Model, state: State, rounded: bool =
 
     rounded: as in `State.load_weights`.
     """
+    start_from(path, read_weights(path), model, state, rounded)
+
+
+def read_weights(path: Path) -> tuple[Model, dict[str, np.ndarray]]:
+    """The model of a checkpoint and its weights in FP32, the masters where it has them. Errors: UsageError."""
     arrays, header = checkpoint.load(path)
-    theirs = model_of(path, header, arrays)
-    if theirs.name != model.name or theirs.config != model.config:
-        raise UsageError(f"{path} is a {theirs.name} of sizes {dict(theirs.config)}, this run's is another")
-    state.load_weights(fp32_weights(path, arrays, model), rounded)
+    model = model_of(path, header, arrays)
+    return model, fp32_weights(path, arrays, model)
+
+
+def start_from(
+    path: Path, read: tuple[Model, Mapping[str, np.ndarray]], model: Model, state: State, rounded: bool = False
+) -> None:
+    """Start from what `read_weights` read. Errors: UsageError that names each choice in which the two models differ."""
+    theirs, weights = read
+    if theirs.name != model.name:
+        raise UsageError(f"{path} is a {theirs.name}, this run's model is a {model.name}")
+    if theirs.config != model.config:
+        names = sorted(theirs.config.keys() | model.config.keys())
+        pairs = {name: (theirs.config.get(name, True), model.config.get(name, True)) for name in names}  # bias: said if False
+        differences = ", ".join(f"{name} {a} instead of {b}" for name, (a, b) in pairs.items() if a != b)
+        raise UsageError(f"{path} is of other sizes than this run: {differences}; what is not given is taken from the file")
+    state.load_weights(weights, rounded)
 
 
 def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, State, Run]:

@@ -21,6 +21,7 @@ from refimpl.config import Config
 from refimpl.data import load_corpus, sample_batch
 from refimpl.errors import UsageError
 from refimpl.formats import dtype_of, format_of
+from refimpl.generate import check_has_bytes
 from refimpl.mistakes import meddle
 from refimpl.parts import Parts, UpdateArguments, WrappedOptimizer
 from refimpl.schema import Integer, Table, Words, check
@@ -305,6 +306,7 @@ def batches_of(config: Config, source: Trace | None) -> Iterator[list[tuple[np.n
                 raise UsageError(f"the trace has no {key(step, '0.tokens')}: its batches cannot be used")
             yield batches
         return
+    check_has_bytes(config.vocab_size, "--vocab-size")
     corpus, rng = load_corpus(config.data, config.block_size), generator(config.seed, BATCHES)
     sizes = config.batch_size, config.block_size
     for _ in range(config.steps):

@@ -28,6 +28,7 @@ from refimpl.generate import sample
 from refimpl.memory import exchanged, recipe_states
 from refimpl.metrics import plot_run, read_metrics
 from refimpl.mistakes import announcement
+from refimpl.models import Model
 from refimpl.run_folder import (
     CHECKPOINT,
     CONFIG,
@@ -41,7 +42,7 @@ from refimpl.run_folder import (
     write_config,
 )
 from refimpl.signals import ENDED
-from refimpl.state_file import load_initial_weights
+from refimpl.state_file import read_weights, start_from
 from refimpl.trainer import SAMPLE, Trainer, generator
 
 PATIENCE = 1.0
@@ -58,11 +59,14 @@ def train(given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool
         if resume and init_from is not None:
             raise UsageError("--resume and --init-from contradict each other: a run goes on with its own weights")
         comm = mpi_comm() if launched()[1] > 1 else Serial()
+        first = None if init_from is None else (init_from, *read_weights(init_from))
+        if first is not None:  # sizes that are not given are those of the file
+            given = {"model": first[1].name, **first[1].config, **given}
         config, _ = prepare_folder(given, out, resume, overwrite)
         comm = where_arrays_lie(config, comm)
         threads = max(1, cores() // comm.on_host.on_machine) if comm.size > 1 else None
         with own_folder(config, out, comm, resume, overwrite) as folder, threadpool_limits(threads):
-            return _resume(config, folder, comm) if resume else _begin(config, folder, comm, init_from)
+            return _resume(config, folder, comm) if resume else _begin(config, folder, comm, first)
 
 
 def where_arrays_lie(config: Config, comm: Comm) -> Comm:
@@ -89,15 +93,15 @@ def only_the_first_speaks() -> Iterator[None]:
             raise type(error)(f"rank {rank}: {error}") from error
 
 
-def _begin(config: Config, folder: Path, comm: Comm, init_from: Path | None) -> int:
-    """A fresh run."""
+def _begin(config: Config, folder: Path, comm: Comm, first: tuple[Path, Model, dict[str, np.ndarray]] | None) -> int:
+    """A fresh run. first: a file with the weights that it starts from, its model, and the weights."""
     trainer = Trainer(config, folder, comm)
-    if init_from is not None:
-        load_initial_weights(init_from, trainer.model, trainer.state, rounded=config.rounds_masters)
+    if first is not None:
+        start_from(first[0], first[1:], trainer.model, trainer.state, config.rounds_masters)
     baselines = ngram_entropies(trainer.corpus.train, trainer.corpus.valid)
     comm.barrier()  # all ranks have seen the folder as it was
     if trainer.writes:
-        open_folder(config, folder, init_from)
+        open_folder(config, folder, first and first[0])
     return _train(trainer, baselines, "")
 
 

@@ -17,7 +17,7 @@ from refimpl.config import Config
 from refimpl.data import Corpus, load_corpus, sample_batch, sequential_batches
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.formats import FORMATS
-from refimpl.generate import mean_loss
+from refimpl.generate import check_has_bytes, mean_loss
 from refimpl.gradients import first_non_finite
 from refimpl.loss_scale import DynamicLossScale
 from refimpl.metrics import MetricsLog, read_metrics
@@ -72,6 +72,7 @@ class Trainer:
 
     def __init__(self, config: Config, folder: Path, comm: Comm | None = None) -> None:
         assert config.block_size is not None
+        check_has_bytes(config.vocab_size, "--vocab-size")
         self.config, self.folder, self.comm = config, folder, comm or Serial()
         self.writes = self.comm.rank == 0
         self.exchanged = 0  # bytes that came from other ranks in training steps

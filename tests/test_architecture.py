@@ -270,7 +270,7 @@ MAY_IMPORT = {
     "ops.shape": OPS_MAY,
     "tape": {"ops", "policy"},
     "models": {"models.model", "models.gpt", "models.mlp"},
-    "models.model": {"ops.indices", "ops.loss", "tape"},
+    "models.model": {"errors", "ops.indices", "ops.loss", "tape"},
     "models.gpt": MODELS_MAY,
     "models.mlp": MODELS_MAY,
     "state": {"backends", "cast", "errors", "formats", "policy", "storage"},

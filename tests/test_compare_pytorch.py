@@ -85,6 +85,12 @@ def test_types_at_every_point_are_pytorchs(recipe: str, model: str) -> None:
     assert names[loss.dtype] == format_of(ours.tensors["1/2.loss"]) == "fp32"
 
 
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "amp-bf16"])
+def test_without_biases_and_with_another_vocabulary_it_agrees(recipe: str) -> None:
+    result = run(recipe, ODD, bias=False, vocab_size=300, steps=5)
+    assert result.agrees, report(result)
+
+
 def test_sgd_agrees() -> None:
     result = run("fp16", ODD, optimizer="sgd", lr=0.1)
     assert result.agrees, report(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -205,6 +206,20 @@ def test_sizes_below_one_are_refused_by_name(config: Any, size: int) -> None:
             config(**{name: size})
 
 
+def test_sizes_that_no_array_has_are_refused_at_once() -> None:
+    for config in (GPTConfig, MLPConfig):
+        for name, size in (("n_layer", 2**17), ("n_embd", 2**31), ("vocab_size", 2**70)):
+            with pytest.raises(UsageError, match=f"^{name} is {size}: it must be at most"):
+                config(**{name: size})
+
+
+def test_without_biases_there_is_none_and_the_rest_is_the_same() -> None:
+    model, bare = gpt(SMALL_GPT), gpt(replace(SMALL_GPT, bias=False))
+    assert list(bare.parameters) == [name for name in model.parameters if not name.endswith(".bias")]
+    full, weights = (m.initial_weights(np.random.default_rng(3)) for m in (model, bare))
+    assert all(np.array_equal(full[name], weight) for name, weight in weights.items())
+
+
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(UsageError, match=r"n_embd 128 .* n_head 3"):
         GPTConfig(n_head=3)
@@ -213,6 +228,7 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 
 def test_a_model_knows_its_configuration() -> None:
     assert gpt(SMALL_GPT).config == {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 23}
+    assert gpt(replace(SMALL_GPT, bias=False)).config == {**gpt(SMALL_GPT).config, "bias": False}
     assert mlp(SMALL_MLP).config == {"n_layer": 2, "n_embd": 6, "block_size": 5, "vocab_size": 23}
 
 
@@ -348,10 +364,10 @@ def torch_gpt(torch: Any, w: dict[str, Any], tokens: Any, n_layer: int, n_head: 
     F = torch.nn.functional
 
     def linear(x: Any, name: str) -> Any:
-        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
     def norm(x: Any, name: str) -> Any:
-        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w.get(f"{name}.bias"))
 
     B, T = tokens.shape
     x = F.embedding(tokens, w["transformer.wte.weight"]) + w["transformer.wpe.weight"][:T]
@@ -379,9 +395,9 @@ def torch_results(torch: Any, weights: dict[str, Array], tokens: Array, targets:
     )
 
 
-@pytest.mark.parametrize("T", [1, 5, 8])
-def test_gpt_in_fp64_is_pytorchs_gpt2(T: int, torch: Any, backend: Backend) -> None:
-    model = gpt(SMALL_GPT)
+@pytest.mark.parametrize(("T", "bias"), [(1, True), (5, True), (8, True), (8, False)])
+def test_gpt_in_fp64_is_pytorchs_gpt2(T: int, bias: bool, torch: Any, backend: Backend) -> None:
+    model = gpt(replace(SMALL_GPT, bias=bias))
     weights, (tokens, targets) = perturbed(model), batch(4, T, 23)
     logits, loss, gradients = torch_results(torch, weights, tokens, targets, torch.float64)
     # One formula, two orders of evaluation: a dozen layers of sums of up to 64 terms, 2^-53 each: 1e-13 of the largest.

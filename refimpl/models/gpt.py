@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from refimpl.errors import UsageError
-from refimpl.models.model import Model, Parameter
+from refimpl.models.model import Model, Parameter, check_sizes
 from refimpl.ops import add, attention, cross_entropy, embedding, gelu_tanh, layernorm, linear
 from refimpl.ops.loss import IGNORE_INDEX
 from refimpl.tape import Tape, Value
@@ -17,18 +17,19 @@ Array = Any
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes, in nanoGPT's words."""
+    """The sizes, in nanoGPT's words. bias: whether linear layers (but the last) and layer norms have one; GPT-2 has."""
 
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
     block_size: int = 64
     vocab_size: int = 256
+    bias: bool = True
 
     def __post_init__(self) -> None:
-        for name, size in asdict(self).items():
-            if size < 1:
-                raise UsageError(f"{name} is {size}: it must be at least 1")
+        check_sizes({name: size for name, size in asdict(self).items() if name != "bias"})
+        if not isinstance(self.bias, bool):
+            raise UsageError(f"bias is {self.bias!r}: it must be True or False")
         if self.n_embd % self.n_head:
             raise UsageError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: heads must be equally wide")
 
@@ -84,11 +85,12 @@ def _parameters(config: GPTConfig) -> dict[str, Parameter]:
         table |= _layernorm(f"{block}.ln_2", C)
         table |= _linear(f"{block}.mlp.c_fc", C, 4 * C, std)
         table |= _linear(f"{block}.mlp.c_proj", 4 * C, C, residual_std)
-    return table | _layernorm("transformer.ln_f", C)
+    table |= _layernorm("transformer.ln_f", C)
+    return {name: spec for name, spec in table.items() if config.bias or not name.endswith(".bias")}
 
 
 def gpt(config: GPTConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
-    """GPT-2 with GELU (tanh), biases in the linear layers but for the last, which is tied to the token embedding; no dropout.
+    """GPT-2 with GELU (tanh), without dropout; the last linear layer has no bias and is tied to the token embedding.
 
     tokens (B, T) with T <= block_size -> logits (B, T, V). Targets that are ignore_index have no part in the loss.
     Source: Radford et al. 2019; initialisation and names as in nanoGPT.
@@ -101,4 +103,5 @@ def gpt(config: GPTConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "t
         return t(cross_entropy, "loss", logits(t, tokens), targets, ignore_index=ignore_index)
 
     tied = {"lm_head.weight": "transformer.wte.weight"}
-    return Model("gpt", asdict(config), _parameters(config), tied, logits, loss, ignore_index=ignore_index, loss_mean=loss_mean)
+    sizes = {name: size for name, size in asdict(config).items() if name != "bias" or not size}  # said where it is not GPT-2's
+    return Model("gpt", sizes, _parameters(config), tied, logits, loss, ignore_index=ignore_index, loss_mean=loss_mean)

@@ -6,8 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from refimpl.errors import UsageError
-from refimpl.models.model import Model, Parameter
+from refimpl.models.model import Model, Parameter, check_sizes
 from refimpl.ops import cross_entropy, embedding, linear, relu, reshape
 from refimpl.ops.loss import IGNORE_INDEX
 from refimpl.tape import Tape, Value
@@ -25,9 +24,7 @@ class MLPConfig:
     vocab_size: int = 256
 
     def __post_init__(self) -> None:
-        for name, size in asdict(self).items():
-            if size < 1:
-                raise UsageError(f"{name} is {size}: it must be at least 1")
+        check_sizes(asdict(self))
 
 
 def _logits(t: Tape, tokens: Array, config: MLPConfig) -> Value:

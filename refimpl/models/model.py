@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.errors import UsageError
 from refimpl.ops.indices import refuse_outside
 from refimpl.ops.loss import IGNORE_INDEX
 from refimpl.tape import Tape, Value
@@ -21,6 +22,18 @@ LOSS_MEANS = {
     "micro-batches": "the mean of the micro-batches' means, so that a target counts for more the fewer there are beside it",
 }
 """What the loss of several micro-batches can be. Where all have as many targets that count, the two are the same to the bit."""
+
+
+MOST = {"n_layer": 2**16}
+"""Each layer has a line in a table; other sizes are limited by what an array can have, and by the memory."""
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Errors: UsageError for a size that no model can have."""
+    for name, size in sizes.items():
+        most = MOST.get(name, 2**31 - 1)
+        if not 1 <= size <= most:
+            raise UsageError(f"{name} is {size}: it must be {f'at most {most}' if size > 1 else 'at least 1'}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class Model:
     """
 
     name: str
-    config: Mapping[str, int]
+    config: Mapping[str, Any]
     parameters: Mapping[str, Parameter]
     tied: Mapping[str, str]
     logits: Callable[[Tape, Array], Value]
