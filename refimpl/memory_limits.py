@@ -60,10 +60,10 @@ def need(config: Config, ranks: int = 1, on_machine: int = 1) -> Need:
     sizes = {**replace(config, n_layer=1).make_model().config, "n_layer": config.n_layer}
     model: GPTConfig | MLPConfig
     if config.model == "gpt":
-        model = gpt = GPTConfig(**sizes)  # type: ignore[arg-type]
+        model = gpt = GPTConfig(**sizes)
         terms = gpt_activations(gpt, recipe, batch_size, config.block_size)
     else:
-        model = mlp = MLPConfig(**sizes)  # type: ignore[arg-type]
+        model = mlp = MLPConfig(**sizes)
         terms = mlp_activations(mlp, recipe, batch_size)
     activations = sum(term.nbytes for term in terms)
     logits = sum(term.nbytes for term in terms if term.name == "logits")

@@ -100,6 +100,11 @@ def test_a_training_computes_what_the_host_does(recipe: str, model: str) -> None
     assert list(departures(STRICT, config(recipe, model))) == []
 
 
+def test_a_training_without_biases_and_with_more_token_ids_does_too() -> None:
+    """The kernels of layer norm and linear take no bias, and the cross-entropy rows of 300."""
+    assert list(departures(STRICT, config("bf16", "gpt", bias=False, vocab_size=300))) == []
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("recipe", [name for name in KNOWN if RECIPES[name].loss_scale == "dynamic"])
 def test_the_scale_and_the_skips_of_free_runs_are_the_hosts(recipe: str, model: str) -> None:

@@ -24,16 +24,15 @@ LOSS_MEANS = {
 """What the loss of several micro-batches can be. Where all have as many targets that count, the two are the same to the bit."""
 
 
-MOST = {"n_layer": 2**16}
-"""Each layer has a line in a table; other sizes are limited by what an array can have, and by the memory."""
+LARGEST_SIZE = 2**31 - 1
+"""Larger ones are no sizes of arrays; what the memory can hold is another matter."""
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
     """Errors: UsageError for a size that no model can have."""
     for name, size in sizes.items():
-        most = MOST.get(name, 2**31 - 1)
-        if not 1 <= size <= most:
-            raise UsageError(f"{name} is {size}: it must be {f'at most {most}' if size > 1 else 'at least 1'}")
+        if not 1 <= size <= LARGEST_SIZE:
+            raise UsageError(f"{name} is {size}: it must be {f'at most {LARGEST_SIZE}' if size > 1 else 'at least 1'}")
 
 
 @dataclass(frozen=True)
