@@ -106,7 +106,7 @@ def weigh(config: Config) -> Measurement:
 
 def state_lines(config: Config, parts: Parts) -> list[Line]:
     """Each kind of model state: the recipe's bytes a parameter times the parameters, beside the live buffer."""
-    predicted = config.make_recipe().buffers(config.make_rule().moments, config.grad_accum)
+    predicted = config.make_recipe().buffers(config.make_rule().moments, config.grad_accum, parts.state.layout.embeddings)
     n, measured, seen = parts.model.n_params, {}, set[int]()
     for name, buffer in parts.state.buffers.items():
         measured[name] = owned([buffer], seen)
@@ -117,7 +117,8 @@ def state_lines(config: Config, parts: Parts) -> list[Line]:
             part = predicted[name]
             size = part.size(n) * part.dtype.itemsize
             shared = f" / {part.values}, rounded up" if part.values > 1 else ""
-            formula = f"{part.dtype.itemsize} x {n:,}{shared} {part.dtype.name}"
+            count = f"{n:,}" if part.first is None else f"{part.first:,} of embeddings"
+            formula = f"{part.dtype.itemsize} x {count}{shared} {part.dtype.name}"
         lines.append(Line(name, formula, size, measured.get(name, 0)))
     return lines
 

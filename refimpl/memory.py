@@ -129,9 +129,17 @@ CONVENTIONS: dict[str, Convention] = {
 """Named layouts. Kinds beyond the note's five: main_grads (FP32 gradients beside 16-bit ones), compensation, scales."""
 
 
-def recipe_states(recipe: Recipe, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1) -> Bytes:
-    """The states of a recipe, from its table: buffer -> bytes a parameter."""
-    return {name: part.bytes_per_parameter for name, part in recipe.buffers(moments, grad_accum).items()}
+def recipe_states(
+    recipe: Recipe, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1, embeddings: int = 0, n_params: int = 1
+) -> Bytes:
+    """The states of a recipe, from its table: buffer -> bytes a parameter.
+
+    embeddings: how many of n_params are embeddings; what only those have is spread over all.
+    """
+    return {
+        name: part.bytes_per_parameter * (1 if part.first is None else Fraction(part.first, n_params))
+        for name, part in recipe.buffers(moments, grad_accum, embeddings).items()
+    }
 
 
 SHARDED_FROM = {"weights": 3, "grads": 2}

@@ -91,7 +91,7 @@ def choose(
     T = block_size if block_size is not None else architecture.block_size if architecture else 0
     if architecture and not 1 <= T <= architecture.block_size:
         raise UsageError(f"--block-size is {T}: {architecture.name} takes 1 to {architecture.block_size} tokens")
-    states, source, chosen = _states(recipe, convention, optimizer, momentum, grad_accum)
+    states, source, chosen = _states(recipe, convention, optimizer, momentum, grad_accum, architecture)
     n_params = architecture.n_params if architecture else int(NOTE_PARAMS if params is None else params)
     what = f"{architecture.name}, {n_params:,} parameters" if architecture else f"{n_params:,} parameters"
     return Choice(what, n_params, states, source, architecture, chosen, zero, ranks, batch_size, T, checkpointing)
@@ -121,7 +121,7 @@ def _architecture(
 
 
 def _states(
-    recipe: str | None, convention: str | None, optimizer: str, momentum: float, grad_accum: int
+    recipe: str | None, convention: str | None, optimizer: str, momentum: float, grad_accum: int, model: Architecture | None
 ) -> tuple[Bytes, str, Recipe | None]:
     if convention is not None:
         if recipe is not None:
@@ -132,7 +132,10 @@ def _states(
         return row.states, f"convention {row.name}: {row.source}", None
     chosen, rule = get_recipe(recipe or "fp16"), Config.of({"optimizer": optimizer, "momentum": momentum}).make_rule()
     kept = f"recipe {chosen.name} with {optimizer}" + (f", {grad_accum} micro-batches" if grad_accum > 1 else "")
-    return recipe_states(chosen, rule.moments, grad_accum), kept, chosen
+    embeddings = (model.vocab_size + model.gpt * model.block_size) * model.n_embd if model else 0
+    if model is None and any(part.first is not None for part in chosen.buffers().values()):
+        kept += " (without what only embeddings have: name a model)"
+    return recipe_states(chosen, rule.moments, grad_accum, embeddings, model.n_params if model else 1), kept, chosen
 
 
 # ---------------------------------------------------------------------------------------------------- the ledger

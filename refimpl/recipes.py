@@ -51,13 +51,20 @@ class Recipe:
             stored.pop("main_grads", None)
         return {kind: name for kind, name in stored.items() if kind not in ("m", "v") or kind in moments}
 
-    def buffers(self, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1) -> dict[str, Part]:
-        """The same as buffers: name -> the type of an element, and how many parameters share one."""
-        return buffers_of(self.state_storages(moments, grad_accum))
+    def buffers(self, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1, embeddings: int = 0) -> dict[str, Part]:
+        """The same as buffers: name -> the type of an element, and how many parameters share one.
+
+        embeddings: how many parameters of the model are embeddings, for storages that keep those in another way.
+        """
+        return buffers_of(self.state_storages(moments, grad_accum), embeddings)
 
     def bytes_per_parameter(self, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1) -> Fraction:
-        """Model states in bytes a parameter: 2+2+4+4+4 = 16 for the note's recipe with Adam."""
-        return sum((part.bytes_per_parameter for part in self.buffers(moments, grad_accum).values()), Fraction(0))
+        """Model states in bytes a parameter: 2+2+4+4+4 = 16 for the note's recipe with Adam.
+
+        Not counted is what only embeddings have; how many of the parameters they are is for the model to say.
+        """
+        kept = self.buffers(moments, grad_accum).values()
+        return sum((part.bytes_per_parameter for part in kept if part.first is None), Fraction(0))
 
 
 def _state(weights: str, grads: str, master: str, moments: str, v: str = "", main_grads: str = "") -> dict[str, str]:
@@ -119,6 +126,9 @@ RECIPES: dict[str, Recipe] = {
         Recipe("adam-8bit", "bf16-sr with 8-bit moments, a scale for each 256 values",
                "Dettmers et al. 2022, arXiv 2110.02861; torchao, optim.AdamW8bit",
                _BF16, _state("bf16-stochastic", "bf16", "", "int8-signed", "int8-unsigned"), "none"),
+        Recipe("adam-8bit-fp32-embeddings", "adam-8bit with FP32 moments for embeddings: 8 bytes more a parameter there",
+               "Dettmers et al. 2022, arXiv 2110.02861, section 2.3; bitsandbytes, StableEmbedding", _BF16,
+               _state("bf16-stochastic", "bf16", "", "int8-signed-embeddings-fp32", "int8-unsigned-embeddings-fp32"), "none"),
         Recipe("adam-fp8", "bf16-sr with e4m3 moments, a scale for each 256 values", "torchao, optim.AdamWFp8",
                _BF16, _state("bf16-stochastic", "bf16", "", "e4m3-blocks"), "none"),
         Recipe("megatron-bf16", "bf16 with FP32 gradients; masters start from the rounded weights",

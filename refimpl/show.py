@@ -149,6 +149,7 @@ def _state_table(recipe: Recipe) -> str:
     rows = []
     for name, part in kept.items():
         shared = f"  {part.dtype.itemsize} for {part.values}" if part.values > 1 else ""
+        shared += "  for embeddings only, not in the sum" if part.first is not None else ""
         rows.append([name, recipe.state.get(name, part.dtype.name), _number(part.bytes_per_parameter) + shared])
     if "master" not in kept:
         rows.append(["master", "-", "0  the weights are their own masters"])

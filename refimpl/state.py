@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from refimpl.cast import cast, widen
 from refimpl.errors import UsageError
 from refimpl.formats import format_of, widens_to
 from refimpl.policy import Monitor
-from refimpl.storage import MAIN, Draw, Plain, buffer_name, get_storage
+from refimpl.storage import MAIN, Draw, Part, Plain, buffer_name, get_storage
 
 Array = Any
 Sink = Callable[[str, Array], None]
@@ -46,6 +47,10 @@ class HasParameters(Protocol):
     def parameters(self) -> Mapping[str, ParameterSpec]: ...
 
 
+EMBEDDINGS = {"wte", "wpe"}
+"""The modules that are tables of embeddings, of all our models."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each parameter lies in the flat buffers: name -> (start, stop, shape)."""
@@ -53,6 +58,12 @@ class Layout:
     slots: Mapping[str, tuple[int, int, tuple[int, ...]]]
     decayed: tuple[tuple[int, int], ...]  # the ranges that weight decay acts on, in order, joined where they touch
     size: int
+
+    @property
+    def embeddings(self) -> int:
+        """How many parameters the tables of embeddings have that lie first."""
+        first = takewhile(lambda name: EMBEDDINGS & {*name.split(".")}, self.slots)
+        return max((self.slots[name][1] for name in first), default=0)
 
     @classmethod
     def of(cls, model: HasParameters) -> Layout:
@@ -70,9 +81,10 @@ class Layout:
             start = stop
         return cls(slots, tuple(decayed), start)
 
-    def views(self, buffer: Array) -> dict[str, Array]:
-        """name -> the parameter's part of a flat buffer, in its shape; no copies."""
-        return {name: buffer[start:stop].reshape(shape) for name, (start, stop, shape) in self.slots.items()}
+    def views(self, buffer: Array, first: int | None = None) -> dict[str, Array]:
+        """name -> the parameter's part of a flat buffer, in its shape; no copies. first: of a buffer of so many only."""
+        slots = {name: slot for name, slot in self.slots.items() if first is None or slot[1] <= first}
+        return {name: buffer[start:stop].reshape(shape) for name, (start, stop, shape) in slots.items()}
 
     def name_at(self, index: int) -> str:
         """The parameter that the element `index` of a flat buffer belongs to."""
@@ -117,14 +129,14 @@ class State:
     def __init__(self, model: HasParameters, stored: Mapping[str, str], backend: Backend, seed: int = 0) -> None:
         """Zeroed buffers. stored: kind -> storage, as `Recipe.state_storages` gives it; seed: for storages that use chance."""
         self.layout, self.stored, self.backend, self.seed = Layout.of(model), dict(stored), backend, seed
-        self.storages = {kind: get_storage(name) for kind, name in stored.items()}
+        self.storages = {kind: get_storage(name).of(self.layout.embeddings) for kind, name in stored.items()}
         if not backend.on_host:
             self.need_no_codes(f"--backend {backend.name}")
         self.formats = {kind: storage.fmt for kind, storage in self.storages.items()}
         self.own = self.held("master")
         xp = backend.xp
         self.buffers = {
-            buffer_name(kind, part): xp.zeros(spec.size(self.room(kind, part)), spec.dtype)
+            buffer_name(kind, part): xp.zeros(self.elements(kind, part, spec), spec.dtype)
             for kind, storage in self.storages.items() for part, spec in storage.parts.items()
         }  # fmt: skip
         self.t = xp.zeros((), np.int64)
@@ -143,6 +155,11 @@ class State:
     def room(self, kind: str, part: str) -> int:
         """How many values a buffer has room for."""
         return self.layout.size
+
+    def elements(self, kind: str, part: str, spec: Part) -> int:
+        """How many elements a buffer has: room for all, or, of what only some parameters have, what is held here."""
+        held = spec.slice(self.held(kind, part))
+        return spec.size(self.room(kind, part)) if spec.first is None else held.stop - held.start
 
     def views(self, kind: str) -> dict[str, Array]:
         """name -> the parameter's part of a kind that is held as a whole, in its shape; no copies."""
@@ -214,9 +231,8 @@ class State:
         """The parts of a kind's storage for a block of the flat index, as views."""
         parts = {}
         for part, spec in self.storages[kind].parts.items():
-            first = self.held(kind, part).start
-            local = slice(block.start - first, block.stop - first)
-            parts[part] = self.buffers[buffer_name(kind, part)][spec.slice(local)]
+            first, mine = spec.slice(self.held(kind, part)).start, spec.slice(block)
+            parts[part] = self.buffers[buffer_name(kind, part)][mine.start - first : mine.stop - first]
         return parts
 
     def block(self, kind: str, block: slice) -> Array:

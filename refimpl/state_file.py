@@ -41,7 +41,7 @@ def _tensors(name: str, spec: Part, buffer: Array, state: State) -> dict[str, Ar
 
     So 'weights.wte.weight', 'weights_compensation.wte.weight', 'm_scales.flat'.
     """
-    views = state.layout.views(buffer) if spec.values == 1 else {"flat": buffer}
+    views = state.layout.views(buffer, spec.first) if spec.values == 1 else {"flat": buffer}
     return {f"{name}.{parameter}": view for parameter, view in views.items()}
 
 

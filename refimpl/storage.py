@@ -11,13 +11,13 @@ values. Parts are slices of flat buffers, named by kind and part: 'weights', 'we
     stochastic     up or down by chance, so that the mean of many small updates is kept
     kahan          what a rounding took away is kept in 16 bits and added to the next update
     remainder      the lower half of an FP32 master, of which the BF16 weight is the upper half
-    blockwise      8-bit codes and an FP32 scale for each 256 values
+    blockwise      8-bit codes and an FP32 scale for each 256 values; perhaps FP32 for the embeddings, which lie first
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import Any, NamedTuple
@@ -41,10 +41,14 @@ MAIN = ""
 
 @dataclass(frozen=True)
 class Part:
-    """One buffer: the type of an element, and how many values share one."""
+    """One buffer: the type of an element, and how many values share one.
+
+    first: how many parameters it holds, the first ones of the flat index, where it does not hold all.
+    """
 
     dtype: np.dtype
     values: int = 1
+    first: int | None = None
 
     @property
     def bytes_per_parameter(self) -> Fraction:
@@ -53,7 +57,7 @@ class Part:
 
     def size(self, n: int) -> int:
         """Elements for n parameters; the last ones may be fewer than share an element."""
-        return -(-n // self.values)
+        return -(-(n if self.first is None else min(n, self.first)) // self.values)
 
     def slice(self, block: slice) -> slice:
         """The elements that belong to the parameters of a block. Errors: ValueError where it starts within an element's."""
@@ -61,7 +65,7 @@ class Part:
             return slice(self.size(block.stop), self.size(block.stop))
         if block.start % self.values:
             raise ValueError(f"a block starts at {block.start}, within {self.values} values that share an element")
-        return slice(block.start // self.values, self.size(block.stop))
+        return slice(self.size(block.start), self.size(block.stop))
 
 
 class Draw(NamedTuple):
@@ -83,6 +87,10 @@ class Plain:
     @property
     def parts(self) -> Mapping[str, Part]:
         return {MAIN: Part(dtype_of(self.fmt))}
+
+    def of(self, embeddings: int) -> Storage:
+        """The storage for a model whose first so many parameters are embeddings: the same for all."""
+        return self
 
     def read(self, parts: Parts, fmt: str) -> Array:
         """The values in the format `fmt`; where that is their own, the buffer itself."""
@@ -197,6 +205,10 @@ class Blockwise:
     def parts(self) -> Mapping[str, Part]:
         return {MAIN: Part(np.dtype(np.uint8)), "scales": Part(dtype_of("fp32"), SHARING)}
 
+    def of(self, embeddings: int) -> Storage:
+        """The storage for a model whose first so many parameters are embeddings: the same for all."""
+        return self
+
     def read(self, parts: Parts, fmt: str) -> Array:
         codes = parts[MAIN]
         values = self.codebook()[codes] if self.codebook else widen(from_bits(codes, self.fmt), "fp32")
@@ -225,6 +237,36 @@ class Blockwise:
     def start(self, parts: Parts, values: Array) -> None:
         """Moments start at zero, which is all that this is for."""
         self.write(parts, values, Draw(0, 0, 0))
+
+
+@dataclass(frozen=True)
+class FP32Embeddings(Blockwise):
+    """Blockwise, but FP32 for the embeddings: a row that gets a gradient now and then needs small second moments to stay.
+
+    Source: Dettmers et al. 2022, arXiv 2110.02861, section 2.3; bitsandbytes, StableEmbedding and override_config.
+    Differs from the source: the embeddings' codes are there all the same, and zero: one byte in five that is not needed.
+    """
+
+    embeddings: int = 0
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        return {**super().parts, "embeddings": Part(dtype_of("fp32"), first=self.embeddings)}
+
+    def of(self, embeddings: int) -> Storage:
+        return replace(self, embeddings=embeddings)
+
+    def read(self, parts: Parts, fmt: str) -> Array:
+        values = super().read(parts, fmt)
+        values[: parts["embeddings"].size] = parts["embeddings"]
+        return values
+
+    def write(self, parts: Parts, values: Array, draw: Draw) -> None:
+        n = parts["embeddings"].size
+        parts["embeddings"][...] = values[:n]
+        others = values.copy()
+        others[:n] = 0
+        super().write(parts, others, draw)
 
 
 def nearest(codebook: Array, values: Array) -> Array:
@@ -276,6 +318,8 @@ STORAGES: dict[str, Storage] = {
     "int8-signed": Blockwise("", signed_codebook),
     "int8-unsigned": Blockwise("", unsigned_codebook),
     "e4m3-blocks": Blockwise("e4m3"),
+    "int8-signed-embeddings-fp32": FP32Embeddings("", signed_codebook),
+    "int8-unsigned-embeddings-fp32": FP32Embeddings("", unsigned_codebook),
 }
 """What a recipe may write into its table of states."""
 
@@ -292,6 +336,9 @@ def buffer_name(kind: str, part: str) -> str:
     return f"{kind}_{part}" if part else kind
 
 
-def buffers_of(stored: Mapping[str, str]) -> dict[str, Part]:
-    """All buffers of a run by name, for a table kind -> storage."""
-    return {buffer_name(kind, part): spec for kind, name in stored.items() for part, spec in get_storage(name).parts.items()}
+def buffers_of(stored: Mapping[str, str], embeddings: int = 0) -> dict[str, Part]:
+    """All buffers of a run by name, for a table kind -> storage and the number of parameters that are embeddings."""
+    return {
+        buffer_name(kind, part): spec
+        for kind, name in stored.items() for part, spec in get_storage(name).of(embeddings).parts.items()
+    }  # fmt: skip

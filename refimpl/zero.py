@@ -141,8 +141,8 @@ class ShardedState(State):
     def put_whole(self, kind: str, part: str, values: Array) -> None:
         """The way back: this rank takes its share."""
         held, spec = self.held(kind, part), self.storages[kind].parts[part]
-        mine = self.buffers[buffer_name(kind, part)][: spec.size(held.stop - held.start)]
-        mine[...] = values[spec.slice(held)]
+        mine = spec.slice(held)
+        self.buffers[buffer_name(kind, part)][: mine.stop - mine.start] = values[mine]
 
 
 # -- layers: what stages 2 and 3 exchange at a time --------------------------------------------------------------------------

@@ -70,7 +70,11 @@ FILES = {
     "bf16-remainder": {"weights": "bfloat16", "weights_remainder": "uint16", "m": "float32", "v": "float32"},
     "adam-8bit": {"weights": "bfloat16", "m": "uint8", "m_scales": "float32", "v": "uint8", "v_scales": "float32"},
     "adam-fp8": {"weights": "bfloat16", "m": "uint8", "m_scales": "float32", "v": "uint8", "v_scales": "float32"},
-}
+    "adam-8bit-fp32-embeddings": {
+        "weights": "bfloat16", "m": "uint8", "m_scales": "float32", "m_embeddings": "float32",
+        "v": "uint8", "v_scales": "float32", "v_embeddings": "float32",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", FILES)
@@ -84,7 +88,11 @@ def test_what_is_in_a_file(recipe: str, tmp_path: Path) -> None:
         kinds.setdefault(kind, set()).add(parameter)
         assert array.dtype.name == FILES[recipe][kind]
         assert array.shape == ((-(-MODEL.n_params // 256),) if parameter == "flat" else MODEL.parameters[parameter].shape)
-    assert kinds == {kind: {"flat"} if "scales" in kind else set(MODEL.parameters) for kind in FILES[recipe]}
+    embeddings = {f"transformer.{x}.weight" for x in ("wte", "wpe")}
+    partly = {kind: {"flat"} if "scales" in kind else embeddings for kind in FILES[recipe] if "_" in kind}
+    assert kinds == {kind: set(MODEL.parameters) for kind in FILES[recipe]} | {
+        kind: names for kind, names in partly.items() if kind.partition("_")[2] in ("scales", "embeddings")
+    }
 
 
 def test_equal_states_make_equal_bytes(tmp_path: Path) -> None:

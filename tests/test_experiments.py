@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,21 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "experiments.py"
 _results: dict[str, Result] = {}
 
 
-def result(name: str) -> Result:
+TINY: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "warmup": 3}
+SHORT: dict[str, Callable[[], Result]] = {
+    "masters": lambda: training.run_masters(0, 30, 30, TINY),
+    "recipes": lambda: training.run_recipes(0, 30, TINY),
+}
+"""The two that take a minute, in a second each; `-m slow` runs them whole."""
+BOTH_LENGTHS = pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["short", "whole"])
+
+
+def result(name: str, whole: bool = False) -> Result:
     """Each experiment is run once for all tests."""
-    if name not in _results:
-        _results[name] = EXPERIMENTS[name].run(0)
-    return _results[name]
+    key = f"{name}, whole" if whole else name
+    if key not in _results:
+        _results[key] = EXPERIMENTS[name].run(0) if whole or name not in SHORT else SHORT[name]()
+    return _results[key]
 
 
 def test_values_at_and_below_half_of_the_smallest_vanish() -> None:
@@ -144,16 +155,29 @@ def test_a_tiny_loss() -> None:
     assert "leaves 100% of its gradients zero" in result("tiny-loss").conclusion
 
 
-def test_masters_and_loss_scaling() -> None:
+def test_rare_rows() -> None:
+    """Adam moves a weight by lr / sqrt(1 - beta2) < 5 lr at most where v is what it should be, so by 0.1 in 20 steps."""
+    data = result("rare-rows").data
+    ends, lost = data["ends"], data["lost"]
+    assert max(ends[name] for name in ("fp32", "bf16-moments", "adam-8bit-fp32-embeddings")) < 0.1
+    assert ends["adam-8bit-fp32-embeddings"] == ends["fp32"]  # a table of embeddings and nothing else: the same arithmetic
+    assert min(ends["adam-8bit"], ends["adam-fp8"]) > 100 * ends["fp32"]
+    assert lost["fp32"] == lost["bf16-moments"] == lost["adam-8bit-fp32-embeddings"] == 0
+    assert min(lost["adam-8bit"], lost["adam-fp8"]) > 0.05
+    assert "v becomes 0 where m does not" in result("rare-rows").conclusion
+
+
+@BOTH_LENGTHS
+def test_masters_and_loss_scaling(whole: bool) -> None:
     """What is missing costs a third at least of what both together learn.
 
     The runs see the same batches from the same weights, so nothing but the roundings sets them apart. Of N(0, 0.02^2) FP16
     weights a step of 5e-6 moves about a half (`predicted_share`): the other updates are lost without masters.
     """
-    gain = result("masters").data["gain"]
+    gain = result("masters", whole).data["gain"]
     both, no_scaling, no_masters, neither = gain.values()
     assert both > 0 and max(no_masters, no_scaling, neither) < both * 2 / 3
-    assert f"lower the loss by {both:.4f} with masters" in result("masters").conclusion
+    assert f"lower the loss by {both:.4f} with masters" in result("masters", whole).conclusion
 
 
 def test_masters_differ_in_nothing_else() -> None:
@@ -162,8 +186,9 @@ def test_masters_differ_in_nothing_else() -> None:
     assert len(set(first)) == 1
 
 
-def test_all_recipes() -> None:
-    data = result("recipes").data
+@BOTH_LENGTHS
+def test_all_recipes(whole: bool) -> None:
+    data = result("recipes", whole).data
     ends = data["ends"]
     # fp64 parts from fp32 only by FP32's rounding, 2^-13 of FP16's: less than any recipe that rounds to 16 bits.
     assert data["apart"]["fp64"] < min(data["apart"][name] for name in ends if name not in ("fp64", "fp32"))
@@ -172,7 +197,7 @@ def test_all_recipes() -> None:
     assert all(abs(ends[name] - ends["fp32"]) < 0.05 * learnt for name in ends if name != "pure-fp16")
     assert not abs(ends["pure-fp16"] - ends["fp32"]) < learnt
     assert len({curve[0] for name, curve in data["curves"].items() if name.startswith("amp-fp16")}) == 1
-    assert "pure-fp16 at" in result("recipes").conclusion
+    assert "pure-fp16 at" in result("recipes", whole).conclusion
     # 'each of these recipes with FP32 weights or masters' is each that is not pure
     for name in (name for name in ends if not name.startswith("pure")):
         assert (RECIPES[name].state["master"] or RECIPES[name].state["weights"]) in ("fp32", "fp64")

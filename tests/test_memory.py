@@ -118,7 +118,8 @@ def test_a_recipes_ledger_is_what_its_state_takes(recipe: str, grad_accum: int) 
     config = Config.of({"recipe": recipe, "grad_accum": grad_accum, "n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4})
     chosen, model, moments = config.make_recipe(), config.make_model(), config.make_rule().moments
     state = State(model, chosen.state_storages(moments, grad_accum), config.make_backend())
-    predicted = per_rank(model.n_params, recipe_states(chosen, moments, grad_accum))
+    states = recipe_states(chosen, moments, grad_accum, state.layout.embeddings, model.n_params)
+    predicted = per_rank(model.n_params, states)
     assert predicted == {kind: buffer.nbytes for kind, buffer in state.buffers.items()}
 
 

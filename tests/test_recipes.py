@@ -43,6 +43,9 @@ STATES = {
     "bf16-moments": (("bf16", "bf16", "", "fp32", "bf16", "bf16"), "none", "original"),
     "fp16-moments": (("bf16", "bf16", "", "fp32", "fp16", "fp16"), "none", "original"),
     "adam-8bit": ((SR, "bf16", "", "", "int8-signed", "int8-unsigned"), "none", "original"),
+    "adam-8bit-fp32-embeddings": (
+        (SR, "bf16", "", "", "int8-signed-embeddings-fp32", "int8-unsigned-embeddings-fp32"), "none", "original",
+    ),
     "adam-fp8": ((SR, "bf16", "", "", "e4m3-blocks", "e4m3-blocks"), "none", "original"),
     "megatron-bf16": (("bf16", "fp32", "", "fp32", "fp32", "fp32"), "none", "rounded"),
     "apex-o2": (("fp16", "fp16", "fp32", "fp32", "fp32", "fp32"), "dynamic", "rounded"),
@@ -83,6 +86,7 @@ BYTES = {
     "bf16-moments": (12, 10, 8, 14),
     "fp16-moments": (12, 10, 8, 14),
     "adam-8bit": (6 + 2 / 64, 5 + 1 / 64, 4, 8 + 2 / 64),  # a scale is 4 / 256 for m, and for v
+    "adam-8bit-fp32-embeddings": (6 + 2 / 64, 5 + 1 / 64, 4, 8 + 2 / 64),  # and 4 for each moment of an embedding
     "adam-fp8": (6 + 2 / 64, 5 + 1 / 64, 4, 8 + 2 / 64),
     "megatron-bf16": (18, 14, 10, 18),  # FP32 gradients already
     "apex-o2": (20, 16, 12, 18),  # sums over micro-batches are the FP32 gradients: no second copy
@@ -109,6 +113,7 @@ PARTS: dict[str, dict[str, float]] = {
     "bf16-kahan": {"": 2, "_compensation": 2}, "bf16-remainder": {"": 2, "_remainder": 2},
     "int8-signed": {"": 1, "_scales": 1 / 64}, "int8-unsigned": {"": 1, "_scales": 1 / 64},
     "e4m3-blocks": {"": 1, "_scales": 1 / 64},
+    **{f"int8-{s}-embeddings-fp32": {"": 1, "_scales": 1 / 64, "_embeddings": 4} for s in ("signed", "unsigned")},
 }  # fmt: skip
 
 

@@ -123,7 +123,7 @@ def test_text_has_a_row_for_every_recipe_and_policy() -> None:
     assert ["*", "every", "other", "operation", "same", "fp32", "same"] in lines
 
 
-TYPES = {"compensation": "bfloat16", "remainder": "uint16", "scales": "float32"}
+TYPES = {"compensation": "bfloat16", "remainder": "uint16", "scales": "float32", "embeddings": "float32"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -138,6 +138,7 @@ def test_one_recipe_in_detail(name: str, capsys: pytest.CaptureFixture[str]) -> 
     for buffer, part in recipe.buffers().items():
         kept_as = recipe.state.get(buffer) or TYPES[buffer.rpartition("_")[2]]
         shared = [] if part.values == 1 else ["4", "for", "256"]
+        shared += ["for", "embeddings", "only,", "not", "in", "the", "sum"] if buffer.endswith("_embeddings") else []
         assert [buffer, kept_as, f"{float(part.bytes_per_parameter):g}", *shared] in lines, buffer
     for row, p in recipe.policy.rows.items():
         inputs = p.inputs if isinstance(p.inputs, str) else ", ".join(f"{name}: {fmt}" for name, fmt in p.inputs.items())

@@ -117,7 +117,10 @@ def test_nbytes_is_bytes_a_parameter_times_parameters(name: str, grad_accum: int
     state, recipe, n = state_of(TINY_GPT, name, grad_accum), get_recipe(name), TINY_GPT.n_params
     scales = [buffer for kind, buffer in state.buffers.items() if kind.endswith("_scales")]
     unused = sum(4 * (len(buffer) - Fraction(n, 256)) for buffer in scales)  # of the last scale: fewer than 256 share it
-    assert state.nbytes == recipe.bytes_per_parameter(grad_accum=grad_accum) * n + unused
+    exact = sum(buffer.nbytes for kind, buffer in state.buffers.items() if kind.endswith("_embeddings"))
+    assert state.nbytes == recipe.bytes_per_parameter(grad_accum=grad_accum) * n + unused + exact
+    embeddings = sum(math.prod(TINY_GPT.parameters[f"transformer.{x}.weight"].shape) for x in ("wte", "wpe"))
+    assert exact == (8 * embeddings if name == "adam-8bit-fp32-embeddings" else 0)
     assert bool(scales) == name.startswith("adam-") and all(len(buffer) == math.ceil(n / 256) for buffer in scales)
     for kind, storage in recipe.state_storages(grad_accum=grad_accum).items():
         main = state.buffers[kind]
@@ -130,7 +133,8 @@ def test_nbytes_is_bytes_a_parameter_times_parameters(name: str, grad_accum: int
 def test_buffers_are_those_of_the_recipe(name: str) -> None:
     """In the order of its table, each with as many elements as it says."""
     state = state_of(TINY_GPT, name)
-    expected = {name: (part.dtype, part.size(TINY_GPT.n_params)) for name, part in get_recipe(name).buffers().items()}
+    buffers = get_recipe(name).buffers(embeddings=state.layout.embeddings)
+    expected = {name: (part.dtype, part.size(TINY_GPT.n_params)) for name, part in buffers.items()}
     assert {name: (buffer.dtype, len(buffer)) for name, buffer in state.buffers.items()} == expected
     assert list(state.buffers) == list(expected)
 

@@ -23,6 +23,7 @@ from refimpl.backends.workers import Workers
 from refimpl.bits import bits_of, from_bits
 from refimpl.cast import cast, widen
 from refimpl.compensated import kahan_update, merge, split
+from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.formats import dtype_of
 from refimpl.gradients import check_and_measure
@@ -39,6 +40,7 @@ from refimpl.storage import (
     STORAGES,
     Blockwise,
     Draw,
+    FP32Embeddings,
     Kahan,
     Part,
     Plain,
@@ -614,6 +616,40 @@ def test_a_skipped_step_takes_no_draws(spoil: Callable[[float], None]) -> None:
     assert ends[0] == ends[1]
 
 
+# ------------------------------------------------------------------------------------------- FP32 for the embeddings alone
+
+
+def test_embeddings_keep_every_bit_and_the_others_are_coded_as_if_alone() -> None:
+    """300 embeddings, in the middle of a block of 256: what is coded beside them has a scale of its own."""
+    storage, plain = get_storage("int8-signed-embeddings-fp32").of(300), get_storage("int8-signed")
+    x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    x[:300] *= 1e9
+    both, alone = ({name: np.zeros(part.size(1000), part.dtype) for name, part in s.parts.items()} for s in (storage, plain))
+    assert {name: len(part) for name, part in both.items()} == {"": 1000, "scales": 4, "embeddings": 300}
+    before = x.copy()
+    storage.write(both, x, Draw(0, np.int64(0), 0))
+    plain.write(alone, np.where(np.arange(1000) < 300, 0, x).astype(np.float32), Draw(0, np.int64(0), 0))
+    read, coded = storage.read(both, "fp32"), plain.read(alone, "fp32")
+    assert np.array_equal(x, before) and np.array_equal(read[:300], x[:300]) and np.array_equal(read[300:], coded[300:])
+    assert 0 < np.abs(read[300:] - x[300:]).max() < 0.05 * np.abs(x[300:]).max()
+    plain.write(alone, x, Draw(0, np.int64(0), 0))  # negative control: coded beside them the others are lost
+    assert not plain.read(alone, "fp32")[300:512].any()
+
+
+def test_blocks_of_any_size_find_their_embeddings() -> None:
+    part = get_storage("int8-signed-embeddings-fp32").of(300).parts["embeddings"]
+    assert [part.slice(slice(a, a + 256)) for a in (0, 256, 512)] == [slice(0, 256), slice(256, 300), slice(300, 300)]
+    assert part.size(1000) == 300 and part.size(100) == 100
+
+
+@pytest.mark.parametrize(("model", "names"), [("gpt", 2), ("mlp", 1)])
+def test_the_embeddings_of_both_models_lie_first(model: str, names: int) -> None:
+    config = Config.of({"model": model, "n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4})
+    state = config.make_parts(NUMPY).state
+    first = [name for name in state.layout.slots if name.split(".")[-2] in ("wte", "wpe")]
+    assert first == list(state.layout.slots)[:names] and state.layout.embeddings == 8 * 256 + (8 * 4 if model == "gpt" else 0)
+
+
 # ------------------------------------------------------------------------------------------------------ who cannot read them
 
 
@@ -627,4 +663,6 @@ def test_who_knows_no_codes_says_so() -> None:
                 state.need_no_codes("this")
         assert state.values("m").dtype == (dtype_of("fp32") if isinstance(storage, Blockwise | Remainder) else
                                            dtype_of(storage.fmt))  # fmt: skip
-    assert {type(storage) for storage in STORAGES.values()} == {Plain, Stochastic, Kahan, Remainder, Blockwise}
+    assert {type(storage) for storage in STORAGES.values()} == {
+        Plain, Stochastic, Kahan, Remainder, Blockwise, FP32Embeddings,
+    }  # fmt: skip

@@ -114,7 +114,7 @@ def test_ranks_learn_what_one_learns(ranks: int, recipe: str) -> None:
     assert 0 < math.sqrt(between / moved) <= drift_bar
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "fp32", "bf16-kahan", EIGHT_BIT])
+@pytest.mark.parametrize("recipe", ["bf16", "fp32", "bf16-kahan", EIGHT_BIT, "adam-8bit-fp32-embeddings"])
 def test_ranks_for_which_nothing_is_left(recipe: str) -> None:
     """Three grains and seven ranks: four have no share, and train along."""
     small = {"n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4, "batch_size": 14, "steps": 3}
@@ -258,6 +258,18 @@ def test_bytes_on_each_rank_are_the_formulas_and_the_padding(stage: int, ranks: 
             assert nbytes == expected[name] + more or states[name] < 1, name  # to the byte; scales are whole numbers
 
 
+def test_ranks_share_the_fp32_moments_of_embeddings_and_hold_no_more() -> None:
+    """They lie in the shares of the first ranks."""
+    made = config("adam-8bit-fp32-embeddings", 1)
+    embeddings = made.make_parts(made.make_backend(), Serial()).state.layout.embeddings
+
+    def measured(comm: Comm) -> int:
+        return int(made.make_parts(made.make_backend(), comm).state.buffers["v_embeddings"].nbytes)
+
+    held = run_ranks(3, measured)
+    assert sum(held) == 4 * embeddings and held == sorted(held, reverse=True)
+
+
 def test_the_formulas_of_the_paper() -> None:
     """16, 4 + 12/N, 2 + 14/N, 16/N; fp32 at stage 1: 8 + 8/N."""
     n, ranks = 4 * 1024 * 100, 4
@@ -331,7 +343,7 @@ class StopsAt:
     def set_postfix_str(self, text: str) -> None: ...
 
 
-@pytest.mark.parametrize("recipe", ["fp16", "bf16-sr", "fp8-delayed", EIGHT_BIT])
+@pytest.mark.parametrize("recipe", ["fp16", "bf16-sr", "fp8-delayed", EIGHT_BIT, "adam-8bit-fp32-embeddings"])
 def test_stopped_and_resumed_it_goes_on_bit_for_bit(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On three ranks, of which the last is told to stop; on as many it ends where it would have ended, on two it goes on."""
     monkeypatch.setattr("refimpl.trainer.FINAL_EVAL_BLOCKS", 4)

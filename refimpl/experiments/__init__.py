@@ -12,6 +12,7 @@ from refimpl.checkpoint import write_atomically
 from refimpl.errors import UsageError, unknown
 from refimpl.experiments.breaks import EPSILON, MASKS
 from refimpl.experiments.experiment import Experiment, Result
+from refimpl.experiments.moments import RARE_ROWS
 from refimpl.experiments.narrow import ACCUMULATORS_OF_HARDWARE, MX_SCALES
 from refimpl.experiments.training import ALL_RECIPES, MASTERS, TINY_LOSS
 from refimpl.experiments.updates import HUNDRED_UPDATES, MOVED_WEIGHTS
@@ -22,7 +23,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
         FLUSH, LOST_UPDATE, HUNDRED_UPDATES, MOVED_WEIGHTS, ACCUMULATE, ACCUMULATORS_OF_HARDWARE, MX_SCALES, MASKS, EPSILON,
-        TINY_LOSS, MASTERS, ALL_RECIPES,
+        RARE_ROWS, TINY_LOSS, MASTERS, ALL_RECIPES,
     )
 }  # fmt: skip
 

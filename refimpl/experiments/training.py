@@ -20,6 +20,7 @@ from refimpl.trainer import start
 
 SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "warmup": 5}
 """The model of these experiments: 0.1 million parameters, 256 tokens a step."""
+Sizes = Mapping[str, Any]
 
 
 def _parts(recipe: str, seed: int, **more: Any) -> tuple[Config, Parts]:
@@ -92,29 +93,30 @@ def draw_tiny_loss(axes: Any, data: Mapping[str, Any]) -> None:
 WARM_STEPS, FINE_STEPS, FINE_LR, SMALL_LOSS = 150, 150, 5e-6, 1e-6
 
 
-def run_masters(seed: int) -> Result:
+def run_masters(seed: int, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_STEPS, sizes: Sizes = SMALL) -> Result:
     """Train on from a model that has learnt a little, at a small learning rate, with and without masters and loss scaling.
 
     The loss is multiplied by 1e-6 and its gradients, once in FP32, divided by it: they are as small on their way through
     the network as those of large models, while Adam sees the same. Without masters, moments stay in FP32. What a run has
     learnt is told against the same weights left alone, on the same batches.
     """
-    config, first = _parts("fp16", seed, lr=2e-3, steps=WARM_STEPS)
-    batches = _batches(config, WARM_STEPS + FINE_STEPS)
-    _train(first, batches[:WARM_STEPS])
+    config, first = _parts("fp16", seed, **{**sizes, "lr": 2e-3, "steps": warm_steps})
+    batches = _batches(config, warm_steps + fine_steps)
+    _train(first, batches[:warm_steps])
     start = {name: np.array(view) for name, view in first.state.layout.views(first.state.master).items()}
     curves: dict[str, list[float]] = {}
-    alone = _fine_tuned(seed, start, batches[WARM_STEPS:], lr=1e-30)
+    fine = batches[warm_steps:]
+    alone = _fine_tuned(seed, sizes, start, fine, lr=1e-30)
     for masters in (True, False):
         for scaled in (True, False):
             name = f"{'with' if masters else 'without'} masters, {'with' if scaled else 'without'} loss scaling"
             S = SMALL_LOSS * 2.0**30 if scaled else SMALL_LOSS
-            curves[name] = _fine_tuned(seed, start, batches[WARM_STEPS:], FINE_LR, masters, S)
+            curves[name] = _fine_tuned(seed, sizes, start, fine, FINE_LR, masters, S)
     gain = {name: _end(alone) - _end(curve) for name, curve in curves.items()}
     rows = [[name, f"{_end(curve):.4f}", f"{gain[name]:.4f}"] for name, curve in curves.items()]
     both, no_scaling, no_masters, neither = gain.values()
     conclusion = (
-        f"{FINE_STEPS} steps at a learning rate of {FINE_LR:g} lower the loss by {both:.4f} with masters and loss scaling, "
+        f"{fine_steps} steps at a learning rate of {FINE_LR:g} lower the loss by {both:.4f} with masters and loss scaling, "
         f"by {no_masters:.4f} without masters, by {no_scaling:.4f} without loss scaling, and by {neither:.4f} without either"
     )
     data = {"alone": alone, "curves": curves, "gain": gain}
@@ -122,10 +124,12 @@ def run_masters(seed: int) -> Result:
 
 
 def _fine_tuned(
-    seed: int, start: Mapping[str, np.ndarray], batches: list[Batch], lr: float, masters: bool = True, S: float = 1.0
+    seed: int, sizes: Sizes, start: Mapping[str, np.ndarray], batches: list[Batch], lr: float, masters: bool = True,
+    S: float = 1.0,
 ) -> list[float]:
     """The losses of FP16 training from `start`, with the loss scale S, at a constant learning rate."""
-    _, parts = _parts("fp16", seed, lr=lr, min_lr=lr, warmup=0, steps=len(batches), weight_decay=0.0)
+    at_lr = {"lr": lr, "min_lr": lr, "warmup": 0, "steps": len(batches), "weight_decay": 0.0}
+    _, parts = _parts("fp16", seed, **{**sizes, **at_lr})
     if not masters:
         formats = {kind: fmt for kind, fmt in parts.state.formats.items() if kind != "master"}
         parts.state = State(parts.model, formats, parts.state.backend)
@@ -157,12 +161,12 @@ BASIC = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu",
 """Of the others each is a variant of one of these; together they take minutes."""
 
 
-def run_recipes(seed: int) -> Result:
+def run_recipes(seed: int, steps: int = STEPS, sizes: Sizes = SMALL) -> Result:
     """Train the same model from the same weights on the same batches under each of the basic recipes."""
     curves = {}
     for recipe in BASIC:
-        config, parts = _parts(recipe, seed, lr=2e-3, steps=STEPS)
-        curves[recipe] = _train(parts, _batches(config, STEPS))
+        config, parts = _parts(recipe, seed, **{**sizes, "lr": 2e-3, "steps": steps})
+        curves[recipe] = _train(parts, _batches(config, steps))
     ends = {name: _end(curve) for name, curve in curves.items()}
     apart = {name: float(np.nanmax(np.abs(np.subtract(curve, curves["fp32"])))) for name, curve in curves.items()}
     rows = [[name, _loss(ends[name]), _loss(ends[name] - ends["fp32"]), f"{apart[name]:.2g}"] for name in curves]
@@ -170,7 +174,7 @@ def run_recipes(seed: int) -> Result:
     furthest = max(kept, key=lambda name: kept[name])
     pure = " and ".join(f"{name} at {_loss(ends[name])}" for name in curves if name.startswith("pure"))
     conclusion = (
-        f"after {STEPS} steps FP32 is at {_loss(ends['fp32'])}, each of these recipes with FP32 weights or masters within "
+        f"after {steps} steps FP32 is at {_loss(ends['fp32'])}, each of these recipes with FP32 weights or masters within "
         f"{kept[furthest]:.3f} of it ({furthest} is furthest off), {pure}"
     )
     header = ["recipe", "loss at the end", "less that of fp32", "largest difference of a step"]
