@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -78,9 +79,7 @@ def norm_error(size: int) -> float:
 class Addends(State):
     """A state that keeps each micro-batch's gradients beside their sum."""
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.addends: dict[str, list[Array]] = {}
+    addends: dict[str, list[Array]]
 
     def gradient_sink(self, first: bool) -> Sink:
         sink = super().gradient_sink(first)
@@ -105,10 +104,11 @@ class Bounds:
     points and its sums in FP64. With e the distance of ours from it, theirs may be 3 e away: a few times as many results that
     fall on the other side of a rounding. A few such results, 3 ulps of the largest element, are free. This finds a single
     rounding too many or too few. Values that are FP32 to the last bit have no such rounding, and their e is the luck of an
-    order of summation: for them the larger of the two bounds holds. In fused attention
-    correct kernels differ by more than sums: 5/4 of the distance to another correct one (`other_kernels`) is added. That one
-    comes of n roundings that went the other way; as many others have an L2 within 1 / (2 sqrt(n)) of it (one standard
-    deviation): a quarter is five of them at n = 100, below which the 3 ulps that are free are more.
+    order of summation: for them the larger of the two bounds holds.
+
+    In fused attention correct kernels differ by more than sums: 5/4 of the distance to another correct one (`other_kernels`)
+    is added. That one comes of n roundings that went the other way; as many others have an L2 within 1 / (2 sqrt(n)) of it (one
+    standard deviation): a quarter is five of them at n = 100, below which the 3 ulps that are free are more.
 
     The gradient of a parameter over n micro-batches is a sum of n such results, each with a few free ones of its own, and of
     the FP32 roundings of n - 1 additions on either side, each within u of a partial sum that no order makes larger than the
@@ -219,11 +219,13 @@ class Bounds:
         return self._truth
 
     def _same_weights(self) -> Addends:
-        """A state with our weights, and gradients of its own."""
-        state = self.parts.state
-        other = Addends(self.parts.model, {kind: state.formats[kind] for kind in ("weights", "grads")}, NUMPY)
-        other.weights[...] = state.weights
-        return other
+        """Our state with gradients of its own. It is of our state's kind, so that a mistake in that is in both."""
+        other: Any = copy.copy(self.parts.state)
+        other.__class__ = type("Exact", (Addends, type(other)), {})
+        other.buffers = {**other.buffers, "grads": np.zeros_like(other.grads)}
+        other.grad_views, other.addends = other.views("grads"), {}
+        result: Addends = other
+        return result
 
     def _run(self, state: State, run: Run, S: Array, follow: bool) -> Trace:
         trace, parts = Trace(), self.parts

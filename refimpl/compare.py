@@ -99,7 +99,11 @@ def _departure(first: Finding, findings: Sequence[Finding], reasons: Sequence[st
         f"(at the largest element), {first.identical:.1%} of {first.elements} elements identical{note}",
         f"in that step outside their bounds: {', '.join(later)}",
     ]
-    lines += [f"explained by --mistake {name}: {MISTAKES[name].what}" for name in reasons]
+    for name in reasons:
+        if name in MISTAKES:
+            lines.append(f"explained by --mistake {name}: {MISTAKES[name].what}")
+        else:
+            lines.append(f"explained by {name}: no mistake, if attention is meant to be so; then record with that flag")
     return lines if reasons else [*lines, "none of the known mistakes (python scripts/mistakes.py) explains it"]
 
 

@@ -159,7 +159,7 @@ class Side:
         self.state = OverflowingState(self.parts.model, self.parts.state.formats, NUMPY)
         self.parts.state = self.state
         self.branches = Branches()
-        self.parts.run.overrides = {"relu": self.branches.op}
+        self.parts.run.overrides = {**self.parts.run.overrides, "relu": self.branches.op}
         self.state.load_weights(weights)
 
     def step(

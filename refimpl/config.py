@@ -253,7 +253,7 @@ class Config:
         optimizer, loss_scale = self.make_optimizer(backend), self.make_loss_scale(backend.xp)
         overrides = {"attention": fused_attention} if recipe.policy.fused_attention else {}
         run = Run(recipe.policy, backend, overrides=overrides, scales=Scales(self.seed, over_ranks=comm.on_host.largest))
-        return Parts(model, state, optimizer, loss_scale, run, self.clip or math.inf)
+        return Parts(model, state, optimizer, loss_scale, run, self.clip or math.inf, self.grad_accum)
 
     def make_backend(self) -> Backend:
         """The backend that was asked for."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from refimpl.formats import FORMATS
 from refimpl.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.mistakes import MISTAKES, meddle
 from refimpl.operations import Basis, Operation, bases, operations_of, together
-from refimpl.parts import WrappedOptimizer
+from refimpl.parts import plain_optimizer
+from refimpl.policies import ATTENTION
 from refimpl.recipes import RECIPES
 from refimpl.replay_start import resume_from, start_from
 from refimpl.step import through
@@ -278,9 +280,7 @@ class Judge:
 
         Returns why the schedule has no rate for this step, or ''.
         """
-        optimizer = self.parts.optimizer
-        while isinstance(optimizer, WrappedOptimizer):
-            optimizer = optimizer.inner
+        optimizer = plain_optimizer(self.parts.optimizer)
         schedule, rule, t = optimizer.schedule, optimizer.rule, int(self.parts.state.t)
         while len(optimizer.learning_rates) <= t:  # beyond its end
             i = len(optimizer.learning_rates)
@@ -359,24 +359,30 @@ def judge(config: Config, theirs: Trace, mistake: str = "none") -> list[Finding]
 
 
 def explanations(config: Config, theirs: Trace, first: Finding) -> list[str]:
-    """Return the known mistakes that explain a departure, those alone that explain the most.
+    """Return the names of the known mistakes that explain a departure, those alone that explain the most.
 
     A mistake explains it if the tensor that departs, and all up to it, are within their bounds once it is switched into the
-    replay; it explains more, the later the trace departs from it too.
+    replay; it explains more, the later the trace departs from it too. Another way to compute attention, '--attention fused',
+    is no mistake: it is named, and alone, where that tensor is nearer to it than to what any mistake makes.
     """
-    reach: dict[str, tuple[float, int]] = {}
-    for name in MISTAKES:
+    reach: dict[str, tuple[tuple[float, int], float]] = {}
+    others = [kind for kind in ATTENTION if kind != config.attention and config.model == "gpt"]
+    ways = {f"--attention {kind}": (replace(config, attention=kind), "none") for kind in others}
+    for name, (other, mistake) in ({name: (config, name) for name in MISTAKES} | ways).items():
         try:
-            findings = Judge(config, theirs, name).findings()
+            findings = Judge(other, theirs, mistake).findings()
         except UsageError:  # the recipe leaves no room for it
             continue
-        judged, end = False, (math.inf, 0)
+        error, end = math.inf, (math.inf, 0)
         for finding in findings:
             at = (finding.step, list(POINTS).index(finding.point))
             if finding.departs:
                 end = at
                 break
-            judged |= (finding.step, finding.point, finding.name) == (first.step, first.point, first.name)
-        if judged and end > (first.step, list(POINTS).index(first.point)):
-            reach[name] = end
-    return [name for name, end in reach.items() if end == max(reach.values())]
+            if (finding.step, finding.point, finding.name) == (first.step, first.point, first.name):
+                error = finding.error
+        if error <= 1 and end > (first.step, list(POINTS).index(first.point)):
+            reach[name] = end, error
+    errors = {name: error for name, (end, error) in reach.items() if end == max(end for end, _ in reach.values())}
+    nearest = min(errors, key=lambda name: errors[name], default="")
+    return [nearest] if nearest in ways else [name for name in errors if name not in ways]

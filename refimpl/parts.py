@@ -18,7 +18,10 @@ Array = Any
 
 @dataclass
 class Parts:
-    """One run's model, states, optimizer, loss scale and policy. Any of them can be replaced before the first step."""
+    """One run's model, states, optimizer, loss scale and policy. Any of them can be replaced before the first step.
+
+    grad_accum: micro-batches per step.
+    """
 
     model: Model
     state: State
@@ -26,6 +29,7 @@ class Parts:
     loss_scale: LossScale
     run: Run
     max_norm: float
+    grad_accum: int = 1
 
     def watch(self, monitor: Monitor | None) -> None:
         """Tell `monitor` of every rounding of tensors from now on: inside operations, and of the states (None: no longer)."""
@@ -37,6 +41,13 @@ class Parts:
 
 
 UpdateArguments = tuple[Array, Array | float, Array]  # 1/S, the clip coefficient, found_inf
+
+
+def plain_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that updates, without those that are wrapped around it."""
+    while isinstance(optimizer, WrappedOptimizer):
+        optimizer = optimizer.inner
+    return optimizer
 
 
 class WrappedOptimizer(Optimizer):

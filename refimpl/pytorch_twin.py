@@ -1,8 +1,8 @@
 """The same training in PyTorch, built independently: torch.nn, torch.optim, torch.amp and no arithmetic of ours.
 
-It is what `scripts/compare_pytorch.py` holds refimpl against. Attention is written out, not a fused kernel, so that both
-sides round at the same places. The op lists of CPU autocast are torch.autocast's own; those of CUDA autocast run on the
-CPU by a twin that spells its casts out, since no GPU is needed to know them.
+It is what `scripts/compare_pytorch.py` holds refimpl against. Attention is written out, so that both sides round at the same
+places, unless --attention asks for one of PyTorch's kernels. The op lists of CPU autocast are torch.autocast's own; those of
+CUDA autocast run on the CPU by a twin that spells its casts out, since no GPU is needed to know them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from refimpl.config import Config
 from refimpl.trace import Trace
 
 LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
+KERNELS = {"fused": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+"""Ways to compute attention that are PyTorch's own kernels."""
 
 
 class Casts:
@@ -104,11 +107,12 @@ class CudaAutocast(Casts):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, one operation a line."""
+    """Causal self-attention, one operation a line, or by one of PyTorch's own kernels."""
 
-    def __init__(self, width: int, n_head: int, bias: bool) -> None:
+    def __init__(self, width: int, n_head: int, bias: bool, kind: str = "unfused") -> None:
+        """kind: one of `policies.ATTENTION`."""
         super().__init__()
-        self.n_head = n_head
+        self.n_head, self.kernel = n_head, KERNELS.get(kind)
         self.c_attn = nn.Linear(width, 3 * width, bias)
         self.c_proj = nn.Linear(width, width, bias)
 
@@ -116,6 +120,11 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = casts.see(f"{name}.c_attn", casts.linear(x, self.c_attn))
         q, k, v = (h.view(B, T, self.n_head, -1).transpose(1, 2) for h in qkv.split(C, dim=2))
+        if self.kernel is not None:
+            with sdpa_kernel(self.kernel):
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = casts.see(name, y.transpose(1, 2).reshape(B, T, C))
+            return casts.see(f"{name}.c_proj", casts.linear(y, self.c_proj))
         scores = casts.product(q, k.transpose(-2, -1)) * (1.0 / math.sqrt(C // self.n_head))
         hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         weights = casts.softmax(scores.masked_fill(hidden, -math.inf))
@@ -140,9 +149,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A transformer block, layer norm first."""
 
-    def __init__(self, width: int, n_head: int, bias: bool) -> None:
+    def __init__(self, width: int, n_head: int, bias: bool, attention: str = "unfused") -> None:
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(width, bias=bias), Attention(width, n_head, bias)
+        self.ln_1, self.attn = nn.LayerNorm(width, bias=bias), Attention(width, n_head, bias, attention)
         self.ln_2, self.mlp = nn.LayerNorm(width, bias=bias), MLP(width, bias)
 
     def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
@@ -163,7 +172,7 @@ class GPT(nn.Module):
             {
                 "wte": nn.Embedding(config.vocab_size, width),
                 "wpe": nn.Embedding(config.block_size, width),
-                "h": nn.ModuleList(Block(width, config.n_head, bias) for _ in range(config.n_layer)),
+                "h": nn.ModuleList(Block(width, config.n_head, bias, config.attention) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(width, bias=bias),
             }
         )

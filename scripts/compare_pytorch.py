@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size
 """A model small enough for seconds; the loss scale starts where it overflows by itself once or twice."""
 CONFIG_FLAGS = (
     "examples", "ignore_index", "weight_decay", "momentum", "beta1", "beta2", "eps", "min_lr", "schedule", "growth_factor",
-    "backoff_factor",
+    "backoff_factor", "attention",
 )  # fmt: skip
 
 

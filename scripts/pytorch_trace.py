@@ -12,30 +12,31 @@ batches and settings come from a trace of refimpl. --unscale-late puts the class
 from refimpl.cli import main
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from refimpl.arguments import Parser
 from refimpl.compare_pytorch import import_torch
-from refimpl.errors import UsageError
+from refimpl.config import Config
+from refimpl.errors import UsageError, unknown
+from refimpl.policies import ATTENTION
+from refimpl.trace import load
+
+LOW = {"amp-fp16-cpu": "float16", "amp-bf16-cpu": "bfloat16"}
+STATED = ("beta1", "beta2", "eps", "weight_decay", "clip", "lr", "min_lr", "warmup", "schedule", "attention", "ignore_index")
 
 
-def train(like: Path, out: Path, unscale_late: bool) -> None:
+def train(like: Path, out: Path, unscale_late: bool = False, attention: str | None = None) -> None:
     """The loop. Errors: UsageError without torch, or for a trace that it cannot follow."""
     torch = import_torch()
     from safetensors.torch import save_file
 
-    from refimpl.config import Config
     from refimpl.pytorch_twin import GPT, Casts  # a GPT in torch.nn; yours will do as well, with its own names
-    from refimpl.trace import load
 
     ours = load(like)
-    config = Config.of(ours.config)
-    low = {"amp-fp16-cpu": torch.float16, "amp-bf16-cpu": torch.bfloat16}.get(config.recipe)
-    if low is None or config.model != "gpt" or config.grad_accum > 1 or config.optimizer != "adamw":
-        raise UsageError(f"{like} must be of a gpt with adamw, recipe amp-fp16-cpu or amp-bf16-cpu, one micro-batch a step")
-    if config.loss_scale not in ("dynamic", "none"):
-        raise UsageError(f"{like} has the loss scale {config.loss_scale}: this loop has PyTorch's, dynamic, or none")
+    config = settings_of(ours.config, like, attention)
+    schedule = config.make_schedule()  # number of updates made -> learning rate
     torch.set_num_threads(1)
     model, casts = GPT(config), Casts()
     casts.ignore_index = config.ignore_index
@@ -50,6 +51,7 @@ def train(like: Path, out: Path, unscale_late: bool) -> None:
         "cpu", config.init_scale, config.growth_factor or 2.0, config.backoff_factor or 0.5, config.growth_interval,
         enabled=config.loss_scale == "dynamic",
     )  # fmt: skip
+    updates = 0
 
     trace: dict[str, Any] = {}  # (trace)
 
@@ -60,25 +62,32 @@ def train(like: Path, out: Path, unscale_late: bool) -> None:
         put(f"0/4.master/{name}", p)
 
     for step in ours.steps:
-        tokens, targets = (torch.from_numpy(ours.tensors[f"{step}/{point}"]) for point in ("0.tokens", "0.targets"))
-        lr = float(ours.tensors[f"{step}/4.lr"])
+        batch = [torch.from_numpy(ours.tensors[f"{step}/{point}"]) for point in ("0.tokens", "0.targets")]
+        micro_batches = [tuple(batch)] if batch[0].dim() == 2 else list(zip(*batch, strict=True))
+        counts = [int((targets != config.ignore_index).sum()) for _, targets in micro_batches]
+        lr = schedule(updates)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        put(f"{step}/0.tokens", tokens)  # (trace)
-        put(f"{step}/0.targets", targets)  # (trace)
+        put(f"{step}/0.tokens", batch[0])  # (trace)
+        put(f"{step}/0.targets", batch[1])  # (trace)
         put(f"{step}/2.loss_scale", scaler.get_scale())  # (trace)
         put(f"{step}/4.lr", torch.tensor(lr, dtype=torch.float64))  # (trace)
         for name, p in named.items():  # (trace)
             put(f"{step}/1.weights/{name}", p)
-        casts.seen = {}  # (trace) this model keeps its outputs here; forward hooks do the same for any other
-        with torch.autocast("cpu", dtype=low):
-            loss = model(tokens, targets, casts)
-        scaler.scale(loss).backward()
+
+        loss = 0.0
+        for i, (tokens, targets) in enumerate(micro_batches, 1):
+            casts.seen = {}  # (trace) this model keeps its outputs here; forward hooks do the same for any other
+            with torch.autocast("cpu", dtype=getattr(torch, LOW[config.recipe])):
+                part = model(tokens, targets, casts) / (sum(counts) / counts[i - 1])  # the mean over all targets that count
+            scaler.scale(part).backward()
+            loss += part.detach()
+            for name, y in casts.seen.items():  # (trace) y.retain_grad() was called when it was made
+                place = name if i == 1 else f"{i}:{name}"  # (trace) 2:lm_head is lm_head in the second micro-batch
+                put(f"{step}/2.activations/{place}", y)
+                put(f"{step}/2.activation_grads/{place}", y.grad)
         put(f"{step}/2.loss", loss)  # (trace)
-        for name, y in casts.seen.items():  # (trace) y.retain_grad() was called when it was made
-            put(f"{step}/2.activations/{name}", y)
-            put(f"{step}/2.activation_grads/{name}", y.grad)
         for name, p in named.items():  # (trace) before unscale_, which works in place
             put(f"{step}/2.grads/{name}", p.grad)
 
@@ -88,21 +97,37 @@ def train(like: Path, out: Path, unscale_late: bool) -> None:
         for name, p in named.items():  # (trace)
             put(f"{step}/3.unscaled/{name}", p.grad)
         if not unscale_late:
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
             put(f"{step}/3.norm", norm)  # (trace)
         scaler.step(optimizer)
         scaler.update()
         found_inf = any(not x.isfinite().all() for k, x in trace.items() if k.startswith(f"{step}/2.grads/"))
+        updates += not found_inf  # a skipped step does not advance the schedule
         put(f"{step}/3.found_inf", found_inf)  # (trace)
         for name, p in named.items():  # (trace)
             put(f"{step}/4.master/{name}", p)
             put(f"{step}/4.m/{name}", optimizer.state[p].get("exp_avg", torch.zeros_like(p)))
             put(f"{step}/4.v/{name}", optimizer.state[p].get("exp_avg_sq", torch.zeros_like(p)))
         put(f"{step}/4.scale", scaler.get_scale())  # (trace)
-        print(f"step {step}: loss {loss.item():.6f}, scale {scaler.get_scale():g}")
+        put(f"{step}/4.t", updates)  # (trace)
+        print(f"step {step}: loss {loss:.6f}, scale {scaler.get_scale():g}")
 
-    save_file(trace, out, metadata={"refimpl-trace": json.dumps({"version": 1, "order": list(trace)})})  # (trace)
+    settings = {name: getattr(config, name) for name in STATED}  # (trace) what the loop above was made with
+    header = {"version": 1, "settings": settings, "order": list(trace)}  # (trace)
+    save_file(trace, out, metadata={"refimpl-trace": json.dumps(header)})  # (trace)
     print(f"{out}: {len(ours.steps)} steps, {len(trace)} tensors")
+
+
+def settings_of(given: dict[str, Any], like: Path, attention: str | None) -> Config:
+    """The configuration of the trace to follow, with another attention if one is asked for. Errors: UsageError."""
+    if attention not in (None, *ATTENTION):
+        raise UsageError(unknown("attention", attention, ATTENTION))
+    config = Config.of({**given, "attention": attention} if attention else given)
+    if config.recipe not in LOW or config.model != "gpt" or config.optimizer != "adamw":
+        raise UsageError(f"{like} must be of a gpt with adamw, recipe amp-fp16-cpu or amp-bf16-cpu")
+    if config.loss_scale not in ("dynamic", "none"):
+        raise UsageError(f"{like} has the loss scale {config.loss_scale}: this loop has PyTorch's, dynamic, or none")
+    return config
 
 
 def parser() -> Parser:
@@ -111,6 +136,7 @@ def parser() -> Parser:
     result.add_argument("--like", type=Path, required=True, metavar="TRACE", help="a trace of refimpl to follow")
     result.add_argument("--out", type=Path, required=True)
     result.add_argument("--unscale-late", action="store_true", help="clip the gradients before they are unscaled")
+    result.add_argument("--attention", help=f"{', '.join(ATTENTION)}: how the loop computes it (that of TRACE)")
     return result
 
 
