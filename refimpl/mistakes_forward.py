@@ -234,6 +234,12 @@ def _loss_not_averaged(parts: Parts) -> None:
     _override(parts, cross_entropy, backward=backward)
 
 
+def _mean_of_means(parts: Parts) -> None:
+    _need_micro_batches(parts)
+    need(parts.model.loss_mean == "tokens", "--loss-mean tokens")
+    parts.model = replace(parts.model, loss_mean="micro-batches")
+
+
 class UnscaledEachTime(State):
     """Gradients divided by S after each micro-batch but the last, whose step divides them all: the earlier ones once more."""
 
@@ -317,6 +323,9 @@ FORWARD = (
     Mistake("loss-not-averaged", "the loss of a micro-batch is not divided by their number",
             "gradients n times as large, which clipping and Adam hide; with fp16 they overflow sooner",
             "2.activation_grads", _loss_not_averaged),
+    Mistake("mean-of-means", "the loss is the mean of the micro-batches' means, although they have unequal numbers of targets",
+            "targets in short micro-batches count for more; none where all are full (--examples lines has unequal ones)",
+            "2.loss", _mean_of_means),
     Mistake("unscale-each-micro-batch", "gradients are unscaled after each micro-batch, the earlier ones thus several times",
             "only the last micro-batch counts: the others are 65536 times smaller", "2.grads", _unscale_each_micro_batch),
     Mistake("gradients-not-zeroed", "gradients are not set to zero between steps",

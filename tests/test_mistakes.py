@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "scheduler-steps-on-skip": {"init_scale": 2.0**24},
     "unscale-by-updated-scale": {"init_scale": 256.0, "growth_interval": 1},
     "loss-not-averaged": {"grad_accum": 2},
+    "mean-of-means": {"grad_accum": 2, "examples": "lines"},
     "unscale-each-micro-batch": {"grad_accum": 2},
     "gradients-not-zeroed": {"recipe": "amp-bf16"},
 }
@@ -233,6 +234,14 @@ def test_a_loss_that_is_not_averaged_makes_gradients_n_times_as_large() -> None:
     assert losses(wrong) == losses(right)
 
 
+def test_a_mean_of_means_is_that_of_unequal_micro_batches() -> None:
+    right, wrong = both("mean-of-means", grad_accum=3, steps=1, recipe="fp32")
+    counts = [(targets != config("mean-of-means").ignore_index).sum() for _, targets in right.inputs(1) or ()]
+    assert len({int(n) for n in counts}) > 1 and losses(right) != losses(wrong)
+    same = [flat(t, 1, "3.unscaled") for t in both("mean-of-means", examples="blocks", steps=1)]
+    assert np.array_equal(*same)  # full micro-batches have as many targets each
+
+
 def test_unscaling_after_each_micro_batch_leaves_the_last() -> None:
     right, wrong = (flat(t, 1, "2.grads") for t in both("unscale-each-micro-batch", steps=1))
     assert np.linalg.norm(wrong) < np.linalg.norm(right)
@@ -345,6 +354,7 @@ def test_unknown_mistakes_and_runs_without_room_are_refused() -> None:
         ("loss-not-averaged", {"grad_accum": 1}, "--grad-accum above 1"),
         ("unscale-each-micro-batch", {"grad_accum": 1}, "--grad-accum above 1"),
         ("unscale-each-micro-batch", {"recipe": "bf16"}, "a loss scale"),
+        ("mean-of-means", {"loss_mean": "micro-batches"}, "--loss-mean tokens"),
         ("gradients-not-zeroed", {"recipe": "fp16"}, "FP32 weights"),
         ("residual-truncated", {"recipe": "amp-bf16"}, "residuals in 16 bits"),
         ("scheduler-steps-on-skip", {"loss_scale": "1024"}, "a loss scale that adapts"),
@@ -420,4 +430,4 @@ class NoBar:
 
 def test_the_listing_names_them_all() -> None:
     text = listing()
-    assert len(MISTAKES) >= 29 and all(f"{m.name}" in text and m.what in text and m.seen in text for m in MISTAKES.values())
+    assert len(MISTAKES) >= 30 and all(f"{m.name}" in text and m.what in text and m.seen in text for m in MISTAKES.values())
