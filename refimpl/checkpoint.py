@@ -24,14 +24,14 @@ import ml_dtypes  # noqa: F401 (safetensors reads bfloat16 by its name, which Nu
 import numpy as np
 
 from refimpl.bits import bytes_of
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, one_line
 
 FORMAT_VERSION = 2
 """Version 1 had no checksum. It is read, too."""
 FILE_NAME = "checkpoint.safetensors"
 """What a checkpoint is called in the folder of a run."""
 CHECKSUM = "sha256"
-_KEY = "refimpl"  # the one metadata key
+KEY = "refimpl"  # the one metadata key
 _ALIGNMENT, _PADDING = 64, 8
 _TYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "float16": "F16", "bfloat16": "BF16",
@@ -134,9 +134,9 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, np.ndarray], dict[str
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
+        raise UsageError(f"{path} is not a whole safetensors file: {one_line(error, 200)}") from error
     except AttributeError as error:  # what safetensors' NumPy side says of the types that only PyTorch has, such as FP8
-        raise UsageError(f"{path} has a tensor of a type that NumPy has not: {error}") from error
+        raise UsageError(f"{path} has a tensor of a type that NumPy has not: {one_line(error, 200)}") from error
 
 
 def refuse_pickles(path: Path) -> None:
@@ -212,7 +212,7 @@ def parse_header(path: Path, text: str) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:  # an integer of 5,000 digits is a ValueError, too
-        raise UsageError(f"{path} has a damaged header: {error}") from error
+        raise UsageError(f"{path} has a damaged header: {one_line(error, 200)}") from error
     if not isinstance(header, dict):
         raise UsageError(f"{path} has a damaged header: it is no table")
     return header
@@ -228,7 +228,7 @@ def note_without_checksum(path: Path) -> None:
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
     """Write `arrays` and a JSON-able `header` to `path`. Errors: UsageError when it cannot be written."""
-    write_tensors(path, arrays, {_KEY: sealed({**header, "version": FORMAT_VERSION}, arrays)})
+    write_tensors(path, arrays, {KEY: sealed({**header, "version": FORMAT_VERSION}, arrays)})
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -239,12 +239,12 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """
     path = file_in(path)
     arrays, metadata = read_tensors(path, "checkpoint")
-    if _KEY not in metadata:
+    if KEY not in metadata:
         raise UsageError(
             f"{path} is a safetensors file, but not a checkpoint of refimpl; the state_dict of a PyTorch model becomes one "
             f"by `python scripts/convert.py import {path} start.safetensors`"
         )
-    header = parse_header(path, metadata[_KEY])
+    header = parse_header(path, metadata[KEY])
     version = header.get("version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise UsageError(f"{path} has checkpoint version {version!r}; this program reads 1 to {FORMAT_VERSION}")

@@ -98,7 +98,7 @@ class Config:
 
         Errors: UsageError that names the flag and what it must be.
         """
-        _check_types(given)
+        check_types(given)
         config = cls(**given)
         if config.model not in MODEL_DEFAULTS:
             raise UsageError(unknown("model", config.model, MODEL_DEFAULTS))
@@ -277,7 +277,7 @@ _LARGEST = 2**53
 """Integers beyond it are no numbers of FP64, in which learning rates are computed."""
 
 
-def _check_types(given: Mapping[str, Any]) -> None:
+def check_types(given: Mapping[str, Any]) -> None:
     """Settings may come from a file, where anything can stand. Errors: UsageError for one that is unknown or no such thing."""
     annotations = {f.name: str(f.type).partition(" | ") for f in fields(Config)}
     for name, value in given.items():

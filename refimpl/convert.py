@@ -86,7 +86,7 @@ def _model_for(weights: Mapping[str, np.ndarray], n_head: int) -> Model:
 
 def _refuse_hugging_face(weights: Mapping[str, np.ndarray]) -> None:
     """Errors: UsageError for Hugging Face's GPT-2, whose names differ by a prefix and whose linear layers lie transposed."""
-    layer = next((name for name in weights if name.endswith("h.0.attn.c_attn.weight")), None)
+    layer = next((name for name in weights if name.removeprefix("transformer.") == "h.0.attn.c_attn.weight"), None)
     if layer is None:
         return
     transposed = len(shape := weights[layer].shape) == 2 and shape[1] == 3 * shape[0]
@@ -107,7 +107,9 @@ def export(source: Path, target: Path) -> None:
 
 def import_(source: Path, target: Path, n_head: int) -> None:
     """What `scripts/convert.py import` does: state_dict -> a file for train.py --init-from and generate.py."""
-    weights, _ = checkpoint.read_tensors(source, "state_dict")
+    weights, metadata = checkpoint.read_tensors(source, "state_dict")
+    if checkpoint.KEY in metadata:
+        raise UsageError(f"{source} is a checkpoint of refimpl already: train.py --init-from and generate.py take it as it is")
     model, converted = from_state_dict(weights, n_head)
     check_has_bytes(model.config["vocab_size"], f"the vocabulary of {source}")
     _refuse_to_overwrite(target)

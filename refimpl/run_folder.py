@@ -16,7 +16,7 @@ import numpy as np
 
 from refimpl.checkpoint import FILE_NAME, write_text_atomically
 from refimpl.comm import Comm
-from refimpl.config import Config
+from refimpl.config import Config, check_types
 from refimpl.errors import UsageError
 from refimpl.folder_lock import locked
 from refimpl.schema import Table, Text, check
@@ -174,7 +174,12 @@ def _that_may_change(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, 
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of the run in a folder. Errors: UsageError when there is none."""
     saved, names = _read(folder), {f.name for f in fields(Config)}
-    return {name: value for name, value in saved.items() if name in names}
+    settings = {name: value for name, value in saved.items() if name in names}
+    try:
+        check_types(settings)
+    except UsageError as error:
+        raise UsageError(f"{folder / CONFIG} is damaged: {error}") from error
+    return settings
 
 
 def first_weights(folder: Path) -> str | None:

@@ -3,8 +3,9 @@
     python scripts/convert.py export runs/gpt-fp16/checkpoint.safetensors gpt.safetensors
     python scripts/convert.py import gpt.safetensors start.safetensors --n-head 4
 
-In PyTorch: model.load_state_dict(safetensors.torch.load_file("gpt.safetensors")), and
-safetensors.torch.save_file(weights, "gpt.safetensors"), where weights is the state_dict without the tied lm_head.weight.
+In PyTorch: model.load_state_dict(safetensors.torch.load_file("gpt.safetensors")), and the way back
+safetensors.torch.save_model(model, "gpt.safetensors"), which keeps one name of the tied weight; any one will do, and so will
+the names that DistributedDataParallel, torch.compile and Lightning make. Models without biases are told by their names.
 """
 
 from refimpl.cli import main
@@ -22,8 +23,9 @@ def parser() -> Parser:
     out = ways.add_parser("export", help="checkpoint -> state_dict")
     back = ways.add_parser("import", help="state_dict -> a file for train.py --init-from")
     for way in (out, back):
-        way.add_argument("source", type=Path)
-        way.add_argument("target", type=Path)
+        what = "the checkpoint of a run, or its folder" if way is out else "a state_dict as a safetensors file"
+        way.add_argument("source", type=Path, help=what)
+        way.add_argument("target", type=Path, help="the file to write; it must not exist")
     back.add_argument("--n-head", type=int, default=4, help="attention heads of a GPT, which shapes do not tell (4)")
     return result
 

@@ -1,7 +1,7 @@
 """Sample text from a checkpoint, or measure the loss of a file under it.
 
-    python scripts/generate.py runs/gpt-fp16/checkpoint.safetensors --prompt "The for statement"
-    python scripts/generate.py runs/gpt-fp16/checkpoint.safetensors --loss README.md
+    python scripts/generate.py runs/gpt-fp16 --prompt "The for statement"
+    python scripts/generate.py runs/gpt-fp16 --loss README.md
 """
 
 from refimpl.cli import main
@@ -15,7 +15,7 @@ from refimpl.generate import generate
 def parser() -> Parser:
     """The flags of this script."""
     result = Parser(description=__doc__)
-    result.add_argument("checkpoint", type=Path)
+    result.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a run")
     result.add_argument("--prompt", default="\n", help="text to go on from")
     result.add_argument("--bytes", type=int, default=500, dest="n_bytes", help="bytes to generate (500)")
     result.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte each time (0.8)")

@@ -30,7 +30,7 @@ STATED = ("beta1", "beta2", "eps", "weight_decay", "clip", "lr", "min_lr", "warm
 def train(like: Path, out: Path, unscale_late: bool = False, attention: str | None = None) -> None:
     """The loop. Errors: UsageError without torch, or for a trace that it cannot follow."""
     torch = import_torch()
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from refimpl.pytorch_twin import GPT, Casts  # a GPT in torch.nn; yours will do as well, with its own names
 
@@ -114,7 +114,7 @@ def train(like: Path, out: Path, unscale_late: bool = False, attention: str | No
 
     settings = {name: getattr(config, name) for name in STATED}  # (trace) what the loop above was made with
     header = {"version": 1, "settings": settings, "order": list(trace)}  # (trace)
-    save_file(trace, out, metadata={"refimpl-trace": json.dumps(header)})  # (trace)
+    out.write_bytes(save(trace, {"refimpl-trace": json.dumps(header)}))  # (trace)
     print(f"{out}: {len(ours.steps)} steps, {len(trace)} tensors")
 
 

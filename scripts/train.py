@@ -22,7 +22,7 @@ def parser() -> Parser:
     result.add_argument("--out", type=Path, help="folder for log, checkpoint and picture (default: a new one under runs/)")
     result.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     result.add_argument("--resume", action="store_true", help="go on with the run in --out, bit for bit")
-    result.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a checkpoint")
+    result.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights and sizes of a checkpoint")
     return result
 
 

@@ -107,7 +107,7 @@ def refused(read: Callable[[], Any]) -> bool:
         with redirect_stderr(io.StringIO()):
             read()
     except UsageError as error:
-        assert "\n" not in str(error) and len(str(error)) < 2000, str(error)
+        assert "\n" not in str(error) and len(str(error)) < 1000, str(error)
         return True
     return False
 
@@ -194,11 +194,13 @@ def test_edited_headers(run: Trainer, every: int) -> None:
     path = run.folder / CHECKPOINT
     whole = path.read_bytes()
     arrays, header = checkpoint.load(path)
+    tried = 0
     needed = {"progress", "generator", "loss_scale", "t", "corpus", "config"}
     try:
         for i, (place, edited) in enumerate(edits(header)):
             if i % every:
                 continue
+            tried += 1
             (checkpoint.save if i % 2 else write_old)(path, arrays, edited)
             results = [refused(read) for read in readers(run, path)]
             if place[0] in needed and len(place) == 1 and place[0] != "t":
@@ -208,6 +210,7 @@ def test_edited_headers(run: Trainer, every: int) -> None:
     finally:
         path.write_bytes(whole)
     run.load_checkpoint()
+    print(f"{tried} edited headers, each read in four ways")
 
 
 @pytest.mark.parametrize("field, value", [
