@@ -39,13 +39,14 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     squares, bad = (passes.get("measure", measure) if plain else measure)(state, inverse_scale)
     squares, bad = state.of_all_ranks(squares, bad)
     found_inf, norm = (passes.get("fold", fold) if plain else fold)(state, squares, bad)
-    return found_inf | ~state.backend.xp.isfinite(inverse_scale), norm
+    return found_inf, norm
 
 
 def measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
-    """Of each grain of the gradients: the sum of squares of the unscaled ones; whether one of the scaled ones is Inf or NaN."""
+    """Of each grain of the gradients: the sum of squares of the unscaled ones; whether a scaled one, or 1/S, is Inf or NaN."""
     xp, fmt, keeps = state.backend.xp, state.math_format, "main_grads" in state.stored
     factor = widen(inverse_scale, fmt)
+    no_inverse = ~xp.isfinite(factor)
 
     def of_block(block: slice) -> tuple[Array, Array]:
         scaled = widen(state.block("grads", block), fmt)
@@ -53,7 +54,7 @@ def measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
         if keeps:
             state.block("main_grads", block)[...] = g
         squares = by_grain(g * g, lambda x: x.sum(-1), xp)
-        return squares, by_grain(~xp.isfinite(scaled), lambda x: x.any(-1), xp)
+        return squares, by_grain(~xp.isfinite(scaled), lambda x: x.any(-1), xp) | no_inverse
 
     nothing = xp.zeros(0, factor.dtype), xp.zeros(0, np.bool_)  # what a rank finds that has no share
     squares, bad = zip(*(state.each_block(of_block) or [nothing]), strict=True)

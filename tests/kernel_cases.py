@@ -547,6 +547,11 @@ def check_gradient_norm(device: Device, fmt: str) -> None:
         expected_inf, expected = check_and_measure(state, inverse_scale)
         assert bool(found_inf[0]) == bool(expected_inf) == (index is not None)
         assert np.isclose(norm[0], expected, rtol=rtol, atol=0, equal_nan=True)
+    state.grads[...] = normal(rng, MANY, fmt)
+    no_inverse = np.float32(np.inf)  # of a loss scale of 0: no gradient is Inf or NaN, but every unscaled one would be
+    with np.errstate(all="ignore"):
+        found = gradient_norm_launched(device, fmt, state.grads, no_inverse, GRAIN)[1], check_and_measure(state, no_inverse)[0]
+    assert all(map(bool, found))
 
 
 ELEMENTWISE = {

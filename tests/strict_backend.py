@@ -203,7 +203,7 @@ def gradient_norm(
     covers(grid, -(-n // block))
     for i, scaled in enumerate(np.split(widen(grads.reshape(n)), range(int(block), int(n), int(block)))):
         g = scaled * inverse_scale
-        partial[i], partial_bad[i] = (g * g).sum(), not np.isfinite(scaled).all()
+        partial[i], partial_bad[i] = (g * g).sum(), not (np.isfinite(scaled).all() and np.isfinite(inverse_scale))
 
 
 def gradient_norm_fold(

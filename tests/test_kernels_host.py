@@ -110,6 +110,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "norm: of half-scaled squares": ("gradient_norm", "fp16", "mul(g, g)", "mul(g, scaled)"),
     "norm: infinities pass": ("gradient_norm", "fp16", "!isfinite(scaled)", "isnan(scaled)"),
+    "norm: 1/S is not looked at": ("gradient_norm", "fp16", "bad = !isfinite(*inverse_scale)", "bad = false"),
     "norm: looks at its own blocks only": ("gradient_norm", "bf16", "bad = bad || partial_bad[i]", "bad = partial_bad[i]"),
     "adamw: eps inside": (
         "adamw", "fp16", "add(div(root(second), root_correction), eps)", "div(add(root(second), eps), root_correction)",

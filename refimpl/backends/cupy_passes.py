@@ -17,7 +17,7 @@ Array = Any
 
 
 def measure(state: Any, inverse_scale: Array) -> tuple[Array, Array]:
-    """Of each grain of the gradients the sum of squares, unscaled, and whether one of them is Inf or NaN."""
+    """Of each grain of the gradients the sum of squares, unscaled, and whether one of them, or 1/S, is Inf or NaN."""
     xp, grads, grain = state.backend.xp, state.mine("grads"), state.grain
     count = -(-grads.size // grain)
     squares, bad = xp.empty(count, np.float32), xp.empty(count, np.bool_)

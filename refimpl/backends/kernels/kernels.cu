@@ -458,7 +458,7 @@ embedding_backward(const long long* tokens, const T* dy, T* dw, int n, int C) {
 
 // ----------------------------------------------------------------------------------------- step 3: gradients up (gradients.py)
 
-// For each grain of the flat gradients, by a block of threads: whether one of the scaled gradients is Inf or NaN, and the sum
+// For each grain of the flat gradients, by a block of threads: whether a scaled gradient, or 1/S, is Inf or NaN, and the sum
 // of squares of the unscaled ones, g / S.  grads (n,);  inverse_scale (1,), which is 1/S;  partial, partial_bad (grains,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 gradient_norm(const T* grads, const float* inverse_scale, float* partial, bool* partial_bad, long long n, int grain) {
@@ -466,7 +466,7 @@ gradient_norm(const T* grads, const float* inverse_scale, float* partial, bool* 
     long long stop = start + grain < n ? start + grain : n;
 
     float squares = 0.0f;
-    bool bad = false;
+    bool bad = !isfinite(*inverse_scale);
     for (long long i = start + threadIdx.x; i < stop; i += THREADS) {
         float scaled = widen(grads[i]);
         float g = mul(scaled, *inverse_scale);
