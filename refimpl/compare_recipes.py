@@ -27,6 +27,7 @@ from refimpl.generate import mean_loss
 from refimpl.memory_limits import need, require_memory
 from refimpl.policy import Policy
 from refimpl.recipes import RECIPES, Recipe, get_recipe
+from refimpl.signals import say
 from refimpl.trainer import BATCHES, EVALUATION, INIT, generator, start
 
 BASELINE = "fp32"
@@ -37,6 +38,7 @@ LAST = 10
 """The loss at the end is a mean over the last tenth of the steps, and curves are smoothed over as many."""
 
 
+STOPPING = "stopping: the comparison of the steps that all runs have taken follows; again to stop at once"
 PERTURBATIONS = 3
 """Runs of FP32 from weights that are changed in their last bit; each costs as much as one of FP32's."""
 _PERTURBATION = 1000  # streams of random numbers from here on: far from those of a training
@@ -213,6 +215,7 @@ def compare(
                 run.step(corpus)
             tick()
     except KeyboardInterrupt:
+        say(STOPPING)
         finished = min(len(run.losses) for run in everyone if not run.ended)
         if not finished:
             raise

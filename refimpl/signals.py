@@ -31,9 +31,12 @@ def _name(signum: int) -> str:
 
 
 def say(line: str) -> None:
-    """A line on standard error, from inside a signal handler: past Python's buffers, which it may have interrupted."""
+    """A line on standard error, from inside a signal handler: past Python's buffers, which it may have interrupted.
+
+    It begins a new one, since a progress bar may stand there, or the ^C that a terminal shows.
+    """
     with suppress(OSError):
-        os.write(2, f"{chr(10) if os.isatty(2) else ''}{line}\n".encode())  # a progress bar may stand on the line
+        os.write(2, f"\n{line}\n".encode())
 
 
 def end_now(signum: int, frame: FrameType | None = None) -> None:

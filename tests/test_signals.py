@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from refimpl.cli import main
 
+import os
 import random
 import signal
 import time
@@ -73,6 +74,17 @@ def test_each_signal_at_ten_moments_of_each_phase(phase: str, name: str, tmp_pat
         folder = tmp_path / str(i)
         folder.mkdir()
         stopped(phase, name, moments.uniform(0, 0.6), folder)
+
+
+@pytest.mark.slow
+def test_the_terminal_is_closed(tmp_path: Path) -> None:
+    """SIGHUP from the system, and nowhere left to print to."""
+    run = terminal_runs.TerminalRun("train", *TINY, ENDLESS, "--eval-every=20000", "--out=r", cwd=tmp_path)
+    run.wait_for("tok/s")
+    os.close(run.master)
+    assert run.process.wait(30) == 130
+    assert load(tmp_path / "r" / "checkpoint.safetensors")[1]["progress"]["step"] > 0
+    assert (tmp_path / "r" / "loss.png").exists() and not list(tmp_path.glob("r/.*"))
 
 
 @pytest.mark.slow
@@ -159,7 +171,7 @@ def test_the_second_signal_ends_at_once(capfd: pytest.CaptureFixture[str]) -> No
     with pytest.raises(Interrupted, match="ended by Ctrl-C"), stop:
         with stop:
             signal.raise_signal(signal.SIGINT)
-            assert stop.asked and capfd.readouterr().err == "stopping soon\n"
+            assert stop.asked and capfd.readouterr().err == "\nstopping soon\n"
         signal.raise_signal(signal.SIGINT)  # it listens until the outermost `with` ends
     assert signal.getsignal(signal.SIGINT) is before
 
