@@ -65,7 +65,8 @@ def report(
     reference: Trace, judge: Judge, findings: Sequence[Finding], covered: Coverage, reasons: Sequence[str]
 ) -> str:
     """What a person reads: the two runs side by side, each point, what was judged, the first departure, what explains it."""
-    lines = [f"recipe {reference.config['recipe']}, {reference.config['model']}", *judge.notes]
+    config = config_of(reference)
+    lines = [f"recipe {config.recipe}, {config.model}", *judge.notes]
     lines += [_trajectory(reference, judge.theirs), ""]
     if findings:
         lines += ["each step taken again from the trace's own values:", shares(findings), ""]

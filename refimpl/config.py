@@ -273,8 +273,7 @@ class Config:
 _TYPES: dict[str, tuple[Any, str]] = {
     "str": (str, "a text"), "int": (Integral, "an integer"), "float": (Real, "a number"), "bool": (bool, "true or false"),
 }  # fmt: skip
-_LARGEST = 2**53
-"""Integers beyond it are no numbers of FP64, in which learning rates are computed."""
+_LARGEST = 2**63 - 1
 
 
 def check_types(given: Mapping[str, Any]) -> None:
@@ -290,7 +289,7 @@ def check_types(given: Mapping[str, Any]) -> None:
         if not isinstance(value, python_type) or isinstance(value, bool) != (kind == "bool"):
             raise UsageError(f"{_flag(name)} is {value!r:.60}: it must be {what}")
         if kind == "int" and abs(int(value)) > _LARGEST:
-            raise UsageError(f"{_flag(name)} is about 2^{int(value).bit_length()}: it must be at most 2^53")
+            raise UsageError(f"{_flag(name)} is about 2^{int(value).bit_length()}: it must be below 2^63")
 
 
 def _flag(name: str) -> str:

@@ -20,8 +20,9 @@ from refimpl.flags import add_config_flags
 from refimpl.recipes_page import PAGE, STEPS, STEPS_OF_ALL, WARMUP, compare_recipes
 
 CONFIG_FLAGS = (
-    "model", "data", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "optimizer", "momentum", "beta1",
-    "beta2", "eps", "lr", "min_lr", "schedule", "weight_decay", "clip", "grad_accum", "seed", "eval_batches",
+    "model", "data", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias",
+    "optimizer", "momentum", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "weight_decay", "clip", "grad_accum",
+    "seed", "eval_batches",
 )  # fmt: skip
 OWN_FLAGS = ("recipes", "seeds", "perturbations", "out", "no_page", "json_file", "overwrite")
 

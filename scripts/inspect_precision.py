@@ -19,9 +19,10 @@ from refimpl.flags import add_config_flags
 from refimpl.show_precision import MORE_STEPS, STEPS, inspect_precision
 
 CONFIG_FLAGS = (
-    "model", "recipe", "data", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "optimizer", "beta1",
-    "beta2", "eps", "lr", "min_lr", "schedule", "warmup", "clip", "grad_accum", "masters_from", "loss_scale", "init_scale",
-    "growth_interval", "hysteresis", "growth_factor", "backoff_factor", "scale_floor", "seed", "mistake", "backend",
+    "model", "recipe", "data", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size",
+    "bias", "optimizer", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "warmup", "clip", "grad_accum",
+    "masters_from", "loss_scale", "init_scale", "growth_interval", "hysteresis", "growth_factor", "backoff_factor",
+    "scale_floor", "seed", "mistake", "backend",
 )  # fmt: skip
 OWN_FLAGS = ("run", "trace", "every", "what_if", "out", "no_page", "json_file", "overwrite")
 

@@ -197,7 +197,7 @@ def test_any_vocabulary_works_or_is_refused_at_import(kind: str, vocab_size: int
     _, state, run = load_for_inference(tmp_path / "start")
     assert len(sample(model, state, run, 300, np.random.default_rng(0), temperature=5.0)) == 300
     assert len(sample(model, state, run, 20, np.random.default_rng(0), temperature=0.0)) == 20
-    if vocab_size == 256:
+    if vocab_size == 256 or kind == "mlp":
         return
     (tmp_path / "text").write_text("to be or not to be; " * 40)
     given = {"data": str(tmp_path / "text"), "steps": 2, "batch_size": 2, "eval_batches": 1, "sample_bytes": 5}
