@@ -152,18 +152,19 @@ class NumPyBackend(Backend):
         return result
 
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
-        return self.gemm_then(a, b, acc, lambda z: z, acc)
-
-    def gemm_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
-        """As in `Backend`, but that a product of two matrices is computed in `row_blocks`, as is that of `gemm`.
-
-        Of a batch, each matrix is a product of its own, computed whole.
-        """
+        """As in `Backend`; a product of two matrices in `row_blocks`, those of a batch one by one, each whole."""
         if a.ndim != 2 or b.ndim != 2:
             with workers().one_thread_a_product():
-                z = super().gemm(a, b, acc)
-            return finish(z)
-        blocks = row_blocks(len(a), len(a) * b.size)
+                return super().gemm(a, b, acc)
+        a, b = self.convert(widen, a, acc), self.convert(widen, b, acc)
+        z = np.empty((len(a), b.shape[1]), dtype_of(acc))
+        workers().map(lambda rows: np.matmul(a[rows], b, out=z[rows]), row_blocks(len(a), len(a) * b.size))
+        return z
+
+    def gemm_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
+        """As in `Backend`, to the bit: the blocks are those of `gemm`, each finished by the thread that computed it."""
+        if a.ndim != 2 or b.ndim != 2 or len(a) * b.shape[1] < SHARED:
+            return finish(self.gemm(a, b, acc))
         if not a.flags.c_contiguous:
             a = self.convert(widen, a, acc)  # whole: slices of a transposed array would be in no order at all
         b, result = self.convert(widen, b, acc), np.empty((len(a), b.shape[1]), dtype_of(fmt))
@@ -175,7 +176,7 @@ class NumPyBackend(Backend):
             if y is not part:
                 part[...] = y
 
-        workers().map(product, blocks)
+        workers().map(product, row_blocks(len(a), len(a) * b.size))
         return result
 
     def row_sum(self, x: Array) -> Array:

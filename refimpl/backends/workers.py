@@ -15,9 +15,10 @@ import contextvars
 import functools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
@@ -32,14 +33,14 @@ class Workers:
     def __init__(self, *blas: Any) -> None:
         """blas: threadpoolctl's handles of the BLAS (of all that may be NumPy's); without one, the calling thread does all."""
         self._blas = blas
-        self.threads = self._limit()
-        self._pool = ThreadPoolExecutor(self.threads - 1) if self.threads > 1 else None
+        self.threads = max((one.num_threads for one in blas), default=1)
         self._here = threading.local()
         self._lock, self._inside, self._before = threading.Lock(), 0, [1] * len(blas)
-
-    def _limit(self) -> int:
-        """The threads that the BLAS would use now."""
-        return max((blas.num_threads for blas in self._blas), default=1)
+        # A queue of our own: handing a part over by a pool of concurrent.futures takes twice as long, and as long as a product.
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        for _ in range(self.threads - 1):
+            threading.Thread(target=_serve, args=(self._jobs,), daemon=True).start()
+            weakref.finalize(self, self._jobs.put, None)
 
     @property
     def at_work(self) -> bool:
@@ -51,14 +52,13 @@ class Workers:
         """Meanwhile the BLAS computes each product on the thread that asks for it. Yields how many threads it had before.
 
         Any number of threads may be inside at once, and enter again: who comes first sees what limit there is, and who leaves
-        last restores it. It takes about 2 us, and 1 us for those who come later.
+        last restores it. It takes a few microseconds.
         """
         with self._lock:
             if not self._inside:
                 self._before = [blas.num_threads for blas in self._blas]
             self._inside += 1
-            for blas in self._blas:
-                blas.set_num_threads(1)  # by everyone: one that is built on OpenMP has a number for each thread
+            self._stay()
         try:
             yield max(self._before, default=1)
         finally:
@@ -68,36 +68,50 @@ class Workers:
                     for blas, threads in zip(self._blas, self._before, strict=True):
                         blas.set_num_threads(threads)
 
+    def _stay(self) -> None:
+        """Tell the BLAS to stay on the calling thread: by each thread, since one built on OpenMP has a number for each."""
+        for blas in self._blas:
+            blas.set_num_threads(1)
+
     def map(self, f: Callable[[T], R], parts: Iterable[T]) -> list[R]:
         """[f(part) for part in parts], the parts shared among the threads. An error in one is raised when all have ended."""
         items = list(parts)
-        if self._pool is None or self.at_work or len(items) < 2:
+        if self.at_work:
+            return [f(item) for item in items]
+        if self.threads == 1 or len(items) < 2:
             with self.one_thread_a_product():
                 return [f(item) for item in items]
-        results: list[Any] = [None] * len(items)
+        results, errors, ended = [None] * len(items), list[BaseException](), SimpleQueue[int]()
         left = iter(range(len(items)))  # its next() is atomic: each index goes to one thread
 
         def work() -> None:
             self._here.busy = True
-            try:
-                with self.one_thread_a_product():
-                    for i in left:
-                        results[i] = f(items[i])
-            finally:
-                self._here.busy = False
+            for i in left:
+                try:
+                    self._stay()
+                    results[i] = f(items[i])  # type: ignore[call-overload]
+                except BaseException as error:
+                    errors.append(error)
+                ended.put(i)
+            self._here.busy = False
 
         with self.one_thread_a_product() as allowed:
-            # Each in a copy of the caller's context: np.errstate lives there, and an overflow is a result in a step.
-            count = min(self.threads, allowed, len(items)) - 1
-            others = [self._pool.submit(contextvars.copy_context().run, work) for _ in range(count)]
-            try:
-                work()
-            finally:
-                errors = [other.exception() for other in others]
-        for error in errors:
-            if error is not None:
-                raise error
-        return results
+            for _ in range(min(self.threads, allowed, len(items)) - 1):
+                # Each in a copy of the caller's context: np.errstate lives there, and an overflow is a result in a step.
+                self._jobs.put(functools.partial(contextvars.copy_context().run, work))
+            work()
+            for _ in items:
+                ended.get()  # those who wake up too late find nothing left, and nobody waits for them
+        if errors:
+            raise errors[0]
+        return results  # type: ignore[return-value]
+
+
+def _serve(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+    """What a thread does: one job after the other, until there is None."""
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # it holds the workers, which send None when nobody holds them any more
 
 
 @functools.cache
