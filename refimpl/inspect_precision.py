@@ -20,6 +20,7 @@ from refimpl.cast import cast, widen
 from refimpl.config import Config
 from refimpl.errors import UsageError
 from refimpl.formats import FORMATS, format_of
+from refimpl.non_finite import find_origin
 from refimpl.parts import Parts
 from refimpl.policy import Monitor
 from refimpl.recipes import Recipe
@@ -82,8 +83,7 @@ def _steps(n: int) -> str:
 
 def _on_device(steps: Iterable[Sequence[Batch]], parts: Parts) -> Iterator[list[Batch]]:
     """The batches of each step, where the run computes."""
-    here = parts.state.backend.from_host
-    return ([(here(x), here(y)) for x, y in batches] for batches in steps)
+    return ([parts.model.batch_on(parts.state.backend, x, y) for x, y in batches] for batches in steps)
 
 
 def from_checkpoint(folder: Path, steps: int) -> Source:
@@ -138,6 +138,7 @@ class Inspection:
     unscaled: dict[str, Counts] = field(default_factory=dict)  # gradients divided by the loss scale of their step
     others: dict[str, dict[str, Counts]] = field(default_factory=dict)
     sweep: list[dict[str, Any]] = field(default_factory=list)
+    non_finite: str = ""  # where the first loss that was not finite came from, in a sentence
 
     def add(self, step: int, scale: float, sites: Mapping[str, Counts], others: Mapping[str, Mapping[str, Counts]]) -> None:
         """Add the counts of one step."""
@@ -205,6 +206,8 @@ def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: A
         parts.watch(None)
         if looked_at:
             result.add(step, float(outcome.loss_scale), *monitor.take())
+        if not result.non_finite and not np.isfinite(float(outcome.loss)):
+            result.non_finite = f"At step {step}: {find_origin(parts, batches, outcome.loss_scale).text}."
         result.rows.append(movement.row(step, outcome, parts.state))
         if bar is not None:
             bar.update(1)

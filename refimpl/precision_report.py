@@ -71,9 +71,10 @@ a power of two, one for each tensor, that takes the largest value just below tha
 saturates. Wider formats take the values as they are: gradients times the loss scale of this run. What this run itself \
 quantises is taken divided by its scale."""
 SHARES = """\
-Percentages are shares of the values that were not zero before rounding; overflowed and saturated are numbers of values. Each \
-value is exact, rounded, flushed, overflowed or saturated; ties and subnormal values are counted besides. 'dw of block 3 \
-mlp.c_fc' is the gradient of operand w of that layer; its 'cast' is the operation, and the place in it, where it is rounded."""
+Percentages are shares of the values that were finite and not zero before rounding; overflowed, saturated and arrived are \
+numbers of values. Each value is exact, rounded, flushed, overflowed or saturated, or arrived as Inf or NaN; ties and \
+subnormal values are counted besides. 'dw of block 3 mlp.c_fc' is the gradient of operand w of that layer; its 'cast' is \
+the operation, and the place in it, where it is rounded."""
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------

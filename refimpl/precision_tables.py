@@ -51,12 +51,14 @@ COLUMNS = (
     Column("overflowed", lambda c: f"{c.overflowed:,}",
            "how many were too large and became an infinity, or NaN where the format has no infinity"),
     Column("saturated", lambda c: f"{c.saturated:,}", "how many were too large and became the largest value"),
+    Column("arrived", lambda c: f"{c.arrived:,}",
+           "how many were infinite or NaN already when they came to the cast: it only passed them on"),
     Column("SNR", lambda c: decibels(c.snr),
            "signal-to-noise ratio, 10 log10(sum x^2 / sum (x - y)^2) for x rounded to y, over finite values"),
     Column("exponents", exponents_text,
            "the smallest and the largest e of values in [2^e, 2^(e+1)), before rounding"),
 )  # fmt: skip
-"""Source: the definitions of `rounding.Effects` and `rounding.Counts`. Shares are shares of the values that were not zero."""
+"""Source: the definitions of `rounding.Effects` and `rounding.Counts`. Shares are of the finite values that were not zero."""
 
 OTHER_COLUMNS = tuple(column for column in COLUMNS if column.heading in ("flushed", "overflowed", "saturated", "SNR"))
 """Those that another format is compared by."""
@@ -140,10 +142,12 @@ def _the_casts(inspection: Inspection) -> str:
         return f"{looked}: this recipe casts no tensor to a narrower format, so there is no cast to count."
     every = inspection.sites.values()
     looked += f", at {len(every)} casts each: {sum(counts.elements for counts in every):,} values in all."
-    nonzero = sum(counts.elements - counts.zeros for counts in every)
+    nonzero = max(sum(counts.nonzero for counts in every), 1)
     flushed, overflowed, saturated = (sum(getattr(c, name) for c in every) for name in ("flushed", "overflowed", "saturated"))
+    arrived = sum(counts.arrived for counts in every)
+    looked += f" {arrived:,} of them arrived as Inf or NaN, and were only passed on." if arrived else ""
     if not (flushed or overflowed or saturated):
-        return f"{looked} None of them became zero that was not, and none overflowed."
+        return f"{looked} {'None of the others' if arrived else 'None of them'} became zero that was not, and none overflowed."
     lost = f"{percent(flushed / nonzero)} of those that were not zero became zero, {overflowed:,} overflowed"
     lost += f", and {saturated:,} became the largest value." if saturated else "."
     worst = max(inspection.sites, key=lambda site: inspection.sites[site].share("flushed"))
@@ -159,9 +163,12 @@ def _the_states(inspection: Inspection) -> str:
 
 
 def _the_gradients(inspection: Inspection) -> str:
-    skipped = skipped_sentence(inspection.rows)
+    skipped = " ".join(filter(None, (skipped_sentence(inspection.rows), inspection.non_finite)))
     if not inspection.unscaled:
         return skipped
+    every = inspection.unscaled.values()
+    if any(counts.arrived for counts in every) and not any(counts.nonzero for counts in every):
+        return f"All gradients were Inf or NaN before they were rounded: they say nothing of a loss scale. {skipped}"
     scaled = [inspection.sites[site] for site in inspection.unscaled]
     actual = percent(_joint(scaled, lambda counts: counts.share("flushed")))
     quantised = [c for site, c in inspection.sites.items() if kind_of(site).endswith("gradients") and has_own_scale(c)]
@@ -181,7 +188,7 @@ def _the_gradients(inspection: Inspection) -> str:
 
 def _joint(every: Iterable[Counts], share: Callable[[Counts], float]) -> float:
     """The share of the nonzero values of all, from the share in each."""
-    weighted = [(counts.elements - counts.zeros, share(counts)) for counts in every]
+    weighted = [(counts.nonzero, share(counts)) for counts in every]
     return sum(n * part for n, part in weighted) / max(sum(n for n, _ in weighted), 1)
 
 
@@ -217,8 +224,7 @@ def range_sentence(counts: Counts) -> str:
     """Which shares of the nonzero values lie in the format's ranges, told from their binades, and what follows."""
     fmt, shares = counts.fmt, zone_shares(counts)
     rest = f" {percent(counts.zeros / counts.elements)} of all values are exactly zero and not shown." if counts.zeros else ""
-    broken = counts.elements - counts.zeros - int(counts.binades.sum())
-    rest += f" {plural(broken, 'value')} more had been infinite or NaN before." if broken else ""
+    rest += f" {plural(counts.arrived, 'value')} more had been infinite or NaN before." if counts.arrived else ""
     if not counts.overflowed and not any(shares[zone] for zone in ("flushed", "subnormal", "overflow")):
         return f"All that are finite and not zero lie in the normal range of {fmt}.{rest}"
     where = (
@@ -249,7 +255,7 @@ def zone_shares(counts: Counts) -> dict[str, float]:
     """The share of the nonzero values in each zone: flushed, subnormal, normal, overflow."""
     cuts = [max(0, cut - LOWEST) for cut in zones(counts.fmt)]
     bounds = [0, *cuts, counts.binades.size]
-    nonzero = max(counts.elements - counts.zeros, 1)
+    nonzero = max(counts.nonzero, 1)
     names = ("flushed", "subnormal", "normal", "overflow")
     return {name: int(counts.binades[bounds[i] : bounds[i + 1]].sum()) / nonzero for i, name in enumerate(names)}
 

@@ -24,12 +24,13 @@ Array = Any
 class Effects:
     """What one rounding did to each value, as arrays of booleans.
 
-    The first five exclude each other, and one of them holds for every value:
-      exact        nothing: the value is one of the format (zero, infinities and NaN among them)
+    The first six exclude each other, and one of them holds for every value:
+      exact        nothing: the value is one of the format (zero among them)
       rounded      it went to a neighbouring value of the format
       flushed      it was not zero, and became zero
       overflowed   it is too large: an infinity, or NaN where the format has no infinity
       saturated    it is too large, and became the largest value
+      arrived      it was Inf or NaN already: something before this rounding made it, whatever becomes of it here
     The other two say more of them:
       tie          it lay in the middle between two neighbouring values, so that the even one was taken
       subnormal    it became a subnormal value, which has fewer fraction bits the smaller it is
@@ -40,11 +41,12 @@ class Effects:
     flushed: np.ndarray
     overflowed: np.ndarray
     saturated: np.ndarray
+    arrived: np.ndarray
     tie: np.ndarray
     subnormal: np.ndarray
 
 
-OUTCOMES = ("exact", "rounded", "flushed", "overflowed", "saturated")
+OUTCOMES = ("exact", "rounded", "flushed", "overflowed", "saturated", "arrived")
 """The effects that exclude each other."""
 
 
@@ -57,15 +59,16 @@ def effects_of(x: np.ndarray, y: np.ndarray, fmt: str) -> Effects:
     with np.errstate(invalid="ignore", over="ignore"):
         before, after = widen(x, "fp64"), widen(y, "fp64")
         magnitude = np.abs(before)
-        same = (before == after) | (np.isnan(before) & np.isnan(after))
+        arrived = ~np.isfinite(before)
+        same = (before == after) & ~arrived
         beyond = magnitude >= overflow_threshold(fmt)
-        flushed = ~same & (after == 0) & ~np.isnan(before)
-        overflowed = ~same & ~np.isfinite(after) | np.isnan(before) & ~same
-        saturated = ~same & ~overflowed & beyond & ~flushed
-        rounded = ~(same | flushed | overflowed | saturated)
+        flushed = ~(same | arrived) & (after == 0)
+        overflowed = ~(same | arrived) & ~np.isfinite(after)
+        saturated = ~(same | arrived | overflowed | flushed) & beyond
+        rounded = ~(same | arrived | flushed | overflowed | saturated)
         tie = (rounded | flushed) & (2 * np.abs(before - after) == _ulps(magnitude, fmt))
         subnormal = (after != 0) & (np.abs(after) < FORMATS[fmt].smallest_normal)
-    return Effects(same, rounded, flushed, overflowed, saturated, tie, subnormal)
+    return Effects(same, rounded, flushed, overflowed, saturated, arrived, tie, subnormal)
 
 
 def overflow_threshold(fmt: str) -> float:
@@ -109,6 +112,7 @@ class Counts:
     flushed: int = 0
     overflowed: int = 0
     saturated: int = 0
+    arrived: int = 0
     tie: int = 0
     subnormal: int = 0
     signal: float = 0.0
@@ -163,9 +167,14 @@ class Counts:
         return (int(used[0]) + LOWEST, int(used[-1]) + LOWEST) if used.size else None
 
     def share(self, name: str) -> float:
-        """How many of the values that were not zero it happened to, as a share; 0 where all were zero."""
+        """How many of the values that were finite and not zero it happened to, as a share; 0 where there were none."""
         happened = getattr(self, name) - (self.zeros if name == "exact" else 0)
-        return happened / (self.elements - self.zeros) if self.elements > self.zeros else 0.0
+        return happened / self.nonzero if self.nonzero else 0.0
+
+    @property
+    def nonzero(self) -> int:
+        """How many values were finite and not zero: those that a rounding can do something to."""
+        return self.elements - self.zeros - self.arrived
 
     def divided_by(self, scale: float) -> Counts:
         """The counts of the values before they were multiplied by a loss scale: binades and the largest; no outcomes.
@@ -173,7 +182,7 @@ class Counts:
         Exact for a power of two; any other scale is taken for the power of two below it.
         """
         power = math.frexp(scale)[1] - 1
-        result = Counts(self.fmt, self.elements, self.zeros, largest=self.largest / scale)
+        result = Counts(self.fmt, self.elements, self.zeros, arrived=self.arrived, largest=self.largest / scale)
         for e in np.flatnonzero(self.binades):
             result.binades[max(int(e) - power, 0)] += self.binades[e]
         return result
@@ -186,8 +195,7 @@ class Counts:
         """
         half_exponent = math.frexp(FORMATS[fmt].smallest_subnormal)[1] - 2
         below = max(0, half_exponent - factor_exponent - LOWEST)
-        nonzero = self.elements - self.zeros
-        return float(self.binades[:below].sum() / nonzero) if nonzero else 0.0
+        return float(self.binades[:below].sum() / self.nonzero) if self.nonzero else 0.0
 
     def fits_at(self, factor_exponent: int, fmt: str) -> bool:
         """Whether the largest value, multiplied by 2^factor_exponent, still rounds to a finite value of `fmt`."""

@@ -156,6 +156,7 @@ def data(inspection: Inspection) -> dict[str, Any]:
         "what": inspection.what,
         "config": asdict(inspection.config),
         "weights_held_against": inspection.low,
+        "non_finite": inspection.non_finite,
         "rows": [asdict(row) for row in inspection.rows],
         "sampled": inspection.sampled,
         "sites": {

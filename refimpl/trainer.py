@@ -18,10 +18,10 @@ from refimpl.data import Corpus, load_corpus, sample_batch, sequential_batches
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.formats import FORMATS
 from refimpl.generate import check_has_bytes, mean_loss
-from refimpl.gradients import first_non_finite
 from refimpl.loss_scale import DynamicLossScale
 from refimpl.metrics import MetricsLog, read_metrics
 from refimpl.mistakes import meddle
+from refimpl.non_finite import Origin, explained, find_origin, known_since
 from refimpl.parts import Parts
 from refimpl.run_folder import CHECKPOINT, METRICS
 from refimpl.signals import Stop
@@ -85,7 +85,9 @@ class Trainer:
         self.batches = generator(config.seed, BATCHES)
         self.progress = Progress()
         self.log = MetricsLog(folder / METRICS)
-        self._pending: list[tuple[int, StepResult]] = []
+        self._pending: list[tuple[int, StepResult, list[Batch]]] = []
+        self._first_step = 1
+        self._bad_losses = 0  # steps in a row whose loss was not finite
         self._window_start = time.perf_counter()
         self._owes_evaluation = False
         self.stop = Stop(STOPPING, speaks=self.writes)
@@ -100,11 +102,13 @@ class Trainer:
         steps = self.config.steps
         assert steps is not None
         self._window_start = time.perf_counter()
+        self._first_step = self.progress.step + 1
         with self.stop:
             if self._owes_evaluation:
                 self._tell(bar, self._evaluate(False))
             while self.progress.step < steps and not self.stopping():
-                self._pending.append((self.progress.step + 1, self._one_step()))
+                batches = self.next_batches()
+                self._pending.append((self.progress.step + 1, self._one_step(batches), batches))
                 self.progress.step += 1
                 at_end = self.progress.step == steps
                 if self.progress.step % self.config.log_every == 0:
@@ -128,9 +132,9 @@ class Trainer:
         """Whether a signal has asked this rank, or another one, to stop."""
         return self.comm.any(self.stop.asked)
 
-    def _one_step(self) -> StepResult:
+    def _one_step(self, batches: list[Batch]) -> StepResult:
         before = self.comm.received.total()
-        result = self.parts.step(self.next_batches())
+        result = self.parts.step(batches)
         self.exchanged += self.comm.received.total() - before
         return result
 
@@ -154,13 +158,13 @@ class Trainer:
         seconds = time.perf_counter() - self._window_start
         tokens = self.config.batch_size * self.config.block_size * self.config.grad_accum  # type: ignore[operator]
         rate = tokens * len(self._pending) / seconds
-        rows = [_row(step, result, rate) for step, result in self._pending]
+        rows = [_row(step, result, rate) for step, result, _ in self._pending]
         self._log(rows)
         bar.update(len(rows))
-        for row in rows:
-            self._watch(row)
-        self._stop_if_exhausted()
-        self._stop_at_zero()
+        for row, (_, _, batches) in zip(rows, self._pending, strict=True):
+            self._watch(row, batches, bar)
+        self._stop_if_exhausted(rows[-1], batches)
+        self._stop_at_zero(rows[-1], batches)
         bar.set_postfix_str(
             f"loss {rows[-1]['loss']:.3f}, scale {rows[-1]['loss_scale']:g}, skipped {self.progress.skipped}, {rate:,.0f} tok/s"
         )
@@ -171,25 +175,27 @@ class Trainer:
         if self.writes:
             self.log.write(rows)
 
-    def _watch(self, row: dict[str, Any]) -> None:
-        """Stop a run whose steps can no longer do anything."""
+    def _watch(self, row: dict[str, Any], batches: list[Batch], bar: Any) -> None:
+        """Stop a run whose steps can no longer do anything; say where a loss that is not finite comes from."""
         progress = self.progress
         progress.skipped += row["skipped"]
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if row["skipped"] else 0
+        self._bad_losses = 0 if math.isfinite(row["loss"]) else self._bad_losses + 1
+        stuck = row["skipped"] and self.config.loss_scale == "none"
+        if self._bad_losses == 1 or stuck:
+            origin = self._origin(row, batches)
+            why = f"step {row['step']}: the loss is {row['loss']:g}: {self._explained(origin, row)}"
+            if stuck or origin.stage == "parameter":  # a NaN in a weight stays, whatever the loss scale becomes
+                raise TrainingStopped(f"{why}. No weight was changed by this step" if row["skipped"] else why)
+            bar.write(why)
         if not row["skipped"]:
             return
-        if self.config.loss_scale == "none":
-            raise TrainingStopped(
-                f"step {row['step']}: {self._what_overflowed()} (loss {row['loss']}) and there is no loss scale to lower; "
-                f"no weight was changed by it. Try a smaller --lr, --recipe bf16, or --loss-scale dynamic"
-            )
         S = row["loss_scale"]
         collapsed = not self.loss_scale.adapts or S < SMALLEST_SCALE or self._floor >= S or math.isinf(S)
-        if collapsed and progress.skipped_in_a_row >= SKIPS_BEFORE_STOP:
-            advice = "a smaller --lr or --recipe bf16" if self.loss_scale.adapts else "a smaller --loss-scale, or dynamic"
+        if max(progress.skipped_in_a_row if collapsed else 0, self._bad_losses) >= SKIPS_BEFORE_STOP:
             raise TrainingStopped(
-                f"step {row['step']}: {self._what_overflowed()}, {progress.skipped_in_a_row} steps in a row were skipped "
-                f"and the loss scale is {row['loss_scale']:g}. Try {advice}"
+                f"step {row['step']}: {progress.skipped_in_a_row} steps in a row were skipped and the loss scale is "
+                f"{row['loss_scale']:g}: {self._explained(self._origin(row, batches), row)}"
             )
 
     @property
@@ -198,31 +204,34 @@ class Trainer:
         scale = self.loss_scale
         return scale.scaler.floor if isinstance(scale, DynamicLossScale) and not scale.scaler.stops else 0.0
 
-    def _stop_if_exhausted(self) -> None:
+    def _stop_if_exhausted(self, row: dict[str, Any], batches: list[Batch]) -> None:
         """End a run whose loss scaler ends runs at its floor, with a checkpoint: skipped steps have changed no weight."""
         scale = self.loss_scale
         if not isinstance(scale, DynamicLossScale) or not scale.scaler.stops or not bool(scale.exhausted):
             return
         path = self.save()
+        why, S = self._explained(self._origin(row, batches), row), float(scale.scale)
         raise TrainingStopped(
-            f"by step {self.progress.step}: {self._what_overflowed()} at a loss scale of {float(scale.scale):g}, below which "
-            f"{scale.scaler.name} does not go. Try a smaller --lr, --recipe bf16, or --loss-scale dynamic, which has no floor, "
-            f"from these weights: --init-from {path}"
+            f"by step {self.progress.step}: the loss scale is {S:g}, below which {scale.scaler.name} does not go: "
+            f"{why}. --loss-scale dynamic has no floor; to go on with it from these weights: --init-from {path}"
         )
 
-    def _stop_at_zero(self) -> None:
+    def _stop_at_zero(self, row: dict[str, Any], batches: list[Batch]) -> None:
         """End a run whose loss scale has become 0 or nearly so: no gradient can be divided by it, and every step is skipped."""
         S = float(self.loss_scale.scale)
         if FORMATS["fp32"].smallest_normal > S:
             raise TrainingStopped(
-                f"by step {self.progress.step}: {self._what_overflowed()}, and by now the loss scale is {S:g}, by which "
-                f"no gradient can be divided. Try a smaller --lr or --recipe bf16"
+                f"by step {self.progress.step}: the loss scale is {S:g}, by which no gradient can be divided: "
+                f"{self._explained(self._origin(row, batches), row)}"
             )
 
-    def _what_overflowed(self) -> str:
-        """What the latest gradients tell; they may be a few steps younger than the row that is looked at."""
-        where = first_non_finite(self.state)
-        return "a gradient is Inf or NaN" + (f" (in the latest step one of {where})" if where else "")
+    def _origin(self, row: dict[str, Any], batches: list[Batch]) -> Origin:
+        """Where Inf or NaN begins in a step, taken once more on its batches, with the weights of now."""
+        return find_origin(self.parts, batches, self.backend.from_host(np.asarray(row["loss_scale"], np.float32)))
+
+    def _explained(self, origin: Origin, row: dict[str, Any]) -> str:
+        updates = int(self.state.t)
+        return explained(origin, self.config, updates, known_since(updates, row["step"], self._first_step))
 
     def _evaluate(self, final: bool) -> str:
         """Log the validation loss, and tell it; '' if a signal asked to stop in the middle of it."""

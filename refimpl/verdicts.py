@@ -53,13 +53,16 @@ def plain_name(site: str) -> str:
 
 def _of_gradient(counts: Counts, unscaled: Counts, inspection: Inspection) -> tuple[float, str]:
     """What the loss scale did for a gradient, and what another one would do."""
-    fmt, parts = counts.fmt, []
+    fmt, parts = counts.fmt, _arrived(counts)
     if counts.overflowed:
         parts.append(f"{counts.overflowed} of {counts.elements} values overflowed: there the loss scale was too large")
+    if counts.arrived and not counts.nonzero:
+        return _severity(counts, 0.0), f"{parts[0]}: they say nothing of a loss scale"
     at_one = unscaled.flushed_at(0, fmt)
     actual = counts.share("flushed")
     if at_one < NEGLIGIBLE:
-        parts.append(f"needs no loss scale: at S = 1 {percent(at_one)} would become zero in {fmt}")
+        needs = "of the others" if counts.arrived else "needs no loss scale:"
+        parts.append(f"{needs} at S = 1 {percent(at_one)} would become zero in {fmt}")
     else:
         parts.append(f"{percent(at_one)} would become zero in {fmt} at S = 1; {_remedy(unscaled, fmt)}")
     scales = sorted({row["loss_scale"] for row in inspection.sampled})
@@ -79,7 +82,7 @@ def _remedy(unscaled: Counts, fmt: str) -> str:
 
 def _of_value(counts: Counts) -> tuple[float, str]:
     """What became of weights, activations or states."""
-    fmt, parts = counts.fmt, []
+    fmt, parts = counts.fmt, _arrived(counts)
     threshold = overflow_threshold(fmt)
     if counts.overflowed:
         parts.append(f"{counts.overflowed} of {counts.elements} values overflowed {fmt}")
@@ -92,14 +95,25 @@ def _of_value(counts: Counts) -> tuple[float, str]:
         room = math.floor(math.log2(threshold / counts.largest))
         if not counts.overflowed:
             parts.append(f"the largest, {counts.largest:.3g}, is 2^{room} times below overflow")
-    parts.append(f"signal-to-noise {decibels(counts.snr)}")
+    if counts.nonzero or not counts.arrived:
+        parts.append(f"signal-to-noise {decibels(counts.snr)}")
     return _severity(counts, counts.share("flushed")), "; ".join(parts)
 
 
+def _arrived(counts: Counts) -> list[str]:
+    """What is said of values that were Inf or NaN before they came to this cast."""
+    if not counts.arrived:
+        return []
+    how_many = f"all {counts.elements}" if counts.arrived == counts.elements else f"{counts.arrived} of {counts.elements}"
+    return [f"{how_many} values arrived as Inf or NaN"]
+
+
 def _severity(counts: Counts, flushed: float) -> float:
-    """Overflow first, then what is flushed, then the noise; each in its own decade."""
+    """Overflow first, then what came as Inf or NaN, what is flushed, and the noise; each in its own decade."""
     if counts.overflowed:
-        return 2 + counts.overflowed / counts.elements
+        return 3 + counts.overflowed / counts.elements
+    if counts.arrived:
+        return 2 + counts.arrived / counts.elements
     usual = 6.02 * (FORMATS[counts.fmt].fraction_bits + 1)  # what rounding of normal values leaves, roughly
     lost = max(0.0, usual - counts.snr) / usual if math.isfinite(counts.snr) else 0.0
     return max(flushed, counts.share("flushed"), counts.share("saturated")) + 0.01 * lost
