@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.config import Config
-from refimpl.coverage import Coverage, coverage, verdict
+from refimpl.bounds import fp64
+from refimpl.coverage import Coverage, coverage, is_input, verdict
 from refimpl.errors import UsageError
 from refimpl.findings import Finding
 from refimpl.judge import Judge, explanations
 from refimpl.mistakes import MISTAKES
 from refimpl.show import table
 from refimpl.trace import POINTS, Trace
+from refimpl.trace_checks import checked
+from refimpl.trace_settings import config_from
 
 GROUPS = 12
 """Reasons that are printed; `--json` has all."""
@@ -30,15 +32,19 @@ def diff(a: Trace, b: Trace) -> dict[str, Any]:
     if not a.config and not b.config:
         raise UsageError("neither file says how it was made: one of the two must come from `scripts/trace.py record`")
     reference, theirs = (a, b) if a.config else (b, a)
-    config = replace(config_of(reference), mistake="none")
-    judge = Judge(config, with_start_of(reference, theirs))
-    own = Judge(config, theirs).theirs if theirs.tensors else theirs
+    config = replace(config_from(reference.config), mistake="none")
+    model = config.make_model()
+    inputs = {name: x for name, x in reference.tensors.items() if is_input(name)}
+    given, _ = checked(Trace({}, inputs), model)
+    theirs, mapped = checked(theirs, model)
+    judge = Judge(config, with_inputs_of(given, theirs))
     findings = list(judge.findings())
-    covered = coverage(own, findings, judge.reasons)
+    covered = coverage(theirs, findings, judge.reasons, ("4.lr",) if judge.own_rates else ())
     if not covered.tensors:
         raise UsageError("nothing in this trace can be judged: it holds a start and batches at most")
     first = next((finding for finding in findings if finding.departs), None)
     reasons = explanations(config, judge.theirs, first) if first else []
+    judge.notes = [*mapped, *judge.notes]
     print(report(reference, judge, findings, covered, reasons))
     said = verdict(findings, covered)
     return {
@@ -47,17 +53,15 @@ def diff(a: Trace, b: Trace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def config_of(trace: Trace) -> Config:
-    """The configuration that a trace's header holds. Errors: UsageError where it is none."""
-    try:
-        return Config.of(trace.config)
-    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
-        raise UsageError(f"the configuration in the trace's header is damaged: {error}") from error
+def with_inputs_of(reference: Trace, theirs: Trace) -> Trace:
+    """Return the judged trace with what it lacks of batches, and of the start, taken from the reference.
 
-
-def with_start_of(reference: Trace, theirs: Trace) -> Trace:
-    """The judged trace with what it lacks of batches, and of the start if that may be the reference's."""
-    given = {k: v for k, v in reference.tensors.items() if k.startswith("0/") or "/0." in k}
+    A trace with another start than the reference's, weights, moments or number of updates, takes nothing of it.
+    """
+    starts = {name: x for name, x in reference.tensors.items() if name.startswith("0/4.")}
+    marks = [name for name in starts if name.startswith(("0/4.m", "0/4.v", "0/4.t")) and name in theirs.tensors]
+    another = any(not np.array_equal(fp64(starts[name]), fp64(theirs.tensors[name])) for name in marks)
+    given = {name: x for name, x in reference.tensors.items() if not (another and name in starts)}
     return Trace(theirs.config, {**given, **theirs.tensors}, theirs.settings)
 
 

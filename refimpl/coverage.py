@@ -67,10 +67,12 @@ class Coverage:
         return {**counts, "inputs": self.inputs, **{name: [vars(group) for group in part] for name, part in groups.items()}}
 
 
-def coverage(trace: Trace, findings: Iterable[Finding], reasons: Mapping[str, str]) -> Coverage:
-    """Return what was judged of a trace. reasons: name of a tensor -> why it was not."""
+def coverage(
+    trace: Trace, findings: Iterable[Finding], reasons: Mapping[str, str], given: Collection[str] = ()
+) -> Coverage:
+    """Return what was judged of a trace. reasons: name of a tensor -> why it was not. given: further points that are inputs."""
     found = {key(f.step, f.point, f.name): f for f in findings}
-    own = {name: array.size for name, array in trace.tensors.items() if not is_input(name)}
+    own = {name: x.size for name, x in trace.tensors.items() if not is_input(name) and parse_key(name)[1] not in given}
     missed = [name for name in own if name not in found]
     weak = {name: f"{found[name].weak}: judged by the weaker bound" for name in own if name in found and found[name].weak}
     why = {name: reasons.get(name, "refimpl has no such tensor in this run") for name in missed}

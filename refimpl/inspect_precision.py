@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from refimpl.state_file import check_run_header
 from refimpl.step import Batch, StepResult, through
 from refimpl.storage import Plain, Remainder, Stochastic, get_storage
 from refimpl.trace import batches_of, checked_start, load
+from refimpl.trace_checks import checked
+from refimpl.trace_settings import config_from
 from refimpl.trainer import SKIPS_BEFORE_STOP, Trainer, start
 
 Array = Any
@@ -69,8 +71,10 @@ def from_trace(path: Path) -> Source:
     trace = load(path)
     if not trace.config:
         raise UsageError(f"{path} does not say how it was made: it must come from `scripts/trace.py record`")
-    planned = Config.of(trace.config).steps or 0
-    config = Config.of({**trace.config, "steps": max(planned, len(trace.steps))})
+    config = config_from(trace.config)
+    assert config.steps is not None
+    config = replace(config, steps=max(config.steps, len(trace.steps)))
+    trace, _ = checked(trace, config.make_model())
     parts = start(config)
     parts.state.load_weights(checked_start(trace.at(0, "4.master"), parts))
     batches = _on_device(batches_of(config, trace), parts)

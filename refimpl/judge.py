@@ -35,6 +35,7 @@ from refimpl.replay_start import resume_from, start_from
 from refimpl.step import through
 from refimpl.trace import BY_PLACE, POINTS, SCALE_STATE, Recorder, Trace, in_batch, key, like
 from refimpl.trace_checks import checked
+from refimpl.trace_settings import OWN_RATES, stated
 
 Array = Any
 
@@ -65,15 +66,25 @@ class Judge:
     a mistake forgets to renew. `lost` says why number and scale are not known; it is '' while they are.
     `reasons` tells of each tensor that was not judged why, once all findings have been asked for.
 
+    What the trace states of its optimizer, schedule and loss scale takes the place of the configuration's, and so does the
+    number of its micro-batches. `notes` says so, and which names were mapped.
+
     Errors: UsageError for a recipe that no bounds are derived for, and for anything malformed in the trace.
     """
 
     def __init__(self, config: Config, theirs: Trace, mistake: str = "none") -> None:
         if config.recipe not in JUDGED:
             raise UsageError(f"traces of recipe {config.recipe} cannot be judged, only those of {', '.join(JUDGED)}")
+        model = config.make_model()
+        self.operations: list[Operation] = operations_of(model)
+        self.theirs, mapped = checked(theirs, model)
+        config, changed = stated(config, theirs.settings)
+        n = max((len(self.theirs.inputs(step) or ()) for step in self.theirs.steps), default=0)
+        if n and n != config.grad_accum:
+            config, changed = replace(config, grad_accum=n), [*changed, f"the trace has {n} micro-batches a step"]
+        self.notes = [*mapped, *changed]
+        self.own_rates = theirs.settings.get("schedule") == OWN_RATES
         self.parts, self.ours = config.make_parts(NUMPY), Trace()
-        self.operations: list[Operation] = operations_of(self.parts.model)
-        self.theirs, self.notes = checked(theirs, self.parts.model, [op.place for op in self.operations[:-1]])
         self.recorder = Recorder(self.parts, self.ours, follow=self.theirs)
         meddle(mistake, self.parts)
         start_from(self.theirs, self.parts)
@@ -289,6 +300,8 @@ class Judge:
         own = self.theirs.get(step, "4.lr")
         rate = schedule(t) if own is None or abs(float(own) - schedule(t)) <= 4 * U * schedule(t) else float(own)
         optimizer.scalars[t] = rule.scalars(rate, t + 1)
+        if self.own_rates:
+            return "the trace's rates are its own"
         return f"the schedule ends after {schedule.steps} updates" if t >= schedule.steps else ""
 
     def _unscaled(self, step: int, inverse: Array, relative: float, absent: Mapping[str, str]) -> Iterator[Finding]:

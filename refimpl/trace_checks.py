@@ -15,6 +15,7 @@ from refimpl.errors import UsageError
 from refimpl.formats import FORMATS, format_of, is_float
 from refimpl.models import Model
 from refimpl.names import rename
+from refimpl.operations import operations_of
 from refimpl.trace import BATCH, BY_PARAMETER, BY_PLACE, SCALE_STATE, Trace, in_batch, key, parse_key, split_batch
 
 Array = Any
@@ -25,11 +26,12 @@ _COUNTERS = (*(point for point in SCALE_STATE if point != "4.scale"), "4.t")
 _NOT_NAN = ("2.loss_scale", "4.scale", "4.lr")
 
 
-def checked(trace: Trace, model: Model, places: Collection[str]) -> tuple[Trace, list[str]]:
+def checked(trace: Trace, model: Model) -> tuple[Trace, list[str]]:
     """Return the trace under the model's own names, with scalars that are 0-d, and what was mapped, in words.
 
-    places: the model's operations that have an output in a trace. Errors: UsageError for anything malformed.
+    Errors: UsageError for anything malformed.
     """
+    places = [op.place for op in operations_of(model)[:-1]]
     groups: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for text, array in trace.tensors.items():
         try:

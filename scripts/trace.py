@@ -22,6 +22,7 @@ from refimpl.flags import HELP, add_config_flags
 from refimpl.outputs import target
 from refimpl.show import json_text
 from refimpl.trace import load, record, save
+from refimpl.trace_checks import checked
 
 DEFAULTS: dict[str, Any] = {
     "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 4, "warmup": 1,
@@ -58,7 +59,11 @@ def run(arguments: dict[str, Any]) -> int:
     source = load(like) if like else None
     if source:
         arguments["steps"] = min(arguments["steps"], len(source.steps))
-    trace = record(Config.of(arguments), source)
+    config = Config.of(arguments)
+    if source:
+        source, notes = checked(source, config.make_model())
+        print("\n".join(notes), end="\n" if notes else "")
+    trace = record(config, source)
     save(out, trace)
     print(f"{out}: {len(trace.steps)} steps, {len(trace.tensors)} tensors")
     return 0
