@@ -12,7 +12,7 @@ in; those with which everything up to there is within its bounds are named.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +57,16 @@ def _finite_in_both(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarra
     a, b = a.copy(), b.copy()
     a[bad], b[bad] = 0, 0
     return a, b
+
+
+class ByUpdate:
+    """A table by the number of updates made, as an optimizer has it, that has no end: each row is computed when it is read."""
+
+    def __init__(self, row: Callable[[int], Any]) -> None:
+        self.row = row
+
+    def __getitem__(self, t: Any) -> np.ndarray:
+        return np.array(self.row(int(t)), np.float64)
 
 
 class Judge:
@@ -292,17 +302,15 @@ class Judge:
         Returns why the schedule has no rate for this step, or ''.
         """
         optimizer = plain_optimizer(self.parts.optimizer)
-        schedule, rule, t = optimizer.schedule, optimizer.rule, int(self.parts.state.t)
-        while len(optimizer.learning_rates) <= t:  # beyond its end
-            i = len(optimizer.learning_rates)
-            optimizer.learning_rates = np.append(optimizer.learning_rates, schedule(i))
-            optimizer.scalars = np.vstack([optimizer.scalars, rule.scalars(schedule(i), i + 1)])
-        own = self.theirs.get(step, "4.lr")
-        rate = schedule(t) if own is None or abs(float(own) - schedule(t)) <= 4 * U * schedule(t) else float(own)
-        optimizer.scalars[t] = rule.scalars(rate, t + 1)
+        schedule, rule, now = optimizer.schedule, optimizer.rule, int(self.parts.state.t)
+        own, rate = self.theirs.get(step, "4.lr"), schedule(now)
+        if own is not None and abs(float(own) - rate) > 4 * U * rate:
+            rate = float(own)
+        optimizer.learning_rates = ByUpdate(schedule)
+        optimizer.scalars = ByUpdate(lambda t: rule.scalars(rate if t == now else schedule(t), t + 1))
         if self.own_rates:
             return "the trace's rates are its own"
-        return f"the schedule ends after {schedule.steps} updates" if t >= schedule.steps else ""
+        return f"the schedule ends after {schedule.steps} updates" if now >= schedule.steps else ""
 
     def _unscaled(self, step: int, inverse: Array, relative: float, absent: Mapping[str, str]) -> Iterator[Finding]:
         state = self.parts.state

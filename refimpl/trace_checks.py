@@ -22,6 +22,9 @@ Array = Any
 IGNORED = -100
 """The target that PyTorch's cross_entropy leaves out: the one negative number that stands in the place of a class."""
 
+STARTS = ("4.m", "4.v", "4.master", *SCALE_STATE, "4.t")
+"""The points of step 0."""
+
 _COUNTERS = (*(point for point in SCALE_STATE if point != "4.scale"), "4.t")
 _NOT_NAN = ("2.loss_scale", "4.scale", "4.lr")
 
@@ -38,6 +41,8 @@ def checked(trace: Trace, model: Model) -> tuple[Trace, list[str]]:
             step, point, name = parse_key(text)
         except ValueError:
             raise UsageError(f"{text!r} is no tensor of a trace: see docs/traces.md") from None
+        if step == 0 and point not in STARTS:
+            raise UsageError(f"{text!r}: step 0 is the start, of which a trace has {', '.join(STARTS)}")
         groups.setdefault((step, point), {})[name] = array
     tensors: dict[str, np.ndarray] = {}
     notes: dict[str, None] = {}
@@ -89,8 +94,8 @@ def scalar(name: str, array: np.ndarray) -> np.ndarray:
     value = float(array)
     if point == "3.found_inf" and value not in (0, 1):
         raise UsageError(f"{name} is {value:g}; it must be 0 or 1")
-    if point in _COUNTERS and not (0 <= value <= 2**53 and value % 1 == 0):
-        raise UsageError(f"{name} is {value:g}; it must be a whole number, 0 or more")
+    if point in _COUNTERS and not (0 <= value < 2**31 and value % 1 == 0):
+        raise UsageError(f"{name} is {value:g}; it must be a whole number, from 0 to 2^31 - 1")
     if point in _NOT_NAN and not value >= 0:
         raise UsageError(f"{name} is {value:g}; it must be 0 or more")
     return np.asarray(np.float64(value)) if array.dtype.kind in "iub" else array
