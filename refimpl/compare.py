@@ -17,7 +17,7 @@ from refimpl.mistakes import MISTAKES
 from refimpl.show import table
 from refimpl.trace import POINTS, Trace
 from refimpl.trace_checks import checked
-from refimpl.trace_settings import config_from
+from refimpl.trace_settings import config_from, stated
 
 GROUPS = 12
 """Reasons that are printed; `--json` has all."""
@@ -33,7 +33,7 @@ def diff(a: Trace, b: Trace) -> dict[str, Any]:
         raise UsageError("neither file says how it was made: one of the two must come from `scripts/trace.py record`")
     reference, theirs = (a, b) if a.config else (b, a)
     config = replace(config_from(reference.config), mistake="none")
-    model = config.make_model()
+    model = stated(config, theirs.settings)[0].make_model()
     inputs = {name: x for name, x in reference.tensors.items() if is_input(name)}
     given, _ = checked(Trace({}, inputs), model)
     theirs, mapped = checked(theirs, model)

@@ -85,10 +85,10 @@ class Judge:
     def __init__(self, config: Config, theirs: Trace, mistake: str = "none") -> None:
         if config.recipe not in JUDGED:
             raise UsageError(f"traces of recipe {config.recipe} cannot be judged, only those of {', '.join(JUDGED)}")
-        model = config.make_model()
-        self.operations: list[Operation] = operations_of(model)
-        self.theirs, mapped = checked(theirs, model)
         config, changed = stated(config, theirs.settings)
+        model = config.make_model()
+        self.theirs, mapped = checked(theirs, model)
+        self.operations: list[Operation] = operations_of(model)
         n = max((len(self.theirs.inputs(step) or ()) for step in self.theirs.steps), default=0)
         if n and n != config.grad_accum:
             config, changed = replace(config, grad_accum=n), [*changed, f"the trace has {n} micro-batches a step"]
@@ -114,7 +114,7 @@ class Judge:
     def _step(self, step: int) -> Iterator[Finding]:
         parts, theirs = self.parts, self.theirs
         unknown = self._put_states(step - 1)
-        yield from self._weights(step, unknown)
+        yield from self._weights(step)
         if not self.lost:
             self.recorder.put("2.loss_scale", "", parts.loss_scale.scale)
             yield from self._equal(step, "2.loss_scale")
@@ -129,19 +129,19 @@ class Judge:
         found = yield from self._update(step, S, no_scale, unknown)
         yield from self._counters(step, found)
 
-    def _put_states(self, step: int) -> dict[str, str]:
-        """Our masters and moments become theirs after a step. Returns what is missing of a parameter's, where anything is."""
-        state, unknown = self.parts.state, dict[str, str]()
+    def _put_states(self, step: int) -> dict[tuple[str, str], str]:
+        """Our masters and moments become theirs after a step. Returns what is missing: (kind, parameter) -> in words."""
+        state, unknown = self.parts.state, dict[tuple[str, str], str]()
         for kind in ("m", "v", "master"):
             buffer = state.master if kind == "master" else state.buffers.get(kind)
             if buffer is None or (kind != "master" and step == 0 and not self.theirs.at(0, f"4.{kind}")):
                 continue  # the moments of a run that begins are zero
             given = self._take(step, f"4.{kind}", state.layout.views(buffer))
             for name in state.layout.slots.keys() - given:
-                unknown[name] = f"4.{kind} of {name} after step {step} is missing"
+                unknown[kind, name] = f"4.{kind} of {name} after step {step} is missing"
         return unknown
 
-    def _weights(self, step: int, unknown: Mapping[str, str]) -> Iterator[Finding]:
+    def _weights(self, step: int) -> Iterator[Finding]:
         """Stage 1. `_unread` are then the parameters whose weights nobody knows."""
         state = self.parts.state
         masters = self.theirs.at(step - 1, "4.master").keys() & state.layout.slots.keys()
@@ -229,7 +229,7 @@ class Judge:
 
     # -- stages 3 and 4 ---------------------------------------------------------------------------------------------
 
-    def _update(self, step: int, S: Array, no_scale: str, unknown: Mapping[str, str]) -> Any:
+    def _update(self, step: int, S: Array, no_scale: str, unknown: Mapping[tuple[str, str], str]) -> Any:
         """From their gradients on, parameter by parameter. A generator that returns whether the step was skipped, or None
         where that is not known."""
         parts, state, relative = self.parts, self.parts.state, norm_error(self.parts.state.layout.size)
@@ -264,7 +264,7 @@ class Judge:
         for kind in ("4.m", "4.v", "4.master"):
             self._give_reason(step, kind, reason)
         if not reason:
-            yield from self._states(step, before, relative, {**({} if skipped else absent), **unknown})
+            yield from self._states(step, before, relative, {} if skipped else absent, unknown)
         return skipped
 
     def _skipped(self, step: int, given: set[str], absent: Mapping[str, str]) -> bool | None:
@@ -338,19 +338,22 @@ class Judge:
                     yield find(step, point, name, a, b, relative * l2(a))
 
     def _states(
-        self, step: int, before: dict[str, Array], norm_relative: float, unknown: Mapping[str, str]
-    ) -> Iterator[Finding]:
-        state = self.parts.state
+        self, step: int, before: dict[str, Array], norm_relative: float, absent: Mapping[str, str],
+        unknown: Mapping[tuple[str, str], str],
+    ) -> Iterator[Finding]:  # fmt: skip
+        """A moment is made from itself and the gradient; the masters from all."""
+        state, kinds = self.parts.state, ("m", "v", "master")
         clipped = float(self.ours.tensors.get(f"{step}/4.clip", np.array(1.0))) < 1
         relative = (norm_relative if clipped else 0.0) + 16 * U
-        for kind in ("m", "v", "master"):
+        for kind in kinds:
             stored = "weights" if kind == "master" and "master" not in state.buffers else kind
-            if stored in before:
-                starts = state.layout.views(before[stored])
-                for name, a, b in self._pairs(step, f"4.{kind}"):
-                    if name in unknown:
-                        self._give_reason(step, f"4.{kind}", unknown[name], name)
-                        continue
+            starts = state.layout.views(before[stored]) if stored in before else {}
+            for name, a, b in self._pairs(step, f"4.{kind}") if starts else ():
+                needs = [unknown.get((each, name), "") for each in (kinds if kind == "master" else (kind,))]
+                reason = absent.get(name, "") or next(filter(None, needs), "")
+                if reason:
+                    self._give_reason(step, f"4.{kind}", reason, name)
+                else:
                     yield find(step, f"4.{kind}", name, a, b, update_bound(a, starts[name], relative, state.formats[stored]))
 
     def _counters(self, step: int, skipped: bool | None) -> Iterator[Finding]:

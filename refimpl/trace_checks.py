@@ -5,7 +5,6 @@ Whatever is wrong is one line (UsageError) that names the tensor. Names of wrapp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -19,9 +18,6 @@ from refimpl.operations import operations_of
 from refimpl.trace import BATCH, BY_PARAMETER, BY_PLACE, SCALE_STATE, Trace, in_batch, key, parse_key, split_batch
 
 Array = Any
-IGNORED = -100
-"""The target that PyTorch's cross_entropy leaves out: the one negative number that stands in the place of a class."""
-
 STARTS = ("4.m", "4.v", "4.master", *SCALE_STATE, "4.t")
 """The points of step 0."""
 
@@ -62,7 +58,7 @@ def checked(trace: Trace, model: Model) -> tuple[Trace, list[str]]:
             tensors[key(step, point, name)] = array
     result = Trace(trace.config, tensors, trace.settings)
     for step in sorted({step for step, point in groups if point in BATCH}):
-        check_batch(result, step, model.config)
+        check_batch(result, step, model)
     return result, list(notes)
 
 
@@ -111,11 +107,13 @@ def _check_values(name: str, array: np.ndarray, shape: tuple[int, ...] | None) -
         raise UsageError(f"{name} is empty: its shape is {array.shape}")
 
 
-def check_batch(trace: Trace, step: int, sizes: Mapping[str, int]) -> None:
+def check_batch(trace: Trace, step: int, model: Model) -> None:
     """Check tokens and targets of a step against the sizes of a model.
 
-    Errors: UsageError for another type or shape than integers (B, T) or (n, B, T), and for a number that is no token.
+    Errors: UsageError for another type or shape than integers (B, T) or (n, B, T), and for a number that is no token; as a
+    target the model's `ignore_index` is none, and is welcome.
     """
+    positions, known = model.config["block_size"], model.config["vocab_size"]
     arrays = {point: trace.get(step, point) for point in BATCH}
     for point, array in arrays.items():
         if array is None:
@@ -124,13 +122,13 @@ def check_batch(trace: Trace, step: int, sizes: Mapping[str, int]) -> None:
         if array.dtype.kind not in "iu" or array.ndim not in (2, 3) or not array.size:
             shapes = "integers (B, T), or (n, B, T) with n micro-batches"
             raise UsageError(f"{name} is {array.dtype} {array.shape}; it must be {shapes}")
-        if array.shape[-1] > sizes.get("block_size", math.inf):
-            raise UsageError(f"{name} has {array.shape[-1]} positions; this model has {sizes['block_size']}")
-        wrong = (array < 0) | (array >= sizes.get("vocab_size", math.inf))
+        if array.shape[-1] > positions:
+            raise UsageError(f"{name} has {array.shape[-1]} positions; this model has {positions}")
+        wrong = (array < 0) | (array >= known)
         if point == "0.targets":
-            wrong &= array != IGNORED
+            wrong &= array != model.ignore_index
         if wrong.any():
-            raise UsageError(f"{name} holds {array[wrong][0]}; this model knows 0 to {sizes['vocab_size'] - 1}")
+            raise UsageError(f"{name} holds {array[wrong][0]}; this model knows 0 to {known - 1}")
     tokens, targets = arrays.values()
     if tokens is not None and targets is not None and tokens.shape != targets.shape:
         shapes = f"0.tokens has the shape {tokens.shape} and 0.targets {targets.shape}"

@@ -16,8 +16,8 @@ from refimpl.config import Config
 from refimpl.errors import UsageError, unknown
 
 NOT_STATED = (
-    "model", "recipe", "backend", "data", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "masters_from", "seed",
-    "mistake", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero",
+    "model", "recipe", "backend", "data", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias",
+    "masters_from", "seed", "mistake", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero",
 )  # fmt: skip
 SETTINGS = tuple(f.name for f in fields(Config) if f.name not in NOT_STATED)
 """Settings that a trace can state."""
@@ -27,7 +27,7 @@ OWN_RATES = "trace"
 
 FOLLOWING = {
     "lr": ("min_lr",), "schedule": ("min_lr",), "optimizer": ("momentum", "beta1", "beta2", "eps", "weight_decay"),
-    "loss_scale": ("init_scale", "growth_interval", "hysteresis"),
+    "loss_scale": ("init_scale", "growth_interval", "hysteresis", "growth_factor", "backoff_factor", "scale_floor"),
 }  # fmt: skip
 """Settings whose defaults depend on another one: where that is stated and they are not, they take its defaults."""
 
