@@ -60,13 +60,16 @@ def _finite_in_both(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 class ByUpdate:
-    """A table by the number of updates made, as an optimizer has it, that has no end: each row is computed when it is read."""
+    """A table by the number of updates made, as an optimizer has it, without an end: a row is computed when it is read."""
 
     def __init__(self, row: Callable[[int], Any]) -> None:
-        self.row = row
+        self.row, self.changed = row, dict[int, Any]()
 
     def __getitem__(self, t: Any) -> np.ndarray:
-        return np.array(self.row(int(t)), np.float64)
+        return np.array(self.changed.get(int(t), self.row(int(t))), np.float64)
+
+    def __setitem__(self, t: Any, row: Any) -> None:
+        self.changed[int(t)] = row
 
 
 class Judge:
@@ -307,7 +310,8 @@ class Judge:
         if own is not None and abs(float(own) - rate) > 4 * U * rate:
             rate = float(own)
         optimizer.learning_rates = ByUpdate(schedule)
-        optimizer.scalars = ByUpdate(lambda t: rule.scalars(rate if t == now else schedule(t), t + 1))
+        optimizer.scalars = ByUpdate(lambda t: rule.scalars(schedule(t), t + 1))
+        optimizer.scalars[now] = rule.scalars(rate, now + 1)
         if self.own_rates:
             return "the trace's rates are its own"
         return f"the schedule ends after {schedule.steps} updates" if now >= schedule.steps else ""
