@@ -69,7 +69,7 @@ def report(
     reference: Trace, judge: Judge, findings: Sequence[Finding], covered: Coverage, reasons: Sequence[str]
 ) -> str:
     """What a person reads: the two runs side by side, each point, what was judged, the first departure, what explains it."""
-    config = config_of(reference)
+    config = config_from(reference.config)
     lines = [f"recipe {config.recipe}, {config.model}", *judge.notes]
     lines += [_trajectory(reference, judge.theirs), ""]
     if findings:
