@@ -231,25 +231,31 @@ def for_recipe(config: Config, name: str) -> Config:
     return replace(config, recipe=name, loss_scale=get_recipe(name).loss_scale)
 
 
-HEADER = ("recipe", "bytes", "loss", "validation", "less fp32's", "skipped", "moved", "ms a step")
+HEADER = ("recipe", "bytes", "loss", "validation", "minus fp32", "skipped", "moved", "ms a step")
 
 
 def rows(comparison: Comparison) -> Iterator[list[str]]:
-    """The table: a row for each recipe. An asterisk marks a recipe that is different from FP32 on these batches."""
-    baseline, drift = comparison.runs[0], comparison.drift
+    """The table: a row for each recipe. One asterisk marks a difference from FP32, two one that is beyond that of seeds."""
+    baseline = comparison.runs[0]
     for run in comparison.runs:
-        difference = run.val_loss - baseline.val_loss
-        beyond = "" if abs(difference) <= drift else " *"
         yield [
             run.config.recipe,
             f"{run.bytes_per_parameter:.4g}",
             f"{comparison.smooth(run.losses)[-1]:.4f}",
             f"{run.val_loss:.4f}",
-            run.ended or ("" if run is baseline else f"{difference:+z.4f}{beyond}"),
+            run.ended or ("" if run is baseline else _marked(run.val_loss - baseline.val_loss, comparison)),
             str(run.skipped),
             f"{100 * float(np.mean(run.moved)):.1f} %" if run.moved else "-",
             f"{1e3 * median(run.seconds):.0f}",
         ]
+
+
+def _marked(difference: float, comparison: Comparison) -> str:
+    """A difference with four decimals, or one digit where they would all be 0, and with its asterisks."""
+    text = f"{difference:+.0e}" if 0 < abs(difference) < 0.00005 else f"{difference:+.4f}"
+    if abs(difference) <= comparison.drift:
+        return text
+    return text + (" *" if abs(difference) <= comparison.noise else " **")
 
 
 def meaning(comparison: Comparison) -> list[str]:
@@ -262,7 +268,7 @@ def meaning(comparison: Comparison) -> list[str]:
         f"*: {IS_DIFFERENT} Yes: it is further from FP32 than FP32 is from itself on the same batches when its first weights "
         f"are changed in their last bit ({_times(len(comparison.changed))}): those validation losses lie within "
         f"{comparison.drift:.2g}.",
-        f"{MATTERS_MORE} Yes, where the difference is below {comparison.noise:.2g}: within that lie the validation losses of "
+        f"{MATTERS_MORE} Yes, unless there are two asterisks: within {comparison.noise:.2g} lie the validation losses of "
         f"FP32 with {seeds} seeds, which are other weights and other batches.",
         f"bytes: model states per parameter, as measured. moved: weights (masters, where there are) that an update changed, at "
         f"every {WATCHED}th step. Times are of NumPy on this machine, which has no 16-bit or 8-bit arithmetic: on a device "

@@ -105,9 +105,14 @@ def test_an_asterisk_is_for_what_a_last_bit_does_not_explain(comparison: Compari
     baseline, other = comparison.runs[0], comparison.runs[1]
     kept = other.val_loss
     assert 0 < comparison.drift < 0.1 * comparison.noise
-    for difference, marked in ((0.5, False), (1.5, True), (-1.5, True)):
-        other.val_loss = baseline.val_loss + difference * comparison.drift
-        assert list(rows(comparison))[1][4].endswith("*") == marked
+    for difference, marks in (
+        (0.5 * comparison.drift, 0), (1.5 * comparison.drift, 1), (-1.5 * comparison.drift, 1), (0.9 * comparison.noise, 1),
+        (1.1 * comparison.noise, 2), (-1.1 * comparison.noise, 2),
+    ):  # fmt: skip
+        other.val_loss = baseline.val_loss + difference
+        shown = list(rows(comparison))[1][4]
+        assert shown.count("*") == marks and float(shown.rstrip(" *")) == pytest.approx(difference, abs=5e-5)
+        assert float(shown.rstrip(" *")) != 0
     other.val_loss = kept
 
 
