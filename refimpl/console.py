@@ -23,14 +23,14 @@ class OutputLost(Exception):
         self.reader_gone = error.errno == errno.EPIPE
 
 
-def printable(text: str | bytes, kept: str = "\n\t") -> str:
+def printable(text: str | bytes) -> str:
     r"""The text with everything that a terminal would obey, or not show, spelled out: \x1b for ESC, \u202e for an override.
 
-    Bytes are read as UTF-8; those that are not become \xff. kept: control characters that stay as they are.
+    Bytes are read as UTF-8; those that are not become \xff. The end of a line and the tabulator stay.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
-    return "".join(c if c in kept or c.isprintable() else _spelled(ord(c)) for c in text)
+    return "".join(c if c in "\n\t" or c.isprintable() else _spelled(ord(c)) for c in text)
 
 
 def _spelled(code: int) -> str:
