@@ -94,7 +94,7 @@ class Judge:
         self.operations: list[Operation] = operations_of(model)
         n = max((len(self.theirs.inputs(step) or ()) for step in self.theirs.steps), default=0)
         if n and n != config.grad_accum:
-            config, changed = replace(config, grad_accum=n), [*changed, f"the trace has {n} micro-batches a step"]
+            config, changed = replace(config, grad_accum=n), [*changed, f"the trace has {n} micro-batches per step"]
         self.notes = [*mapped, *changed]
         self.own_rates = theirs.settings.get("schedule") == OWN_RATES
         self.parts, self.ours = config.make_parts(NUMPY), Trace()

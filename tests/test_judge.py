@@ -250,7 +250,7 @@ def test_all_micro_batches_are_judged_operation_by_operation() -> None:
     said, covered, _ = judged(run(grad_accum=3), grad_accum=3)
     assert said == "AGREES" and covered.complete
     judge = Judge(config(), like(run(grad_accum=3)))  # the trace's own number of them holds
-    assert all(f.identical == 1 for f in judge.findings()) and "the trace has 3 micro-batches a step" in judge.notes
+    assert all(f.identical == 1 for f in judge.findings()) and "the trace has 3 micro-batches per step" in judge.notes
     old = like(run(grad_accum=3), lambda name: ":" not in name)  # as traces were: those of the first alone
     said, covered, _ = judged(old, grad_accum=3)
     assert said == "PARTLY JUDGED" and {group.point for group in covered.weakly} == {"2.loss", "2.grads"}
