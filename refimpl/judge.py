@@ -394,22 +394,27 @@ def explanations(config: Config, theirs: Trace, first: Finding) -> list[str]:
     is no mistake: it is named, and alone, where that tensor is nearer to it than to what any mistake makes.
     """
     reach: dict[str, tuple[tuple[float, int], float]] = {}
-    others = [kind for kind in ATTENTION if kind != config.attention and config.model == "gpt"]
+    order, in_attention = list(POINTS), first.point.startswith("2.") and config.model == "gpt"
+    others = [kind for kind in ATTENTION if kind != config.attention and in_attention]
+    # All of a step comes from the trace's own values, so a mistake changes nothing before the point where it shows, but for
+    # what goes on from step to step by itself.
+    carried = first.point in ("2.loss_scale", "4.lr", "4.t", *SCALE_STATE)
+    tried = [m.name for m in MISTAKES.values() if carried or order.index(m.departs) <= order.index(first.point)]
     ways = {f"--attention {kind}": (replace(config, attention=kind), "none") for kind in others}
-    for name, (other, mistake) in ({name: (config, name) for name in MISTAKES} | ways).items():
+    for name, (other, mistake) in ({name: (config, name) for name in tried} | ways).items():
         try:
             findings = Judge(other, theirs, mistake).findings()
         except UsageError:  # the recipe leaves no room for it
             continue
         error, end = math.inf, (math.inf, 0)
         for finding in findings:
-            at = (finding.step, list(POINTS).index(finding.point))
+            at = (finding.step, order.index(finding.point))
             if finding.departs:
                 end = at
                 break
             if (finding.step, finding.point, finding.name) == (first.step, first.point, first.name):
                 error = finding.error
-        if error <= 1 and end > (first.step, list(POINTS).index(first.point)):
+        if error <= 1 and end > (first.step, order.index(first.point)):
             reach[name] = end, error
     errors = {name: error for name, (end, error) in reach.items() if end == max(end for end, _ in reach.values())}
     nearest = min(errors, key=lambda name: errors[name], default="")

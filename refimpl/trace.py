@@ -8,7 +8,7 @@ micro-batches after the first, the name begins with their number: `3/2.activatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,18 +273,22 @@ def record(config: Config, source: Trace | None = None) -> Trace:
     parts.state.load_weights(checked_start(start, parts), rounded)
     recorder.states(parts)
     recorder.counters(parts)
-    assert config.steps is not None
-    for recorder.step, batches in enumerate(batches_of(config, source), 1):
+    write_down(recorder, parts, batches_of(config, source))
+    return trace
+
+
+def write_down(recorder: Recorder, parts: Parts, steps: Iterable[list[tuple[np.ndarray, np.ndarray]]]) -> None:
+    """Train on the batches of some steps and write down what they compute."""
+    for recorder.step, batches in enumerate(steps, 1):
         for point, i in (("0.tokens", 0), ("0.targets", 1)):
             arrays = [batch[i] for batch in batches]
-            trace.put(recorder.step, point, "", np.stack(arrays) if len(arrays) > 1 else arrays[0])
+            recorder.trace.put(recorder.step, point, "", np.stack(arrays) if len(arrays) > 1 else arrays[0])
         result = parts.step([parts.model.batch_on(parts.state.backend, x, y) for x, y in batches])
         recorder.put("2.loss", "", result.loss)
         recorder.put("2.loss_scale", "", result.loss_scale)
         recorder.put("3.norm", "", result.grad_norm)
         recorder.states(parts)
         recorder.counters(parts)
-    return trace
 
 
 def checked_start(start: Mapping[str, np.ndarray], parts: Parts) -> Mapping[str, np.ndarray]:

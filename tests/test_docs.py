@@ -61,7 +61,7 @@ def test_both_checkers_bite() -> None:
     assert len(COMMANDS) > 20 and len(LINKS) > 20
     assert complaint("python scripts/nothing.py") == "there is no scripts/nothing.py"
     assert "does not understand" in (complaint("python scripts/train.py --no-such-flag") or "")
-    assert "takes no arguments" in (complaint("python scripts/mistakes.py --json") or "")
+    assert "takes no arguments" in (complaint("python scripts/freeze_cupy_api.py --json") or "")
     text = "    python scripts/a.py --b   a remark\nsee `python scripts/c.py`\npip install x && python scripts/d.py\n"
     assert commands(text) == ["python scripts/a.py --b", "python scripts/d.py", "python scripts/c.py"]
 
