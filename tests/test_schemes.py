@@ -9,6 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -184,9 +185,10 @@ def spelled_out(name: str, x: Array, w: Array, b: Array, dy: Array) -> dict[str,
     """Each operand quantised along the axis that its own product sums over, from the BF16 tensor; db from dy as it is."""
     (x_y, w_y, dy_dx, w_dx, dy_dw, x_dw), acc = SPELLED[name]
     assert x_y and w_y and dy_dx and w_dx
-    y = product(x_y(x, 1, 0), w_y(w, 1, 0).T, acc) + widen(b, "fp32")
-    dx = product(dy_dx(dy, 1, 0), w_dx(w, 0, 1), acc)
-    dw = product(dy_dw(dy, 0, 1).T, x_dw(x, 0, 1), acc) if dy_dw and x_dw else widen(dy, "fp32").T @ widen(x, "fp32")
+    gemm = partial(NUMPY.gemm, acc="fp32")  # in the same blocks of rows: on some BLAS a row depends on those beside it
+    y = product(x_y(x, 1, 0), w_y(w, 1, 0).T, acc, gemm) + widen(b, "fp32")
+    dx = product(dy_dx(dy, 1, 0), w_dx(w, 0, 1), acc, gemm)
+    dw = product(dy_dw(dy, 0, 1).T, x_dw(x, 0, 1), acc, gemm) if dy_dw and x_dw else gemm(dy.T, x)
     results = {"y": y, "dx": dx, "dw": dw, "db": widen(dy, "fp32").sum(0)}
     return {key: cast(array, "bf16") for key, array in results.items()}
 
@@ -786,7 +788,9 @@ def test_sums_of_a_linear_layer_are_those_of_its_accumulator(acc: str, fmt: str)
     dy = cast(widen(dy, "fp32") * np.float32(1e4), fmt)
     _, ours = linear(run_of(policy), x, w, b, dy)
     wide = widen(b, "fp32"), widen(dy, "fp32").sum(0)
-    results = {"y": matmul(x, w.T, acc) + wide[0], "dx": matmul(dy, w, acc), "dw": matmul(dy.T, x, acc), "db": wide[1]}
+    gemm = partial(NUMPY.gemm, acc="fp32")
+    products = {"y": matmul(x, w.T, acc, gemm), "dx": matmul(dy, w, acc, gemm), "dw": matmul(dy.T, x, acc, gemm)}
+    results = {**products, "y": products["y"] + wide[0], "db": wide[1]}
     assert_same(ours, {key: cast(array, fmt) for key, array in results.items()})
     _, plain = linear(run_of(uniform(fmt, "fp32")), x, w, b, dy)
     assert not np.array_equal(plain["y"], ours["y"])  # it makes a difference
