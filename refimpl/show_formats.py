@@ -217,7 +217,8 @@ def read_number(text: str) -> Number:
         terms = [_term(term) for term in _TERM.findall(text)]
     except ValueError:
         raise UsageError(
-            f"{text!r} is no number; these are: 0.1, -1e-8, 0x1p-24, 2^-24, 1+2^-11, inf, nan (exponents of up to four digits)"
+            f"{text[:60] + ' ...' * (len(text) > 60)!r} is no number; these are: "
+            f"0.1, -1e-8, 0x1p-24, 2^-24, 1+2^-11, inf, nan (exponents of up to four digits)"
         ) from None
     exactly = sum(terms, Fraction(0))
     try:
@@ -314,17 +315,18 @@ def _what_happened(number: float, value: float, fmt: str, effects: Effects) -> s
     row = FORMATS[fmt]
     if math.isnan(number):
         return "NaN" if math.isnan(value) else f"no NaN in this format: becomes {value:g}"
+    if value == number:
+        return "exact" + ", subnormal" * bool(effects.subnormal)
     if not row.sign_bits and number < row.smallest_normal:  # e8m0 has no sign and no zero
         return "no such value: becomes NaN" if math.isnan(value) else "below the smallest value: raised to it"
-    if effects.overflowed:
+    if not math.isfinite(value):
         return f"overflow to {shown(value, fmt)}"
-    if effects.saturated:
+    if effects.saturated or math.isinf(number):
         return "saturated" + ", for there is no infinity and no NaN" * (row.specials == "none")
     tie = "tie to even" if row.fraction_bits else "tie, goes up"  # e8m0 has no fraction that could be even
     if effects.flushed:
         return "flushed to zero" + f", a {tie}" * bool(effects.tie)
-    did = "exact" if effects.exact else tie if effects.tie else "rounded"
-    return did + ", subnormal" * bool(effects.subnormal)
+    return (tie if effects.tie else "rounded") + ", subnormal" * bool(effects.subnormal)
 
 
 def shown(value: float, fmt: str) -> str:

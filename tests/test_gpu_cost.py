@@ -155,7 +155,7 @@ def test_flags_of_the_check_do_not_belong_to_a_prediction() -> None:
     script = load_script("gpu_check")
     with pytest.raises(UsageError, match="--steps does not apply"):
         script.run(vars(script.parser().parse_args(["--predict", "--steps", "3"])))
-    with pytest.raises(UsageError, match="unknown GPU 'b200': choose h100 or h200"):
+    with pytest.raises(UsageError, match="unknown GPU 'b200': choose one of h100, h200"):
         script.run(vars(script.parser().parse_args(["--predict", "--gpu", "b200"])))
     with pytest.raises(UsageError, match="--gpu belongs to --predict"):
         script.run(vars(script.parser().parse_args(["--gpu", "h200"])))

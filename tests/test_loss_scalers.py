@@ -928,7 +928,7 @@ def test_a_checkpoint_with_an_impossible_scale_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "r" / "checkpoint.safetensors"
     arrays, header = load(path)
     save(path, arrays, {**header, "loss_scale": {**header["loss_scale"], "scale": 0.0}})
-    with pytest.raises(UsageError, match=r"checkpoint.safetensors has a damaged header: .*has scale 0.0: it must be"):
+    with pytest.raises(UsageError, match=r"checkpoint.safetensors has a damaged loss scale: .*has scale 0.0: it must be"):
         trainer(tmp_path / "r", resume=True)
 
 
