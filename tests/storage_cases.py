@@ -126,7 +126,7 @@ def resumed(backend: Backend, recipe: str, folder: Path) -> tuple[dict[str, byte
         if start:
             trainer.restore()
         for _ in range(start, stop):
-            trainer._one_step()
+            trainer._one_step(trainer.next_batches())
             trainer.progress.step += 1
         trainer.save()
         return trainer

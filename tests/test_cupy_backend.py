@@ -368,7 +368,7 @@ def test_training_looks_at_the_device_for_the_log_only(counter: Any, tmp_path: P
         trainer = Trainer(Config.of({**sizes, "recipe": "fp16"}), tmp_path)
         counter.reset()
         for _ in range(9):
-            trainer._one_step()
+            trainer._one_step(trainer.next_batches())
         return int(counter.stats()["d2h"])
 
     assert copies(3) == copies(100) == 0
@@ -403,7 +403,8 @@ def test_a_run_is_resumed_on_either_backend(tmp_path: Path) -> None:
         if stop == 6 and folder != "whole":
             trainer.restore()
         while trainer.progress.step < stop:
-            trainer._pending.append((trainer.progress.step + 1, trainer._one_step()))
+            batches = trainer.next_batches()
+            trainer._pending.append((trainer.progress.step + 1, trainer._one_step(batches), batches))
             trainer.progress.step += 1
         trainer._write_steps(Bar())
         trainer.save()

@@ -869,7 +869,8 @@ def test_training_resumes_bit_for_bit(name: str, init: float, tmp_path: Path) ->
     assert trainer(tmp_path / "whole", **flags).train(Bar())
     first = trainer(tmp_path / "parts", **flags)
     for step in range(1, 6):
-        first._pending.append((step, first._one_step()))
+        batches = first.next_batches()
+        first._pending.append((step, first._one_step(batches), batches))
         first.progress.step = step
     first._write_steps(Bar())
     first.save()
