@@ -125,6 +125,33 @@ def test_what_could_not_be_judged_is_never_called_good() -> None:
     assert "1/2.activations/lm_head" not in kept and "1/2.activation_grads/transformer.ln_f" in kept
 
 
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "traces.md"
+
+
+def table_of_the_page() -> dict[str, str]:
+    """Name -> line of the table in docs/traces.md."""
+    lines = [line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    return {line.split("`")[1]: line for line in lines if line.split("`")[1] in MISTAKES}
+
+
+def test_the_page_has_a_line_for_each_and_none_agrees() -> None:
+    page = table_of_the_page()
+    assert list(page) == list(MISTAKES)
+    for line in page.values():
+        cells = [cell for text in line.strip("|").split("|")[2:] for cell in text.strip().split("; ")]
+        assert set(cells) <= {"named", "found", "not judged", "-"} and "named" in cells, line
+
+
+def test_a_line_of_the_page_is_what_the_command_prints() -> None:
+    assert mistake_table.table(["no-unscale"]).splitlines()[-1] == table_of_the_page()["no-unscale"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISTAKES)
+def test_each_line_of_the_page_is_what_the_command_prints(name: str) -> None:
+    assert mistake_table.table([name]).splitlines()[-1] == table_of_the_page()[name]
+
+
 # -- what one sees ------------------------------------------------------------------------------------------------------
 
 

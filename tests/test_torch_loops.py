@@ -46,6 +46,29 @@ def test_a_correct_loop_agrees(recipe: str, grad_accum: int) -> None:
     assert agrees(ours(recipe=recipe, grad_accum=grad_accum))
 
 
+def test_settings_of_its_own_agree_once_they_are_stated() -> None:
+    """By the flags of the reference, or by the trace itself; unstated they depart where they act."""
+    slip: dict[str, Any] = {"betas": TORCH_BETAS, "eps": 1e-6}
+    assert agrees(ours(beta2=0.999, eps=1e-6), **slip)
+    assert agrees(ours(), **slip, settings={"beta2": 0.999, "eps": 1e-6})
+    assert named(ours(), betas=TORCH_BETAS) == ("4.v", [])
+    assert named(ours(), eps=1e-4)[0] == "4.master"
+
+
+def test_rates_of_its_own_agree_once_they_are_stated() -> None:
+    def constant(step: int, updates: int) -> float:
+        return 1e-3
+
+    def linear(step: int, updates: int) -> float:
+        return 1e-3 * (1 - step / 10)
+
+    for lr in (constant, linear):
+        assert agrees(ours(), lr=lr, settings={"schedule": "trace"})
+        result = verdict(ours(), lr=lr)
+        assert result["first_departure"]["point"] == "4.lr"
+    assert agrees(ours(schedule="constant", warmup=0), lr=constant)
+
+
 def test_a_schedule_that_counts_updates_agrees_and_one_that_counts_steps_is_named() -> None:
     mine = ours(**OVERFLOWS)
     schedule = Config.of(mine.config).make_schedule()
