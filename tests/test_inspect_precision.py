@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recipe_lists import MECHANISMS, others_slow
 
+import refimpl.inspect_precision
 from refimpl.cast import cast, widen
 from refimpl.config import Config
 from refimpl.errors import UsageError
@@ -36,10 +38,19 @@ from refimpl.verdicts import percent, plain_name, verdicts
 TINY: dict[str, Any] = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 6, "warmup": 2, "lr": 1e-2,
 }  # fmt: skip
+EVERY = [(recipe, model) for recipe in RECIPES for model in ("gpt", "mlp")]
+OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), *((recipe, "mlp") for recipe in ("fp32", "fp16", "nvfp4"))]
+"""Of EVERY: each mechanism once; the other model with no rounding, with those of FP16 alone, and with quantised operands."""
 
 
 def config(recipe: str = "fp16", **more: Any) -> Config:
     return Config.of({**TINY, "recipe": recipe, **more})
+
+
+@pytest.fixture(autouse=True)
+def short_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three loss scales at the end of an inspection, not thirteen: most tests look at what comes before."""
+    monkeypatch.setattr(refimpl.inspect_precision, "SWEEP", SWEEP[::6])
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -206,9 +217,10 @@ def test_without_masters_nothing_is_imagined() -> None:
     assert rows[-1].alone_moved == np.mean(widen(source.parts.state.weights) != widen(start))
 
 
-def test_the_sweep_flushes_less_and_overflows_more_as_the_scale_grows() -> None:
+def test_the_sweep_flushes_less_and_overflows_more_as_the_scale_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     source = fresh(config())
     inspect(source)
+    monkeypatch.setattr(refimpl.inspect_precision, "SWEEP", SWEEP)
     before = source.parts.state.master.copy()
     rows = sweep_scales(source.parts, next(iter(fresh(config()).batches)))
     assert [row["exponent"] for row in rows] == list(SWEEP)
@@ -221,13 +233,12 @@ def test_the_sweep_flushes_less_and_overflows_more_as_the_scale_grows() -> None:
     assert source.parts.run.monitor is None and source.parts.state.monitor is None
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_and_model_can_be_inspected(recipe: str) -> None:
-    for model in ("gpt", "mlp"):
-        result = inspect(fresh(config(recipe, model=model, steps=2)), what_if=("e5m2",))
-        assert len(result.rows) == 2 and all(math.isfinite(row.loss) for row in result.rows)
-        assert bool(result.sites) == (recipe not in ("fp32", "fp64"))
-        assert len(verdicts(result)) == len(result.sites)
+@pytest.mark.parametrize(("recipe", "model"), others_slow(EVERY, plain=OF_EACH_KIND))
+def test_every_recipe_and_model_can_be_inspected(recipe: str, model: str) -> None:
+    result = inspect(fresh(config(recipe, model=model, n_layer=1, steps=2)), what_if=("e5m2",))
+    assert len(result.rows) == 2 and all(math.isfinite(row.loss) for row in result.rows)
+    assert bool(result.sites) == (recipe not in ("fp32", "fp64"))
+    assert len(verdicts(result)) == len(result.sites)
 
 
 def test_a_run_that_only_skips_ends_with_what_was_seen() -> None:

@@ -4,10 +4,12 @@ Sources of the literals: the note (16 bytes a parameter with Adam), torch.autoca
 papers and programs that the recipes name.
 """
 
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from recipe_lists import MECHANISMS
 
 from refimpl.accumulate import accumulator
 from refimpl.backends import NUMPY
@@ -17,10 +19,10 @@ from refimpl.models import GPTConfig, MLPConfig, gpt, mlp
 from refimpl.ops import OPS
 from refimpl.policy import EVERY_OTHER, SAME, Precision, Run
 from refimpl.quantise import SCHEMES
-from refimpl.recipes import MASTERS_FROM, RECIPES, STATE_KINDS, get_recipe
+from refimpl.recipes import MASTERS_FROM, RECIPES, STATE_KINDS, Recipe, get_recipe
 from refimpl.state import State
 from refimpl.step import through
-from refimpl.storage import STORAGES
+from refimpl.storage import STORAGES, get_storage
 
 # name: (weights, grads, main_grads, master, m, v), loss scale, what masters start from
 SR, BF16_MASTERS = "bf16-stochastic", ("bf16", "bf16", "", "fp32", "fp32", "fp32")
@@ -325,3 +327,32 @@ def test_an_unknown_recipe_is_an_error_that_lists_all(name: str) -> None:
     assert message.startswith(f"unknown recipe {name!r}: choose one of fp64, fp32, fp16")
     assert all(known in message for known in RECIPES)
     assert "\n" not in message
+
+
+def mechanisms(recipe: Recipe) -> Iterator[tuple[object, ...]]:
+    """What a recipe is made of, up to the choice among formats of one width."""
+    buffers = recipe.buffers()
+    for kind, storage in recipe.state_storages().items():
+        yield kind, type(get_storage(storage)), buffers[kind].bytes_per_parameter
+    yield "loss scale", recipe.loss_scale
+    yield "masters from", recipe.masters_from
+    yield "lists", recipe.policy.name.rpartition("-")[0] if recipe.policy.name.startswith("autocast") else ""
+    for row in recipe.policy.rows.values():
+        yield "sums", row.acc.split("/")[0]
+        for name in [row.inputs] if isinstance(row.inputs, str) else row.inputs.values():
+            if name in SCHEMES:
+                yield "scheme", getattr(SCHEMES[name], "func", SCHEMES[name])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_that_stand_for_mechanisms_have_all_of_them(name: str) -> None:
+    """Tests leave the others to `-m slow`: one with a storage, a scheme or sums of its own must stand there too."""
+    shown = {part for known in MECHANISMS for part in mechanisms(RECIPES[known])}
+    assert {*mechanisms(RECIPES[name])} <= shown
+
+
+def test_a_recipe_that_stands_for_a_mechanism_cannot_be_left_out() -> None:
+    """The control: without it something is missing."""
+    for known in ("bf16-kahan", "bf16-remainder", "adam-8bit-fp32-embeddings", "fp8-delayed", "mxfp8", "nvfp4"):
+        others = {part for other in MECHANISMS if other != known for part in mechanisms(RECIPES[other])}
+        assert not {*mechanisms(RECIPES[known])} <= others, known
