@@ -5,6 +5,7 @@ is a corpus, and a loss in nats a byte can be compared between files. Randomness
 handed in, so the same seed gives the same batches in every process.
 """
 
+import functools
 import hashlib
 import os
 import platform
@@ -67,7 +68,7 @@ def load_corpus(spec: str, block_size: int, seed: int = 0) -> Corpus:
     if seed < 0:
         raise UsageError(f"the seed of a corpus is {seed}: it must be 0 or more")
     if spec == "pydoc":
-        corpus = _documents_corpus("pydoc", _topic_families(), seed)
+        corpus = _documentation(seed)
     elif spec == "stdlib":
         corpus = _documents_corpus("stdlib", _stdlib_sources(), seed)
     else:
@@ -156,6 +157,12 @@ def _documents_corpus(name: str, families: list[list[bytes]], seed: int) -> Corp
         "sha256_of": "the training part, then the validation part",
     }
     return Corpus(name, train, valid, description)
+
+
+@functools.cache
+def _documentation(seed: int) -> Corpus:
+    """The corpus 'pydoc', built once in a process: each rank, and each run of a comparison, asks for it again."""
+    return _documents_corpus("pydoc", _topic_families(), seed)
 
 
 def _topic_families() -> list[list[bytes]]:

@@ -263,6 +263,7 @@ def test_other_wrong_input_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     assert "without the sources of its standard library; give 'pydoc'" in refusal("stdlib")
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # makes the import fail
+    data._documentation.cache_clear()
     assert "without pydoc_data; give 'stdlib'" in refusal("pydoc")
 
 

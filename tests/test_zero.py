@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rank_runs import SIZES, Trained, on_ranks
+from recipe_lists import MECHANISMS, others_slow
 from strict_backend import STRICT
 from strict_cupy import counter
 from threadpoolctl import threadpool_limits
@@ -71,13 +72,17 @@ def trained(recipe: str, stage: int | None, ranks: int) -> Trained:
 # ------------------------------------------------------------------------------------------------- stages and ranks
 
 
-@pytest.mark.parametrize("recipe", OF_NOTE)
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+NUMBERS = [(ranks, recipe) for ranks in (2, 3, 4) for recipe in OF_NOTE]
+OF_EACH_KIND = [(2, "bf16"), *((3, recipe) for recipe in OF_NOTE), (4, "bf16")]
+"""Of NUMBERS: each recipe on three ranks, whose shares are unequal; one recipe on two and on four."""
+
+
+@pytest.mark.parametrize(("ranks", "recipe"), others_slow(NUMBERS, plain=OF_EACH_KIND))
 def test_all_stages_have_the_same_bits(ranks: int, recipe: str) -> None:
     first = trained(recipe, 0, ranks)
     for stage in (1, 2, 3):
         assert trained(recipe, stage, ranks).same_as(first), stage
-    assert any(trained("fp16", 0, ranks).steps[i][2] for i in range(2))  # FP16 skips a step there, on all ranks
+    assert recipe != "fp16" or any(step[2] for step in first.steps[:2])  # it skips a step there, on all ranks
 
 
 @pytest.mark.parametrize("recipe", OF_NOTE)
@@ -86,7 +91,7 @@ def test_one_rank_has_the_bits_of_no_ranks(stage: int, recipe: str) -> None:
     assert trained(recipe, stage, 1).same_as(trained(recipe, None, 1))
 
 
-@pytest.mark.parametrize("recipe", sorted(name for name in RECIPES if not name.startswith(("fp8-14bit", "fp16-sums"))))
+@pytest.mark.parametrize("recipe", others_slow(RECIPES, plain={*MECHANISMS} - {"fp8-14bit-128", "fp16-sums-64"}))
 def test_every_recipe_can_be_divided(recipe: str) -> None:
     """However it keeps its states, and whatever it quantises: stage 3 has the bits of stage 0, on three ranks."""
     small = {"n_layer": 1, "steps": 3}
@@ -95,19 +100,23 @@ def test_every_recipe_can_be_divided(recipe: str) -> None:
     assert divided.parts.state.nbytes < whole.parts.state.nbytes
 
 
-@pytest.mark.parametrize("recipe", OF_NOTE)
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@cache
+def learned(recipe: str, ranks: int) -> Trained:
+    """Rank 0 of a longer run."""
+    return on_ranks(config(recipe, 2, steps=20, warmup=5), ranks)[0]
+
+
+@pytest.mark.parametrize(("ranks", "recipe"), others_slow(NUMBERS, plain=OF_EACH_KIND[1:]))
 def test_ranks_learn_what_one_learns(ranks: int, recipe: str) -> None:
     """The whole batch is the same, sums have another order: each rank's share of a gradient is rounded to the buffer's format,
     in FP32 not at all. So the bars are those of two correct runs: `compare_pytorch.TRAJECTORY`, for 192 rows of 256."""
-    given = {"steps": 20, "warmup": 5}
-    one, many = (on_ranks(config(recipe, 2, **given), n)[0] for n in (1, ranks))
+    one, many = learned(recipe, 1), learned(recipe, ranks)
     fewer_rows = math.sqrt(256 / 192)
     loss_bar, drift_bar = (fewer_rows * bar for bar in TRAJECTORY["fp32" if recipe == "fp32" else "16 bits"])
     assert apart(*([step[0] for step in run.steps] for run in (one, many))) <= loss_bar
     assert [step[2] for step in one.steps] == [step[2] for step in many.steps]
     kind = "master." if recipe != "fp32" else "weights."
-    start = on_ranks(config(recipe, None, **given, lr=1e-30, weight_decay=0.0), 1)[0].arrays
+    start = on_ranks(config(recipe, None, steps=1, lr=1e-30, weight_decay=0.0), 1)[0].arrays
     ends = [{name: widen(x, "fp64") for name, x in run.arrays.items() if name.startswith(kind)} for run in (one, many)]
     between = sum(float(np.square(ends[0][name] - ends[1][name]).sum()) for name in ends[0])
     moved = sum(float(np.square(ends[0][name] - widen(start[name], "fp64")).sum()) for name in ends[0])
@@ -117,7 +126,7 @@ def test_ranks_learn_what_one_learns(ranks: int, recipe: str) -> None:
 @pytest.mark.parametrize("recipe", ["bf16", "fp32", "bf16-kahan", EIGHT_BIT, "adam-8bit-fp32-embeddings"])
 def test_ranks_for_which_nothing_is_left(recipe: str) -> None:
     """Three grains and seven ranks: four have no share, and train along."""
-    small = {"n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4, "batch_size": 14, "steps": 3}
+    small = {"n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4, "batch_size": 14, "steps": 2}
     whole = on_ranks(config(recipe, 0, **small), 7)
     for stage in (1, 2, 3):
         divided = on_ranks(config(recipe, stage, **small), 7)
@@ -126,31 +135,29 @@ def test_ranks_for_which_nothing_is_left(recipe: str) -> None:
         assert [share.stop > share.start for share in shares] == [True] * 3 + [False] * 4
 
 
-def test_an_infinity_on_one_rank_skips_the_step_on_all() -> None:
-    for stage in STAGES:
-        for victim in range(3):
+@pytest.mark.parametrize(("stage", "victim"), others_slow(product(STAGES, range(3)), plain=[(0, 1), (1, 0), (2, 2), (3, 1)]))
+def test_an_infinity_on_one_rank_skips_the_step_on_all(stage: int, victim: int) -> None:
+    def spoil(parts: Parts, comm: Comm) -> None:
+        if comm.rank != victim:
+            return
+        sink_of, step = parts.state.gradient_sink, iter(range(100))
 
-            def spoil(parts: Parts, comm: Comm, victim: int = victim) -> None:
-                if comm.rank != victim:
-                    return
-                sink_of, step = parts.state.gradient_sink, iter(range(100))
+        def gradient_sink(first: bool) -> Any:
+            sink, bad = sink_of(first), next(step) == 2
 
-                def gradient_sink(first: bool) -> Any:
-                    sink, bad = sink_of(first), next(step) == 2
+            def put(name: str, gradient: np.ndarray) -> None:
+                if bad and name == "transformer.h.1.attn.c_proj.weight":
+                    gradient = gradient.copy()
+                    gradient[3, 3] = np.inf
+                sink(name, gradient)
 
-                    def put(name: str, gradient: np.ndarray) -> None:
-                        if bad and name == "transformer.h.1.attn.c_proj.weight":
-                            gradient = gradient.copy()
-                            gradient[3, 3] = np.inf
-                        sink(name, gradient)
+            return put
 
-                    return put
+        parts.state.gradient_sink = gradient_sink  # type: ignore[method-assign]
 
-                parts.state.gradient_sink = gradient_sink  # type: ignore[method-assign]
-
-            results = on_ranks(config("fp16", stage, init_scale=1024.0), 3, spoil)
-            assert all([step[2] for step in result.steps] == [False, False, True, False] for result in results)
-            assert all(result.same_as(results[0]) and float(result.parts.loss_scale.scale) == 512 for result in results)
+    results = on_ranks(config("fp16", stage, init_scale=1024.0), 3, spoil)
+    assert all([step[2] for step in result.steps] == [False, False, True, False] for result in results)
+    assert all(result.same_as(results[0]) and float(result.parts.loss_scale.scale) == 512 for result in results)
 
 
 # ---------------------------------------------------------------------------------------- each of these can go wrong
@@ -178,7 +185,7 @@ def test_a_mistake_between_ranks_is_found(name: str, monkeypatch: pytest.MonkeyP
     """Each shows in a run of three ranks, or in that these differ, or that one of them has no weights to begin with."""
     target, wrong = WRONG[name]
     stage = 3 if "fetched" in name else 1
-    right = on_ranks(config("bf16", stage), 3)
+    right = trained("bf16", stage, 3)
     if name == "weights that stay as they were fetched":
         monkeypatch.setattr(FetchedWeights, "_layer", None, raising=False)
         monkeypatch.setattr(FetchedWeights, "_values", None, raising=False)
@@ -187,7 +194,7 @@ def test_a_mistake_between_ranks_is_found(name: str, monkeypatch: pytest.MonkeyP
     else:
         monkeypatch.setattr(target, wrong)
     found = on_ranks(config("bf16", stage), 3)
-    assert not all(result.same_as(right[0]) for result in found)
+    assert not all(result.same_as(right) for result in found)
 
 
 # ------------------------------------------------------------------------------------------- sums that are exact
@@ -283,7 +290,7 @@ def test_the_formulas_of_the_paper() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_bytes_that_are_exchanged_are_those_predicted(stage: int, ranks: int, recipe: str, grad_accum: int) -> None:
     """On average over ranks; and for each step the sums and flags of the grains, and the loss."""
-    made = config(recipe, stage, grad_accum=grad_accum)
+    made = config(recipe, stage, grad_accum=grad_accum, n_layer=1, steps=2)
     results, n = on_ranks(made, ranks), made.make_model().n_params
     states = recipe_states(made.make_recipe(), grad_accum=grad_accum)
     again = math.prod(made.make_model().parameters["transformer.wte.weight"].shape)
@@ -343,11 +350,14 @@ class StopsAt:
     def set_postfix_str(self, text: str) -> None: ...
 
 
-@pytest.mark.parametrize("recipe", ["fp16", "bf16-sr", "fp8-delayed", EIGHT_BIT, "adam-8bit-fp32-embeddings"])
+RESUMED = ("fp16", "bf16-sr", "fp8-delayed", EIGHT_BIT, "adam-8bit-fp32-embeddings")
+
+
+@pytest.mark.parametrize("recipe", others_slow(RESUMED, plain={*RESUMED} - {EIGHT_BIT}))  # which the last has, and more
 def test_stopped_and_resumed_it_goes_on_bit_for_bit(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On three ranks, of which the last is told to stop; on as many it ends where it would have ended, on two it goes on."""
     monkeypatch.setattr("refimpl.trainer.FINAL_EVAL_BLOCKS", 4)
-    made = config(recipe, 2, steps=6, log_every=2, eval_every=100, eval_batches=1)
+    made = config(recipe, 2, n_layer=1, steps=6, log_every=2, eval_every=100, eval_batches=1)
     whole, parts, fewer = (tmp_path / name for name in ("whole", "parts", "fewer"))
     for folder in (whole, parts, fewer):
         folder.mkdir()
@@ -437,17 +447,26 @@ def test_layers_are_numbered_blocks_and_single_modules() -> None:
 # ------------------------------------------------------------------------------------------------- other backends
 
 
-@pytest.mark.parametrize("recipe", ["fp16", "bf16", "fp32", "bf16-kahan"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_ranks_with_devices(stage: int, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@cache
+def on_devices(recipe: str, stage: int) -> Trained:
+    """Rank 0 of two, on the stand-in for CuPy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Config, "make_backend", lambda self: STRICT)
+        return on_ranks(config(recipe, stage, steps=3), 2)[0]
+
+
+ON_DEVICES = [(recipe, stage) for recipe in ("fp16", "bf16", "fp32", "bf16-kahan") for stage in STAGES]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage"), others_slow(ON_DEVICES, plain=[*(("fp16", stage) for stage in STAGES), ("fp32", 3), ("bf16-kahan", 2)])
+)
+def test_ranks_with_devices(recipe: str, stage: int) -> None:
     """The same on the stand-in for CuPy: kernels are launched on shards. All stages have the same bits there too."""
-    monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
-    runs = [on_ranks(config(recipe, s, steps=3), 2)[0] for s in (0, stage)]
-    assert runs[1].same_as(runs[0])
-    monkeypatch.undo()
-    host = on_ranks(config(recipe, stage, steps=3), 2)[0]
-    assert [step[2] for step in runs[1].steps] == [step[2] for step in host.steps]
-    assert apart(*([step[0] for step in run.steps] for run in (runs[1], host))) <= BAR  # kernels add in another order
+    device, host = on_devices(recipe, stage), on_ranks(config(recipe, stage, steps=3), 2)[0]
+    assert device.same_as(on_devices(recipe, 0))
+    assert [step[2] for step in device.steps] == [step[2] for step in host.steps]
+    assert apart(*([step[0] for step in run.steps] for run in (device, host))) <= BAR  # kernels add in another order
 
 
 def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
