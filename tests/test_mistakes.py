@@ -142,8 +142,10 @@ def test_the_page_has_a_line_for_each_and_none_agrees() -> None:
         assert set(cells) <= {"named", "found", "not judged", "-"} and "named" in cells, line
 
 
-def test_a_line_of_the_page_is_what_the_command_prints() -> None:
-    assert mistake_table.table(["no-unscale"]).splitlines()[-1] == table_of_the_page()["no-unscale"]
+def test_a_part_of_a_line_of_the_page_is_what_the_command_finds() -> None:
+    """One micro-batch and our betas; the slow test below has all of all lines."""
+    cells = [cell.strip() for cell in table_of_the_page()["cast-twice"].strip("|").split("|")]
+    assert mistake_table.outcomes("cast-twice", {"grad_accum": 1}) == cells[2:5] == ["named", "named", "not judged"]
 
 
 @pytest.mark.slow
@@ -450,7 +452,7 @@ def test_a_mistaken_loss_scale_is_still_its_projects(name: str, scaler: str) -> 
 def test_a_run_with_a_mistaken_scale_ends_at_the_floor_of_its_project(tmp_path: Path) -> None:
     more = {"loss_scale": "deepspeed", "hysteresis": 1, "init_scale": 4.0, "lr": 1e9, "warmup": 0, "clip": 0.0, "steps": 40}
     run = Trainer(config("scale-in-16-bits", mistake="scale-in-16-bits", log_every=5, eval_batches=1, **more), tmp_path)
-    with pytest.raises(TrainingStopped, match="at a loss scale of 1, below which deepspeed does not go"):
+    with pytest.raises(TrainingStopped, match="the loss scale is 1, below which deepspeed does not go"):
         run.train(NoBar())
 
 
