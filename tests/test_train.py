@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from overflow import overflow_always
+from recipe_lists import MECHANISMS, others_slow
 
 from refimpl.cast import widen
 from refimpl.checkpoint import load, save
@@ -82,9 +83,11 @@ def rows_without_timing(folder: Path) -> list[dict[str, Any]]:
 
 EARLIEST = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-bf16")
 STOPS = [(recipe, step) for recipe in RECIPES if recipe != "pure-fp16" for step in (1, 3, 5) if step == 3 or recipe in EARLIEST]
+OF_EACH_KIND = [*((recipe, 3) for recipe in MECHANISMS), ("fp16", 1), ("fp16", 5)]
+"""Of STOPS: each mechanism, after as many steps as are between two evaluations; and before and after that."""
 
 
-@pytest.mark.parametrize(("recipe", "step"), STOPS)
+@pytest.mark.parametrize(("recipe", "step"), others_slow(STOPS, plain=OF_EACH_KIND))
 def test_resumed_run_equals_one_never_stopped(recipe: str, step: int, text: str, tmp_path: Path) -> None:
     assert run(tmp_path / "whole", text, recipe=recipe) == 0
     stop_at(tmp_path / "parts", text, step, recipe=recipe)
