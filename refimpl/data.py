@@ -343,50 +343,63 @@ def ngram_entropies(
 
     A part longer than its bound is looked at through 64 evenly spaced blocks, the first at its start and the last at
     its end, together as long as the bound (rounded down to whole blocks). No n-gram straddles two of them.
-    Memory: 64 MiB for the trigram counts, and work arrays of a few times 8 MiB.
+    Memory: 4 k**3 bytes for the trigram counts of texts of k different bytes, so 64 MiB at most; and work arrays of a few
+    times 8 MiB.
     """
     train_blocks = _spaced_blocks(train, SAMPLE_BLOCKS, max_train_bytes // SAMPLE_BLOCKS)
     valid_blocks = _spaced_blocks(valid, SAMPLE_BLOCKS, max_valid_bytes // SAMPLE_BLOCKS)
     train_bytes = sum(block.size for block in train_blocks)
     valid_bytes = sum(block.size for block in valid_blocks)
-    entropies = {}
+    ranks, entropies = _ranks([*train_blocks, *valid_blocks]), {}
     for n in (1, 2, 3):
         if max(block.size for block in valid_blocks) >= n:
-            entropies[n] = _cross_entropy(_ngram_counts(train_blocks, n), valid_blocks, n)
+            entropies[n] = _cross_entropy(_ngram_counts(train_blocks, n, ranks), valid_blocks, n, ranks)
     sampled = train_bytes < train.size or valid_bytes < valid.size
     return NgramBaselines(entropies, train_bytes, valid_bytes, sampled)
 
 
-def _ngram_counts(blocks: list[np.ndarray], n: int) -> np.ndarray:
-    """How often each n-gram occurs: int32 (256**(n-1), 256), a row for each context, a column for each next byte."""
-    counts = np.zeros(VOCAB_SIZE**n, np.int32)
-    for codes in _ngram_codes(blocks, n):
+def _ranks(blocks: list[np.ndarray]) -> np.ndarray:
+    """The rank of each byte among those that occur, int64 (256,): tables of k bytes are smaller than tables of 256."""
+    occurs = np.zeros(VOCAB_SIZE, bool)
+    for block in blocks:
+        for start in range(0, block.size, PIECE):
+            occurs[block[start : start + PIECE]] = True
+    return np.cumsum(occurs) - 1
+
+
+def _ngram_counts(blocks: list[np.ndarray], n: int, ranks: np.ndarray) -> np.ndarray:
+    """How often each n-gram occurs: int32 (k**(n-1), k), a row for each context, a column for each next byte, by rank."""
+    k = int(ranks[-1]) + 1
+    counts = np.zeros(k**n, np.int32)
+    for codes in _ngram_codes(blocks, n, ranks):
         if counts.size <= codes.size:
             counts += np.bincount(codes, minlength=counts.size)
-        else:  # bincount would make another table of 256**n for each piece
+        else:  # bincount would make another table of k**n for each piece
             np.add.at(counts, codes, 1)
-    return counts.reshape(-1, VOCAB_SIZE)
+    return counts.reshape(-1, k)
 
 
-def _cross_entropy(counts: np.ndarray, blocks: list[np.ndarray], n: int) -> float:
-    """Mean of -log p over the n-grams of the blocks, in nats, from counts (256**(n-1), 256)."""
+def _cross_entropy(counts: np.ndarray, blocks: list[np.ndarray], n: int, ranks: np.ndarray) -> float:
+    """Mean of -log p over the n-grams of the blocks, in nats, from counts (k**(n-1), k)."""
     context_counts = counts.sum(1)
     total, positions = 0.0, 0
-    for codes in _ngram_codes(blocks, n):
-        contexts, following = np.divmod(codes, VOCAB_SIZE)
+    for codes in _ngram_codes(blocks, n, ranks):
+        contexts, following = np.divmod(codes, counts.shape[1])
         p = (counts[contexts, following] + SMOOTHING) / (context_counts[contexts] + SMOOTHING * VOCAB_SIZE)
         total -= float(np.log(p).sum())
         positions += codes.size
     return total / positions
 
 
-def _ngram_codes(blocks: list[np.ndarray], n: int) -> Iterator[np.ndarray]:
-    """Every n-gram of every block once, in order, as a base-256 number: int64, a bounded piece at a time."""
+def _ngram_codes(blocks: list[np.ndarray], n: int, ranks: np.ndarray) -> Iterator[np.ndarray]:
+    """Every n-gram of every block once, in order, as a number whose digits are ranks: int64, a bounded piece at a time."""
+    k = int(ranks[-1]) + 1
     for block in blocks:
         for start in range(0, block.size - n + 1, PIECE):
             stop = min(start + PIECE, block.size - n + 1)
+            digits = ranks[block[start : stop + n - 1]]
             codes = np.zeros(stop - start, np.int64)
             for i in range(n):
-                codes *= VOCAB_SIZE
-                codes += block[start + i : stop + i]
+                codes *= k
+                codes += digits[i : i + stop - start]
             yield codes
