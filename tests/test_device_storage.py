@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import storage_cases
+from recipe_lists import others_slow
 from storage_cases import CASES, RECIPES, WEIGHTS, differences, kept, parts_of, resumed, trained
 from strict_backend import PLAIN, STRICT, on_host
 from strict_cupy import WaitError, counter, xp
@@ -27,6 +28,11 @@ from refimpl.stochastic import random_bits, stochastic_round
 from refimpl.storage import MAIN, Draw, Kahan, Remainder, Stochastic
 
 Array = Any
+
+OF_EACH_KIND = [
+    *((weights, "fp32", "adamw") for weights in WEIGHTS), (WEIGHTS[0], "fp32", "sgd"), (WEIGHTS[1], "bf16", "adamw"),
+]  # fmt: skip
+"""Of CASES: each way to keep weights; the other rule and moments of 16 bits with one of them, which they do not depend on."""
 
 # ------------------------------------------------------------------------------------------------------------------ bits
 
@@ -89,7 +95,7 @@ def test_the_two_halves_have_the_hosts_bits() -> None:
 # ------------------------------------------------------------------------------------------------------------------ trainings
 
 
-@pytest.mark.parametrize(("weights", "moments", "rule"), CASES)
+@pytest.mark.parametrize(("weights", "moments", "rule"), others_slow(CASES, plain=OF_EACH_KIND))
 def test_a_training_with_skips_keeps_what_the_host_keeps(weights: str, moments: str, rule: str) -> None:
     """Eight steps, three of them skipped: every part to the bit, from the same gradients; a skip leaves every part."""
     assert differences(STRICT, weights, moments, rule) == []
@@ -162,11 +168,11 @@ def test_a_planted_mistake_is_found(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_results_do_not_depend_on_the_blocks_of_a_device(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device takes all at once, up to 2^24; in pieces of any size the bits are the same."""
     ends, launches = [], []
-    for block in (1 << 24, 1000, 333):
+    for block in (1 << 24, 3000, 999):
         monkeypatch.setattr(refimpl.state, "DEVICE_BLOCK", block)
         parts = parts_of(STRICT, weights, "bf16", "adamw")
         counter.reset()
-        list(trained(parts, 3))
+        list(trained(parts, 2))
         ends.append(kept(parts.state))
         launches.append(counter.launches)
     assert ends[0] == ends[1] == ends[2]
@@ -188,7 +194,7 @@ def step_costs(backend: Any, weights: str, moments: str, rule: str) -> tuple[int
 
 
 @pytest.mark.parametrize("backend", [STRICT, PLAIN], ids=["strict", "plain"])
-@pytest.mark.parametrize(("weights", "moments", "rule"), CASES)
+@pytest.mark.parametrize(("weights", "moments", "rule"), others_slow(CASES, plain=OF_EACH_KIND))
 def test_a_step_neither_waits_nor_copies(weights: str, moments: str, rule: str, backend: Any) -> None:
     assert step_costs(backend, weights, moments, rule) == (0, 0, 0)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recipe_lists import MECHANISMS, others_slow
 
 from refimpl.config import Config
 from refimpl.errors import UsageError
@@ -22,8 +23,12 @@ TINY: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8
 SCRIPT = Path(__file__).parent.parent / "scripts" / "memory.py"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("model", ["gpt", "mlp"])
+EVERY = [(recipe, model) for recipe in RECIPES for model in ("gpt", "mlp")]
+OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), *((recipe, "mlp") for recipe in ("fp16", "amp-fp16", "mxfp8"))]
+"""Of EVERY: each mechanism in one model; the other in one format, under autocast, and with quantised operands."""
+
+
+@pytest.mark.parametrize(("recipe", "model"), others_slow(EVERY, plain=OF_EACH_KIND))
 def test_every_prediction_is_met(recipe: str, model: str) -> None:
     result = weigh(Config.of({**TINY, "recipe": recipe, "model": model, "steps": 2}))
     assert result.wrong == []

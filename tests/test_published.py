@@ -66,34 +66,36 @@ def held_back(blocks: int) -> list[Batch]:
 
 
 def validation_loss(parts: Parts, blocks: int = 48) -> float:
-    """Over the first 48 * 16 * 32 = 24,576 bytes of the text that is held back."""
+    """Over the first blocks * 16 * 32 bytes, by default 24,576, of the text that is held back."""
     return mean_loss(parts.model, parts.state, parts.run, held_back(blocks))
 
 
 # -------------------------------------------------------------------------------------------------- masters and their heirs
 
-FINE_LR, WARM_STEPS = 5e-6, 150
+FINE_LR = 5e-6
 
 
-def warm_weights(seed: int) -> dict[str, Array]:
+def warm_weights(seed: int, steps: int) -> dict[str, Array]:
     """A model that has learnt a little, in FP32."""
-    config, parts = run_of("fp32", seed, lr=2e-3, steps=WARM_STEPS)
+    config, parts = run_of("fp32", seed, lr=2e-3, steps=steps)
     for batch in batches(config):
         parts.step([batch])
     return {name: np.array(view) for name, view in parts.state.layout.views(parts.state.master).items()}
 
 
-def gain(recipe: str, weights: Mapping[str, Array], seed: int, steps: int) -> float:
+def gain(recipe: str, weights: Mapping[str, Array], seed: int, steps: int, blocks: int) -> float:
     """How much `steps` at a small constant learning rate lower the validation loss, from these weights in BF16 on."""
     config, parts = run_of(recipe, seed + 100, lr=FINE_LR, min_lr=FINE_LR, warmup=0, steps=steps, weight_decay=0.0)
     parts.state.load_weights(weights)
-    before = validation_loss(parts)
+    before = validation_loss(parts, blocks)
     for batch in batches(config):
         parts.step([batch])
-    return before - validation_loss(parts)
+    return before - validation_loss(parts, blocks)
 
 
-def assert_masters_can_be_done_without(seed: int, steps: int, recovering: tuple[str, ...], stalling: tuple[str, ...]) -> None:
+def assert_masters_can_be_done_without(
+    seed: int, recovering: tuple[str, ...], stalling: tuple[str, ...], warm: int = 150, steps: int = 150, blocks: int = 48
+) -> None:
     """Of what bf16 gains with masters, pure BF16 keeps a fifth at most, and its heirs recover four fifths at least.
 
     A BF16 weight of N(0, 0.02^2) moves by itself only if half of its ulp is less than the step, which Adam makes as large as
@@ -102,9 +104,10 @@ def assert_masters_can_be_done_without(seed: int, steps: int, recovering: tuple[
     of all updates; the noise of one and the BF16 moments of the other may cost something: a fifth is allowed.
     """
     assert predicted_share("bf16", FINE_LR) < 0.1
-    weights = warm_weights(seed)
-    with_masters = gain("bf16", weights, seed, steps)
-    share = {name: gain(name, weights, seed, steps) / with_masters for name in (*recovering, *stalling)}
+    weights = warm_weights(seed, warm)
+    gains = {name: gain(name, weights, seed, steps, blocks) for name in ("bf16", *recovering, *stalling)}
+    with_masters = gains.pop("bf16")
+    share = {name: gained / with_masters for name, gained in gains.items()}
     print(f"seed {seed}: masters gain {with_masters:.5f}; of that {share}")
     assert with_masters > 0
     assert all(share[name] >= 0.8 for name in recovering), share
@@ -112,7 +115,8 @@ def assert_masters_can_be_done_without(seed: int, steps: int, recovering: tuple[
 
 
 def test_pure_bf16_stalls_and_stochastic_rounding_recovers() -> None:
-    assert_masters_can_be_done_without(0, 50, ("bf16-sr",), ("pure-bf16",))
+    """A short form of the next: of seeds 0 to 3, stochastic rounding keeps 99 to 108 %, pure BF16 8 % at most."""
+    assert_masters_can_be_done_without(0, ("bf16-sr",), ("pure-bf16",), warm=100, steps=30, blocks=24)
 
 
 @pytest.mark.slow
@@ -120,7 +124,7 @@ def test_pure_bf16_stalls_and_stochastic_rounding_recovers() -> None:
 def test_pure_bf16_stalls_and_its_heirs_recover(seed: int) -> None:
     """Micikevicius et al. 2018, 3.1; Zamirai et al. 2020; the remainder of TransformerEngine is a master in two halves."""
     heirs = ("bf16-sr", "bf16-kahan", "bf16-remainder", "bf16-moments")
-    assert_masters_can_be_done_without(seed, 150, heirs, ("pure-bf16", "bf16-no-master"))
+    assert_masters_can_be_done_without(seed, heirs, ("pure-bf16", "bf16-no-master"))
 
 
 # --------------------------------------------------------------------------------------------------------------------- FP8

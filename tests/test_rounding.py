@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recipe_lists import BASIC
+from recipe_lists import BASIC, others_slow
 
 from refimpl.cast import cast
 from refimpl.config import Config
@@ -223,7 +223,7 @@ def watched(recipe: str, monitor: Any, **more: Any) -> Any:
     return parts
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", others_slow(RECIPES))
 def test_a_watched_step_computes_the_same(recipe: str) -> None:
     monitor = RoundingMonitor(("e4m3",))
     with_it, without = watched(recipe, monitor), watched(recipe, None)

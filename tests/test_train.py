@@ -88,7 +88,10 @@ OF_EACH_KIND = [*((recipe, 3) for recipe in MECHANISMS), ("fp16", 1), ("fp16", 5
 
 
 @pytest.mark.parametrize(("recipe", "step"), others_slow(STOPS, plain=OF_EACH_KIND))
-def test_resumed_run_equals_one_never_stopped(recipe: str, step: int, text: str, tmp_path: Path) -> None:
+def test_resumed_run_equals_one_never_stopped(
+    recipe: str, step: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refimpl.trainer.FINAL_EVAL_BLOCKS", 4)
     assert run(tmp_path / "whole", text, recipe=recipe) == 0
     stop_at(tmp_path / "parts", text, step, recipe=recipe)
     assert run(tmp_path / "parts", text, resume=True) == 0

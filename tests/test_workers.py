@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from bounds import gamma
+from recipe_lists import others_slow
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import refimpl.backends as backends
@@ -237,7 +238,7 @@ def test_blocks_cover_all_rows_and_are_two_at_least_for_a_large_product() -> Non
     assert [len(row_blocks(M, 1 << 30)) for M in (64, 384, 1152, 1536, 3072, 8192)] == [1, 2, 2, 4, 8, 16]
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "fp64"])
+@pytest.mark.parametrize("recipe", others_slow(name for name in RECIPES if name != "fp64"))
 def test_a_step_in_parts_is_the_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All operations cut small and shared by three threads, against all of them whole on one. (Of products the blocks of rows
     stay the same: they are part of what is computed.)"""
