@@ -10,6 +10,7 @@ from strict_backend import BACKENDS
 from threadpoolctl import threadpool_info
 
 from refimpl.backends import Backend
+from refimpl.backends.workers import workers
 
 BLAS_TESTS = {
     f"test_{name}"
@@ -32,6 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Thousands of tests stay to the end: the garbage collector need not look through them again and again."""
+    workers()  # it counts the threads of the BLAS, which tests limit
     gc.collect()
     gc.freeze()
 
