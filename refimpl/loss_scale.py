@@ -180,7 +180,8 @@ class DynamicLossScale:
             backs_off = self._out_of_hysteresis(found_inf, grow)
         if scaler.tolerance:
             backs_off = self._too_often(found_inf, grow)
-        smaller = xp.where(backs_off, smaller, self.value)
+        if backs_off is not found_inf:  # an overflow may leave S as it is
+            smaller = xp.where(backs_off, smaller, self.value)
         if scaler.stops:
             smaller = self._kept_where_it_stops(smaller, found_inf, backs_off)
         grown = xp.where(grow if scaler.unbounded else grow & xp.isfinite(larger), larger, self.value)
