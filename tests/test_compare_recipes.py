@@ -100,10 +100,15 @@ def test_a_run_that_cannot_go_on_says_so() -> None:
     assert ended.ended in list(rows(result))[1]
 
 
-def test_an_asterisk_is_for_what_a_last_bit_does_not_explain(comparison: Comparison) -> None:
+def test_an_asterisk_is_for_what_a_last_bit_does_not_explain(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The seeds answer another question: their noise hides what a recipe does on the same batches."""
     baseline, other = comparison.runs[0], comparison.runs[1]
     kept = other.val_loss
+    # On some BLAS kernels the few losses of so short a run are equal: here they spread by a hundredth of the seeds' noise.
+    for run, share in zip(comparison.changed, (0, 0.004, 0.01), strict=True):
+        monkeypatch.setattr(run, "val_loss", baseline.val_loss + share * comparison.noise)
     assert 0 < comparison.drift < 0.1 * comparison.noise
     for difference, marks in (
         (0.5 * comparison.drift, 0), (1.5 * comparison.drift, 1), (-1.5 * comparison.drift, 1), (0.9 * comparison.noise, 1),

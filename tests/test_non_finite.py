@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,8 @@ def test_the_monitor_never_calls_nan_exact(loss_scale: str) -> None:
     for text in (v.text for v in verdicts(seen)):
         assert "needs no loss scale" not in text or "arrived" not in text
     assert written["non_finite"] == f"At step 1: {FC} holds 1 NaN."
-    for text in (terminal_text(seen), page(seen, "a command")):
+    texts = [terminal_text(seen)] + ([page(seen, "a command")] if find_spec("matplotlib") else [])  # the page has figures
+    for text in texts:
         assert written["non_finite"] in " ".join(text.split()) and "arrived" in text
         assert "S was 1, and 0 %" not in " ".join(text.split())
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -174,6 +175,17 @@ def test_a_part_is_not_divided_once_more() -> None:
 
     assert three.map(inner, range(2)) == [True, True]
     assert not three.at_work
+
+
+def test_a_thread_that_wakes_late_holds_nothing_until_then() -> None:
+    """Its job waits in the queue after `map` has returned; a memory count at that moment must not see what was mapped."""
+    two, late = Workers(FakeBlas(2)), threading.Event()
+    two._jobs.put(lambda: late.wait(20))
+    part = np.zeros(8)
+    seen, result = weakref.ref(part), weakref.ref(two.map(lambda x: x + 1, [part, part])[0])
+    del part
+    assert seen() is None and result() is None
+    late.set()
 
 
 def test_an_error_is_raised_when_all_have_ended() -> None:

@@ -81,7 +81,8 @@ class Workers:
         if self.threads == 1 or len(items) < 2:
             with self.one_thread_a_product():
                 return [f(item) for item in items]
-        results, errors, ended = [None] * len(items), list[BaseException](), SimpleQueue[int]()
+        todo: list[Callable[[], R] | None] = [functools.partial(f, item) for item in items]
+        results, errors, ended = list[Any]([None] * len(items)), list[BaseException](), SimpleQueue[int]()
         left = iter(range(len(items)))  # its next() is atomic: each index goes to one thread
 
         def work() -> None:
@@ -89,9 +90,10 @@ class Workers:
             for i in left:
                 try:
                     self._stay()
-                    results[i] = f(items[i])  # type: ignore[call-overload]
+                    results[i] = todo[i]()  # type: ignore[misc]
                 except BaseException as error:
                     errors.append(error)
+                todo[i] = None
                 ended.put(i)
             self._here.busy = False
 
@@ -101,10 +103,13 @@ class Workers:
                 self._jobs.put(functools.partial(contextvars.copy_context().run, work))
             work()
             for _ in items:
-                ended.get()  # those who wake up too late find nothing left, and nobody waits for them
+                ended.get()
+        # A thread that wakes up too late finds nothing left, and nobody waits for it: until then it must hold no array.
+        done = results.copy()
+        results.clear()
         if errors:
             raise errors[0]
-        return results  # type: ignore[return-value]
+        return done
 
 
 def _serve(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
