@@ -180,6 +180,11 @@ class Bounds:
         return 3 * min(distance(ours, exact), distance(theirs, exact)) + floor + 4 * U * l2(exact)
 
     @property
+    def overflow(self) -> float:
+        """The largest number of the format that products leave."""
+        return FORMATS[self._low].max
+
+    @property
     def _low(self) -> str:
         """The format that products read: 16 bits, but in fp32."""
         low = self.parts.run.policy.row("linear.y").input("x")

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from refimpl.bounds import fp64
-from refimpl.coverage import Coverage, coverage, is_input, verdict
+from refimpl.coverage import Coverage, coverage, is_input, steps_in_words, verdict
 from refimpl.errors import UsageError
 from refimpl.findings import Finding
+from refimpl.formats import FORMATS, format_of, is_float
 from refimpl.judge import Judge, explanations
 from refimpl.mistakes import MISTAKES
 from refimpl.show import table
-from refimpl.trace import POINTS, Trace
+from refimpl.trace import BY_PARAMETER, POINTS, Trace, parse_key
 from refimpl.trace_checks import checked
 from refimpl.trace_settings import config_from, stated
 
@@ -37,14 +38,18 @@ def diff(a: Trace, b: Trace) -> dict[str, Any]:
     inputs = {name: x for name, x in reference.tensors.items() if is_input(name)}
     given, _ = checked(Trace({}, inputs), model)
     theirs, mapped = checked(theirs, model)
-    judge = Judge(config, with_inputs_of(given, theirs))
+    whole = with_inputs_of(given, theirs)
+    taken = sorted(parse_key(name)[0] for name in whole.tensors if name not in theirs.tensors and name.endswith("/0.tokens"))
+    judge = Judge(config, whole)
     findings = list(judge.findings())
     covered = coverage(theirs, findings, judge.reasons, ("4.lr",) if judge.own_rates else ())
     if not covered.tensors:
         raise UsageError("nothing in this trace can be judged: it holds a start and batches at most")
     first = next((finding for finding in findings if finding.departs), None)
     reasons = explanations(config, judge.theirs, first) if first else []
-    judge.notes = [*mapped, *judge.notes]
+    judge.notes = [*mapped, *judge.notes, *(f"the batch of {steps_in_words(taken)} is the reference's" for _ in taken[:1])]
+    if model.config.get("bias", True) and config.model == "gpt" and not has_biases(theirs):
+        judge.notes.append("no parameter of the trace is a bias: if the model has none, record the reference with --no-bias")
     print(report(reference, judge, findings, covered, reasons))
     said = verdict(findings, covered)
     return {
@@ -56,13 +61,22 @@ def diff(a: Trace, b: Trace) -> dict[str, Any]:
 def with_inputs_of(reference: Trace, theirs: Trace) -> Trace:
     """Return the judged trace with what it lacks of batches, and of the start, taken from the reference.
 
-    A trace with another start than the reference's, weights, moments or number of updates, takes nothing of it.
+    A trace with another start than the reference's, weights, moments or number of updates, takes nothing of it; one with
+    another batch in any step takes no batch.
     """
     starts = {name: x for name, x in reference.tensors.items() if name.startswith("0/4.")}
     marks = [name for name in starts if name.startswith(("0/4.m", "0/4.v", "0/4.t")) and name in theirs.tensors]
     another = any(not np.array_equal(fp64(starts[name]), fp64(theirs.tensors[name])) for name in marks)
-    given = {name: x for name, x in reference.tensors.items() if not (another and name in starts)}
-    return Trace(theirs.config, {**given, **theirs.tensors}, theirs.settings)
+    batches = {name: x for name, x in reference.tensors.items() if name not in starts}
+    if any(not np.array_equal(x, theirs.tensors[name]) for name, x in batches.items() if name in theirs.tensors):
+        batches = {}
+    return Trace(theirs.config, {**({} if another else starts), **batches, **theirs.tensors}, theirs.settings)
+
+
+def has_biases(trace: Trace) -> bool:
+    """Whether a trace that holds parameters holds any bias; True where it holds none."""
+    names = [name for _, point, name in map(parse_key, trace.tensors) if point in BY_PARAMETER]
+    return not names or any(name.endswith(".bias") for name in names)
 
 
 def report(
@@ -82,7 +96,7 @@ def report(
             lines.append(f"  {title}: {sum(group.tensors for group in rest)} more tensors for other reasons (see --json)")
     first = next((finding for finding in findings if finding.departs), None)
     if first is not None:
-        return "\n".join([*lines, *_departure(first, findings, reasons)])
+        return "\n".join([*lines, *_departure(first, findings, reasons, judge)])
     if not findings:
         return "\n".join([*lines, "PARTLY JUDGED: nothing of it could be judged"])
     worst = max(findings, key=lambda f: f.error)
@@ -95,7 +109,7 @@ def report(
     return "\n".join([*lines, f"PARTLY JUDGED: nothing departs, but {' and '.join(what)}; {near}"])
 
 
-def _departure(first: Finding, findings: Sequence[Finding], reasons: Sequence[str]) -> list[str]:
+def _departure(first: Finding, findings: Sequence[Finding], reasons: Sequence[str], judge: Judge) -> list[str]:
     """The first tensor that departs, what else does in that step, and what explains it."""
     note = f"; {first.note}" if first.note else ""
     later = dict.fromkeys(f.point for f in findings if f.departs and f.step == first.step)
@@ -104,12 +118,21 @@ def _departure(first: Finding, findings: Sequence[Finding], reasons: Sequence[st
         f"(at the largest element), {first.identical:.1%} of {first.elements} elements identical{note}",
         f"in that step outside their bounds: {', '.join(later)}",
     ]
+    ours, theirs = (fmt_in(trace, first) for trace in (judge.ours, judge.theirs))
+    if theirs in FORMATS and FORMATS[theirs].bits <= 16 and FORMATS.get(ours, FORMATS[theirs]).bits > 16:
+        lines.append(f"the trace holds it in {theirs}, refimpl in {ours}: was it only written down in fewer bits than it has?")
     for name in reasons:
         if name in MISTAKES:
             lines.append(f"explained by --mistake {name}: {MISTAKES[name].what}")
         else:
             lines.append(f"explained by {name}: no mistake, if attention is meant to be so; then record with that flag")
     return lines if reasons else [*lines, "none of the known mistakes (python scripts/mistakes.py) explains it"]
+
+
+def fmt_in(trace: Trace, finding: Finding) -> str:
+    """The format of a tensor in a trace; '' for integers and for what it does not hold."""
+    array = trace.get(finding.step, finding.point, finding.name)
+    return format_of(array) if array is not None and is_float(array) else ""
 
 
 def _trajectory(a: Trace, b: Trace) -> str:

@@ -33,7 +33,7 @@ class Group:
 
     def __str__(self) -> str:
         """'steps 2 to 4, 3.unscaled of 12 parameters: ...'."""
-        return f"{_steps(self.steps)}, {self.point}{_names(self.point, self.names)}: {self.reason}"
+        return f"{steps_in_words(self.steps)}, {self.point}{_names(self.point, self.names)}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _groups(reasons: Mapping[str, str], sizes: Mapping[str, int]) -> list[Group]
     return sorted(groups, key=lambda group: list(POINTS).index(group.point))
 
 
-def _steps(steps: Sequence[int]) -> str:
+def steps_in_words(steps: Sequence[int]) -> str:
     """'step 2', 'steps 1 to 4', 'steps 1, 3'."""
     if len(steps) == 1:
         return f"step {steps[0]}"

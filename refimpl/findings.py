@@ -55,3 +55,19 @@ def find(
         ulps = float(np.abs(difference).max(initial=0.0)) / unit
     error = 0.0 if same.all() else distance / bound if bound > 0 else math.inf
     return Finding(step, point, name, float(same.mean()) if same.size else 1.0, error, ulps, same.size, weak, note)
+
+
+def without_overflows(a: np.ndarray, b: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return two gradients of a step that overflowed, with 0 where both are Inf or NaN, and where one is and need not be.
+
+    The order of a sum decides only whether a result near the largest number of its format overflows: where one of the two is
+    finite it must be at least `least`, or the other is wrong (0 where nothing is known of what the sums were made of).
+    """
+    if a.shape != b.shape:
+        return a, b
+    x, y = fp64(a), fp64(b)
+    finite, both = np.isfinite(x) ^ np.isfinite(y), ~np.isfinite(x) & ~np.isfinite(y)
+    near = finite & (np.abs(np.where(np.isfinite(x), x, y)) >= least)
+    a, b = a.copy(), b.copy()
+    a[both | near], b[both | near] = 0, 0
+    return a, b

@@ -27,9 +27,11 @@ def start_from(trace: Trace, parts: Parts) -> None:
     if moments and float(t or 0) == 0:
         raise UsageError("0/4.t is 0, but the moments at step 0 are not zero: it must be the number of updates made before")
     begun = t is not None and float(t) > 0
-    kept = [kind for kind in ("m", "v") if kind in parts.state.stored]
-    if begun and trace.steps and not moments and kept and any(trace.at(step, "4.master") for step in trace.steps):
-        raise UsageError(f"0/4.t is {float(t or 0):g}, so the trace begins in the middle of a run: it needs 0/4.{kept[0]}")
+    for kind in ("m", "v"):
+        read = any(trace.at(step, point) for step in trace.steps for point in (f"4.{kind}", "4.master"))
+        given = moments and trace.at(0, f"4.{kind}")
+        if begun and read and not given and kind in parts.state.stored:
+            raise UsageError(f"0/4.t is {float(t or 0):g}, so the trace begins in the middle of a run: it needs 0/4.{kind}")
     parts.state.t = np.asarray(np.int64(0 if t is None else int(t)))
     if parts.loss_scale.adapts:
         _start_scale(trace, parts, int(parts.state.t))

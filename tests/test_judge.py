@@ -18,7 +18,7 @@ from refimpl.compare import diff
 from refimpl.config import Config
 from refimpl.coverage import Coverage, coverage, verdict
 from refimpl.errors import UsageError
-from refimpl.findings import Finding
+from refimpl.findings import Finding, without_overflows
 from refimpl.judge import Judge, explanations
 from refimpl.trace import Trace, in_batch, record, split_batch
 
@@ -152,6 +152,8 @@ def test_a_tied_head_is_its_embedding() -> None:
     assert judged(head)[0] == "AGREES"
     both = Trace({}, {**run().tensors, "1/2.grads/lm_head.weight": run().tensors["1/2.grads/transformer.wte.weight"]})
     assert judged(both)[0] == "AGREES"
+    both.tensors["1/2.grads/lm_head.weight"] = cast(run().tensors["1/2.grads/transformer.wte.weight"], "fp32")
+    assert judged(both)[0] == "AGREES"  # equal values; the format may be a wider one
     both.tensors["1/2.grads/lm_head.weight"] = both.tensors["1/2.grads/lm_head.weight"] * 2
     with pytest.raises(UsageError, match="their values differ"):
         judged(both)
@@ -327,6 +329,85 @@ def test_what_a_trace_from_the_middle_lacks_is_asked_for_by_name(missing: str) -
 def test_a_tracker_that_cannot_matter_is_not_asked_for() -> None:
     cut = like(middle(run(steps=4), 1), lambda name: "growth_tracker" not in name)  # S grows after 2000 good steps
     assert diff(run(steps=4), cut)["verdict"] == "AGREES"
+
+
+@pytest.mark.parametrize("kind", ["4.m", "4.v"])
+def test_a_moment_missing_at_the_start_of_a_later_trace_is_not_zero(kind: str) -> None:
+    """All of them are asked for, though the other moment is there; of one parameter alone its own update is not judged."""
+    cut = middle(run(steps=4), 1)
+    with pytest.raises(UsageError, match=f"needs 0/{kind}"):
+        diff(run(steps=4), like(cut, lambda name: not name.startswith(f"0/{kind}/")))
+    said, covered, _ = judged(like(cut, lambda name: name != f"0/{kind}/{WPE}"), steps=4)
+    assert said == "PARTLY JUDGED" and {group.names for group in covered.not_judged} == {(WPE,)}
+
+
+# -- batches of the reference -----------------------------------------------------------------------------------------------
+
+
+def test_batches_are_taken_from_the_reference_and_it_is_said() -> None:
+    verdict = diff(run(), like(run(), lambda name: name != "2/0.tokens"))
+    assert verdict["verdict"] == "AGREES" and verdict["notes"] == ["the batch of step 2 is the reference's"]
+
+
+@pytest.mark.parametrize("missing", ["2/0.tokens", "2/0."])
+def test_no_batch_is_taken_from_a_run_on_other_batches(missing: str) -> None:
+    """It is correct, but step 2 cannot be judged on the reference's batch; a master of that step still can."""
+    theirs = like(run(seed=7), lambda name: not name.startswith(missing))
+    verdict = diff(run(), theirs)
+    assert verdict["verdict"] == "PARTLY JUDGED" and verdict["notes"] == []
+    assert {group["reason"] for group in verdict["coverage"]["not_judged"]} == {"0.tokens or 0.targets is missing"}
+    theirs.tensors[f"2/4.master/{WPE}"] = theirs.tensors[f"2/4.master/{WPE}"] * np.float32(1.01)
+    assert diff(run(), theirs)["first_departure"]["point"] == "4.master"
+
+
+# -- steps that overflow ------------------------------------------------------------------------------------------------
+
+
+def test_an_overflow_excuses_no_nan_before_it_and_none_beside_it() -> None:
+    """Which gradients overflow depends on the order of sums, but only near the largest number."""
+    whole = run(init_scale=2.0**24)
+    assert float(whole.tensors["1/3.found_inf"]) == 1 and judged(like(whole), init_scale=2.0**24)[0] == "AGREES"
+    for name in ("1/2.loss", "1/2.activations/transformer.h.0.mlp.gelu", "1/2.grads/transformer.wte.weight"):
+        theirs = like(whole)
+        x = np.array(theirs.tensors[name])
+        smallest = np.nanargmin(np.abs(np.float64(x)))
+        x.reshape(-1)[smallest] = np.nan
+        theirs.tensors[name] = x
+        assert departs_at(theirs, init_scale=2.0**24) == name.split("/")[1]
+
+
+def test_a_result_near_the_largest_number_may_overflow_or_not() -> None:
+    a, b = np.array([65504, 3, np.inf, np.nan, 1], np.float16), np.array([np.inf, np.inf, np.nan, np.inf, 1], np.float16)
+    x, y = without_overflows(a, b, 65504 / 4)
+    assert x.tolist() == [0, 3, 0, 0, 1] and y.tolist() == [0, np.inf, 0, 0, 1]
+    x, y = without_overflows(a, b, 0.0)
+    assert x.tolist() == y.tolist() == [0, 0, 0, 0, 1]
+    assert without_overflows(a, b[:2], 0.0)[1].shape == (2,)
+
+
+# -- hints ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_written_down_in_fewer_bits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = like(run())
+    theirs.tensors["1/2.loss"] = cast(theirs.tensors["1/2.loss"], "bf16")
+    assert diff(run(), theirs)["verdict"] == "DEPARTS"
+    assert "the trace holds it in bf16, refimpl in fp32" in capsys.readouterr().out
+    theirs.tensors["1/2.loss"] = run().tensors["1/2.loss"] * np.float32(2)
+    diff(run(), theirs)
+    assert "the trace holds it in" not in capsys.readouterr().out
+
+
+def test_a_model_without_biases_is_told_of_the_flag() -> None:
+    theirs = like(run(bias=False))
+    assert any("--no-bias" in note for note in diff(run(), theirs)["notes"])
+    assert diff(run(bias=False), theirs)["notes"] == [] and diff(run(), like(run()))["notes"] == []
+
+
+def test_a_micro_batch_that_the_batch_has_not_is_told() -> None:
+    theirs = like(run())
+    theirs.tensors["1/2.activations/9:lm_head"] = theirs.tensors["1/2.activations/lm_head"]
+    assert [group.reason for group in judged(theirs)[1].not_judged] == ["the batch of the step has 1 micro-batches"]
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
