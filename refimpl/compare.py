@@ -121,12 +121,31 @@ def _departure(first: Finding, findings: Sequence[Finding], reasons: Sequence[st
     ours, theirs = (fmt_in(trace, first) for trace in (judge.ours, judge.theirs))
     if theirs in FORMATS and FORMATS[theirs].bits <= 16 and FORMATS.get(ours, FORMATS[theirs]).bits > 16:
         lines.append(f"the trace holds it in {theirs}, refimpl in {ours}: was it only written down in fewer bits than it has?")
+    lines += under_another_name(first, judge)
     for name in reasons:
         if name in MISTAKES:
             lines.append(f"explained by --mistake {name}: {MISTAKES[name].what}")
         else:
             lines.append(f"explained by {name}: no mistake, if attention is meant to be so; then record with that flag")
     return lines if reasons else [*lines, "none of the known mistakes (python scripts/mistakes.py) explains it"]
+
+
+def under_another_name(finding: Finding, judge: Judge) -> list[str]:
+    """Return in a sentence which other name of its point has a departing tensor's values, or those that it should have; or [].
+
+    Values that are all equal, as biases have them at first, tell nothing.
+    """
+    step, point, here = finding.step, finding.point, finding.name
+    theirs, ours = (trace.get(step, point, here) for trace in (judge.theirs, judge.ours))
+    if not here or theirs is None or ours is None:
+        return []
+    others = {name: fp64(x) for name, x in judge.theirs.at(step, point).items() if name != here and np.ptp(fp64(x)) != 0}
+    for name, x in others.items():
+        if np.array_equal(x, fp64(theirs)):
+            return [f"it has exactly the values of {point} of {name}: was that written down under both names?"]
+        if np.array_equal(x, fp64(ours)):
+            return [f"what belongs there stands in the trace as {point} of {name}: are the names mixed up?"]
+    return []
 
 
 def fmt_in(trace: Trace, finding: Finding) -> str:

@@ -43,11 +43,13 @@ def config_from(given: Mapping[str, Any]) -> Config:
 def stated(config: Config, settings: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """Return the configuration with what a trace states in the place of its own, and what that changes, in words.
 
-    Errors: UsageError for a setting that there is not, showing the nearest, or that cannot be.
+    Errors: UsageError for a setting that there is not, showing the nearest, or that cannot be or has no value.
     """
     for name in settings:
         if name not in SETTINGS:
             raise UsageError(unknown("setting in the trace's header:", name, SETTINGS))
+        if settings[name] is None:
+            raise UsageError(f"the trace's header says that setting {name} is null: give its value, or leave it out")
     if not settings:
         return config, []
     ours = asdict(config)

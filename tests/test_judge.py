@@ -398,6 +398,24 @@ def test_a_tensor_written_down_in_fewer_bits_is_told(capsys: pytest.CaptureFixtu
     assert "the trace holds it in" not in capsys.readouterr().out
 
 
+def test_a_tensor_under_another_name_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A hook on a module `attn` sees what is attn.c_proj here; two matrices of one shape are swapped."""
+    attn, proj = "1/2.activations/transformer.h.0.attn", "1/2.activations/transformer.h.0.attn.c_proj"
+    theirs = like(run())
+    theirs.tensors[attn] = theirs.tensors[proj]
+    assert diff(run(), theirs)["first_departure"]["name"] == "transformer.h.0.attn"
+    assert "it has exactly the values of 2.activations of transformer.h.0.attn.c_proj: was" in capsys.readouterr().out
+    theirs = like(run())
+    theirs.tensors[attn], theirs.tensors[proj] = theirs.tensors[proj], theirs.tensors[attn]
+    diff(run(), theirs)
+    assert "there stands in the trace as 2.activations of transformer.h.0.attn.c_proj: are the" in capsys.readouterr().out
+    theirs = like(run())
+    theirs.tensors[attn] = theirs.tensors[attn] * 2
+    diff(run(), theirs)
+    text = capsys.readouterr().out
+    assert "DEPARTS" in text and "exactly the values" not in text and "what belongs there" not in text
+
+
 def test_a_model_without_biases_is_told_of_the_flag() -> None:
     theirs = like(run(bias=False))
     assert any("--no-bias" in note for note in diff(run(), theirs)["notes"])
@@ -426,6 +444,9 @@ def test_a_trace_states_its_settings_and_is_replayed_with_them() -> None:
         diff(run(), Trace({}, theirs.tensors, {"beta_2": 0.9}))
     with pytest.raises(UsageError, match="beta2"):
         diff(run(), Trace({}, theirs.tensors, {"beta2": 2}))
+    for name in ("lr", "steps"):  # null would be the default of the model, which nobody stated
+        with pytest.raises(UsageError, match=f"setting {name} is null"):
+            diff(run(), Trace({}, theirs.tensors, {name: None}))
 
 
 def test_states_are_replayed_with_the_trace_s_own_rate() -> None:
