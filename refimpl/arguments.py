@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 from refimpl.errors import nearest, one_line
 
+_NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
+"""What begins a negative number, not a flag. argparse's own pattern takes the -1e-3 of `--lr -1e-3` for a flag."""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser with the layout of this project's docstrings, and with errors of one line.
@@ -19,6 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
+        self._negative_number_matcher = _NEGATIVE
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Parse as argparse does, and suggest the flag that was meant where one is unknown."""

@@ -17,6 +17,7 @@ from refimpl.formats import is_float
 from refimpl.generate import BYTES, check_has_bytes
 from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
 from refimpl.names import own_name, rename, unwrapped
+from refimpl.non_finite import contents
 from refimpl.state_file import fp32_weights, model_of
 
 MASKS = (".attn.bias", ".attn.masked_bias")
@@ -116,6 +117,12 @@ def import_(source: Path, target: Path, n_head: int) -> None:
     header = {"model": model.name, "sizes": dict(model.config), "recipe": "fp32"}
     checkpoint.save(target, {f"weights.{name}": array for name, array in converted.items()}, header)
     what = f"a {model.name} of {model.n_params:,} parameters{_about(model)}"
+    held = {name: found for name, array in converted.items() if (found := contents(array))}
+    if held:
+        first, found = next(iter(held.items()))
+        more = f", and {len(held) - 1} more tensors are not finite" if len(held) > 1 else ""
+        print(f"{target}: {what}; in FP32 {first} holds {found}{more}: no training or text can come of it")
+        return
     print(f"{target}: {what}; use it with train.py --init-from, or generate.py")
 
 

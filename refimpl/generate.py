@@ -48,7 +48,8 @@ def sample(
     """n_bytes sampled one after the other, each from softmax(logits / temperature); temperature 0 takes the likeliest.
 
     The model sees the last block_size bytes. Ids above 255 are no bytes, and are never sampled. Random numbers are drawn on
-    the host from `rng`, one a byte. Fewer are sampled where `stopping`, which is asked before each, says so.
+    the host from `rng`, one a byte. Fewer are sampled where `stopping`, which is asked before each, says so, and where the
+    logits are not finite: from these nothing can be drawn.
     """
     block, run = model.config["block_size"], run.frozen()
     text = bytearray(prompt or START)
@@ -63,6 +64,8 @@ def sample(
         t = Tape(run, state.weight_views, model.tied, record=False)
         logits = model.logits(t, run.backend.from_host(tokens)).array
         last = widen(run.backend.to_host(logits.reshape(-1, logits.shape[-1])[-1, :BYTES]), "fp64")
+        if not np.isfinite(last.max()):  # -Inf alone is a probability of 0
+            break
         text.append(_draw(last, temperature, rng.random()))
     return bytes(text[start:])
 
@@ -113,3 +116,5 @@ def generate(checkpoint: Path, prompt: str, n_bytes: int, temperature: float, se
     rng, given = np.random.Generator(np.random.PCG64(seed)), prompt.encode("utf-8", "surrogateescape")
     sampled = sample(model, state, run, n_bytes, rng, given, temperature)
     print(printable(given + sampled))
+    if len(sampled) < n_bytes:
+        print(f"note: the logits are not finite after {len(sampled)} bytes: nothing can be sampled from them", file=sys.stderr)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CGROUP = Path("/sys/fs/cgroup")
 TABLE_BYTES = 32
 """Bytes per step of the tables of learning rates and of an optimizer's scalars, at least."""
+TARGET_BYTES = 16
+"""Bytes per token of a batch and its target, both int64. A step draws all its micro-batches before it begins."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def need(config: Config, ranks: int = 1, on_machine: int = 1) -> Need:
     activations = sum(term.nbytes for term in terms)
     logits = sum(term.nbytes for term in terms if term.name == "logits")
     copies = sum(term.nbytes for term in weight_copies(model, recipe))
-    each = (states, activations, logits, copies, TABLE_BYTES * config.steps)
+    batches = TARGET_BYTES * batch_size * config.block_size * config.grad_accum
+    each = (states, activations, logits, copies, TABLE_BYTES * config.steps + batches)
     return Need(*(size * on_machine for size in each))
 
 
@@ -83,9 +86,9 @@ def require_memory(needs: Sequence[Need], what: str = "this run") -> None:
     for limit, where in limits():
         if total > limit:
             raise UsageError(
-                f"{what} needs at least {total:,} bytes of memory: {_gib(states)} of model states and tables, "
+                f"{what} needs at least {total:,} bytes of memory: {_gib(states)} of model states, tables and batches, "
                 f"{_gib(largest.activations)} of activations, {_gib(largest.logits)} of these logits; but {where} "
-                f"{limit:,} ({_gib(limit)}): give a smaller model, --batch-size, --block-size or --steps"
+                f"{limit:,} ({_gib(limit)}): give a smaller model, --batch-size, --block-size, --grad-accum or --steps"
             )
 
 

@@ -46,12 +46,15 @@ EVALUATION_ROW = Table({"step": Integer(0), "val_loss": _NUMBER})
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole rows of a metrics file; a last line that a killed run left unfinished is dropped.
 
-    Errors: UsageError for any other line that is damaged.
+    Errors: UsageError for any other line that is damaged, and for a file that cannot be read.
     """
-    if not path.exists():
+    try:
+        *lines, unfinished = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     rows = []
-    *lines, unfinished = path.read_bytes().split(b"\n")
     for number, line in enumerate([*lines, unfinished] if unfinished.endswith(b"}") else lines, 1):
         damage = f"line {number} of {path} is damaged (mend it, or move the file away)"
         try:

@@ -180,10 +180,13 @@ def advice(origin: Origin, config: Config, updates: int, since: str = "") -> str
     if origin.stage == "parameter":
         if since or updates == 0:
             return "Neither the loss scale nor the learning rate is why, and no step can mend it: start from other weights"
-        return f"{not_why}, and no step can mend it. An update has made it: try a smaller --lr from an earlier checkpoint"
+        made = "An update has made it"
+        if config.mistake != "none":
+            return f"{not_why}, and no step can mend it. {made}, with --mistake {config.mistake} switched in"
+        return f"{not_why}, and no step can mend it. {made}: try a smaller --lr from an earlier checkpoint"
     options = _options(config, backward=origin.stage == "backward")
     if origin.in_loss:
-        grown = ["if the weights have grown, a smaller --lr"] if updates else ["other weights to start from"]
+        grown = ["a smaller --lr if the weights have grown"] if updates else ["other weights to start from"]
         return f"{not_why}. Try {', or '.join([*options, *grown])}"
     return f"Try {', or '.join(['a smaller --lr', *options])}"
 

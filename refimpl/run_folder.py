@@ -179,6 +179,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         check_types(settings)
     except UsageError as error:
         raise UsageError(f"{folder / CONFIG} is damaged: {error}") from error
+    if settings.get("steps") is None:
+        raise UsageError(f"{folder / CONFIG} is damaged: it does not say for how many steps the run was planned")
     return settings
 
 

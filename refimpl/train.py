@@ -209,6 +209,8 @@ def _show_sample(trainer: Trainer) -> None:
     config, rng = trainer.config, generator(trainer.config.seed, SAMPLE)
     text = sample(trainer.model, trainer.state, trainer.run, config.sample_bytes, rng, stopping=trainer.stopping)
     print(f"\na sample of {len(text)} bytes:\n{'-' * 60}\n{printable(text)}\n{'-' * 60}")
+    if len(text) < config.sample_bytes and not trainer.stopping():
+        print("(the logits after it are not finite: nothing can be sampled from them)")
 
 
 def _draw(trainer: Trainer, baselines: NgramBaselines) -> None:

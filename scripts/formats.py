@@ -9,7 +9,6 @@
 
 from refimpl.cli import main
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,9 +43,8 @@ def parser() -> Parser:
 
 
 def arguments(words: Sequence[str]) -> Any:
-    """Parse the command line. argparse takes '-1e-8' for a flag, but not ' -1e-8', which `values` strips again."""
-    negative = re.compile(r"-(\d|\.|inf|nan)", re.IGNORECASE)
-    return parser().parse_intermixed_args([f" {word}" if negative.match(word) else word for word in words])
+    """Parse the command line, in which flags may stand between the numbers."""
+    return parser().parse_intermixed_args(words)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,14 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("value", ["-1e-3", "-1E5", "-.5e2", "-inf", "-nan", "-3"])
+def test_a_negative_number_is_a_value_and_not_a_flag(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """argparse alone says 'expected one argument' of --lr -1e-3, and nothing of what is wrong with it."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    lr = load_script("train").parser().parse_args(["--lr", value]).lr
+    assert str(lr) == str(float(value))
+
+
 @pytest.mark.parametrize(("script", "line", "message"), BAD)
 def test_one_line_and_exit_code_2(
     script: str, line: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

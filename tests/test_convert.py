@@ -222,6 +222,22 @@ def test_ids_that_are_no_bytes_are_never_sampled() -> None:
         assert len(sample(model, state, run, 40, np.random.default_rng(0), temperature=temperature)) == 40
 
 
+@pytest.mark.parametrize(("value", "found"), [(np.nan, "1 NaN"), (-np.inf, "1 Inf"), (1e300, "1 Inf")])
+def test_weights_that_are_not_finite_are_told(
+    value: float, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At import, where 1e300 becomes Inf in FP32, and when nothing can be sampled from them."""
+    weights = {n: widen(w, "fp64") for n, w in MODELS["gpt"].initial_weights(np.random.default_rng(0)).items()}
+    weights["transformer.h.0.mlp.c_fc.weight"][3, 2] = value
+    save_file(weights, tmp_path / "w")
+    import_(tmp_path / "w", tmp_path / "start", MODELS["gpt"].config["n_head"])
+    said = capsys.readouterr().out
+    assert f"transformer.h.0.mlp.c_fc.weight holds {found}: no training" in said and "use it" not in said
+    generate(tmp_path / "start", "x", 5, 0.8, 0, None)
+    out, err = capsys.readouterr()
+    assert out == "x\n" and "not finite after 0 bytes" in err
+
+
 def test_a_vocabulary_without_some_bytes_is_no_runs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--vocab-size is 65, and text is read"):
         train({"vocab_size": 65}, tmp_path / "run", False, False, None)

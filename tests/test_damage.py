@@ -283,6 +283,18 @@ def test_edited_configurations(run: Trainer) -> None:
         path.write_text(whole)
 
 
+@pytest.mark.parametrize("text", ["{}", '{"steps": null}', '{"nothing": 1}'])
+def test_a_configuration_without_steps_is_damaged(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=r"config.json is damaged: it does not say for how many steps"):
+        read_config(tmp_path)
+
+
+def test_metrics_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        read_metrics(tmp_path)
+
+
 def test_damaged_metrics(run: Trainer, tmp_path: Path) -> None:
     """An unfinished last line is what a killed run leaves; anything else is said."""
     path = tmp_path / "metrics.jsonl"

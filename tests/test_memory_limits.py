@@ -12,7 +12,7 @@ from refimpl import memory_limits
 from refimpl.compare_recipes import compare
 from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.memory_limits import TABLE_BYTES, Need, limits, n_params, need, require_memory
+from refimpl.memory_limits import TABLE_BYTES, TARGET_BYTES, Need, limits, n_params, need, require_memory
 from refimpl.memory_report import choose, ledger_data
 from refimpl.train import train
 from refimpl.trainer import start
@@ -28,7 +28,7 @@ def test_what_is_needed_is_what_memory_py_predicts(recipe: str) -> None:
     found = need(config)
     assert found.total - found.tables == told["total_bytes"]
     assert found.logits == next(line["nbytes"] for line in told["own_activations"] if line["name"] == "logits")
-    assert found.tables == TABLE_BYTES * 800
+    assert found.tables == TABLE_BYTES * 800 + TARGET_BYTES * 2 * 4 * 8
 
 
 @pytest.mark.parametrize("model", ["gpt", "mlp"])
@@ -48,6 +48,7 @@ def test_parameters_are_counted_without_listing_them(model: str, n_layer: int) -
         {"n_layer": 10**9},
         {"batch_size": 10**8},
         {"steps": 10**12},
+        {"grad_accum": 10**12},
         {"model": "mlp", "n_embd": 10**9, "n_head": 0},
         {"model": "mlp", "batch_size": 10**9},
     ],

@@ -20,7 +20,7 @@ from refimpl.comm.threads import run_ranks
 from refimpl.config import Config
 from refimpl.errors import TrainingStopped
 from refimpl.inspect_precision import Source, inspect
-from refimpl.non_finite import explained, find_origin, known_since
+from refimpl.non_finite import Origin, explained, find_origin, known_since
 from refimpl.parts import Parts
 from refimpl.precision_report import page
 from refimpl.rounding import OUTCOMES, effects_of
@@ -105,6 +105,15 @@ def test_each_kind_is_named(kind: str, recipe: str) -> None:
         assert "since before the first step. Neither the loss scale nor the learning rate is why" in words
     elif stage != "backward":
         assert "the loss scale is not why" in words
+        later = explained(origin, config, 5)
+        assert later.endswith("a smaller --lr if the weights have grown") and "Try if" not in later
+
+
+def test_a_mistake_that_was_switched_in_is_what_to_suspect_of_a_weight_that_an_update_spoiled() -> None:
+    origin = Origin("parameter", FC, f"{FC} holds 1 NaN")
+    assert "try a smaller --lr" in explained(origin, config_of(), 3)
+    words = explained(origin, config_of(mistake="ignore-inf"), 3)
+    assert "--mistake ignore-inf switched in" in words and "--lr" not in words
 
 
 def test_a_row_that_nothing_reads_is_no_fault() -> None:
