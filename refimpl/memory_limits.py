@@ -1,6 +1,7 @@
 """Whether a run fits the machine, by the formulas of `memory` and `activations` and before anything is allocated.
 
     bytes needed at least = model states + activations + 16-bit copies of weights + tables over the steps
+                           + the batches of a step
 
 It is a bound from below: gradients of activations, buffers and Python come on top. So what is refused could not have run.
 """
