@@ -26,7 +26,7 @@ CGROUP = Path("/sys/fs/cgroup")
 TABLE_BYTES = 32
 """Bytes per step of the tables of learning rates and of an optimizer's scalars, at least."""
 TARGET_BYTES = 16
-"""Bytes per token of a batch and its target, both int64. A step draws all its micro-batches before it begins."""
+"""Bytes per token of a batch and its target, both int64. Before a step every rank draws all of its micro-batches whole."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def need(config: Config, ranks: int = 1, on_machine: int = 1) -> Need:
     activations = sum(term.nbytes for term in terms)
     logits = sum(term.nbytes for term in terms if term.name == "logits")
     copies = sum(term.nbytes for term in weight_copies(model, recipe))
-    batches = TARGET_BYTES * batch_size * config.block_size * config.grad_accum
+    batches = TARGET_BYTES * config.batch_size * config.block_size * config.grad_accum
     each = (states, activations, logits, copies, TABLE_BYTES * config.steps + batches)
     return Need(*(size * on_machine for size in each))
 
