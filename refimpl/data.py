@@ -293,7 +293,7 @@ def _blocks_at(
     """x and y, int64 (B, T), of the blocks at `starts`: one gather of T + 1 bytes a row, whose two ends overlap."""
     windows = np.empty((starts.size, block_size + 1), np.int64)
     windows[...] = tokens[starts[:, None] + np.arange(block_size + 1)]
-    x, y = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+    x, y = windows[:, :-1].copy(), windows[:, 1:].copy()  # copies even of one row, which ascontiguousarray leaves a view
     if no_target is not None:
         ends = y == LINE_END
         after = np.cumsum(ends, 1) > ends  # the first line end is predicted still

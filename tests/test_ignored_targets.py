@@ -235,6 +235,17 @@ def test_examples_of_lines_end_with_the_line_that_they_begin_in() -> None:
     assert first_y[0].tolist() == [*b" line\n", *[-7] * 10] and first_x[0].tolist() == [*b"a line", *[0] * 10]
 
 
+def test_one_row_of_lines_has_tokens_of_its_own() -> None:
+    """Views of one array would overlap: what marks a target as none would stand among the tokens, too."""
+    tokens = np.frombuffer(b"ab\ncdefg\n" * 5, np.uint8)
+    for draw in (lambda n: sample_batch(tokens, n, 8, np.random.default_rng(3), -100), lambda n: next(
+        sequential_batches(tokens, n, 8, None, -100)
+    )):  # fmt: skip
+        (x, y), (x2, y2) = draw(1), draw(2)
+        assert not np.shares_memory(x, y) and x.min() >= 0 and (y == -100).any()
+        assert np.array_equal(x[0], x2[0]) and np.array_equal(y[0], y2[0])
+
+
 def test_a_run_on_lines_has_micro_batches_of_unequal_counts_and_resumes_to_the_byte(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_bytes(TEXT.tobytes())
