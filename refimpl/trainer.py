@@ -320,6 +320,9 @@ class Trainer:
         conflicts = self.config.conflicts({**header["config"], "data": self.config.data})
         if conflicts:
             raise UsageError(f"{path} is another run: {'; '.join(conflicts)}")
+        sizes = dict(self.model.config)
+        if {**sizes, **header["sizes"]} != sizes:
+            raise UsageError(f"{path} is of a model with the sizes {header['sizes']}, not those of its run: it is damaged")
         progress = Progress(**header["progress"])
         load_scales(path, self.run, progress.step, arrays)
         if len(self.run.scales.delayed) != header.get("delayed_scales", 0):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy loads its BLAS: a process for each core, a thread for each process
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
