@@ -188,6 +188,35 @@ def test_a_thread_that_wakes_late_holds_nothing_until_then() -> None:
     late.set()
 
 
+def test_the_blas_heeds_every_thread() -> None:
+    """Ranks are threads: each of them holds the BLAS, and the last one lets it go, whoever held it first."""
+    ours = workers()
+    if ours.threads < 2:
+        pytest.skip("the BLAS has one thread anyway")
+    (blas, *_), first, second, seen = ours._blas, threading.Event(), threading.Event(), list[int]()
+
+    def rank(mine: threading.Event, other: threading.Event) -> None:
+        with ours.one_thread_a_product():
+            seen.append(blas.num_threads)
+            mine.set()
+            other.wait(20)
+        seen.append(blas.num_threads)
+        time.sleep(0.05)  # it lives on, as the thread that threadpoolctl would go on to heed
+
+    with ours.one_thread_a_product():
+        pass
+    for _ in range(3):
+        first.clear()
+        second.clear()
+        ranks = [threading.Thread(target=rank, args=pair) for pair in ((first, second), (second, first))]
+        for thread in ranks:
+            thread.start()
+        for thread in ranks:
+            thread.join()
+        assert seen[:2] == [1, 1] and seen[-1] == blas.num_threads == ours.threads
+        seen.clear()
+
+
 def test_an_error_is_raised_when_all_have_ended() -> None:
     two, running = Workers(FakeBlas(2)), list[int]()
 

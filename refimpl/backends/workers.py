@@ -33,6 +33,9 @@ class Workers:
     def __init__(self, *blas: Any) -> None:
         """blas: threadpoolctl's handles of the BLAS (of all that may be NumPy's); without one, the calling thread does all."""
         self._blas = blas
+        # threadpoolctl from 3.8 on heeds only the first thread that sets a number, while that lives; ranks are threads too, and
+        # `_lock` keeps them apart here. So it is the library's own function that is called.
+        self._set_num_threads = [getattr(one, "_real_set_num_threads", one.set_num_threads) for one in blas]
         self.threads = max((one.num_threads for one in blas), default=1)
         self._here = threading.local()
         self._lock, self._inside, self._before = threading.Lock(), 0, [1] * len(blas)
@@ -65,13 +68,13 @@ class Workers:
             with self._lock:
                 self._inside -= 1
                 if not self._inside:
-                    for blas, threads in zip(self._blas, self._before, strict=True):
-                        blas.set_num_threads(threads)
+                    for set_num_threads, threads in zip(self._set_num_threads, self._before, strict=True):
+                        set_num_threads(threads)
 
     def _stay(self) -> None:
         """Tell the BLAS to stay on the calling thread: by each thread, since one built on OpenMP has a number for each."""
-        for blas in self._blas:
-            blas.set_num_threads(1)
+        for set_num_threads in self._set_num_threads:
+            set_num_threads(1)
 
     def map(self, f: Callable[[T], R], parts: Iterable[T]) -> list[R]:
         """[f(part) for part in parts], the parts shared among the threads. An error in one is raised when all have ended."""
