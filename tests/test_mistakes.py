@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recipe_lists import others_slow
 from strict_backend import STRICT
 
 from refimpl import mistake_table
@@ -70,7 +71,11 @@ def test_with_the_mistake_switched_in_the_trace_agrees_to_the_bit(name: str) -> 
     assert all(f.identical == 1 for f in findings)
 
 
-@pytest.mark.parametrize("name", MADE)
+ON_A_DEVICE = ("no-masters", "cast-twice", "softmax-in-16-bits", "accumulate-in-16-bits", "unscale-after-clip", "decay-all")
+"""Of all kinds: of the weights, the operations, the sums over micro-batches, the gradients, the update."""
+
+
+@pytest.mark.parametrize("name", others_slow(MADE, plain=ON_A_DEVICE))
 def test_on_a_device_it_is_the_same_mistake(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
     first = next((f for f in Judge(config(name), record(config(name, mistake=name))).findings() if f.departs), None)
@@ -106,11 +111,9 @@ def test_it_is_named_beside_other_settings(name: str, grad_accum: int, betas: di
     assert mistake_table.outcome(mistake_table.config_for(name, **more), trace, name)[0] == "named"
 
 
-@pytest.mark.parametrize(("name", "more"), [
-    ("unscale-after-clip", {"beta2": 0.999, "schedule": "constant"}), ("cast-twice", {"grad_accum": 3, "beta2": 0.999}),
-    ("loss-not-averaged", {"grad_accum": 4, "schedule": "linear"}), ("scheduler-steps-on-skip", {"schedule": "linear"}),
-])  # fmt: skip
-def test_some_are_named_beside_other_settings(name: str, more: dict[str, Any]) -> None:
+def test_one_is_named_beside_other_settings() -> None:
+    """The slow test above has all of them, beside many."""
+    name, more = "unscale-after-clip", {"beta2": 0.999, "schedule": "constant"}
     trace = mistake_table.trace_with(name, **more)
     assert mistake_table.outcome(mistake_table.config_for(name, **more), trace, name)[0] == "named"
 

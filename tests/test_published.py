@@ -114,11 +114,6 @@ def assert_masters_can_be_done_without(
     assert all(share[name] <= 0.2 for name in stalling), share
 
 
-def test_pure_bf16_stalls_and_stochastic_rounding_recovers() -> None:
-    """A short form of the next: of seeds 0 to 3, stochastic rounding keeps 99 to 108 %, pure BF16 8 % at most."""
-    assert_masters_can_be_done_without(0, ("bf16-sr",), ("pure-bf16",), warm=100, steps=30, blocks=24)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_pure_bf16_stalls_and_its_heirs_recover(seed: int) -> None:

@@ -83,8 +83,9 @@ def rows_without_timing(folder: Path) -> list[dict[str, Any]]:
 
 EARLIEST = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-bf16")
 STOPS = [(recipe, step) for recipe in RECIPES if recipe != "pure-fp16" for step in (1, 3, 5) if step == 3 or recipe in EARLIEST]
-OF_EACH_KIND = [*((recipe, 3) for recipe in MECHANISMS), ("fp16", 1), ("fp16", 5)]
-"""Of STOPS: each mechanism, after as many steps as are between two evaluations; and before and after that."""
+STATELESS = ("fp64", "amp-fp16", "amp-bf16-cpu", "fp8-rows-dw-bf16", "mxfp8", "fp8-14bit-128", "fp16-sums-64")
+OF_EACH_KIND = [*((recipe, 3) for recipe in MECHANISMS if recipe not in STATELESS), ("fp16", 1), ("fp16", 5)]
+"""Of STOPS: each mechanism with a state of its own, between two evaluations; and one before and after that."""
 
 
 @pytest.mark.parametrize(("recipe", "step"), others_slow(STOPS, plain=OF_EACH_KIND))
