@@ -61,8 +61,8 @@ def update_bound(after: Array, before: Array, relative: float, fmt: str) -> floa
 
 
 def _free(fmt: str, exact: Array) -> float:
-    """Three results on the other side of a rounding, each an ulp of the largest element away."""
-    return 3 * ulp(fmt, float(np.abs(_finite(exact)).max(initial=0.0)))
+    """Return the L2 of three results on the other side of a rounding, each an ulp of the largest element away."""
+    return math.sqrt(3) * ulp(fmt, float(np.abs(_finite(exact)).max(initial=0.0)))
 
 
 def _unfit(x: Array, fmt: str) -> int:
@@ -102,13 +102,13 @@ class Bounds:
     *Operation by operation*, where the trace holds all that an operation is computed from: it computes from the trace's own
     values, so that the two sides differ by the order of its sums alone. The judge is the same operation with the same rounding
     points and its sums in FP64. With e the distance of ours from it, theirs may be 3 e away: a few times as many results that
-    fall on the other side of a rounding. A few such results, 3 ulps of the largest element, are free. This finds a single
+    fall on the other side of a rounding. Three such results, an ulp of the largest element each, are free. This finds a single
     rounding too many or too few. Values that are FP32 to the last bit have no such rounding, and their e is the luck of an
     order of summation: for them the larger of the two bounds holds.
 
     In fused attention correct kernels differ by more than sums: 5/4 of the distance to another correct one (`other_kernels`)
     is added. That one comes of n roundings that went the other way; as many others have an L2 within 1 / (2 sqrt(n)) of it (one
-    standard deviation): a quarter is five of them at n = 100, below which the 3 ulps that are free are more.
+    standard deviation): a quarter is five of them at n = 100, below which those that are free add as much.
 
     The gradient of a parameter over n micro-batches is a sum of n such results, each with a few free ones of its own, and of
     the FP32 roundings of n - 1 additions on either side, each within u of a partial sum that no order makes larger than the

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import sys
+from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy loads its BLAS: a process for each core, a thread for each process
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import manual
 import numpy as np
 import pytest
 from strict_backend import BACKENDS
@@ -15,6 +19,12 @@ from threadpoolctl import threadpool_info
 
 from refimpl.backends import Backend
 from refimpl.backends.workers import workers
+from refimpl.data import _documentation
+
+manual.install()
+for name in ("SIGINT", "SIGHUP"):  # who starts tests in the background may have them ignore these
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 BLAS_TESTS = {
     f"test_{name}"
@@ -56,6 +66,15 @@ def pytest_report_header() -> str:
 def backend(request: pytest.FixtureRequest) -> Backend:
     """The host, and the CuPy backend on its stand-in: a test that takes this holds for arrays that are not NumPy's too."""
     return BACKENDS[request.param]
+
+
+@pytest.fixture
+def pythons_manual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The true manual, for tests of what a training on it does."""
+    monkeypatch.delitem(sys.modules, "pydoc_data.topics")
+    _documentation.cache_clear()
+    yield
+    _documentation.cache_clear()
 
 
 @pytest.fixture

@@ -240,9 +240,9 @@ def test_without_masters_the_update_is_rounded_away_and_with_them_it_is_not() ->
 
 
 def test_the_default_is_the_first_step_that_updates() -> None:
-    first, second = reports("fp16")[:2]
-    assert first.skipped and not second.skipped  # seed 0 overflows once at 65536
-    (default,) = inspect_steps()
+    first, second = reports("fp16", init_scale=2.0**18)[:2]
+    assert first.skipped and not second.skipped  # seed 0 overflows once at 2^18
+    (default,) = inspect_steps(init_scale=2.0**18)
     assert default == second and default.skipped_before == 1
     assert "skipped before it" in report_text(default)
 

@@ -230,7 +230,7 @@ def test_a_weight_less_leaves_operations_that_do_not_need_it() -> None:
 
 @pytest.mark.parametrize("mistake", IN_STAGE_2[:-1])
 def test_a_known_mistake_is_found_with_an_activation_missing_and_never_agrees_without_any(mistake: str) -> None:
-    size = {"n_embd": 32, "block_size": 16}  # where a rounding more is more than three ulps
+    size = {"n_embd": 32, "block_size": 16}  # where a rounding more is more than three results an ulp away
     theirs = run(mistake=mistake, **size)
     assert departs_at(like(theirs, lambda name: not name.endswith("/transformer.h.0.mlp.gelu")), **size) == "2.activations"
     assert judged(like(theirs, lambda name: "/2.activ" not in name), **size)[0] in ("PARTLY JUDGED", "DEPARTS")

@@ -40,6 +40,8 @@ from refimpl.step import Batch
 from refimpl.trace import batches_of
 from refimpl.trainer import start
 
+pytestmark = pytest.mark.usefixtures("pythons_manual")
+
 Array = np.ndarray
 
 

@@ -174,7 +174,7 @@ def test_diff_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert some["verdict"] == "PARTLY JUDGED" and not some["first_departure"] and some["coverage"]["judged"] > 0
     assert "2.grads" in capsys.readouterr().out
     theirs = Trace({}, {k: x.copy() for k, x in ours.tensors.items()})
-    theirs.tensors["2/4.v/transformer.ln_f.bias"][3] *= 1.001
+    theirs.tensors["2/4.v/transformer.ln_f.bias"] *= np.float32(1.001)
     assert diff(ours, theirs)["first_departure"]["point"] == "4.v"
     text = capsys.readouterr().out
     assert "DEPARTS first at step 2, 4.v of transformer.ln_f.bias" in text and "none of the known mistakes" in text
