@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy loads its BLAS: a process for each core, a thread for each process
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import manual
 import numpy as np
 import pytest
 from strict_backend import BACKENDS
@@ -21,7 +21,13 @@ from refimpl.backends import Backend
 from refimpl.backends.workers import workers
 from refimpl.data import _documentation
 
-manual.install()
+TESTS = Path(__file__).parent
+DRAWN_TEXT = str(TESTS / "drawn_text")
+sys.path.insert(0, DRAWN_TEXT)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    dict.fromkeys([DRAWN_TEXT, str(TESTS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+)
+
 for name in ("SIGINT", "SIGHUP"):  # who starts tests in the background may have them ignore these
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
         signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
@@ -71,10 +77,17 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture
 def pythons_manual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The true manual, for tests of what a training on it does."""
-    monkeypatch.delitem(sys.modules, "pydoc_data.topics")
-    _documentation.cache_clear()
+
+    def forget() -> None:
+        _documentation.cache_clear()
+        for name in ("pydoc_data", "pydoc_data.topics"):
+            sys.modules.pop(name, None)
+
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != DRAWN_TEXT])
+    monkeypatch.setenv("PYTHONPATH", os.environ["PYTHONPATH"].removeprefix(DRAWN_TEXT + os.pathsep))
+    forget()
     yield
-    _documentation.cache_clear()
+    forget()
 
 
 @pytest.fixture

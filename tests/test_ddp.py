@@ -31,7 +31,7 @@ ours, of a loss that is divided before, do not."""
 def in_pytorch(given: dict[str, Any], ranks: int, folder: Path) -> list[dict[str, np.ndarray]]:
     """What each process wrote."""
     (folder / "config.json").write_text(json.dumps(given))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OPENBLAS_NUM_THREADS": "1"}
     outs = [folder / f"{rank}.npz" for rank in range(ranks)]
     words = [sys.executable, str(ROOT / "tests/ddp_program.py"), str(folder / "config.json")]
     more = [[str(rank), str(ranks), str(folder / "place"), str(out)] for rank, out in enumerate(outs)]

@@ -405,7 +405,7 @@ def test_wrong_input_says_what_is_right(options: dict[str, Any], says: list[str]
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / arguments[0]), *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
 
 
 def test_the_script_runs_and_ends_with_2_on_wrong_input() -> None:

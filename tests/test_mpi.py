@@ -37,7 +37,8 @@ def command(ranks: int, *words: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OPENBLAS_NUM_THREADS": "1"}
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT / "tests")])
+    return {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
 
 
 def run(ranks: int, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:

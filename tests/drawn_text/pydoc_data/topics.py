@@ -1,15 +1,16 @@
-"""A text in the place of Python's manual, so that what tests train on does not change with the version of Python."""
+"""A text in the place of Python's manual, so that what tests train on does not change with the version of Python.
+
+tests/conftest.py puts it before the standard library, in this process and in those that it starts.
+"""
 
 from __future__ import annotations
 
 import random
-import sys
-import types
 
 LETTERS = "eeeeeeeetttttaaaaooooiiiinnnnsssshhhrrrdddllcuumwfgypbvk"
 
 
-def topics(number: int = 72, paragraphs: int = 9) -> dict[str, str]:
+def drawn_topics(number: int = 72, paragraphs: int = 9) -> dict[str, str]:
     """Return topics by name, as `pydoc_data.topics` has them: sentences of words that were drawn once, rare and common ones.
 
     Only random.random is used, whose numbers Python promises never to change.
@@ -31,8 +32,4 @@ def topics(number: int = 72, paragraphs: int = 9) -> dict[str, str]:
     return {f"{words[i]}{i}": "\n\n".join(paragraph() for _ in range(paragraphs)) + "\n" for i in range(number)}
 
 
-def install() -> None:
-    """Give it to whoever imports Python's manual in this process."""
-    ours = types.ModuleType("pydoc_data.topics")
-    vars(ours)["topics"] = topics()
-    sys.modules["pydoc_data.topics"] = ours
+topics = drawn_topics()

@@ -1,0 +1,1 @@
+"""The drawn text, under the name of Python's manual."""
