@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.gradients import check_and_measure, clip_coefficient, inverse_of
-from refimpl.loss_scale import LossScale
-from refimpl.micro_batches import divided, divisors
-from refimpl.models import Model
-from refimpl.optim import Optimizer
-from refimpl.policy import Run
-from refimpl.state import State
-from refimpl.tape import Tape
+from refimpl.nn.autograd import Tape
+from refimpl.nn.models.model import Model
+from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
+from refimpl.optim.loss_scale import LossScale
+from refimpl.optim.micro_batches import divided, divisors
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.state import State
+from refimpl.precision.policy import Run
 
 Array = Any
 Batch = tuple[Array, Array]

@@ -8,14 +8,14 @@
     python scripts/bench.py --smoke                              runs everything once at a toy size: correct, not timed
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 from typing import Any
 
-from refimpl.arguments import Parser
-from refimpl.bench import MODELS, bench
-from refimpl.bench_ranks import show
-from refimpl.show import json_text
+from refimpl.tools.bench.ranks import show
+from refimpl.tools.bench.steps import MODELS, bench
+from refimpl.training.arguments import Parser
+from refimpl.training.console import json_text
 
 
 def parser() -> Parser:

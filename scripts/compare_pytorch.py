@@ -6,18 +6,18 @@
 Exit code 0 when everything is within its bound, 1 when not.
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from refimpl.arguments import Parser
-from refimpl.compare_pytorch import RECIPES, compare, report
-from refimpl.config import Config
-from refimpl.flags import add_config_flags
-from refimpl.outputs import target
+from refimpl.parity.pytorch import RECIPES, compare, report
+from refimpl.training.arguments import Parser
+from refimpl.training.config import Config
+from refimpl.training.flags import add_config_flags
+from refimpl.training.outputs import target
 
 DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "lr": 1e-3}
 """A model small enough for seconds; the loss scale starts where it overflows by itself once or twice."""

@@ -7,17 +7,17 @@
 `python scripts/recipes.py` says what each recipe is. The page is one HTML file and needs matplotlib.
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import argparse
 import shlex
 import sys
 from pathlib import Path
 
-from refimpl.arguments import Parser
-from refimpl.compare_recipes import DEFAULT, PERTURBATIONS
-from refimpl.flags import add_config_flags
-from refimpl.recipes_page import PAGE, STEPS, STEPS_OF_ALL, WARMUP, compare_recipes
+from refimpl.tools.compare_recipes.page import PAGE, STEPS, STEPS_OF_ALL, WARMUP, compare_recipes
+from refimpl.tools.compare_recipes.runs import DEFAULT, PERTURBATIONS
+from refimpl.training.arguments import Parser
+from refimpl.training.flags import add_config_flags
 
 CONFIG_FLAGS = (
     "model", "data", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias",

@@ -8,12 +8,12 @@ safetensors.torch.save_model(model, "gpt.safetensors"), which keeps one name of 
 the names that DistributedDataParallel, torch.compile and Lightning make. Models without biases are told by their names.
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 from pathlib import Path
 
-from refimpl.arguments import Parser
-from refimpl.convert import export, import_
+from refimpl.parity.state_dict import export, import_
+from refimpl.training.arguments import Parser
 
 
 def parser() -> Parser:

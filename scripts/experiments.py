@@ -6,12 +6,12 @@
     python scripts/experiments.py all --out pictures --seed 1
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 from pathlib import Path
 
-from refimpl.arguments import Parser
-from refimpl.experiments import EXPERIMENTS, show_experiments
+from refimpl.tools.experiments.registry import EXPERIMENTS, show_experiments
+from refimpl.training.arguments import Parser
 
 
 def parser() -> Parser:

@@ -7,17 +7,17 @@
     python scripts/formats.py --plot                             two pictures: distances and ranges, in formats.png
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refimpl.arguments import Parser
-from refimpl.formats import FORMATS
-from refimpl.plot_formats import PICTURE
-from refimpl.show_formats import COMMON, show_formats
+from refimpl.numerics.formats import FORMATS
+from refimpl.tools.formats.plot import PICTURE
+from refimpl.tools.formats.report import COMMON, show_formats
+from refimpl.training.arguments import Parser
 
 
 def parser() -> Parser:

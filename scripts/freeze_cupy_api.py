@@ -9,7 +9,7 @@ a newer CuPy shows what changed. Parameters are in order; `axis=` has a default,
 
 from __future__ import annotations
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import argparse
 import inspect

@@ -4,12 +4,12 @@
     python scripts/generate.py runs/gpt-fp16 --loss README.md
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 from pathlib import Path
 
-from refimpl.arguments import Parser
-from refimpl.generate import generate
+from refimpl.training.arguments import Parser
+from refimpl.training.generate import generate
 
 
 def parser() -> Parser:

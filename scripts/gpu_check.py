@@ -11,19 +11,19 @@ PyTorch's if it is installed. Exit code 0 when everything holds, 1 when not.
 needs no GPU: it prints what a training step of GPT-2 should cost on an H100, by arithmetic.
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from refimpl import gpu_cost
-from refimpl.arguments import Parser
-from refimpl.bench import MODELS
 from refimpl.errors import UsageError
-from refimpl.gpu_check import RECIPES, check
-from refimpl.gpu_cost import GPUS
-from refimpl.judge import JUDGED
+from refimpl.parity.judge import JUDGED
+from refimpl.tools.bench import gpu_cost
+from refimpl.tools.bench.gpu_check import RECIPES, check
+from refimpl.tools.bench.gpu_cost import GPUS
+from refimpl.tools.bench.steps import MODELS
+from refimpl.training.arguments import Parser
 
 TESTS = Path(__file__).parent.parent / "tests"
 DEFAULTS: dict[str, Any] = {"recipes": ",".join(RECIPES), "steps": 50, "models": "small,medium,gpt2", "rounds": 15}

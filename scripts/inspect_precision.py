@@ -9,14 +9,14 @@
 The terminal gets a summary; the page is one HTML file with figures and all tables, and needs matplotlib.
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import argparse
 from pathlib import Path
 
-from refimpl.arguments import Parser
-from refimpl.flags import add_config_flags
-from refimpl.show_precision import MORE_STEPS, STEPS, inspect_precision
+from refimpl.tools.precision_report.main import MORE_STEPS, STEPS, inspect_precision
+from refimpl.training.arguments import Parser
+from refimpl.training.flags import add_config_flags
 
 CONFIG_FLAGS = (
     "model", "recipe", "data", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size",

@@ -6,13 +6,13 @@
     python scripts/inspect_step.py --parameter transformer.wte.weight --index 101,7 --step 50
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import argparse
 
-from refimpl.arguments import Parser
-from refimpl.inspect_step import FOLLOWED, PARAMETER, inspect_step
-from refimpl.scaler_rules import SCALERS
+from refimpl.optim.scaler_rules import SCALERS
+from refimpl.tools.step_inspector import FOLLOWED, PARAMETER, inspect_step
+from refimpl.training.arguments import Parser
 
 
 def numbers(text: str) -> tuple[int, ...]:

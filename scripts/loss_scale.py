@@ -8,13 +8,13 @@
 Printed is the scale after each step. docs/loss_scaling.md tells how the scalers differ.
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 from pathlib import Path
 
-from refimpl.arguments import Parser
-from refimpl.scaler_rules import SCALERS
-from refimpl.show_loss_scale import PICTURE, show_loss_scale
+from refimpl.optim.scaler_rules import SCALERS
+from refimpl.tools.loss_scale import PICTURE, show_loss_scale
+from refimpl.training.arguments import Parser
 
 
 def parser() -> Parser:

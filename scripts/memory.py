@@ -9,17 +9,17 @@
     python scripts/memory.py --measure --recipe amp-fp16         trains a small model and weighs it, byte for byte
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import argparse
 from typing import Any
 
-from refimpl.arguments import Parser
 from refimpl.errors import UsageError
-from refimpl.measure_memory import measure
-from refimpl.memory import CHECKPOINTING, CONVENTIONS, PRESETS
-from refimpl.memory_report import show_conventions, show_memory, show_zero_table
-from refimpl.recipes import RECIPES
+from refimpl.precision.recipes import RECIPES
+from refimpl.tools.memory.measure import measure
+from refimpl.tools.memory.report import show_conventions, show_memory, show_zero_table
+from refimpl.tools.memory.states import CHECKPOINTING, CONVENTIONS, PRESETS
+from refimpl.training.arguments import Parser
 
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")
 

@@ -6,11 +6,11 @@
     python scripts/train.py --mistake scale-never-backs-off --init-scale 1e9 --steps 50
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
-from refimpl.arguments import Parser
 from refimpl.errors import UsageError, unknown
-from refimpl.mistakes import MISTAKES, listing
+from refimpl.training.arguments import Parser
+from refimpl.training.mistakes import MISTAKES, listing
 
 
 def run(names: list[str] | None) -> None:
@@ -21,7 +21,7 @@ def run(names: list[str] | None) -> None:
     for name in names:
         if name not in MISTAKES:
             raise UsageError(unknown("mistake", name, MISTAKES))
-    from refimpl.mistake_table import table
+    from refimpl.parity.mistake_table import table
 
     table(names or MISTAKES, lambda line: print(line, flush=True))
 

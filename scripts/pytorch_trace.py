@@ -9,19 +9,19 @@ docs/traces.md, and you may leave out any of them. The loop is autocast with a G
 batches and settings come from a trace of refimpl. --unscale-late puts the classic mistake into it.
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from refimpl.arguments import Parser
-from refimpl.compare_pytorch import import_torch
-from refimpl.config import Config
 from refimpl.errors import UsageError, unknown
-from refimpl.policies import ATTENTION
-from refimpl.trace import load
+from refimpl.parity.pytorch import import_torch
+from refimpl.parity.trace import load
+from refimpl.precision.policies import ATTENTION
+from refimpl.training.arguments import Parser
+from refimpl.training.config import Config
 
 LOW = {"amp-fp16-cpu": "float16", "amp-bf16-cpu": "bfloat16"}
 STATED = ("beta1", "beta2", "eps", "weight_decay", "clip", "lr", "min_lr", "warmup", "schedule", "attention", "ignore_index")
@@ -32,7 +32,7 @@ def train(like: Path, out: Path, unscale_late: bool = False, attention: str | No
     torch = import_torch()
     from safetensors.torch import save
 
-    from refimpl.pytorch_twin import GPT, Casts  # a GPT in torch.nn; yours will do as well, with its own names
+    from refimpl.parity.pytorch_model import GPT, Casts
 
     ours = load(like)
     config = settings_of(ours.config, like, attention)

@@ -6,10 +6,10 @@
 """
 
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
-from refimpl.arguments import Parser
-from refimpl.show import show_recipes
+from refimpl.tools.recipes_table import show_recipes
+from refimpl.training.arguments import Parser
 
 
 def parser() -> Parser:

@@ -24,7 +24,7 @@ Inputs that are not in the file are drawn by `Stream`.
 
 from __future__ import annotations
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import math
 import warnings
@@ -36,11 +36,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.arguments import Parser
-from refimpl.checkpoint import save
-from refimpl.compare_pytorch import RECIPES, import_torch
-from refimpl.config import Config
-from refimpl.formats import FORMATS, dtype_of
+from refimpl.numerics.formats import FORMATS, dtype_of
+from refimpl.parity.pytorch import RECIPES, import_torch
+from refimpl.training.arguments import Parser
+from refimpl.training.checkpoint import save
+from refimpl.training.config import Config
 
 Array = np.ndarray
 TARGET = Path(__file__).resolve().parents[1] / "tests" / "vectors" / "pytorch.safetensors"
@@ -458,8 +458,8 @@ def run_inputs(model: str) -> tuple[dict[str, Array], list[tuple[Array, Array]]]
 
 
 def record_run(torch: Any, model: str, recipe: str) -> dict[str, Array]:
-    """A few steps by `refimpl.pytorch_twin`, which is PyTorch throughout."""
-    from refimpl.pytorch_twin import Twin
+    """A few steps by `refimpl.parity.pytorch_model`, which is PyTorch throughout."""
+    from refimpl.parity.pytorch_model import Twin
 
     weights, batches = run_inputs(model)
     twin: Any = Twin(run_config(model, recipe), weights)

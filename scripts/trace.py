@@ -9,20 +9,20 @@ docs/traces.md says what a trace holds; scripts/pytorch_trace.py dumps one from 
 Exit code of diff: 0 AGREES, 1 DEPARTS, 2 bad usage, 3 PARTLY JUDGED (nothing departs, but not everything could be judged).
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 from pathlib import Path
 from typing import Any
 
-from refimpl.arguments import Parser
-from refimpl.compare import diff
-from refimpl.config import Config
-from refimpl.coverage import EXIT_CODES
-from refimpl.flags import HELP, add_config_flags
-from refimpl.outputs import target
-from refimpl.show import json_text
-from refimpl.trace import load, record, save
-from refimpl.trace_checks import checked
+from refimpl.parity.coverage import EXIT_CODES
+from refimpl.parity.diff import diff
+from refimpl.parity.trace import load, record, save
+from refimpl.parity.trace_checks import checked
+from refimpl.training.arguments import Parser
+from refimpl.training.config import Config
+from refimpl.training.console import json_text
+from refimpl.training.flags import HELP, add_config_flags
+from refimpl.training.outputs import target
 
 DEFAULTS: dict[str, Any] = {
     "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 4, "warmup": 1,

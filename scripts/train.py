@@ -6,13 +6,13 @@
     python scripts/train.py --resume --out runs/mine
 """
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 from pathlib import Path
 
-from refimpl.arguments import Parser
-from refimpl.flags import add_config_flags
-from refimpl.train import train
+from refimpl.training.arguments import Parser
+from refimpl.training.flags import add_config_flags
+from refimpl.training.run import train
 
 
 def parser() -> Parser:

@@ -21,9 +21,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refimpl.backends import NUMPY
-from refimpl.ops import OPS
-from refimpl.policy import Monitor, Policy, Run
+from refimpl.backends.base import NUMPY
+from refimpl.nn.ops import OPS
+from refimpl.precision.policy import Monitor, Policy, Run
 
 Array = np.ndarray
 DTYPE = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

@@ -17,9 +17,9 @@ import pytest
 from strict_backend import BACKENDS
 from threadpoolctl import threadpool_info
 
-from refimpl.backends import Backend
-from refimpl.backends.workers import workers
-from refimpl.data import _documentation
+from refimpl.backends.base import Backend
+from refimpl.backends.threads import workers
+from refimpl.training.data import _documentation
 
 TESTS = Path(__file__).parent
 DRAWN_TEXT = str(TESTS / "drawn_text")
@@ -93,4 +93,4 @@ def pythons_manual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no loss.png, which takes longer than all else in a test: test_files_of_a_run and its like draw theirs."""
-    monkeypatch.setattr("refimpl.train.plot_run", lambda *_: None)
+    monkeypatch.setattr("refimpl.training.run.plot_run", lambda *_: None)

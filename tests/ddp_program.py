@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from refimpl.comm import shares_of
-from refimpl.config import Config
-from refimpl.pytorch_twin import Twin
-from refimpl.trace import batches_of
-from refimpl.trainer import INIT, generator
+from refimpl.distributed.collectives import shares_of
+from refimpl.parity.pytorch_model import Twin
+from refimpl.parity.trace import batches_of
+from refimpl.training.config import Config
+from refimpl.training.trainer import INIT, generator
 
 
 class Parallel(DistributedDataParallel):

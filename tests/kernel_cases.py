@@ -1,6 +1,6 @@
 """What every CUDA kernel must compute, as checks over a `Device`: the host build, or CuPy. No check knows which.
 
-A kernel is held against its NumPy definition in refimpl/ops, gradients.py or optim.py:
+A kernel is held against its NumPy definition in refimpl/nn or refimpl/optim:
   - to the bit, where there is one order of operations and no exp, log or tanh;
   - to the bit, where the device's exp, log and tanh are the C library's, against the definition computed with those;
   - otherwise within what a correct evaluation can give (bounds.py), which for 16 bits is mostly one number.
@@ -33,18 +33,19 @@ from bounds import (
     wide,
 )
 
-from refimpl.backends import NUMPY, NumPyBackend
-from refimpl.backends.launch import COLUMNS, LANES, THREADS, WARP, WARPS, elementwise_grid
-from refimpl.cast import cast, widen
-from refimpl.formats import dtype_of
-from refimpl.gradients import check_and_measure
-from refimpl.models import Model, Parameter
-from refimpl.ops import OPS, fan_in
-from refimpl.ops.norm import softmax
-from refimpl.optim import AdamW, Optimizer, Schedule
-from refimpl.policy import Bound, Run
-from refimpl.recipes import get_recipe
-from refimpl.state import GRAIN, State
+from refimpl.backends.base import NUMPY, NumPyBackend
+from refimpl.backends.cupy.launch import COLUMNS, LANES, THREADS, WARP, WARPS, elementwise_grid
+from refimpl.nn.elementwise import fan_in
+from refimpl.nn.models.model import Model, Parameter
+from refimpl.nn.norm import softmax
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import dtype_of
+from refimpl.optim.gradients import check_and_measure
+from refimpl.optim.optimizer import AdamW, Optimizer, Schedule
+from refimpl.optim.state import GRAIN, State
+from refimpl.precision.policy import Bound, Run
+from refimpl.precision.recipes import get_recipe
 
 EPS = np.float32(1e-5)
 MANY = 1_000_003  # no multiple of anything: the last threads of the last block have nothing to do

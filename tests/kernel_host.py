@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends.launch import FORMATS, Declaration, declarations, source
+from refimpl.backends.cupy.launch import FORMATS, Declaration, declarations, source
 
 HERE = Path(__file__).resolve().parent
 NEEDED = ("cuda_fp16.h", "crt/host_defines.h", "nv/target")

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.cast import cast, widen
-from refimpl.comm import Comm, Serial, add_up, shares_of
-from refimpl.comm.mpi import mpi_comm
-from refimpl.comm.threads import run_ranks
-from refimpl.formats import dtype_of
+from refimpl.distributed.collectives import Comm, Serial, add_up, shares_of
+from refimpl.distributed.mpi import mpi_comm
+from refimpl.distributed.threads import run_ranks
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import dtype_of
 
 
 def values(rank: int, n: int, fmt: str) -> Any:

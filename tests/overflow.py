@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.ops import Op, cross_entropy
-from refimpl.parts import Parts
+from refimpl.nn.loss import cross_entropy
+from refimpl.nn.op import Op
+from refimpl.training.setup import Parts
 
 
 def overflow_always(parts: Parts) -> None:

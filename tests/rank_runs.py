@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.comm import Comm, Serial, shares_of
-from refimpl.comm.threads import run_ranks
-from refimpl.config import Config
-from refimpl.parts import Parts
-from refimpl.state_file import state_arrays
-from refimpl.trace import batches_of
-from refimpl.trainer import start
+from refimpl.distributed.collectives import Comm, Serial, shares_of
+from refimpl.distributed.threads import run_ranks
+from refimpl.parity.trace import batches_of
+from refimpl.training.checkpoint_states import state_arrays
+from refimpl.training.config import Config
+from refimpl.training.setup import Parts
+from refimpl.training.trainer import start
 
 SIZES: dict[str, Any] = {
     "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 12, "lr": 1e-3, "warmup": 1, "steps": 4,

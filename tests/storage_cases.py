@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends import NUMPY, Backend
-from refimpl.config import Config
-from refimpl.optim import SGD, AdamW, Rule
-from refimpl.parts import Parts
-from refimpl.state import State
-from refimpl.trainer import INIT, Trainer, generator
+from refimpl.backends.base import NUMPY, Backend
+from refimpl.optim.optimizer import SGD, AdamW, Rule
+from refimpl.optim.state import State
+from refimpl.training.config import Config
+from refimpl.training.setup import Parts
+from refimpl.training.trainer import INIT, Trainer, generator
 
 WEIGHTS = ("bf16-stochastic", "bf16-kahan", "bf16-remainder")
 RULES: Mapping[str, Rule] = {"adamw": AdamW(), "sgd": SGD()}

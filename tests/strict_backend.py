@@ -5,7 +5,7 @@
     parts = config.make_parts(STRICT)             # any run: what cupy_ops.py and cupy_passes.py do is really done
     STRICT.kernels.launched["adamw"]              # how often a kernel was launched
 
-Each kernel of kernels.cu has a twin here that computes its NumPy definition in refimpl/ops, gradients.py or optim.py. A launch
+Each kernel of kernels.cu has a twin here that computes its NumPy definition in refimpl/nn or refimpl/optim. A launch
 of it passes the very check that a launch on a GPU passes (`launch.check`), covers what its grid covers, and counts as one; a
 product is checked as `cublas.product` checks it and counts as one GEMM. So a run on `STRICT` waits, copies and launches as one
 on a GPU does, and refuses what CuPy, the launcher or cuBLAS would refuse or misread. What it does not show is whether the
@@ -25,15 +25,17 @@ import strict_cupy
 from kernel_cases import bound
 from strict_cupy import counter
 
-from refimpl.backends import NUMPY, Backend, cublas
-from refimpl.backends.cupy import CupyBackend
-from refimpl.backends.launch import COLUMNS, THREADS, WARPS, Kernels, Module
-from refimpl.cast import cast, widen
-from refimpl.formats import dtype_of, format_of
-from refimpl.ops import OPS, fan_in
-from refimpl.ops.attention import hide_later
-from refimpl.ops.norm import EPS, softmax, softmax_slope
-from refimpl.optim import AdamW
+from refimpl.backends.base import NUMPY, Backend
+from refimpl.backends.cupy import cublas
+from refimpl.backends.cupy.backend import CupyBackend
+from refimpl.backends.cupy.launch import COLUMNS, THREADS, WARPS, Kernels, Module
+from refimpl.nn.attention import hide_later
+from refimpl.nn.elementwise import fan_in
+from refimpl.nn.norm import EPS, softmax, softmax_slope
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import dtype_of, format_of
+from refimpl.optim.optimizer import AdamW
 
 Array = Any
 Grid = tuple[int, ...]

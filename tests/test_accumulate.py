@@ -1,4 +1,4 @@
-"""refimpl.accumulate: sums of every named accumulator, against sums written out one by one, and their errors as derived."""
+"""numerics.accumulators: sums of every named accumulator, against sums written out one by one, and their errors as derived."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from refimpl.accumulate import Accumulator, accumulator, matmul
-from refimpl.cast import cast, widen
-from refimpl.formats import FORMATS
+from refimpl.numerics.accumulators import Accumulator, accumulator, matmul
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import FORMATS
 
 K = 4096
 
@@ -75,7 +75,7 @@ def test_leading_axes_and_pieces_of_rows_change_nothing(acc: str, monkeypatch: p
     a, b = cast(rng.standard_normal((2, 3, 9, 150)), "bf16"), cast(rng.standard_normal((2, 3, 150, 5)), "bf16")
     together = matmul(a, b, acc)
     assert together.shape == (2, 3, 9, 5) and together.dtype == np.float32
-    monkeypatch.setattr("refimpl.accumulate._SUMS", 100)
+    monkeypatch.setattr("refimpl.numerics.accumulators._SUMS", 100)
     again = matmul(a, b, acc)
     for i, j in np.ndindex(2, 3):
         alone = matmul(a[i, j], b[i, j], acc)

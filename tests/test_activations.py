@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.activations import Term, against_paper, count, gpt_activations, mlp_activations, weight_copies
-from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.formats import format_of, is_float
-from refimpl.measure_memory import arrays_in, forward, held
-from refimpl.models import GPTConfig, MLPConfig
-from refimpl.policy import Policy, Precision
-from refimpl.recipes import RECIPES, Recipe, get_recipe
-from refimpl.trainer import INIT, generator
+from refimpl.nn.models.gpt import GPTConfig
+from refimpl.nn.models.mlp import MLPConfig
+from refimpl.numerics.formats import format_of, is_float
+from refimpl.precision.policy import Policy, Precision
+from refimpl.precision.recipes import RECIPES, Recipe, get_recipe
+from refimpl.tools.memory.measure import arrays_in, forward, held
+from refimpl.training.activation_memory import Term, against_paper, count, gpt_activations, mlp_activations, weight_copies
+from refimpl.training.config import Config
+from refimpl.training.trainer import INIT, generator
 
 SIZES = [(1, 1, 8, 4, 1, 4), (2, 2, 16, 8, 3, 5), (3, 4, 32, 16, 2, 16)]  # n_layer, n_head, n_embd, block_size, B, T
 

@@ -7,9 +7,9 @@ import ast
 
 import pytest
 
-from refimpl.arguments import Parser
 from refimpl.errors import UsageError, one_line, unknown
-from refimpl.recipes import get_recipe
+from refimpl.precision.recipes import get_recipe
+from refimpl.training.arguments import Parser
 from tests.script_loader import SCRIPTS, load_script
 
 BAD = [

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from refimpl.backends.heap import keep_freed_memory
-from refimpl.bench import MODELS, Ours, against_each_other, alternating, bench, gemm_floor, machine, profile
+from refimpl.backends.malloc import keep_freed_memory
 from refimpl.errors import UsageError
+from refimpl.tools.bench.steps import MODELS, Ours, against_each_other, alternating, bench, gemm_floor, machine, profile
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bench.py"
 
 FAULTS = """
 import resource, sys
 import numpy as np
-from refimpl.backends import get_backend
+from refimpl.backends.base import get_backend
 if sys.argv[1] == "kept":
     get_backend("numpy")
 def large():
@@ -57,7 +57,7 @@ def test_medians_are_taken_in_turn() -> None:
 
 
 def test_each_side_is_woken_up_before_it_is_timed_if_that_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refimpl.bench.REST", 0.005)
+    monkeypatch.setattr("refimpl.tools.bench.steps.REST", 0.005)
     calls: list[int] = []
 
     def long() -> None:

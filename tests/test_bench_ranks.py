@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from script_loader import load_script
 
-from refimpl.bench_ranks import CLUSTER, RANKS, STAGES, Cluster, prediction, scaled, weak_scaling
 from refimpl.errors import UsageError
+from refimpl.tools.bench.ranks import CLUSTER, RANKS, STAGES, Cluster, prediction, scaled, weak_scaling
 
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 

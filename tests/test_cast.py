@@ -1,4 +1,4 @@
-"""refimpl.cast: every rounding is round-to-nearest, ties to even, as worked out here from the sorted table of all values.
+"""numerics.cast: every rounding is round-to-nearest, ties to even, as worked out here from the sorted table of all values.
 
 The expected side of every tie and every near-tie comes from the codes of a format, decoded in float64 (`test_formats`
 checks that decoding), never from astype. Where they are installed there are more witnesses: PyTorch, Berkeley SoftFloat
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from strict_backend import on_host
 
-from refimpl.backends import Backend
-from refimpl.cast import cast, widen
-from refimpl.formats import FORMATS, dtype_of
+from refimpl.backends.base import Backend
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import FORMATS, dtype_of
 
 CODE = {2: np.uint16, 1: np.uint8, 4: np.uint32, 8: np.uint64}
 

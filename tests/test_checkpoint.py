@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from refimpl.backends import NUMPY
-from refimpl.bits import bits_of
-from refimpl.cast import cast, widen
-from refimpl.checkpoint import load, save, write_tensors, write_text_atomically, written_here
+from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
-from refimpl.formats import is_float
-from refimpl.models import GPTConfig, MLPConfig, gpt, mlp
-from refimpl.policy import Run
-from refimpl.recipes import RECIPES
-from refimpl.state import State
-from refimpl.state_file import (
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.numerics.bits import bits_of
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import is_float
+from refimpl.optim.state import State
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import RECIPES
+from refimpl.step import through
+from refimpl.training.checkpoint import load, save, write_tensors, write_text_atomically, written_here
+from refimpl.training.checkpoint_states import (
     fp32_weights,
     load_for_inference,
     load_state_arrays,
@@ -32,7 +34,6 @@ from refimpl.state_file import (
     state_arrays,
     take_scales,
 )
-from refimpl.step import through
 
 MODEL = gpt(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4))
 
@@ -259,7 +260,10 @@ def test_bf16_is_read_by_a_program_that_imports_nothing_else(tmp_path: Path) -> 
     """safetensors finds bfloat16 by its NumPy name, which exists only once ml_dtypes has been imported."""
     save(tmp_path / "c", {"w": np.ones(3, ml_dtypes.bfloat16)}, {})
     path = str(tmp_path / "c")
-    program = f"from pathlib import Path; from refimpl.checkpoint import load; print(load(Path({path!r}))[0]['w'].dtype)"
+    program = (
+        "from pathlib import Path; from refimpl.training.checkpoint import load; "
+        f"print(load(Path({path!r}))[0]['w'].dtype)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "bfloat16\n", done.stderr
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.cast import cast, widen
-from refimpl.comm import Comm, Serial, add_up, share_size, shares_of
-from refimpl.comm.threads import run_ranks
-from refimpl.formats import dtype_of
+from refimpl.distributed.collectives import Comm, Serial, add_up, share_size, shares_of
+from refimpl.distributed.threads import run_ranks
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import dtype_of
 
 Array = np.ndarray
 RANKS = (1, 2, 3, 4, 7)

@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.formats import format_of
+from refimpl.numerics.formats import format_of
+from refimpl.training.config import Config
 
 torch = pytest.importorskip("torch", reason="the comparison with PyTorch needs torch==2.13.0")
 
-from refimpl import compare_pytorch  # noqa: E402
-from refimpl.backends import NUMPY  # noqa: E402
-from refimpl.compare_pytorch import RECIPES, Comparison, compare, report  # noqa: E402
-from refimpl.gradients import clip_coefficient  # noqa: E402
-from refimpl.policy import Policy, Precision, Run  # noqa: E402
-from refimpl.pytorch_twin import Twin  # noqa: E402
-from refimpl.recipes import RECIPES as EVERY_RECIPE  # noqa: E402
-from refimpl.recipes import get_recipe  # noqa: E402
-from refimpl.trace import record  # noqa: E402
+from refimpl.backends.base import NUMPY  # noqa: E402
+from refimpl.optim.gradients import clip_coefficient  # noqa: E402
+from refimpl.parity import pytorch as compare_pytorch  # noqa: E402
+from refimpl.parity.pytorch import RECIPES, Comparison, compare, report  # noqa: E402
+from refimpl.parity.pytorch_model import Twin  # noqa: E402
+from refimpl.parity.trace import record  # noqa: E402
+from refimpl.precision.policy import Policy, Precision, Run  # noqa: E402
+from refimpl.precision.recipes import RECIPES as EVERY_RECIPE  # noqa: E402
+from refimpl.precision.recipes import get_recipe  # noqa: E402
 
 SMALL: dict[str, Any] = {
     "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 50, "warmup": 10,
@@ -156,7 +156,7 @@ def test_clipping_scaled_gradients_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_decay_too_many_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: decay that acts on all parameters departs at the masters, of exactly those it should spare."""
-    from refimpl.state import Layout
+    from refimpl.optim.state import Layout
 
     original = Layout.of.__func__  # type: ignore[attr-defined]
 
@@ -172,7 +172,7 @@ def test_a_decay_too_many_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch
 
 def test_a_biased_moment_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: another beta2 departs at v, where it acts first."""
-    from refimpl.optim import AdamW
+    from refimpl.optim.optimizer import AdamW
 
     monkeypatch.setattr(Config, "make_rule", lambda self: AdamW(betas=(0.9, 0.96), weight_decay=self.weight_decay))
     first = run("fp32", ODD).first_departure

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from script_loader import load_script
 
-from refimpl import compare_recipes as module
-from refimpl.compare_recipes import (
+from refimpl.errors import UsageError
+from refimpl.precision.recipes import RECIPES
+from refimpl.tools.compare_recipes import runs as module
+from refimpl.tools.compare_recipes.page import difference_text
+from refimpl.tools.compare_recipes.runs import (
     BASELINE,
     IS_DIFFERENT,
     MATTERS_MORE,
@@ -27,13 +30,10 @@ from refimpl.compare_recipes import (
     meaning,
     rows,
 )
-from refimpl.config import Config
-from refimpl.data import load_corpus, sample_batch
-from refimpl.errors import UsageError
-from refimpl.generate import mean_loss
-from refimpl.recipes import RECIPES
-from refimpl.recipes_page import difference_text
-from refimpl.trainer import BATCHES, EVALUATION, generator, start
+from refimpl.training.config import Config
+from refimpl.training.data import load_corpus, sample_batch
+from refimpl.training.generate import mean_loss
+from refimpl.training.trainer import BATCHES, EVALUATION, generator, start
 
 SIZES: dict[str, Any] = {
     "model": "gpt", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 21, "warmup": 2,
@@ -217,7 +217,7 @@ def test_all_recipes_take_fewer_steps_unless_a_number_is_given(monkeypatch: pyte
         seen.append((config.steps, config.warmup))
         raise UsageError("enough")
 
-    monkeypatch.setattr("refimpl.recipes_page.compare", stop)
+    monkeypatch.setattr("refimpl.tools.compare_recipes.page.compare", stop)
     for flags in (["--recipes", "bf16"], ["--recipes", "all"], ["--recipes", "all", "--steps", "7"]):
         with pytest.raises(UsageError, match="enough"):
             run_script([*flags, "--no-page"])

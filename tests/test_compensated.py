@@ -1,4 +1,4 @@
-"""refimpl.compensated: masters come back to the bit, weights are their nearest BF16, Kahan's sums do not stall."""
+"""refimpl.numerics.compensated: masters come back to the bit, weights are their nearest BF16, Kahan's sums do not stall."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from refimpl.bits import bits_of, from_bits
-from refimpl.cast import cast, widen
-from refimpl.compensated import kahan_update, merge, split
+from refimpl.numerics.bits import bits_of, from_bits
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.compensated import kahan_update, merge, split
 
 LOWER = np.array([0, 1, 2, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF], np.uint32)
 

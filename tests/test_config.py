@@ -1,4 +1,4 @@
-"""refimpl.config: what a run may be made of, what is refused, and what a resumed run may change."""
+"""refimpl.training.config: what a run may be made of, what is refused, and what a resumed run may change."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from refimpl import checkpoint
-from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.optim import SGD, AdamW, Schedule
-from refimpl.train import train
-from refimpl.trainer import Trainer
+from refimpl.optim.optimizer import SGD, AdamW, Schedule
+from refimpl.training import checkpoint
+from refimpl.training.config import Config
+from refimpl.training.run import train
+from refimpl.training.trainer import Trainer
 
 TINY: dict[str, Any] = {
     "model": "mlp", "n_layer": 1, "n_embd": 4, "block_size": 4, "batch_size": 2, "steps": 4, "warmup": 1, "lr": 1e-2,

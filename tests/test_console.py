@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import io
 import os
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from refimpl.console import printable
 from refimpl.errors import UsageError
+from refimpl.training.console import printable
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 

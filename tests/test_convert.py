@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from refimpl import checkpoint
-from refimpl.backends import NUMPY
-from refimpl.cast import widen
-from refimpl.convert import export, from_state_dict, import_, to_state_dict
+from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
-from refimpl.generate import generate, sample
-from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
-from refimpl.policy import Run
-from refimpl.recipes import RECIPES
-from refimpl.state import State
-from refimpl.state_file import load_for_inference, load_initial_weights, state_arrays
-from refimpl.train import train
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.model import Model
+from refimpl.numerics.cast import widen
+from refimpl.optim.state import State
+from refimpl.parity.state_dict import export, from_state_dict, import_, to_state_dict
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import RECIPES
+from refimpl.training import checkpoint
+from refimpl.training.checkpoint_states import load_for_inference, load_initial_weights, state_arrays
+from refimpl.training.generate import generate, sample
+from refimpl.training.run import train
 
 MODELS = {
     "gpt": gpt(GPTConfig(2, 3, 12, 5)), "mlp": mlp(MLPConfig(2, 6, 4)), "bare": gpt(GPTConfig(2, 3, 12, 5, 300, bias=False)),
@@ -77,8 +79,8 @@ def test_torch_loads_it_strictly(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from safetensors.torch import load_file as load_torch
 
-    from refimpl.config import Config
-    from refimpl.pytorch_twin import GPT
+    from refimpl.parity.pytorch_model import GPT
+    from refimpl.training.config import Config
 
     saved(tmp_path / "a", MODELS[name], "bf16")
     twin = GPT(Config.of(dict(MODELS[name].config)))
@@ -148,8 +150,8 @@ def test_what_pytorch_itself_saves(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_model
 
-    from refimpl.config import Config
-    from refimpl.pytorch_twin import GPT
+    from refimpl.parity.pytorch_model import GPT
+    from refimpl.training.config import Config
 
     for name in ("gpt", "bare"):
         twin = GPT(Config.of(dict(MODELS[name].config)))

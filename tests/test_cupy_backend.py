@@ -1,6 +1,6 @@
 """The CuPy backend as a whole, with real CuPy: on a GPU, or on a CPU by a tool that says so in CUPY_ON_CPU.
 
-Whole runs are judged step by step from their own values, by the bounds that are derived in refimpl/bounds.py. Launches,
+Whole runs are judged step by step from their own values, by the bounds derived in refimpl/parity/tolerances.py. Launches,
 copies and waits are counted where the tool counts them.
 """
 
@@ -17,23 +17,23 @@ import numpy as np
 import pytest
 import storage_cases
 
-import refimpl.state
-from refimpl.backends import NUMPY, get_backend
-from refimpl.backends.launch import Kernels, source
-from refimpl.bits import bits_of, from_bits
-from refimpl.cast import cast, widen
-from refimpl.compensated import merge, split
-from refimpl.config import Config
-from refimpl.formats import FORMATS, format_of
-from refimpl.gpu_check import OnDevice, no_waits, speed, train_both
-from refimpl.judge import judge
-from refimpl.optim import SGD, AdamW
-from refimpl.policy import Run
-from refimpl.recipes import get_recipe
-from refimpl.state import State
-from refimpl.stochastic import random_bits, stochastic_round
-from refimpl.trace import Trace, record
-from refimpl.trainer import INIT, Trainer, generator, start
+import refimpl.optim.state
+from refimpl.backends.base import NUMPY, get_backend
+from refimpl.backends.cupy.launch import Kernels, source
+from refimpl.numerics.bits import bits_of, from_bits
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.compensated import merge, split
+from refimpl.numerics.formats import FORMATS, format_of
+from refimpl.numerics.stochastic import random_bits, stochastic_round
+from refimpl.optim.optimizer import SGD, AdamW
+from refimpl.optim.state import State
+from refimpl.parity.judge import judge
+from refimpl.parity.trace import Trace, record
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import get_recipe
+from refimpl.tools.bench.gpu_check import OnDevice, no_waits, speed, train_both
+from refimpl.training.config import Config
+from refimpl.training.trainer import INIT, Trainer, generator, start
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [
@@ -287,7 +287,7 @@ def test_rounding_by_chance_and_the_two_halves_have_the_hosts_bits() -> None:
 def test_results_do_not_depend_on_the_blocks_of_a_device(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for block in (1 << 24, 1000, 333):
-        monkeypatch.setattr(refimpl.state, "DEVICE_BLOCK", block)
+        monkeypatch.setattr(refimpl.optim.state, "DEVICE_BLOCK", block)
         parts = storage_cases.parts_of(get_backend("cupy"), weights, "bf16", "adamw")
         list(storage_cases.trained(parts, 3))
         ends.append(storage_cases.kept(parts.state))

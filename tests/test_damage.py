@@ -18,19 +18,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from refimpl import checkpoint, trace
-from refimpl.backends import NUMPY
-from refimpl.compare import diff
-from refimpl.config import Config
-from refimpl.convert import import_, to_state_dict
+from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
-from refimpl.inspect_precision import from_checkpoint, from_trace
-from refimpl.metrics import read_metrics
-from refimpl.recipes import get_recipe
-from refimpl.run_folder import CHECKPOINT, open_folder, prepare_folder, read_config
-from refimpl.state import State
-from refimpl.state_file import load_for_inference, load_initial_weights
-from refimpl.trainer import Trainer
+from refimpl.optim.state import State
+from refimpl.parity import trace
+from refimpl.parity.diff import diff
+from refimpl.parity.state_dict import import_, to_state_dict
+from refimpl.precision.recipes import get_recipe
+from refimpl.tools.precision_report.collect import from_checkpoint, from_trace
+from refimpl.training import checkpoint
+from refimpl.training.checkpoint_states import load_for_inference, load_initial_weights
+from refimpl.training.config import Config
+from refimpl.training.metrics import read_metrics
+from refimpl.training.run_folder import CHECKPOINT, open_folder, prepare_folder, read_config
+from refimpl.training.trainer import Trainer
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 4, "batch_size": 2, "steps": 3, "recipe": "fp8-delayed",

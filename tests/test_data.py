@@ -1,4 +1,4 @@
-"""refimpl.data: the split leaks nothing, batches reach every byte, errors say what to do, n-grams agree with dicts."""
+"""refimpl.training.data: the split leaks nothing, batches reach every byte, errors say what to do, n-grams agree with dicts."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl import data
-from refimpl.data import Corpus, load_corpus, ngram_entropies, sample_batch, sequential_batches
 from refimpl.errors import UsageError
+from refimpl.training import data
+from refimpl.training.data import Corpus, load_corpus, ngram_entropies, sample_batch, sequential_batches
 
 pytestmark = pytest.mark.usefixtures("pythons_manual")
 
@@ -85,7 +85,7 @@ def test_the_seed_decides_the_split_and_nothing_else(spec: str) -> None:
 
 
 def test_another_process_loads_the_same_corpus() -> None:
-    program = "from refimpl.data import load_corpus; print(load_corpus('pydoc', 64).description['sha256'])"
+    program = "from refimpl.training.data import load_corpus; print(load_corpus('pydoc', 64).description['sha256'])"
     seen = set()
     for seed in ("1", "12345"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from rank_runs import on_ranks
 
-from refimpl.compare_pytorch import TRAJECTORY
-from refimpl.config import Config
-from refimpl.models.model import Model
-from refimpl.trainer import INIT, generator
+from refimpl.nn.models.model import Model
+from refimpl.parity.pytorch import TRAJECTORY
+from refimpl.training.config import Config
+from refimpl.training.trainer import INIT, generator
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,14 +18,14 @@ from storage_cases import CASES, RECIPES, WEIGHTS, differences, kept, parts_of, 
 from strict_backend import PLAIN, STRICT, on_host
 from strict_cupy import WaitError, counter, xp
 
-import refimpl.optim
-import refimpl.state
-import refimpl.storage
-from refimpl.bits import from_bits
-from refimpl.compensated import merge, split
-from refimpl.config import Config
-from refimpl.stochastic import random_bits, stochastic_round
-from refimpl.storage import MAIN, Draw, Kahan, Remainder, Stochastic
+import refimpl.optim.optimizer
+import refimpl.optim.state
+import refimpl.precision.state_encodings
+from refimpl.numerics.bits import from_bits
+from refimpl.numerics.compensated import merge, split
+from refimpl.numerics.stochastic import random_bits, stochastic_round
+from refimpl.precision.state_encodings import MAIN, Draw, Kahan, Remainder, Stochastic
+from refimpl.training.config import Config
 
 Array = Any
 
@@ -116,11 +116,11 @@ def on_devices(storage: type, name: str, wrong: Callable[..., None]) -> Meddle:
 
 def replacing(wrong: Callable[..., None]) -> Meddle:
     """Another way to replace what is kept; it is for devices only."""
-    return lambda patch: patch.setattr(refimpl.optim, "replace_unless", wrong)
+    return lambda patch: patch.setattr(refimpl.optim.optimizer, "replace_unless", wrong)
 
 
 def round_to_nearest(self: Any, parts: Any, values: Array, draw: Draw) -> None:
-    refimpl.storage.Plain.write(self, parts, values, draw)
+    refimpl.precision.state_encodings.Plain.write(self, parts, values, draw)
 
 
 def draw_at_the_start(self: Any, parts: Any, values: Array, draw: Draw) -> None:
@@ -143,7 +143,7 @@ def ignores_found_inf(keep: Array, parts: Any, new: Any, xp: Any) -> None:
 
 def only_the_main_part(keep: Array, parts: Any, new: Any, xp: Any) -> None:
     right = {name: part for name, part in parts.items() if not name}
-    refimpl.storage.replace_unless(keep, right, new, xp)
+    refimpl.precision.state_encodings.replace_unless(keep, right, new, xp)
     ignores_found_inf(keep, {name: part for name, part in parts.items() if name}, new, xp)
 
 
@@ -169,7 +169,7 @@ def test_results_do_not_depend_on_the_blocks_of_a_device(weights: str, monkeypat
     """A device takes all at once, up to 2^24; in pieces of any size the bits are the same."""
     ends, launches = [], []
     for block in (1 << 24, 3000, 999):
-        monkeypatch.setattr(refimpl.state, "DEVICE_BLOCK", block)
+        monkeypatch.setattr(refimpl.optim.state, "DEVICE_BLOCK", block)
         parts = parts_of(STRICT, weights, "bf16", "adamw")
         counter.reset()
         list(trained(parts, 2))
@@ -218,7 +218,7 @@ def test_launches_of_an_update_do_not_grow_with_the_weights(weights: str, monkey
         parts.optimizer.update(parts.state, *numbers)
         return counter.launches
 
-    monkeypatch.setattr(refimpl.state, "BLOCK", 1000)  # of the host's blocks there are many
+    monkeypatch.setattr(refimpl.optim.state, "BLOCK", 1000)  # of the host's blocks there are many
     assert launches(16) == launches(64) < 250
 
 
@@ -232,7 +232,7 @@ def test_a_resumed_run_ends_with_the_same_bits(recipe: str, tmp_path: Path, monk
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_control_what_a_checkpoint_loses_shows(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """t for draws; the second part for the others."""
-    load = refimpl.trainer.load_state_arrays
+    load = refimpl.training.trainer.load_state_arrays
 
     def forgetful(path: Path, arrays: Any, state: Any) -> None:
         load(path, arrays, state)
@@ -241,7 +241,7 @@ def test_control_what_a_checkpoint_loses_shows(recipe: str, tmp_path: Path, monk
                 state.buffers[name][...] = 0
         state.seed += recipe == "bf16-sr"
 
-    monkeypatch.setattr(refimpl.trainer, "load_state_arrays", forgetful)
+    monkeypatch.setattr(refimpl.training.trainer, "load_state_arrays", forgetful)
     monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
     whole, halves = resumed(STRICT, recipe, tmp_path)
     assert whole["weights"] != halves["weights"]

@@ -1,4 +1,4 @@
-"""refimpl.exact: the emulated FMA against exact rational arithmetic, and the optimizers against PyTorch's bits.
+"""parity.fused_optimizers: the emulated FMA against exact rational arithmetic, and the optimizers against PyTorch's bits.
 
 FMA is defined without PyTorch: a b + c as a fraction, rounded once. The optimizers, norms and clip coefficients are
 PyTorch's CPU kernels or they are nothing, so there torch is the oracle, and equality means every bit of every element.
@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import refimpl.state
-from refimpl.backends import NUMPY
-from refimpl.exact import (
+import refimpl.optim.state
+from refimpl.backends.base import NUMPY
+from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
+from refimpl.optim.state import State
+from refimpl.parity.fused_optimizers import (
     PIECE,
     ExactAdamW,
     ExactSGD,
@@ -28,10 +31,7 @@ from refimpl.exact import (
     norm_like_torch,
     sgd_step,
 )
-from refimpl.models.mlp import MLPConfig, mlp
-from refimpl.optim import SGD, AdamW, Optimizer, Schedule
-from refimpl.recipes import RECIPES
-from refimpl.state import State
+from refimpl.precision.recipes import RECIPES
 
 Array = np.ndarray
 U = 2.0**-24  # unit roundoff of fp32
@@ -385,7 +385,7 @@ def test_the_first_momentum_buffer_is_the_gradient_itself(torch: Any) -> None:
 @pytest.mark.parametrize("rule", [ExactAdamW(), ExactAdamW((0.9, 0.999), 1e-6, 0.01), ExactSGD(), ExactSGD(nesterov=True)])
 def test_the_rules_drop_into_optimizer(torch: Any, rule: ExactAdamW | ExactSGD, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model across two blocks, a schedule, decay on matrices only: the bits of torch with one group a kind of tensor."""
-    monkeypatch.setattr(refimpl.state, "BLOCK", 1 << 16)
+    monkeypatch.setattr(refimpl.optim.state, "BLOCK", 1 << 16)
     model, schedule = mlp(MLPConfig(n_layer=1, n_embd=32, block_size=8)), Schedule(1e-2, 1e-4, 5, 40)
     state = State(model, RECIPES["fp32"].state_storages(rule.moments), NUMPY)
     assert state.layout.size > 1 << 16 and all((stop - start) % 8 == 0 for start, stop, _ in state.layout.slots.values())

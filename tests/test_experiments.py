@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from refimpl.errors import UsageError
-from refimpl.experiments import EXPERIMENTS, draw, show_experiments, training
-from refimpl.experiments.experiment import Result
-from refimpl.experiments.updates import RATES, WEIGHTS, predicted_share
-from refimpl.experiments.values import PRODUCTS, TRIALS
-from refimpl.recipes import RECIPES
+from refimpl.precision.recipes import RECIPES
+from refimpl.tools.experiments import toy_runs as training
+from refimpl.tools.experiments.experiment import Result
+from refimpl.tools.experiments.registry import EXPERIMENTS, draw, show_experiments
+from refimpl.tools.experiments.updates import RATES, WEIGHTS, predicted_share
+from refimpl.tools.experiments.values import PRODUCTS, TRIALS
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "experiments.py"
 _results: dict[str, Result] = {}

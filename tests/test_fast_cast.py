@@ -1,4 +1,4 @@
-"""refimpl.fast_cast: the bits of NumPy's own conversion, for every input, layout and thread."""
+"""refimpl.numerics.fast_cast: the bits of NumPy's own conversion, for every input, layout and thread."""
 
 import threading
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from refimpl import fast_cast
-from refimpl.fast_cast import BLOCK, SMALL, fp16_to_fp32, fp32_to_fp16
+from refimpl.numerics import fast_cast
+from refimpl.numerics.fast_cast import BLOCK, SMALL, fp16_to_fp32, fp32_to_fp16
 
 ALL_CODES = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 SIZES = [0, 1, SMALL - 1, SMALL, SMALL + 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK + 1, 3 * BLOCK + 5]

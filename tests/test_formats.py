@@ -1,4 +1,4 @@
-"""refimpl.formats: the four facts of each row give every derived number, and containment agrees with the values themselves.
+"""numerics.formats: the four facts of each row give every derived number, and containment agrees with the values themselves.
 
 Derived numbers are held against np.finfo and ml_dtypes.finfo, TF32 (which no library knows) against numbers worked out by
 hand, and `widens_to` against the sets of all values of all formats of 16 bits or fewer, decoded here from their bits.
@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refimpl.formats import FORMATS, Format, dtype_of, format_of, is_float, widens_to, widest
+from refimpl.numerics.formats import FORMATS, Format, dtype_of, format_of, is_float, widens_to, widest
 
 IN_NUMPY = [name for name in FORMATS if name in ("fp64", "fp32", "fp16")]
 IN_ML_DTYPES = [name for name in FORMATS if name not in ("fp64", "fp32", "fp16", "tf32")]

@@ -10,21 +10,23 @@ import numpy as np
 import pytest
 from strict_backend import STRICT
 
-from refimpl.backends import NUMPY
-from refimpl.bounds import distance
-from refimpl.cast import cast, widen
-from refimpl.config import Config
+from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
-from refimpl.judge import judge
-from refimpl.measure_memory import weigh
-from refimpl.ops import OPS, Op, fused_attention
-from refimpl.ops.attention import merge_heads, split_heads
-from refimpl.other_kernels import other_kernel
-from refimpl.policies import ATTENTION, with_attention
-from refimpl.policy import Bound, Monitor, Policy, Run
-from refimpl.recipes import get_recipe
-from refimpl.show import ulp
-from refimpl.trace import Trace, record
+from refimpl.nn.attention import merge_heads, split_heads
+from refimpl.nn.fused_attention import fused_attention
+from refimpl.nn.op import Op
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import ulp
+from refimpl.parity.judge import judge
+from refimpl.parity.other_kernels import other_kernel
+from refimpl.parity.tolerances import distance
+from refimpl.parity.trace import Trace, record
+from refimpl.precision.policies import ATTENTION, with_attention
+from refimpl.precision.policy import Bound, Monitor, Policy, Run
+from refimpl.precision.recipes import get_recipe
+from refimpl.tools.memory.measure import weigh
+from refimpl.training.config import Config
 
 Array = Any
 TINY: dict[str, Any] = {
@@ -191,7 +193,7 @@ def run_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Config, Op],
     def run(config: Config, op: Op) -> Trace:
         source = large_scores(config)
         with monkeypatch.context() as patched:
-            patched.setattr("refimpl.config.fused_attention", op)
+            patched.setattr("refimpl.training.config.fused_attention", op)
             return record(config, source)
 
     yield run

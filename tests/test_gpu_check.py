@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from script_loader import load_script
 
-from refimpl.backends import NumPyBackend
-from refimpl.cast import widen
-from refimpl.compare_pytorch import TRAJECTORY
-from refimpl.config import Config
+from refimpl.backends.base import NumPyBackend
 from refimpl.errors import UsageError
-from refimpl.findings import Finding
-from refimpl.gpu_check import SIZES, Trained, check, drift, loss_difference
-from refimpl.trace import Trace, record
+from refimpl.numerics.cast import widen
+from refimpl.parity.findings import Finding
+from refimpl.parity.pytorch import TRAJECTORY
+from refimpl.parity.trace import Trace, record
+from refimpl.tools.bench.gpu_check import SIZES, Trained, check, drift, loss_difference
+from refimpl.training.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 FINDING = Finding(3, "2.grads", "w", 0.9, 0.5, 1.0, 10)
@@ -45,8 +45,8 @@ def test_check_asks_for_the_device_first(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(name: str) -> None:
         raise UsageError(f"backend {name}: no device")
 
-    monkeypatch.setattr("refimpl.gpu_check.get_backend", refuse)
-    monkeypatch.setattr("refimpl.gpu_check.kernel_tests", lambda tests: pytest.fail("ran without a device"))
+    monkeypatch.setattr("refimpl.tools.bench.gpu_check.get_backend", refuse)
+    monkeypatch.setattr("refimpl.tools.bench.gpu_check.kernel_tests", lambda tests: pytest.fail("ran without a device"))
     with pytest.raises(UsageError, match="no device"):
         check(ROOT / "tests", ["fp32"], 1, ["smoke"], 1)
 
@@ -77,7 +77,7 @@ def test_how_far_two_runs_are_apart() -> None:
 
 
 def test_its_model_makes_the_predictions_that_the_bars_are_for() -> None:
-    from refimpl.compare_pytorch import TRAJECTORY_ROWS
+    from refimpl.parity.pytorch import TRAJECTORY_ROWS
 
     assert SIZES["batch_size"] * SIZES["block_size"] == TRAJECTORY_ROWS
 

@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 from script_loader import load_script
 
-from refimpl.activations import gpt_activations
-from refimpl.backends import get_backend
-from refimpl.backends.launch import Kernels
-from refimpl.config import Config
+from refimpl.backends.base import get_backend
+from refimpl.backends.cupy.launch import Kernels
 from refimpl.errors import UsageError
-from refimpl.formats import dtype_of
-from refimpl.gpu_cost import (
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.numerics.formats import dtype_of
+from refimpl.optim.state import GRAIN
+from refimpl.precision.recipes import RECIPES, get_recipe
+from refimpl.tools.bench.gpu_cost import (
     BATCH,
     CLEAR,
     COPY,
@@ -42,11 +43,10 @@ from refimpl.gpu_cost import (
     step_calls,
     text,
 )
-from refimpl.measure_memory import forward
-from refimpl.models import GPTConfig, gpt
-from refimpl.recipes import RECIPES, get_recipe
-from refimpl.state import GRAIN
-from refimpl.trainer import start
+from refimpl.tools.memory.measure import forward
+from refimpl.training.activation_memory import gpt_activations
+from refimpl.training.config import Config
+from refimpl.training.trainer import start
 
 H100 = GPUS["h100"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,8 +267,8 @@ def test_a_wrong_prediction_is_found(counter: Any) -> None:
 @pytest.mark.gpu
 def test_a_backend_that_costs_more_is_found(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """GELU without its twin takes a launch for each operation of the formula."""
-    ops = importlib.import_module("refimpl.backends.cupy_ops").CUPY_OPS
-    monkeypatch.setattr("refimpl.backends.cupy_ops.CUPY_OPS", {k: op for k, op in ops.items() if k != "gelu_tanh"})
+    ops = importlib.import_module("refimpl.backends.cupy.ops").CUPY_OPS
+    monkeypatch.setattr("refimpl.backends.cupy.ops.CUPY_OPS", {k: op for k, op in ops.items() if k != "gelu_tanh"})
     assert counted(counter, "bf16", TINY).total() > predicted(ledger("bf16", TINY), "bf16").total() + 20
 
 

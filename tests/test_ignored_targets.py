@@ -12,17 +12,17 @@ import pytest
 from rank_runs import SIZES
 from strict_backend import STRICT
 
-from refimpl.comm import Comm
-from refimpl.comm.threads import run_ranks
-from refimpl.config import Config
-from refimpl.data import sample_batch, sequential_batches
+from refimpl.distributed.collectives import Comm
+from refimpl.distributed.threads import run_ranks
 from refimpl.errors import UsageError
-from refimpl.generate import mean_loss
-from refimpl.judge import judge
-from refimpl.parts import Parts
+from refimpl.parity.judge import judge
+from refimpl.parity.trace import Trace, batches_of, record
 from refimpl.step import Batch, through
-from refimpl.trace import Trace, batches_of, record
-from refimpl.trainer import Trainer, start
+from refimpl.training.config import Config
+from refimpl.training.data import sample_batch, sequential_batches
+from refimpl.training.generate import mean_loss
+from refimpl.training.setup import Parts
+from refimpl.training.trainer import Trainer, start
 
 Array = Any
 

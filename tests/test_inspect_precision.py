@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from recipe_lists import MECHANISMS, others_slow
 
-import refimpl.inspect_precision
-from refimpl.cast import cast, widen
-from refimpl.config import Config
+import refimpl.tools.precision_report.collect
 from refimpl.errors import UsageError
-from refimpl.inspect_precision import (
+from refimpl.numerics.cast import cast, widen
+from refimpl.parity.trace import Trace, record, save
+from refimpl.precision.recipes import RECIPES, get_recipe
+from refimpl.tools.precision_report.collect import (
     SWEEP,
     Inspection,
     Movement,
@@ -27,13 +28,12 @@ from refimpl.inspect_precision import (
     low_format,
     sweep_scales,
 )
-from refimpl.metrics import read_metrics
-from refimpl.precision_tables import summary
-from refimpl.recipes import RECIPES, get_recipe
-from refimpl.rounding import Counts, kind_of
-from refimpl.trace import Trace, record, save
-from refimpl.train import train
-from refimpl.verdicts import percent, plain_name, verdicts
+from refimpl.tools.precision_report.counts import Counts, kind_of
+from refimpl.tools.precision_report.tables import summary
+from refimpl.tools.precision_report.verdicts import percent, plain_name, verdicts
+from refimpl.training.config import Config
+from refimpl.training.metrics import read_metrics
+from refimpl.training.run import train
 
 TINY: dict[str, Any] = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 6, "warmup": 2, "lr": 1e-2,
@@ -50,7 +50,7 @@ def config(recipe: str = "fp16", **more: Any) -> Config:
 @pytest.fixture(autouse=True)
 def short_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three loss scales at the end of an inspection, not thirteen: most tests look at what comes before."""
-    monkeypatch.setattr(refimpl.inspect_precision, "SWEEP", SWEEP[::6])
+    monkeypatch.setattr(refimpl.tools.precision_report.collect, "SWEEP", SWEEP[::6])
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_without_masters_nothing_is_imagined() -> None:
 def test_the_sweep_flushes_less_and_overflows_more_as_the_scale_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     source = fresh(config())
     inspect(source)
-    monkeypatch.setattr(refimpl.inspect_precision, "SWEEP", SWEEP)
+    monkeypatch.setattr(refimpl.tools.precision_report.collect, "SWEEP", SWEEP)
     before = source.parts.state.master.copy()
     rows = sweep_scales(source.parts, next(iter(fresh(config()).batches)))
     assert [row["exponent"] for row in rows] == list(SWEEP)

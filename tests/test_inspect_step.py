@@ -16,15 +16,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl import inspect_step as module
 from refimpl import step
-from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.formats import FORMATS
-from refimpl.inspect_step import FOLLOWED, PARAMETER, SIZES, Line, Report, inspect_step, inspect_steps, report_data, report_text
-from refimpl.recipes import RECIPES
-from refimpl.scaler_rules import SCALERS
-from refimpl.trainer import Trainer
+from refimpl.numerics.formats import FORMATS
+from refimpl.optim.scaler_rules import SCALERS
+from refimpl.precision.recipes import RECIPES
+from refimpl.tools import step_inspector as module
+from refimpl.tools.step_inspector import (
+    FOLLOWED,
+    PARAMETER,
+    SIZES,
+    Line,
+    Report,
+    inspect_step,
+    inspect_steps,
+    report_data,
+    report_text,
+)
+from refimpl.training.config import Config
+from refimpl.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TIED = "transformer.wte.weight"
@@ -279,7 +289,7 @@ def test_a_state_that_changes_in_a_skipped_step_is_reported(monkeypatch: pytest.
         state.master[:] += 1
         return result
 
-    monkeypatch.setattr("refimpl.parts.train_step", careless)
+    monkeypatch.setattr("refimpl.training.setup.train_step", careless)
     report = inspect_steps(**{**OVERFLOW, "steps": 1})[0]
     assert "CHANGED" in report["master_after"].remark and "CHANGED" not in report["m_after"].remark
 
@@ -293,7 +303,7 @@ def test_the_copy_shown_is_the_one_that_the_step_used(monkeypatch: pytest.Monkey
         state.weights[:] = 0
         return result
 
-    monkeypatch.setattr("refimpl.parts.train_step", careless)
+    monkeypatch.setattr("refimpl.training.setup.train_step", careless)
     report = inspect_steps("bf16", step=1)[0]
     assert report["copy"].value == 0 and report["rounding"].value == -report["master"].value
 

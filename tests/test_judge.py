@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.cast import cast
-from refimpl.compare import diff
-from refimpl.config import Config
-from refimpl.coverage import Coverage, coverage, verdict
 from refimpl.errors import UsageError
-from refimpl.findings import Finding, without_overflows
-from refimpl.judge import Judge, explanations
-from refimpl.trace import Trace, in_batch, record, split_batch
+from refimpl.numerics.cast import cast
+from refimpl.parity.coverage import Coverage, coverage, verdict
+from refimpl.parity.diff import diff
+from refimpl.parity.findings import Finding, without_overflows
+from refimpl.parity.judge import Judge, explanations
+from refimpl.parity.trace import Trace, in_batch, record, split_batch
+from refimpl.training.config import Config
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "lr": 1e-3, "steps": 2, "warmup": 1,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from kernel_host import include_options
 
-from refimpl.backends.launch import COLUMNS, FORMATS, LANES, THREADS, WARP, WARPS, declarations, source
+from refimpl.backends.cupy.launch import COLUMNS, FORMATS, LANES, THREADS, WARP, WARPS, declarations, source
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 FUNCTIONS = ("expf", "logf", "tanhf")

@@ -19,7 +19,7 @@ from bounds import FUNCTION, U, wide
 from kernel_cases import CHECKS, REDUCING, CFunctions, Device
 from kernel_host import HostKernels, c_function
 
-from refimpl.backends.launch import FORMATS, declarations, source
+from refimpl.backends.cupy.launch import FORMATS, declarations, source
 
 pytestmark = pytest.mark.skipif(bool(kernel_host.why_not()), reason=f"no host build: {kernel_host.why_not()}")
 

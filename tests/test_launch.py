@@ -1,4 +1,4 @@
-"""refimpl.backends.launch: what it reads of the kernels' source, and the launches that it refuses. No CuPy, no compiler."""
+"""backends.cupy.launch: what it reads of the kernels' source, and the launches that it refuses. No CuPy, no compiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.backends.launch import (
+from refimpl.backends.cupy.launch import (
     COLUMNS,
     FORMATS,
     LANES,
@@ -25,7 +25,7 @@ from refimpl.backends.launch import (
     elementwise_grid,
     source,
 )
-from refimpl.formats import dtype_of
+from refimpl.numerics.formats import dtype_of
 
 
 class Fake:

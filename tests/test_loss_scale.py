@@ -1,4 +1,4 @@
-"""refimpl.loss_scale: the scale and its counter, step by step, against recorded traces, a restatement and PyTorch.
+"""refimpl.optim.loss_scale: the scale and its counter, step by step, against recorded traces, a restatement and PyTorch.
 
 The traces are those of torch.amp.GradScaler (scale after each step, 1 = overflow). No number here has a tolerance: a loss
 scale is exact.
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from recipe_lists import others_slow
 
-from refimpl.backends import Backend
+from refimpl.backends.base import Backend
 from refimpl.errors import UsageError
-from refimpl.loss_scale import DynamicLossScale, StaticLossScale, make_loss_scale
+from refimpl.optim.loss_scale import DynamicLossScale, StaticLossScale, make_loss_scale
 
 
 def trace(scale: DynamicLossScale, pattern: str) -> list[float]:

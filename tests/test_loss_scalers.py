@@ -1,4 +1,4 @@
-"""refimpl.loss_scale.SCALERS: every project's loss scaler, step by step, against recorded traces and its own control flow.
+"""optim.loss_scale.SCALERS: every project's loss scaler, step by step, against recorded traces and its own control flow.
 
 1 is an overflow, a trace is the scale after each step. No number has a tolerance. The restatements are written from what each
 project does, as it does it: with branches, on Python's numbers.
@@ -27,16 +27,16 @@ from script_loader import load_script
 from strict_backend import STRICT
 from strict_cupy import WaitError, counter
 
-from refimpl import loss_scale as module
-from refimpl.backends import Backend
-from refimpl.checkpoint import load, save
-from refimpl.config import Config
+from refimpl.backends.base import Backend
 from refimpl.errors import TrainingStopped, UsageError
-from refimpl.loss_scale import DynamicLossScale, StaticLossScale, make_loss_scale
-from refimpl.run_folder import open_folder, prepare_folder
-from refimpl.scaler_rules import SCALERS, Scaler
-from refimpl.show_loss_scale import number_text, show_loss_scale, trace
-from refimpl.trainer import Trainer
+from refimpl.optim import loss_scale as module
+from refimpl.optim.loss_scale import DynamicLossScale, StaticLossScale, make_loss_scale
+from refimpl.optim.scaler_rules import SCALERS, Scaler
+from refimpl.tools.loss_scale import number_text, show_loss_scale, trace
+from refimpl.training.checkpoint import load, save
+from refimpl.training.config import Config
+from refimpl.training.run_folder import open_folder, prepare_folder
+from refimpl.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 PATIENT = [name for name, scaler in SCALERS.items() if scaler.hysteresis > 1]

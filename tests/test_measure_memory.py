@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from recipe_lists import MECHANISMS, others_slow
 
-from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.measure_memory import forward, held, measure, owned, owner, state_lines, tape_lines, weigh
-from refimpl.ops import OPS, Op
-from refimpl.recipes import RECIPES
-from refimpl.trainer import INIT, generator
+from refimpl.nn.op import Op
+from refimpl.nn.ops import OPS
+from refimpl.precision.recipes import RECIPES
+from refimpl.tools.memory.measure import forward, held, measure, owned, owner, state_lines, tape_lines, weigh
+from refimpl.training.config import Config
+from refimpl.training.trainer import INIT, generator
 
 TINY: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}
 SCRIPT = Path(__file__).parent.parent / "scripts" / "memory.py"
@@ -115,7 +116,7 @@ def test_the_report_and_its_exit_code(capsys: pytest.CaptureFixture[str], monkey
     assert measure({**TINY, "recipe": "bf16"}, as_json=True) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["equal"] and data["measured_only"]["largest memory of one step"] > 0
-    monkeypatch.setattr("refimpl.measure_memory.gpt_activations", lambda *a: [])
+    monkeypatch.setattr("refimpl.tools.memory.measure.gpt_activations", lambda *a: [])
     assert measure({**TINY, "recipe": "fp16"}, as_json=False) == 1
     assert "NOT as predicted: activations: transformer.wte: not in the formula" in capsys.readouterr().out
 
@@ -128,7 +129,7 @@ def test_only_the_host_can_be_measured() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_the_peak_is_that_of_the_process_itself_not_of_the_one_that_started_it() -> None:
     ballast = np.ones(25_000_000)  # 200 MB here, of which a child must know nothing
-    code = "from refimpl.measure_memory import process_memory; print(*process_memory())"
+    code = "from refimpl.tools.memory.measure import process_memory; print(*process_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     now, peak = map(int, done.stdout.split())
     assert 0 < now <= peak < ballast.nbytes

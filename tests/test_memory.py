@@ -10,24 +10,23 @@ from pathlib import Path
 import pytest
 from script_loader import load_script
 
-from refimpl.activations import gpt_activations
-from refimpl.config import Config
+from refimpl.distributed.zero import per_rank
 from refimpl.errors import UsageError
-from refimpl.memory import (
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.optim.state import State
+from refimpl.precision.recipes import RECIPES, get_recipe
+from refimpl.tools.memory.report import choose, ledger, ledger_data, ledger_text, own_gpt, published
+from refimpl.tools.memory.states import (
     CONVENTIONS,
     GB,
-    GIB,
     PRESETS,
     Architecture,
-    per_rank,
     published_activations,
-    recipe_states,
     zero_table,
 )
-from refimpl.memory_report import choose, ledger, ledger_data, ledger_text, own_gpt, published
-from refimpl.models import GPTConfig, gpt
-from refimpl.recipes import RECIPES, get_recipe
-from refimpl.state import State
+from refimpl.training.activation_memory import gpt_activations
+from refimpl.training.config import Config
+from refimpl.training.memory_limits import GIB
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "memory.py"
 
@@ -95,12 +94,12 @@ def test_megatrons_distributed_formulas(N: int) -> None:
 )  # fmt: skip
 def test_conventions_that_are_recipes_too(convention: str, recipe: str) -> None:
     """All but one, buffer by buffer; MS-AMP is counted only."""
-    assert recipe_states(get_recipe(recipe)) == CONVENTIONS[convention].states
+    assert get_recipe(recipe).bytes_by_buffer() == CONVENTIONS[convention].states
 
 
 def test_scales_are_whole_numbers() -> None:
     """An FP32 scale for each 256 values of m, and of v, and one for the rest."""
-    states = recipe_states(get_recipe("adam-8bit"))
+    states = get_recipe("adam-8bit").bytes_by_buffer()
 
     def scales(n: int, ranks: int = 1) -> tuple[int, int, int]:
         bytes_of = per_rank(n, states, 1, ranks)
@@ -118,13 +117,13 @@ def test_a_recipes_ledger_is_what_its_state_takes(recipe: str, grad_accum: int) 
     config = Config.of({"recipe": recipe, "grad_accum": grad_accum, "n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4})
     chosen, model, moments = config.make_recipe(), config.make_model(), config.make_rule().moments
     state = State(model, chosen.state_storages(moments, grad_accum), config.make_backend())
-    states = recipe_states(chosen, moments, grad_accum, state.layout.embeddings, model.n_params)
+    states = chosen.bytes_by_buffer(moments, grad_accum, state.layout.embeddings, model.n_params)
     predicted = per_rank(model.n_params, states)
     assert predicted == {kind: buffer.nbytes for kind, buffer in state.buffers.items()}
 
 
 def test_the_notes_figures() -> None:
-    adam = sum(per_rank(7 * 10**9, recipe_states(get_recipe("fp16"))).values())
+    adam = sum(per_rank(7 * 10**9, get_recipe("fp16").bytes_by_buffer()).values())
     assert adam == 112 * GB and round(adam / GIB, 1) == 104.3
     assert round(14 * GB / GIB, 2) == 13.04
     assert sum(per_rank(1_500_000_000, CONVENTIONS["zero"].states).values()) == 24 * GB
@@ -157,10 +156,10 @@ def test_zeros_table(line: str) -> None:
 
 
 def test_shards_are_rounded_up() -> None:
-    states = recipe_states(get_recipe("fp16"))
+    states = get_recipe("fp16").bytes_by_buffer()
     assert per_rank(10, states, 1, 3) == {"weights": 20, "grads": 20, "master": 16, "m": 16, "v": 16}
     assert per_rank(10, states, 2, 3)["grads"] == 8 and per_rank(10, states, 3, 3)["weights"] == 8
-    assert per_rank(10, recipe_states(get_recipe("fp32")), 1, 2) == {"weights": 40, "grads": 40, "m": 20, "v": 20}
+    assert per_rank(10, get_recipe("fp32").bytes_by_buffer(), 1, 2) == {"weights": 40, "grads": 40, "m": 20, "v": 20}
 
 
 # -- activations -------------------------------------------------------------------------------------------------------

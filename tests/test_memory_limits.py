@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from refimpl import memory_limits
-from refimpl.compare_recipes import compare
-from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.memory_limits import TABLE_BYTES, TARGET_BYTES, Need, limits, n_params, need, require_memory
-from refimpl.memory_report import choose, ledger_data
-from refimpl.train import train
-from refimpl.trainer import start
+from refimpl.tools.compare_recipes.runs import compare
+from refimpl.tools.memory.report import choose, ledger_data
+from refimpl.training import memory_limits
+from refimpl.training.config import Config
+from refimpl.training.memory_limits import TABLE_BYTES, TARGET_BYTES, Need, limits, n_params, need, require_memory
+from refimpl.training.run import train
+from refimpl.training.trainer import start
 
 GPT: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}
 

@@ -14,17 +14,17 @@ import pytest
 from recipe_lists import others_slow
 from strict_backend import STRICT
 
-from refimpl import mistake_table
-from refimpl.cast import widen
-from refimpl.config import Config
 from refimpl.errors import TrainingStopped, UsageError
-from refimpl.judge import Judge, explanations, judge
-from refimpl.mistakes import MISTAKES, listing
-from refimpl.mistakes_forward import _toward_zero
-from refimpl.scaler_rules import SCALERS
+from refimpl.numerics.cast import widen
+from refimpl.optim.scaler_rules import SCALERS
+from refimpl.parity import mistake_table
+from refimpl.parity.judge import Judge, explanations, judge
+from refimpl.parity.trace import Trace, record
 from refimpl.step import through
-from refimpl.trace import Trace, record
-from refimpl.trainer import Trainer, start
+from refimpl.training.config import Config
+from refimpl.training.mistakes import MISTAKES, listing
+from refimpl.training.mistakes_forward import _toward_zero
+from refimpl.training.trainer import Trainer, start
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "lr": 1e-3, "steps": 3, "warmup": 1,

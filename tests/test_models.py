@@ -1,4 +1,4 @@
-"""refimpl.models: nanoGPT's parameters by name, a start near the uniform guess, and the GPT that PyTorch would compute."""
+"""refimpl.nn.models: nanoGPT's parameters by name, a start near the uniform guess, and the GPT that PyTorch would compute."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from recipe_lists import BASIC
 
-from refimpl.backends import Backend
+from refimpl.backends.base import Backend
 from refimpl.errors import UsageError
-from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
-from refimpl.policy import Run
-from refimpl.recipes import get_recipe
-from refimpl.tape import Tape
+from refimpl.nn.autograd import Tape
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.model import Model
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import get_recipe
 
 Array = np.ndarray
 DTYPE = {

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from rank_runs import SIZES, on_ranks
 
-from refimpl import checkpoint
-from refimpl.config import Config
-from refimpl.metrics import read_metrics
+from refimpl.training import checkpoint
+from refimpl.training.config import Config
+from refimpl.training.metrics import read_metrics
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install -e '.[mpi]'")
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ counts only if it is wrong for at least one element. The kinds:
     twice       rounds by way of the other 16-bit format
     rarely      rounds toward zero, but only every hundredth element
 
-(Ties are not among them: where they go is decided in one function, refimpl.cast, and test_cast.py tries every one.)
+(Ties are not among them: where they go is decided in one function, refimpl.numerics.cast, and test_cast.py tries every one.)
 
 Each is switched on inside `Bound.round`, by this test alone, while the checks of all cases that reach the site run: the
 checks that test_ops_torch.py makes of the same cases. A mutant is killed *by values* if a result is none that a correct
@@ -41,13 +41,13 @@ import test_state
 import test_step
 from test_ops_torch import CASES, DTYPE, LOW, Case, one_thread, wide
 
-from refimpl import gradients
-from refimpl.backends import NUMPY
-from refimpl.cast import cast, widen
-from refimpl.formats import format_of, widens_to
-from refimpl.optim import Optimizer
-from refimpl.policy import Bound
-from refimpl.state import State
+from refimpl.backends.base import NUMPY
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import format_of, widens_to
+from refimpl.optim import gradients
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.state import State
+from refimpl.precision.policy import Bound
 
 Array = np.ndarray
 KINDS = ["removed", "disguised", "truncated", "twice", "rarely"]

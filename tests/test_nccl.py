@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.comm import Comm, shares_of
-from refimpl.comm.nccl import NcclComm, nccl_comm
-from refimpl.comm.threads import run_ranks
+from refimpl.distributed.collectives import Comm, shares_of
+from refimpl.distributed.nccl import NcclComm, nccl_comm
+from refimpl.distributed.threads import run_ranks
 from refimpl.errors import UsageError
-from refimpl.formats import dtype_of
+from refimpl.numerics.formats import dtype_of
 
 
 class OnDevice(np.ndarray):
@@ -139,7 +139,7 @@ def test_without_nccl_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     def missing(name: str) -> Any:
         raise ImportError("libnccl.so.2")
 
-    monkeypatch.setattr("refimpl.comm.nccl.get_backend", lambda name: SimpleNamespace(xp=CUPY))
-    monkeypatch.setattr("refimpl.comm.nccl.importlib.import_module", missing)
+    monkeypatch.setattr("refimpl.distributed.nccl.get_backend", lambda name: SimpleNamespace(xp=CUPY))
+    monkeypatch.setattr("refimpl.distributed.nccl.importlib.import_module", missing)
     with pytest.raises(UsageError, match=r"pip install nvidia-nccl-cu12 or -cu13 \(libnccl.so.2\)"):
         nccl_comm(Comm())

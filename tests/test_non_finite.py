@@ -15,18 +15,18 @@ from overflow import overflow_always
 from rank_runs import SIZES
 from strict_backend import STRICT
 
-from refimpl.comm import Comm
-from refimpl.comm.threads import run_ranks
-from refimpl.config import Config
+from refimpl.distributed.collectives import Comm
+from refimpl.distributed.threads import run_ranks
 from refimpl.errors import TrainingStopped
-from refimpl.inspect_precision import Source, inspect
-from refimpl.non_finite import Origin, explained, find_origin, known_since
-from refimpl.parts import Parts
-from refimpl.precision_report import page
-from refimpl.rounding import OUTCOMES, effects_of
-from refimpl.show_precision import data, terminal_text
-from refimpl.trainer import Trainer, start
-from refimpl.verdicts import verdicts
+from refimpl.tools.precision_report.collect import Source, inspect
+from refimpl.tools.precision_report.counts import OUTCOMES, effects_of
+from refimpl.tools.precision_report.main import data, terminal_text
+from refimpl.tools.precision_report.page import page
+from refimpl.tools.precision_report.verdicts import verdicts
+from refimpl.training.config import Config
+from refimpl.training.non_finite import Origin, explained, find_origin, known_since
+from refimpl.training.setup import Parts
+from refimpl.training.trainer import Trainer, start
 
 Array = Any
 FC, PROJ = "transformer.h.1.mlp.c_fc.weight", "transformer.h.1.mlp.c_proj.weight"

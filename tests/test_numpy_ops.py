@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 from recipe_lists import BASIC
 
-from refimpl import backends, policy
-from refimpl.backends import NUMPY, Backend
-from refimpl.bench import MODELS, Ours
-from refimpl.cast import cast
-from refimpl.formats import format_of
-from refimpl.ops import OPS, Op, gelu_tanh
-from refimpl.policy import Run
-from refimpl.recipes import RECIPES
+from refimpl.backends import base as backends
+from refimpl.backends.base import NUMPY, Backend
+from refimpl.nn.elementwise import gelu_tanh
+from refimpl.nn.op import Op
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast
+from refimpl.numerics.formats import format_of
+from refimpl.precision import policy
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import RECIPES
+from refimpl.tools.bench.steps import MODELS, Ours
 
 Array = Any
 

@@ -1,4 +1,4 @@
-"""refimpl.ops in 16 and 32 bits: formats of every result, where it rounds and where it must not, Inf, NaN, subnormals, empty.
+"""nn.ops in 16 and 32 bits: formats of every result, where it rounds and where it must not, Inf, NaN, subnormals, empty.
 
 Everything here is exact: bits, formats and NaN-ness are compared, nothing has a tolerance but where one is derived.
 """
@@ -14,10 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refimpl.backends import NUMPY
-from refimpl.ops import OPS, fan_in
-from refimpl.policy import MAP_BLOCK, Bound, Monitor, Run
-from refimpl.recipes import get_recipe
+from refimpl.backends.base import NUMPY
+from refimpl.nn.elementwise import fan_in
+from refimpl.nn.ops import OPS
+from refimpl.precision.policy import MAP_BLOCK, Bound, Monitor, Run
+from refimpl.precision.recipes import get_recipe
 
 Array = np.ndarray
 

@@ -1,4 +1,4 @@
-"""refimpl.ops under the fp64 recipe: forward against plain definitions, backward against finite differences of forward.
+"""refimpl.nn.ops under the fp64 recipe: forward against plain definitions, backward against finite differences of forward.
 
 In double precision rounding is out of the way, so what is tested here are the formulas. Every operation of `OPS` has a
 case (a test says which has not), and every gradient of every case is broken once to see that the check would notice.
@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.backends import NUMPY
-from refimpl.ops import OPS, Op, fan_in
-from refimpl.policy import Bound, Run
-from refimpl.recipes import get_recipe
+from refimpl.backends.base import NUMPY
+from refimpl.nn.elementwise import fan_in
+from refimpl.nn.op import Op
+from refimpl.nn.ops import OPS
+from refimpl.precision.policy import Bound, Run
+from refimpl.precision.recipes import get_recipe
 
 Array = np.ndarray
 

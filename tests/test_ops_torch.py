@@ -1,4 +1,4 @@
-"""refimpl.ops against PyTorch on the CPU: every operation, forward and backward, on identical inputs, in every recipe.
+"""refimpl.nn.ops against PyTorch on the CPU: every operation, forward and backward, on identical inputs, in every recipe.
 
 Both must give what a correct evaluation can give; bounds.py derives what that is, and in 16 bits it is mostly one number.
 test_mutants.py takes out every rounding that there is, and every time one of these comparisons must fail.
@@ -57,12 +57,15 @@ from bounds import (
     wide,
 )
 
-from refimpl.backends import NUMPY
-from refimpl.ops import OPS, add, embedding, fan_in, linear
-from refimpl.policy import EVERY_OTHER, Monitor, Policy, Precision, Run
-from refimpl.recipes import RECIPES as ALL_RECIPES
-from refimpl.recipes import get_recipe
-from refimpl.tape import Tape, Value
+from refimpl.backends.base import NUMPY
+from refimpl.nn.autograd import Tape, Value
+from refimpl.nn.elementwise import add, fan_in
+from refimpl.nn.embedding import embedding
+from refimpl.nn.linear import linear
+from refimpl.nn.ops import OPS
+from refimpl.precision.policy import EVERY_OTHER, Monitor, Policy, Precision, Run
+from refimpl.precision.recipes import RECIPES as ALL_RECIPES
+from refimpl.precision.recipes import get_recipe
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional

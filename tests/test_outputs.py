@@ -8,7 +8,7 @@ import pytest
 from script_loader import load_script
 
 from refimpl.errors import UsageError
-from refimpl.outputs import target
+from refimpl.training.outputs import target
 
 
 def test_what_nobody_named_takes_the_next_number(tmp_path: Path) -> None:

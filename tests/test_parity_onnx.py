@@ -43,16 +43,16 @@ from bounds import (
     stored,
 )
 
-from refimpl.backends import NUMPY
-from refimpl.cast import cast, widen
-from refimpl.formats import FORMATS, format_of, is_float, widens_to
-from refimpl.models import Model, Parameter
-from refimpl.ops import OPS, fan_in
-from refimpl.ops.pointwise import erf
-from refimpl.optim import SGD, AdamW, Optimizer, Schedule
-from refimpl.policy import Run
-from refimpl.recipes import get_recipe
-from refimpl.state import State
+from refimpl.backends.base import NUMPY
+from refimpl.nn.elementwise import erf, fan_in
+from refimpl.nn.models.model import Model, Parameter
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import FORMATS, format_of, is_float, widens_to
+from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
+from refimpl.optim.state import State
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import get_recipe
 
 onnx = pytest.importorskip("onnx", reason="ONNX's test vectors need onnx: pip install -e '.[parity]'")
 

@@ -28,14 +28,14 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from refimpl.cast import cast
-from refimpl.ops import OPS
-from refimpl.ops import embedding as embedding_op
-from refimpl.ops import gelu_erf as gelu_erf_op
-from refimpl.ops import gelu_tanh as gelu_tanh_op
-from refimpl.ops import layernorm as layernorm_op
-from refimpl.ops import linear as linear_op
-from refimpl.recipes import get_recipe
+from refimpl.nn.elementwise import gelu_erf as gelu_erf_op
+from refimpl.nn.elementwise import gelu_tanh as gelu_tanh_op
+from refimpl.nn.embedding import embedding as embedding_op
+from refimpl.nn.linear import linear as linear_op
+from refimpl.nn.norm import layernorm as layernorm_op
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast
+from refimpl.precision.recipes import get_recipe
 
 torch = pytest.importorskip("torch", reason="PyTorch's test inputs need torch==2.13.0: pip install -e '.[parity]'")
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest: pip install -e '.[parity]'")
@@ -468,7 +468,7 @@ ROUNDS = [name for name in OPINFOS if name not in ("reshape", "permute", "narrow
 def test_control_rounding_towards_zero_is_noticed(name: str, fmt: str, op_db: dict[str, Any]) -> None:
     fmt = "fp32" if OPINFOS[name].ops == ("cast",) else fmt  # that casts to 16 bits
     calls, _ = arranged(op_db[name], name, fmt)
-    with mock.patch("refimpl.policy.door.cast", truncating):
+    with mock.patch("refimpl.precision.policy.door.cast", truncating):
         assert noticed(calls, fmt) > 0
 
 

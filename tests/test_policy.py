@@ -1,17 +1,17 @@
-"""refimpl.policy: rows are found by their dotted names, and the precision bound to a run rounds where and how the row says."""
+"""precision.policy: rows are found by their dotted names, and what is bound to a run rounds where and how the row says."""
 
 import re
 
 import numpy as np
 import pytest
 
-from refimpl.backends import NUMPY
-from refimpl.formats import dtype_of, format_of
-from refimpl.models import MLPConfig, mlp
-from refimpl.ops.gemm import matmul
-from refimpl.policy import EVERY_OTHER, PRODUCTS, SAME, Bound, Policy, Precision, Run
-from refimpl.recipes import RECIPES, get_recipe
-from refimpl.state import State
+from refimpl.backends.base import NUMPY
+from refimpl.nn.linear import matmul
+from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.numerics.formats import dtype_of, format_of
+from refimpl.optim.state import State
+from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, Bound, Policy, Precision, Run
+from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.step import through
 
 A, B, C, D = (Precision(fmt, "fp32", fmt) for fmt in ("fp16", "bf16", "fp32", "fp64"))

@@ -24,15 +24,15 @@ import numpy as np
 import pytest
 from script_loader import load_script
 
-from refimpl import show_precision
-from refimpl.cast import cast
-from refimpl.config import Config
 from refimpl.errors import UsageError
-from refimpl.figures import Picture
-from refimpl.html_page import CSS
-from refimpl.inspect_precision import Inspection, StepRow, fresh, inspect
-from refimpl.mistakes import announcement
-from refimpl.precision_figures import (
+from refimpl.numerics.cast import cast
+from refimpl.parity.trace import record, save
+from refimpl.tools.html.figures import Picture
+from refimpl.tools.html.page import CSS
+from refimpl.tools.precision_report import main as show_precision
+from refimpl.tools.precision_report.collect import Inspection, StepRow, fresh, inspect
+from refimpl.tools.precision_report.counts import LOWEST, Counts, kind_of
+from refimpl.tools.precision_report.figures import (
     all_pictures,
     draw_histogram,
     draw_loss_scale,
@@ -41,8 +41,9 @@ from refimpl.precision_figures import (
     run_pictures,
     sweep_caption,
 )
-from refimpl.precision_report import page
-from refimpl.precision_tables import (
+from refimpl.tools.precision_report.main import command, data, inspect_precision, terminal_text
+from refimpl.tools.precision_report.page import page
+from refimpl.tools.precision_report.tables import (
     COLUMNS,
     cast_of,
     loss_sentence,
@@ -56,12 +57,11 @@ from refimpl.precision_tables import (
     zone_shares,
     zones,
 )
-from refimpl.rounding import LOWEST, Counts, kind_of
-from refimpl.show import json_text
-from refimpl.show_precision import command, data, inspect_precision, terminal_text
-from refimpl.trace import record, save
-from refimpl.train import train
-from refimpl.verdicts import percent, power, verdicts
+from refimpl.tools.precision_report.verdicts import percent, power, verdicts
+from refimpl.training.config import Config
+from refimpl.training.console import json_text
+from refimpl.training.mistakes import announcement
+from refimpl.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, Any] = {

@@ -21,24 +21,24 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from refimpl.backends import NUMPY
-from refimpl.cast import cast, widen
-from refimpl.config import Config
-from refimpl.data import load_corpus, sequential_batches
-from refimpl.experiments.training import SMALL
-from refimpl.experiments.updates import predicted_share
-from refimpl.generate import mean_loss
-from refimpl.ops import OPS
-from refimpl.ops.attention import hide_later
-from refimpl.ops.norm import softmax
-from refimpl.parts import Parts
-from refimpl.policies import uniform
-from refimpl.policy import Run
-from refimpl.quantise import DelayedScaling
-from refimpl.recipes import RECIPES
+from refimpl.backends.base import NUMPY
+from refimpl.nn.attention import hide_later
+from refimpl.nn.norm import softmax
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.quantization.fp8 import DelayedScaling
+from refimpl.parity.trace import batches_of
+from refimpl.precision.policies import uniform
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import RECIPES
 from refimpl.step import Batch
-from refimpl.trace import batches_of
-from refimpl.trainer import start
+from refimpl.tools.experiments.toy_runs import SMALL
+from refimpl.tools.experiments.updates import predicted_share
+from refimpl.training.config import Config
+from refimpl.training.data import load_corpus, sequential_batches
+from refimpl.training.generate import mean_loss
+from refimpl.training.setup import Parts
+from refimpl.training.trainer import start
 
 pytestmark = pytest.mark.usefixtures("pythons_manual")
 

@@ -1,4 +1,4 @@
-"""refimpl.quantise: codes against torch, gfloat, ONNX and torchao's rules rewritten in torch; scales against the rules of the
+"""numerics.quantization: codes against torch, gfloat, ONNX, and torchao's rules rewritten in torch; scales against rules of the
 sources, worked examples and shares that are derived; products against fp64, torch's scaled product and sums written out.
 """
 
@@ -11,31 +11,24 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from refimpl.accumulate import matmul
-from refimpl.bits import bits_of, from_bits
-from refimpl.cast import cast, widen
-from refimpl.formats import FORMATS
-from refimpl.quantise import (
-    SCALE_RULES,
+from refimpl.numerics.accumulators import matmul
+from refimpl.numerics.bits import bits_of, from_bits
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import FORMATS
+from refimpl.numerics.quantization.fp8 import (
     DelayedScaling,
-    Quantised,
-    block_amax,
-    encode,
-    hadamard,
-    product,
     quantise_blocks,
-    quantise_mx,
-    quantise_nvfp4,
     quantise_rows,
     quantise_tensor,
     quantise_tiles,
-    random_signs,
-    rotate,
-    rotate_back,
     scale_from_amax,
-    spread,
 )
-from refimpl.stochastic import random_bits
+from refimpl.numerics.quantization.mx import SCALE_RULES, quantise_mx
+from refimpl.numerics.quantization.nvfp4 import quantise_nvfp4
+from refimpl.numerics.quantization.products import product
+from refimpl.numerics.quantization.quantized_tensor import Quantised, block_amax, encode, spread
+from refimpl.numerics.quantization.rotation import hadamard, random_signs, rotate, rotate_back
+from refimpl.numerics.stochastic import random_bits
 
 Array = np.ndarray
 ELEMENTS = ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1")

@@ -16,7 +16,7 @@ def test_quick_start_is_one_block_of_two_lines() -> None:
 
 
 def test_every_recipe_is_named() -> None:
-    from refimpl.recipes import RECIPES
+    from refimpl.precision.recipes import RECIPES
 
     missing = [name for name in RECIPES if f"`{name}`" not in README]
     assert not missing

@@ -1,4 +1,4 @@
-"""refimpl.recipes: all recipes as literal tables: storages and bytes of state, loss scales, and policies row by row.
+"""refimpl.precision.recipes: all recipes as literal tables: storages and bytes of state, loss scales, and policies row by row.
 
 Sources of the literals: the note (16 bytes a parameter with Adam), torch.autocast's op lists for CUDA and CPU, and the
 papers and programs that the recipes name.
@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from recipe_lists import MECHANISMS
 
-from refimpl.accumulate import accumulator
-from refimpl.backends import NUMPY
+from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
-from refimpl.formats import FORMATS
-from refimpl.models import GPTConfig, MLPConfig, gpt, mlp
-from refimpl.ops import OPS
-from refimpl.policy import EVERY_OTHER, SAME, Precision, Run
-from refimpl.quantise import SCHEMES
-from refimpl.recipes import MASTERS_FROM, RECIPES, STATE_KINDS, Recipe, get_recipe
-from refimpl.state import State
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.ops import OPS
+from refimpl.numerics.accumulators import accumulator
+from refimpl.numerics.formats import FORMATS
+from refimpl.numerics.quantization.registry import SCHEMES
+from refimpl.optim.state import State
+from refimpl.precision.policy import EVERY_OTHER, SAME, Precision, Run
+from refimpl.precision.recipes import MASTERS_FROM, RECIPES, STATE_KINDS, Recipe, get_recipe
+from refimpl.precision.state_encodings import STORAGES, get_storage
 from refimpl.step import through
-from refimpl.storage import STORAGES, get_storage
 
 # name: (weights, grads, main_grads, master, m, v), loss scale, what masters start from
 SR, BF16_MASTERS = "bf16-stochastic", ("bf16", "bf16", "", "fp32", "fp32", "fp32")

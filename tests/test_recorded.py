@@ -3,7 +3,7 @@
 tests/vectors/pytorch.safetensors is written by scripts/record_vectors.py, whose docstring says what the file holds. What is
 compared with what:
 
-  casts, loss scales, unscaled and clipped gradients, AdamW and SGD of refimpl.exact    every bit
+  casts, loss scales, unscaled and clipped gradients, AdamW and SGD of refimpl.parity.fused_optimizers    every bit
   operations, forward and backward, in every recipe that runs them in a way of its own  what bounds.py says is possible
   a training step of a GPT and an MLP, from PyTorch's gradients on: unscale, clip,      every bit
     update
@@ -54,22 +54,22 @@ from bounds import (
 )
 from script_loader import load_script
 
-from refimpl.backends import NUMPY, Backend
-from refimpl.cast import cast, widen
-from refimpl.checkpoint import load, save
-from refimpl.compare_pytorch import RECIPES
+from refimpl.backends.base import NUMPY, Backend
 from refimpl.errors import UsageError
-from refimpl.exact import ExactAdamW, ExactSGD, adamw_step, norm_like_torch
-from refimpl.formats import FORMATS, dtype_of, format_of, widens_to
-from refimpl.gradients import check_and_measure, clip_coefficient, inverse_of
-from refimpl.loss_scale import DynamicLossScale
-from refimpl.models import Model, Parameter
-from refimpl.ops import OPS
-from refimpl.optim import Optimizer, Rule, Schedule
-from refimpl.policy import Bound, Policy, Precision, Run
-from refimpl.recipes import get_recipe
-from refimpl.state import State
+from refimpl.nn.models.model import Model, Parameter
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
+from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
+from refimpl.optim.loss_scale import DynamicLossScale
+from refimpl.optim.optimizer import Optimizer, Rule, Schedule
+from refimpl.optim.state import State
+from refimpl.parity.fused_optimizers import ExactAdamW, ExactSGD, adamw_step, norm_like_torch
+from refimpl.parity.pytorch import RECIPES
+from refimpl.precision.policy import Bound, Policy, Precision, Run
+from refimpl.precision.recipes import get_recipe
 from refimpl.step import train_step
+from refimpl.training.checkpoint import load, save
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "tests" / "vectors" / "pytorch.safetensors"
@@ -126,7 +126,7 @@ def vectors(request: pytest.FixtureRequest) -> Iterator[Vectors]:
 
 @pytest.fixture
 def with_fma(vectors: Vectors) -> Vectors:
-    """Vectors whose optimizers and norms were computed by the kernels that refimpl.exact has the bits of: those with FMA."""
+    """Vectors whose optimizers and norms are of the kernels whose bits parity.fused_optimizers has: those with FMA."""
     if vectors is not KEPT:
         import torch
 
@@ -474,7 +474,7 @@ def test_unscaling(vectors: Vectors, i: int) -> None:
 
 
 def check_clipping(v: Vectors, i: int) -> None:
-    """The norm as refimpl.exact sums it, and the clipped gradients, to the bit; the norm of step 3 within its rounding errors.
+    """The norm of parity.fused_optimizers and the clipped gradients, to the bit; the norm of step 3 within its rounding errors.
 
     PyTorch's is a running sum in 8 lanes: with n numbers an error of (n/8 + 8) U of the sum, halved by the root. Ours has
     partial sums, and no more; each square and the root add U.
@@ -504,7 +504,7 @@ def check_update(v: Vectors, model: str, recipe: str) -> None:
     """Steps 3 and 4 of the first step that is not skipped, tensor by tensor as PyTorch has them: every bit.
 
     What is recorded of the results is a check sum for each parameter. `tail`: the last elements of each tensor, see
-    refimpl.exact.
+    refimpl.parity.fused_optimizers.
     """
     config, key = recorder.run_config(model, recipe), f"run.{model}.{recipe}"
     weights, _ = recorder.run_inputs(model)

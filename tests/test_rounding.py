@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 from recipe_lists import BASIC, others_slow
 
-from refimpl.cast import cast
-from refimpl.config import Config
-from refimpl.data import load_corpus, sample_batch
-from refimpl.formats import FORMATS, dtype_of, format_of, widens_to
-from refimpl.ops import OPS
-from refimpl.recipes import RECIPES
-from refimpl.rounding import (
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast
+from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
+from refimpl.precision.recipes import RECIPES
+from refimpl.tools.precision_report.counts import (
     KINDS,
     LOWEST,
     OUTCOMES,
@@ -28,7 +26,9 @@ from refimpl.rounding import (
     overflow_threshold,
     scaled_to_fit,
 )
-from refimpl.trainer import BATCHES, INIT, generator
+from refimpl.training.config import Config
+from refimpl.training.data import load_corpus, sample_batch
+from refimpl.training.trainer import BATCHES, INIT, generator
 
 NARROW = ["fp16", "bf16", "e4m3", "e5m2", "e3m2", "e2m3", "e2m1"]
 TINY: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 8, "warmup": 2}
@@ -235,7 +235,7 @@ def test_a_watched_step_computes_the_same(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", BASIC)
 def test_no_rounding_of_a_tensor_escapes(recipe: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every narrowing conversion that leaves cast.py is counted, but for those of single numbers (1/S, Adam's scalars)."""
-    import refimpl.cast as door
+    import refimpl.numerics.cast as door
 
     real, elements = door._convert, []
 

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl import folder_lock
-from refimpl.checkpoint import load, save
-from refimpl.comm import Serial
-from refimpl.config import Config
+from refimpl.distributed.collectives import Serial
 from refimpl.errors import UsageError
-from refimpl.folder_lock import locked
-from refimpl.metrics import read_metrics
-from refimpl.run_folder import CHECKPOINT, CONFIG, METRICS, open_folder, own_folder, prepare_folder, run_name
-from refimpl.train import train
+from refimpl.training import folder_lock
+from refimpl.training.checkpoint import load, save
+from refimpl.training.config import Config
+from refimpl.training.folder_lock import locked
+from refimpl.training.metrics import read_metrics
+from refimpl.training.run import train
+from refimpl.training.run_folder import CHECKPOINT, CONFIG, METRICS, open_folder, own_folder, prepare_folder, run_name
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 4, "warmup": 2, "eval_every": 3,

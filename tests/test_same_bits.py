@@ -18,12 +18,12 @@ import pytest
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import refimpl
-from refimpl import backends
-from refimpl.backends.workers import Workers
-from refimpl.config import Config
-from refimpl.generate import sample
-from refimpl.run_folder import CHECKPOINT
-from refimpl.trainer import Trainer
+from refimpl.backends import base as backends
+from refimpl.backends.threads import Workers
+from refimpl.training.config import Config
+from refimpl.training.generate import sample
+from refimpl.training.run_folder import CHECKPOINT
+from refimpl.training.trainer import Trainer
 
 SIZES: dict[str, Any] = {
     "n_layer": 1, "n_head": 4, "n_embd": 64, "block_size": 128, "batch_size": 12, "steps": 2, "warmup": 1, "lr": 1e-2,
@@ -115,7 +115,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from threadpoolctl import threadpool_limits
-from refimpl.backends.workers import workers
+from refimpl.backends.threads import workers
 from test_same_bits import train
 threads, text, folder = sys.argv[1:]
 with threadpool_limits(int(threads) if int(threads) > workers.__wrapped__().threads else None):
@@ -165,15 +165,15 @@ def test_every_product_of_a_training_is_computed_on_the_thread_that_asks(
 # ------------------------------------------------------------------------------------------------- who calls the BLAS
 
 CALLERS = {
-    "accumulate.py": "the default of `multiply`; a run gives its backend's gemm",
-    "backends/__init__.py": "the backends' gemm",
-    "bench.py": "measures the BLAS itself",
-    "bounds.py": "norms that a report shows",
-    "compare_recipes.py": "means that a picture shows",
-    "experiments/narrow.py": "an FP64 product to compare with",
-    "pytorch_twin.py": "PyTorch's",
-    "quantise/product.py": "the default of `multiply`",
-    "rounding.py": "sums of squares that a report shows",
+    "numerics/accumulators.py": "the default of `multiply`; a run gives its backend's gemm",
+    "backends/base.py": "the backends' gemm",
+    "tools/bench/steps.py": "measures the BLAS itself",
+    "parity/tolerances.py": "norms that a report shows",
+    "tools/compare_recipes/runs.py": "means that a picture shows",
+    "tools/experiments/narrow.py": "an FP64 product to compare with",
+    "parity/pytorch_model.py": "PyTorch's",
+    "numerics/quantization/products.py": "the default of `multiply`",
+    "tools/precision_report/counts.py": "sums of squares that a report shows",
 }
 """The files that name what the BLAS computes, and why no number of a training depends on how it does."""
 

@@ -1,4 +1,4 @@
-"""refimpl.quantise.schemes, and what linear layers make of them: each product spelled out with the quantisers, bounds of its
+"""numerics.quantization.registry, and linear layers: each product spelled out with the quantizers, bounds of its
 error, what delayed scaling and stochastic rounding remember, what a monitor is told; and that all of this can fail.
 """
 
@@ -15,40 +15,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.accumulate import matmul
-from refimpl.backends import NUMPY
-from refimpl.bits import bits_of
-from refimpl.cast import cast, widen
-from refimpl.config import Config
+from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
-from refimpl.formats import FORMATS, format_of
-from refimpl.generate import mean_loss, sample
-from refimpl.ops import OPS
-from refimpl.parts import Parts
-from refimpl.policies import low_products, uniform, with_sums
-from refimpl.policy import EVERY_OTHER, Bound, Policy, Precision, Run
-from refimpl.quantise import (
-    SCHEMES,
-    DelayedScaling,
-    Quantised,
-    Scales,
-    block_amax,
-    product,
-    quantise_blocks,
-    quantise_mx,
-    quantise_nvfp4,
-    quantise_rows,
-    quantise_tensor,
-    quantise_tiles,
-    random_signs,
-    rotate,
-    spread,
-)
-from refimpl.recipes import RECIPES
-from refimpl.rounding import RoundingMonitor
+from refimpl.nn.ops import OPS
+from refimpl.numerics.accumulators import matmul
+from refimpl.numerics.bits import bits_of
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import FORMATS, format_of
+from refimpl.numerics.quantization.fp8 import DelayedScaling, quantise_blocks, quantise_rows, quantise_tensor, quantise_tiles
+from refimpl.numerics.quantization.mx import quantise_mx
+from refimpl.numerics.quantization.nvfp4 import quantise_nvfp4
+from refimpl.numerics.quantization.products import product
+from refimpl.numerics.quantization.quantized_tensor import Quantised, block_amax, spread
+from refimpl.numerics.quantization.registry import SCHEMES, Scales
+from refimpl.numerics.quantization.rotation import random_signs, rotate
+from refimpl.numerics.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, tensor_stream
+from refimpl.precision.policies import low_products, uniform, with_sums
+from refimpl.precision.policy import EVERY_OTHER, Bound, Policy, Precision, Run
+from refimpl.precision.recipes import RECIPES
 from refimpl.step import through
-from refimpl.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, tensor_stream
-from refimpl.trainer import start
+from refimpl.tools.precision_report.counts import RoundingMonitor
+from refimpl.training.config import Config
+from refimpl.training.generate import mean_loss, sample
+from refimpl.training.setup import Parts
+from refimpl.training.trainer import start
 
 Array = np.ndarray
 PLACE = "transformer.h.0.mlp.c_fc"

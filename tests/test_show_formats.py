@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from script_loader import load_script
 
-from refimpl.cast import cast
 from refimpl.errors import UsageError
-from refimpl.formats import FORMATS
-from refimpl.plot_formats import plot_formats, spacing
-from refimpl.show_formats import (
+from refimpl.numerics.cast import cast
+from refimpl.numerics.formats import FORMATS
+from refimpl.tools.formats.plot import plot_formats, spacing
+from refimpl.tools.formats.report import (
     COMMON,
     chosen_formats,
     facts,

@@ -1,4 +1,4 @@
-"""refimpl.show and scripts/recipes.py: bits and ulps are right for every format, tables hold what the recipes hold."""
+"""tools.recipes_table and scripts/recipes.py: bits and ulps are right for every format, tables hold what the recipes hold."""
 
 import itertools
 import json
@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from refimpl.errors import UsageError
-from refimpl.formats import FORMATS
-from refimpl.policy import Policy, Precision
-from refimpl.recipes import RECIPES, Recipe
-from refimpl.show import bits, digits, json_text, recipe_text, recipes_data, recipes_text, show_recipes, table, ulp
+from refimpl.numerics.bits import bits
+from refimpl.numerics.formats import FORMATS, digits, ulp
+from refimpl.precision.policy import Policy, Precision
+from refimpl.precision.recipes import RECIPES, Recipe
+from refimpl.tools.recipes_table import recipe_text, recipes_data, recipes_text, show_recipes
+from refimpl.training.console import json_text, table
 
 SMALL = ["fp16", "bf16", "e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "e8m0"]  # few enough values to look at each
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refimpl.cli import main
+from refimpl.training.cli import main
 
 import os
 import random
@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from refimpl.checkpoint import load
-from refimpl.config import Config
-from refimpl.generate import sample
-from refimpl.metrics import read_metrics
-from refimpl.run_folder import open_folder
-from refimpl.signals import Interrupted, Stop
-from refimpl.trainer import Trainer
+from refimpl.training.checkpoint import load
+from refimpl.training.config import Config
+from refimpl.training.generate import sample
+from refimpl.training.metrics import read_metrics
+from refimpl.training.run_folder import open_folder
+from refimpl.training.signals import Interrupted, Stop
+from refimpl.training.trainer import Trainer
 
 terminal_runs = pytest.importorskip("terminal_runs", reason="there are no pseudo-terminals here", exc_type=ImportError)
 
@@ -141,7 +141,7 @@ class Bar:
 
 
 def test_in_an_evaluation_the_next_batch_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import refimpl.trainer as module
+    import refimpl.training.trainer as module
 
     drawn, draw = [0], module.sample_batch
 

@@ -13,17 +13,19 @@ import pytest
 from recipe_lists import MECHANISMS, others_slow
 from strict_backend import BACKENDS, STRICT
 
-import refimpl.state
-from refimpl.backends import NUMPY, Backend
-from refimpl.cast import cast, widen
+import refimpl.optim.state
+from refimpl.backends.base import NUMPY, Backend
 from refimpl.errors import UsageError
-from refimpl.gradients import check_and_measure
-from refimpl.loss_scale import make_loss_scale
-from refimpl.models import GPTConfig, MLPConfig, Model, gpt, mlp
-from refimpl.optim import SGD, AdamW, Optimizer, Rule, Schedule
-from refimpl.policy import Run
-from refimpl.recipes import RECIPES, get_recipe
-from refimpl.state import State
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.model import Model
+from refimpl.numerics.cast import cast, widen
+from refimpl.optim.gradients import check_and_measure
+from refimpl.optim.loss_scale import make_loss_scale
+from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Rule, Schedule
+from refimpl.optim.state import State
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.step import Batch, StepResult, through, train_step
 
 VOCABULARY = 17
@@ -381,9 +383,9 @@ def test_gradients_of_the_last_step_are_forgotten(backend: Backend) -> None:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> Training:
     """A run with more than four blocks of parameters, gradients in 16 bits, after a step."""
-    monkeypatch.setattr(refimpl.state, "BLOCK", 1 << 14)
+    monkeypatch.setattr(refimpl.optim.state, "BLOCK", 1 << 14)
     model = mlp(MLPConfig(n_layer=2, n_embd=64, block_size=16, vocab_size=VOCABULARY))
-    assert model.n_params > 4 * refimpl.state.BLOCK
+    assert model.n_params > 4 * refimpl.optim.state.BLOCK
     training = Training(NUMPY, model, "bf16")
     rng = np.random.default_rng(3)
     tokens = rng.integers(0, VOCABULARY, (8, 16))
@@ -412,10 +414,11 @@ def test_steps_three_and_four_never_hold_an_fp32_copy_of_the_gradients(large: Tr
         state.weights_down,
     ):
         peak = peak_of(function)
-        print(f"peak {peak / 2**10:.0f} KiB, a block {4 * refimpl.state.BLOCK // 2**10} KiB, a copy {copy / 2**10:.0f} KiB")
+        block = 4 * refimpl.optim.state.BLOCK
+        print(f"peak {peak / 2**10:.0f} KiB, a block {block // 2**10} KiB, a copy {copy / 2**10:.0f} KiB")
         # at most three fp32 arrays of a block at a time (the gradient, one scratch array, and one that an expression is
         # making; so small a run has one thread), and 64 KiB for Python; masters and moments are updated where they lie
-        assert peak < 3 * 4 * refimpl.state.BLOCK + 2**16 < copy
+        assert peak < 3 * 4 * refimpl.optim.state.BLOCK + 2**16 < copy
 
 
 # ----------------------------------------------------------------------------------------------- the mistakes it avoids

@@ -1,4 +1,4 @@
-"""refimpl.stochastic: the published vectors of Philox, bits that depend on the index alone, and rounding without a bias.
+"""numerics.stochastic: the published vectors of Philox, bits that depend on the index alone, and rounding without a bias.
 
 Where probabilities are exact they are counted: all 2^16 draws that bf16 can tell apart. Where they are sampled, the mean of
 n draws of a value with variance s^2 lies within 4 s / sqrt(n) of the expected one, but for one seed in 16000; seeds are fixed.
@@ -12,10 +12,10 @@ import math
 import numpy as np
 import pytest
 
-from refimpl.bits import bits_of, from_bits, resized
-from refimpl.cast import cast, widen
-from refimpl.formats import FORMATS, dtype_of
-from refimpl.stochastic import philox, random_bits, round_exactly, stochastic_round
+from refimpl.numerics.bits import bits_of, from_bits, resized
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import FORMATS, dtype_of
+from refimpl.numerics.stochastic import philox, random_bits, round_exactly, stochastic_round
 
 SMALL = ("bf16", "fp16", "e4m3", "e5m2", "e3m2", "e2m3", "e2m1")
 N = 1 << 20

@@ -1,4 +1,4 @@
-"""refimpl.storage: what is read after a write is what the storage's definition says, and trainings that differ only in how
+"""precision.state_encodings: a value read is what the encoding's definition says, and trainings that differ only in how
 states are kept differ only by that.
 
 Definitions are restated here. Codes and scales that torchao 0.18 made stand here as literals.
@@ -15,27 +15,26 @@ import numpy as np
 import pytest
 from test_workers import FakeBlas
 
-import refimpl.backends
-import refimpl.state
-import refimpl.storage
-from refimpl.backends import NUMPY
-from refimpl.backends.workers import Workers
-from refimpl.bits import bits_of, from_bits
-from refimpl.cast import cast, widen
-from refimpl.compensated import kahan_update, merge, split
-from refimpl.config import Config
+import refimpl.backends.base
+import refimpl.optim.state
+import refimpl.precision.state_encodings
+from refimpl.backends.base import NUMPY
+from refimpl.backends.threads import Workers
 from refimpl.errors import UsageError
-from refimpl.formats import dtype_of
-from refimpl.gradients import check_and_measure
-from refimpl.loss_scale import make_loss_scale
-from refimpl.models import MLPConfig, Model, Parameter, mlp
-from refimpl.optim import SGD, AdamW, Optimizer, Schedule
-from refimpl.policy import Run
-from refimpl.recipes import RECIPES, STATE_KINDS, get_recipe
-from refimpl.state import State
-from refimpl.step import StepResult, train_step
-from refimpl.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, stochastic_round
-from refimpl.storage import (
+from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.model import Model, Parameter
+from refimpl.numerics.bits import bits_of, from_bits
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.compensated import kahan_update, merge, split
+from refimpl.numerics.formats import dtype_of
+from refimpl.numerics.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, stochastic_round
+from refimpl.optim.gradients import check_and_measure
+from refimpl.optim.loss_scale import make_loss_scale
+from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
+from refimpl.optim.state import State
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import RECIPES, STATE_KINDS, get_recipe
+from refimpl.precision.state_encodings import (
     MAIN,
     STORAGES,
     Blockwise,
@@ -51,6 +50,8 @@ from refimpl.storage import (
     get_storage,
     nearest,
 )
+from refimpl.step import StepResult, train_step
+from refimpl.training.config import Config
 
 Array = Any
 U = 2.0**-24
@@ -181,16 +182,16 @@ def test_results_depend_on_neither_blocks_nor_threads(weights: str, moments: str
     """Blocks of the cache's size, of any size where no scale is shared, and shared among threads."""
     whole = trained(weights, moments)
     for block in (7, 300, 256, 512):
-        monkeypatch.setattr(refimpl.state, "BLOCK", block)
+        monkeypatch.setattr(refimpl.optim.state, "BLOCK", block)
         if moments == "plain" or block % 256 == 0:
             assert trained(weights, moments) == whole, block
         else:
             with pytest.raises(ValueError, match="values that share an element"):
                 trained(weights, moments)
-    monkeypatch.setattr(refimpl.backends, "SHARED", 0)
+    monkeypatch.setattr(refimpl.backends.base, "SHARED", 0)
     for threads in (1, 3):
         others = Workers(FakeBlas(threads))
-        monkeypatch.setattr(refimpl.backends, "workers", lambda others=others: others)
+        monkeypatch.setattr(refimpl.backends.base, "workers", lambda others=others: others)
         assert trained(weights, moments) == whole
 
 
@@ -252,7 +253,9 @@ def test_kahan_keeps_the_sum_of_small_updates() -> None:
 
 
 def test_kahan_without_its_compensation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refimpl.storage, "kahan_update", lambda w, c, step: (kahan_update(w, c, step)[0], c * 0))
+    monkeypatch.setattr(
+        refimpl.precision.state_encodings, "kahan_update", lambda w, c, step: (kahan_update(w, c, step)[0], c * 0)
+    )
     with pytest.raises(AssertionError):
         check_kahan_keeps_the_sum()
 

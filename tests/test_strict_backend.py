@@ -23,19 +23,23 @@ from recipe_lists import MECHANISMS, others_slow
 from strict_backend import PLAIN, STRICT, StrictBackend, on_host, put
 from strict_cupy import Counter, WaitError, counter, xp
 
-from refimpl.backends import NUMPY, Backend, cublas, cupy_ops, cupy_passes
-from refimpl.backends.cupy_ops import CUPY_OPS, Fused
-from refimpl.cast import cast, widen
-from refimpl.config import Config
-from refimpl.formats import dtype_of, format_of
-from refimpl.gradients import check_and_measure
-from refimpl.judge import judge
-from refimpl.ops import OPS, fan_in
-from refimpl.policy import EVERY_OTHER, SAME, Policy, Precision, Run
-from refimpl.recipes import RECIPES
-from refimpl.storage import Plain, get_storage
-from refimpl.trace import Trace, record
-from refimpl.trainer import start
+from refimpl.backends.base import NUMPY, Backend
+from refimpl.backends.cupy import cublas
+from refimpl.backends.cupy import ops as cupy_ops
+from refimpl.backends.cupy import passes as cupy_passes
+from refimpl.backends.cupy.ops import CUPY_OPS, Fused
+from refimpl.nn.elementwise import fan_in
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import dtype_of, format_of
+from refimpl.optim.gradients import check_and_measure
+from refimpl.parity.judge import judge
+from refimpl.parity.trace import Trace, record
+from refimpl.precision.policy import EVERY_OTHER, SAME, Policy, Precision, Run
+from refimpl.precision.recipes import RECIPES
+from refimpl.precision.state_encodings import Plain, get_storage
+from refimpl.training.config import Config
+from refimpl.training.trainer import start
 
 Array = Any
 MODELS = ("gpt", "mlp")

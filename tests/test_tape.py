@@ -1,4 +1,4 @@
-"""refimpl.tape: what it records, how gradients of one tensor meet, what it hands to the sink, and what it lets go of."""
+"""refimpl.nn.autograd: what it records, how gradients of one tensor meet, what it hands to the sink, and what it lets go of."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ import pytest
 from recipe_lists import BASIC
 from strict_backend import on_host
 
-from refimpl.backends import NUMPY, Backend
-from refimpl.models import GPTConfig, gpt
-from refimpl.ops import OPS, Op, add, cross_entropy, embedding, fan_in, gelu_tanh, layernorm, linear, relu, reshape, silu, split
-from refimpl.policy import Run
-from refimpl.recipes import get_recipe
-from refimpl.tape import Tape, Value
+from refimpl.backends.base import NUMPY, Backend
+from refimpl.nn.autograd import Tape, Value
+from refimpl.nn.elementwise import add, fan_in, gelu_tanh, relu, silu
+from refimpl.nn.embedding import embedding
+from refimpl.nn.linear import linear
+from refimpl.nn.loss import cross_entropy
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.norm import layernorm
+from refimpl.nn.op import Op
+from refimpl.nn.ops import OPS
+from refimpl.nn.shape import reshape, split
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import get_recipe
 
 Array = np.ndarray
 DTYPE = {

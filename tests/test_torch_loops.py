@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("torch", reason="the loops are PyTorch's: torch==2.13.0")
 from torch_loop import Loop
 
-from refimpl.compare import diff
-from refimpl.config import Config
-from refimpl.trace import Trace, record
+from refimpl.parity.diff import diff
+from refimpl.parity.trace import Trace, record
+from refimpl.training.config import Config
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "lr": 1e-3, "steps": 3, "warmup": 1,

@@ -14,13 +14,13 @@ import pytest
 from safetensors.numpy import save_file
 from script_loader import load_script
 
-from refimpl.backends import Backend
-from refimpl.compare import diff
-from refimpl.config import Config
+from refimpl.backends.base import Backend
 from refimpl.errors import UsageError
-from refimpl.judge import Judge, judge
-from refimpl.trace import POINTS, Trace, load, record, save
-from refimpl.trainer import start
+from refimpl.parity.diff import diff
+from refimpl.parity.judge import Judge, judge
+from refimpl.parity.trace import POINTS, Trace, load, record, save
+from refimpl.training.config import Config
+from refimpl.training.trainer import start
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, Any] = {

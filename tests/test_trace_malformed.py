@@ -15,13 +15,13 @@ from safetensors.numpy import save_file
 from script_loader import load_script
 from trace_mutations import MUTATIONS, mutated
 
-from refimpl.compare import diff
-from refimpl.config import Config
-from refimpl.coverage import EXIT_CODES
 from refimpl.errors import UsageError
-from refimpl.trace import BY_PARAMETER, BY_PLACE, POINTS, Trace, key, load, parse_key, record, save
-from refimpl.trace_checks import checked, scalar
-from refimpl.trace_settings import SETTINGS, config_from, stated
+from refimpl.parity.coverage import EXIT_CODES
+from refimpl.parity.diff import diff
+from refimpl.parity.trace import BY_PARAMETER, BY_PLACE, POINTS, Trace, key, load, parse_key, record, save
+from refimpl.parity.trace_checks import checked, scalar
+from refimpl.parity.trace_settings import SETTINGS, config_from, stated
+from refimpl.training.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, Any] = {
@@ -147,7 +147,7 @@ def verdict_or_refusal(theirs: Trace) -> str:
 
 
 def fuzz(monkeypatch: pytest.MonkeyPatch, kinds: list[str], seed: int) -> set[str]:
-    monkeypatch.setattr("refimpl.compare.explanations", lambda *_: [])  # each costs as many replays as there are mistakes
+    monkeypatch.setattr("refimpl.parity.diff.explanations", lambda *_: [])  # each costs as many replays as there are mistakes
     rng = np.random.default_rng(seed)
     points: dict[str, list[str]] = {}
     for name in run().tensors:

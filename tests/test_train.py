@@ -17,15 +17,15 @@ import pytest
 from overflow import overflow_always
 from recipe_lists import MECHANISMS, others_slow
 
-from refimpl.cast import widen
-from refimpl.checkpoint import load, save
-from refimpl.config import Config
 from refimpl.errors import TrainingStopped, UsageError
-from refimpl.metrics import MetricsLog, plot_run, read_metrics
-from refimpl.quantise import Scales
-from refimpl.recipes import RECIPES
-from refimpl.train import train, warn
-from refimpl.trainer import Progress, Trainer, start
+from refimpl.numerics.cast import widen
+from refimpl.numerics.quantization.registry import Scales
+from refimpl.precision.recipes import RECIPES
+from refimpl.training.checkpoint import load, save
+from refimpl.training.config import Config
+from refimpl.training.metrics import MetricsLog, plot_run, read_metrics
+from refimpl.training.run import train, warn
+from refimpl.training.trainer import Progress, Trainer, start
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 8, "warmup": 2, "eval_every": 3,
@@ -68,7 +68,7 @@ def run(folder: Path, text: str, resume: bool = False, **flags: Any) -> int:
 
 def stop_at(folder: Path, text: str, step: int, **flags: Any) -> None:
     """Run until Ctrl-C comes during the logging of `step`."""
-    from refimpl.run_folder import open_folder, prepare_folder
+    from refimpl.training.run_folder import open_folder, prepare_folder
 
     config, folder = prepare_folder({**TINY, "data": text, "log_every": 1, **flags}, folder, False, False)
     trainer = Trainer(config, folder)
@@ -92,7 +92,7 @@ OF_EACH_KIND = [*((recipe, 3) for recipe in MECHANISMS if recipe not in STATELES
 def test_resumed_run_equals_one_never_stopped(
     recipe: str, step: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refimpl.trainer.FINAL_EVAL_BLOCKS", 4)
+    monkeypatch.setattr("refimpl.training.trainer.FINAL_EVAL_BLOCKS", 4)
     assert run(tmp_path / "whole", text, recipe=recipe) == 0
     stop_at(tmp_path / "parts", text, step, recipe=recipe)
     assert run(tmp_path / "parts", text, resume=True) == 0
@@ -103,7 +103,7 @@ def test_resumed_run_equals_one_never_stopped(
 
 def test_a_reader_who_has_gone_costs_no_checkpoint(text: str, tmp_path: Path) -> None:
     """`train.py | head -1` ends at the first line that nobody reads; the checkpoint of that step is written before it."""
-    from refimpl.run_folder import open_folder, prepare_folder
+    from refimpl.training.run_folder import open_folder, prepare_folder
 
     class Gone(NoBar):
         def write(self, text: str) -> None:
@@ -132,7 +132,7 @@ def test_a_run_that_skipped_the_generator_state_would_be_seen(text: str, tmp_pat
     """Negative control of the resume test: batches from a fresh generator give another checkpoint."""
     run(tmp_path / "whole", text)
     stop_at(tmp_path / "parts", text, 3)
-    from refimpl.run_folder import prepare_folder
+    from refimpl.training.run_folder import prepare_folder
 
     config, folder = prepare_folder({}, tmp_path / "parts", True, False)
     trainer = Trainer(config, folder)
@@ -228,7 +228,7 @@ def test_a_mistake_is_said_at_both_ends_and_on_the_picture(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles: list[str] = []
-    monkeypatch.setattr("refimpl.train.plot_run", lambda folder, baselines, title: titles.append(title))
+    monkeypatch.setattr("refimpl.training.run.plot_run", lambda folder, baselines, title: titles.append(title))
     run(tmp_path / "r", text, mistake="scale-never-backs-off", init_scale=1e30)
     lines = capsys.readouterr().out.splitlines()
     said = "MISTAKE switched in: scale-never-backs-off: "
@@ -252,7 +252,7 @@ def test_the_picture_is_drawn_when_a_run_is_stopped(
 ) -> None:
     """By a signal, by its numbers, and in the middle of its sample; without matplotlib that is said."""
     drawn: list[Path] = []
-    monkeypatch.setattr("refimpl.train.plot_run", lambda folder, *_: drawn.append(folder))
+    monkeypatch.setattr("refimpl.training.run.plot_run", lambda folder, *_: drawn.append(folder))
     with pytest.raises(TrainingStopped):
         run(tmp_path / "a", text, recipe="pure-fp16", lr=1.0, steps=50)
 
@@ -366,7 +366,7 @@ def test_nan_without_a_loss_scale_stops_and_names_the_step(text: str, tmp_path: 
 
 def test_a_collapsed_scale_stops_the_run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient that is infinite whatever the scale: after 50 steps it is clear that the scale is not why."""
-    from refimpl.run_folder import open_folder, prepare_folder
+    from refimpl.training.run_folder import open_folder, prepare_folder
 
     config, folder = prepare_folder({**TINY, "data": text, "steps": 200, "eval_every": 200}, tmp_path / "r", False, False)
     trainer = Trainer(config, folder)

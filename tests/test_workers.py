@@ -17,13 +17,14 @@ from bounds import gamma
 from recipe_lists import others_slow
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-import refimpl.backends as backends
-from refimpl import policy, state
-from refimpl.backends import NUMPY, WHOLE, Backend, row_blocks
-from refimpl.backends.workers import Workers, workers
-from refimpl.bench import MODELS, Ours
-from refimpl.policy import Run
-from refimpl.recipes import RECIPES
+import refimpl.backends.base as backends
+from refimpl.backends.base import NUMPY, WHOLE, Backend, row_blocks
+from refimpl.backends.threads import Workers, workers
+from refimpl.optim import state
+from refimpl.precision import policy
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import RECIPES
+from refimpl.tools.bench.steps import MODELS, Ours
 
 
 def slowly(_: int) -> int:
@@ -148,7 +149,7 @@ def test_threads_heed_the_callers_errstate() -> None:
 
 FORKED = """
 import os, sys
-from refimpl.backends.workers import workers
+from refimpl.backends.threads import workers
 if workers().threads < 2:
     sys.exit("one thread")
 workers().map(abs, range(4))

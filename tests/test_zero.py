@@ -19,22 +19,21 @@ from strict_backend import STRICT
 from strict_cupy import counter
 from threadpoolctl import threadpool_limits
 
-from refimpl.cast import cast, widen
-from refimpl.comm import Comm, Serial, share_size
-from refimpl.comm.threads import run_ranks
-from refimpl.compare_pytorch import TRAJECTORY
-from refimpl.config import Config
+from refimpl.distributed.collectives import Comm, Serial, share_size
+from refimpl.distributed.threads import run_ranks
+from refimpl.distributed.zero import COMMUNICATION, SHARDED_FROM, FetchedWeights, ShardedState, exchanged, layers_of, per_rank
 from refimpl.errors import UsageError
-from refimpl.gradients import check_and_measure, clip_coefficient, first_non_finite
-from refimpl.memory import COMMUNICATION, SHARDED_FROM, exchanged, per_rank, recipe_states
-from refimpl.metrics import read_metrics
-from refimpl.models import GPTConfig, gpt
-from refimpl.parts import Parts
-from refimpl.recipes import RECIPES
-from refimpl.run_folder import CHECKPOINT, METRICS
-from refimpl.state import GRAIN, State
-from refimpl.trainer import Trainer
-from refimpl.zero import FetchedWeights, ShardedState, layers_of
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.numerics.cast import cast, widen
+from refimpl.optim.gradients import check_and_measure, clip_coefficient, first_non_finite
+from refimpl.optim.state import GRAIN, State
+from refimpl.parity.pytorch import TRAJECTORY
+from refimpl.precision.recipes import RECIPES
+from refimpl.training.config import Config
+from refimpl.training.metrics import read_metrics
+from refimpl.training.run_folder import CHECKPOINT, METRICS
+from refimpl.training.setup import Parts
+from refimpl.training.trainer import Trainer
 
 STAGES = (0, 1, 2, 3)
 OF_NOTE = ("fp32", "fp16", "bf16")
@@ -171,12 +170,12 @@ def _in_16_bits(pieces: Any) -> Any:
 
 
 WRONG: dict[str, tuple[str, Any]] = {
-    "the norm of the own share": ("refimpl.zero.ShardedState.of_all_ranks", lambda self, *grains: grains),
-    "weights that do not go round": ("refimpl.zero.ShardedState.weights_down", State.weights_down),
-    "gradients that are not summed": ("refimpl.comm.add_up", lambda pieces: pieces[0]),
-    "gradients summed in 16 bits": ("refimpl.comm.add_up", _in_16_bits),
-    "a mean over ranks, not over the batch": ("refimpl.zero.ShardedState.ranks", 1),
-    "weights that stay as they were fetched": ("refimpl.zero.FetchedWeights.forget", lambda self: None),
+    "the norm of the own share": ("refimpl.distributed.zero.ShardedState.of_all_ranks", lambda self, *grains: grains),
+    "weights that do not go round": ("refimpl.distributed.zero.ShardedState.weights_down", State.weights_down),
+    "gradients that are not summed": ("refimpl.distributed.collectives.add_up", lambda pieces: pieces[0]),
+    "gradients summed in 16 bits": ("refimpl.distributed.collectives.add_up", _in_16_bits),
+    "a mean over ranks, not over the batch": ("refimpl.distributed.zero.ShardedState.ranks", 1),
+    "weights that stay as they were fetched": ("refimpl.distributed.zero.FetchedWeights.forget", lambda self: None),
 }
 
 
@@ -249,7 +248,7 @@ def test_gradients_that_sum_exactly_give_the_same_bits_on_any_number_of_ranks(st
 @pytest.mark.parametrize("stage", STAGES)
 def test_bytes_on_each_rank_are_the_formulas_and_the_padding(stage: int, ranks: int, recipe: str) -> None:
     made = config(recipe, stage)
-    states, n = recipe_states(made.make_recipe()), made.make_model().n_params
+    states, n = made.make_recipe().bytes_by_buffer(), made.make_model().n_params
     expected = per_rank(n, states, stage, ranks)
     padding = share_size(n, ranks, GRAIN) - -(-n // ranks)
     assert 0 <= padding < GRAIN
@@ -281,7 +280,7 @@ def test_the_formulas_of_the_paper() -> None:
     """16, 4 + 12/N, 2 + 14/N, 16/N; fp32 at stage 1: 8 + 8/N."""
     n, ranks = 4 * 1024 * 100, 4
     for recipe, totals in (("bf16", (16, 7, 5.5, 4)), ("fp32", (16, 10, 7, 4))):
-        states = recipe_states(config(recipe).make_recipe())
+        states = config(recipe).make_recipe().bytes_by_buffer()
         assert [sum(per_rank(n, states, stage, ranks).values()) / n for stage in STAGES] == list(totals)
 
 
@@ -295,7 +294,7 @@ def test_bytes_that_are_exchanged_are_those_predicted(stage: int, ranks: int, re
     """On average over ranks; and for each step the sums and flags of the grains, and the loss."""
     made = config(recipe, stage, grad_accum=grad_accum, n_layer=1, steps=2)
     results, n = on_ranks(made, ranks), made.make_model().n_params
-    states = recipe_states(made.make_recipe(), grad_accum=grad_accum)
+    states = made.make_recipe().bytes_by_buffer(grad_accum=grad_accum)
     again = math.prod(made.make_model().parameters["transformer.wte.weight"].shape)
     predicted = exchanged(n, states, stage, ranks, again, grad_accum)
     grains = (4 + 1) * math.ceil(n / GRAIN) * (ranks - 1) / ranks if stage else 0
@@ -359,7 +358,7 @@ RESUMED = ("fp16", "bf16-sr", "fp8-delayed", EIGHT_BIT, "adam-8bit-fp32-embeddin
 @pytest.mark.parametrize("recipe", others_slow(RESUMED, plain={*RESUMED} - {EIGHT_BIT}))  # which the last has, and more
 def test_stopped_and_resumed_it_goes_on_bit_for_bit(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On three ranks, of which the last is told to stop; on as many it ends where it would have ended, on two it goes on."""
-    monkeypatch.setattr("refimpl.trainer.FINAL_EVAL_BLOCKS", 4)
+    monkeypatch.setattr("refimpl.training.trainer.FINAL_EVAL_BLOCKS", 4)
     made = config(recipe, 2, n_layer=1, steps=6, log_every=2, eval_every=100, eval_batches=1)
     whole, parts, fewer = (tmp_path / name for name in ("whole", "parts", "fewer"))
     for folder in (whole, parts, fewer):

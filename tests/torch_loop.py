@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refimpl.config import Config
-from refimpl.pytorch_twin import GPT, Attention, Casts
-from refimpl.trace import Trace, in_batch
+from refimpl.parity.pytorch_model import GPT, Attention, Casts
+from refimpl.parity.trace import Trace, in_batch
+from refimpl.training.config import Config
 
 LOW = {"amp-fp16-cpu": torch.float16, "amp-bf16-cpu": torch.bfloat16}
 

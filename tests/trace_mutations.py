@@ -8,9 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refimpl.cast import cast
-from refimpl.formats import is_float
-from refimpl.trace import Trace
+from refimpl.numerics.cast import cast
+from refimpl.numerics.formats import is_float
+from refimpl.parity.trace import Trace
 
 Mutation = Callable[[dict[str, np.ndarray], str, np.random.Generator], None]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from refimpl.formats import format_of
-from refimpl.ops import Op
-from refimpl.ops import gelu_tanh as gelu_tanh_definition
-from refimpl.ops import layernorm as layernorm_definition
-from refimpl.ops.norm import EPS
-from refimpl.ops.pointwise import BETA, KAPPA
-from refimpl.policy import Bound
+from refimpl.nn.elementwise import BETA, KAPPA
+from refimpl.nn.elementwise import gelu_tanh as gelu_tanh_definition
+from refimpl.nn.norm import EPS
+from refimpl.nn.norm import layernorm as layernorm_definition
+from refimpl.nn.op import Op
+from refimpl.numerics.formats import format_of
+from refimpl.precision.policy import Bound
 
 Array = Any
 

@@ -1,0 +1,9 @@
+"""The CuPy backend: one cuBLAS call per product, one CUDA kernel per pass over memory.
+
+    backend.py      the Backend
+    ops.py          operations, each a kernel or two
+    passes.py       passes over the flat buffers: gradient norm and check, AdamW
+    cublas.py       16-bit products with FP32 sums
+    launch.py       compiles and launches the kernels
+    kernels/        CUDA sources; cast.cuh is the twin of numerics/cast.py
+"""

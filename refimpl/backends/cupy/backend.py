@@ -1,0 +1,61 @@
+"""The CuPy backend: the same algorithm on an NVIDIA GPU, by one call of cuBLAS a product and one kernel a pass.
+
+docs/gpu.md says what has been shown, on a GPU and without one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from refimpl.backends.base import Backend
+from refimpl.backends.cupy import cublas
+from refimpl.backends.cupy.launch import FORMATS, Kernels
+from refimpl.errors import UsageError
+from refimpl.numerics.formats import format_of
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class CupyBackend(Backend):
+    """CuPy's arrays, with products, operations and passes of our own. It keeps no array, and works on the current device."""
+
+    kernels: Kernels = field(default_factory=Kernels)
+
+    @property
+    def ops(self) -> Mapping[str, Any]:
+        from refimpl.backends.cupy.ops import CUPY_OPS
+
+        return CUPY_OPS
+
+    @property
+    def passes(self) -> Mapping[str, Callable[..., Any]]:
+        from refimpl.backends.cupy.passes import CUPY_PASSES
+
+        return CUPY_PASSES
+
+    def product(self, a: Array, b: Array, fmt: str, out: Array | None = None) -> Array:
+        """`cublas.product`: a b, summed in FP32 and rounded once to `fmt`."""
+        return cublas.product(a, b, fmt, out)
+
+    def gemm(self, a: Array, b: Array, acc: str) -> Array:
+        """As in `Backend`, but 16-bit operands are read as they are."""
+        if acc == "fp32" and format_of(a) == format_of(b) and format_of(a) in FORMATS:
+            return self.product(a, b, acc)
+        return super().gemm(a, b, acc)
+
+
+def cupy_backend() -> Backend:
+    """The CuPy backend, or a UsageError that says what is missing."""
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError:
+        raise UsageError(
+            "backend cupy: CuPy is not installed; pip install '.[cuda12]' or '.[cuda13]', by your CUDA version"
+        ) from None
+    if not cupy.cuda.is_available():
+        raise UsageError("backend cupy: CuPy is installed, but no NVIDIA GPU answers; use --backend numpy")
+    return CupyBackend("cupy", cupy)

@@ -1,0 +1,104 @@
+"""Matrix products on the GPU by one call of cuBLAS: 16-bit operands, sums in FP32, one rounding.
+
+CuPy's own `matmul` cannot say that: of BF16 matrices it multiplies two only, not a batch; of FP16 it makes FP32 copies
+first; and the result always has the format of the operands, which is one rounding too early for a bias.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refimpl.numerics.formats import dtype_of, format_of
+
+Array = Any
+
+FORMATS = ("fp32", "fp16", "bf16")
+"""What operands and results can be stored in."""
+
+SUMS_IN_FP32 = 16
+"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, a name that CuPy does not have: where K is cut into parts, their sums
+are added in FP32 too, never in the 16 bits of the result. PyTorch: allow_fp16_reduced_precision_reduction = False, which is
+not its default."""
+
+
+class Layout(NamedTuple):
+    """How cuBLAS is told of the matrices (M, K) of a batch: in row-major words."""
+
+    transposed: bool  # the columns lie one after the other, not the rows
+    step: int  # elements from one row (column) to the next
+    batch_step: int  # elements from one matrix to the next
+
+
+def product(a: Array, b: Array, fmt: str, out: Array | None = None) -> Array:
+    """a (..., M, K) @ b (..., K, N) -> (..., M, N) in format `fmt`: accumulated in FP32 and rounded once.
+
+    a, b: device arrays of one format, FP32, FP16 or BF16; transposed views are read where they lie. out: in C order,
+    written to.
+    Errors: TypeError for other or unequal formats, ValueError for shapes that do not fit.
+    PyTorch: torch.matmul of 16-bit tensors on CUDA, which calls the same function.
+    """
+    cupy = importlib.import_module("cupy")
+    if format_of(a) != format_of(b) or format_of(a) not in FORMATS or fmt not in FORMATS:
+        raise TypeError(f"no product of {format_of(a)} and {format_of(b)} in {fmt}: both in one of {', '.join(FORMATS)}")
+    (*batch, M, K), N = a.shape, b.shape[-1]
+    if tuple(batch) != b.shape[:-2] or b.shape[-2] != K:
+        raise ValueError(f"cannot multiply {a.shape} by {b.shape}")
+    if out is None:
+        out = cupy.empty((*batch, M, N), dtype_of(fmt))
+    _check_result(out, (*batch, M, N), fmt)
+    if out.size and K:
+        _call(cupy, a, b, out, (math.prod(batch), M, N, K))
+    else:
+        out[...] = 0
+    return out
+
+
+def _check_result(out: Array, shape: tuple[int, ...], fmt: str) -> None:
+    if out.shape != shape or out.dtype != dtype_of(fmt) or not out.flags.c_contiguous:
+        raise ValueError(f"the result is {fmt} {shape} in C order, out is {format_of(out)} {out.shape}")
+
+
+def _call(cupy: Any, a: Array, b: Array, out: Array, sizes: tuple[int, int, int, int]) -> None:
+    """cuBLAS counts columns first: our a b is its b^T a^T, so b goes first and rows are its columns."""
+    cublas = importlib.import_module("cupy_backends.cuda.libs.cublas")
+    kinds = {
+        "fp32": cupy.cuda.runtime.CUDA_R_32F, "fp16": cupy.cuda.runtime.CUDA_R_16F, "bf16": cupy.cuda.runtime.CUDA_R_16BF,
+    }  # fmt: skip
+    batch, M, N, K = sizes
+    a, b = _readable(cupy, a), _readable(cupy, b)  # copies, if made, live until the call is queued
+    layout_a, layout_b = _layout(a), _layout(b)
+    assert layout_a is not None and layout_b is not None
+    handle = cupy.cuda.device.get_cublas_handle()
+    cublas.setMathMode(handle, SUMS_IN_FP32)
+    one, zero = np.array(1, np.float32), np.array(0, np.float32)
+    cublas.gemmStridedBatchedEx(
+        handle, int(layout_b.transposed), int(layout_a.transposed), N, M, K, one.ctypes.data,
+        b.data.ptr, kinds[format_of(b)], layout_b.step, layout_b.batch_step,
+        a.data.ptr, kinds[format_of(a)], layout_a.step, layout_a.batch_step, zero.ctypes.data,
+        out.data.ptr, kinds[format_of(out)], N, M * N, batch, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
+    )  # fmt: skip
+
+
+def _readable(cupy: Any, x: Array) -> Array:
+    """`x`, or a copy in C order where cuBLAS cannot read it as it lies."""
+    return x if _layout(x) is not None else cupy.ascontiguousarray(x)
+
+
+def _layout(x: Array) -> Layout | None:
+    """The layout of matrices (..., M, K) whose rows or columns are contiguous and whose batch has one step; else None."""
+    (*batch, rows, columns), item = x.shape, x.itemsize
+    *batch_strides, row_step, column_step = (stride // item for stride in x.strides)
+    counted = [(size, stride) for size, stride in zip(batch, batch_strides, strict=True) if size > 1]
+    if any(outer != size * inner for (_, outer), (size, inner) in pairwise(counted)):
+        return None
+    batch_step = counted[-1][1] if counted else 0
+    if (column_step == 1 or columns == 1) and (row_step >= columns or rows == 1):
+        return Layout(False, max(row_step, columns, 1), batch_step)
+    if (row_step == 1 or rows == 1) and (column_step >= rows or columns == 1):
+        return Layout(True, max(column_step, rows, 1), batch_step)
+    return None

@@ -1,0 +1,541 @@
+// Every kernel of the CuPy backend. Each has the name, the formula and the order of operations of its NumPy definition in
+// refimpl/nn or refimpl/optim; what those say about sources and PyTorch is not said again.
+//
+// The file is compiled once for each storage format, with -DSTORAGE=fp32, fp16 or bf16; here that type is T. Arithmetic is
+// always fp32. Numbers change their format only in widen() and round_to<T>() of cast.cuh.
+//
+// Three things make a result depend on its inputs alone, bit for bit:
+//   - No product is fused with a sum: add, sub, mul, div and root below each round once, as NumPy's operations do.
+//   - A sum has one order, fixed by its length: a thread adds its own elements first to last, then the threads' sums are
+//     folded in a fixed tree. There are no atomics.
+//   - Launches have the block size of the constants here (`launch.py` refuses others); elementwise kernels take any grid.
+//
+// Memory answers late. The first loop over a row or a column is unrolled, so that a thread asks for several values before it
+// waits for one.
+//
+// Differs from the NumPy definitions: long sums have another order, exp, log and tanh are CUDA's, and CuPy compiles all it
+// compiles with -ftz=true, so fp32 numbers below 2^-126 become zero wherever something is computed with them.
+
+#include "cast.cuh"
+
+using T = STORAGE;
+
+constexpr int THREADS = 256;  // of a block: elementwise, or all on one row
+constexpr int WARP = 32;      // threads of a warp; where each warp has a row of its own,
+constexpr int WARPS = 8;      // a block has so many
+constexpr int COLUMNS = 8;    // a block that sums columns has so many of them,
+constexpr int LANES = 128;    // and so many threads for each, which share its rows
+
+constexpr unsigned ALL_LANES = 0xffffffffu;  // of a warp
+
+
+// ------------------------------------------------------------------------------------------------------------------ arithmetic
+
+__device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline float sub(float a, float b) { return __fsub_rn(a, b); }
+__device__ inline float mul(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline float div(float a, float b) { return __fdiv_rn(a, b); }
+__device__ inline float root(float a) { return __fsqrt_rn(a); }
+
+__device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
+
+// The larger of two numbers, or NaN where one of them is: NumPy's maximum. With |, not ||: no branch, which would have to wait.
+__device__ inline float larger(float a, float b) { return (a > b) | isnan(a) ? a : b; }
+
+// The first element that this thread treats in an elementwise kernel, and the distance to its next one.
+__device__ inline long long first_element() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ inline long long stride() { return (long long)gridDim.x * blockDim.x; }
+
+// The row of this thread's warp, in blocks of WARPS warps.
+__device__ inline long long row_of_warp() { return (long long)blockIdx.x * WARPS + threadIdx.y; }
+
+using Word = uint4;  // 16 bytes, the most that a thread reads or writes at once
+constexpr int IN_WORD = sizeof(Word) / sizeof(T);
+__device__ inline bool at_word(const T* x) { return (size_t)x % sizeof(Word) == 0; }
+
+// One value from each lane of a warp -> all of them folded, which every lane gets. The tree: lane t takes in t + 16, then
+// t + 8, ... t + 1. warp_fold<add> is a sum, warp_fold<larger> a maximum.
+template <float (*fold)(float, float)> __device__ inline float warp_fold(float mine) {
+    for (int half = WARP / 2; half > 0; half /= 2) mine = fold(mine, __shfl_down_sync(ALL_LANES, mine, half));
+    return __shfl_sync(ALL_LANES, mine, 0);
+}
+
+// The same of THREADS threads: t takes in t + 128, then t + 64, t + 32; what is left every warp folds for itself.
+template <float (*fold)(float, float)> __device__ inline float block_fold(float mine) {
+    __shared__ float values[THREADS];
+    int t = threadIdx.x;
+    values[t] = mine;
+    for (int half = THREADS / 2; half >= WARP; half /= 2) {
+        __syncthreads();
+        if (t < half) values[t] = fold(values[t], values[t + half]);
+    }
+    __syncthreads();
+    float result = warp_fold<fold>(values[t % WARP]);
+    __syncthreads();  // nobody writes for the next fold before all have read
+    return result;
+}
+
+// The same down a column: one value from each of LANES threads of a column -> their sum, which the whole column gets.
+__device__ inline float lanes_sum(float mine) {
+    __shared__ float values[LANES][COLUMNS];
+    int column = threadIdx.x, lane = threadIdx.y;
+    values[lane][column] = mine;
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (lane < half) values[lane][column] = add(values[lane][column], values[lane + half][column]);
+    }
+    __syncthreads();
+    float result = values[0][column];
+    __syncthreads();
+    return result;
+}
+
+
+// -------------------------------------------------------------------------------------------------- elementwise (pointwise.py)
+
+// y = R(f(x, ...)), element by element of arrays (n,): as many at once as a word has, if all arrays begin where words do.
+struct alignas(sizeof(Word)) Values { T at[IN_WORD]; };
+
+template <class F, class... X> __device__ inline void each(F f, T* y, long long n, const X*... x) {
+    long long words = (at_word(y) && ... && at_word(x)) ? n / IN_WORD : 0;
+    auto on_word = [f](auto... read) {
+        Values result;
+        for (int k = 0; k < IN_WORD; k++) result.at[k] = round_to<T>(f(widen(read.at[k])...));
+        return result;
+    };
+    #pragma unroll 1  // a word on its way is enough, and leaves registers for more threads
+    for (long long i = first_element(); i < words; i += stride()) ((Values*)y)[i] = on_word(((const Values*)x)[i]...);
+    for (long long i = words * IN_WORD + first_element(); i < n; i += stride()) y[i] = round_to<T>(f(widen(x[i])...));
+}
+
+// y = a + b.  All (n,).  Also `fan_in`, the sum of two gradients of one tensor.
+extern "C" __global__ void __launch_bounds__(THREADS)
+add_forward(const T* a, const T* b, T* y, long long n) {
+    each(add, y, n, a, b);
+}
+
+constexpr float KAPPA = 0.044715f;
+constexpr float BETA = 0.7978845608028654f;              // sqrt(2/pi)
+constexpr float THREE_KAPPA_BETA = 0.10703222440890037f;  // 3 KAPPA BETA, rounded once
+
+// t = tanh(sqrt(2/pi) (x + 0.044715 x^3)), from x and x^2.
+__device__ inline float gelu_tanh(float x, float square) {
+    return tanhf(mul(add(mul(mul(square, x), KAPPA), x), BETA));
+}
+
+// y = x/2 (1 + t).  x, y (n,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+gelu_tanh_forward(const T* x, T* y, long long n) {
+    auto gelu = [](float z) { return mul(add(gelu_tanh(z, mul(z, z)), 1.0f), mul(0.5f, z)); };
+    each(gelu, y, n, x);
+}
+
+// dx = dy/2 (1 + t + x (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2));  t is computed again, not kept.  dy, x, dx (n,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+gelu_tanh_backward(const T* dy, const T* x, T* dx, long long n) {
+    auto gradient = [](float d, float z) {
+        float square = mul(z, z);
+        float t = gelu_tanh(z, square);
+        float slope = add(mul(square, THREE_KAPPA_BETA), BETA);  // the derivative of the argument of tanh
+        slope = mul(mul(slope, z), sub(1.0f, mul(t, t)));
+        return mul(mul(add(add(t, 1.0f), slope), 0.5f), d);
+    };
+    each(gradient, dx, n, dy, x);
+}
+
+
+// -------------------------------------------------------------------------------------------------------- layer norm (norm.py)
+
+// y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + eps).  A warp a row.
+// x, y (rows, C);  w, b (C,);  mean, rstd (rows,) in fp32, kept for backward.
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+layernorm_forward(const T* x, const T* w, const T* b /*or null*/, T* y, float* mean, float* rstd, int rows, int C,
+                  float eps) {
+    long long row = row_of_warp();
+    if (row >= rows) return;
+    x += row * C;
+    y += row * C;
+
+    float sum = 0.0f;
+    #pragma unroll 8
+    for (int i = threadIdx.x; i < C; i += WARP) sum = add(sum, widen(x[i]));
+    float m = div(warp_fold<add>(sum), (float)C);
+
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < C; i += WARP) {
+        float centred = sub(widen(x[i]), m);
+        squares = add(squares, mul(centred, centred));
+    }
+    float r = div(1.0f, root(add(div(warp_fold<add>(squares), (float)C), eps)));
+
+    for (int i = threadIdx.x; i < C; i += WARP) {
+        float z = mul(mul(sub(widen(x[i]), m), r), widen(w[i]));
+        if (b) z = add(z, widen(b[i]));
+        y[i] = round_to<T>(z);
+    }
+    if (threadIdx.x == 0) {
+        mean[row] = m;
+        rstd[row] = r;
+    }
+}
+
+// With h = (x - mean) rstd and dh = dy w:  dx = rstd (dh - mean(dh) - h mean(dh h)).  A warp a row.
+// dy, x, dx (rows, C);  w (C,);  mean, rstd (rows,).
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+layernorm_backward(const T* dy, const T* x, const T* w, const float* mean, const float* rstd, T* dx, int rows, int C) {
+    long long row = row_of_warp();
+    if (row >= rows) return;
+    dy += row * C;
+    x += row * C;
+    dx += row * C;
+    float m = mean[row], r = rstd[row];
+
+    float sum_dh = 0.0f, sum_dhh = 0.0f;
+    #pragma unroll 4
+    for (int i = threadIdx.x; i < C; i += WARP) {
+        float h = mul(sub(widen(x[i]), m), r);
+        float dh = mul(widen(dy[i]), widen(w[i]));
+        sum_dh = add(sum_dh, dh);
+        sum_dhh = add(sum_dhh, mul(dh, h));
+    }
+    float mean_dh = div(warp_fold<add>(sum_dh), (float)C);
+    float mean_dhh = div(warp_fold<add>(sum_dhh), (float)C);
+
+    for (int i = threadIdx.x; i < C; i += WARP) {
+        float h = mul(sub(widen(x[i]), m), r);
+        float dh = mul(widen(dy[i]), widen(w[i]));
+        dx[i] = round_to<T>(mul(sub(sub(dh, mean_dh), mul(h, mean_dhh)), r));
+    }
+}
+
+// dw = sum(dy h),  db = sum(dy), over the rows.  A block for COLUMNS columns; lane k adds rows k, k + LANES, ...
+// dy, x (rows, C);  mean, rstd (rows,);  dw, db (C,).
+extern "C" __global__ void __launch_bounds__(COLUMNS * LANES)
+layernorm_weights_backward(const T* dy, const T* x, const float* mean, const float* rstd, T* dw, T* db /*or null*/,
+                           int rows, int C) {
+    int column = blockIdx.x * COLUMNS + threadIdx.x;
+    float sum_dyh = 0.0f, sum_dy = 0.0f;
+    if (column < C) {
+        #pragma unroll 4
+        for (int row = threadIdx.y; row < rows; row += LANES) {
+            long long i = (long long)row * C + column;
+            float d = widen(dy[i]);
+            sum_dyh = add(sum_dyh, mul(d, mul(sub(widen(x[i]), mean[row]), rstd[row])));
+            sum_dy = add(sum_dy, d);
+        }
+    }
+    sum_dyh = lanes_sum(sum_dyh);
+    sum_dy = lanes_sum(sum_dy);
+    if (threadIdx.y == 0 && column < C) {
+        dw[column] = round_to<T>(sum_dyh);
+        if (db) db[column] = round_to<T>(sum_dy);
+    }
+}
+
+
+// -------------------------------------------------------------------------------------------- bias of a linear layer (gemm.py)
+
+// y = R(products + b),  products = x w^T in fp32, so that both sums are rounded once.  A block a row; y may be products.
+// products, y (rows, C);  b (C,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+bias_forward(const float* products, const T* b, T* y, int C) {
+    long long row = blockIdx.x;
+    for (int i = threadIdx.x; i < C; i += THREADS) y[row * C + i] = round_to<T>(add(products[row * C + i], widen(b[i])));
+}
+
+// db = the rows of dy summed.  A block for COLUMNS columns, as above.  dy (rows, C);  db (C,).
+extern "C" __global__ void __launch_bounds__(COLUMNS * LANES)
+bias_backward(const T* dy, T* db, int rows, int C) {
+    int column = blockIdx.x * COLUMNS + threadIdx.x;
+    float sum = 0.0f;
+    if (column < C) {
+        #pragma unroll 8
+        for (int row = threadIdx.y; row < rows; row += LANES) sum = add(sum, widen(dy[(long long)row * C + column]));
+    }
+    sum = lanes_sum(sum);
+    if (threadIdx.y == 0 && column < C) db[column] = round_to<T>(sum);
+}
+
+
+// ------------------------------------------------------------------------------------------------------- heads (attention.py)
+
+// Values move as they are, as words where a head is a whole number of them: V is T or Word, and D counts Vs.
+__device__ inline bool in_words(const T* x, const T* y, int D) { return D % IN_WORD == 0 && at_word(x) && at_word(y); }
+
+// Where element i of a row of x (B, positions, parts, H, D) lies in y (parts, B, H, positions, D); the row is blockIdx.x.
+__device__ inline long long among_heads(int i, int positions, int H, int D) {
+    int B = gridDim.x / positions, b = blockIdx.x / positions, position = blockIdx.x % positions;
+    int part = i / (H * D), h = i / D % H;
+    return ((((long long)part * B + b) * H + h) * positions + position) * D + i % D;
+}
+
+template <class V> __device__ inline void split(const V* x, V* y, int positions, int parts, int H, int D) {
+    int width = parts * H * D;
+    x += (long long)blockIdx.x * width;
+    for (int i = threadIdx.x; i < width; i += THREADS) y[among_heads(i, positions, H, D)] = x[i];
+}
+
+template <class V> __device__ inline void merge(const V* y, V* x, int positions, int parts, int H, int D) {
+    int width = parts * H * D;
+    x += (long long)blockIdx.x * width;
+    for (int i = threadIdx.x; i < width; i += THREADS) x[i] = y[among_heads(i, positions, H, D)];
+}
+
+// y = x with heads apart: q, k and v where parts is 3.  A block for each row b, position of x.
+extern "C" __global__ void __launch_bounds__(THREADS)
+split_heads(const T* x, T* y, int positions, int parts, int H, int D) {
+    if (in_words(x, y, D)) split((const Word*)x, (Word*)y, positions, parts, H, D / IN_WORD);
+    else split(x, y, positions, parts, H, D);
+}
+
+// x = y with heads side by side again: the other way round.
+extern "C" __global__ void __launch_bounds__(THREADS)
+merge_heads(const T* y, T* x, int positions, int parts, int H, int D) {
+    if (in_words(x, y, D)) merge((const Word*)y, (Word*)x, positions, parts, H, D / IN_WORD);
+    else merge(y, x, positions, parts, H, D);
+}
+
+
+// -------------------------------------------------------------------------------------- causal softmax (attention.py, norm.py)
+
+// P = R(softmax(S')),  S' = R(S scale),  over the keys up to the query; later keys get 0.  P may be S.
+// S, P (heads, queries, keys), as many keys as queries.  A warp a row: grid (heads, queries / WARPS).
+// Each pass computes S' again: where P is S, there is no other place for it.
+// Differs from NumPy: later keys are 0 also where a row is NaN.
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+causal_softmax_forward(const T* S, T* P, int queries, float scale) {
+    unsigned query = blockIdx.y * WARPS + threadIdx.y;
+    if (query >= queries) return;
+    int keys = query + 1;
+    long long row = (long long)blockIdx.x * queries + query;
+    S += row * queries;
+    P += row * queries;
+    auto scaled = [=](int i) { return widen(round_to<T>(mul(widen(S[i]), scale))); };
+
+    float largest = minus_infinity();
+    #pragma unroll 8
+    for (int i = threadIdx.x; i < keys; i += WARP) largest = larger(largest, scaled(i));
+    largest = warp_fold<larger>(largest);
+
+    float sum = 0.0f;
+    #pragma unroll 4
+    for (int i = threadIdx.x; i < keys; i += WARP) sum = add(sum, expf(sub(scaled(i), largest)));
+    sum = warp_fold<add>(sum);
+
+    int i = threadIdx.x;
+    for (; i < keys; i += WARP) P[i] = round_to<T>(div(expf(sub(scaled(i), largest)), sum));
+    for (; i < queries; i += WARP) P[i] = round_to<T>(0.0f);
+}
+
+// dS = R(dS' scale),  dS' = R(P (dP - sum(dP P))); later keys get 0, also where dP is infinite.  dS may be dP.
+// P, dP, dS and the grid as in forward.
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+causal_softmax_backward(const T* P, const T* dP, T* dS, int queries, float scale) {
+    unsigned query = blockIdx.y * WARPS + threadIdx.y;
+    if (query >= queries) return;
+    int keys = query + 1;
+    long long row = (long long)blockIdx.x * queries + query;
+    P += row * queries;
+    dP += row * queries;
+    dS += row * queries;
+
+    float sum = 0.0f;
+    #pragma unroll 8
+    for (int i = threadIdx.x; i < keys; i += WARP) sum = add(sum, mul(widen(dP[i]), widen(P[i])));
+    sum = warp_fold<add>(sum);
+
+    int i = threadIdx.x;
+    for (; i < keys; i += WARP) {
+        T unscaled = round_to<T>(mul(sub(widen(dP[i]), sum), widen(P[i])));
+        dS[i] = round_to<T>(mul(widen(unscaled), scale));
+    }
+    for (; i < queries; i += WARP) dS[i] = round_to<T>(0.0f);
+}
+
+
+// -------------------------------------------------------------------------------------------------------------- loss (loss.py)
+
+// Whether there is a logit of that target. Where there is none, and it is not ignored either, the loss is NaN.
+__device__ inline bool is_class(long long target, int V) { return 0 <= target && target < V; }
+__device__ inline float not_a_number() { return __int_as_float(0x7fc00000); }
+
+// row_loss = log_sum - (z[target] - largest),  log_sum = log(sum exp(z - largest));  0 where the target is ignored, NaN where it
+// is no class.  A block a row.  cross_entropy_mean of them is the loss.
+// logits (rows, V);  target, row_loss, largest, log_sum (rows,), the last two kept for backward.
+extern "C" __global__ void __launch_bounds__(THREADS)
+cross_entropy_forward(const T* logits, const long long* target, float* row_loss, float* largest, float* log_sum, int V,
+                      long long ignore_index) {
+    long long row = blockIdx.x;
+    logits += row * V;
+
+    float most = minus_infinity();
+    for (int i = threadIdx.x; i < V; i += THREADS) most = larger(most, widen(logits[i]));
+    most = block_fold<larger>(most);
+
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < V; i += THREADS) sum = add(sum, expf(sub(widen(logits[i]), most)));
+    sum = block_fold<add>(sum);
+
+    if (threadIdx.x == 0) {
+        float l = logf(sum);
+        long long i = target[row];
+        float at_target = is_class(i, V) ? widen(logits[i]) : not_a_number();
+        row_loss[row] = i == ignore_index ? 0.0f : sub(l, sub(at_target, most));
+        largest[row] = most;
+        log_sum[row] = l;
+    }
+}
+
+// dz = (softmax(z) - onehot(target)) dloss / counted;  times 0 where the target is ignored, NaN where it is no class.
+// A block a row; dloss is the loss scale, read where it lies.
+// logits, dz (rows, V);  target, largest, log_sum (rows,);  counted, dloss (1,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+cross_entropy_backward(const T* logits, const long long* target, const float* largest, const float* log_sum,
+                       const float* counted, const float* dloss, T* dz, int V, long long ignore_index) {
+    long long row = blockIdx.x;
+    logits += row * V;
+    dz += row * V;
+    float each = is_class(target[row], V) ? div(*dloss, *counted) : not_a_number();
+    if (target[row] == ignore_index) each = 0.0f;
+    float most = largest[row], log = log_sum[row];
+    for (int i = threadIdx.x; i < V; i += THREADS) {
+        float d = mul(expf(sub(sub(widen(logits[i]), most), log)), each);
+        if (i == target[row]) d = sub(d, each);
+        dz[i] = round_to<T>(d);
+    }
+}
+
+// counted = how many targets are not ignored;  loss = sum(row_loss) / counted, NaN where there are none.  One block.
+// row_loss, target (rows,);  loss, counted (1,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+cross_entropy_mean(const float* row_loss, const long long* target, float* loss, float* counted, int rows,
+                   long long ignore_index) {
+    float sum = 0.0f, n = 0.0f;
+    for (long long i = threadIdx.x; i < rows; i += THREADS) {
+        sum = add(sum, row_loss[i]);
+        n = add(n, target[i] == ignore_index ? 0.0f : 1.0f);
+    }
+    sum = block_fold<add>(sum);
+    n = block_fold<add>(n);
+    if (threadIdx.x == 0) {
+        *counted = n;
+        *loss = div(sum, n);
+    }
+}
+
+
+// ---------------------------------------------------------------------------------------------------- embedding (embedding.py)
+
+// dw[r] = the sum of dy over all places where token r stands, first to last; 0 for a token that is nowhere.
+// A block for each row r of the table and each THREADS columns: grid (V, columns).  tokens (n,);  dy (n, C);  dw (V, C).
+// The threads look at THREADS tokens at a time and share what they see as bits, one for each token. Most see nothing: so that
+// they are quick to go on, each lane looks at one word of bits, and words that are zero are passed over.
+extern "C" __global__ void __launch_bounds__(THREADS)
+embedding_backward(const long long* tokens, const T* dy, T* dw, int n, int C) {
+    constexpr int WORDS = THREADS / 32;
+    __shared__ unsigned here[WORDS];
+    long long row = blockIdx.x;
+    int t = threadIdx.x, column = blockIdx.y * THREADS + t;
+
+    float sum = 0.0f;
+    for (long long start = 0; start < n; start += THREADS) {
+        unsigned seen = __ballot_sync(ALL_LANES, start + t < n && tokens[start + t] == row);
+        if (t % 32 == 0) here[t / 32] = seen;
+        __syncthreads();
+        unsigned words = __ballot_sync(ALL_LANES, t % 32 < WORDS && here[t % WORDS] != 0);
+        for (; words != 0; words &= words - 1) {  // the lowest bit is the next word
+            int word = __ffs(words) - 1;
+            for (unsigned left = here[word]; left != 0; left &= left - 1) {  // and here the next place
+                long long place = start + 32 * word + __ffs(left) - 1;
+                if (column < C) sum = add(sum, widen(dy[place * C + column]));
+            }
+        }
+        __syncthreads();  // nobody writes the next tokens before all have read these
+    }
+    if (column < C) dw[row * C + column] = round_to<T>(sum);
+}
+
+
+// ----------------------------------------------------------------------------------------- step 3: gradients up (gradients.py)
+
+// For each grain of the flat gradients, by a block of threads: whether a scaled gradient, or 1/S, is Inf or NaN, and the sum
+// of squares of the unscaled ones, g / S.  grads (n,);  inverse_scale (1,), which is 1/S;  partial, partial_bad (grains,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+gradient_norm(const T* grads, const float* inverse_scale, float* partial, bool* partial_bad, long long n, int grain) {
+    long long start = (long long)blockIdx.x * grain;
+    long long stop = start + grain < n ? start + grain : n;
+
+    float squares = 0.0f;
+    bool bad = !isfinite(*inverse_scale);
+    for (long long i = start + threadIdx.x; i < stop; i += THREADS) {
+        float scaled = widen(grads[i]);
+        float g = mul(scaled, *inverse_scale);
+        squares = add(squares, mul(g, g));
+        bad = bad || !isfinite(scaled);
+    }
+    squares = block_fold<add>(squares);
+    float bad_threads = block_fold<add>(bad ? 1.0f : 0.0f);
+    if (threadIdx.x == 0) {
+        partial[blockIdx.x] = squares;
+        partial_bad[blockIdx.x] = bad_threads > 0.0f;
+    }
+}
+
+// norm = sqrt(sum of partial);  found_inf = any of partial_bad.  One block.  partial, partial_bad (grains,);  norm, found_inf (1,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+gradient_norm_fold(const float* partial, const bool* partial_bad, float* norm, bool* found_inf, int grains) {
+    float sum = 0.0f;
+    bool bad = false;
+    for (int i = threadIdx.x; i < grains; i += THREADS) {
+        sum = add(sum, partial[i]);
+        bad = bad || partial_bad[i];
+    }
+    sum = block_fold<add>(sum);
+    float bad_threads = block_fold<add>(bad ? 1.0f : 0.0f);
+    if (threadIdx.x == 0) {
+        *norm = root(sum);
+        *found_inf = bad_threads > 0.0f;
+    }
+}
+
+
+// ------------------------------------------------------------------------------------------ step 4: update, or skip (optim.py)
+
+// Whether i lies in one of the ranges start..stop, which are in order and apart. Binary search for the first that ends after i.
+__device__ inline bool in_ranges(long long i, const long long* start, const long long* stop, int ranges) {
+    int low = 0, high = ranges;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (stop[middle] <= i) low = middle + 1;
+        else high = middle;
+    }
+    return low < ranges && start[low] <= i;
+}
+
+//     g = grads / S clip
+//     w = w (1 - lr wd)                                                    where i lies in a decayed range
+//     m = m + (1 - beta1) (g - m)
+//     v = v beta2 + (1 - beta2) g g
+//     w = w - (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//
+// and nothing at all where found_inf is set: no value on the way here has been seen by the host.
+// w, m, v (n,) in fp32, in place;  grads (n,);  inverse_scale, clip, found_inf (1,);
+// scalars (3,): 1 - lr wd,  lr / (1 - beta1^t),  sqrt(1 - beta2^t), all rounded from double;  decayed_start, _stop (ranges,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+adamw(float* w, float* m, float* v, const T* grads, const float* inverse_scale, const float* clip, const float* scalars,
+      const bool* found_inf, const long long* decayed_start, const long long* decayed_stop, int ranges,
+      float one_minus_beta1, float beta2, float one_minus_beta2, float eps, long long n) {
+    if (*found_inf) return;
+    float decay = scalars[0], step_size = scalars[1], root_correction = scalars[2];
+    for (long long i = first_element(); i < n; i += stride()) {
+        float g = mul(mul(widen(grads[i]), *inverse_scale), *clip);
+        float master = w[i];
+        if (in_ranges(i, decayed_start, decayed_stop, ranges)) master = mul(master, decay);
+        float first = add(m[i], mul(sub(g, m[i]), one_minus_beta1));
+        float second = add(mul(v[i], beta2), mul(mul(g, one_minus_beta2), g));
+        float denominator = add(div(root(second), root_correction), eps);
+        w[i] = sub(master, div(mul(first, step_size), denominator));
+        m[i] = first;
+        v[i] = second;
+    }
+}

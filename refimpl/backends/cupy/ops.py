@@ -1,0 +1,293 @@
+"""Fast twins of operations for a GPU: each pass over memory is one kernel of `kernels/kernels.cu`, each product one GEMM.
+
+The definition is the operation of the same name in `ops`: the same roundings at the same places, sums in another order.
+The kernels know one storage format at a time, as the tensors of a layer have in every recipe. Where an operation's row
+asks for something else, its definition runs instead, array operation by array operation: slower, never different.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from refimpl.backends.cupy.launch import COLUMNS, FORMATS, LANES, THREADS, WARP, WARPS, elementwise_grid, number
+from refimpl.nn.elementwise import fan_in
+from refimpl.nn.linear import as_rows
+from refimpl.nn.loss import IGNORE_INDEX
+from refimpl.nn.norm import EPS
+from refimpl.nn.op import Op
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import widen
+from refimpl.numerics.formats import format_of
+from refimpl.precision.policy import SAME, Bound
+
+Array = Any
+
+ROW = (THREADS,)
+ROWS = (WARP, WARPS)
+COLUMN = (COLUMNS, LANES)
+
+
+class Fused(tuple[Any, ...]):
+    """What a twin saved for its backward; what a definition saved is not of this type."""
+
+
+def twin(definition: Op, forward: Callable[..., Any], backward: Callable[..., Any]) -> Op:
+    """An operation that runs `forward` where that can, and its definition where `forward` returns None."""
+
+    def either_forward(*arrays: Any, p: Bound, **static: Any) -> tuple[Array, Any]:
+        result = forward(*arrays, p=p, **static)
+        return definition.forward(*arrays, p=p, **static) if result is None else result
+
+    def either_backward(dy: Array, saved: Any, *params: Any, p: Bound, **static: Any) -> tuple[Array | None, ...]:
+        how = backward if isinstance(saved, Fused) else definition.backward
+        gradients: tuple[Array | None, ...] = how(dy, saved, *params, p=p, **static)
+        return gradients
+
+    return Op(definition.name, either_forward, either_backward, definition.params)
+
+
+def one_format(p: Bound, *arrays: Array | None) -> str | None:
+    """The format in which all these arrays, operands after their cast, are stored, if kernels exist for it; else None."""
+    formats = {format_of(x) for x in arrays if x is not None}
+    fmt = formats.pop() if len(formats) == 1 else ""
+    return fmt if fmt in FORMATS and p.row.acc == "fp32" else None
+
+
+def keeps(p: Bound, fmt: str) -> bool:
+    """Whether a row takes operands of this format as they are, and gives results of the same."""
+    inputs = {p.row.inputs} if isinstance(p.row.inputs, str) else set(p.row.inputs.values())
+    return p.row.acc == "fp32" and fmt in FORMATS and inputs | {p.row.out} <= {SAME, fmt}
+
+
+def launcher(p: Bound, fmt: str) -> Any:
+    """The kernels of the run's backend for a storage format."""
+    return p.run.backend.kernels(fmt)
+
+
+def in_order(p: Bound, x: Array) -> Array:
+    """`x`, or a copy in C order: kernels take no other."""
+    return p.xp.ascontiguousarray(x)
+
+
+def elementwise(p: Bound, kernel: str, fmt: str, *arrays: Array) -> Array:
+    """A new array y of the shape of the first, from `kernel(arrays..., y, n)`."""
+    arrays = tuple(in_order(p, x) for x in arrays)
+    y = p.empty(arrays[0].shape, fmt)
+    getattr(launcher(p, fmt), kernel)(elementwise_grid(y.size), ROW, *arrays, y, np.int64(y.size))
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------- pointwise
+
+
+def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any] | None:
+    """y = a + b, of equal shapes."""
+    ac, bc = p.cast(a, "a"), p.cast(b, "b")
+    fmt = one_format(p, ac, bc)
+    if fmt is None or a.shape != b.shape or p.out_format(format_of(a), format_of(b)) != fmt:
+        return None
+    return elementwise(p, "add_forward", fmt, ac, bc), (format_of(a), b.shape, format_of(b))
+
+
+def fan_in_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any] | None:
+    """The sum of two gradients."""
+    fmt = one_format(p, a, b)
+    if fmt is None or p.out_format(fmt) != fmt:
+        return None
+    return elementwise(p, "add_forward", fmt, a, b), None
+
+
+def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any] | None:
+    """y = x/2 (1 + tanh(...))."""
+    xc = p.cast(x, "x")
+    fmt = one_format(p, xc)
+    if fmt is None or format_of(x) != fmt or p.out_format(fmt) != fmt:
+        return None
+    return elementwise(p, "gelu_tanh_forward", fmt, xc), Fused((xc,))
+
+
+def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx, from dy and x."""
+    (x,) = saved
+    return (elementwise(p, "gelu_tanh_backward", format_of(x), dy, x),)
+
+
+# ---------------------------------------------------------------------------------------------------- layer norm
+
+
+def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any] | None:
+    """y, and mean and rstd of each row, in one pass."""
+    xc, wc, bc = p.cast(x, "x"), p.cast(w, "w"), None if b is None else p.cast(b, "b")
+    fmt = one_format(p, xc, wc, bc)
+    stored = {format_of(array) for array in (x, w, b) if array is not None}
+    if fmt is None or p.out_format(format_of(x)) != fmt or stored != {fmt}:
+        return None
+    xc, C = in_order(p, xc), x.shape[-1]
+    y, mean, rstd = p.empty(x.shape, fmt), p.empty((*x.shape[:-1], 1), "fp32"), p.empty((*x.shape[:-1], 1), "fp32")
+    sizes = np.int32(mean.size), np.int32(C)
+    launcher(p, fmt).layernorm_forward(by_warps(mean.size), ROWS, xc, wc, bc, y, mean, rstd, *sizes, number(EPS))
+    return y, Fused((xc, mean, rstd))
+
+
+def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+    """dx by rows; dw and db by columns, in a second pass."""
+    x, mean, rstd = saved
+    fmt, rows, C, dy = format_of(x), mean.size, x.shape[-1], in_order(p, dy)
+    dx, dw, db = p.empty(x.shape, fmt), p.empty(w.shape, fmt), None if b is None else p.empty(w.shape, fmt)
+    kernels, sizes = launcher(p, fmt), (np.int32(rows), np.int32(C))
+    kernels.layernorm_backward(by_warps(rows), ROWS, dy, x, w, mean, rstd, dx, *sizes)
+    kernels.layernorm_weights_backward(columns(C), COLUMN, dy, x, mean, rstd, dw, db, *sizes)
+    return dx, dw, db
+
+
+def by_warps(rows: int) -> tuple[int]:
+    """The grid of a kernel that has a warp for each row."""
+    return (-(-rows // WARPS),)
+
+
+def columns(C: int) -> tuple[int]:
+    """The grid of a kernel that sums columns."""
+    return (-(-C // COLUMNS),)
+
+
+# ---------------------------------------------------------------------------------------------------- products
+
+
+def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any] | None:
+    """y = x w^T + b: the sums of the GEMM stay in FP32 until the bias is added, so that y is rounded once.
+
+    cuBLAS adds a bias too (beta = 1), but on an H200 it rounds before it adds: a quarter of the results were one ulp off.
+    """
+    row = p["y"]
+    xc, wc, bc = row.cast(as_rows(x), "x"), row.cast(w, "w"), None if b is None else row.cast(b, "b")
+    fmt = one_format(row, xc, wc, bc)
+    if fmt is None or row.out_format(format_of(x), format_of(w)) != fmt or not p["dx"].row == p["dw"].row == row.row:
+        return None
+    y = p.run.backend.product(xc, wc.T, fmt if bc is None else "fp32")
+    if bc is not None:
+        y, products = p.empty(y.shape, fmt), y
+        launcher(p, fmt).bias_forward((len(y),), ROW, products, in_order(p, bc), y, np.int32(len(w)))
+    return y.reshape(*x.shape[:-1], len(w)), Fused((xc, x.shape, format_of(x)))
+
+
+def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+    """dx = dy w,  dw = dy^T x, each one GEMM that rounds;  db = the rows of dy summed."""
+    x, x_shape, x_format = saved
+    fmt, dy, row, product = format_of(x), in_order(p, as_rows(dy)), p["dx"], p.run.backend.product
+    dx = product(dy, row.cast(w, "w"), fmt)
+    dw = product(dy.T, x, fmt)
+    db = None if b is None else p.empty(b.shape, fmt)
+    if db is not None:
+        launcher(p, fmt).bias_backward(columns(len(db)), COLUMN, dy, db, np.int32(len(dy)), np.int32(len(db)))
+    return widen(dx, x_format).reshape(x_shape), widen(dw, format_of(w)), db if b is None else widen(db, format_of(b))
+
+
+def split_heads(x: Array, shape: tuple[int, ...], p: Bound) -> Array:
+    """x (B, T, parts H D) -> `shape`, which is (parts, B, H, T, D)."""
+    parts, B, H, T, D = shape
+    fmt, y = format_of(x), p.empty(shape, format_of(x))
+    launcher(p, fmt).split_heads((B * T,), ROW, in_order(p, x), y, *map(np.int32, (T, parts, H, D)))
+    return y
+
+
+def merge_heads(y: Array, p: Bound) -> Array:
+    """y (parts, B, H, T, D) -> (B, T, parts H D)."""
+    (parts, B, H, T, D), fmt = y.shape, format_of(y)
+    x = p.empty((B, T, parts * H * D), fmt)
+    launcher(p, fmt).merge_heads((B * T,), ROW, y, x, *map(np.int32, (T, parts, H, D)))
+    return x
+
+
+def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any] | None:
+    """O = softmax(mask(q k^T / sqrt(D))) v: two batched GEMMs, one kernel between them, one before and one after."""
+    fmt = format_of(qkv)
+    if not all(keeps(p[part], fmt) for part in ("scores", "scale", "softmax", "values")):
+        return None
+    (B, T, C3), product = qkv.shape, p.run.backend.product
+    D = C3 // 3 // n_head
+    heads = split_heads(qkv, (3, B, n_head, T, D), p)
+    q, k, v = heads
+    P = product(q, k.swapaxes(-1, -2), fmt)  # S, which becomes P
+    grid = (B * n_head, *by_warps(T))
+    launcher(p, fmt).causal_softmax_forward(grid, ROWS, P, P, np.int32(T), number(1 / math.sqrt(D)))
+    return merge_heads(product(P, v, fmt)[None], p), Fused((heads, P))
+
+
+def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
+    """dv = P^T dO,  dP = dO v^T,  dS from P and dP in one kernel,  dq = dS k,  dk = dS^T q."""
+    heads, P = saved
+    (_, B, H, T, D), fmt, product = heads.shape, format_of(heads), p.run.backend.product
+    q, k, v = heads
+    (dO,) = split_heads(dO, (1, B, H, T, D), p)
+    gradients = p.empty(heads.shape, fmt)
+    dq, dk, dv = gradients
+    product(P.swapaxes(-1, -2), dO, fmt, out=dv)
+    dS = product(dO, v.swapaxes(-1, -2), fmt)  # dP, which becomes dS
+    grid = (B * H, *by_warps(T))
+    launcher(p, fmt).causal_softmax_backward(grid, ROWS, P, dS, dS, np.int32(T), number(1 / math.sqrt(D)))
+    product(dS, k, fmt, out=dq)
+    product(dS.swapaxes(-1, -2), q, fmt, out=dk)
+    return (merge_heads(gradients, p),)
+
+
+# ---------------------------------------------------------------------------------------------------- embedding, loss
+
+
+def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array]:
+    """dw[r] = the sum of dy where token r stood, in the order of the places: no atomics, the same bits each time."""
+    (tokens,), fmt = saved, format_of(w)
+    dw = p.empty(w.shape, fmt)
+    grid = (len(w), -(-w.shape[1] // THREADS))
+    launcher(p, fmt).embedding_backward(grid, ROW, tokens, in_order(p, dy), dw, np.int32(tokens.size), np.int32(w.shape[1]))
+    return None, dw
+
+
+def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any] | None:
+    """y[i] = w[tokens[i]]."""
+    wc = p.cast(w, "w")
+    if one_format(p, w, wc) is None or p.out_format(format_of(w)) != format_of(w) or tokens.dtype != np.int64:
+        return None
+    return wc[tokens], Fused((in_order(p, tokens),))
+
+
+def cross_entropy_forward(
+    logits: Array, targets: Array, p: Bound, ignore_index: int = IGNORE_INDEX
+) -> tuple[Array, Any] | None:
+    """The mean loss; the logits are read in the format they are stored in, and widened a value at a time."""
+    fmt, out = one_format(p, logits), p.out_format("fp32")
+    if fmt is None or out != "fp32" or p.row.input("logits") not in ("fp32", SAME) or targets.dtype != np.int64:
+        return None
+    z, target, V = in_order(p, logits.reshape(-1, logits.shape[-1])), in_order(p, targets.reshape(-1)), logits.shape[-1]
+    each, largest, log_sum = (p.empty(target.shape, "fp32") for _ in range(3))
+    loss, counted = p.empty((), "fp32"), p.empty((), "fp32")
+    kernels, ignored = launcher(p, fmt), np.int64(ignore_index)
+    kernels.cross_entropy_forward((target.size,), ROW, z, target, each, largest, log_sum, np.int32(V), ignored)
+    kernels.cross_entropy_mean((1,), ROW, each, target, loss, counted, np.int32(target.size), ignored)
+    return loss, Fused((z, target, largest, log_sum, counted, logits.shape))
+
+
+def cross_entropy_backward(dloss: Array, saved: Any, p: Bound, ignore_index: int = IGNORE_INDEX) -> tuple[Array, None]:
+    """dz = (softmax(z) - onehot(target)) dloss / n in the n rows that count, 0 in the others."""
+    z, target, largest, log_sum, counted, shape = saved
+    dz, fmt, sizes = p.empty(z.shape, format_of(z)), format_of(z), (np.int32(shape[-1]), np.int64(ignore_index))
+    launcher(p, fmt).cross_entropy_backward((target.size,), ROW, z, target, largest, log_sum, counted, dloss, dz, *sizes)
+    return dz.reshape(shape), None
+
+
+CUPY_OPS: Mapping[str, Op] = {
+    op.name: op
+    for op in (
+        twin(OPS["add"], add_forward, OPS["add"].backward),
+        twin(fan_in, fan_in_forward, fan_in.backward),
+        twin(OPS["gelu_tanh"], gelu_tanh_forward, gelu_tanh_backward),
+        twin(OPS["layernorm"], layernorm_forward, layernorm_backward),
+        twin(OPS["linear"], linear_forward, linear_backward),
+        twin(OPS["attention"], attention_forward, attention_backward),
+        twin(OPS["embedding"], embedding_forward, embedding_backward),
+        twin(OPS["cross_entropy"], cross_entropy_forward, cross_entropy_backward),
+    )
+}

@@ -1,0 +1,85 @@
+"""Ranks as processes, by MPI: mpiexec -n 4 python -m mpi4py scripts/train.py --zero 1
+
+Always `-m mpi4py`: a rank that raises then ends all of them; without it the others would wait for it for ever.
+
+MPI only moves bytes here. Its own sum of FP16 arrays rounds after each rank, to FP16: tests/test_mpi.py shows how many elements
+that changes. It has no BF16.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from refimpl.distributed.collectives import Array, Comm, Shares
+from refimpl.errors import UsageError
+from refimpl.numerics.bits import bytes_of
+
+RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
+SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+"""What MPICH's mpiexec, and Open MPI's, tell the processes that they start."""
+
+
+class MpiComm(Comm):
+    """A rank that is a process. Arrays are NumPy's."""
+
+    def __init__(self, mpi: Any) -> None:
+        """mpi: the module mpi4py.MPI, whose import starts MPI."""
+        super().__init__()
+        self.mpi, self.world = mpi, mpi.COMM_WORLD.Dup()  # a space of our own for messages
+        self.rank, self.size = self.world.Get_rank(), self.world.Get_size()
+        self.on_machine = self.world.Split_type(mpi.COMM_TYPE_SHARED).Get_size()
+
+    def _layout(self, shares: Shares, itemsize: int) -> tuple[list[int], list[int]]:
+        """Counts and beginnings of shares in bytes."""
+        return [(s.stop - s.start) * itemsize for s in shares], [s.start * itemsize for s in shares]
+
+    def _swap(self, x: Array, shares: Shares) -> Callable[[], Sequence[Array]]:
+        own, byte = shares[self.rank], self.mpi.BYTE
+        arrived = np.empty((self.size, own.stop - own.start), x.dtype)
+        each = arrived[0].nbytes
+        request = self.world.Ialltoallv(
+            [bytes_of(x), self._layout(shares, x.itemsize), byte],
+            [bytes_of(arrived.reshape(-1)), ([each] * self.size, [rank * each for rank in range(self.size)]), byte],
+        )
+
+        def wait() -> Array:
+            request.Wait()
+            assert x is not None  # kept until here: MPI reads it
+            return arrived
+
+        return wait
+
+    def _all_gather(self, shares: Shares, out: Array) -> None:
+        self.world.Allgatherv(self.mpi.IN_PLACE, [bytes_of(out), self._layout(shares, out.itemsize), self.mpi.BYTE])
+
+    def broadcast(self, x: Array) -> Array:
+        self.world.Bcast([bytes_of(x), self.mpi.BYTE])
+        return x
+
+    def any(self, flag: bool) -> bool:
+        result = np.zeros(1, np.int32)
+        self.world.Allreduce(np.array([flag], np.int32), result, op=self.mpi.MAX)
+        return bool(result[0])
+
+    def barrier(self) -> None:
+        self.world.Barrier()
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number) of the processes that an mpiexec has started with this one, before MPI starts; (0, 1) without one."""
+    rank, size = (next((int(os.environ[n]) for n in names if n in os.environ), None) for names in (RANK, SIZE))
+    return rank or 0, size or 1
+
+
+def mpi_comm() -> Comm:
+    """The rank that this process is. Errors: UsageError where mpi4py, or an MPI for it, is missing."""
+    try:
+        mpi = importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(f"several ranks need MPI: pip install '.[mpi]' ({error})") from None
+    return MpiComm(mpi)

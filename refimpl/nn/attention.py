@@ -1,0 +1,156 @@
+"""Causal self-attention, written out: it rounds where autocast rounds when no fused kernel runs.
+
+    S = R(q k^T)   S' = R(S / sqrt(D))   P = R(softmax(S'))   O = R(P v)
+
+Each of the four has its own row: `attention.scores`, `.scale`, `.softmax`, `.values`. 'All FP32 and one rounding at the
+end', which is what PyTorch's SDPBackend.MATH does, is four other rows and no other code (`--attention math`). A fused kernel
+rounds in places that this order of operations does not have: `fused_attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from refimpl.nn.norm import softmax, softmax_slope
+from refimpl.nn.op import Op
+from refimpl.numerics.formats import format_of
+from refimpl.precision.policy import Bound
+
+Array = Any
+
+
+def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
+    """(B, T, 3C) -> q, k, v, each a view (B, H, T, D) with D = C/H."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.reshape(B, T, 3, n_head, C3 // 3 // n_head).transpose(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def merge_heads(x: Array) -> Array:
+    """(B, H, T, D) -> (B, T, C)."""
+    B, H, T, D = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
+
+
+QUERIES = 64
+"""Positions whose attention is computed at a time. What follows the last of them is hidden from all: it costs nothing."""
+
+
+def query_blocks(T: int) -> list[slice]:
+    """Slices of QUERIES positions that cover 0..T."""
+    return [slice(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
+
+
+def hide_later(z: Array, queries: slice, p: Bound, fill: float) -> None:
+    """z (..., queries, keys up to the last query): `fill` where a key comes after the query, in place.
+
+    It is a choice between values, not an addition of a large negative number, which could overflow, nor a product with
+    zero, which an infinity would make NaN. Only the last square of z has such places.
+    """
+    position, square = p.xp.arange(queries.stop - queries.start), z[..., queries.start :]
+    square[...] = p.xp.where(position[:, None] >= position, square, p.xp.full((), fill, z.dtype))
+
+
+def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
+    """O = softmax(mask(q k^T / sqrt(D))) v, each position looking at itself and those before.
+
+    qkv (B, T, 3C), as one linear layer makes it -> O (B, T, C). Saved: qkv and P (B, H, T, T).
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1. PyTorch: the four operations one after the other.
+    Differs from the source: a position is not multiplied with those that its whole block does not see, so an Inf or NaN in
+    their v does not reach it as 0 * Inf = NaN.
+    """
+    B, T, _ = qkv.shape
+    O, P = p.by_example(lambda part: _attend(part, p, n_head), B * n_head * T * T, qkv)  # noqa: E741
+    return O, (qkv, P)
+
+
+def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
+    """O and P of all positions: block after block, or the one block there is."""
+    q, k, v = split_heads(qkv, n_head)
+    T = q.shape[-2]
+    k = p["scores"].wide(p["scores"].cast(k, "k"))
+    v = p["values"].wide(p["values"].cast(v, "v"))
+    O = P = None  # noqa: E741
+    for rows in query_blocks(T):
+        O_rows, P_rows = _attend_block(q[..., rows, :], k[..., : rows.stop, :], v[..., : rows.stop, :], rows, p, format_of(qkv))
+        if rows == slice(0, T):
+            return merge_heads(O_rows), P_rows
+        if O is None or P is None:
+            O = p.empty(q.shape, format_of(O_rows))  # noqa: E741
+            P = p.empty((*q.shape[:-1], T), format_of(P_rows))
+        O[..., rows, :], P[..., rows, : rows.stop], P[..., rows, rows.stop :] = O_rows, P_rows, 0
+    return merge_heads(O), P
+
+
+def _attend_block(q: Array, k: Array, v: Array, queries: slice, p: Bound, fmt: str) -> tuple[Array, Array]:
+    """O and P of some positions, step by step. k, v: of all positions up to the last of them, cast and wide; fmt: of qkv."""
+    row = p["scores"]
+    S = row.round(row.gemm(row.cast(q, "q"), k.swapaxes(-1, -2)), row.out_format(fmt, fmt), "S")
+    row = p["scale"]
+    z = row.wide(row.cast(S, "S"))
+    z *= 1 / math.sqrt(q.shape[-1])
+    S = row.out(z, "S", S)
+    row = p["softmax"]
+    z = row.wide(row.cast(S, "S"))
+    hide_later(z, queries, p, -math.inf)
+    P = row.out(softmax(z, p), "P", S)
+    row = p["values"]
+    O = row.round(row.gemm(row.cast(P, "P"), v), row.out_format(format_of(P), fmt), "O")  # noqa: E741
+    return O, P
+
+
+def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
+    """dP = dO v^T,  dv = P^T dO,  dS' = P (dP - sum(dP P)),  dS = dS' / sqrt(D),  dq = dS k,  dk = dS^T q.
+
+    dk and dv are sums over blocks of queries, in `acc` and from the last block to the first; rounded once.
+    """
+    qkv, P = saved
+    (dqkv,) = p.by_example(lambda dO, qkv, P: (_attend_backward(dO, qkv, P, p, n_head),), P.size, dO, qkv, P)
+    return (dqkv,)
+
+
+def _attend_backward(dO: Array, qkv: Array, P: Array, p: Bound, n_head: int) -> Array:
+    """The gradient of qkv. The last block of queries sees all keys: to its dk and dv those of the others are added."""
+    fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
+    B, H, T, D = q.shape
+    scores, values = p["scores"], p["values"]
+    dO = values.wide(dO.reshape(B, T, H, D).transpose(0, 2, 1, 3))
+    q, k, v = scores.wide(scores.cast(q, "q")), scores.wide(scores.cast(k, "k")), values.wide(values.cast(v, "v"))
+    dq = dk = dv = None
+    for rows in reversed(query_blocks(T)):
+        seen = slice(0, rows.stop)
+        P_rows = P[..., rows, seen]
+        dv_rows = values.gemm(values.cast(P_rows, "P").swapaxes(-1, -2), dO[..., rows, :])
+        dS = _scores_gradient(dO[..., rows, :], v[..., seen, :], P_rows, rows, p, fmt, D)
+        dq_rows = scores.gemm(dS, k[..., seen, :])
+        dk_rows = scores.gemm(dS.swapaxes(-1, -2), q[..., rows, :])
+        if dq is None or dk is None or dv is None:
+            dq, dk, dv = dq_rows if rows.start == 0 else p.xp.empty_like(dk_rows), dk_rows, dv_rows
+        else:
+            dk[..., seen, :] += dk_rows
+            dv[..., seen, :] += dv_rows
+        dq[..., rows, :] = dq_rows
+
+    dqkv = p.empty((B, T, 3, H, D), fmt)
+    for i, d in enumerate((scores.grad(dq, "q", fmt), scores.grad(dk, "k", fmt), values.grad(dv, "v", fmt))):
+        dqkv[:, :, i] = d.transpose(0, 2, 1, 3)
+    return dqkv.reshape(qkv.shape)
+
+
+def _scores_gradient(dO: Array, v: Array, P: Array, queries: slice, p: Bound, fmt: str, D: int) -> Array:
+    """dS of a block of queries, from dP to dS' to dS. dO (..., queries, D), v (..., keys, D), P (..., queries, keys)."""
+    unscaled_format = p["scores"].out_format(fmt)
+    row = p["values"]
+    dP = row.grad(row.gemm(dO, v.swapaxes(-1, -2)), "P", format_of(P))
+    row = p["softmax"]
+    dS = softmax_slope(row.wide(dP), row.wide(P), row)
+    hide_later(dS, queries, p, 0.0)  # P is 0 there, but 0 times an infinite dP would be NaN
+    dS = row.grad(dS, "S", p["scale"].out_format(unscaled_format))
+    row = p["scale"]
+    z = row.wide(dS)
+    z *= 1 / math.sqrt(D)
+    return row.grad(z, "S", unscaled_format)
+
+
+attention = Op("attention", attention_forward, attention_backward)

@@ -1,0 +1,162 @@
+"""The tape: reverse-mode differentiation that does no arithmetic.
+
+It writes down every operation that runs (the operation, its inputs, its output, what it saved) and replays the list
+backwards. Formats, rounding and devices are the operations' business; how gradients of one tensor add up is `fan_in`'s.
+
+A model reads one line an operation:
+
+    x = t(linear, "mlp.c_fc", x)           # operation, name in the model, inputs
+
+The name finds the parameters (`mlp.c_fc.weight`, `mlp.c_fc.bias`) and is what sites, traces and messages are called by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from refimpl.nn.elementwise import fan_in
+from refimpl.nn.op import Op
+from refimpl.nn.shape import cast_parameter
+from refimpl.precision.policy import Bound, Run
+
+Array = Any
+Sink = Callable[[str, Array], None]
+
+
+@dataclass(eq=False)
+class Node:
+    """A tensor's place on the tape: its stable name, how many gradients it still waits for, and their sum so far."""
+
+    name: str
+    uses: int = 0
+    grad: Array | None = None
+
+
+@dataclass(eq=False)
+class Value:
+    """What a model handles: an array and its node. The tape keeps the node only, so that the array can be freed.
+
+    The array of a parameter is None: it is looked up in `weights` each time that it is needed.
+    """
+
+    array: Array
+    node: Node
+
+
+@dataclass
+class Entry:
+    """One line of the tape. Of the inputs it keeps no array: what backward needs of them is in `saved`."""
+
+    op: Op
+    p: Bound
+    inputs: tuple[Node | None, ...]
+    params: tuple[Value | None, ...]
+    output: Node
+    saved: Any
+    static: dict[str, Any]
+
+
+class Tape:
+    """Records operations on the parameters of one model, in one run.
+
+    weights: name -> array; a name in `tied` stands for another one (the tied embedding). record=False: forward only.
+    """
+
+    def __init__(self, run: Run, weights: Mapping[str, Array], tied: Mapping[str, str] | None = None, record: bool = True):
+        self.run, self.weights, self.tied, self.record = run, weights, tied or {}, record
+        self.entries: list[Entry] = []
+        self._leaves: dict[str, Value] = {}
+        self._casts: dict[tuple[str, str], Value] = {}
+        self._prefix = ""
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Prefix all names inside: `with t.scope('transformer.h.0')`."""
+        outer, self._prefix = self._prefix, f"{self._prefix}{name}."
+        try:
+            yield
+        finally:
+            self._prefix = outer
+
+    def __call__(self, op: Op, name: str, *inputs: Any, **static: Any) -> Value:
+        """Run one operation and write it down. Inputs are Values, or plain arrays (tokens) that have no gradient."""
+        place = self._prefix + name
+        op = self.run.op(op)
+        p = self.run.bind(op.name, place)
+        params = tuple(self._parameter(f"{place}.{param}", operand, p) for param, operand in op.params)
+        result = self._apply(op, place, p, inputs, params, static)
+        if self.run.observer is not None:
+            result.array = self.run.observer("activations", place, result.array)
+        return result
+
+    def _apply(
+        self, op: Op, place: str, p: Bound, inputs: tuple[Any, ...], params: tuple[Value | None, ...], static: dict[str, Any]
+    ) -> Value:
+        arrays = [x.array if isinstance(x, Value) else x for x in inputs]
+        y, saved = op.forward(*arrays, *(self._fetch(w) for w in params), p=p, **static)
+        output = Node(place)
+        if self.record:
+            nodes = tuple(x.node if isinstance(x, Value) else None for x in inputs)
+            for node in (*nodes, *(w.node for w in params if w)):
+                if node is not None:
+                    node.uses += 1
+            self.entries.append(Entry(op, p, nodes, params, output, saved, static))
+        return Value(y, output)
+
+    def _parameter(self, name: str, operand: str, p: Bound) -> Value | None:
+        """The leaf of that name, or its shared 16-bit copy where the policy casts it (a recorded operation of its own)."""
+        name = self.tied.get(name, name)
+        if name not in self.weights:
+            return None
+        if name not in self._leaves:
+            self._leaves[name] = Value(None, Node(name))
+        leaf = self._leaves[name]
+        fmt = p.leaf_format(operand, self.weights[name])
+        if fmt is None:
+            return leaf
+        if (name, fmt) not in self._casts:
+            place = f"{name}.{fmt}"
+            cast_p = self.run.bind(cast_parameter.name, place)
+            self._casts[name, fmt] = self._apply(cast_parameter, place, cast_p, (), (leaf,), {"fmt": fmt})
+        return self._casts[name, fmt]
+
+    def _fetch(self, w: Value | None) -> Array | None:
+        """The array of a parameter: a leaf is looked up each time it is needed, a shared cast is kept for the step."""
+        if w is None:
+            return None
+        return self.weights[w.node.name] if w.array is None else w.array
+
+    def backward(self, loss: Value, seed: Array, sink: Sink) -> None:
+        """Replay the tape in reverse from d(loss) = seed; hand each parameter's gradient to `sink` once it is complete.
+
+        What an entry saved is released as soon as it is used, so activations shrink while gradients appear.
+        """
+        loss.node.grad = seed
+        while self.entries:
+            entry = self.entries.pop()
+            dy, entry.output.grad = entry.output.grad, None
+            if self.run.observer is not None and dy is not None and entry.op is not cast_parameter:
+                dy = self.run.observer("activation_grads", entry.output.name, dy)
+            operands = (*entry.inputs, *(w.node if w else None for w in entry.params))
+            grads: tuple[Array | None, ...] = (None,) * len(operands)
+            if dy is not None:
+                params = (self._fetch(w) for w in entry.params)
+                grads = entry.op.backward(dy, entry.saved, *params, p=entry.p, **entry.static)
+            for node, gradient in zip(operands, grads, strict=True):
+                if node is not None:
+                    self._receive(node, gradient, sink)
+
+    def _receive(self, node: Node, gradient: Array | None, sink: Sink) -> None:
+        """Add one use's gradient to a tensor's; a parameter whose last use this was is finished."""
+        if gradient is not None and node.grad is not None:
+            p = self.run.bind(fan_in.name, f"{node.name}.grad")
+            node.grad, _ = self.run.op(fan_in).forward(node.grad, gradient, p=p)
+        elif gradient is not None:
+            node.grad = gradient
+        node.uses -= 1
+        if node.uses == 0 and node.name in self._leaves and node.grad is not None:
+            sink(node.name, node.grad)
+            node.grad = None

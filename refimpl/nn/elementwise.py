@@ -1,0 +1,160 @@
+"""Elementwise operations: add, the activations, and the fan-in of gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from refimpl.nn.op import Op
+from refimpl.numerics.formats import format_of
+from refimpl.precision.policy import Bound
+
+Array = Any
+
+
+def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
+    """y = a + b. b may lack leading axes of a (the position embedding): it is repeated along them.
+
+    a (..., S), b (S) -> y (..., S); mixed formats promote to the wider. PyTorch: torch.add.
+    """
+    ac, bc = p.cast(a, "a"), p.cast(b, "b")
+    if a.shape == b.shape:
+        y = p.map(lambda a, b: a + b, lambda z: p.out(z, "y", a, b), ac, bc)
+    else:
+        y = p.out(p.wide(ac) + p.wide(bc), "y", a, b)
+    return y, (format_of(a), b.shape, format_of(b))
+
+
+def add_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
+    """da = dy,  db = dy summed over the axes along which b was repeated."""
+    a_format, b_shape, b_format = saved
+    db = dy if dy.shape == b_shape else p.wide(dy).reshape(-1, *b_shape).sum(0)
+    return p.grad(dy, "a", a_format), p.grad(db, "b", b_format)
+
+
+def fan_in_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
+    """The sum of two gradients of one tensor that was used twice, rounded to the tensor's format: what the tape adds with.
+
+    a, b (any shape), equal formats -> the same. PyTorch: the engine's accumulation of a gradient.
+    """
+    return p.map(lambda a, b: a + b, lambda z: p.out(z, "sum", a, b), a, b), None
+
+
+def fan_in_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
+    """da = db = dy."""
+    return dy, dy
+
+
+def relu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+    """y = max(x, 0); NaN stays NaN. PyTorch: torch.relu."""
+    y = p.map(lambda z: p.xp.maximum(z, 0), lambda z: p.out(z, "y", x), p.cast(x, "x"))
+    return y, (y, format_of(x))
+
+
+def relu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx = dy where y > 0 or y is NaN, else 0 (also at x = 0)."""
+    y, x_format = saved
+    return (p.map(lambda d, z: p.xp.where(z <= 0, 0, d), lambda d: p.grad(d, "x", x_format), dy, y),)
+
+
+def silu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+    """y = x sigmoid(x) = x / (1 + exp(-x)).
+
+    Source: Elfwing et al. 2017, arXiv 1702.03118. PyTorch: torch.nn.functional.silu.
+    """
+    xc = p.cast(x, "x")
+    return p.map(lambda z: z / (1 + p.xp.exp(-z)), lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
+
+
+def silu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx = dy s (1 + x (1 - s)),  s = sigmoid(x)."""
+    x, x_format = saved
+
+    def slope(d: Array, z: Array) -> Array:
+        s = 1 / (1 + p.xp.exp(-z))
+        return d * s * (1 + z * (1 - s))
+
+    return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
+
+
+BETA = math.sqrt(2 / math.pi)
+KAPPA = 0.044715
+
+
+def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GPT-2's GELU.
+
+    Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu(x, approximate='tanh').
+    """
+
+    def formula(z: Array) -> Array:
+        return 0.5 * z * (1 + p.xp.tanh(BETA * (z + KAPPA * (z * z * z))))
+
+    xc = p.cast(x, "x")
+    return p.map(formula, lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
+
+
+def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx = dy ((1 + t)/2 + x/2 (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2)); the tanh t is computed again, not kept."""
+    x, x_format = saved
+
+    def formula(d: Array, z: Array) -> Array:
+        t = p.xp.tanh(BETA * (z + KAPPA * (z * z * z)))
+        slope = (3 * KAPPA * BETA) * (z * z) + BETA  # the derivative of the argument of tanh
+        return d * (0.5 * ((1 + t) + slope * z * (1 - t * t)))
+
+    return (p.map(formula, lambda d: p.grad(d, "x", x_format), dy, x),)
+
+
+_math_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def erf(z: Array, p: Bound) -> Array:
+    """The error function. In fp64 from the C library; in fp32 by a polynomial with absolute error below 1.5e-7.
+
+    Source: Abramowitz and Stegun 1964, formula 7.1.26; PyTorch's vectorised CPU kernel uses the same.
+    """
+    if format_of(z) == "fp64":
+        result = p.xp.empty_like(z)
+        result[...] = p.run.backend.from_host(_math_erf(p.run.backend.to_host(z)))
+        return result
+    t = 1 / (1 + 0.3275911 * abs(z))
+    r = 1.061405429
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        r = r * t + coefficient
+    return p.xp.copysign(1 - r * t * p.xp.exp(-z * z), z)
+
+
+def gelu_erf_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+    """y = x Phi(x) = x/2 (1 + erf(x / sqrt 2)).
+
+    Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu.
+    """
+    xc = p.cast(x, "x")
+
+    def formula(z: Array) -> Array:
+        return 0.5 * z * (1 + erf(z * math.sqrt(0.5), p))
+
+    return p.map(formula, lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
+
+
+def gelu_erf_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx = dy (Phi(x) + x phi(x)),  phi(x) = exp(-x^2/2) / sqrt(2 pi)."""
+    x, x_format = saved
+
+    def slope(d: Array, z: Array) -> Array:
+        cdf = 0.5 * (1 + erf(z * math.sqrt(0.5), p))
+        pdf = p.xp.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+        return d * (cdf + z * pdf)
+
+    return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
+
+
+add = Op("add", add_forward, add_backward)
+fan_in = Op("fan_in", fan_in_forward, fan_in_backward)
+relu = Op("relu", relu_forward, relu_backward)
+silu = Op("silu", silu_forward, silu_backward)
+gelu_tanh = Op("gelu_tanh", gelu_tanh_forward, gelu_tanh_backward)
+gelu_erf = Op("gelu_erf", gelu_erf_forward, gelu_erf_backward)

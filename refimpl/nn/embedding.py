@@ -1,0 +1,36 @@
+"""Embedding: a row of the table for each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refimpl.nn.indices import check_indices
+from refimpl.nn.op import Op
+from refimpl.numerics.formats import format_of
+from refimpl.precision.policy import Bound
+
+Array = Any
+
+
+def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any]:
+    """y[i] = w[tokens[i]]. tokens (...) integers, w (V, C) -> y (..., C).
+
+    Errors: UsageError for a token that is not 0 to V - 1 (on the host: see `check_indices`).
+    PyTorch: torch.nn.functional.embedding.
+    """
+    check_indices(tokens, len(w), "index", p)
+    return p.out(p.cast(w, "w")[tokens], "y", w), tokens
+
+
+def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array]:
+    """dw[r] = the sum of dy over all places where token r stood; summed in `acc`, in a fixed order, rounded once.
+
+    Differs from the source: PyTorch on the CPU rounds a 16-bit gradient after every addition; on CUDA it does not.
+    """
+    tokens = saved.reshape(-1)
+    rows = p.wide(dy).reshape(tokens.size, w.shape[-1])
+    dw = p.sum_by_index(rows, tokens, len(w))
+    return None, p.grad(dw, "w", format_of(w))
+
+
+embedding = Op("embedding", embedding_forward, embedding_backward, params=(("weight", "w"),))

@@ -1,0 +1,97 @@
+"""Causal self-attention as one kernel computes it (FlashAttention): the scores never leave the accumulator.
+
+    S = q k^T / sqrt(D)   E = exp(S - max S)   O = R(R(E) v / sum(E))        S, E and the sum in `acc`
+
+It rounds fewer times than `attention`, and elsewhere: of S and P nothing is stored. E is rounded, since the second product
+reads 16 bits, before it is divided by its sum, which is of the E that are not rounded. Backward computes P once more.
+The rows are those of `attention`; `policies.with_attention` says which.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from refimpl.nn.attention import hide_later, merge_heads, split_heads
+from refimpl.nn.op import Op
+from refimpl.numerics.formats import format_of
+from refimpl.precision.policy import Bound
+
+Array = Any
+
+
+def fused_attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
+    """O = softmax(mask(q k^T / sqrt(D))) v, each position looking at itself and those before.
+
+    qkv (B, T, 3C) -> O (B, T, C). Saved: qkv, O, and log(sum(exp S)) (B, H, T, 1) in `acc`; no array has T x T elements.
+    Source: Dao et al. 2022, arXiv 2205.14135, algorithm 1. Differs from the source: all keys are one block, so that the
+    maximum is the row's own from the start. A kernel with several blocks subtracts the largest score so far, rounds E / exp(max
+    so far - max), and multiplies what it has summed when a larger score comes: the same formula, other elements rounded up.
+    PyTorch: F.scaled_dot_product_attention(q, k, v, is_causal=True) under SDPBackend.FLASH_ATTENTION.
+    """
+    B, T, _ = qkv.shape
+    O, lse = p.by_example(lambda part: _attend(part, p, n_head), B * n_head * T * T, qkv)  # noqa: E741
+    return O, (qkv, O, lse)
+
+
+def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
+    """O and log(sum(exp S))."""
+    q, k, v = split_heads(qkv, n_head)                                      # (B, H, T, D)
+    S, values = scores_of(q, k, p), p["values"]                               # (B, H, T, T)
+    top = S.max(-1, keepdims=True)
+    E = p.xp.exp(S - top)
+    total = p["softmax"].row_sum(E)                                         # (B, H, T, 1)
+    z = values.gemm(values.cast(E, "P"), values.cast(v, "v"))               # (B, H, T, D)
+    O = values.round(z / total, values.out_format(format_of(E), format_of(qkv)), "O")  # noqa: E741
+    return merge_heads(O), top + p.xp.log(total)
+
+
+def scores_of(q: Array, k: Array, p: Bound) -> Array:
+    """q k^T / sqrt(D), -Inf where the key comes after the query; in `acc`."""
+    row = p["scores"]
+    S = row.gemm(row.cast(q, "q"), row.cast(k, "k").swapaxes(-1, -2))
+    S *= 1 / math.sqrt(q.shape[-1])
+    hide_later(S, slice(0, q.shape[-2]), p, -math.inf)
+    return S
+
+
+def fused_attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array, ...]:
+    """P = exp(S - log(sum(exp S))),  dv = R(P)^T dO,  dP = dO v^T,  dS = R(P (dP - sum(dO O))),  dq = dS k / sqrt(D),
+    dk = dS^T q / sqrt(D).
+
+    sum(dO O) over D equals sum(dP P) over the keys, and takes the O that was stored. Each of dq, dk, dv is rounded once.
+    Source: Dao et al. 2022, algorithm 4. Differs from PyTorch on the CPU: its kernel rounds dk and dv after each 32 queries.
+    """
+    qkv, O, lse = saved  # noqa: E741
+    size = dO.shape[0] * n_head * dO.shape[1] ** 2
+    return p.by_example(lambda *saved: (_attend_backward(*saved, p=p, n_head=n_head),), size, dO, qkv, O, lse)
+
+
+def _attend_backward(dO: Array, qkv: Array, O: Array, lse: Array, *, p: Bound, n_head: int) -> Array:  # noqa: E741
+    """The gradient of qkv."""
+    fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
+    scores, values = p["scores"], p["values"]
+    B, H, T, D = q.shape
+
+    def heads(x: Array) -> Array:
+        return values.wide(x.reshape(B, T, H, D).transpose(0, 2, 1, 3))
+
+    dO, O = heads(dO), heads(O)  # noqa: E741
+    P = p.xp.exp(scores_of(q, k, p) - lse)
+    dv = values.gemm(values.cast(P, "P").swapaxes(-1, -2), dO)
+    dP = values.gemm(dO, values.cast(v, "v").swapaxes(-1, -2))
+    dS = P * (dP - values.row_dot(dO, O))
+    hide_later(dS, slice(0, T), p, 0.0)  # P is 0 there, but 0 times an infinite dP would be NaN
+    dS = scores.cast(dS, "dS")
+    dq = scores.gemm(dS, scores.cast(k, "k"))
+    dk = scores.gemm(dS.swapaxes(-1, -2), scores.cast(q, "q"))
+    dq *= 1 / math.sqrt(D)
+    dk *= 1 / math.sqrt(D)
+
+    dqkv = p.empty((B, T, 3, H, D), fmt)
+    for i, d in enumerate((scores.grad(dq, "q", fmt), scores.grad(dk, "k", fmt), values.grad(dv, "v", fmt))):
+        dqkv[:, :, i] = d.transpose(0, 2, 1, 3)
+    return dqkv.reshape(qkv.shape)
+
+
+fused_attention = Op("attention", fused_attention_forward, fused_attention_backward)

@@ -1,0 +1,85 @@
+"""Matrix products: linear (three products, each with its own row) and batched matmul."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from refimpl.nn.op import Op
+from refimpl.numerics.formats import format_of
+from refimpl.numerics.quantization.quantized_tensor import Quantised
+from refimpl.precision.policy import Bound
+
+Array = Any
+
+
+def as_rows(x: Array) -> Array:
+    """(..., K) -> (M, K): one 2-D product instead of many small ones."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
+    """y = x w^T + b, the bias added before the one rounding.
+
+    x (..., K), w (F, K), b (F,) or None -> y (..., F).
+    Source: the note, step 2. PyTorch: torch.nn.functional.linear.
+    """
+    y = p["y"]
+    xc, wc = y.cast(as_rows(x), "x", axis=1), y.cast(w, "w", axis=1)
+    bias = None if b is None else y.wide(y.cast(b, "b"))
+
+    def finish(z: Array) -> Array:
+        if bias is not None:
+            z += bias
+        return y.out(z, "y", x, w)
+
+    result = y.gemm_then(finish, y.out_format(format_of(x), format_of(w)), xc, wc.T)
+    # dw = dy^T x reads x again. Keep the copy that was cast here, if linear.dw reads the same format; else x as it came,
+    # and where it is quantised too: dw sums over its other axis.
+    same = p["dw"].row.input("x") == y.row.input("x") and not isinstance(xc, Quantised)
+    return result.reshape(*x.shape[:-1], len(w)), (xc if same else x, x.shape, format_of(x))
+
+
+def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+    """dx = dy w,  dw = dy^T x,  db = the rows of dy summed; each rounded once.
+
+    Each product reads dy and the other operand by its own row. dx sums over F, dw over the rows.
+    """
+    x, x_shape, x_format = saved
+    dy, x_row, w_row, b_row = as_rows(dy), p["dx"], p["dw"], p["db"]
+
+    def finish_dx(dx: Array) -> Array:
+        return x_row.grad(dx, "x", x_format, rounded=x_row.row.out)
+
+    def finish_dw(dw: Array) -> Array:
+        return w_row.grad(dw, "w", format_of(w), rounded=w_row.row.out)
+
+    dy_x, dy_w, dy_b = x_row.cast(dy, "dy", axis=1), w_row.cast(dy, "dy", axis=0), b_row.cast(dy, "dy")
+    one = dy_x is dy_w is dy_b and x_row.math == w_row.math == b_row.math  # then it is widened once for all three
+    dy_x = x_row.wide(dy_x)
+    dy_w, dy_b = (dy_x, dy_x) if one else (w_row.wide(dy_w), b_row.wide(dy_b))
+    dx = x_row.gemm_then(finish_dx, x_format, dy_x, x_row.cast(w, "w", axis=0))
+    dw = w_row.gemm_then(finish_dw, format_of(w), dy_w.T, w_row.cast(as_rows(x), "x", axis=0))
+    db = None if b is None else b_row.grad(dy_b.sum(0), "b", format_of(b), rounded=b_row.row.out)
+    return dx.reshape(x_shape), dw, db
+
+
+def matmul_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
+    """y = a b over the last two axes; the leading axes are equal.
+
+    a (..., M, K), b (..., K, N) -> y (..., M, N). PyTorch: torch.matmul without broadcasting.
+    """
+    ac, bc = p.cast(a, "a"), p.cast(b, "b")
+    return p.out(p.gemm(ac, bc), "y", a, b), (ac, bc, format_of(a), format_of(b))
+
+
+def matmul_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
+    """da = dy b^T,  db = a^T dy."""
+    a, b, a_format, b_format = saved
+    da = p.gemm(dy, b.swapaxes(-1, -2))
+    db = p.gemm(a.swapaxes(-1, -2), dy)
+    return p.grad(da, "a", a_format), p.grad(db, "b", b_format)
+
+
+linear = Op("linear", linear_forward, linear_backward, params=(("weight", "w"), ("bias", "b")))
+matmul = Op("matmul", matmul_forward, matmul_backward)

@@ -1,0 +1,57 @@
+"""The loss: mean cross-entropy of the next token, over the targets that are not to be ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refimpl.nn.indices import check_indices
+from refimpl.nn.op import Op
+from refimpl.numerics.formats import format_of
+from refimpl.precision.policy import Bound
+
+Array = Any
+
+IGNORE_INDEX = -100
+"""The target that stands for 'no target', unless another is named: PyTorch's default."""
+
+
+def cross_entropy_forward(logits: Array, targets: Array, p: Bound, ignore_index: int = IGNORE_INDEX) -> tuple[Array, Any]:
+    """loss = mean over the rows that count of  log(sum exp(z)) - z[target],  the largest logit subtracted first.
+
+    logits (..., V), targets (...) integers -> a 0-d loss. Rows whose target is ignore_index do not count; where none does, the
+    loss is the mean of nothing: NaN. Saved: the logits as stored, a log-sum per row and the number of rows that count, so that
+    no second array of the size of the logits is kept.
+    Errors: UsageError for a target that is neither a class, 0 to V - 1, nor ignored (on the host: see `check_indices`).
+    PyTorch: torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=ignore_index).
+    """
+    check_indices(targets, logits.shape[-1], "target", p, ignore_index)
+    zc = p.cast(logits, "logits").reshape(-1, logits.shape[-1])
+    z, target = p.wide(zc), targets.reshape(-1)
+    largest = z.max(-1, keepdims=True)
+    log_sum = p.xp.log(p.xp.exp(z - largest).sum(-1, keepdims=True))
+    counts = target != ignore_index
+    n = p.xp.where(counts, p.xp.ones((), z.dtype), 0).sum()
+    n = p.xp.where(n == 0, p.xp.nan, n)
+    at_target = z[p.xp.arange(target.size), p.xp.where(counts, target, 0)][:, None]
+    row_loss = log_sum - (at_target - largest)
+    loss = p.xp.where(counts[:, None], row_loss, 0).sum() / n
+    saved_logits = logits if format_of(logits) != format_of(zc) else zc
+    return p.out(loss, "loss", zc), (saved_logits, largest, log_sum, target, n, logits.shape, format_of(logits))
+
+
+def cross_entropy_backward(dloss: Array, saved: Any, p: Bound, ignore_index: int = IGNORE_INDEX) -> tuple[Array, None]:
+    """dz = (softmax(z) - onehot(target)) dloss / n in the n rows that count, 0 in the others.
+
+    dloss is the loss scale S, or this micro-batch's part of it: here it enters. With all targets ignored dz is 0, as PyTorch's
+    is, although the loss is NaN. As there, a row of logits that holds a NaN has a gradient of NaN, ignored or not.
+    """
+    logits, largest, log_sum, target, n, shape, logits_format = saved
+    z = p.wide(p.cast(logits, "logits").reshape(-1, shape[-1]))
+    counts = target != ignore_index
+    each = p.xp.where(counts, p.wide(dloss) / n, 0)
+    dz = p.xp.exp(z - largest - log_sum) * each[:, None]
+    dz[p.xp.arange(target.size), p.xp.where(counts, target, 0)] -= each
+    return p.grad(dz, "logits", logits_format).reshape(shape), None
+
+
+cross_entropy = Op("cross_entropy", cross_entropy_forward, cross_entropy_backward)

@@ -1,0 +1,96 @@
+"""Normalisation over the last axis: layernorm, rmsnorm, softmax. Statistics and sums are in the accumulation format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refimpl.nn.op import Op
+from refimpl.numerics.formats import format_of
+from refimpl.precision.policy import Bound
+
+Array = Any
+
+EPS = 1e-5  # PyTorch's default for both norms here; GPT-2's too
+
+
+def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
+    """y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + 1e-5).
+
+    x (..., C), w (C,), b (C,) or None -> y (..., C). Saved: x as stored, mean and rstd (a value a row) in `acc`.
+    Source: Ba et al. 2016, arXiv 1607.06450. PyTorch: torch.nn.functional.layer_norm.
+    """
+    xc, C = p.cast(x, "x"), x.shape[-1]
+    z = p.wide(xc)
+    mean = p.row_sum(z) / C
+    rstd = 1 / p.xp.sqrt(p.row_dot(z - mean, z - mean) / C + EPS)
+    y = (z - mean) * rstd * p.wide(p.cast(w, "w"))
+    if b is not None:
+        y = y + p.wide(p.cast(b, "b"))
+    return p.out(y, "y", x), (xc, mean, rstd, format_of(x))
+
+
+def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+    """With h = (x - mean) rstd and dh = dy w:  dx = rstd (dh - mean(dh) - h mean(dh h)),  dw = sum(dy h),  db = sum(dy)."""
+    x, mean, rstd, x_format = saved
+    C, dy = x.shape[-1], p.wide(dy)
+    h = (p.wide(x) - mean) * rstd
+    dh = dy * p.wide(p.cast(w, "w"))
+    dx = (dh - p.row_sum(dh) / C - h * (p.row_dot(dh, h) / C)) * rstd
+    axes = tuple(range(dy.ndim - 1))
+    dw = p.grad((dy * h).sum(axes), "w", format_of(w))
+    db = None if b is None else p.grad(dy.sum(axes), "b", format_of(b))
+    return p.grad(dx, "x", x_format), dw, db
+
+
+def rmsnorm_forward(x: Array, w: Array, p: Bound) -> tuple[Array, Any]:
+    """y = x rrms w,  rrms = 1 / sqrt(mean(x^2) + 1e-5).
+
+    x (..., C), w (C,) -> y (..., C).
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467. PyTorch: torch.nn.functional.rms_norm(x, (C,), w, eps=1e-5).
+    """
+    xc = p.cast(x, "x")
+    z = p.wide(xc)
+    rrms = 1 / p.xp.sqrt((z * z).mean(-1, keepdims=True) + EPS)
+    return p.out(z * rrms * p.wide(p.cast(w, "w")), "y", x), (xc, rrms, format_of(x))
+
+
+def rmsnorm_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[Array, Array]:
+    """With h = x rrms and dh = dy w:  dx = rrms (dh - h mean(dh h)),  dw = sum(dy h)."""
+    x, rrms, x_format = saved
+    dy = p.wide(dy)
+    h = p.wide(x) * rrms
+    dh = dy * p.wide(p.cast(w, "w"))
+    dx = (dh - h * (dh * h).mean(-1, keepdims=True)) * rrms
+    dw = (dy * h).sum(tuple(range(dy.ndim - 1)))
+    return p.grad(dx, "x", x_format), p.grad(dw, "w", format_of(w))
+
+
+def softmax(z: Array, p: Bound) -> Array:
+    """exp(z - max z) / sum(exp(z - max z)) over the last axis, without rounding; z is in the accumulation format."""
+    e = p.xp.exp(z - z.max(-1, keepdims=True))
+    e /= p.row_sum(e)
+    return e
+
+
+def softmax_slope(dy: Array, y: Array, p: Bound) -> Array:
+    """dz = y (dy - sum(dy y)) over the last axis; both in the accumulation format."""
+    dz = dy - p.row_dot(dy, y)
+    dz *= y
+    return dz
+
+
+def softmax_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+    """y = softmax(x) over the last axis. x (..., N) -> y (..., N). PyTorch: torch.softmax(x, -1)."""
+    y = p.out(softmax(p.wide(p.cast(x, "x")), p), "y", x)
+    return y, (y, format_of(x))
+
+
+def softmax_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    """dx = y (dy - sum(dy y)), with the y that was stored."""
+    y, x_format = saved
+    return (p.grad(softmax_slope(p.wide(dy), p.wide(y), p), "x", x_format),)
+
+
+layernorm = Op("layernorm", layernorm_forward, layernorm_backward, params=(("weight", "w"), ("bias", "b")))
+rmsnorm = Op("rmsnorm", rmsnorm_forward, rmsnorm_backward, params=(("weight", "w"),))
+softmax_op = Op("softmax", softmax_forward, softmax_backward)

@@ -1,0 +1,59 @@
+"""Operations that move values and change none: reshape, transpose, split, and the recorded cast of a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refimpl.nn.op import Op
+from refimpl.numerics.formats import format_of
+from refimpl.precision.policy import Bound
+
+Array = Any
+
+
+def reshape_forward(x: Array, p: Bound, shape: tuple[int, ...]) -> tuple[Array, Any]:
+    """The same values in another shape. PyTorch: torch.reshape."""
+    return x.reshape(shape), x.shape
+
+
+def reshape_backward(dy: Array, saved: Any, p: Bound, shape: tuple[int, ...]) -> tuple[Array]:
+    """The shape back."""
+    return (dy.reshape(saved),)
+
+
+def transpose_forward(x: Array, p: Bound, axes: tuple[int, ...]) -> tuple[Array, Any]:
+    """The axes in another order. PyTorch: torch.permute."""
+    return x.transpose(axes), None
+
+
+def transpose_backward(dy: Array, saved: Any, p: Bound, axes: tuple[int, ...]) -> tuple[Array]:
+    """The order back."""
+    return (dy.transpose([axes.index(i) for i in range(len(axes))]),)
+
+
+def split_forward(x: Array, p: Bound, start: int, stop: int) -> tuple[Array, Any]:
+    """The slice start:stop of the last axis. PyTorch: one part of torch.split(x, ..., dim=-1)."""
+    return x[..., start:stop], x.shape
+
+
+def split_backward(dy: Array, saved: Any, p: Bound, start: int, stop: int) -> tuple[Array]:
+    """Zero outside the slice."""
+    dx = p.xp.zeros(saved, dy.dtype)
+    dx[..., start:stop] = dy
+    return (dx,)
+
+
+def cast_forward(w: Array, p: Bound, fmt: str) -> tuple[Array, Any]:
+    """R(w): the 16-bit copy of a parameter that all its uses in a step share. PyTorch: autocast's cached cast."""
+    return p.round(w, fmt, "w"), None
+
+
+def cast_backward(dy: Array, saved: Any, w: Array, p: Bound, fmt: str) -> tuple[Array]:
+    """The gradient of the copy, widened to the format of the parameter."""
+    return (p.grad(dy, "w", format_of(w), rounded=fmt),)
+
+
+reshape = Op("reshape", reshape_forward, reshape_backward)
+transpose = Op("transpose", transpose_forward, transpose_backward)
+split = Op("split", split_forward, split_backward)
+cast_parameter = Op("cast", cast_forward, cast_backward)

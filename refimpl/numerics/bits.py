@@ -1,0 +1,70 @@
+"""Bit patterns: an array of floats seen as unsigned integers, and the way back. No value changes, nothing is copied.
+
+Codes of the formats of 8 bits and fewer are stored so (no array library but ml_dtypes has types for them), and what is
+defined on bits is written on bits: stochastic rounding, and the 16-bit remainder of a master.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from refimpl.numerics.formats import FORMATS, format_of
+
+Array = Any
+
+_UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
+
+
+def bits_of(x: Array) -> Array:
+    """The bit patterns of an array of floats, as unsigned integers of the same size: the same memory, the same shape.
+
+    A format of 4 or 6 bits has its code in the low bits of a byte. Errors: TypeError for an array that holds no floats.
+    PyTorch: `x.view(torch.uint8)`.
+    """
+    return x.view(_UNSIGNED[FORMATS[format_of(x)].itemsize])
+
+
+def from_bits(bits: Array, fmt: str) -> Array:
+    """The values of format `fmt` that have these bit patterns: the same memory, the same shape.
+
+    Errors: TypeError for integers that are signed or of another size than the format's.
+    PyTorch: `bits.view(torch.float8_e4m3fn)`.
+    """
+    row = FORMATS[fmt]
+    if bits.dtype != _UNSIGNED[row.itemsize]:
+        raise TypeError(f"bit patterns of {fmt} are {_UNSIGNED[row.itemsize]}, not {bits.dtype}")
+    return bits.view(row.dtype)
+
+
+def resized(bits: Array, size: int) -> Array:
+    """Unsigned integers in a type of `size` bytes: exact where it is wider, their low bits where it is narrower.
+
+    The array library's own conversion, by a method that NumPy and CuPy share. Errors: TypeError for anything else.
+    """
+    if bits.dtype.kind != "u":
+        raise TypeError(f"resized: {bits.dtype} is no type of unsigned integers")
+    return bits.astype(_UNSIGNED[size], copy=False)
+
+
+def bytes_of(x: Array) -> Array:
+    """The bytes of a flat array, as a view: what ranks send to one another, whatever the format.
+
+    Errors: TypeError for an array of another shape or order, whose bytes do not lie one after the other.
+    """
+    if x.ndim != 1 or not x.flags.c_contiguous:
+        raise TypeError(f"bytes_of: a flat array in C order, not one of shape {x.shape}")
+    return x.view(np.uint8)
+
+
+def bits(x: Any) -> str:
+    """The bits of one value as sign|exponent|fraction, e.g. '0|01111|0000000000' for 1 in fp16.
+
+    x: a 0-d array of any format that has an array type of its own (TF32, stored in fp32, shows as fp32).
+    """
+    fmt = FORMATS[format_of(x)]
+    code = f"{int.from_bytes(x.tobytes(), sys.byteorder):0{8 * fmt.itemsize}b}"[-fmt.bits :]
+    ends = (fmt.sign_bits, fmt.sign_bits + fmt.exponent_bits)
+    return "|".join(part for part in (code[: ends[0]], code[ends[0] : ends[1]], code[ends[1] :]) if part)

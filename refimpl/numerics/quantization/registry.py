@@ -1,0 +1,180 @@
+"""Quantisation as a recipe names it: what a row of a policy may say in the place of a format.
+
+    Precision({"x": "e4m3-tensor", "w": "e4m3-tensor"}, "fp32", "bf16")
+
+A scheme is a function (tensor, axis that the product sums over, Place) -> Quantised. What a scheme remembers from step to step,
+and where its random bits come from, is in `Scales`: one for each run, with its state in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refimpl.numerics.quantization.fp8 import DelayedScaling, quantise_blocks, quantise_rows, quantise_tensor, quantise_tiles
+from refimpl.numerics.quantization.mx import quantise_mx
+from refimpl.numerics.quantization.nvfp4 import quantise_nvfp4
+from refimpl.numerics.quantization.quantized_tensor import Quantised
+from refimpl.numerics.quantization.rotation import BLOCK as ROTATED
+from refimpl.numerics.quantization.rotation import random_signs, rotate
+from refimpl.numerics.stochastic import random_bits, tensor_stream
+
+Array = Any
+
+
+class Place(NamedTuple):
+    """Where a tensor is quantised: the run's scales, and the tensor's name, e.g. 'transformer.h.0.mlp.c_fc.x'."""
+
+    scales: Scales
+    name: str
+
+
+Scheme = Callable[[Array, int, Place], Quantised]
+
+
+def _tensor(fmt: str, x: Array, axis: int, place: Place) -> Quantised:
+    """The scale of this tensor's own largest magnitude."""
+    return quantise_tensor(x, fmt)
+
+
+def _delayed(fmt: str, x: Array, axis: int, place: Place) -> Quantised:
+    """The scale of the largest magnitude of past steps."""
+    return place.scales.delayed_scaling(place.name, fmt).quantise(x)
+
+
+def _rows(fmt: str, x: Array, axis: int, place: Place) -> Quantised:
+    """A scale for each row (column) that the product sums over."""
+    return quantise_rows(x, fmt, axis)
+
+
+def _tiles(fmt: str, x: Array, axis: int, place: Place) -> Quantised:
+    """A scale for each 128 that the product sums over."""
+    return quantise_tiles(x, fmt, axis)
+
+
+def _blocks(fmt: str, x: Array, axis: int, place: Place) -> Quantised:
+    """A scale for each 128 x 128."""
+    return quantise_blocks(x, fmt)
+
+
+def _mx(fmt: str, rule: str, x: Array, axis: int, place: Place) -> Quantised:
+    """A power of two for each 32."""
+    return quantise_mx(x, fmt, axis, rule)
+
+
+def _nvfp4(x: Array, axis: int, place: Place, square: bool = False, stochastic: bool = False) -> Quantised:
+    """An e4m3 scale for each 16 (or 16 x 16), and one for the tensor."""
+    bits = place.scales.random_bits(place.name, x.shape) if stochastic else None
+    return quantise_nvfp4(x, axis, square=square, bits=bits)
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "e4m3-tensor": partial(_tensor, "e4m3"),
+    "e5m2-tensor": partial(_tensor, "e5m2"),
+    "e4m3-delayed": partial(_delayed, "e4m3"),
+    "e5m2-delayed": partial(_delayed, "e5m2"),
+    "e4m3-rows": partial(_rows, "e4m3"),
+    "e4m3-1x128": partial(_tiles, "e4m3"),
+    "e4m3-128x128": partial(_blocks, "e4m3"),
+    **{f"mx-{fmt}-{rule}": partial(_mx, fmt, rule)
+       for fmt in ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1") for rule in ("floor", "ceil", "rceil", "even")},
+    "nvfp4": _nvfp4,
+    "nvfp4-16x16": partial(_nvfp4, square=True),
+    "nvfp4-sr": partial(_nvfp4, stochastic=True),
+    "nvfp4-rotated": _nvfp4,
+    "nvfp4-rotated-sr": partial(_nvfp4, stochastic=True),
+}  # fmt: skip
+"""By the name that a policy has for it. Sources: see the functions that they call."""
+
+ROTATING = frozenset({"nvfp4-rotated", "nvfp4-rotated-sr"})
+"""Schemes for both operands of a product, which are rotated alike before they are rounded, so that the rotation cancels."""
+
+
+@dataclass
+class Scales:
+    """What quantisation remembers in one run.
+
+    seed: of all its random bits; passes: training passes made, of which each has its own. delayed: the state of delayed
+    scaling by the tensor's name and format. A frozen copy (for evaluation) uses the state and leaves it alone.
+    over_ranks: magnitudes of one rank -> the largest of all (`Comm.largest`), so that all have the same scales.
+    """
+
+    seed: int = 0
+    passes: int = 0
+    delayed: dict[str, DelayedScaling] = field(default_factory=dict)
+    is_frozen: bool = False
+    over_ranks: Callable[[Array], Array] = lambda largest: largest
+    _draws: dict[str, int] = field(default_factory=dict)
+    _streams: dict[int, str] = field(default_factory=dict, repr=False)
+
+    def quantise(self, scheme: str, x: Array, axis: int, name: str) -> Quantised:
+        """Quantise the tensor of that name. axis: the one that the product sums over."""
+        return SCHEMES[scheme](self.source(scheme, x, axis), axis, Place(self, name))
+
+    def source(self, scheme: str, x: Array, axis: int) -> Array:
+        """What a scheme rounds: x, rotated if it is of those that rotate and 16 divides what is summed over."""
+        return rotate(x, random_signs(self.seed), axis) if scheme in ROTATING and x.shape[axis] % ROTATED == 0 else x
+
+    def delayed_scaling(self, name: str, fmt: str) -> DelayedScaling:
+        """The state of one tensor in one format, new at its first use."""
+        key = f"{name}.{fmt}"
+        state = self.delayed.get(key) or DelayedScaling(fmt)
+        if self.is_frozen:
+            return replace(state, amax_history=state.amax_history.copy())
+        self.delayed[key] = state
+        return state
+
+    def random_bits(self, name: str, shape: tuple[int, ...]) -> Array:
+        """32 bits for each element: others for each tensor, each use of it in a pass, and each pass.
+
+        Errors: ValueError for a tensor whose name has the stream of another's, which would draw the same bits.
+        """
+        stream = tensor_stream(name)
+        if self._streams.setdefault(stream, name) != name:
+            raise ValueError(f"{name} and {self._streams[stream]} would draw the same random bits: one needs another name")
+        use = self._draws[name] = self._draws.get(name, -1) + 1
+        n = int(np.prod(shape))
+        return random_bits(self.seed, self.passes, use << 40, n, stream).reshape(shape)
+
+    def after_pass(self) -> None:
+        """At the end of a training pass: largest magnitudes become the next pass's scales. Nothing, if frozen."""
+        self._draws.clear()
+        if self.is_frozen:
+            return
+        states = [self.delayed[name] for name in sorted(self.delayed)]
+        if states:
+            largest = self.over_ranks(np.array([state.amax_history[0] for state in states], np.float32))
+            for state, magnitude in zip(states, largest, strict=True):
+                state.amax_history[0] = magnitude
+                state.update()
+        self.passes += 1
+
+    def frozen(self) -> Scales:
+        """For passes that are no training: nothing that they see is remembered."""
+        return replace(self, is_frozen=True, _draws={})
+
+    def arrays(self) -> dict[str, Array]:
+        """What a checkpoint keeps beside `passes`: name.format.array -> array."""
+        return {f"{name}.{key}": array for name, state in self.delayed.items() for key, array in state.arrays().items()}
+
+    def load(self, passes: int, arrays: Mapping[str, Array]) -> None:
+        """The way back. Errors: ValueError, before anything is changed, for what `arrays` does not make, or leaves out."""
+        kept: dict[str, dict[str, Array]] = {}
+        for name, array in arrays.items():
+            tensor, _, key = name.rpartition(".")
+            kept.setdefault(tensor, {})[key] = array.copy()
+        delayed = {}
+        for tensor, state in kept.items():
+            name, _, fmt = tensor.rpartition(".")
+            fresh = DelayedScaling(fmt)
+            if not name or state.keys() != fresh.arrays().keys():
+                raise ValueError(f"{tensor} is not the whole state of a tensor: {', '.join(state)}")
+            for key, array in fresh.arrays().items():
+                if state[key].ndim != array.ndim or state[key].dtype != array.dtype or not state[key].size:
+                    raise ValueError(f"{tensor}.{key} is {state[key].dtype} {state[key].shape}")
+            delayed[tensor] = DelayedScaling(fmt, len(state["amax_history"]), **state)
+        self.passes, self.delayed = passes, delayed

@@ -1,0 +1,418 @@
+"""Judging a trace: is each step of somebody's run what the recipe says, and if not, where does it depart, and why?
+
+Every step of the trace is taken once more by our code *from the trace's own values*: from its masters and moments before
+the step, on its batch, and after each stage its tensors replace ours. So no difference is carried on, and each point is
+bounded by what it can do by itself (`bounds.py`). Parameters and operations are judged one by one: what the trace lacks of
+one leaves the others as they are. What cannot be judged is listed with the reason (`coverage.py`).
+
+A trace that departs is explained by trying the known mistakes (`mistakes.py`): the same replay with a mistake switched
+in; those with which everything up to there is within its bounds are named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from refimpl.backends.base import NUMPY
+from refimpl.errors import UsageError
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import FORMATS
+from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
+from refimpl.parity.findings import Finding, find, without_overflows
+from refimpl.parity.operations import Basis, Operation, bases, operations_of, together
+from refimpl.parity.replay_start import resume_from, start_from
+from refimpl.parity.tolerances import Bounds, U, fp64, l2, norm_error, update_bound
+from refimpl.parity.trace import BY_PLACE, POINTS, SCALE_STATE, Recorder, Trace, in_batch, key, like, split_batch
+from refimpl.parity.trace_checks import checked
+from refimpl.parity.trace_settings import OWN_RATES, stated
+from refimpl.precision.policies import ATTENTION
+from refimpl.precision.recipes import RECIPES
+from refimpl.step import through
+from refimpl.training.config import Config
+from refimpl.training.mistakes import MISTAKES, meddle
+from refimpl.training.setup import plain_optimizer
+
+Array = Any
+
+
+JUDGED = tuple(
+    name for name, recipe in RECIPES.items() if recipe.policy.in_formats and {*recipe.state_storages().values()} <= {*FORMATS}
+)
+"""Recipes whose every rounding is to nearest, to a format, and whose sums are in FP32: what the bounds are derived for."""
+
+
+# -- one step, from the trace's own values -----------------------------------------------------------------------------
+
+
+class ByUpdate:
+    """A table by the number of updates made, as an optimizer has it, without an end: a row is computed when it is read."""
+
+    def __init__(self, row: Callable[[int], Any]) -> None:
+        self.row, self.changed = row, dict[int, Any]()
+
+    def __getitem__(self, t: Any) -> np.ndarray:
+        return np.array(self.changed.get(int(t), self.row(int(t))), np.float64)
+
+    def __setitem__(self, t: Any, row: Any) -> None:
+        self.changed[int(t)] = row
+
+
+class Judge:
+    """Replays the steps of a trace under one configuration, with or without a mistake, and yields a finding a tensor.
+
+    The parts keep what goes on from step to step: the number of updates, the loss scale with its counters, and whatever else
+    a mistake forgets to renew. `lost` says why number and scale are not known; it is '' while they are.
+    `reasons` tells of each tensor that was not judged why, once all findings have been asked for.
+
+    What the trace states of its optimizer, schedule and loss scale takes the place of the configuration's, and so does the
+    number of its micro-batches. `notes` says so, and which names were mapped.
+
+    Errors: UsageError for a recipe that no bounds are derived for, and for anything malformed in the trace.
+    """
+
+    def __init__(self, config: Config, theirs: Trace, mistake: str = "none") -> None:
+        if config.recipe not in JUDGED:
+            raise UsageError(f"traces of recipe {config.recipe} cannot be judged, only those of {', '.join(JUDGED)}")
+        config, changed = stated(config, theirs.settings)
+        model = config.make_model()
+        self.theirs, mapped = checked(theirs, model)
+        self.operations: list[Operation] = operations_of(model)
+        # What attention reads: its gradient is rounded on the way, so that it can overflow without being large.
+        self._inside = {place for op in self.operations if op.kind == "attention" for place in op.inputs}
+        n = max((len(self.theirs.inputs(step) or ()) for step in self.theirs.steps), default=0)
+        if n and n != config.grad_accum:
+            config, changed = replace(config, grad_accum=n), [*changed, f"the trace has {n} micro-batches per step"]
+        self.notes = [*mapped, *changed]
+        self.own_rates = theirs.settings.get("schedule") == OWN_RATES
+        self.parts, self.ours = config.make_parts(NUMPY), Trace()
+        self.recorder = Recorder(self.parts, self.ours, follow=self.theirs)
+        meddle(mistake, self.parts)
+        start_from(self.theirs, self.parts)
+        self.lost = ""
+        self.reasons: dict[str, str] = {}
+
+    def findings(self) -> Iterator[Finding]:
+        """All tensors of all steps, in the order in which a step computes them."""
+        previous = 0
+        for step in self.theirs.steps:
+            if step != previous + 1:
+                self.lost = f"nothing is there of step {previous + 1}"
+            self.recorder.step = previous = step
+            with np.errstate(all="ignore"):
+                yield from self._step(step)
+
+    def _step(self, step: int) -> Iterator[Finding]:
+        parts, theirs = self.parts, self.theirs
+        unknown = self._put_states(step - 1)
+        yield from self._weights(step)
+        if not self.lost:
+            self.recorder.put("2.loss_scale", "", parts.loss_scale.scale)
+            yield from self._equal(step, "2.loss_scale")
+        self._give_reason(step, "2.loss_scale", self.lost)
+        S, no_scale = theirs.get(step, "2.loss_scale"), ""
+        if S is None:
+            S = parts.loss_scale.scale
+            no_scale = "2.loss_scale is missing" if self.lost and parts.loss_scale.adapts else ""
+        S = cast(S, "fp32")
+        weights = {name: f"1.weights of {name} is missing" for name in self._unread}
+        yield from self._through(step, S, weights, no_scale)
+        found = yield from self._update(step, S, no_scale, unknown)
+        yield from self._counters(step, found)
+
+    def _put_states(self, step: int) -> dict[tuple[str, str], str]:
+        """Our masters and moments become theirs after a step. Returns what is missing: (kind, parameter) -> in words."""
+        state, unknown = self.parts.state, dict[tuple[str, str], str]()
+        for kind in ("m", "v", "master"):
+            buffer = state.master if kind == "master" else state.buffers.get(kind)
+            if buffer is None or (kind != "master" and step == 0 and not self.theirs.at(0, f"4.{kind}")):
+                continue  # the moments of a run that begins are zero
+            given = self._take(step, f"4.{kind}", state.layout.views(buffer))
+            for name in state.layout.slots.keys() - given:
+                unknown[kind, name] = f"4.{kind} of {name} after step {step} is missing"
+        return unknown
+
+    def _weights(self, step: int) -> Iterator[Finding]:
+        """Stage 1. `_unread` are then the parameters whose weights nobody knows."""
+        state = self.parts.state
+        masters = self.theirs.at(step - 1, "4.master").keys() & state.layout.slots.keys()
+        if masters:
+            state.weights_down()
+            for name in state.layout.slots:
+                if name in masters:
+                    self.recorder.put("1.weights", name, state.weight_views[name])
+            yield from self._equal(step, "1.weights")
+        given = self._take(step, "1.weights", state.weight_views)
+        self._unread = [name for name in state.layout.slots if name not in given | masters]
+        for name in given - masters:
+            self._give_reason(step, "1.weights", f"4.master of {name} after step {step - 1} is missing", name)
+
+    def _take(self, step: int, point: str, views: Mapping[str, Array]) -> set[str]:
+        """Our arrays become theirs, as far as they are there. Returns their names."""
+        tensors = self.theirs.at(step, point)
+        for name, tensor in tensors.items():
+            views[name][...] = like(tensor, views[name], f"{point} of {name}")
+        return set(tensors)
+
+    def _pairs(self, step: int, point: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """(name, ours, theirs) of a point, in our order, as far as both have it."""
+        ours = self.ours.at(step, point)
+        single = self.ours.get(step, point)
+        for name, array in (ours if single is None else {"": single}).items():
+            other = self.theirs.get(step, point, name)
+            if other is not None:
+                yield name, array, other
+
+    def _equal(self, step: int, point: str) -> Iterator[Finding]:
+        for name, ours, theirs in self._pairs(step, point):
+            yield find(step, point, name, ours, theirs, 0.0)
+
+    def _give_reason(self, step: int, point: str, reason: str, name: str | None = None) -> None:
+        """Note why a tensor was not judged, or none of a point, unless there is no reason."""
+        if reason:
+            names = (list(self.theirs.at(step, point)) or [""]) if name is None else [name]
+            for each in names:
+                self.reasons.setdefault(key(step, point, each), reason)
+
+    # -- stage 2 ----------------------------------------------------------------------------------------------------
+
+    def _through(self, step: int, S: Array, unread: Mapping[str, str], no_scale: str) -> Iterator[Finding]:
+        """Forward and backward. See `Bounds` for the two judges."""
+        parts, theirs, points = self.parts, self.theirs, ("2.activations", "2.loss", "2.activation_grads", "2.grads")
+        if not any(theirs.at(step, point) or theirs.get(step, point) is not None for point in points):
+            return
+        batches = theirs.inputs(step)
+        if batches is None:
+            for point in points:
+                self._give_reason(step, point, "0.tokens or 0.targets is missing")
+            return
+        loss = through(parts.model, batches, parts.state, S, parts.run)
+        self.recorder.put("2.loss", "", loss)
+        self.recorder.grads(parts.state)
+        bounds = Bounds(parts, self.ours, theirs, step, batches, S)
+        known = self._bases(step, len(batches), unread, no_scale)
+        overflowed = self._overflowed(self.ours, step) and self._overflowed(theirs, step)
+        for point in points:
+            for name, a, b in self._pairs(step, point):
+                basis = known[point, name]
+                missing = basis.missing or (next(iter(unread.values()), "") if basis.weak else "")
+                if missing:
+                    self._give_reason(step, point, missing, name)
+                    continue
+                if overflowed and point in ("2.activation_grads", "2.grads"):
+                    alone = not basis.weak and len(batches) == 1 and name not in self._inside
+                    a, b = without_overflows(a, b, bounds.overflow / 4 if alone else 0.0)
+                lacking = f"{basis.recomputed[0]} is missing" if basis.weak else ""
+                note = "" if point == "2.loss" else bounds.wrong_format(a, b)
+                yield find(step, point, name, a, b, bounds.of(point, name, a, b, basis.weak), lacking, note)
+        for point in BY_PLACE:
+            for name in theirs.at(step, point):
+                if split_batch(name)[1] > len(batches):
+                    self._give_reason(step, point, f"the batch of the step has {len(batches)} micro-batches", name)
+
+    def _bases(self, step: int, n: int, unread: Mapping[str, str], no_scale: str) -> dict[tuple[str, str], Basis]:
+        """What each tensor of stage 2 is judged by, all micro-batches together."""
+        traced = {point: self.theirs.at(step, point).keys() for point in BY_PLACE}
+        batches = [bases(self.operations, i, traced, unread, no_scale) for i in range(1, n + 1)]
+        result = {("2.loss", ""): together(batch.loss for batch in batches)}
+        for i, batch in enumerate(batches, 1):
+            result |= {("2.activations", in_batch(place, i)): basis for place, basis in batch.activations.items()}
+            result |= {("2.activation_grads", in_batch(place, i)): basis for place, basis in batch.activation_grads.items()}
+        return result | {("2.grads", name): together(batch.grads[name] for batch in batches) for name in batches[0].grads}
+
+    def _overflowed(self, trace: Trace, step: int) -> bool:
+        return not all(np.isfinite(fp64(g)).all() for g in trace.at(step, "2.grads").values())
+
+    # -- stages 3 and 4 ---------------------------------------------------------------------------------------------
+
+    def _update(self, step: int, S: Array, no_scale: str, unknown: Mapping[tuple[str, str], str]) -> Any:
+        """From their gradients on, parameter by parameter. A generator that returns whether the step was skipped, or None
+        where that is not known."""
+        parts, state, relative = self.parts, self.parts.state, norm_error(self.parts.state.layout.size)
+        state.grads[...] = 0
+        given = self._take(step, "2.grads", state.grad_views)
+        absent = {name: f"2.grads of {name} is missing" for name in state.layout.slots if name not in given}
+        skipped = self._skipped(step, given, absent)
+        if not given or no_scale:  # nothing to update from: time goes on all the same
+            self._no_update(step, "2.grads of all parameters are missing" if not given else no_scale)
+            state.t = state.t + (not skipped)
+            return skipped
+        before = {kind: buffer.copy() for kind, buffer in state.buffers.items()}
+        inverse = inverse_of(S)
+        found, norm = check_and_measure(state, inverse)
+        clip, no_clip = clip_coefficient(norm, parts.max_norm), ""
+        if absent:
+            clip, no_clip = self._their_clip(step, next(iter(absent.values())))
+            found = np.bool_(skipped)
+        no_rate = self._plan(step)
+        parts.optimizer.update(state, inverse, clip, found)
+        self.recorder.put("3.norm", "", norm)
+        self.recorder.states(parts)
+        yield from self._unscaled(step, inverse, relative, absent)
+        yield from self._norm(step, relative, next(iter(absent.values()), ""))
+        if not self.lost and not no_rate:
+            for name, a, b in self._pairs(step, "4.lr"):
+                yield find(step, "4.lr", name, a, b, 4 * U * l2(a))  # computed in double precision, perhaps kept in FP32
+        self._give_reason(step, "4.lr", self.lost or no_rate)
+        reason = "" if skipped else self.lost or no_clip or (no_rate if self.theirs.get(step, "4.lr") is None else "")
+        if skipped is None:
+            reason = "3.found_inf is missing: nobody knows whether the step was skipped"
+        for kind in ("4.m", "4.v", "4.master"):
+            self._give_reason(step, kind, reason)
+        if not reason:
+            yield from self._states(step, before, relative, {} if skipped else absent, unknown)
+        return skipped
+
+    def _skipped(self, step: int, given: set[str], absent: Mapping[str, str]) -> bool | None:
+        """Whether a step was skipped, by its gradients or by what the trace says; None where neither tells."""
+        views, told = self.parts.state.grad_views, self.theirs.get(step, "3.found_inf")
+        if any(not np.isfinite(fp64(views[name])).all() for name in given):
+            return True
+        scale = self.parts.loss_scale
+        if absent and told is None and (scale.adapts or float(scale.scale) != 1):
+            return None
+        return bool(absent and told)
+
+    def _no_update(self, step: int, reason: str) -> None:
+        """Note that nothing of stages 3 and 4 can be judged but the loss scale."""
+        for point in ("3.unscaled", "3.found_inf", "3.norm", "4.clip", "4.lr", "4.m", "4.v", "4.master"):
+            self._give_reason(step, point, reason)
+
+    def _their_clip(self, step: int, absent: str) -> tuple[Array | float, str]:
+        """The clip coefficient where our norm is not that of all gradients: by the trace's own norm, or as the trace has it.
+
+        Returns it, and why it is not known, or ''.
+        """
+        norm, clip = self.theirs.get(step, "3.norm"), self.theirs.get(step, "4.clip")
+        if math.isinf(self.parts.max_norm):
+            return 1.0, ""
+        if norm is not None:
+            return clip_coefficient(cast(norm, self.parts.state.math_format), self.parts.max_norm), ""
+        if clip is not None:
+            return cast(clip, self.parts.state.math_format), ""
+        return 1.0, f"{absent}, and so are 3.norm and 4.clip"
+
+    def _plan(self, step: int) -> str:
+        """Update by the trace's own learning rate, where it has one that is not the schedule's.
+
+        Returns why the schedule has no rate for this step, or ''.
+        """
+        optimizer = plain_optimizer(self.parts.optimizer)
+        schedule, rule, now = optimizer.schedule, optimizer.rule, int(self.parts.state.t)
+        own, rate = self.theirs.get(step, "4.lr"), schedule(now)
+        if own is not None and abs(float(own) - rate) > 4 * U * rate:
+            rate = float(own)
+        optimizer.learning_rates = ByUpdate(schedule)
+        optimizer.scalars = ByUpdate(lambda t: rule.scalars(schedule(t), t + 1))
+        optimizer.scalars[now] = rule.scalars(rate, now + 1)
+        if self.own_rates:
+            return "the trace's rates are its own"
+        return f"the schedule ends after {schedule.steps} updates" if now >= schedule.steps else ""
+
+    def _unscaled(self, step: int, inverse: Array, relative: float, absent: Mapping[str, str]) -> Iterator[Finding]:
+        state = self.parts.state
+        for name, reason in absent.items():
+            self._give_reason(step, "3.unscaled", reason, name)
+        for name, a, b in self._pairs(step, "3.unscaled"):
+            if name not in absent:
+                # Exact, but for a mistake that has a clip coefficient in it already.
+                plain = widen(state.grad_views[name], state.math_format) * inverse
+                exact = np.array_equal(a, plain, equal_nan=True)
+                yield find(step, "3.unscaled", name, a, b, 0.0 if exact else relative * l2(a))
+
+    def _norm(self, step: int, relative: float, absent: str) -> Iterator[Finding]:
+        """found_inf, norm and clip coefficient: what all gradients together make."""
+        overflow = any(not np.isfinite(fp64(g)).all() for g in self.theirs.at(step, "2.grads").values())
+        if overflow or not absent:
+            yield from self._equal(step, "3.found_inf")
+        self._give_reason(step, "3.found_inf", absent)
+        self._give_reason(step, "3.norm", absent)
+        no_clip = absent if self.theirs.get(step, "3.norm") is None else ""
+        self._give_reason(step, "4.clip", no_clip)
+        for point in ("3.norm", "4.clip"):
+            if not (absent if point == "3.norm" else no_clip):
+                for name, a, b in self._pairs(step, point):
+                    yield find(step, point, name, a, b, relative * l2(a))
+
+    def _states(
+        self, step: int, before: dict[str, Array], norm_relative: float, absent: Mapping[str, str],
+        unknown: Mapping[tuple[str, str], str],
+    ) -> Iterator[Finding]:  # fmt: skip
+        """A moment is made from itself and the gradient; the masters from all."""
+        state, kinds = self.parts.state, ("m", "v", "master")
+        clipped = float(self.ours.tensors.get(f"{step}/4.clip", np.array(1.0))) < 1
+        relative = (norm_relative if clipped else 0.0) + 16 * U
+        for kind in kinds:
+            stored = "weights" if kind == "master" and "master" not in state.buffers else kind
+            starts = state.layout.views(before[stored]) if stored in before else {}
+            for name, a, b in self._pairs(step, f"4.{kind}") if starts else ():
+                needs = [unknown.get((each, name), "") for each in (kinds if kind == "master" else (kind,))]
+                reason = absent.get(name, "") or next(filter(None, needs), "")
+                if reason:
+                    self._give_reason(step, f"4.{kind}", reason, name)
+                else:
+                    yield find(step, f"4.{kind}", name, a, b, update_bound(a, starts[name], relative, state.formats[stored]))
+
+    def _counters(self, step: int, skipped: bool | None) -> Iterator[Finding]:
+        """The loss scale and the number of updates after the step; where nobody knows them, the trace's own from here on."""
+        parts, points = self.parts, (*SCALE_STATE, "4.t")
+        if skipped is None:
+            self.lost = self.lost or f"nothing tells whether step {step} was skipped (3.found_inf)"
+        parts.loss_scale.update(np.bool_(skipped))
+        self.recorder.counters(parts)
+        for point in points:
+            if not self.lost:
+                yield from self._equal(step, point)
+            self._give_reason(step, point, self.lost)
+        if self.lost and resume_from(self.theirs, parts, step):
+            self.lost = ""
+
+
+# -- verdict and explanation -------------------------------------------------------------------------------------------
+
+
+def judge(config: Config, theirs: Trace, mistake: str = "none") -> list[Finding]:
+    """All findings on a trace. Errors: UsageError when it is another model's or recipe's, or leaves nothing to judge."""
+    found = list(Judge(config, theirs, mistake).findings())
+    if not found:
+        raise UsageError("nothing in this trace can be judged: see docs/traces.md for what each point needs beside it")
+    return found
+
+
+def explanations(config: Config, theirs: Trace, first: Finding) -> list[str]:
+    """Return the names of the known mistakes that explain a departure, those alone that explain the most.
+
+    A mistake explains it if the tensor that departs, and all up to it, are within their bounds once it is switched into the
+    replay; it explains more, the later the trace departs from it too. Another way to compute attention, '--attention fused',
+    is no mistake: it is named, and alone, where that tensor is nearer to it than to what any mistake makes.
+    """
+    reach: dict[str, tuple[tuple[float, int], float]] = {}
+    order, in_attention = list(POINTS), first.point.startswith("2.") and config.model == "gpt"
+    others = [kind for kind in ATTENTION if kind != config.attention and in_attention]
+    # All of a step comes from the trace's own values, so a mistake changes nothing before the point where it shows, but for
+    # what goes on from step to step by itself.
+    carried = first.point in ("2.loss_scale", "4.lr", "4.t", *SCALE_STATE)
+    tried = [m.name for m in MISTAKES.values() if carried or order.index(m.departs) <= order.index(first.point)]
+    ways = {f"--attention {kind}": (replace(config, attention=kind), "none") for kind in others}
+    for name, (other, mistake) in ({name: (config, name) for name in tried} | ways).items():
+        try:
+            findings = Judge(other, theirs, mistake).findings()
+        except UsageError:  # the recipe leaves no room for it
+            continue
+        error, end = math.inf, (math.inf, 0)
+        for finding in findings:
+            at = (finding.step, order.index(finding.point))
+            if finding.departs:
+                end = at
+                break
+            if (finding.step, finding.point, finding.name) == (first.step, first.point, first.name):
+                error = finding.error
+        if error <= 1 and end > (first.step, order.index(first.point)):
+            reach[name] = end, error
+    errors = {name: error for name, (end, error) in reach.items() if end == max(end for end, _ in reach.values())}
+    nearest = min(errors, key=lambda name: errors[name], default="")
+    return [nearest] if nearest in ways else [name for name in errors if name not in ways]

@@ -1,0 +1,139 @@
+"""Which known mistakes the judge finds and names, in which settings: the table of docs/traces.md.
+
+Each mistake is made in a small run of its own settings, with one micro-batch and with three, with our betas and with PyTorch's.
+The trace is judged as it is, then without the one activation in which the mistake shows first, then without any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+from refimpl.parity.coverage import coverage, verdict
+from refimpl.parity.judge import Judge, explanations
+from refimpl.parity.replay_start import start_from
+from refimpl.parity.trace import BY_PLACE, Recorder, Trace, key, parse_key, record, split_batch, write_down
+from refimpl.training.config import Config
+from refimpl.training.mistakes import MISTAKES, meddle
+
+SIZES: dict[str, Any] = {
+    "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "lr": 1e-3, "steps": 2, "warmup": 1,
+    "recipe": "fp16",
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "norm-in-16-bits": {"recipe": "amp-bf16"},
+    "gradients-not-zeroed": {"recipe": "amp-bf16"},  # a loss scale makes what is left 65536 times smaller than what is added
+    "mean-of-means": {"examples": "lines"},
+    "unscale-by-updated-scale": {"init_scale": 256, "growth_interval": 1},
+    "ignore-inf": {"init_scale": 2**24},
+    "scale-never-backs-off": {"init_scale": 2**24},
+    "t-advances-on-skip": {"init_scale": 2**24},
+    "scheduler-steps-on-skip": {"init_scale": 2**24},
+    "scaler-not-restored": {"init_scale": 2**20},
+}
+"""What a mistake needs beside the sizes in order to show: a recipe, a scale that overflows or grows, unequal micro-batches."""
+
+MICRO_BATCHES = (1, 3)
+BETAS: tuple[dict[str, Any], ...] = ({}, {"beta2": 0.999})
+"""Ours are (0.9, 0.95), PyTorch's (0.9, 0.999)."""
+
+NEEDS_SEVERAL = ("accumulate-in-16-bits", "loss-not-averaged", "mean-of-means", "unscale-each-micro-batch")
+
+
+def config_for(name: str, **more: Any) -> Config:
+    """The run in which a mistake shows."""
+    return Config.of({**SIZES, **SETTINGS.get(name, {}), **more})
+
+
+def trace_with(name: str, **more: Any) -> Trace:
+    """A trace of a run with the mistake in it."""
+    wrong = config_for(name, **more, mistake=name)
+    return resumed(wrong) if name == "scaler-not-restored" else record(wrong)
+
+
+def resumed(config: Config, after: int = 1) -> Trace:
+    """A trace of a run's later steps, from a checkpoint after the first few on; there the mistake is made.
+
+    What a checkpoint holds stands at step 0: masters, moments, number of updates, and the loss scale with its counters.
+    """
+    right = record(replace(config, mistake="none"))
+    start = {key(0, point, name): x for k, x in right.tensors.items() for step, point, name in [parse_key(k)]
+             if step == after and point.startswith("4.") and point not in ("4.clip", "4.lr")}  # fmt: skip
+    parts, trace = config.make_parts(config.make_backend()), Trace(asdict(config), dict(start))
+    recorder = Recorder(parts, trace)
+    meddle(config.mistake, parts)
+    start_from(trace, parts)
+    for kind in ("m", "v", "master"):
+        for name, view in parts.state.layout.views(parts.state.buffers[kind]).items():
+            view[...] = start[key(0, f"4.{kind}", name)]
+    write_down(recorder, parts, (right.inputs(step) or [] for step in right.steps if step > after))
+    return trace
+
+
+def without(trace: Trace, places: Iterable[str] | None) -> Trace:
+    """A trace without activations and their gradients: those of some places, or all (None)."""
+
+    def kept(text: str) -> bool:
+        _, point, name = parse_key(text)
+        return point not in BY_PLACE or (places is not None and split_batch(name)[0] not in places)
+
+    return Trace(trace.config, {k: x for k, x in trace.tensors.items() if kept(k)}, trace.settings)
+
+
+def outcome(config: Config, trace: Trace, name: str) -> tuple[str, str]:
+    """Return 'named', 'found' or 'not judged', and the place where the trace departs first ('' elsewhere).
+
+    'named' means the mistake's own name and no other; 'AGREES' would be the judge's failure.
+    """
+    judge = Judge(config, trace)
+    findings = list(judge.findings())
+    first = next((finding for finding in findings if finding.departs), None)
+    if first is None:
+        said = verdict(findings, coverage(trace, findings, judge.reasons))
+        return {"PARTLY JUDGED": "not judged"}.get(said, said), ""
+    place = split_batch(first.name)[0] if first.point in BY_PLACE else ""
+    return "named" if explanations(config, judge.theirs, first) == [name] else "found", place
+
+
+def row(name: str) -> list[str]:
+    """Return the table's line of a mistake: its settings, then the outcome for each number of micro-batches and each trace."""
+    cells = [f"`{name}`", flags(SETTINGS.get(name, {}))]
+    for n in MICRO_BATCHES:
+        if n == 1 and name in NEEDS_SEVERAL:
+            cells += ["-"] * 3
+            continue
+        both = [outcomes(name, {"grad_accum": n, **betas}) for betas in BETAS]
+        cells += [ours if ours == torchs else f"{ours}; {torchs}" for ours, torchs in zip(*both, strict=True)]
+    return cells
+
+
+def outcomes(name: str, more: dict[str, Any]) -> list[str]:
+    """The outcome with all activations, without the one in which the mistake shows first, and without any."""
+    config, trace = config_for(name, **more), trace_with(name, **more)
+    whole, place = outcome(config, trace, name)
+    others = (without(trace, [place or "transformer.wpe"]), without(trace, None))
+    return [whole, *(outcome(config, other, name)[0] for other in others)]
+
+
+def flags(settings: dict[str, Any]) -> str:
+    """Settings as flags of `scripts/trace.py record`."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+
+
+HEADER = ("mistake", "settings", "1: all", "but one", "none", "3: all", "but one", "none")
+
+
+def table(names: Iterable[str] = MISTAKES, done: Callable[[str], None] = lambda line: None) -> str:
+    """Return the table in Markdown, and tell `done` of each line as soon as it is there."""
+    lines = [_line(HEADER), _line(["---"] * len(HEADER))]
+    for text in lines:
+        done(text)
+    for name in names:
+        lines.append(_line(row(name)))
+        done(lines[-1])
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

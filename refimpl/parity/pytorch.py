@@ -1,0 +1,315 @@
+"""refimpl against PyTorch: the same training side by side, and where it departs.
+
+Two questions are asked, each with its own rule.
+
+*Trajectories.* Both sides run freely from the same weights on the same batches. Rounding differences grow from step to
+step, so what is bounded is their size relative to the distance that the weights have moved (`TRAJECTORY`): the bars are
+what PyTorch shows against itself when only its instruction set or its number of threads changes, with some room.
+Those bars are for smooth functions. Where the input of a ReLU is within rounding of zero, two correct runs may take
+different branches, and from there part by a finite amount: PyTorch with its hidden units in another order parts from
+itself by up to 5e-3 in FP32. So our ReLUs take PyTorch's branches, and where they would have taken the other one, the input
+must be as near to zero as the bar of the weights allows (`Branches`).
+
+*Stages.* PyTorch's first steps are written down as a trace, and each is judged by itself, from PyTorch's own values
+(`judge.py`): weights, loss, gradients, unscaled gradients, norm, moments, masters and loss scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refimpl.backends.base import NUMPY
+from refimpl.errors import UsageError
+from refimpl.nn.op import Op
+from refimpl.numerics.cast import widen
+from refimpl.numerics.formats import format_of
+from refimpl.optim.state import Sink, State
+from refimpl.parity.findings import Finding
+from refimpl.parity.judge import judge
+from refimpl.parity.trace import Trace
+from refimpl.precision.policy import Bound
+from refimpl.training.config import Config
+from refimpl.training.data import load_corpus, sample_batch
+from refimpl.training.memory_limits import need, require_memory
+
+if TYPE_CHECKING:
+    from refimpl.parity.pytorch_model import Twin
+
+Array = Any
+Tensors = Mapping[str, np.ndarray]
+
+RECIPES = ("fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu")
+TRAJECTORY = {"fp32": (1e-5, 1e-3), "16 bits": (1e-3, 5e-2)}
+"""Bars of a 50-step trajectory: (median over its steps of the absolute difference of the loss, relative L2 of the weights'
+difference to their move).
+
+PyTorch's AVX2 build parts from its AVX512 build by 5.4e-4 of the move in FP32 and 2.6e-2 in 16 bits. Runs of our own that add
+the products of a sum in the opposite order have medians up to 1.3e-4 in BF16 and 4.9e-5 in FP16 (40 seeds each). The largest
+difference of a step would be no use: 2 of those 40 pairs in BF16 pass 5e-3 at a single step, whose batch is an odd one.
+"""
+TRAJECTORY_ROWS = 256
+"""Predictions a batch in those figures. Loss and gradient are means over them, and rounding errors of different rows are
+independent: over fewer rows both bars are wider by the square root."""
+STAGE_STEPS = 3
+
+
+@dataclass
+class Comparison:
+    """All that a comparison found."""
+
+    recipe: str
+    predictions: int  # of which a step's loss is the mean
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    spread: dict[str, float] = field(default_factory=dict)
+    branches: Branches = field(default_factory=lambda: Branches())
+
+    @property
+    def bars(self) -> tuple[float, float]:
+        loss, drift = TRAJECTORY["fp32" if self.recipe == "fp32" else "16 bits"]
+        fewer_rows = math.sqrt(max(1.0, TRAJECTORY_ROWS / self.predictions))
+        return loss * fewer_rows, drift * fewer_rows
+
+    @property
+    def first_departure(self) -> Finding | None:
+        """The first tensor outside its bound, in the order in which a step computes."""
+        return next((finding for finding in self.findings if finding.departs), None)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the verdict, as `--json` writes them."""
+        finite = [row for row in self.rows if not row["skipped"]]
+        apart = [abs(row["loss"] - row["loss_torch"]) for row in finite]
+        counts: dict[str, list[float]] = {}
+        for finding in self.findings:
+            total = counts.setdefault(finding.point, [0.0, 0.0])
+            total[0] += finding.identical * finding.elements
+            total[1] += finding.elements
+        return {
+            "recipe": self.recipe,
+            "steps": len(self.rows),
+            "max_abs_loss_diff": max(apart, default=0.0),
+            "median_abs_loss_diff": median(apart) if apart else 0.0,
+            "rel_l2_drift": self.rows[-1]["drift"],
+            "scales_equal": all(row["loss_scale"] == row["loss_scale_torch"] for row in self.rows),
+            "skips_equal": all(row["skipped"] == row["skipped_torch"] for row in self.rows),
+            "other_relu_branches": self.branches.other,
+            "other_relu_branches_farthest_from_zero": self.branches.farthest,
+            "identical_share_by_stage": {name: same / total for name, (same, total) in counts.items()},
+            "torch_spread": self.spread,
+        }
+
+    @property
+    def agrees(self) -> bool:
+        """Whether everything is within its bound."""
+        s, (loss_bar, drift_bar) = self.summary(), self.bars
+        close = s["median_abs_loss_diff"] <= loss_bar and max(s["rel_l2_drift"], self.branches.farthest) <= drift_bar
+        return close and s["scales_equal"] and s["skips_equal"] and self.first_departure is None
+
+
+class OverflowingState(State):
+    """A state whose next backward leaves an Inf in the first parameter's gradient, when `overflow` is set."""
+
+    overflow = False
+
+    def gradient_sink(self, first: bool) -> Sink:
+        store = super().gradient_sink(first)
+
+        def sink(name: str, gradient: Array) -> None:
+            store(name, gradient)
+            if self.overflow and name == next(iter(self.layout.slots)):
+                self.grad_views[name].reshape(-1)[0] = math.inf
+
+        return sink
+
+
+class Branches:
+    """ReLU on given branches: y = x where PyTorch's input was positive, else 0. Counts where ours would have differed."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, np.ndarray] = {}
+        self.other, self.all = 0, 0
+        self.farthest = 0.0  # the largest input on the other side of zero, relative to the layer's root mean square
+        self.op = Op("relu", self._forward, self._backward)
+
+    def _forward(self, x: Array, p: Bound) -> tuple[Array, Any]:
+        open_ = self.given[p.place]
+        z = widen(x, "fp64")
+        differs = (z > 0) != open_
+        self.other, self.all = self.other + int(differs.sum()), self.all + z.size
+        if differs.any():
+            self.farthest = max(self.farthest, float(np.abs(z[differs]).max() / np.sqrt((z * z).mean())))
+        return p.out(np.where(open_, p.wide(p.cast(x, "x")), 0), "y", x), (open_, format_of(x))
+
+    def _backward(self, dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+        open_, x_format = saved
+        return (p.grad(np.where(open_, p.wide(dy), 0), "x", x_format),)
+
+
+class Side:
+    """Our run: the same parts as a training run has, without its folder, and with the branches of its ReLUs given."""
+
+    def __init__(self, config: Config, weights: Tensors) -> None:
+        self.parts = config.make_parts(NUMPY)
+        self.state = OverflowingState(self.parts.model, self.parts.state.formats, NUMPY)
+        self.parts.state = self.state
+        self.branches = Branches()
+        self.parts.run.overrides = {**self.parts.run.overrides, "relu": self.branches.op}
+        self.state.load_weights(weights)
+
+    def step(
+        self, tokens: np.ndarray, targets: np.ndarray, overflow: bool, branches: dict[str, np.ndarray]
+    ) -> dict[str, Any]:
+        """One step; overflow: with an Inf put into the first parameter's gradient."""
+        self.state.overflow, self.branches.given = overflow, branches
+        r = self.parts.step([(tokens, targets)])
+        return {"loss": float(r.loss), "loss_scale": float(r.loss_scale), "skipped": bool(r.skipped)}
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Copies of the masters by name."""
+        return {name: view.copy() for name, view in self.state.layout.views(self.state.master).items()}
+
+
+def compare(config: Config, spread: bool = True, device: str = "cpu") -> Comparison:
+    """Train with refimpl (on the host) and with PyTorch (on `device`) side by side.
+
+    On 'cuda' the amp recipes run under torch.autocast('cuda'); on the CPU a twin spells its op lists out.
+    Errors: UsageError without torch or that device, or for a recipe that has no twin there.
+    """
+    if config.recipe not in RECIPES:
+        raise UsageError(f"recipe {config.recipe} has no twin in PyTorch: choose one of {', '.join(RECIPES)}")
+    if config.grad_accum > 1 or (config.optimizer == "sgd" and config.weight_decay):
+        raise UsageError("the twin in PyTorch takes one micro-batch a step, and SGD without weight decay")
+    if config.loss_scale not in ("dynamic", "none") or config.masters_from == "rounded":
+        raise UsageError("the twin in PyTorch has a GradScaler (dynamic) or no loss scale, and masters of the original weights")
+    require_memory([need(config)])
+    torch = import_torch()
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}: choose cpu or cuda")
+    if device == "cuda" and config.recipe.endswith("-cpu"):
+        raise UsageError(f"recipe {config.recipe} is autocast's op lists on the CPU: compare it with --device cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("PyTorch finds no GPU: leave --device at cpu")
+    from refimpl.parity.pytorch_model import Twin
+
+    weights = config.make_model().initial_weights(np.random.default_rng(config.seed))
+    batches = list(_batches(config))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        theirs = Twin(config, weights, device)
+        result = _side_by_side(config, weights, batches, theirs)
+        if spread and device == "cpu":
+            result.spread = _own_spread(config, weights, batches, theirs, torch)
+    finally:
+        torch.set_num_threads(threads)
+    return result
+
+
+def import_torch() -> Any:
+    """PyTorch. Errors: UsageError where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        raise UsageError("PyTorch is not installed: pip install 'torch==2.13.0'") from None
+    return torch
+
+
+def _batches(config: Config) -> Any:
+    """The batches, and whether to put an Inf into each one's gradients: twice, in recipes that have a loss scale."""
+    assert config.block_size and config.batch_size and config.steps
+    corpus, rng = load_corpus(config.data, config.block_size), np.random.default_rng(config.seed + 1)
+    injected = {config.steps // 7, config.steps // 2} if config.loss_scale == "dynamic" and config.steps >= 7 else set()
+    sizes = config.batch_size, config.block_size
+    for i in range(config.steps):
+        yield (*sample_batch(corpus.train, *sizes, rng, config.no_target), i in injected)
+
+
+def _side_by_side(config: Config, weights: Tensors, batches: list[Any], theirs: Twin) -> Comparison:
+    assert config.batch_size and config.block_size
+    predictions = config.batch_size * (config.block_size if config.model == "gpt" else 1)
+    ours, result, trace = Side(config, weights), Comparison(config.recipe, predictions), Trace()
+    theirs.write_states(trace, 0)
+    for i, (tokens, targets, overflow) in enumerate(batches):
+        b = theirs.step(tokens, targets, overflow, trace if i < STAGE_STEPS else None)
+        a = ours.step(tokens, targets, overflow, theirs.branches)
+        drift = _drift(ours.weights(), theirs.weights(), weights)
+        theirs_row = {f"{key}_torch": b[key] for key in a}
+        result.rows.append({"step": i + 1, **a, **theirs_row, "drift": drift})
+    result.findings, result.branches = judge(config, trace), ours.branches
+    return result
+
+
+def _drift(a: Tensors, b: Tensors, start: Tensors) -> float:
+    """|a - b| / |a - start| over all weights: the difference relative to the way that they have gone."""
+    apart = math.sqrt(sum(_square(a[name], b[name]) for name in start))
+    moved = math.sqrt(sum(_square(a[name], start[name]) for name in start))
+    return apart / moved if moved else 0.0
+
+
+def _square(a: np.ndarray, b: np.ndarray) -> float:
+    difference = widen(a, "fp64") - widen(b, "fp64")
+    return float((difference * difference).sum())
+
+
+def _own_spread(config: Config, weights: Tensors, batches: list[Any], one: Twin, torch: Any) -> dict[str, float]:
+    """The same run in PyTorch with two threads against the one with one: its own spread, for comparison."""
+    from refimpl.parity.pytorch_model import Twin
+
+    torch.set_num_threads(2)
+    two = Twin(config, weights)
+    losses = [two.step(*batch)["loss"] for batch in batches]
+    torch.set_num_threads(1)
+    again = Twin(config, weights)
+    reference = [again.step(*batch)["loss"] for batch in batches]
+    differences = [abs(x - y) for x, y in zip(losses, reference, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    return {"max_abs_loss_diff": max(differences, default=0.0), "rel_l2_drift": _drift(two.weights(), one.weights(), weights)}
+
+
+# -- what a person sees -----------------------------------------------------------------------------------------------
+
+
+def report(result: Comparison, every: int = 5) -> str:
+    """The table, the first departure, PyTorch's own spread, and the verdict."""
+    lines = [f"{'step':>5} {'loss':>11} {'loss torch':>11} {'scale':>9} {'torch':>9} {'skip':>5} {'torch':>5} {'drift':>9}"]
+    for row in result.rows:
+        odd = row["skipped"] or row["skipped_torch"] or row["loss_scale"] != row["loss_scale_torch"]
+        if row["step"] % every == 0 or row["step"] == 1 or odd:
+            lines.append(
+                f"{row['step']:5} {row['loss']:11.6f} {row['loss_torch']:11.6f} {row['loss_scale']:9g} "
+                f"{row['loss_scale_torch']:9g} {row['skipped']!s:>5} {row['skipped_torch']!s:>5} {row['drift']:9.2e}"
+            )
+    s, (loss_bar, drift_bar) = result.summary(), result.bars
+    lines.append("\nidentical elements, each step taken from PyTorch's own state:")
+    lines += [f"  {name:<18} {share:8.2%}" for name, share in s["identical_share_by_stage"].items()]
+    worst = max(result.findings, key=lambda f: f.error, default=None)
+    if worst:
+        lines.append(f"  nearest to its bound: {worst.where}, at {worst.error:.2f} of it")
+    if result.spread:
+        own = result.spread
+        lines.append(
+            f"\nPyTorch against itself, 2 threads and 1: loss {own['max_abs_loss_diff']:.1e}, drift {own['rel_l2_drift']:.1e}"
+        )
+    lines.append(
+        f"refimpl against PyTorch:              loss {s['max_abs_loss_diff']:.1e}, median of the steps "
+        f"{s['median_abs_loss_diff']:.1e} (bar {loss_bar:.1g}), drift {s['rel_l2_drift']:.1e} (bar {drift_bar:.1g})"
+    )
+    if result.branches.all:
+        lines.append(
+            f"ReLUs that would have taken the other branch: {result.branches.other} of {result.branches.all}, "
+            f"inputs up to {result.branches.farthest:.1e} of their layer's rms (bar {drift_bar:.1g})"
+        )
+    first = result.first_departure
+    if first:
+        lines.append(
+            f"first departure: {first.where}: {first.error:.3g} times its bound, "
+            f"{first.identical:.1%} of elements identical"
+        )
+    same = "equal" if s["scales_equal"] and s["skips_equal"] else "NOT equal"
+    lines.append(f"{'AGREES' if result.agrees else 'DEPARTS'}: {result.recipe}, {s['steps']} steps; scales and skips {same}")
+    return "\n".join(lines)

@@ -1,0 +1,384 @@
+"""The same training in PyTorch, built independently: torch.nn, torch.optim, torch.amp and no arithmetic of ours.
+
+It is what `scripts/compare_pytorch.py` holds refimpl against. Attention is written out, so that both sides round at the same
+places, unless --attention asks for one of PyTorch's kernels. The op lists of CPU autocast are torch.autocast's own; those of
+CUDA autocast run on the CPU by a twin that spells its casts out, since no GPU is needed to know them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from refimpl.parity.trace import Trace
+from refimpl.training.config import Config
+
+LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
+KERNELS = {"fused": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+"""Ways to compute attention that are PyTorch's own kernels."""
+
+
+class Casts:
+    """Where values change their type: nowhere by default (plain models, and torch.autocast, which does it unseen).
+
+    `seen` collects the outputs of all operations by refimpl's names, for a trace; without it nothing is kept.
+    """
+
+    seen: dict[str, Tensor] | None = None
+    ignore_index = -100
+
+    def __init__(self) -> None:
+        self.branches: dict[str, np.ndarray] = {}  # where each ReLU lets its input through
+
+    def see(self, name: str, y: Tensor) -> Tensor:
+        """Keep an output, and its gradient once backward has run."""
+        if self.seen is not None:
+            y.retain_grad()
+            self.seen[name] = y
+        return y
+
+    def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        return F.linear(x, layer.weight, layer.bias)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    def norm(self, x: Tensor, layer: nn.LayerNorm) -> Tensor:
+        return layer(x)
+
+    def embedding(self, index: Tensor, layer: nn.Embedding) -> Tensor:
+        return layer(index)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return torch.softmax(x, -1)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=self.ignore_index)
+
+
+class HalfModel(Casts):
+    """A 16-bit model, with the two sums over rows that PyTorch's CPU kernels make in 16 bits made in FP32, as CUDA does.
+
+    On the CPU the gradients of a 16-bit layer norm's weight and bias and of a 16-bit embedding are rounded after every row,
+    and the row statistics are rounded before backward. That is a property of those kernels, not of the algorithm.
+    """
+
+    def norm(self, x: Tensor, layer: nn.LayerNorm) -> Tensor:
+        bias = None if layer.bias is None else layer.bias.float()
+        y = F.layer_norm(x.float(), layer.normalized_shape, layer.weight.float(), bias, layer.eps)
+        return y.to(x.dtype)
+
+    def embedding(self, index: Tensor, layer: nn.Embedding) -> Tensor:
+        return F.embedding(index, layer.weight.float()).to(layer.weight.dtype)
+
+
+class CudaAutocast(Casts):
+    """The lists of torch.autocast('cuda') spelled out: products low, norms, softmax and loss FP32, others as they come."""
+
+    def __init__(self, low: torch.dtype) -> None:
+        super().__init__()
+        self.low = low
+        self.cache: dict[int, Tensor] = {}
+
+    def cached(self, w: Tensor) -> Tensor:
+        """A parameter is cast once a step, and its uses share the copy."""
+        return self.cache.setdefault(id(w), w.to(self.low))
+
+    def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        bias = None if layer.bias is None else self.cached(layer.bias)
+        return F.linear(x.to(self.low), self.cached(layer.weight), bias)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a.to(self.low) @ b.to(self.low)
+
+    def norm(self, x: Tensor, layer: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x.float(), layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return torch.softmax(x, -1, dtype=torch.float32)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, one operation a line, or by one of PyTorch's own kernels."""
+
+    def __init__(self, width: int, n_head: int, bias: bool, kind: str = "unfused") -> None:
+        """kind: one of `policies.ATTENTION`."""
+        super().__init__()
+        self.n_head, self.kernel = n_head, KERNELS.get(kind)
+        self.c_attn = nn.Linear(width, 3 * width, bias)
+        self.c_proj = nn.Linear(width, width, bias)
+
+    def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
+        B, T, C = x.shape
+        qkv = casts.see(f"{name}.c_attn", casts.linear(x, self.c_attn))
+        q, k, v = (h.view(B, T, self.n_head, -1).transpose(1, 2) for h in qkv.split(C, dim=2))
+        if self.kernel is not None:
+            with sdpa_kernel(self.kernel):
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = casts.see(name, y.transpose(1, 2).reshape(B, T, C))
+            return casts.see(f"{name}.c_proj", casts.linear(y, self.c_proj))
+        scores = casts.product(q, k.transpose(-2, -1)) * (1.0 / math.sqrt(C // self.n_head))
+        hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        weights = casts.softmax(scores.masked_fill(hidden, -math.inf))
+        y = casts.see(name, casts.product(weights, v).transpose(1, 2).reshape(B, T, C))
+        return casts.see(f"{name}.c_proj", casts.linear(y, self.c_proj))
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU (tanh) between them."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width, bias)
+        self.c_proj = nn.Linear(4 * width, width, bias)
+
+    def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
+        x = casts.see(f"{name}.c_fc", casts.linear(x, self.c_fc))
+        x = casts.see(f"{name}.gelu", F.gelu(x, approximate="tanh"))
+        return casts.see(f"{name}.c_proj", casts.linear(x, self.c_proj))
+
+
+class Block(nn.Module):
+    """A transformer block, layer norm first."""
+
+    def __init__(self, width: int, n_head: int, bias: bool, attention: str = "unfused") -> None:
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(width, bias=bias), Attention(width, n_head, bias, attention)
+        self.ln_2, self.mlp = nn.LayerNorm(width, bias=bias), MLP(width, bias)
+
+    def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
+        h = casts.see(f"{name}.ln_1", casts.norm(x, self.ln_1))
+        x = casts.see(f"{name}.residual_1", x + self.attn(h, casts, f"{name}.attn"))
+        h = casts.see(f"{name}.ln_2", casts.norm(x, self.ln_2))
+        return casts.see(f"{name}.residual_2", x + self.mlp(h, casts, f"{name}.mlp"))
+
+
+class GPT(nn.Module):
+    """GPT-2 with nanoGPT's names and a tied output layer."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        assert config.n_layer and config.n_head and config.n_embd and config.block_size
+        width, bias = config.n_embd, config.bias
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, width),
+                "wpe": nn.Embedding(config.block_size, width),
+                "h": nn.ModuleList(Block(width, config.n_head, bias, config.attention) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(width, bias=bias),
+            }
+        )
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.lm_head.weight = cast(Any, self.transformer["wte"]).weight
+
+    def forward(self, tokens: Tensor, targets: Tensor, casts: Casts) -> Tensor:
+        parts: Any = self.transformer
+        x = casts.see("transformer.wte", casts.embedding(tokens, parts["wte"]))
+        e = casts.see("transformer.wpe", casts.embedding(torch.arange(tokens.shape[1], device=tokens.device), parts["wpe"]))
+        x = casts.see("transformer.embedding", x + e)
+        for i, block in enumerate(parts["h"]):
+            x = block(x, casts, f"transformer.h.{i}")
+        x = casts.see("transformer.ln_f", casts.norm(x, parts["ln_f"]))
+        return casts.loss(casts.see("lm_head", casts.linear(x, self.lm_head)), targets)
+
+
+class Hidden(nn.Module):
+    """A hidden layer of the MLP language model."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(n_in, n_out)
+
+
+class ByteMLP(nn.Module):
+    """Bengio's model: the embeddings of a block of bytes, joined, through hidden layers with ReLU."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        assert config.n_layer and config.n_embd and config.block_size
+        width = 4 * config.n_embd
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        sizes = [config.block_size * config.n_embd] + [width] * config.n_layer
+        self.h: Any = nn.ModuleList(Hidden(a, b) for a, b in itertools.pairwise(sizes))
+        self.lm_head = nn.Linear(width, config.vocab_size)
+
+    def forward(self, tokens: Tensor, targets: Tensor, casts: Casts) -> Tensor:
+        x = casts.see("wte", casts.embedding(tokens, self.wte))
+        x = casts.see("join", x.flatten(1))
+        for i, layer in enumerate(self.h):
+            x = casts.see(f"h.{i}.fc", casts.linear(x, layer.fc))
+            casts.branches[f"h.{i}.relu"] = (x > 0).cpu().numpy()
+            x = casts.see(f"h.{i}.relu", torch.relu(x))
+        return casts.loss(casts.see("lm_head", casts.linear(x, self.lm_head)), targets[:, -1])
+
+
+class Twin:
+    """One training run in PyTorch. `step` does a step and returns what happened; tensors are read by name between steps.
+
+    The fp16 and bf16 recipes are a 16-bit model beside FP32 masters that the optimizer owns; the others train the model's
+    own FP32 weights.
+    """
+
+    def __init__(self, config: Config, weights: Mapping[str, np.ndarray], device: str = "cpu") -> None:
+        self.config, self.device = config, device
+        self.model: nn.Module = GPT(config) if config.model == "gpt" else ByteMLP(config)
+        self.model.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()}, strict=False)
+        self.model.to(device)
+        if device == "cuda":  # where PyTorch may reduce products in 16 bits unless it is told to sum in FP32, as the recipes do
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        self.low = LOW.get(config.recipe.removeprefix("amp-").removesuffix("-cpu"))
+        self.amp = config.recipe.startswith("amp-")
+        self.masters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        if self.low is not None and not self.amp:
+            self.model.to(self.low)
+        else:
+            self.masters = dict(self.model.named_parameters())
+        for master in self.masters.values():
+            master.requires_grad_(True)
+        self.optimizer = self._make_optimizer()
+        self.updates = 0
+        self.branches: dict[str, np.ndarray] = {}  # of the latest step
+        dynamic = config.loss_scale == "dynamic"
+        self.scaler = torch.amp.GradScaler(
+            device, config.init_scale, config.growth_factor or 2.0, config.backoff_factor or 0.5, config.growth_interval,
+            enabled=dynamic,
+        )  # fmt: skip
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        assert config.lr is not None
+        groups = [
+            {"params": [p for p in self.masters.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.masters.values() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(groups, config.lr, momentum=config.momentum)
+        return torch.optim.AdamW(groups, config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+    def _lr(self) -> float:
+        """The learning rate by the number of updates made: linear warm-up, then constant, or down a line or a cosine."""
+        c, t = self.config, self.updates
+        assert c.lr is not None and c.min_lr is not None and c.steps is not None
+        if t < c.warmup:
+            return c.lr * (t + 1) / (c.warmup + 1)
+        if c.schedule == "constant":
+            return c.lr
+        x = min(1.0, (t - c.warmup) / max(1, c.steps - c.warmup))
+        if c.schedule == "linear":
+            return c.lr * (1 - x) + c.min_lr * x
+        return c.min_lr + (c.lr - c.min_lr) * (1 + math.cos(math.pi * x)) / 2
+
+    @property
+    def _autocast(self) -> bool:
+        """Whether torch.autocast itself casts: where its device's op lists are the recipe's."""
+        return self.amp and self.config.recipe.endswith("-cpu") == (self.device == "cpu")
+
+    def _casts(self) -> Casts:
+        if self.low is None or self._autocast:
+            return Casts()
+        return CudaAutocast(self.low) if self.amp else HalfModel()
+
+    def step(
+        self, tokens: np.ndarray, targets: np.ndarray, overflow: bool = False, trace: Trace | None = None
+    ) -> dict[str, Any]:
+        """One step. overflow: put an Inf into the first parameter's gradient, for a test of skipping.
+
+        trace: where to write the step down. Where an overflow was put in, gradients are not: no operation has made them.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr()
+        model_parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                if model_parameters[name] is not master:
+                    model_parameters[name].copy_(master)
+        self.model.zero_grad(set_to_none=True)
+        casts = self._casts()
+        casts.seen, casts.ignore_index = None if trace is None else {}, self.config.ignore_index
+        x, y = (torch.from_numpy(part).to(self.device) for part in (tokens, targets))
+        with torch.autocast(self.device, dtype=self.low, enabled=self._autocast):
+            loss = self.model(x, y, casts)
+        self.branches = casts.branches
+        scale = float(self.scaler.get_scale())
+        self.scaler.scale(loss).backward()
+        grads = {name: cast(Tensor, p.grad) for name, p in model_parameters.items()}
+        if overflow:
+            next(iter(grads.values())).view(-1)[0] = math.inf
+        scaled = {name: _numpy(g) for name, g in grads.items()} if trace else {}  # FP32 ones are unscaled in place
+        finite = all(bool(g.isfinite().all()) for g in grads.values())
+        for name, master in self.masters.items():
+            master.grad = grads[name].float()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        unscaled = {name: _numpy(p.grad) for name, p in self.masters.items()} if trace else {}
+        weights = {name: _numpy(p) for name, p in model_parameters.items()} if trace else {}
+        norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        result = {"loss": loss.item(), "loss_scale": scale, "skipped": not finite, "grad_norm": norm.item()}
+        if trace is not None:
+            step = len(trace.steps) + 1
+            self._write_down(trace, step, (tokens, targets), result, weights)
+            if not overflow:
+                self._write_gradients(trace, step, casts.seen or {}, scaled, unscaled, norm)
+        self.updates += finite
+        return result
+
+    def _write_down(
+        self, trace: Trace, step: int, batch: tuple[np.ndarray, np.ndarray], result: dict[str, Any], weights: dict[str, Any]
+    ) -> None:
+        """All of a step but activations and gradients."""
+        for point, x in (("0.tokens", batch[0]), ("0.targets", batch[1]), ("2.loss", np.float32(result["loss"])),
+                         ("2.loss_scale", np.float32(result["loss_scale"])), ("3.found_inf", np.uint8(result["skipped"])),
+                         ("4.lr", np.float64(self._lr()))):  # fmt: skip
+            trace.put(step, point, "", x)
+        for name, w in weights.items():
+            trace.put(step, "1.weights", name, w)
+        self.write_states(trace, step)
+
+    def write_states(self, trace: Trace, step: int) -> None:
+        """Masters, moments and loss scale, as they are now."""
+        for kind, tensors in (*self.moments().items(), ("master", self.weights())):
+            for name, x in tensors.items():
+                trace.put(step, f"4.{kind}", name, x)
+        trace.put(step, "4.scale", "", np.float32(self.scaler.get_scale()))
+
+    def _write_gradients(
+        self, trace: Trace, step: int, seen: dict[str, Tensor], scaled: dict[str, Any], unscaled: dict[str, Any], norm: Tensor
+    ) -> None:
+        for name, y in seen.items():
+            trace.put(step, "2.activations", name, _numpy(y))
+        for name, y in reversed(seen.items()):
+            trace.put(step, "2.activation_grads", name, _numpy(y.grad))
+        for name, g in scaled.items():
+            trace.put(step, "2.grads", name, g)
+            trace.put(step, "3.unscaled", name, unscaled[name])
+        trace.put(step, "3.norm", "", _numpy(norm))
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The FP32 weights (the masters) by name."""
+        return {name: _numpy(p) for name, p in self.masters.items()}
+
+    def moments(self) -> dict[str, dict[str, np.ndarray]]:
+        """m and v (SGD: m) by parameter name."""
+        kinds: Callable[[str], str] = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m"}.get  # type: ignore[assignment]
+        result: dict[str, dict[str, np.ndarray]] = {"m": {}, "v": {}}
+        for name, p in self.masters.items():
+            for key, value in self.optimizer.state[p].items():
+                if kinds(key):
+                    result[kinds(key)][name] = _numpy(value)
+        return result
+
+
+def _numpy(x: Any) -> np.ndarray:
+    """A copy in FP32, which holds every 16-bit value."""
+    return np.array(x.detach().float().cpu().numpy())

@@ -1,0 +1,141 @@
+"""Weights to and from PyTorch: a checkpoint becomes a state_dict under nanoGPT's names, and the way back.
+
+The state_dict is written as a safetensors file: `safetensors.torch.load_file` reads it, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from refimpl.errors import UsageError
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.model import Model
+from refimpl.nn.names import own_name, rename, unwrapped
+from refimpl.numerics.cast import cast
+from refimpl.numerics.formats import is_float
+from refimpl.training import checkpoint
+from refimpl.training.checkpoint_states import fp32_weights, model_of
+from refimpl.training.generate import BYTES, check_has_bytes
+from refimpl.training.non_finite import contents
+
+MASKS = (".attn.bias", ".attn.masked_bias")
+"""How the names of buffers end that are saved beside weights and are none."""
+
+
+def to_state_dict(path: Path) -> dict[str, np.ndarray]:
+    """The FP32 weights of a checkpoint by nanoGPT's names: the masters where it has them; a tied weight under both names.
+
+    PyTorch: model.load_state_dict(safetensors.torch.load_file(...)). Errors: UsageError.
+    """
+    arrays, header = checkpoint.load(path)
+    model = model_of(path, header, arrays)
+    weights = fp32_weights(path, arrays, model)
+    return weights | {other: weights[name] for other, name in model.tied.items()}
+
+
+def from_state_dict(weights: Mapping[str, np.ndarray], n_head: int) -> tuple[Model, dict[str, np.ndarray]]:
+    """The model that a state_dict belongs to, and its parameters in FP32.
+
+    Names may have the prefixes of DistributedDataParallel, torch.compile and Lightning, in any order, and a tied weight may
+    stand under one of its names or under both. Sizes are read off the shapes, and whether there are biases off the names;
+    n_head cannot be (GPT only). nanoGPT's attention masks (`attn.bias` beside `attn.c_attn`) are no weights and are left
+    out. Errors: UsageError that names the first tensor that is missing, surplus or misshapen, or whose names these are.
+    """
+    given = {name: array for name, array in weights.items() if not unwrapped(name).endswith(MASKS)}
+    plain = {unwrapped(name): array for name, array in given.items()}
+    model = _model_for(plain, n_head)
+    for name in sorted(given):
+        if own_name(name, model.parameters, model.tied) is None:
+            raise UsageError(f"the state_dict has a tensor {name} that a {model.name} does not")
+    for other, name in model.tied.items():
+        if name in plain and other in plain and not np.array_equal(plain[other], plain[name], equal_nan=True):
+            raise UsageError(f"{other} differs from {name}: this model ties them")
+    named, _ = rename(given, model.parameters, model.tied)
+    result = {}
+    for name, spec in model.parameters.items():
+        array = named.get(name)
+        if array is None or array.shape != spec.shape or not is_float(array):
+            there = "is missing" if array is None else f"is {array.dtype} {array.shape}"
+            raise UsageError(f"{name} {there}; a {model.name} of these sizes has floats of shape {spec.shape}")
+        result[name] = cast(array, "fp32")
+    return model, result
+
+
+def _model_for(weights: Mapping[str, np.ndarray], n_head: int) -> Model:
+    """The model whose sizes these shapes have."""
+    _refuse_hugging_face(weights)
+    try:
+        if "transformer.wpe.weight" in weights:
+            wte = weights["lm_head.weight"] if "lm_head.weight" in weights else weights["transformer.wte.weight"]
+            (vocab_size, n_embd), (block_size, _) = wte.shape, weights["transformer.wpe.weight"].shape
+            n_layer = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
+            bias = any(name.startswith("transformer.") and name.endswith(".bias") for name in weights)
+            return gpt(GPTConfig(n_layer, n_head, n_embd, block_size, vocab_size, bias))
+        vocab_size, n_embd = weights["wte.weight"].shape
+        n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
+        block_size = weights["h.0.fc.weight"].shape[1] // n_embd
+        return mlp(MLPConfig(n_layer, n_embd, block_size, vocab_size))
+    except (KeyError, ValueError, IndexError):
+        held = ", ".join(sorted(weights)[:3]) or "nothing"
+        raise UsageError(
+            f"this is the state_dict of neither a GPT (nanoGPT's names, such as transformer.wpe.weight) nor our MLP "
+            f"(wte.weight, h.0.fc.weight): it holds {held}{', ...' if len(weights) > 3 else ''}"
+        ) from None
+
+
+def _refuse_hugging_face(weights: Mapping[str, np.ndarray]) -> None:
+    """Errors: UsageError for Hugging Face's GPT-2, whose names differ by a prefix and whose linear layers lie transposed."""
+    layer = next((name for name in weights if name.removeprefix("transformer.") == "h.0.attn.c_attn.weight"), None)
+    if layer is None:
+        return
+    transposed = len(shape := weights[layer].shape) == 2 and shape[1] == 3 * shape[0]
+    if transposed or not layer.startswith("transformer."):
+        raise UsageError(
+            "these are Hugging Face's GPT-2 names; its linear layers (Conv1D) are the transpose of nanoGPT's: load them with "
+            "nanoGPT's GPT.from_pretrained, save its state_dict with safetensors.torch.save_file, and import that file"
+        )
+
+
+def export(source: Path, target: Path) -> None:
+    """What `scripts/convert.py export` does: checkpoint -> state_dict. Errors: UsageError."""
+    weights = to_state_dict(source)
+    _refuse_to_overwrite(target)
+    checkpoint.write_tensors(target, weights, {"format": "pt"})
+    print(f"{target}: {len(weights)} tensors in FP32; read it with safetensors.torch.load_file")
+
+
+def import_(source: Path, target: Path, n_head: int) -> None:
+    """What `scripts/convert.py import` does: state_dict -> a file for train.py --init-from and generate.py."""
+    weights, metadata = checkpoint.read_tensors(source, "state_dict")
+    if checkpoint.KEY in metadata:
+        raise UsageError(f"{source} is a checkpoint of refimpl already: train.py --init-from and generate.py take it as it is")
+    model, converted = from_state_dict(weights, n_head)
+    check_has_bytes(model.config["vocab_size"], f"the vocabulary of {source}")
+    _refuse_to_overwrite(target)
+    header = {"model": model.name, "sizes": dict(model.config), "recipe": "fp32"}
+    checkpoint.save(target, {f"weights.{name}": array for name, array in converted.items()}, header)
+    what = f"a {model.name} of {model.n_params:,} parameters{_about(model)}"
+    held = {name: found for name, array in converted.items() if (found := contents(array))}
+    if held:
+        first, found = next(iter(held.items()))
+        more = f", and {len(held) - 1} more tensors are not finite" if len(held) > 1 else ""
+        print(f"{target}: {what}; in FP32 {first} holds {found}{more}: no training or text can come of it")
+        return
+    print(f"{target}: {what}; use it with train.py --init-from, or generate.py")
+
+
+def _about(model: Model) -> str:
+    """What is unusual about a model, for the line that says that it was imported."""
+    words = [] if model.config.get("bias", True) else ["without biases"]
+    if model.config["vocab_size"] > BYTES:
+        words.append(f"with {model.config['vocab_size']} token ids, of which those above 255 are no bytes and stay unused")
+    return "".join(f", {word}" for word in words)
+
+
+def _refuse_to_overwrite(path: Path) -> None:
+    if path.exists():
+        raise UsageError(f"{path} exists: give another name, or remove it first")

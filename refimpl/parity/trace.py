@@ -1,0 +1,317 @@
+"""Traces: what a training run computed, step by step, as named tensors in a safetensors file.
+
+A tensor's name is `step/point` or `step/point/name`, for example `3/2.grads/transformer.wte.weight`. Step 0 is the start:
+the states before the first step. docs/traces.md lists the points and how each is meant; a trace may hold any of them. Of
+micro-batches after the first, the name begins with their number: `3/2.activations/2:lm_head`. The header (metadata key
+`refimpl-trace`) is JSON: `version`, `settings` of whoever wrote it, and `config` where refimpl did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.errors import UsageError
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import dtype_of, format_of
+from refimpl.optim.state import State
+from refimpl.training.checkpoint import check_exchanged, parse_header, read_tensors, sealed, write_tensors
+from refimpl.training.config import Config
+from refimpl.training.data import load_corpus, sample_batch
+from refimpl.training.generate import check_has_bytes
+from refimpl.training.mistakes import meddle
+from refimpl.training.schema import Integer, Table, Words, check
+from refimpl.training.setup import Parts, UpdateArguments, WrappedOptimizer
+from refimpl.training.trainer import BATCHES, INIT, generator
+
+Array = Any
+
+VERSION = 1
+HEADER = Table(optional={"version": Integer(), "order": Words(), "config": Table(), "settings": Table()})
+_KEY = "refimpl-trace"
+
+POINTS = {
+    "0.tokens": "what the model reads: (B, T) integers; with n micro-batches (n, B, T)",
+    "0.targets": "what it is to predict, in the same shape",
+    "1.weights": "a parameter as the forward pass reads it, in its own format",
+    "2.loss_scale": "S, which backward starts from",
+    "2.activations": "the output of an operation, by its place in the model",
+    "2.loss": "the mean loss, not scaled",
+    "2.activation_grads": "the gradient of S times the loss by that output",
+    "2.grads": "the gradient of S times the loss by a parameter, in the format that it is stored in",
+    "3.unscaled": "the same in FP32, divided by S, not yet clipped",
+    "3.found_inf": "whether the step is skipped: 0 or 1",
+    "3.norm": "the L2 norm of all unscaled gradients, before clipping",
+    "4.clip": "the coefficient that the unscaled gradients are multiplied by: 1 where nothing is clipped",
+    "4.lr": "the learning rate of this update",
+    "4.m": "Adam's first moment (SGD: momentum) after the step",
+    "4.v": "Adam's second moment after the step",
+    "4.master": "the FP32 weights after the step",
+    "4.scale": "the loss scale after the step",
+    "4.growth_tracker": "good steps since the loss scale last changed, after the step",
+    "4.hysteresis_tracker": "overflows that are still borne, after the step, where the loss scale has hysteresis",
+    "4.overflowed": "1 once there has been an overflow, where the loss scale grows gradually until then",
+    "4.t": "the number of updates made, skipped steps not counted, after the step",
+}
+"""The points of a step in the order in which it computes them, and what stands there."""
+
+BY_PARAMETER = ("1.weights", "2.grads", "3.unscaled", "4.m", "4.v", "4.master")
+BY_PLACE = ("2.activations", "2.activation_grads")
+BATCH = ("0.tokens", "0.targets")
+SCALE_STATE = {
+    "4.scale": "scale", "4.growth_tracker": "_growth_tracker", "4.hysteresis_tracker": "_hysteresis_tracker",
+    "4.overflowed": "overflowed",
+}  # fmt: skip
+"""Points of the loss scale -> what `LossScale.state_dict` calls it."""
+
+
+@dataclass
+class Trace:
+    """Named tensors of some steps, in memory.
+
+    config: all fields of the `Config` that refimpl made the run with, else empty. settings: those that somebody else states.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, step: int, point: str, name: str, array: Array) -> None:
+        """Keep a copy of a tensor; name is '' where a point has only one."""
+        self.tensors[key(step, point, name)] = np.array(array)
+
+    def get(self, step: int, point: str, name: str = "") -> np.ndarray | None:
+        """A tensor, or None where the trace does not hold it."""
+        return self.tensors.get(key(step, point, name))
+
+    def at(self, step: int, point: str) -> dict[str, np.ndarray]:
+        """All tensors of a point, by name, in the order in which they were put."""
+        prefix = f"{step}/{point}/"
+        return {k.removeprefix(prefix): array for k, array in self.tensors.items() if k.startswith(prefix)}
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that the trace holds anything of, without the start, in order."""
+        return sorted({int(k.partition("/")[0]) for k in self.tensors} - {0})
+
+    def inputs(self, step: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """The micro-batches of a step, or None."""
+        tokens, targets = self.get(step, "0.tokens"), self.get(step, "0.targets")
+        if tokens is None or targets is None:
+            return None
+        return [(tokens, targets)] if tokens.ndim == 2 else list(zip(tokens, targets, strict=True))
+
+
+def key(step: int, point: str, name: str = "") -> str:
+    """The name of a tensor in the file."""
+    return f"{step}/{point}/{name}" if name else f"{step}/{point}"
+
+
+def parse_key(text: str) -> tuple[int, str, str]:
+    """Return step, point and name ('' without one) of a tensor. Errors: ValueError where it is not named as a trace's are."""
+    step, _, rest = text.partition("/")
+    point, slash, name = rest.partition("/")
+    named = point in BY_PARAMETER or point in BY_PLACE
+    if not (step.isascii() and step.isdecimal() and str(int(step)) == step) or point not in POINTS or bool(slash) != named:
+        raise ValueError(text)
+    if named and not name:
+        raise ValueError(text)
+    return int(step), point, name
+
+
+def in_batch(place: str, number: int) -> str:
+    """Return the name of a place in a micro-batch, counted from 1: 'lm_head' in the first, '2:lm_head' in the second."""
+    return place if number == 1 else f"{number}:{place}"
+
+
+def split_batch(name: str) -> tuple[str, int]:
+    """Return (place, number of the micro-batch) of a name that `in_batch` made; '1:lm_head' is 'lm_head'."""
+    number, colon, place = name.partition(":")
+    return (place, int(number)) if colon and number.isascii() and number.isdecimal() else (name, 1)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, trace: Trace) -> None:
+    """Write a trace. Errors: UsageError when it cannot be written."""
+    header: dict[str, Any] = {"version": VERSION, "config": trace.config, "order": list(trace.tensors)}
+    if trace.settings:
+        header["settings"] = trace.settings
+    write_tensors(path, trace.tensors, {_KEY: sealed(header, trace.tensors)})
+
+
+def load(path: Path) -> Trace:
+    """Read a trace of ours or of somebody else's.
+
+    A file without our header is taken for a trace without a configuration, if its tensors are named as a trace's are.
+    Errors: UsageError that says what is wrong with the file.
+    """
+    tensors, metadata = read_tensors(path, "trace")
+    header = parse_header(path, metadata.get(_KEY, "{}"))
+    check_exchanged(path, header, tensors)
+    check(header, HEADER, f"{path} has a damaged header")
+    if header.get("version", VERSION) != VERSION:
+        raise UsageError(f"{path} has trace version {header['version']!r}; this program reads version {VERSION}")
+    position = {name: i for i, name in enumerate(header.get("order", []))}
+    tensors = dict(sorted(tensors.items(), key=lambda item: position.get(item[0], len(position))))
+    for name in tensors:
+        try:
+            parse_key(name)
+        except ValueError:
+            what = f"{name!r} is no tensor of a trace (step/point or step/point/name)"
+            raise UsageError(f"{path}: {what}; points are {', '.join(POINTS)}") from None
+    return Trace(header.get("config", {}), tensors, header.get("settings", {}))
+
+
+# -- recording ---------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Writes a run into a trace, step by step; what is written first under a name stays.
+
+    Attach it before a mistake is made in the parts: it has to see the update as the rule sees it.
+    follow: another trace whose activations and their gradients replace the run's own, each after it is written down, so
+    that every operation computes from that trace's values and no difference is carried from one to the next.
+    """
+
+    def __init__(self, parts: Parts, trace: Trace, follow: Trace | None = None) -> None:
+        self.trace, self.follow, self.step = trace, follow, 0
+        self._to_host, self._rule_side = parts.state.backend.to_host, parts.optimizer
+        parts.run.observer = self._observe
+        parts.optimizer = WrappedOptimizer(parts.optimizer, self._before_update)
+
+    @property
+    def step(self) -> int:
+        """The step that is written down; setting it begins another one, with its first micro-batch."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step, self._batch, self._seen = step, 1, set[str]()
+
+    def put(self, point: str, name: str, array: Array) -> None:
+        """Write an array down, if nothing is written there yet."""
+        if key(self.step, point, name) not in self.trace.tensors:
+            self.trace.put(self.step, point, name, self._to_host(array))
+
+    def _observe(self, point: str, place: str, array: Array) -> Array:
+        if array.ndim == 0:
+            return array  # the loss, which has a point of its own
+        if point == "activations":
+            if place in self._seen:  # a place that comes again: the next micro-batch has begun
+                self._batch, self._seen = self._batch + 1, set()
+            self._seen.add(place)
+        name = in_batch(place, self._batch)
+        self.put(f"2.{point}", name, array)
+        theirs = self.follow.get(self.step, f"2.{point}", name) if self.follow else None
+        return array if theirs is None else like(theirs, array, f"2.{point} of {name}")
+
+    def weights(self, state: State) -> None:
+        """The weights that forward reads."""
+        for name, view in state.weight_views.items():
+            self.put("1.weights", name, view)
+
+    def grads(self, state: State) -> None:
+        """What backward has left."""
+        for name, view in state.grad_views.items():
+            self.put("2.grads", name, view)
+
+    def _before_update(self, state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
+        self.weights(state)  # they are still those that forward has read
+        self.grads(state)
+        with np.errstate(all="ignore"):
+            for name, view in state.grad_views.items():
+                self.put("3.unscaled", name, widen(view, state.math_format) * widen(inverse, state.math_format))
+        self.put("3.found_inf", "", state.backend.xp.asarray(found))
+        as_array = state.backend.xp.full((), clip, dtype_of(state.math_format)) if isinstance(clip, float) else clip
+        self.put("4.clip", "", as_array)
+        self.put("4.lr", "", self._rule_side.lr(state))
+        return inverse, clip, found
+
+    def states(self, parts: Parts) -> None:
+        """Masters and moments as they are now."""
+        state = parts.state
+        for kind in ("m", "v", "master"):
+            own = state.master_kind if kind == "master" else kind
+            if own in state.stored:
+                for name, view in state.layout.views(state.values(own)).items():
+                    self.put(f"4.{kind}", name, view)
+
+    def counters(self, parts: Parts) -> None:
+        """The loss scale, its counters, and the number of updates, as they are now."""
+        self.put("4.scale", "", parts.loss_scale.scale)
+        counters = parts.loss_scale.state_dict()
+        for point, name in SCALE_STATE.items():
+            if name in counters and name != "scale":
+                self.put(point, "", np.int64(counters[name]))
+        self.put("4.t", "", parts.state.t)
+
+
+def like(theirs: np.ndarray, ours: Array, what: str) -> np.ndarray:
+    """Their tensor in our format, rounded where theirs is wider. Errors: UsageError when the shapes differ."""
+    if theirs.shape != ours.shape:
+        raise UsageError(f"{what} has the shape {theirs.shape} in the trace; in this model it has {ours.shape}")
+    result: np.ndarray = cast(theirs, format_of(ours))
+    return result
+
+
+def record(config: Config, source: Trace | None = None) -> Trace:
+    """Train for `config.steps` steps and write everything down.
+
+    source: another trace, whose start and batches are used. Errors: UsageError when it lacks them.
+    """
+    parts, trace = config.make_parts(config.make_backend()), Trace(asdict(config))
+    recorder = Recorder(parts, trace)
+    meddle(config.mistake, parts)
+    start = source.at(0, "4.master") if source else parts.model.initial_weights(generator(config.seed, INIT))
+    rounded = not source and (config.masters_from or config.make_recipe().masters_from) == "rounded"
+    parts.state.load_weights(checked_start(start, parts), rounded)
+    recorder.states(parts)
+    recorder.counters(parts)
+    write_down(recorder, parts, batches_of(config, source))
+    return trace
+
+
+def write_down(recorder: Recorder, parts: Parts, steps: Iterable[list[tuple[np.ndarray, np.ndarray]]]) -> None:
+    """Train on the batches of some steps and write down what they compute."""
+    for recorder.step, batches in enumerate(steps, 1):
+        for point, i in (("0.tokens", 0), ("0.targets", 1)):
+            arrays = [batch[i] for batch in batches]
+            recorder.trace.put(recorder.step, point, "", np.stack(arrays) if len(arrays) > 1 else arrays[0])
+        result = parts.step([parts.model.batch_on(parts.state.backend, x, y) for x, y in batches])
+        recorder.put("2.loss", "", result.loss)
+        recorder.put("2.loss_scale", "", result.loss_scale)
+        recorder.put("3.norm", "", result.grad_norm)
+        recorder.states(parts)
+        recorder.counters(parts)
+
+
+def checked_start(start: Mapping[str, np.ndarray], parts: Parts) -> Mapping[str, np.ndarray]:
+    """The weights of a start, if they are this model's. Errors: UsageError that names the first that is not."""
+    for name, spec in parts.model.parameters.items():
+        if name not in start or start[name].shape != spec.shape:
+            there = f"{start[name].shape}" if name in start else "missing"
+            raise UsageError(f"the start of the trace (0/4.master/{name}) is {there}; this model's shape is {spec.shape}")
+    return start
+
+
+def batches_of(config: Config, source: Trace | None) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """The batches of `config.steps` steps: those of a trace, or drawn as the trainer draws them. Errors: UsageError."""
+    assert config.block_size and config.batch_size and config.steps
+    if source is not None:
+        for step in source.steps[: config.steps]:
+            batches = source.inputs(step)
+            if batches is None:
+                raise UsageError(f"the trace has no {key(step, '0.tokens')}: its batches cannot be used")
+            yield batches
+        return
+    check_has_bytes(config.vocab_size, "--vocab-size")
+    corpus, rng = load_corpus(config.data, config.block_size), generator(config.seed, BATCHES)
+    sizes = config.batch_size, config.block_size
+    for _ in range(config.steps):
+        yield [sample_batch(corpus.train, *sizes, rng, config.no_target) for _ in range(config.grad_accum)]

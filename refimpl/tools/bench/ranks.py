@@ -1,0 +1,175 @@
+"""How training scales over ranks: measured on this machine, and predicted for many GPUs by arithmetic.
+
+Weak scaling: each rank has a batch of its own size, so that N ranks train on N times as many tokens a step. Perfect is the
+step time of one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from refimpl.distributed.collectives import shares_of
+from refimpl.distributed.mpi import mpi_comm
+from refimpl.distributed.zero import COMMUNICATION, exchanged, per_rank
+from refimpl.errors import UsageError, unknown
+from refimpl.parity.trace import batches_of
+from refimpl.precision.recipes import get_recipe
+from refimpl.tools.bench.gpu_cost import GPUS
+from refimpl.tools.bench.steps import MODELS, WARM_UP
+from refimpl.training.config import Config
+from refimpl.training.console import table
+from refimpl.training.trainer import start
+
+STAGES = (0, 1, 2, 3)
+
+# -- measured --------------------------------------------------------------------------------------------------------------
+
+
+def of_one_rank(model: str, recipe: str, stage: int, rounds: int) -> None:
+    """What each process runs: steps on its own rows; the first rank prints the median of their times, in seconds."""
+    comm = mpi_comm()
+    sizes = {**MODELS[model], "batch_size": MODELS[model]["batch_size"] * comm.size}
+    config = Config.of({**sizes, "recipe": recipe, "zero": stage, "steps": 10_000})
+    parts, times = start(config, comm), []
+    (batch,) = next(batches_of(config, None))
+    rows = shares_of(sizes["batch_size"], comm.size)[comm.rank]
+    mine = batch[0][rows], batch[1][rows]
+    for _ in range(WARM_UP + rounds):
+        comm.barrier()
+        begun = time.perf_counter()
+        float(parts.step([mine]).loss)
+        comm.barrier()
+        times.append(time.perf_counter() - begun)
+    if comm.rank == 0:
+        print(json.dumps(median(times[WARM_UP:])))
+
+
+def measured(model: str, recipe: str, stage: int, ranks: int, rounds: int) -> float:
+    """Seconds of a step on so many processes, one thread each. Errors: UsageError where they cannot be started."""
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    if not mpiexec.exists():
+        raise UsageError("--ranks starts processes by MPI: pip install '.[mpi]'")
+    program = f"from refimpl.tools.bench.ranks import of_one_rank; of_one_rank({model!r}, {recipe!r}, {stage}, {rounds})"
+    done = subprocess.run(
+        [str(mpiexec), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-c", program],
+        capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        raise UsageError(f"{ranks} ranks failed: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
+    return float(json.loads(done.stdout))
+
+
+def weak_scaling(model: str, recipe: str, most: int, rounds: int) -> list[dict[str, Any]]:
+    """The time of a step on 1, 2, 4 ... and `most` ranks at each stage, and how much of one rank's speed each of them keeps."""
+    alone = measured(model, recipe, 0, 1, rounds)
+    tokens = MODELS[model]["batch_size"] * MODELS[model]["block_size"]
+
+    def row(ranks: int, stage: int, seconds: float) -> dict[str, Any]:
+        return {
+            "model": model, "recipe": recipe, "ranks": ranks, "stage": stage, "step_ms": 1e3 * seconds,
+            "tokens_per_s": ranks * tokens / seconds, "efficiency": alone / seconds,
+        }  # fmt: skip
+
+    numbers = sorted({most, *(2**i for i in range(1, most.bit_length()))})
+    return [
+        row(1, 0, alone),
+        *(row(n, stage, measured(model, recipe, stage, n, rounds)) for n in numbers for stage in STAGES),
+    ]
+
+
+# -- predicted -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a prediction assumes: a model, what a GPU does, and how fast it exchanges with the others."""
+
+    n_params: int = 7_000_000_000
+    tokens: int = 8192  # a rank and a step
+    utilisation: float = 0.4  # of the peak, in computing alone
+    inside: float = 450e9  # bytes a second to a GPU from the others of its machine, by NVLink
+    outside: float = 50e9  # and from those of other machines: one port of 400 Gbit/s for each GPU
+    machine: int = 8  # GPUs
+
+
+CLUSTER = Cluster()
+RANKS = (1, 2, 4, 8, 64, 256, 1024)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """One line of the prediction. Times in seconds, of a step."""
+
+    stage: int
+    ranks: int
+    nbytes: int  # of model states on a rank
+    computing: float
+    exchanging: float
+
+    @property
+    def efficiency(self) -> tuple[float, float]:
+        """The least and the most of a rank's speed that is left: nothing hidden behind computing, and all that can be."""
+        return self.computing / (self.computing + self.exchanging), self.computing / max(self.computing, self.exchanging)
+
+
+def scaled(stage: int, ranks: int, recipe: str = "bf16", c: Cluster = CLUSTER) -> Scaled:
+    """computing = 6 P tokens / (peak utilisation);   exchanging = elements a parameter P 2 bytes (N - 1)/N / bandwidth."""
+    states = get_recipe(recipe).bytes_by_buffer()
+    computing = 6 * c.n_params * c.tokens / (GPUS["h100"].flops[recipe] * c.utilisation)
+    bandwidth = c.inside if ranks <= c.machine else c.outside
+    nbytes = sum(per_rank(c.n_params, states, stage, ranks).values())
+    return Scaled(stage, ranks, nbytes, computing, float(exchanged(c.n_params, states, stage, ranks)) / bandwidth)
+
+
+def prediction(c: Cluster = CLUSTER) -> str:
+    """The table, its formulas and its assumptions, labelled as what it is."""
+    rows = []
+    for ranks in RANKS:
+        for stage in STAGES if ranks > 1 else (0,):
+            s = scaled(stage, ranks, c=c)
+            fits = "" if s.nbytes < GPUS["h100"].memory else "does not fit"
+            least, most = s.efficiency
+            rows.append([
+                str(ranks), str(stage), f"{s.nbytes / 1e9:.1f}", fits, f"{1e3 * s.computing:.0f}", f"{1e3 * s.exchanging:.0f}",
+                f"{100 * least:.0f} to {100 * most:.0f} %",
+            ])  # fmt: skip
+    header = ["GPUs", "stage", "GB of states", "80 GB", "computing ms", "exchanging ms", "efficiency"]
+    elements = ", ".join(f"{n} (stage {stage})" for stage, n in COMMUNICATION.items())
+    return (
+        f"A PREDICTION, by arithmetic; nothing of it was run. {c.n_params / 1e9:g}B parameters in bf16 on H100s, "
+        f"{c.tokens} tokens a GPU and step.\n"
+        f"  computing  = 6 x parameters x tokens / ({GPUS['h100'].flops['bf16'] / 1e12:g} TFLOP/s x {c.utilisation:g})\n"
+        f"  exchanging = elements a parameter x 2 bytes x (N - 1)/N x parameters / bandwidth; elements: {elements}\n"
+        f"  bandwidth  = {c.inside / 1e9:g} GB/s within a machine of {c.machine}, {c.outside / 1e9:g} GB/s beyond; "
+        f"no latency, no congestion\n"
+        f"  efficiency: the least if nothing is exchanged while a GPU computes, the most if all is that can be; GB are without "
+        f"activations.\n\n"
+        + table(header, rows)
+    )
+
+
+def show(models: list[str], recipes: list[str], ranks: int, rounds: int) -> tuple[str, list[dict[str, Any]]]:
+    """The measured table as text with the prediction below it, and its rows as data."""
+    if ranks < 2:
+        raise UsageError(f"--ranks is {ranks}: it takes at least 2 to compare with one")
+    for model in models:
+        if model not in MODELS:
+            raise UsageError(unknown("model", model, MODELS))
+    for recipe in recipes:
+        get_recipe(recipe)
+    rows = [row for model in models for recipe in recipes for row in weak_scaling(model, recipe, ranks, rounds)]
+    cells = [
+        [r["model"], r["recipe"], str(r["ranks"]), str(r["stage"]), f"{r['step_ms']:.1f}", f"{r['tokens_per_s']:,.0f}",
+         f"{100 * r['efficiency']:.0f} %"] for r in rows
+    ]  # fmt: skip
+    header = ["model", "recipe", "ranks", "stage", "step ms", "tokens/s", "efficiency"]
+    text = f"weak scaling, one thread a rank, medians of {rounds} steps:\n{table(header, cells)}\n\n{prediction()}"
+    return text, rows

@@ -1,0 +1,288 @@
+"""How fast a training step is: against PyTorch, against its own matrix products, operation by operation, and as sizes grow.
+
+Everything that is compared runs in one process, alternating, and medians are taken: machines are shared, and the ratio
+of two medians of one run says more than either of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+
+from refimpl.backends.threads import cores
+from refimpl.errors import UsageError, unknown
+from refimpl.nn.attention import query_blocks
+from refimpl.nn.op import Op
+from refimpl.nn.ops import OPS
+from refimpl.numerics.cast import cast
+from refimpl.parity.trace import batches_of
+from refimpl.tools.memory.measure import process_memory
+from refimpl.training.config import Config
+from refimpl.training.console import json_text, table
+from refimpl.training.trainer import start
+
+MODELS: dict[str, dict[str, int]] = {
+    "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12},
+    "medium": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 8},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 8},
+    "smoke": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2},
+}
+WARM_UP = 3
+REST = 0.05
+"""Seconds between the two sides of a comparison: threads that one left spinning are asleep when it is the other's turn."""
+
+
+def machine() -> str:
+    """The processor, and what multiplies matrices on it with how many threads: printed with every table."""
+    kernels = ", ".join(
+        f"{lib['internal_api']} {lib['version']} ({lib.get('architecture', 'unknown')} kernels, {lib['num_threads']} threads)"
+        for lib in threadpoolctl.threadpool_info()
+        if lib["user_api"] == "blas" and "numpy" in lib["filepath"]
+    )
+    return f"{processor()}; NumPy {np.__version__}, {kernels or 'a BLAS that is not known'}"
+
+
+def processor() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {cores()} cores"
+
+
+# ---------------------------------------------------------------------------------------------------- our side
+
+
+class Ours:
+    """A run of this project that takes one step at a time."""
+
+    def __init__(self, sizes: dict[str, int], recipe: str, backend: str = "numpy") -> None:
+        self.config = Config.of({**sizes, "recipe": recipe, "backend": backend, "steps": 10_000})
+        self.parts = start(self.config)
+        (self.batch,) = next(batches_of(self.config, None))
+
+    def step(self) -> float:
+        """One training step on the batch; the loss."""
+        return float(self.parts.step([self.batch]).loss)
+
+
+def timed(f: Callable[[], Any]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def alternating(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """The median time of each, all called in turn, after a warm-up."""
+    for f in fs:
+        for _ in range(WARM_UP):
+            f()
+    times = [[timed(f) for f in fs] for _ in range(rounds)]
+    return [median(column) for column in zip(*times, strict=True)]
+
+
+def against_each_other(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """As `alternating`, but each has the machine to itself: a rest, then one call to wake its threads up, if it is a short
+    one, and then the one that is timed."""
+
+    def awake(f: Callable[[], Any]) -> Callable[[], Any]:
+        f()
+        return f if timed(f) < 10 * REST else lambda: None
+
+    wake_up = [awake(f) for f in fs]
+
+    def rested(f: Callable[[], Any], wake: Callable[[], Any]) -> float:
+        time.sleep(REST)
+        wake()
+        return timed(f)
+
+    times = [[rested(*pair) for pair in zip(fs, wake_up, strict=True)] for _ in range(rounds)]
+    return [median(column) for column in zip(*times, strict=True)]
+
+
+def gemm_floor(sizes: dict[str, int], rounds: int, vocab_size: int = 256) -> float:
+    """Seconds that the matrix products of a step take by themselves in FP32: the least that a step in NumPy can take.
+
+    Three for each linear layer and six for attention, without what lies beyond the last query of a block. Operands
+    and results are reused, so that nothing but the products is timed.
+    """
+    L, H, C, T, B = (sizes[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "batch_size"))
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        x: np.ndarray = cast(rng.standard_normal(shape), "fp32")
+        return x
+
+    seconds = 0.0
+    for n_in, n_out, count in ((C, 3 * C, L), (C, C, L), (C, 4 * C, L), (4 * C, C, L), (C, vocab_size, 1)):
+        x, w, dy = draw(B * T, n_in), draw(n_out, n_in), draw(B * T, n_out)
+        y, dx, dw = np.empty_like(dy), np.empty_like(x), np.empty_like(w)
+        products = [
+            lambda x=x, w=w, y=y: np.matmul(x, w.T, out=y),
+            lambda dy=dy, w=w, dx=dx: np.matmul(dy, w, out=dx),
+            lambda dy=dy, x=x, dw=dw: np.matmul(dy.T, x, out=dw),
+        ]
+        seconds += count * sum(alternating(products, rounds))
+    q, S = draw(B, H, T, C // H), draw(B, H, T, T)
+    out = np.empty_like(q)
+    blocks = query_blocks(T)
+
+    def to_scores() -> None:
+        for b in blocks:
+            np.matmul(q[:, :, b], q[:, :, : b.stop].swapaxes(-1, -2), out=S[:, :, b, : b.stop])
+
+    def from_scores() -> None:
+        for b in blocks:
+            np.matmul(S[:, :, b, : b.stop], q[:, :, : b.stop], out=out[:, :, b])
+
+    wide, narrow = alternating([to_scores, from_scores], rounds)
+    return seconds + L * (2 * wide + 4 * narrow)  # S, dP: (T, T) from (T, D); O, dv, dq, dk: (T, D) from (T, T)
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def against_torch(models: Sequence[str], recipes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """Both side by side: a row for each model and recipe, times in ms. Errors: UsageError without torch."""
+    from refimpl.tools.bench.pytorch import Theirs, variants
+
+    rows = []
+    for model in models:
+        floor = gemm_floor(MODELS[model], rounds)
+        for recipe in recipes:
+            ours = Ours(MODELS[model], recipe)
+            theirs = [Theirs(MODELS[model], recipe, variant, ours.batch) for variant in variants(recipe)]
+            mine, *their_times = against_each_other([ours.step, *(t.step for t in theirs)], rounds)
+            best = min(their_times)
+            rows.append({
+                "model": model, "recipe": recipe, "ours_ms": 1e3 * mine, "torch_ms": 1e3 * best,
+                "torch_variant": variants(recipe)[their_times.index(best)], "ratio": best / mine,
+                "gemm_floor_ms": 1e3 * floor, "over_floor": mine / floor,
+                "ours_peak_mib": peak_of("numpy", model, recipe), "torch_peak_mib": peak_of("torch", model, recipe),
+            })  # fmt: skip
+    return rows
+
+
+def alone(models: Sequence[str], recipes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """Our side by itself."""
+    rows = []
+    for model in models:
+        floor = gemm_floor(MODELS[model], rounds)
+        for recipe in recipes:
+            (mine,) = alternating([Ours(MODELS[model], recipe).step], rounds)
+            rows.append({"model": model, "recipe": recipe, "ours_ms": 1e3 * mine, "gemm_floor_ms": 1e3 * floor,
+                         "over_floor": mine / floor, "ours_peak_mib": peak_of("numpy", model, recipe)})  # fmt: skip
+    return rows
+
+
+def peak_of(side: str, model: str, recipe: str) -> float:
+    """MiB of resident memory at most, of a process that takes a few steps and nothing else."""
+    code = f"from refimpl.tools.bench.steps import print_peak; print_peak({side!r}, {model!r}, {recipe!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout))
+
+
+def print_peak(side: str, model: str, recipe: str) -> None:
+    """What `peak_of` runs in a process of its own."""
+    ours = Ours(MODELS[model], recipe) if side == "numpy" else None
+    if ours is None:
+        from refimpl.tools.bench.pytorch import Theirs, variants
+
+        sizes = MODELS[model]
+        tokens = np.zeros((sizes["batch_size"], sizes["block_size"]), np.int64)
+        step: Callable[[], float] = Theirs(sizes, recipe, variants(recipe)[0], (tokens, tokens)).step
+    else:
+        step = ours.step
+    for _ in range(WARM_UP):
+        step()
+    memory = process_memory()
+    print(memory[1] / 2**20 if memory else math.nan)
+
+
+def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:
+    """Where a step's time goes: ms of each operation, forward and backward, and of the rest, the largest first."""
+    ours = Ours(MODELS[model], recipe)
+    spent: dict[str, float] = defaultdict(float)
+
+    def watch(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arrays: Any, **more: Any) -> Any:
+            start = time.perf_counter()
+            result = f(*arrays, **more)
+            spent[name] += time.perf_counter() - start
+            return result
+
+        return call
+
+    run, optimizer = ours.parts.run, ours.parts.optimizer
+    run.overrides = {
+        name: Op(name, watch(f"{name} forward", op.forward), watch(f"{name} backward", op.backward), op.params)
+        for name, op in ((name, run.op(op)) for name, op in OPS.items())
+    }
+    optimizer.update = watch("update", optimizer.update)  # type: ignore[method-assign]
+    for _ in range(WARM_UP):
+        ours.step()
+    spent.clear()
+    total = sum(timed(ours.step) for _ in range(rounds))
+    spent["everything else"] = total - sum(spent.values())
+    return [
+        {"what": name, "ms": 1e3 * seconds / rounds, "share": seconds / total}
+        for name, seconds in sorted(spent.items(), key=lambda item: -item[1])
+    ]
+
+
+def scaling(recipe: str, rounds: int) -> list[dict[str, Any]]:
+    """Microseconds a token as one size grows and the others stay those of the small model."""
+    rows = []
+    for name, values in (("batch_size", (4, 8, 16, 32, 64)), ("block_size", (32, 64, 128, 256)), ("n_layer", (2, 4, 8, 16))):
+        for value in values:
+            sizes = {**MODELS["small"], name: value}
+            (seconds,) = alternating([Ours(sizes, recipe).step], rounds)
+            rows.append({"size": name, "value": value, "us_a_token": 1e6 * seconds / sizes["batch_size"] / sizes["block_size"]})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- the script
+
+
+def bench(
+    what: str = "alone", models: str = "small,medium", recipes: str = "fp32,bf16,fp16", rounds: int = 15, as_json: bool = False
+) -> None:
+    """What scripts/bench.py does. Errors: UsageError for an unknown model or recipe, or too few rounds."""
+    where, chosen, kinds = machine(), models.split(","), recipes.split(",")
+    for name in chosen:
+        if name not in MODELS:
+            raise UsageError(unknown("model", name, MODELS))
+    if rounds < 1:
+        raise UsageError(f"--rounds is {rounds}: it must be at least 1")
+    for recipe in kinds:
+        Config.of({"recipe": recipe})
+    rows = {
+        "alone": lambda: alone(chosen, kinds, rounds),
+        "torch": lambda: against_torch(chosen, kinds, rounds),
+        "profile": lambda: profile(chosen[0], kinds[0], rounds),
+        "scaling": lambda: scaling(kinds[0], rounds),
+    }[what]()
+    if as_json:
+        print(json_text({"machine": where, "rounds": rounds, "rows": rows}))
+        return
+    print(f"{where}\n{'mean' if what == 'profile' else 'medians'} of {rounds} steps\n")
+    print(table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Recipes side by side: a table and a page."""

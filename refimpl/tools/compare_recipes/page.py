@@ -1,0 +1,167 @@
+"""A comparison of recipes as a page, `recipes.html`, and the whole of what scripts/compare_recipes.py does."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.errors import UsageError
+from refimpl.tools.compare_recipes.runs import (
+    HEADER,
+    IS_DIFFERENT,
+    MATTERS_MORE,
+    PERTURBATIONS,
+    Comparison,
+    Run,
+    chosen_recipes,
+    compare,
+    meaning,
+    rows,
+)
+from refimpl.tools.html.figures import Picture, as_svg
+from refimpl.tools.html.page import document, escape, figures, paragraphs, section, table
+from refimpl.training.config import Config
+from refimpl.training.console import json_text
+from refimpl.training.console import table as text_table
+from refimpl.training.outputs import target
+
+PAGE = Path("runs/recipes.html")
+STEPS, STEPS_OF_ALL, WARMUP = 200, 60, 10
+"""What --steps and --warmup stand at; with all recipes fewer, so that it is done in ten minutes on two cores."""
+
+
+def compare_recipes(
+    given: Mapping[str, Any],
+    recipes: str,
+    seeds: int,
+    out: Path | None,
+    no_page: bool,
+    json_file: Path | None,
+    command: str,
+    perturbations: int = PERTURBATIONS,
+    overwrite: bool = False,
+) -> None:
+    """Train, print the table, write the page and the data. given: fields of Config. Errors: UsageError before any step."""
+    from tqdm import tqdm
+
+    names = chosen_recipes(recipes)
+    steps = STEPS_OF_ALL if "all" in recipes.split(",") else STEPS
+    config = Config.of({"steps": steps, "warmup": WARMUP, **given, "recipe": names[0]})
+    if no_page and out is not None:
+        raise UsageError("--no-page and --out contradict each other: choose one")
+    if not no_page:
+        _need_matplotlib()
+    page_file = None if no_page else target("--out", out, PAGE, overwrite)
+    data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
+    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # later than a complaint of `compare`
+        comparison = compare(config, names, seeds, bar.update, perturbations)
+    print(text_table(HEADER, list(rows(comparison))), *meaning(comparison), sep="\n")
+    if data_file is not None:
+        print(f"written: {data_file.write_text(json_text(data(comparison)) + chr(10))}")
+    if page_file is not None:
+        print(f"written: {page_file.write_text(page(comparison, command))}")
+
+
+def _need_matplotlib() -> None:
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (--no-page does without it)") from None
+
+
+def data(comparison: Comparison) -> dict[str, Any]:
+    """Everything that was seen, as plain data."""
+    return {
+        "steps": comparison.steps,
+        "noise": comparison.noise,
+        "drift": comparison.drift,
+        "runs": [_run_data(run) for run in (*comparison.runs, *comparison.others)],
+        "perturbed": [{"perturbation": run.perturbation, **_run_data(run)} for run in comparison.changed],
+    }
+
+
+def _run_data(run: Run) -> dict[str, Any]:
+    return {
+        "recipe": run.config.recipe, "seed": run.config.seed, "losses": run.losses, "val_loss": run.val_loss,
+        "bytes_per_parameter": run.bytes_per_parameter, "skipped": run.skipped, "moved": run.moved,
+        "seconds": run.seconds, "ended": run.ended or None,
+    }  # fmt: skip
+
+
+def page(comparison: Comparison, command: str) -> str:
+    """The page. The same comparison and command give the same text."""
+    described = [[run.config.recipe, run.recipe.summary, run.recipe.source] for run in comparison.runs]
+    sections = [
+        section("At the end", table("All recipes", HEADER, list(rows(comparison))), paragraphs(meaning(comparison))),
+        section("Loss", paragraphs([LOSS]), figures(_pictures(comparison, "loss"))),
+        section(
+            "Difference from FP32", paragraphs([difference_text(comparison)]), figures(_pictures(comparison, "difference"))
+        ),
+        section("The recipes", table("The recipes", ["recipe", "what it is", "source"], described, words=True)),
+        section("How it was made", f"<pre><code>{escape(command)}</code></pre>\n"),
+    ]
+    config = comparison.runs[0].config
+    return document(f"Recipes compared: {config.model}, {comparison.runs[0].parts.model.n_params:,} parameters", sections)
+
+
+LOSS = "The training loss, smoothed over a tenth of the steps. Each figure has FP32 in grey."
+def difference_text(comparison: Comparison) -> str:
+    """What the figures of differences are held against."""
+    return (
+        f"The smoothed loss minus that of FP32 on the same batches; the axis is logarithmic above the dark band and below it. "
+        f"The dark band answers: {IS_DIFFERENT} It is as wide as FP32 differs from itself on these batches from weights that "
+        f"are changed in their last bit, {len(comparison.changed)} times: a recipe that stays inside cannot be told from FP32. "
+        f"The light band answers: {MATTERS_MORE} It is as wide as FP32 with {1 + len(comparison.others)} seeds differs from "
+        f"itself, other weights and other batches: what a recipe does inside it is less than what another seed does."
+    )
+
+
+TOGETHER = 5
+"""Curves a figure beside FP32's: more cannot be told apart."""
+
+
+def _pictures(comparison: Comparison, what: str) -> list[Picture]:
+    """Figures of TOGETHER recipes each."""
+    runs, result = comparison.runs[1:], []
+    for start in range(0, len(runs), TOGETHER):
+        shown = runs[start : start + TOGETHER]
+        names = ", ".join(run.config.recipe for run in shown)
+
+        def draw(axes: Any, shown: Any = shown) -> None:
+            _draw(axes, comparison, shown, what)
+
+        caption = "; ".join(f"{run.config.recipe} ended: {run.ended}" for run in shown if run.ended)
+        result.append(Picture(f"{what}-{start}", names, f"{what} of {names} by step", caption, as_svg(f"{what}-{start}", draw)))
+    return result
+
+
+def _draw(axes: Any, comparison: Comparison, shown: Any, what: str) -> None:
+    """The curves of some recipes, and what they are to be held against."""
+
+    def steps(curve: np.ndarray, taken: int) -> np.ndarray:
+        return np.arange(taken - len(curve) + 1, taken + 1)
+
+    if what == "loss":
+        reference = comparison.smooth(comparison.runs[0].losses)
+        axes.plot(steps(reference, comparison.steps), reference, color="#777777", lw=2.5, label="fp32")
+    else:
+        bands = (comparison.band(), "#e4e4e4", "fp32, other seeds"), (comparison.drift_band(), "#a8a8a8", "fp32, last bit")
+        for band, color, label in bands:
+            axes.fill_between(steps(band, comparison.steps), -band, band, color=color, lw=0, label=label)
+    for i, run in enumerate(shown):
+        curve = comparison.smooth(run.losses) if what == "loss" else comparison.difference(run)
+        axes.plot(steps(curve, len(run.losses)), curve, color=COLORS[i], lw=1.2, label=run.config.recipe)
+    if what == "difference":
+        limit = 4 * float(comparison.band()[-1])  # one that diverges must not flatten the others
+        axes.set_yscale("symlog", linthresh=max(float(comparison.drift_band()[-1]), 1e-4 * limit))
+        axes.set_ylim(-limit, limit)
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per byte")
+    axes.legend()
+
+
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#8c4799", "#c7321b")

@@ -1,0 +1,286 @@
+"""Recipes side by side: what scripts/compare_recipes.py does.
+
+The same model starts from the same weights and trains on the same batches under each recipe. All runs take a step in turn,
+so that whatever else the machine does hits all of them alike, and an interrupted comparison is one of fewer steps. Beside
+them FP32 trains some more times, to answer two questions that a difference of losses raises:
+
+    Is this recipe different from FP32 on these batches?    FP32 on the same batches, from weights changed in their last bit.
+                                                            Training is chaotic: such runs drift apart, and a recipe that
+                                                            drifts no further cannot be told from FP32.
+    Would another seed matter more?                         FP32 with other seeds: other weights and other batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from refimpl.errors import UsageError
+from refimpl.precision.policy import Policy
+from refimpl.precision.recipes import RECIPES, Recipe, get_recipe
+from refimpl.training.config import Config
+from refimpl.training.data import Corpus, load_corpus, sample_batch
+from refimpl.training.generate import mean_loss
+from refimpl.training.memory_limits import need, require_memory
+from refimpl.training.signals import say
+from refimpl.training.trainer import BATCHES, EVALUATION, INIT, generator, start
+
+BASELINE = "fp32"
+DEFAULT = ("fp32", "fp16", "bf16", "amp-bf16", "pure-bf16", "bf16-sr", "bf16-kahan", "fp8", "mxfp8", "nvfp4")
+WATCHED = 20
+"""Weights are compared with those before the step at every so many steps."""
+LAST = 10
+"""The loss at the end is a mean over the last tenth of the steps, and curves are smoothed over as many."""
+
+
+STOPPING = "stopping: the comparison of the steps that all runs have taken follows; again to stop at once"
+PERTURBATIONS = 3
+"""Runs of FP32 from weights that are changed in their last bit; each costs as much as one of FP32's."""
+_PERTURBATION = 1000  # streams of random numbers from here on: far from those of a training
+
+
+@dataclass
+class Run:
+    """One recipe under way, and what it has shown so far. `ended`: why it takes no more steps, or ''.
+
+    perturbation: 1, 2, ... to start from weights changed in their last bit, each time others; 0 for the weights themselves.
+    """
+
+    config: Config
+    perturbation: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+    skipped: int = 0
+    ended: str = ""
+    val_loss: float = float("nan")
+
+    def __post_init__(self) -> None:
+        self.parts = start(self.config)
+        self.batches = generator(self.config.seed, BATCHES)
+        if self.perturbation:
+            weights = self.parts.model.initial_weights(generator(self.config.seed, INIT))
+            rng = generator(self.config.seed, _PERTURBATION + self.perturbation)
+            self.parts.state.load_weights({name: perturbed(x, rng) for name, x in weights.items()})
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it trains under."""
+        return get_recipe(self.config.recipe)
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """As measured: the live buffers of the states."""
+        return self.parts.state.nbytes / self.parts.model.n_params
+
+    def step(self, corpus: Corpus) -> None:
+        """One step, timed; every WATCHED steps it is also seen how many of the weights moved."""
+        if self.ended:
+            return
+        config, state = self.config, self.parts.state
+        assert config.batch_size is not None and config.block_size is not None
+        sizes = config.batch_size, config.block_size
+        batches = [sample_batch(corpus.train, *sizes, self.batches, config.no_target) for _ in range(config.grad_accum)]
+        watched = len(self.losses) % WATCHED == WATCHED - 1
+        before = np.array(state.values(state.master_kind)) if watched else None
+        started = time.perf_counter()
+        result = self.parts.step(batches)
+        loss, skipped = float(result.loss), bool(result.skipped)
+        self.seconds.append(time.perf_counter() - started)
+        self.losses.append(loss)
+        self.skipped += skipped
+        if before is not None and not skipped:
+            self.moved.append(float(np.mean(state.values(state.master_kind) != before)))
+        if skipped and config.loss_scale == "none":
+            self.ended = f"Inf or NaN at step {len(self.losses)}"
+
+    def finish(self, corpus: Corpus, seed: int) -> None:
+        """The validation loss, for all runs on the batches of one seed."""
+        config, rng = self.config, generator(seed, EVALUATION)
+        assert config.batch_size is not None and config.block_size is not None
+        sizes = config.batch_size, config.block_size
+        batches = (sample_batch(corpus.valid, *sizes, rng, config.no_target) for _ in range(config.eval_batches))
+        self.parts.state.weights_down()
+        self.val_loss = mean_loss(self.parts.model, self.parts.state, self.parts.run, batches)
+
+
+def perturbed(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each weight moved to the next FP32 number above or below, by chance: the smallest change that there is."""
+    towards = np.where(rng.integers(0, 2, weights.shape) == 1, np.float32(np.inf), np.float32(-np.inf))
+    return np.asarray(np.nextafter(weights, towards))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs: one for each recipe, FP32 first; FP32 with other seeds; and FP32 from weights changed in their last bit."""
+
+    runs: Sequence[Run]
+    others: Sequence[Run]
+    changed: Sequence[Run]
+
+    @property
+    def seconds(self) -> float:
+        """The time that all steps of all runs took."""
+        return sum(sum(run.seconds) for run in (*self.runs, *self.others, *self.changed))
+
+    @property
+    def drift(self) -> float:
+        """The largest difference between the validation losses of FP32 from weights that differ in their last bit.
+
+        It answers whether a recipe is different from FP32 on these batches.
+        """
+        losses = [run.val_loss for run in (self.runs[0], *self.changed)]
+        return max(losses) - min(losses)
+
+    @property
+    def steps(self) -> int:
+        """Steps that FP32 has taken."""
+        return len(self.runs[0].losses)
+
+    @property
+    def noise(self) -> float:
+        """The largest difference between the validation losses of FP32 with any two seeds.
+
+        It answers whether another seed would matter more than a recipe does.
+        """
+        losses = [run.val_loss for run in (self.runs[0], *self.others)]
+        return max(losses) - min(losses)
+
+    def smooth(self, losses: Sequence[float]) -> np.ndarray:
+        """Means over a tenth of the steps: the value at each step is the mean of those that end there."""
+        width = min(len(losses), max(1, self.steps // LAST))
+        return np.asarray(np.convolve(losses, np.full(width, 1 / width), "valid"))
+
+    def difference(self, run: Run) -> np.ndarray:
+        """A run's smoothed loss less FP32's, as far as it went: both saw the same batches."""
+        return self.smooth(np.subtract(run.losses, self.runs[0].losses[: len(run.losses)]).tolist())
+
+    def band(self) -> np.ndarray:
+        """At each step the largest difference between the smoothed losses of FP32 with any two seeds."""
+        return np.asarray(np.ptp([self.smooth(run.losses) for run in (self.runs[0], *self.others)], axis=0))
+
+    def drift_band(self) -> np.ndarray:
+        """The same between any two of FP32 on the same batches, from weights that differ in their last bit."""
+        return np.asarray(np.ptp([self.smooth(run.losses) for run in (self.runs[0], *self.changed)], axis=0))
+
+
+def chosen_recipes(text: str) -> list[str]:
+    """The recipes of a list with commas, FP32 first, each once. 'all': those that do not imitate an accumulator.
+
+    Errors: UsageError for an unknown name, or none.
+    """
+    names: list[str] = [BASELINE]
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        fast = [name for name, recipe in RECIPES.items() if _is_fast(recipe.policy)]
+        names += fast if word == "all" else [get_recipe(word).name]
+    if len(names) == 1:
+        raise UsageError(f"--recipes names none: give 'all', or some of {', '.join(RECIPES)}")
+    return list(dict.fromkeys(names))
+
+
+def _is_fast(policy: Policy) -> bool:
+    """Whether all sums are the BLAS's: others are formed product by product, dozens of times as slowly."""
+    return all(row.acc in ("fp32", "fp64") for row in policy.rows.values())
+
+
+def compare(
+    config: Config, recipes: Sequence[str], seeds: int, tick: Callable[[], Any], perturbations: int = PERTURBATIONS
+) -> Comparison:
+    """Train under each recipe. config: of the run under FP32; seeds: how many FP32 trains with; perturbations: how many times
+    it trains from weights changed in their last bit. `tick` is called each step.
+
+    Ctrl-C ends it with the steps that all have taken. Errors: UsageError for fewer than 2 seeds or 1 perturbation, or where
+    memory cannot hold all runs, and KeyboardInterrupt where not one step was finished.
+    """
+    if seeds < 2:
+        raise UsageError(f"--seeds is {seeds}: it takes two runs to differ")
+    if perturbations < 1:
+        raise UsageError(f"--perturbations is {perturbations}: it must be at least 1")
+    assert config.block_size is not None and config.steps is not None
+    configs = [for_recipe(config, name) for name in recipes]
+    others_configs = [replace(config, seed=config.seed + i) for i in range(1, seeds)]
+    require_memory([need(each) for each in (*configs, *others_configs, *[config] * perturbations)], "the comparison")
+    corpus = load_corpus(config.data, config.block_size)
+    runs, others = [Run(each) for each in configs], [Run(each) for each in others_configs]
+    changed = [Run(config, i) for i in range(1, perturbations + 1)]
+    everyone = (*runs, *others, *changed)
+    try:
+        for _ in range(config.steps):
+            for run in everyone:
+                run.step(corpus)
+            tick()
+    except KeyboardInterrupt:
+        say(STOPPING)
+        finished = min(len(run.losses) for run in everyone if not run.ended)
+        if not finished:
+            raise
+        for run in everyone:
+            del run.losses[finished:]
+    for run in everyone:
+        run.finish(corpus, config.seed)
+    return Comparison(runs, others, changed)
+
+
+def for_recipe(config: Config, name: str) -> Config:
+    """The same run under another recipe, with that recipe's loss scale."""
+    return replace(config, recipe=name, loss_scale=get_recipe(name).loss_scale)
+
+
+HEADER = ("recipe", "bytes", "loss", "validation", "minus fp32", "skipped", "moved", "ms a step")
+
+
+def rows(comparison: Comparison) -> Iterator[list[str]]:
+    """The table: a row for each recipe. One asterisk marks a difference from FP32, two one that is beyond that of seeds."""
+    baseline = comparison.runs[0]
+    for run in comparison.runs:
+        yield [
+            run.config.recipe,
+            f"{run.bytes_per_parameter:.4g}",
+            f"{comparison.smooth(run.losses)[-1]:.4f}",
+            f"{run.val_loss:.4f}",
+            run.ended or ("" if run is baseline else _marked(run.val_loss - baseline.val_loss, comparison)),
+            str(run.skipped),
+            f"{100 * float(np.mean(run.moved)):.1f} %" if run.moved else "-",
+            f"{1e3 * median(run.seconds):.0f}",
+        ]
+
+
+def _marked(difference: float, comparison: Comparison) -> str:
+    """A difference with four decimals, or one digit where they would all be 0, and with its asterisks."""
+    text = f"{difference:+.0e}" if 0 < abs(difference) < 0.00005 else f"{difference:+.4f}"
+    if abs(difference) <= comparison.drift:
+        return text
+    return text + (" *" if abs(difference) <= comparison.noise else " **")
+
+
+def meaning(comparison: Comparison) -> list[str]:
+    """What the columns say, for under the table."""
+    seeds, width = 1 + len(comparison.others), max(1, comparison.steps // LAST)
+    more = len(comparison.others) + len(comparison.changed)
+    return [
+        f"{comparison.steps} steps from the same weights on the same batches. loss: the mean of the last {width} steps. "
+        f"validation: in nats per byte, on the same {comparison.runs[0].config.eval_batches} batches for all.",
+        f"*: {IS_DIFFERENT} Yes: it is further from FP32 than FP32 is from itself on the same batches when its first weights "
+        f"are changed in their last bit ({_times(len(comparison.changed))}): those validation losses lie within "
+        f"{comparison.drift:.2g}.",
+        f"{MATTERS_MORE} Yes, unless there are two asterisks: within {comparison.noise:.2g} lie the validation losses of "
+        f"FP32 with {seeds} seeds, which are other weights and other batches.",
+        f"bytes: model states per parameter, as measured. moved: weights (masters, where there are) that an update changed, at "
+        f"every {WATCHED}th step. Times are of NumPy on this machine, which has no 16-bit or 8-bit arithmetic: on a device "
+        f"with it fewer bits are faster, here they are slower. All steps took {comparison.seconds:.0f} s; those of the {more} "
+        f"more runs of FP32 {sum(sum(run.seconds) for run in (*comparison.others, *comparison.changed)):.0f} s of them.",
+    ]
+
+
+IS_DIFFERENT = "Is this recipe different from FP32 on these batches?"
+MATTERS_MORE = "Would another seed matter more?"
+"""The two questions, and which of the runs of FP32 answers each: those with changed weights, those with other seeds."""
+
+
+def _times(n: int) -> str:
+    return f"{n} time{'s' * (n != 1)}"

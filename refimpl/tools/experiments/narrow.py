@@ -1,0 +1,113 @@
+"""Experiments on narrow formats: the scales of MX blocks, and sums in the accumulators of tensor cores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from refimpl.numerics.accumulators import matmul
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import FORMATS
+from refimpl.numerics.quantization.fp8 import quantise_tensor
+from refimpl.numerics.quantization.mx import SCALE_RULES, quantise_mx
+from refimpl.tools.experiments.experiment import Experiment, Result
+
+# -- MX scales ---------------------------------------------------------------------------------------------------------
+
+BLOCKS, SIZE = 1 << 14, 32
+ELEMENTS = ("e4m3", "e5m2", "e2m1")
+
+
+def run_mx_scales(seed: int) -> Result:
+    """Quantise blocks whose largest values are spread evenly over a binade, under each rule for the shared power of two.
+
+    Counted are blocks whose largest value is too large for its scale and saturates. Under 'floor' that is where its
+    significand is above that of the format's largest value: 1.75 for e4m3 and e5m2, 1.5 for e2m1.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-1, 1, (BLOCKS, SIZE))
+    x[:, 0] = rng.uniform(1, 2, BLOCKS)
+    x = cast(x, "fp32")
+    data: dict[str, Any] = {}
+    rows = []
+    for fmt in ELEMENTS:
+        for rule in SCALE_RULES:
+            q = quantise_mx(x, fmt, rule=rule)
+            scaled = x[:, 0] / q.scale_values()[:, 0]
+            limit = FORMATS[fmt].max
+            lost = np.log2(limit / np.minimum(scaled, limit))
+            error = np.sqrt(np.mean((q.dequantise() - x) ** 2) / np.mean(x * x))
+            data[f"{fmt} {rule}"] = {
+                "saturated": float(np.mean(scaled > limit)), "unused": float(lost.mean()), "error": float(error),
+            }  # fmt: skip
+            found = data[f"{fmt} {rule}"]
+            rows.append([fmt, rule, f"{found['saturated']:.1%}", f"{found['unused']:.2f}", f"{found['error']:.2%}"])
+    floor, rceil = data["e4m3 floor"], data["e4m3 rceil"]
+    conclusion = (
+        f"under the floor of the OCP text {floor['saturated']:.0%} of the blocks saturate in e4m3 and "
+        f"{data['e2m1 floor']['saturated']:.0%} in e2m1, under rceil {rceil['saturated']:.0%}, which leaves "
+        f"{rceil['unused']:.1f} bits of the range unused"
+    )
+    return Result(["element", "rule", "largest value saturates", "bits unused", "error (rms)"], rows, conclusion, data)
+
+
+def draw_mx_scales(axes: Any, data: Mapping[str, Any]) -> None:
+    """The share of blocks that saturate, by rule."""
+    for i, fmt in enumerate(ELEMENTS):
+        shares = [data[f"{fmt} {rule}"]["saturated"] for rule in SCALE_RULES]
+        axes.bar(np.arange(len(SCALE_RULES)) + 0.25 * (i - 1), shares, width=0.25, label=fmt)
+    axes.set_xticks(range(len(SCALE_RULES)), list(SCALE_RULES))
+    axes.set_ylabel("share of blocks whose largest value saturates")
+    axes.legend()
+
+
+# -- accumulators ------------------------------------------------------------------------------------------------------
+
+LONGEST, ROWS = 4096, 16
+ACCUMULATORS = ("fp32", "e8m15", "e8m14", "e8m13", "e8m14/128", "fp16/64/fp16")
+
+
+def run_accumulators(seed: int) -> Result:
+    """Products of positive FP8 numbers, summed up to 4096 of them in accumulators of fewer bits than FP32's."""
+    rng = np.random.default_rng(seed)
+    a, b = (quantise_tensor(cast(rng.uniform(0, 1, (ROWS, LONGEST)), "fp32"), "e4m3").dequantise() for _ in range(2))
+    lengths = [2**k for k in range(5, 13)]
+    data: dict[str, Any] = {"lengths": lengths}
+    rows = []
+    for acc in ACCUMULATORS:
+        errors = []
+        for n in lengths:
+            exact = widen(a[:, :n], "fp64") @ widen(b[:, :n], "fp64").T
+            errors.append(float(np.mean(abs(matmul(a[:, :n], b[:, :n].T, acc) - exact) / exact)))
+        data[acc] = errors
+        rows.append([acc, *(f"{error:.2e}" for error in errors[1::2])])
+    plain, promoted = data["e8m14"][-1], data["e8m14/128"][-1]
+    conclusion = (
+        f"a sum of {LONGEST} products is off by {plain:.1%} where it is cut to 14 bits after each of them, and by "
+        f"{promoted:.2%} where it is added to an FP32 sum after every 128"
+    )
+    header = ["accumulator", *(f"relative error at {n}" for n in lengths[1::2])]
+    return Result(header, rows, conclusion, data)
+
+
+def draw_accumulators(axes: Any, data: Mapping[str, Any]) -> None:
+    """The mean relative error against the number of products."""
+    for acc in ACCUMULATORS:
+        axes.plot(data["lengths"], data[acc], "o-", ms=3, label=acc)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("products summed")
+    axes.set_ylabel("relative error (mean)")
+    axes.legend()
+
+
+MX_SCALES = Experiment(
+    "mx-scales", "Which rule for an MX scale saturates how often?", "OCP MX v1.0; torchao issue 2035; mlx issue 4353",
+    run_mx_scales, draw_mx_scales,
+)  # fmt: skip
+ACCUMULATORS_OF_HARDWARE = Experiment(
+    "accumulators", "What do long sums come to in 14 bits?", "DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2",
+    run_accumulators, draw_accumulators,
+)  # fmt: skip

@@ -1,0 +1,79 @@
+"""Toy experiments, each with a table, a picture and a conclusion of one line; every one takes seconds.
+
+Each is a pair of functions in one of the modules here: `run` computes, `draw` shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from refimpl.errors import UsageError, unknown
+from refimpl.tools.experiments.breaks import EPSILON, MASKS
+from refimpl.tools.experiments.experiment import Experiment, Result
+from refimpl.tools.experiments.moments import RARE_ROWS
+from refimpl.tools.experiments.narrow import ACCUMULATORS_OF_HARDWARE, MX_SCALES
+from refimpl.tools.experiments.toy_runs import ALL_RECIPES, MASTERS, TINY_LOSS
+from refimpl.tools.experiments.updates import HUNDRED_UPDATES, MOVED_WEIGHTS
+from refimpl.tools.experiments.values import ACCUMULATE, FLUSH, LOST_UPDATE
+from refimpl.training.checkpoint import write_atomically
+from refimpl.training.console import table
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        FLUSH, LOST_UPDATE, HUNDRED_UPDATES, MOVED_WEIGHTS, ACCUMULATE, ACCUMULATORS_OF_HARDWARE, MX_SCALES, MASKS, EPSILON,
+        RARE_ROWS, TINY_LOSS, MASTERS, ALL_RECIPES,
+    )
+}  # fmt: skip
+
+
+def show_experiments(names: Sequence[str], out: Path, seed: int) -> None:
+    """What scripts/experiments.py does: list the experiments, or run some of them ('all': each) and draw them into `out`.
+
+    Errors: UsageError for an unknown name, a bad seed, or a folder that cannot be written.
+    """
+    chosen = list(EXPERIMENTS) if list(names) == ["all"] else list(dict.fromkeys(names))
+    for name in chosen:
+        if name not in EXPERIMENTS:
+            raise UsageError(unknown("experiment", name, [*EXPERIMENTS, "all"]))
+    if seed < 0:
+        raise UsageError(f"--seed is {seed}: it must be 0 or more")
+    if not chosen:
+        rows = [[e.name, e.question, e.source] for e in EXPERIMENTS.values()]
+        print(table(["experiment", "question", "after"], rows) + "\n\nrun one by its name, some, or all")
+    for name in chosen:
+        experiment = EXPERIMENTS[name]
+        result = experiment.run(seed)
+        print(f"{experiment.name}: {experiment.question}\n\n{table(result.header, result.rows, '  ')}\n")
+        print(f"Conclusion: {result.conclusion}.")
+        print(_drawn(draw(experiment, result, out, seed)), end="\n\n" if name != chosen[-1] else "\n")
+
+
+def _drawn(path: Path | None) -> str:
+    return f"drawn: {path}" if path else "(no picture: that takes matplotlib, pip install -e '.[plot]')"
+
+
+def draw(experiment: Experiment, result: Result, folder: Path, seed: int = 0) -> Path | None:
+    """Draw a result to `folder/NAME.png`, of another seed than 0 to NAME-seed1.png; a name has one content.
+
+    Returns None without matplotlib. Errors: UsageError when it cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    experiment.draw(axes, result.data)
+    axes.set_title(experiment.question)
+    axes.grid(alpha=0.3)
+    path = folder / f"{experiment.name}{f'-seed{seed}' if seed else ''}.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    return path

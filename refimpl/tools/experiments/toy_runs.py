@@ -1,0 +1,211 @@
+"""Experiments with a small GPT: loss scaling, masters, and all recipes side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from refimpl.numerics.cast import widen
+from refimpl.optim.loss_scale import make_loss_scale
+from refimpl.optim.state import State
+from refimpl.parity.trace import batches_of
+from refimpl.step import Batch, through
+from refimpl.tools.experiments.experiment import Experiment, Result
+from refimpl.training.config import Config
+from refimpl.training.setup import Parts
+from refimpl.training.trainer import start
+
+SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "warmup": 5}
+"""The model of these experiments: 0.1 million parameters, 256 tokens a step."""
+Sizes = Mapping[str, Any]
+
+
+def _parts(recipe: str, seed: int, **more: Any) -> tuple[Config, Parts]:
+    config = Config.of({**SMALL, "recipe": recipe, "seed": seed, **more})
+    return config, start(config)
+
+
+def _batches(config: Config, n: int) -> list[Batch]:
+    """The batches of the first n steps, of one micro-batch each."""
+    return [batch for (batch,) in batches_of(replace(config, steps=n), None)]
+
+
+def _train(parts: Parts, batches: list[Batch]) -> list[float]:
+    """The loss of each step."""
+    return [float(parts.step([batch]).loss) for batch in batches]
+
+
+def _end(losses: list[float]) -> float:
+    """The mean of the last tenth: a single batch says little."""
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+# -- a tiny loss -------------------------------------------------------------------------------------------------------
+
+TINY = 1e-9
+SCALES = range(0, 68, 4)
+
+
+def run_tiny_loss(seed: int) -> Result:
+    """Multiply the loss by 1e-9 and send it backward in FP16 at loss scales from 1 on: which gradients are left?
+
+    Counted are elements that are not zero in the same backward pass in FP32.
+    """
+    shares = []
+    config, exact = _parts("fp32", seed)
+    batch = _batches(config, 1)[0]
+    _, low = _parts("fp16", seed)
+    with np.errstate(all="ignore"):
+        through(exact.model, [batch], exact.state, np.asarray(make_loss_scale("1").scale), exact.run)
+        there = exact.state.grads != 0
+        for exponent in SCALES:
+            S = make_loss_scale(str(TINY * 2.0**exponent)).scale
+            through(low.model, [batch], low.state, S, low.run)
+            g = widen(low.state.grads, "fp32")
+            shares.append((float(np.mean(g[there] == 0)), float(np.mean(~np.isfinite(g)))))
+    zero, infinite = ([share[i] for share in shares] for i in (0, 1))
+    best = min(range(len(shares)), key=lambda i: zero[i] + infinite[i])
+    rows = [[f"2^{k}", f"{100 * z:.3g} %", f"{100 * i:.3g} %"] for k, z, i in zip(SCALES, zero, infinite, strict=True)]
+    conclusion = (
+        f"a loss multiplied by {TINY:g} leaves {zero[0]:.0%} of its gradients zero in FP16 without a loss scale, and "
+        f"{100 * zero[best]:.2g} % with S = 2^{SCALES[best]}"
+    )
+    data = {"exponents": list(SCALES), "zero": zero, "infinite": infinite, "best": best}
+    return Result(["loss scale", "gradients that are zero", "Inf or NaN"], rows, conclusion, data)
+
+
+def draw_tiny_loss(axes: Any, data: Mapping[str, Any]) -> None:
+    """The share of gradients lost at each end, against the loss scale."""
+    scales = [2.0**k for k in data["exponents"]]
+    axes.plot(scales, data["zero"], "o-", label="became zero")
+    axes.plot(scales, data["infinite"], "s-", color="tab:red", label="Inf or NaN")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("loss scale S")
+    axes.set_ylabel("share of the gradients")
+    axes.legend()
+
+
+# -- masters, loss scaling ---------------------------------------------------------------------------------------------
+
+WARM_STEPS, FINE_STEPS, FINE_LR, SMALL_LOSS = 150, 150, 5e-6, 1e-6
+
+
+def run_masters(seed: int, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_STEPS, sizes: Sizes = SMALL) -> Result:
+    """Train on from a model that has learnt a little, at a small learning rate, with and without masters and loss scaling.
+
+    The loss is multiplied by 1e-6 and its gradients, once in FP32, divided by it: they are as small on their way through
+    the network as those of large models, while Adam sees the same. Without masters, moments stay in FP32. What a run has
+    learnt is told against the same weights left alone, on the same batches.
+    """
+    config, first = _parts("fp16", seed, **{**sizes, "lr": 2e-3, "steps": warm_steps})
+    batches = _batches(config, warm_steps + fine_steps)
+    _train(first, batches[:warm_steps])
+    start = {name: np.array(view) for name, view in first.state.layout.views(first.state.master).items()}
+    curves: dict[str, list[float]] = {}
+    fine = batches[warm_steps:]
+    alone = _fine_tuned(seed, sizes, start, fine, lr=1e-30)
+    for masters in (True, False):
+        for scaled in (True, False):
+            name = f"{'with' if masters else 'without'} masters, {'with' if scaled else 'without'} loss scaling"
+            S = SMALL_LOSS * 2.0**30 if scaled else SMALL_LOSS
+            curves[name] = _fine_tuned(seed, sizes, start, fine, FINE_LR, masters, S)
+    gain = {name: _end(alone) - _end(curve) for name, curve in curves.items()}
+    rows = [[name, f"{_end(curve):.4f}", f"{gain[name]:.4f}"] for name, curve in curves.items()]
+    both, no_scaling, no_masters, neither = gain.values()
+    conclusion = (
+        f"{fine_steps} steps at a learning rate of {FINE_LR:g} lower the loss by {both:.4f} with masters and loss scaling, "
+        f"by {no_masters:.4f} without masters, by {no_scaling:.4f} without loss scaling, and by {neither:.4f} without either"
+    )
+    data = {"alone": alone, "curves": curves, "gain": gain}
+    return Result(["fp16", "loss at the end", "lower than untrained by"], rows, conclusion, data)
+
+
+def _fine_tuned(
+    seed: int, sizes: Sizes, start: Mapping[str, np.ndarray], batches: list[Batch], lr: float, masters: bool = True,
+    S: float = 1.0,
+) -> list[float]:
+    """The losses of FP16 training from `start`, with the loss scale S, at a constant learning rate."""
+    at_lr = {"lr": lr, "min_lr": lr, "warmup": 0, "steps": len(batches), "weight_decay": 0.0}
+    _, parts = _parts("fp16", seed, **{**sizes, **at_lr})
+    if not masters:
+        formats = {kind: fmt for kind, fmt in parts.state.formats.items() if kind != "master"}
+        parts.state = State(parts.model, formats, parts.state.backend)
+    parts.state.load_weights(start)
+    parts.loss_scale = make_loss_scale(str(S))
+    return _train(parts, batches)
+
+
+def draw_masters(axes: Any, data: Mapping[str, Any]) -> None:
+    """How much lower than that of the weights left alone the four losses are, each as the mean of the last ten steps."""
+    for i, (name, curve) in enumerate(data["curves"].items()):
+        lower = _smooth(list(np.subtract(data["alone"], curve)), 10)
+        axes.plot(lower, label=name, ls="-" if i < 2 else "--", lw=2.5 if i == 0 else 1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss below that of the weights left alone")
+    axes.legend(fontsize=8)
+
+
+def _smooth(losses: list[float], n: int) -> np.ndarray:
+    sums = np.cumsum(np.concatenate([[0.0], losses]))
+    smooth: np.ndarray = (sums[n:] - sums[:-n]) / n
+    return smooth
+
+
+# -- all recipes -------------------------------------------------------------------------------------------------------
+
+STEPS = 100
+BASIC = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-fp16", "pure-bf16")
+"""Of the others each is a variant of one of these; together they take minutes."""
+
+
+def run_recipes(seed: int, steps: int = STEPS, sizes: Sizes = SMALL) -> Result:
+    """Train the same model from the same weights on the same batches under each of the basic recipes."""
+    curves = {}
+    for recipe in BASIC:
+        config, parts = _parts(recipe, seed, **{**sizes, "lr": 2e-3, "steps": steps})
+        curves[recipe] = _train(parts, _batches(config, steps))
+    ends = {name: _end(curve) for name, curve in curves.items()}
+    apart = {name: float(np.nanmax(np.abs(np.subtract(curve, curves["fp32"])))) for name, curve in curves.items()}
+    rows = [[name, _loss(ends[name]), _loss(ends[name] - ends["fp32"]), f"{apart[name]:.2g}"] for name in curves]
+    kept = {name: abs(ends[name] - ends["fp32"]) for name in curves if not name.startswith("pure")}
+    furthest = max(kept, key=lambda name: kept[name])
+    pure = " and ".join(f"{name} at {_loss(ends[name])}" for name in curves if name.startswith("pure"))
+    conclusion = (
+        f"after {steps} steps FP32 is at {_loss(ends['fp32'])}, each of these recipes with FP32 weights or masters within "
+        f"{kept[furthest]:.3f} of it ({furthest} is furthest off), {pure}"
+    )
+    header = ["recipe", "loss at the end", "less that of fp32", "largest difference of a step"]
+    return Result(header, rows, conclusion, {"curves": curves, "ends": ends, "apart": apart})
+
+
+def _loss(x: float) -> str:
+    """A loss for the eye; a run that broke ends in NaN."""
+    return "NaN" if np.isnan(x) else f"{x:.3f}"
+
+
+def draw_recipes(axes: Any, data: Mapping[str, Any]) -> None:
+    """All loss curves, each as the mean of the last ten steps."""
+    for name, curve in data["curves"].items():
+        axes.plot(_smooth(curve, 10), label=name, ls="--" if name.startswith("pure") else "-", lw=1.2)
+    smooth = _smooth(data["curves"]["fp32"], 10)
+    axes.set_ylim(smooth.min() - 0.1, smooth.max() + 0.3)  # a run that breaks leaves the picture
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (mean of the last ten steps)")
+    axes.legend(fontsize=8, ncols=2)
+
+
+TINY_LOSS = Experiment(
+    "tiny-loss", "What does loss scaling save of a very small loss?", "Micikevicius et al. 2018, section 3.2", run_tiny_loss,
+    draw_tiny_loss,
+)  # fmt: skip
+MASTERS = Experiment(
+    "masters", "FP16 with and without masters, with and without loss scaling", "Micikevicius et al. 2018, sections 3.1 and 3.2",
+    run_masters, draw_masters,
+)  # fmt: skip
+ALL_RECIPES = Experiment(
+    "recipes", "How far apart are the loss curves of the basic recipes?", "refimpl/precision/recipes.py", run_recipes,
+    draw_recipes
+)

@@ -1,0 +1,132 @@
+"""Experiments on updates: what 16-bit weights make of small steps, with masters and without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.compensated import kahan_update
+from refimpl.numerics.formats import FORMATS
+from refimpl.numerics.stochastic import random_bits, stochastic_round
+from refimpl.tools.experiments.experiment import Experiment, Result
+
+_SOURCE = "Micikevicius et al. 2018, section 3.1"
+
+# -- a hundred updates -------------------------------------------------------------------------------------------------
+
+UPDATES, SIZE, MEAN_OF = 100, 6e-4, 4096
+
+
+def run_hundred_updates(seed: int) -> Result:
+    """Take 6e-4 away from 1.0, a hundred times: w = R(w - 6e-4), or a master in FP32 of which w is the rounded copy.
+
+    Or without a master: R up or down by chance (the mean of 4096 weights), or what R took away kept for the next update.
+    """
+    step = cast(np.array(SIZE), "fp32")
+    curves: dict[str, list[float]] = {}
+    for fmt, masters in (("fp32", False), ("fp16", False), ("bf16", False), ("fp16", True), ("bf16", True)):
+        kept = cast(np.array(1.0), "fp32" if masters else fmt)  # what the update is added to
+        curve = [1.0]
+        for _ in range(UPDATES):
+            kept = cast(widen(kept, "fp32") - step, "fp32" if masters else fmt)
+            curve.append(float(cast(kept, fmt)))
+        curves[f"{fmt} with masters" if masters else fmt] = curve
+    curves["bf16, stochastic rounding"], curves["bf16, Kahan"] = _stochastic(step, seed), _kahan(step)
+    exact = 1 - UPDATES * SIZE
+    rows = [[name, f"{curve[-1]:.7g}", f"{curve[-1] - exact:+.2g}"] for name, curve in curves.items()]
+    conclusion = (
+        f"after {UPDATES} updates of -{SIZE:g} the weight should be {exact:.2f}: FP32 has {curves['fp32'][-1]:.7f}, BF16 alone "
+        f"is still at {curves['bf16'][-1]:g}, and the BF16 copy of an FP32 master is {curves['bf16 with masters'][-1]:g}; "
+        f"without a master stochastic rounding comes to {curves['bf16, stochastic rounding'][-1]:.4f} in the mean, and Kahan's "
+        f"sum to {curves['bf16, Kahan'][-1]:.5f}"
+    )
+    return Result(["weights", "after 100 updates", "error"], rows, conclusion, {"exact": exact, "curves": curves})
+
+
+def _stochastic(step: np.ndarray, seed: int) -> list[float]:
+    w, curve = cast(np.ones(MEAN_OF), "bf16"), [1.0]
+    for t in range(UPDATES):
+        w = stochastic_round(widen(w, "fp32") - step, "bf16", random_bits(seed, t, 0, MEAN_OF))
+        curve.append(float(widen(w, "fp64").mean()))
+    return curve
+
+
+def _kahan(step: np.ndarray) -> list[float]:
+    """The weight with what it owes: w + c."""
+    w, c, curve = cast(np.ones(1), "bf16"), cast(np.zeros(1), "bf16"), [1.0]
+    for _ in range(UPDATES):
+        w, c = kahan_update(w, c, -step)
+        curve.append(float(widen(w, "fp64")[0] + widen(c, "fp64")[0]))
+    return curve
+
+
+def draw_hundred_updates(axes: Any, data: Mapping[str, Any]) -> None:
+    """The weight after each update."""
+    for name, curve in data["curves"].items():
+        axes.plot(curve, label=name, lw=3 if name == "fp32" else 1.3, ls="--" if "masters" in name else "-")
+    axes.set_xlabel("updates")
+    axes.set_ylabel("weight")
+    axes.legend()
+
+
+# -- weights moved -----------------------------------------------------------------------------------------------------
+
+STD, WEIGHTS = 0.02, 1 << 18
+RATES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+
+
+def predicted_share(fmt: str, lr: float) -> float:
+    """The share of N(0, 0.02^2) that a step of lr moves: the weights w of which half an ulp is less than lr.
+
+        half an ulp of [2^e, 2^(e+1)) is 2^(e - fraction_bits - 1)  =>  P(|w| < 2^(floor(log2 lr) + fraction_bits + 2))
+
+    Not counted: the few weights just above a power of two, of which the distance downwards is half as large.
+    """
+    row = FORMATS[fmt]
+    below = math.ldexp(1.0, math.floor(math.log2(lr)) + row.fraction_bits + 2)
+    return math.erf(below / STD / math.sqrt(2)) if lr > row.smallest_subnormal / 2 else 0.0
+
+
+def run_moved_weights(seed: int) -> Result:
+    """Add lr or -lr, by chance, to 16-bit weights drawn from N(0, 0.02^2), and count those that changed."""
+    rng = np.random.default_rng(seed)
+    w = cast(rng.standard_normal(WEIGHTS) * STD, "fp32")
+    sign = cast(rng.choice([-1.0, 1.0], WEIGHTS), "fp32")
+    data: dict[str, Any] = {"rates": RATES}
+    for fmt in ("fp16", "bf16"):
+        low = widen(cast(w, fmt), "fp32")
+        moved = [float(np.mean(widen(cast(low + sign * cast(np.array(lr), "fp32"), fmt), "fp32") != low)) for lr in RATES]
+        data[fmt] = {"moved": moved, "predicted": [predicted_share(fmt, lr) for lr in RATES]}
+    rows = [
+        [f"{lr:g}", *(f"{data[fmt][what][i]:.3f}" for fmt in ("fp16", "bf16") for what in ("moved", "predicted"))]
+        for i, lr in enumerate(RATES)
+    ]
+    at = dict(zip(RATES, data["bf16"]["moved"], strict=True))
+    conclusion = (
+        f"of BF16 weights N(0, {STD}^2) a step of 1e-4 moves {at[1e-4]:.0%}, one of 3e-5 {at[3e-5]:.0%}, one of 1e-5 "
+        f"{at[1e-5]:.0%} and one of 1e-6 {at[1e-6]:.1%}; without masters, the others stay where they are for ever"
+    )
+    return Result(["step", "fp16 moved", "predicted", "bf16 moved", "predicted"], rows, conclusion, data)
+
+
+def draw_moved_weights(axes: Any, data: Mapping[str, Any]) -> None:
+    """The share of weights moved against the size of the step; crosses are predicted from the ulps."""
+    for i, fmt in enumerate(("fp16", "bf16")):
+        axes.plot(data["rates"], data[fmt]["moved"], "o-", color=f"C{i}", label=fmt)
+        axes.plot(data["rates"], data[fmt]["predicted"], "x", color="black", ms=7, label="predicted" if i == 0 else None)
+    axes.set_xscale("log")
+    axes.set_xlabel("size of the step")
+    axes.set_ylabel("share of the weights that it moves")
+    axes.legend()
+
+
+HUNDRED_UPDATES = Experiment(
+    "hundred-updates", "Where is a weight after 100 updates of 6e-4?", _SOURCE, run_hundred_updates, draw_hundred_updates,
+)  # fmt: skip
+MOVED_WEIGHTS = Experiment(
+    "moved-weights", "Which share of 16-bit weights does one step move?", _SOURCE, run_moved_weights, draw_moved_weights,
+)  # fmt: skip

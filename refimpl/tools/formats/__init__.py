@@ -1,0 +1,1 @@
+"""Number formats shown: what each makes of a number."""

@@ -1,0 +1,83 @@
+"""The picture of the formats: how far apart their values are, and from where to where they reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from refimpl.errors import UsageError
+from refimpl.numerics.formats import FORMATS, ulp
+from refimpl.training.outputs import target
+
+PICTURE = Path("formats.png")
+
+
+def plot_formats(path: Path, formats: Sequence[str], overwrite: bool = False) -> Path:
+    """Draw two panels, distances of values above and ranges below, and write them as a PNG; returns where.
+
+    Errors: UsageError without matplotlib, for a name that does not end in .png, and where the file cannot be written.
+    """
+    if path.suffix != ".png":
+        raise UsageError(f"--plot {path}: the picture is a PNG, so its name ends in .png")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install -e '.[plot]'") from None
+    picture = target("--plot", None if path is PICTURE else path, PICTURE, overwrite)
+    figure = Figure(figsize=(11, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, height_ratios=(3, 2))
+    _draw_spacing(top, formats)
+    _draw_ranges(bottom, formats)
+    powers = StrMethodFormatter("$2^{{{x:.0f}}}$")
+    for axis in (top.xaxis, top.yaxis, bottom.xaxis):
+        axis.set_major_formatter(powers)
+        axis.set_major_locator(MaxNLocator(12, integer=True))
+    return picture.write(lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def spacing(fmt: str) -> tuple[list[float], list[float]]:
+    """log2 of the magnitudes where the binades of a format begin, and of its largest value; log2 of the ulp from there on."""
+    row = FORMATS[fmt]
+    first, last = (math.frexp(value)[1] - 1 for value in (row.smallest_subnormal, row.max))
+    exponents = range(first, last + 1)
+    ulps = [math.log2(ulp(fmt, math.ldexp(1.0, exponent))) for exponent in exponents]
+    return [*exponents, math.log2(row.max)], [*ulps, ulps[-1]]
+
+
+def _draw_spacing(axes: Any, formats: Sequence[str]) -> None:
+    """Logarithmic both ways, in the window of the formats of up to five exponent bits; wider ones look the same outside."""
+    for i, fmt in enumerate(formats):  # those with the same fraction bits lie upon each other: later ones are thinner
+        axes.plot(*spacing(fmt), drawstyle="steps-post", lw=6 - 4 * i / len(formats), color=f"C{i}", label=fmt)
+    window = [fmt for fmt in formats if FORMATS[fmt].exponent_bits <= 5] or formats
+    left = min(math.log2(FORMATS[fmt].smallest_subnormal) for fmt in window) - 4
+    right = max(math.log2(FORMATS[fmt].max) for fmt in window) + 4
+    seen = [y for fmt in formats for x, y in zip(*spacing(fmt), strict=True) if left <= x <= right]
+    axes.set_xlim(left, right)
+    axes.set_ylim(min(seen) - 2, max(seen) + 2)
+    axes.set_xlabel("magnitude")
+    axes.set_ylabel("distance to the next value (ulp)")
+    axes.set_title("How far apart the values of each format are")
+    axes.legend(loc="upper left")
+    axes.grid(alpha=0.3)
+
+
+def _draw_ranges(axes: Any, formats: Sequence[str]) -> None:
+    for i, fmt in enumerate(formats):
+        row = FORMATS[fmt]
+        smallest, normal, largest = (math.log2(x) for x in (row.smallest_subnormal, row.smallest_normal, row.max))
+        axes.barh(i, normal - smallest, left=smallest, height=0.6, color=f"C{i}", alpha=0.35)
+        axes.barh(i, largest - normal, left=normal, height=0.6, color=f"C{i}")
+        axes.annotate(f"$2^{{{smallest:.0f}}}$ ", (smallest, i), ha="right", va="center")
+        axes.annotate(f" {row.max:.6g}", (largest, i), va="center")
+    axes.set_yticks(range(len(formats)), formats)
+    axes.invert_yaxis()
+    axes.use_sticky_edges = False  # room for the numbers at both ends
+    axes.margins(x=0.15)
+    axes.set_xlabel("magnitude")
+    axes.set_title("From the smallest to the largest value: subnormal light, normal dark")
+    axes.grid(alpha=0.3, axis="x")

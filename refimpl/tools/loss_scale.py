@@ -1,0 +1,120 @@
+"""What scripts/loss_scale.py shows: the scales that a project's rules make of a pattern of overflows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.errors import UsageError
+from refimpl.optim.loss_scale import make_loss_scale
+from refimpl.optim.scaler_rules import SCALERS
+from refimpl.training.console import table
+from refimpl.training.outputs import target
+
+PICTURE = Path("loss_scale.png")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The scale after each step, as its project keeps it, and the step that ends a run (from 1; 0 for none)."""
+
+    scales: Sequence[float]
+    ends_at: int
+
+
+def show_loss_scale(
+    scaler: str | None,
+    overflows: str,
+    init_scale: float,
+    interval: int,
+    compare: bool = False,
+    plot: Path | None = None,
+    overwrite: bool = False,
+    **knobs: float | None,
+) -> None:
+    """What scripts/loss_scale.py does: print the scale after each step on one line, or, with `compare`, those of all scalers.
+
+    overflows: a character a step, 1 for one whose gradients overflow, else 0. plot: where to draw it too.
+    knobs: settings of `make_loss_scale` (hysteresis, growth_factor, backoff_factor, scale_floor). In a comparison those
+    scalers that have one take it.
+    Errors: UsageError for anything else, an unknown scaler, impossible numbers, or a picture that cannot be made.
+    """
+    if compare == (scaler is not None):
+        raise UsageError(f"name one scaler ({', '.join(SCALERS)}), or give --compare for all of them")
+    names = list(SCALERS) if scaler is None else [scaler]
+    taken = {name: {k: v for k, v in knobs.items() if not compare or k in SCALERS[name].knobs} for name in names}
+    traces = {name: trace(name, overflows, init_scale, interval, **taken[name]) for name in names}
+    if plot is not None:
+        print(f"drawn: {plot_traces(plot, traces, overflows, overwrite)}", file=sys.stderr)
+    for name, found in traces.items():
+        if found.ends_at:
+            where = SCALERS[name].stops.replace("to", "that would take S to").replace("the floor", "its floor")
+            print(f"{name} ends the run at step {found.ends_at}: an overflow {where}", file=sys.stderr)
+    print(_table(traces, overflows) if compare else " ".join(map(number_text, traces[names[0]].scales)))
+
+
+def trace(name: str, overflows: str, init_scale: float, interval: int, **knobs: Any) -> Trace:
+    """Run one scaler over a pattern. Errors: UsageError for an unknown scaler, a wrong pattern or impossible numbers."""
+    if name not in SCALERS:
+        raise UsageError(f"no scaler {name!r}; there are {', '.join(SCALERS)}")
+    if not overflows or set(overflows) - {"0", "1"}:
+        raise UsageError(f"--overflows {overflows!r}: it is 0s and 1s, one a step; 1 is an overflow")
+    scale = make_loss_scale(name, init_scale, interval, **knobs)
+    scales, ends_at = [], 0
+    for step, overflow in enumerate(overflows, 1):
+        scale.update(np.asarray(overflow == "1"))
+        state = scale.state_dict()
+        scales.append(float(state["scale"]))
+        ends_at = ends_at or step * bool(state.get("exhausted"))
+    return Trace(scales, ends_at)
+
+
+def number_text(scale: float) -> str:
+    """'1024' and not '1024.0'; a fraction with all the digits that it takes to tell it from its neighbours."""
+    return str(int(scale)) if scale.is_integer() else repr(scale)
+
+
+def _table(traces: Mapping[str, Trace], overflows: str) -> str:
+    """A line for each scaler, a column for each step; fractions shortened."""
+    short = [[x if "." not in x else f"{float(x):.7g}" for x in map(number_text, t.scales)] for t in traces.values()]
+    return table(["overflow", *overflows], [[name, *cells] for name, cells in zip(traces, short, strict=True)])
+
+
+def plot_traces(path: Path, traces: Mapping[str, Trace], overflows: str, overwrite: bool = False) -> Path:
+    """Draw the scales against the steps, with a mark where an overflow came, and write them as a PNG; returns where.
+
+    Errors: UsageError without matplotlib, for a name that does not end in .png, and where the file cannot be written.
+    """
+    if path.suffix != ".png":
+        raise UsageError(f"--plot {path}: the picture is a PNG, so its name ends in .png")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install -e '.[plot]'") from None
+    picture = target("--plot", None if path is PICTURE else path, PICTURE, overwrite)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    _draw(figure.subplots(), traces, overflows)
+    return picture.write(lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def _draw(axes: Any, traces: Mapping[str, Trace], overflows: str) -> None:
+    """One line for all scalers that agree. Those that agree in part lie upon each other: later ones are thinner."""
+    steps = range(1, len(overflows) + 1)
+    lines: dict[tuple[float, ...], list[str]] = {}
+    for name, found in traces.items():
+        lines.setdefault(tuple(found.scales), []).append(name)
+    for i, (scales, names) in enumerate(lines.items()):
+        axes.step(steps, scales, where="post", lw=6 - 5 * i / len(lines), color=f"C{i}", label=", ".join(names))
+    for step in (step for step, overflow in zip(steps, overflows, strict=True) if overflow == "1"):
+        axes.axvline(step, color="gray", lw=0.7, ls=":")
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("step (dotted: its gradients overflowed)")
+    axes.set_ylabel("loss scale after the step")
+    axes.legend(fontsize=8)

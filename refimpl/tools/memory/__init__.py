@@ -1,0 +1,1 @@
+"""Memory of model states and activations, predicted and measured."""

@@ -1,0 +1,312 @@
+"""Predicted bytes beside measured ones: what `scripts/memory.py --measure` does.
+
+A real model trains for a few steps on real text. Then every model state is weighed as a live array, and every array that
+the tape holds between forward and backward as the memory that it owns. The predictions are `Recipe.state_storages` times
+the parameters, and `activations`. What no formula here predicts (the process, temporary buffers) is measured only.
+
+Bytes are bytes of arrays. Three 0-d numbers of a run (loss scale, its counter, the update count) are left out.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tracemalloc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.errors import UsageError
+from refimpl.nn.autograd import Tape
+from refimpl.nn.models.gpt import GPTConfig
+from refimpl.nn.models.mlp import MLPConfig
+from refimpl.nn.models.model import Model
+from refimpl.parity.trace import batches_of
+from refimpl.step import Batch
+from refimpl.tools.memory.report import paper_text
+from refimpl.training.activation_memory import Row, Term, against_paper, gpt_activations, mlp_activations, weight_copies
+from refimpl.training.config import Config
+from refimpl.training.console import json_text, table
+from refimpl.training.setup import Parts
+from refimpl.training.trainer import start
+
+STEPS = 3
+"""Training steps before anything is weighed, unless the user says another number."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One prediction beside one measurement, in bytes."""
+
+    what: str
+    formula: str
+    predicted: int
+    measured: int
+
+    @property
+    def verdict(self) -> str:
+        """'equal', or by how much not."""
+        return "equal" if self.predicted == self.measured else f"differs by {self.measured - self.predicted:+,} bytes"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All that was predicted and measured of one run. `measured_only`: (what, bytes, remark)."""
+
+    config: Config
+    model: Model
+    sections: Mapping[str, Sequence[Line]]
+    measured_only: Sequence[tuple[str, int, str]]
+
+    @property
+    def wrong(self) -> list[str]:
+        """The lines whose prediction does not hold."""
+        return [f"{name}: {line.what}" for name, lines in self.sections.items() for line in lines if line.verdict != "equal"]
+
+
+def measure(given: dict[str, Any], as_json: bool) -> int:
+    """Train, weigh and print. given: fields of `Config`. Returns 0 where every prediction is met to the byte, else 1.
+
+    Errors: UsageError for fields that `Config.of` refuses, and for a backend whose memory is not this process's.
+    """
+    config = Config.of({"steps": STEPS, **given})
+    if config.backend != "numpy":
+        raise UsageError(f"--backend {config.backend}: only numpy can be measured, whose arrays lie in this process's memory")
+    result = weigh(config)
+    print(json_text(_data(result)) if as_json else _text(result))
+    return 1 if result.wrong else 0
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+
+def weigh(config: Config) -> Measurement:
+    """Train for `config.steps` steps, then weigh the states and a tape; trace one more step of a fresh run for its peak."""
+    steps = list(batches_of(config, None))
+    before = process_memory()
+    parts = start(config)
+    for batches in steps:
+        parts.step(batches)
+    after = process_memory()
+    sections = {"model states": state_lines(config, parts), **tape_lines(config, parts, steps[-1][0])}
+    measured = sum(line.measured for lines in sections.values() for line in lines)
+    traced = traced_peak(config, steps[-1])
+    only = [
+        ("largest memory of one step", traced, "arrays and Python objects of a second run, counted by tracemalloc"),
+        ("temporary buffers", traced - measured, "that, less all of the above; Python objects are among them"),
+    ]
+    if before and after:
+        only += [
+            ("peak of the process", after[1], "resident memory of the whole process, interpreter and libraries included"),
+            ("peak less the start", after[1] - before[0], "that, less what the process held when training began"),
+        ]
+    return Measurement(config, parts.model, sections, only)
+
+
+def state_lines(config: Config, parts: Parts) -> list[Line]:
+    """Each kind of model state: the recipe's bytes a parameter times the parameters, beside the live buffer."""
+    predicted = config.make_recipe().buffers(config.make_rule().moments, config.grad_accum, parts.state.layout.embeddings)
+    n, measured, seen = parts.model.n_params, {}, set[int]()
+    for name, buffer in parts.state.buffers.items():
+        measured[name] = owned([buffer], seen)
+    lines = []
+    for name in {**predicted, **measured}:
+        size, formula = 0, f"0 x {n:,} not in the recipe"
+        if name in predicted:
+            part = predicted[name]
+            size = part.size(n) * part.dtype.itemsize
+            shared = f" / {part.values}, rounded up" if part.values > 1 else ""
+            count = f"{n:,}" if part.first is None else f"{part.first:,} of embeddings"
+            formula = f"{part.dtype.itemsize} x {count}{shared} {part.dtype.name}"
+        lines.append(Line(name, formula, size, measured.get(name, 0)))
+    return lines
+
+
+def tape_lines(config: Config, parts: Parts, batch: Batch) -> dict[str, list[Line]]:
+    """What the tape of one forward pass holds, beside the closed formulas: activations by place, and copies of weights."""
+    activations, copies = held(forward(parts, batch))
+    terms: dict[str, list[Term]] = {}
+    for term in predicted_activations(config):
+        terms.setdefault(term.place, []).append(term)
+    lines = []
+    for place in {**dict.fromkeys(terms), **activations}:
+        here = terms.get(place, [])
+        names = ", ".join(term.name for term in here) or f"{place}: not in the formula"
+        lines.append(Line(names, _formula(here), sum(term.nbytes for term in here), activations.get(place, 0)))
+    predicted = weight_copies(sizes_of(config), config.make_recipe())
+    line = Line("16-bit weight copies", _formula(predicted), sum(term.nbytes for term in predicted), copies)
+    return {"activations": lines, "copies of weights": [line]}
+
+
+def predicted_activations(config: Config) -> list[Term]:
+    """The closed formula for the model of a run."""
+    sizes, recipe = sizes_of(config), config.make_recipe()
+    assert config.batch_size is not None
+    if isinstance(sizes, GPTConfig):
+        return gpt_activations(sizes, recipe, config.batch_size, sizes.block_size)
+    return mlp_activations(sizes, recipe, config.batch_size)
+
+
+def sizes_of(config: Config) -> GPTConfig | MLPConfig:
+    """The sizes of the model of a run."""
+    sizes = config.make_model().config
+    return GPTConfig(**sizes) if config.model == "gpt" else MLPConfig(**sizes)
+
+
+def _formula(terms: Sequence[Term]) -> str:
+    return ", ".join(f"{term.shape} {term.fmt}" for term in terms) or "-"
+
+
+@np.errstate(all="ignore")
+def forward(parts: Parts, batch: Batch) -> Tape:
+    """The tape of one micro-batch at the moment between forward and backward, as `step.through` makes it."""
+    parts.state.weights_down()
+    tape = Tape(parts.run, parts.state.weight_views, parts.model.tied)
+    parts.model.loss(tape, *batch)
+    return tape
+
+
+def held(tape: Tape) -> tuple[dict[str, int], int]:
+    """The memory that a tape keeps alive: bytes of activations by place, and bytes of copies of weights.
+
+    Memory that several entries hold counts at the first of them; the memory of the weights themselves does not count.
+    The layers of a model are one place: 'transformer.h.0.ln_1' and its like count as 'transformer.h.i.ln_1'.
+    """
+    seen = {id(owner(w)) for w in tape.weights.values()}
+    copies = owned((w.array for entry in tape.entries for w in entry.params if w and w.array is not None), seen)
+    activations: dict[str, int] = {}
+    for entry in tape.entries:
+        nbytes = owned(arrays_in(entry.saved), seen)
+        if nbytes:
+            place = re.sub(r"\bh\.\d+\.", "h.i.", entry.output.name)
+            activations[place] = activations.get(place, 0) + nbytes
+    return activations, copies
+
+
+def arrays_in(saved: Any) -> Iterator[np.ndarray]:
+    """All arrays in what an operation saved, which may be an array, or nested tuples with shapes and names beside."""
+    if isinstance(saved, np.ndarray):
+        yield saved
+    elif isinstance(saved, Mapping):
+        yield from arrays_in(tuple(saved.values()))
+    elif isinstance(saved, tuple | list):
+        for part in saved:
+            yield from arrays_in(part)
+
+
+def owner(x: np.ndarray) -> np.ndarray:
+    """The array that owns the memory: `x` itself, or what it is a view of. A view keeps the whole of it alive."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
+
+
+def owned(arrays: Iterable[np.ndarray], seen: set[int]) -> int:
+    """Bytes of the memory behind some arrays, without that of owners in `seen`, to which the new ones are added."""
+    nbytes = 0
+    for x in map(owner, arrays):
+        if id(x) not in seen:
+            seen.add(id(x))
+            nbytes += x.nbytes
+    return nbytes
+
+
+def traced_peak(config: Config, batches: Sequence[Batch]) -> int:
+    """The largest number of bytes alive at once within the first step of a fresh run: arrays and Python objects.
+
+    Counted by tracemalloc, to which NumPy tells its arrays. The interpreter, modules and the text are not in it.
+    """
+    tracing = tracemalloc.is_tracing()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        parts, own = start(config), [(tokens.copy(), targets.copy()) for tokens, targets in batches]
+        tracemalloc.reset_peak()
+        parts.step(own)
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        if not tracing:
+            tracemalloc.stop()
+
+
+def process_memory() -> tuple[int, int] | None:
+    """Bytes of this process in physical memory: now, and the most so far. None where the system does not tell (Windows).
+
+    Read from /proc where there is one (Linux): what getrusage tells begins, in a child, with the peak of the process that
+    started it. Elsewhere (macOS) it is getrusage's peak, which stands in for 'now' too.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        kib = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status.read_text(), re.MULTILINE))
+        return 1024 * int(kib["VmRSS"]), 1024 * int(kib["VmHWM"])
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak
+
+
+# --------------------------------------------------------------------------------------------------------------- showing
+
+
+def _text(result: Measurement) -> str:
+    config, model = result.config, result.model
+    sizes = f"L {config.n_layer}, B {config.batch_size}, T {config.block_size}, C {config.n_embd}"
+    sizes += f", H {config.n_head}" * (config.model == "gpt") + f", V {model.config['vocab_size']}"
+    parts = [
+        f"{model.name}, {model.n_params:,} parameters, recipe {config.recipe}, {config.optimizer}, after {config.steps} steps\n"
+        f"{sizes}. Numbers are bytes; h.i means all layers together."
+    ]
+    parts += [f"{name}\n{_section(lines)}" for name, lines in result.sections.items()]
+    whats, numbers, remarks = zip(*result.measured_only, strict=True)
+    rows = list(zip(whats, _column(numbers), remarks, strict=True))
+    parts.append(f"measured only, predicted by nothing here\n{table([], rows, '  ')}")
+    parts.append(f"NOT as predicted: {'; '.join(result.wrong)}" if result.wrong else "Every prediction is met to the byte.")
+    own = sizes_of(config)
+    if isinstance(own, GPTConfig):
+        assert config.batch_size is not None
+        parts.append(paper_text(own, config.make_recipe(), config.batch_size, own.block_size))
+    return "\n\n".join(parts)
+
+
+def _section(lines: Sequence[Line]) -> str:
+    together = Line("together", "", sum(line.predicted for line in lines), sum(line.measured for line in lines))
+    lines = [*lines, *([together] if len(lines) > 1 else [])]
+    predicted = _column([line.predicted for line in lines])
+    measured = _column([line.measured for line in lines])
+    rows = [[line.what, line.formula, p, m, line.verdict] for line, p, m in zip(lines, predicted, measured, strict=True)]
+    return table(["", "formula", "predicted", "measured", ""], rows, "  ")
+
+
+def _column(numbers: Sequence[int]) -> list[str]:
+    """Numbers as text, flush right under each other."""
+    cells = [f"{number:,}" for number in numbers]
+    return [cell.rjust(max(map(len, cells))) for cell in cells]
+
+
+def paper_rows(config: Config) -> list[Row]:
+    """`against_paper` for the sizes of a run; of no other model than the GPT."""
+    sizes = sizes_of(config)
+    if not isinstance(sizes, GPTConfig):
+        return []
+    assert config.batch_size is not None
+    return against_paper(sizes, config.make_recipe(), config.batch_size, sizes.block_size)
+
+
+def _data(result: Measurement) -> dict[str, Any]:
+    config = result.config
+    return {
+        "config": asdict(config),
+        "parameters": result.model.n_params,
+        "predicted": {
+            name: [asdict(line) | {"equal": line.verdict == "equal"} for line in lines]
+            for name, lines in result.sections.items()
+        },
+        "measured_only": {what: nbytes for what, nbytes, _ in result.measured_only},
+        "against_paper": [asdict(row) for row in paper_rows(config)],
+        "equal": not result.wrong,
+    }

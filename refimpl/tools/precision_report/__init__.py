@@ -1,0 +1,1 @@
+"""The precision page: what every cast of a training run did."""

@@ -1,0 +1,208 @@
+"""What scripts/inspect_precision.py does: take a run's steps, print what its casts did, and write the page and the data."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.errors import UsageError
+from refimpl.tools.precision_report.collect import (
+    Inspection,
+    Source,
+    fresh,
+    from_checkpoint,
+    from_trace,
+    has_own_scale,
+    inspect,
+    plain,
+)
+from refimpl.tools.precision_report.counts import LOWEST, OUTCOMES, Counts, kind_of
+from refimpl.tools.precision_report.page import page
+from refimpl.tools.precision_report.tables import (
+    COLUMNS,
+    OTHER_COLUMNS,
+    cast_of,
+    other_formats_by_kind,
+    summary,
+    totals,
+    worst_sentence,
+)
+from refimpl.tools.precision_report.verdicts import verdicts
+from refimpl.training.config import Config
+from refimpl.training.console import json_text, table
+from refimpl.training.outputs import target
+from refimpl.training.run_folder import short_name
+
+STEPS, MORE_STEPS = 200, 50
+"""Steps of a fresh run, and after a checkpoint, where --steps is not given."""
+WORST = 10
+PAGE = Path("runs/report.html")
+"""Where the page goes if it is not said; before the ending stands the run, as in report-fp8.html."""
+
+
+def inspect_precision(
+    given: Mapping[str, Any],
+    run: Path | None = None,
+    trace: Path | None = None,
+    every: int = 10,
+    what_if: str = "",
+    out: Path | None = None,
+    no_page: bool = False,
+    json_file: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Everything that the script does.
+
+    given: fields of Config, for a fresh run. run: the folder of a run to go on with. trace: a trace to take again.
+    Errors: UsageError, before any step is taken, for what contradicts itself or cannot be read or written.
+    """
+    from tqdm import tqdm
+
+    if no_page and out is not None:
+        raise UsageError("--no-page and --out contradict each other: choose one")
+    if not no_page:
+        _require_matplotlib()
+    source = make_source(given, run, trace)
+    formats = [fmt for fmt in what_if.split(",") if fmt]
+    page_file = None if no_page else target("--out", out, PAGE.with_stem(f"report-{short_name(source.config)}"), overwrite)
+    data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
+    with tqdm(total=source.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # later than a complaint of `inspect`
+        inspection = inspect(source, every, formats, bar)
+    print(terminal_text(inspection, shutil.get_terminal_size().columns))
+    if data_file is not None:
+        print(f"written: {data_file.write_text(json_text(data(inspection)) + chr(10))}")
+    if page_file is not None:
+        print(f"written: {page_file.write_text(page(inspection, command(given, run, trace, every, formats)))}")
+
+
+def make_source(given: Mapping[str, Any], run: Path | None, trace: Path | None) -> Source:
+    """The run that is looked at. Errors: UsageError where flags do not go together, or one of them is wrong."""
+    if run is not None and trace is not None:
+        raise UsageError("--run and --trace contradict each other: choose one")
+    bound = [f"--{name.replace('_', '-')}" for name in given if run is None or name != "steps"]
+    if (run or trace) and bound:
+        raise UsageError(f"{'--run' if run else '--trace'} has a configuration of its own: it takes no {', '.join(bound)}")
+    if run is not None:
+        steps = given.get("steps", MORE_STEPS)
+        if steps < 1:
+            raise UsageError(f"--steps is {steps}: it must be at least 1")
+        return from_checkpoint(run, steps)
+    if trace is not None:
+        return from_trace(trace)
+    return fresh(Config.of({"steps": STEPS, **given}))
+
+
+def _require_matplotlib() -> None:
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (--no-page does without it)") from None
+
+
+def command(given: Mapping[str, Any], run: Path | None, trace: Path | None, every: int, what_if: Sequence[str]) -> str:
+    """The command line that makes the same page again."""
+    flags = {"run": run, "trace": trace, **given, "every": None if every == 10 else every, "what_if": ",".join(what_if) or None}
+    words = [word for k, v in flags.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
+    return shlex.join(["python", "scripts/inspect_precision.py", *words])
+
+
+# -- the terminal ------------------------------------------------------------------------------------------------------
+
+
+def terminal_text(inspection: Inspection, width: int = 80) -> str:
+    """The summary, a table by kind of tensor, the worst tensors, and what other formats would have done."""
+    parts = [_wrapped(sentence, width) for sentence in summary(inspection)]
+    if inspection.sites:
+        parts += [_kinds_text(inspection), _worst_text(inspection, width)]
+    if inspection.sites and inspection.what_if:
+        parts.append(_other_formats_text(inspection, width))
+    return "\n\n".join(parts) + "\n"
+
+
+def _wrapped(text: str, width: int, indent: str = "") -> str:
+    """Lines of whole words: neither names and paths are broken, nor numbers parted from their units."""
+    space = "\N{NO-BREAK SPACE}"
+    bound = text.replace(" %", f"{space}%").replace(" dB", f"{space}dB")
+    wrapper = textwrap.TextWrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(bound).replace(space, " ")
+
+
+def _kinds_text(inspection: Inspection) -> str:
+    """A column for each kind, so that the table is as narrow as a terminal."""
+    found = totals(inspection.sites)
+    rows = [["format", *(total.fmt for total in found)], ["tensors", *(str(total.sites) for total in found)]]
+    rows += [[column.heading, *(column.cell(total.counts) for total in found)] for column in COLUMNS]
+    return table(["", *(total.kind for total in found)], rows)
+
+
+def _worst_text(inspection: Inspection, width: int) -> str:
+    ranked = verdicts(inspection)
+    lines = [_wrapped(worst_sentence(ranked, WORST), width)]
+    for v in ranked[:WORST]:
+        lines.append(f"{v.name} ({cast_of(v.site)})")
+        lines.append(_wrapped(v.text, width, indent="    "))
+    return "\n".join(lines)
+
+
+def _other_formats_text(inspection: Inspection, width: int) -> str:
+    rows = []
+    for kind, formats in other_formats_by_kind(inspection):
+        for i, (fmt, counts) in enumerate(formats):
+            cells = [column.cell(counts) if counts else "-" for column in OTHER_COLUMNS]
+            rows.append([kind if i == 0 else "", fmt, *cells])
+    own = "; what this run quantises is taken divided by its scales" * any(map(has_own_scale, inspection.sites.values()))
+    heading = f"Other formats on the same values; those of 8 bits and fewer after each tensor is scaled by a power of two{own}:"
+    return _wrapped(heading, width) + "\n" + table(["", "format", *(column.heading for column in OTHER_COLUMNS)], rows)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def data(inspection: Inspection) -> dict[str, Any]:
+    """All of an inspection as plain data. What is not finite becomes null in JSON: an SNR without an error, for one."""
+    ranked = {verdict.site: verdict for verdict in verdicts(inspection)}
+    return {
+        "what": inspection.what,
+        "config": asdict(inspection.config),
+        "weights_held_against": inspection.low,
+        "non_finite": inspection.non_finite,
+        "rows": [asdict(row) for row in inspection.rows],
+        "sampled": inspection.sampled,
+        "sites": {
+            site: {
+                "name": ranked[site].name,
+                "kind": kind_of(site),
+                **_counts_data(counts),
+                "binades": _binades(counts),
+                "binades_unscaled": _binades(inspection.unscaled[site]) if site in inspection.unscaled else None,
+                "severity": ranked[site].severity,
+                "verdict": ranked[site].text,
+            }
+            for site, counts in inspection.sites.items()
+        },
+        "sweep": [
+            {
+                "loss_scale": 2.0 ** row["exponent"],
+                "layers": {k: {"flushed": share, "overflowed": n} for k, (share, n) in row["layers"].items()},
+            }
+            for row in inspection.sweep
+        ],
+        "what_if": {fmt: {k: _counts_data(c) for k, c in counts.items()} for fmt, counts in inspection.others.items()},
+    }
+
+
+def _binades(counts: Counts) -> dict[int, int]:
+    """How many values lie in [2^e, 2^(e+1)), for each e where any does."""
+    return {int(i) + LOWEST: int(counts.binades[i]) for i in np.flatnonzero(counts.binades)}
+
+
+def _counts_data(counts: Counts) -> dict[str, Any]:
+    return {**plain(counts), "shares": {name: counts.share(name) for name in (*OUTCOMES, "tie", "subnormal")}}

@@ -1,0 +1,143 @@
+"""The precision report as a page: one HTML file that needs no network, no other file and no script. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import ml_dtypes
+import numpy as np
+
+from refimpl.tools.html.page import document, escape, figures, paragraphs, section, table
+from refimpl.tools.precision_report.collect import Inspection
+from refimpl.tools.precision_report.counts import kind_of
+from refimpl.tools.precision_report.figures import all_pictures
+from refimpl.tools.precision_report.tables import (
+    COLUMNS,
+    OTHER_COLUMNS,
+    Compared,
+    cast_of,
+    other_formats_by_kind,
+    other_formats_of,
+    summary,
+    totals,
+    worst_sentence,
+)
+from refimpl.tools.precision_report.verdicts import Verdict, verdicts
+
+WORST = 20
+"""So many tensors get their verdict on the page."""
+
+def page(inspection: Inspection, command: str) -> str:
+    """The report. The same inspection and command give the same text.
+
+    command: how a person makes it again; it is shown as it is.
+    """
+    pictures, ranked = all_pictures(inspection), verdicts(inspection)
+    sections = [
+        section("What it found", paragraphs(summary(inspection)), _kinds(inspection)),
+        section("Exponents", paragraphs([EXPONENTS if pictures["exponents"] else NO_CASTS]), figures(pictures["exponents"])),
+        section("Loss scales", paragraphs([SWEEP if pictures["sweep"] else NO_CASTS]), figures(pictures["sweep"])),
+        section("The run", figures(pictures["run"])),
+        section("Updates", paragraphs([UPDATES if pictures["updates"] else NO_UPDATES]), figures(pictures["updates"])),
+        section("Tensors", *_tensors(inspection, ranked)),
+        section("Other formats", *_other_formats(inspection, ranked)) if inspection.what_if else "",
+        section("How to read this, and how it was made", *_reading(inspection, command)),
+    ]
+    config = inspection.config
+    mistake = "" if config.mistake == "none" else f", with the MISTAKE {config.mistake}"
+    title = f"Precision report: {config.model}, {config.recipe}{mistake}"
+    return document(title, sections)
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+NO_CASTS = "This recipe casts no tensor to a narrower format, so there is nothing to show."
+NO_UPDATES = "Every step was skipped, so no update was made."
+EXPONENTS = """\
+How many of the values lie in each binade, from 2^e to 2^(e+1), before they are rounded: over all casts of that kind, at all \
+steps that were looked at. What goes to 8 bits or fewer is counted divided by its scale. The blue ground is the range of the \
+format, lighter where it is subnormal; what lies to its left becomes zero, what lies to its right overflows. This is figure 3 \
+of Micikevicius et al. 2018, drawn for this run."""
+SWEEP = """\
+A larger loss scale lifts small gradients over the smallest value of the format, until the largest ones overflow."""
+UPDATES = """\
+An update that is small beside its weight is rounded away in 16 bits. FP32 masters keep it; without them stochastic rounding \
+keeps it in the mean, and Kahan's compensation for the next update. Weights without masters are imagined where the recipe has \
+masters: each difference that an update makes to them is added to weights of 16 bits only."""
+OTHER_FORMATS = """\
+What other formats would have done to the same values. Tensors that go to a format of 8 bits or fewer are first multiplied by \
+a power of two, one for each tensor, that takes the largest value just below that of the format, and what is still too large \
+saturates. Wider formats take the values as they are: gradients times the loss scale of this run. What this run itself \
+quantises is taken divided by its scale."""
+SHARES = """\
+Percentages are shares of the values that were finite and not zero before rounding; overflowed, saturated and arrived are \
+numbers of values. Each value is exact, rounded, flushed, overflowed or saturated, or arrived as Inf or NaN; ties and \
+subnormal values are counted besides. 'dw of block 3 mlp.c_fc' is the gradient of operand w of that layer; its 'cast' is \
+the operation, and the place in it, where it is rounded."""
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+
+
+def _kinds(inspection: Inspection) -> str:
+    rows = [
+        [total.kind, total.fmt, str(total.sites), *(column.cell(total.counts) for column in COLUMNS)]
+        for total in totals(inspection.sites)
+    ]
+    heads = ["kind", "format", "tensors", *(column.heading for column in COLUMNS)]
+    return table("All casts by kind of tensor", heads, rows) if rows else ""
+
+
+def _tensors(inspection: Inspection, ranked: Sequence[Verdict]) -> list[str]:
+    if not ranked:
+        return [paragraphs([NO_CASTS])]
+    worst = [[v.name, v.text, v.kind, cast_of(v.site)] for v in ranked[:WORST]]
+    every = [
+        [site, kind_of(site), counts.fmt, *(column.cell(counts) for column in COLUMNS)]
+        for site, counts in inspection.sites.items()
+    ]
+    heads = ["tensor", "kind", "format", *(column.heading for column in COLUMNS)]
+    return [
+        paragraphs([worst_sentence(ranked, WORST)]),
+        table("The worst tensors", ["tensor", "verdict", "kind", "cast"], worst, words=True),
+        f"<details>\n<summary>All {len(ranked)} tensors, in the order of a step</summary>\n",
+        table("All tensors", heads, every),
+        "</details>\n",
+    ]
+
+
+def _other_formats(inspection: Inspection, ranked: Sequence[Verdict]) -> list[str]:
+    if not inspection.sites:
+        return [paragraphs([NO_CASTS])]
+    by_kind, worst = other_formats_by_kind(inspection), other_formats_of(inspection, ranked[:WORST])
+    return [
+        paragraphs([OTHER_FORMATS]),
+        _comparison("By kind of tensor", "kind", by_kind),
+        "<h3>The worst tensors</h3>\n",
+        _comparison("The worst tensors in other formats", "tensor", worst),
+    ]
+
+
+def _comparison(caption: str, what: str, compared: Sequence[tuple[str, Compared]]) -> str:
+    rows = []
+    for name, formats in compared:
+        for i, (fmt, counts) in enumerate(formats):
+            cells = [column.cell(counts) if counts else "-" for column in OTHER_COLUMNS]
+            rows.append([name if i == 0 else "", fmt + (" (this run)" if i == 0 else ""), *cells])
+    return table(caption, [what, "format", *(column.heading for column in OTHER_COLUMNS)], rows)
+
+
+def _reading(inspection: Inspection, command: str) -> list[str]:
+    meanings = [[column.heading, column.meaning] for column in COLUMNS]
+    config = [[name, "-" if value is None else str(value)] for name, value in asdict(inspection.config).items()]
+    versions = f"Made with NumPy {np.__version__} and ml_dtypes {ml_dtypes.__version__} by:"
+    return [
+        paragraphs([SHARES]),
+        table("What the columns mean", ["column", "meaning"], meanings, words=True),
+        paragraphs([versions]),
+        f"<pre><code>{escape(command)}</code></pre>\n",
+        "<details>\n<summary>The configuration of the run</summary>\n",
+        table("Configuration", ["flag", "value"], config, words=True),
+        "</details>\n",
+    ]

@@ -1,0 +1,218 @@
+"""Model states in and out of a checkpoint, parameter by parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.backends.base import NUMPY, Backend
+from refimpl.errors import UsageError
+from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.model import Model
+from refimpl.numerics.cast import cast
+from refimpl.numerics.compensated import merge
+from refimpl.optim.state import State
+from refimpl.precision.policy import Run
+from refimpl.precision.recipes import get_recipe
+from refimpl.precision.state_encodings import Part, buffer_name, get_storage
+from refimpl.training import checkpoint
+from refimpl.training.schema import FINITE, Integer, OneOf, Real, Table, Text, check
+
+Array = Any
+
+KEPT = ("weights", "master", "m", "v")
+"""The kinds of state that a checkpoint holds; gradients are made anew by the next step."""
+SCALES = "scales."
+
+
+def _buffers(state: State) -> Iterator[tuple[str, str, Part]]:
+    """(kind, part, how it is stored) of every buffer that is kept."""
+    for kind in KEPT:
+        if kind in state.stored:
+            for part, spec in state.storages[kind].parts.items():
+                yield kind, part, spec
+
+
+def _tensors(name: str, spec: Part, buffer: Array, state: State) -> dict[str, Array]:
+    """Views of a buffer by name, buffer.parameter; buffer.flat where parameters share elements.
+
+    So 'weights.wte.weight', 'weights_compensation.wte.weight', 'm_scales.flat'.
+    """
+    views = state.layout.views(buffer, spec.first) if spec.values == 1 else {"flat": buffer}
+    return {f"{name}.{parameter}": view for parameter, view in views.items()}
+
+
+def state_arrays(state: State) -> dict[str, np.ndarray]:
+    """All that is kept of the states, on the host; of all ranks, if they are divided, and all must ask."""
+    arrays = {}
+    for kind, part, spec in _buffers(state):
+        whole = state.backend.to_host(state.whole(kind, part))
+        arrays.update(_tensors(buffer_name(kind, part), spec, whole, state))
+    return arrays
+
+
+def scale_arrays(run: Run) -> dict[str, np.ndarray]:
+    """What quantisation remembers of past steps: scales.tensor.format.array."""
+    return {SCALES + name: array for name, array in run.scales.arrays().items()}
+
+
+def load_scales(path: Path, run: Run, passes: int, arrays: dict[str, np.ndarray]) -> None:
+    """The way back, which takes these tensors out of a checkpoint's arrays. Errors: UsageError where they are damaged."""
+    try:
+        run.scales.load(passes, take_scales(arrays))
+    except (ValueError, KeyError) as error:  # of tensors' names, which say what they are
+        raise UsageError(f"{path} has damaged scales: {error}") from error
+
+
+def take_scales(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Remove from a checkpoint's arrays what `scale_arrays` made, and return it for `Scales.load`."""
+    return {name.removeprefix(SCALES): arrays.pop(name) for name in sorted(arrays) if name.startswith(SCALES)}
+
+
+def load_state_arrays(path: Path, arrays: dict[str, np.ndarray], state: State) -> None:
+    """The way back. All is checked before anything is changed. Errors: UsageError naming the first tensor that differs."""
+    buffers = {
+        (kind, part): (buffer_name(kind, part), spec, np.empty(spec.size(state.layout.size), spec.dtype))
+        for kind, part, spec in _buffers(state)
+    }
+    views = {name: view for about in buffers.values() for name, view in _tensors(*about, state).items()}
+    for name, view in views.items():
+        view[...] = checkpoint.checked(path, arrays, name, view.shape, view.dtype)
+    surplus = arrays.keys() - views.keys()
+    if surplus:
+        raise UsageError(f"{path} has a tensor {min(surplus)} that this model and recipe do not: it is another run's")
+    for (kind, part), (_, _, whole) in buffers.items():
+        state.put_whole(kind, part, state.backend.from_host(whole))
+
+
+# -- headers -----------------------------------------------------------------------------------------------------------
+
+_SIZE = Integer(1, 2**31 - 1)
+_NAMES = ("n_layer", "n_embd", "block_size", "vocab_size")
+SIZES = {
+    "gpt": Table(dict.fromkeys((*_NAMES, "n_head"), _SIZE), {"bias": OneOf((False, True))}, closed=True),
+    "mlp": Table(dict.fromkeys(_NAMES, _SIZE), closed=True),
+}
+MODEL_HEADER = Table({"model": OneOf(tuple(SIZES)), "sizes": Table(), "recipe": Text()})
+"""What stands in every checkpoint's header: what its weights are of."""
+
+LARGEST_INT32 = 2**31 - 1
+LOSS_SCALE = Table(
+    {"scale": Real(0, math.inf)},
+    {
+        "growth_factor": FINITE, "backoff_factor": FINITE, "growth_interval": Integer(1),
+        "_growth_tracker": Integer(0, LARGEST_INT32), "hysteresis": Integer(1, LARGEST_INT32),
+        "_hysteresis_tracker": Integer(0, LARGEST_INT32), "exhausted": OneOf((0, 1)), "overflowed": OneOf((0, 1)),
+    },
+)  # fmt: skip
+GENERATOR = Table({
+    "bit_generator": OneOf(("PCG64",)), "state": Table({"state": Integer(0, 2**128 - 1), "inc": Integer(0, 2**128 - 1)}),
+    "has_uint32": OneOf((0, 1)), "uinteger": Integer(0, 2**32 - 1),
+})  # fmt: skip
+RUN_HEADER = Table(
+    {
+        **MODEL_HEADER.fields, "config": Table(), "corpus": Table(), "t": Integer(), "loss_scale": LOSS_SCALE,
+        "progress": Table({"step": Integer(), "skipped": Integer(), "skipped_in_a_row": Integer()}, closed=True),
+        "generator": GENERATOR,
+    },
+    {"delayed_scales": Integer()},
+)  # fmt: skip
+"""What stands in the header of a run's checkpoint: all that decides how it goes on."""
+
+
+def check_run_header(path: Path, header: Mapping[str, Any]) -> None:
+    """Check the header of a run's checkpoint, before anything of it is used.
+
+    Errors: UsageError that names the first field that is missing, of another type, out of range, or at odds with another.
+    """
+    if "progress" not in header:
+        raise UsageError(f"{path} holds weights alone, not the state of a run: start from it with --init-from")
+    check(header, RUN_HEADER, f"{path} has a damaged header")
+    progress = header["progress"]
+    for name, value in (("t", header["t"]), *progress.items()):
+        if value > progress["step"]:
+            raise UsageError(f"{path} has a damaged header: {name} is {value} after {progress['step']} steps")
+
+
+def model_of(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Model:
+    """The model that a checkpoint's header names, whose weights its tensors are.
+
+    Errors: UsageError where the header is damaged, or where tensors and header do not belong together.
+    """
+    check(header, MODEL_HEADER, f"{path} has a damaged header")
+    check(header["sizes"], SIZES[header["model"]], f"{path} has a damaged header", "sizes")
+    sizes = header["sizes"]
+    if sizes["n_layer"] > len(arrays):  # so that no table of 2^31 layers is made
+        raise UsageError(f"{path} has a damaged header: {sizes['n_layer']} layers, and {len(arrays)} tensors")
+    model = gpt(GPTConfig(**sizes)) if header["model"] == "gpt" else mlp(MLPConfig(**sizes))
+    for name, spec in model.parameters.items():
+        array = arrays.get(f"weights.{name}")
+        if array is None or array.shape != spec.shape:
+            raise UsageError(f"{path} has no weights.{name} of shape {spec.shape}, which its header says: it is damaged")
+    return model
+
+
+# -- weights alone -----------------------------------------------------------------------------------------------------
+
+
+def fp32_weights(path: Path, arrays: Mapping[str, np.ndarray], model: Model) -> dict[str, np.ndarray]:
+    """The weights of a checkpoint in FP32 by name: its masters where it has them, or their two halves. Errors: UsageError."""
+    kind = "master" if any(name.startswith("master.") for name in arrays) else "weights"
+    weights = {}
+    for name, spec in model.parameters.items():
+        array = arrays.get(f"{kind}.{name}")
+        if array is None or array.shape != spec.shape:
+            raise UsageError(f"{path} has no {kind}.{name} of shape {spec.shape}")
+        lower = arrays.get(f"weights_remainder.{name}")
+        weights[name] = cast(array, "fp32") if lower is None else merge(array, lower)
+    return weights
+
+
+def load_initial_weights(path: Path, model: Model, state: State, rounded: bool = False) -> None:
+    """Start from the weights alone of a checkpoint of the same model, of any recipe: its masters where it has them.
+
+    rounded: as in `State.load_weights`.
+    """
+    start_from(path, read_weights(path), model, state, rounded)
+
+
+def read_weights(path: Path) -> tuple[Model, dict[str, np.ndarray]]:
+    """The model of a checkpoint and its weights in FP32, the masters where it has them. Errors: UsageError."""
+    arrays, header = checkpoint.load(path)
+    model = model_of(path, header, arrays)
+    return model, fp32_weights(path, arrays, model)
+
+
+def start_from(
+    path: Path, read: tuple[Model, Mapping[str, np.ndarray]], model: Model, state: State, rounded: bool = False
+) -> None:
+    """Start from what `read_weights` read. Errors: UsageError that names each choice in which the two models differ."""
+    theirs, weights = read
+    if theirs.name != model.name:
+        raise UsageError(f"{path} is a {theirs.name}, this run's model is a {model.name}")
+    if theirs.config != model.config:
+        names = sorted(theirs.config.keys() | model.config.keys())
+        pairs = {name: (theirs.config.get(name, True), model.config.get(name, True)) for name in names}  # bias: said if False
+        differences = ", ".join(f"{name} {a} instead of {b}" for name, (a, b) in pairs.items() if a != b)
+        raise UsageError(f"{path} is of other sizes than this run: {differences}; what is not given is taken from the file")
+    state.load_weights(weights, rounded)
+
+
+def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, State, Run]:
+    """A checkpoint's model with its weights alone, in the recipe's format: 2 bytes a parameter in 16 bits.
+
+    Errors: UsageError when the file is damaged or does not fit the model that it names.
+    """
+    arrays, header = checkpoint.load(path)
+    model, recipe = model_of(path, header, arrays), get_recipe(header["recipe"])
+    state = State(model, {"weights": get_storage(recipe.state["weights"]).fmt}, backend)
+    only = {name: array for name, array in arrays.items() if name.startswith("weights.")}
+    load_state_arrays(path, only, state)
+    run = Run(recipe.policy, backend)
+    load_scales(path, run, 0, arrays)
+    return model, state, run

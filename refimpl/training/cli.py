@@ -1,0 +1,56 @@
+"""How every script begins and ends: one clear line and an exit code, never a traceback for what a person or a reader did.
+
+A script imports this before anything else: from then on Ctrl-C is answered, also while the rest is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from refimpl.errors import TrainingStopped, UsageError, one_line
+from refimpl.training.console import OutputLost, keep_closed_descriptors, safe_streams
+from refimpl.training.signals import ENDED, end_at_once, interrupting
+
+
+def _is_script(file: str | None) -> bool:
+    """Whether the program that runs is one of scripts/, and not a test or a notebook that borrows their functions."""
+    return file is not None and Path(file).resolve().parent.name == "scripts"
+
+
+if _is_script(getattr(sys.modules["__main__"], "__file__", None)):
+    keep_closed_descriptors()
+    end_at_once()
+
+
+def main(run: Callable[[], int | None], goes_on: bool = False) -> None:
+    """Call `run` and exit: 0 or what it returns; 2 for wrong input, 1 for a run that had to stop, 130 for Ctrl-C.
+
+    goes_on: whether it works on when nobody reads what it prints, because it writes files too.
+    """
+    with safe_streams(goes_on), interrupting():
+        code = _code_of(run)
+    sys.exit(code)
+
+
+def _code_of(run: Callable[[], int | None]) -> int:
+    """Run, and say on one line what ended it."""
+    try:
+        code = run() or 0
+        sys.stdout.flush()
+        return code
+    except OutputLost as lost:
+        if lost.reader_gone:
+            return 0
+        line, code = f"error: {lost}", 1
+    except UsageError as error:
+        line, code = f"error: {error}", 2
+    except MemoryError as error:
+        line, code = f"error: out of memory ({str(error) or 'no more can be had'}); try a smaller model or batch", 2
+    except TrainingStopped as error:
+        line, code = f"stopped: {error}", 1
+    except KeyboardInterrupt as interrupt:
+        line, code = str(interrupt) or "ended by Ctrl-C", ENDED
+    print(one_line(line), file=sys.stderr)
+    return code

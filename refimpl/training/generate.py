@@ -1,0 +1,120 @@
+"""Reading a trained model: text sampled from it, and the loss of a text under it. Forward only."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.errors import UsageError
+from refimpl.nn.autograd import Tape
+from refimpl.nn.models.model import Model
+from refimpl.numerics.cast import widen
+from refimpl.optim.state import State
+from refimpl.precision.policy import Run
+from refimpl.training.console import printable
+from refimpl.training.data import map_file, sequential_batches
+
+Array = Any
+START = b"\n"
+BYTES = 256
+"""Token ids that are bytes. Text is read and written as bytes; a model may have more ids than these, which stay unused."""
+
+
+def check_has_bytes(vocab_size: int, whose: str) -> None:
+    """Errors: UsageError for a vocabulary that has no id for some bytes: what its ids mean, no file here says."""
+    if vocab_size < BYTES:
+        raise UsageError(
+            f"{whose} is {vocab_size}, and text is read and written as bytes here, which takes {BYTES} ids: a model of "
+            "characters or other tokens has to be trained anew on bytes"
+        )
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def sample(
+    model: Model,
+    state: State,
+    run: Run,
+    n_bytes: int,
+    rng: np.random.Generator,
+    prompt: bytes = START,
+    temperature: float = 0.8,
+    stopping: Callable[[], bool] = lambda: False,
+) -> bytes:
+    """n_bytes sampled one after the other, each from softmax(logits / temperature); temperature 0 takes the likeliest.
+
+    The model sees the last block_size bytes. Ids above 255 are no bytes, and are never sampled. Random numbers are drawn on
+    the host from `rng`, one a byte. Fewer are sampled where `stopping`, which is asked before each, says so, and where the
+    logits are not finite: from these nothing can be drawn.
+    """
+    block, run = model.config["block_size"], run.frozen()
+    text = bytearray(prompt or START)
+    start = len(text)
+    for _ in range(n_bytes):
+        if stopping():
+            break
+        context = bytes(text[-block:])
+        if model.name == "mlp":  # it reads a whole block, no less
+            context = context.rjust(block, START)
+        tokens = np.frombuffer(context, np.uint8)[None, :]
+        t = Tape(run, state.weight_views, model.tied, record=False)
+        logits = model.logits(t, run.backend.from_host(tokens)).array
+        last = widen(run.backend.to_host(logits.reshape(-1, logits.shape[-1])[-1, :BYTES]), "fp64")
+        if not np.isfinite(last.max()):  # -Inf alone is a probability of 0
+            break
+        text.append(_draw(last, temperature, rng.random()))
+    return bytes(text[start:])
+
+
+def _draw(logits: np.ndarray, temperature: float, u: float) -> int:
+    """The index at which the cumulative distribution passes u."""
+    if temperature == 0:
+        return int(logits.argmax())
+    weights = np.exp((logits - logits.max()) / temperature).cumsum()
+    return int(min(np.searchsorted(weights, u * weights[-1], side="right"), len(logits) - 1))
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def mean_loss(model: Model, state: State, run: Run, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """The mean loss over all targets of the batches (tokens, targets) that count; in nats a byte. NaN if there is none."""
+    total, n, run = 0.0, 0, run.frozen()
+    for tokens, targets in batches:
+        count = int(model.n_targets(targets))
+        if count == 0:
+            continue
+        t = Tape(run, state.weight_views, model.tied, record=False)
+        loss = model.loss(t, run.backend.from_host(tokens), run.backend.from_host(targets))
+        total += float(loss.array) * count
+        n += count
+    return total / n if n else float("nan")
+
+
+def generate(checkpoint: Path, prompt: str, n_bytes: int, temperature: float, seed: int, loss: Path | None) -> None:
+    """What scripts/generate.py does: print a sample, or the loss of a file. Errors: UsageError."""
+    from refimpl.training.checkpoint_states import load_for_inference
+
+    if n_bytes < 0 or seed < 0 or not 0 <= temperature < math.inf:
+        raise UsageError("--bytes, --seed and --temperature must be 0 or more, and finite")
+    model, state, run = load_for_inference(checkpoint)
+    vocab_size = model.config["vocab_size"]
+    check_has_bytes(vocab_size, f"the vocabulary of {checkpoint}")
+    if vocab_size > BYTES:
+        note = f"note: of this model's {vocab_size} token ids those above 255 are no bytes: none is sampled, and what it writes"
+        print(f"{note} is text only if it was trained on bytes", file=sys.stderr)
+    if loss is not None:
+        text = map_file(loss)
+        block_size = model.config["block_size"]
+        if len(text) <= block_size:
+            raise UsageError(f"{loss} has {len(text)} bytes; this model needs {block_size + 1} at least")
+        nats = mean_loss(model, state, run, sequential_batches(text, 16, block_size))
+        print(f"{loss}: {nats:.4f} nats a byte, {nats / math.log(2):.4f} bits a byte")
+        return
+    rng, given = np.random.Generator(np.random.PCG64(seed)), prompt.encode("utf-8", "surrogateescape")
+    sampled = sample(model, state, run, n_bytes, rng, given, temperature)
+    print(printable(given + sampled))
+    if len(sampled) < n_bytes:
+        print(f"note: the logits are not finite after {len(sampled)} bytes: nothing can be sampled from them", file=sys.stderr)

@@ -1,0 +1,152 @@
+"""Whether a run fits the machine, by the formulas of `memory` and `activations` and before anything is allocated.
+
+    bytes needed at least = model states + activations + 16-bit copies of weights + tables over the steps
+                           + the batches of a step
+
+It is a bound from below: gradients of activations, buffers and Python come on top. So what is refused could not have run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refimpl.distributed.zero import per_rank
+from refimpl.errors import UsageError
+from refimpl.nn.models.gpt import GPTConfig
+from refimpl.nn.models.mlp import MLPConfig
+from refimpl.training.activation_memory import gpt_activations, mlp_activations, weight_copies
+
+if TYPE_CHECKING:
+    from refimpl.training.config import Config
+
+GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")
+TABLE_BYTES = 32
+"""Bytes per step of the tables of learning rates and of an optimizer's scalars, at least."""
+TARGET_BYTES = 16
+"""Bytes per token of a batch and its target, both int64. Before a step every rank draws all of its micro-batches whole."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a run takes at least, on one machine. logits: a part of the activations."""
+
+    states: int
+    activations: int
+    logits: int
+    copies: int = 0
+    tables: int = 0
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.states + self.activations + self.copies + self.tables
+
+
+def n_params(config: Config) -> int:
+    """The parameters of a run's model, from models of one and two layers: one of 10^9 layers is not even listed."""
+    assert config.n_layer is not None
+    one, two = (replace(config, n_layer=n).make_model().n_params for n in (1, 2))
+    return one + (config.n_layer - 1) * (two - one)
+
+
+def need(config: Config, ranks: int = 1, on_machine: int = 1) -> Need:
+    """What a run needs on a machine that `on_machine` of its ranks share."""
+    assert config.batch_size is not None and config.block_size is not None and config.steps is not None
+    recipe, rule, n = config.make_recipe(), config.make_rule(), n_params(config)
+    states = sum(per_rank(n, recipe.bytes_by_buffer(rule.moments, config.grad_accum), config.zero or 0, ranks).values())
+    if config.backend == "cupy":  # the host draws the first weights; what the device lacks, it says itself
+        return Need(4 * n * on_machine, 0, 0)
+    batch_size = max(1, config.batch_size // ranks)
+    sizes = {**replace(config, n_layer=1).make_model().config, "n_layer": config.n_layer}
+    model: GPTConfig | MLPConfig
+    if config.model == "gpt":
+        model = gpt = GPTConfig(**sizes)
+        terms = gpt_activations(gpt, recipe, batch_size, config.block_size)
+    else:
+        model = mlp = MLPConfig(**sizes)
+        terms = mlp_activations(mlp, recipe, batch_size)
+    activations = sum(term.nbytes for term in terms)
+    logits = sum(term.nbytes for term in terms if term.name == "logits")
+    copies = sum(term.nbytes for term in weight_copies(model, recipe))
+    batches = TARGET_BYTES * config.batch_size * config.block_size * config.grad_accum
+    each = (states, activations, logits, copies, TABLE_BYTES * config.steps + batches)
+    return Need(*(size * on_machine for size in each))
+
+
+def require_memory(needs: Sequence[Need], what: str = "this run") -> None:
+    """Refuse what does not fit. needs: of runs that are there together but compute one after the other.
+
+    Errors: UsageError with the bytes that are needed, and those that there are.
+    """
+    states = sum(one.states + one.tables for one in needs)
+    largest = max(needs, key=lambda one: one.total - one.states - one.tables)
+    total = states + largest.activations + largest.copies
+    for limit, where in limits():
+        if total > limit:
+            raise UsageError(
+                f"{what} needs at least {total:,} bytes of memory: {_gib(states)} of model states, tables and batches, "
+                f"{_gib(largest.activations)} of activations, {_gib(largest.logits)} of these logits; but {where} "
+                f"{limit:,} ({_gib(limit)}): give a smaller model, --batch-size, --block-size, --grad-accum or --steps"
+            )
+
+
+def _gib(n: int) -> str:
+    return f"{n / GIB:,.1f} GiB" if n >= 10 * GIB else f"{n / GIB:.3g} GiB"
+
+
+def limits() -> list[tuple[int, str]]:
+    """(bytes, who says so) of everything that limits this process's memory and can be read here."""
+    found = [(_physical(), "this machine has"), (_of_cgroup(), "the limit of this control group is"),
+             (_address_space(), "the limit of this process (ulimit -v) leaves")]  # fmt: skip
+    return [(n, where) for n, where in found if n is not None]
+
+
+def _physical() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+
+
+def _of_cgroup() -> int | None:
+    """The smallest limit of the control groups that this process is in: of version 2 from its own up, and of version 1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    files = [CGROUP / "memory.max", CGROUP / "memory" / "memory.limit_in_bytes"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        parts = [part for part in path.split("/") if part]
+        for n in range(1, len(parts) + 1):
+            if not controllers:
+                files.append(CGROUP.joinpath(*parts[:n], "memory.max"))
+            elif "memory" in controllers.split(","):
+                files.append(CGROUP.joinpath("memory", *parts[:n], "memory.limit_in_bytes"))
+    found = []
+    for file in files:
+        try:
+            found.append(int(file.read_text()))
+        except (OSError, ValueError):  # not there, or 'max'
+            continue
+    return min(found, default=None)
+
+
+def _address_space() -> int | None:
+    try:
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if soft == resource.RLIM_INFINITY:
+            return None
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        return max(0, soft - used)
+    except ImportError:  # Windows
+        return None
+    except OSError:  # no /proc
+        return soft

@@ -1,0 +1,342 @@
+"""Known mistakes of the first two steps: weights down, and forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from refimpl.nn.attention import attention
+from refimpl.nn.elementwise import add
+from refimpl.nn.embedding import embedding
+from refimpl.nn.linear import linear
+from refimpl.nn.loss import cross_entropy
+from refimpl.nn.op import Op
+from refimpl.numerics.bits import bits_of, from_bits
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import FORMATS, format_of
+from refimpl.optim.gradients import inverse_of
+from refimpl.optim.loss_scale import DynamicLossScale
+from refimpl.optim.state import Sink, State
+from refimpl.precision.policy import SAME, Bound, Precision
+from refimpl.training.known_mistake import Mistake, low_format, need
+from refimpl.training.setup import Parts, UpdateArguments, WrappedOptimizer
+
+Array = Any
+S = TypeVar("S", bound=State)
+
+
+# -- 1. weights down ---------------------------------------------------------------------------------------------------
+
+
+class RoundedMasters(State):
+    """The 16-bit weights are all that there is: whatever of an update is below their spacing is lost at the next step."""
+
+    def weights_down(self) -> None:
+        super().weights_down()
+        widen(self.weights, self.master_format, out=self.master)
+
+
+class StaleWeights(State):
+    """The weights go down once, when they are loaded, and never again: the masters learn, the model does not."""
+
+    fresh = True
+
+    def weights_down(self) -> None:
+        if self.fresh:
+            super().weights_down()
+
+    def gradient_sink(self, first: bool) -> Sink:
+        self.fresh = False
+        return super().gradient_sink(first)
+
+
+def _replace_state(parts: Parts, kind: type[S], **formats: str) -> S:
+    state = parts.state
+    parts.state = new = kind(parts.model, {**state.stored, **formats}, state.backend, state.seed)
+    return new
+
+
+def _no_masters(parts: Parts) -> None:
+    need("master" in parts.state.formats, "a recipe with separate masters, such as fp16 or bf16")
+    _replace_state(parts, RoundedMasters)
+
+
+def _stale_weights(parts: Parts) -> None:
+    need("master" in parts.state.formats, "a recipe with separate masters, such as fp16 or bf16")
+    _replace_state(parts, StaleWeights)
+
+
+# -- 2. through --------------------------------------------------------------------------------------------------------
+
+
+class HalfScale(DynamicLossScale):
+    """The loss scale, handled in FP16, whose largest number is 65504: 65536 is infinite there."""
+
+    @property
+    def scale(self) -> Array:
+        """S as FP16 holds it."""
+        return widen(cast(super().scale, "fp16"), "fp32")
+
+
+def change_scale(parts: Parts, change: type[DynamicLossScale]) -> None:
+    """Put the methods of `change` before those of the run's loss scale, which stays what it is in all else."""
+    scale = parts.loss_scale
+    need(scale.adapts, "a loss scale that adapts, such as dynamic")
+    scale.__class__ = type(change.__name__, (change, type(scale)), {})
+
+
+def _scale_in_16_bits(parts: Parts) -> None:
+    change_scale(parts, HalfScale)
+
+
+def _override(parts: Parts, op: Op, **functions: Any) -> None:
+    parts.run.overrides = {**parts.run.overrides, op.name: replace(op, **functions)}
+
+
+def _cast_twice(parts: Parts) -> None:
+    low_format(parts)
+
+    def forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
+        product, saved = linear.forward(x, w, None, p=p)  # rounded here, before the bias is in
+        if b is not None:
+            y = p["y"]
+            product = y.out(y.wide(product) + y.wide(y.cast(b, "b")), "y.again", x, w)
+        return product, saved
+
+    _override(parts, linear, forward=forward)
+
+
+CHUNK = 8  # products between two roundings of the sum
+
+
+def _sum_in_16_bits(parts: Parts) -> None:
+    low = low_format(parts)
+
+    def forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
+        y, saved = linear.forward(x, w, b, p=p)
+        row = p["y"]
+        xc, wc = row.cast(x.reshape(-1, x.shape[-1]), "x"), row.cast(w, "w")
+        z = p.xp.zeros((len(xc), len(wc)), widen(xc[:1, :1], row.row.acc).dtype)
+        for k in range(0, xc.shape[-1], CHUNK):
+            z = row.wide(row.round(z + row.gemm(xc[:, k : k + CHUNK], wc[:, k : k + CHUNK].T), low, "sum"))
+        if b is not None:
+            z += row.wide(row.cast(b, "b"))
+        return row.round(z, format_of(y), "y").reshape(y.shape), saved
+
+    _override(parts, linear, forward=forward)
+
+
+def _tied_gradient_dropped(parts: Parts) -> None:
+    need(bool(parts.model.tied), "a model with tied weights (gpt)")
+
+    def backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array | None]:
+        tied = f"{p.place}.weight" in parts.model.tied.values()
+        return (None, None) if tied else embedding.backward(dy, saved, w, p=p)  # type: ignore[return-value]
+
+    _override(parts, embedding, backward=backward)
+
+
+def _rows(parts: Parts, **rows: Precision) -> None:
+    """Other rows of the policy; a name's '__' stands for its dot."""
+    policy = parts.run.policy
+    changed = {**policy.rows, **{name.replace("__", "."): row for name, row in rows.items()}}
+    parts.run.policy = replace(policy, rows=changed)
+
+
+def _need_written_out(parts: Parts) -> None:
+    need(parts.model.name == "gpt", "attention (gpt)")
+    need(parts.run.policy.row("attention.scores").out != "fp32", "--attention unfused")
+
+
+def _missing_cast(parts: Parts) -> None:
+    low = low_format(parts)
+    inputs = parts.run.policy.row("attention.softmax").input("S")
+    _need_written_out(parts)
+    _rows(parts, attention__softmax=Precision(inputs, "fp32", "fp32"),
+          attention__values=Precision({"P": SAME, "v": low}, "fp32", low))  # fmt: skip
+
+
+def _loss_in_16_bits(parts: Parts) -> None:
+    low = low_format(parts)
+    _rows(parts, cross_entropy=Precision(low, "fp32", low))
+
+
+def _softmax_in_16_bits(parts: Parts) -> None:
+    low = low_format(parts)
+    _need_written_out(parts)
+    _rows(parts, attention__softmax=Precision(low, "fp32", low))
+
+    def narrow(p: Bound) -> Bound:
+        p["softmax"].math = low  # exp, sum and quotient in NumPy's own 16-bit arithmetic, which no policy can ask for
+        return p
+
+    def forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
+        return attention.forward(qkv, p=narrow(p), n_head=n_head)
+
+    def backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array | None, ...]:
+        return attention.backward(dO, saved, p=narrow(p), n_head=n_head)
+
+    _override(parts, attention, forward=forward, backward=backward)
+
+
+def _norm_in_16_bits(parts: Parts) -> None:
+    low = low_format(parts)
+    need(parts.run.policy.row("layernorm").input("x") == "fp32", "a recipe that keeps it in FP32 (amp-fp16, amp-bf16)")
+    need(parts.model.name == "gpt", "layer norms (gpt)")
+    _rows(parts, layernorm=Precision(low, "fp32", low))
+
+
+class SixteenBitSums(State):
+    """Gradients of micro-batches, added in the 16-bit buffer: small ones vanish beside the sum."""
+
+    def gradient_sink(self, first: bool) -> Sink:
+        store, fmt = super().gradient_sink(first), self.formats["grads"]
+
+        def add(name: str, gradient: Array) -> None:
+            view = self.grad_views[name]
+            cast(widen(view, "fp32") + widen(gradient, "fp32"), fmt, out=view)
+
+        return store if first else add
+
+
+def _accumulate_in_16_bits(parts: Parts) -> None:
+    formats = parts.state.formats
+    need(FORMATS[formats["weights"]].bits == 16 and formats["grads"] == "fp32", "fp16 or bf16 and --grad-accum above 1")
+    _replace_state(parts, SixteenBitSums, grads=formats["weights"])
+
+
+def _residual_truncated(parts: Parts) -> None:
+    low = low_format(parts)
+    need(parts.model.name == "gpt" and parts.run.policy.row("add").out == low, "residuals in 16 bits (gpt; fp16 or bf16)")
+
+    def forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
+        y, saved = add.forward(a, b, p=p)
+        if p.place == "transformer.h.0.residual_1":  # one of them all
+            y = _toward_zero(p.wide(a) + p.wide(b), y)
+        return y, saved
+
+    _override(parts, add, forward=forward)
+
+
+def _toward_zero(z: Array, y: Array) -> Array:
+    """z, rounded to nearest as y, -> rounded toward zero. The bit pattern of a number that is one less is one less, too."""
+    bits = bits_of(y)
+    bits -= abs(widen(y, format_of(z))) > abs(z)
+    return from_bits(bits, format_of(y))
+
+
+def _need_micro_batches(parts: Parts) -> None:
+    need(parts.grad_accum > 1, "--grad-accum above 1")
+
+
+def _loss_not_averaged(parts: Parts) -> None:
+    _need_micro_batches(parts)
+
+    def backward(dloss: Array, saved: Any, p: Bound, **static: Any) -> tuple[Array | None, ...]:
+        return cross_entropy.backward(cast(parts.loss_scale.scale, format_of(dloss)), saved, p=p, **static)
+
+    _override(parts, cross_entropy, backward=backward)
+
+
+def _mean_of_means(parts: Parts) -> None:
+    _need_micro_batches(parts)
+    need(parts.model.loss_mean == "tokens", "--loss-mean tokens")
+    parts.model = replace(parts.model, loss_mean="micro-batches")
+
+
+class UnscaledEachTime(State):
+    """Gradients divided by S after each micro-batch but the last, whose step divides them all: the earlier ones once more."""
+
+    inverse_scale: Callable[[], Array]
+
+    def reduce_gradients(self, last: bool) -> None:
+        super().reduce_gradients(last)
+        if not last:
+            view = self.grads
+            view *= self.inverse_scale()
+
+
+def _unscale_each_micro_batch(parts: Parts) -> None:
+    _need_micro_batches(parts)
+    need(parts.loss_scale.adapts or float(parts.loss_scale.scale) != 1, "a loss scale")
+    state = _replace_state(parts, UnscaledEachTime)
+    state.inverse_scale = lambda: inverse_of(parts.loss_scale.scale)
+
+
+class KeptGradients(State):
+    """Gradients that nobody zeroes: a step adds to what the last one left, which is unscaled and clipped in place.
+
+    `factors`: what the last step multiplied them by. `kept`: what they were when this one began, once it has begun.
+    """
+
+    factors: tuple[Array | float, ...] | None = None
+    kept: Array | None = None
+
+    def gradient_sink(self, first: bool) -> Sink:
+        if not first or self.factors is None:
+            return super().gradient_sink(first)
+        if self.kept is None:
+            self.kept = self.grads.copy()
+            for factor in self.factors:
+                self.kept *= factor
+        self.grads[...] = self.kept
+        return super().gradient_sink(False)
+
+
+def _gradients_not_zeroed(parts: Parts) -> None:
+    formats = parts.state.formats
+    plain = FORMATS[formats["grads"]].bits == 32 and "master" not in formats
+    need(plain, "FP32 weights, whose gradients are unscaled in place, such as those of amp-fp16")
+    kept = _replace_state(parts, KeptGradients)
+
+    def keep(state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
+        kept.factors, kept.kept = (inverse, clip), None
+        return inverse, clip, found
+
+    parts.optimizer = WrappedOptimizer(parts.optimizer, keep)
+
+
+FORWARD = (
+    Mistake("no-masters", "the 16-bit weights are updated; no FP32 masters keep what rounding loses",
+            "small updates vanish, learning slows down and stops early", "4.master", _no_masters),
+    Mistake("stale-weights", "the masters are not copied down after an update",
+            "the loss stays where it began", "1.weights", _stale_weights),
+    Mistake("scale-in-16-bits", "the loss is multiplied by the scale in FP16, where 65536 is infinite",
+            "every step is skipped until the scale is 32768, and again each time that it grows", "2.loss_scale",
+            _scale_in_16_bits),
+    Mistake("cast-twice", "a product is rounded before the bias is added, and again after",
+            "nothing in the loss; one element in some is an ulp off", "2.activations", _cast_twice),
+    Mistake("sum-in-16-bits", "matrix products are summed in 16 bits",
+            "activations lose bits with every layer; little in the loss of a small model", "2.activations",
+            _sum_in_16_bits),
+    Mistake("missing-cast", "attention's probabilities stay in FP32 where they should be rounded to 16 bits",
+            "nothing in the loss: results are more exact, but not those of the recipe", "2.activations", _missing_cast),
+    Mistake("softmax-in-16-bits", "attention's softmax is computed in 16 bits: its exp, its sum and its quotient",
+            "probabilities that do not add up to 1; little in the loss of a small model", "2.activations",
+            _softmax_in_16_bits),
+    Mistake("norm-in-16-bits", "layer norm reads and writes 16 bits where autocast keeps FP32",
+            "little in the loss; the stream that is summed in FP32 is read in 16 bits", "2.activations",
+            _norm_in_16_bits),
+    Mistake("residual-truncated", "one residual addition is rounded toward zero instead of to nearest",
+            "nothing in the loss; half of the elements of one residual are an ulp smaller", "2.activations",
+            _residual_truncated),
+    Mistake("loss-in-16-bits", "the loss is computed into 16 bits",
+            "the loss moves in steps of 1/512 (FP16) or 1/64 (BF16)", "2.loss", _loss_in_16_bits),
+    Mistake("tied-gradient-dropped", "of the two uses of the tied embedding only the last layer's gives a gradient",
+            "learning goes on, a little worse", "2.grads", _tied_gradient_dropped),
+    Mistake("loss-not-averaged", "the loss of a micro-batch is not divided by their number",
+            "gradients n times as large, which clipping and Adam hide; with fp16 they overflow sooner",
+            "2.activation_grads", _loss_not_averaged),
+    Mistake("mean-of-means", "the loss is the mean of the micro-batches' means, although they have unequal numbers of targets",
+            "targets in short micro-batches count for more; none where all are full (--examples lines has unequal ones)",
+            "2.loss", _mean_of_means),
+    Mistake("unscale-each-micro-batch", "gradients are unscaled after each micro-batch, the earlier ones thus several times",
+            "only the last micro-batch counts: the others are 65536 times smaller", "2.grads", _unscale_each_micro_batch),
+    Mistake("gradients-not-zeroed", "gradients are not set to zero between steps",
+            "without a loss scale a running sum of gradients; with one, unscaled ones vanish beside it", "2.grads",
+            _gradients_not_zeroed),
+    Mistake("accumulate-in-16-bits", "gradients of micro-batches are added in 16 bits",
+            "small gradients vanish beside the sum, more with every micro-batch", "2.grads", _accumulate_in_16_bits),
+)  # fmt: skip
+"""In the order in which a step makes them."""

@@ -1,0 +1,242 @@
+"""Known mistakes of the last two steps: gradients up, and the update."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.formats import dtype_of
+from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
+from refimpl.optim.loss_scale import DynamicLossScale
+from refimpl.optim.optimizer import AdamW
+from refimpl.optim.state import State
+from refimpl.training.known_mistake import Mistake, need
+from refimpl.training.mistakes_forward import change_scale
+from refimpl.training.setup import Parts, UpdateArguments, WrappedOptimizer, plain_optimizer
+
+Array = Any
+
+
+# -- 3. gradients up, and what step 4 makes of them -------------------------------------------------------------------
+
+
+def _has_loss_scale(parts: Parts) -> None:
+    need(parts.loss_scale.adapts or float(parts.loss_scale.scale) != 1, "a loss scale")
+
+
+def _unscales_in_update(parts: Parts) -> None:
+    _has_loss_scale(parts)
+    need("main_grads" not in parts.state.stored, "a recipe that unscales in the update, not into main_grads")
+
+
+def _change_update(parts: Parts, change: Callable[[State, Array, Array | float, Array], UpdateArguments]) -> None:
+    parts.optimizer = WrappedOptimizer(parts.optimizer, change)
+
+
+def _scaled_clip(parts: Parts, state: State, inverse_scale: Array) -> Array | float:
+    """The clip coefficient by the norm of gradients that are still scaled."""
+    _, scaled_norm = check_and_measure(state, parts.state.backend.xp.ones_like(inverse_scale))
+    return clip_coefficient(scaled_norm, parts.max_norm)
+
+
+def _unscale_after_clip(parts: Parts) -> None:
+    _unscales_in_update(parts)
+    need(math.isfinite(parts.max_norm), "--clip above 0")
+    one = parts.state.backend.xp.ones((), dtype_of(parts.state.math_format))
+    _change_update(parts, lambda state, inverse, clip, found: (inverse * _scaled_clip(parts, state, inverse), one, found))
+
+
+def _no_unscale(parts: Parts) -> None:
+    _unscales_in_update(parts)
+
+    def change(state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
+        return state.backend.xp.ones_like(inverse), _scaled_clip(parts, state, inverse), found
+
+    _change_update(parts, change)
+
+
+def _unscale_twice(parts: Parts) -> None:
+    _unscales_in_update(parts)
+    _change_update(parts, lambda state, inverse, clip, found: (inverse * inverse, clip, found))
+
+
+def _ignore_inf(parts: Parts) -> None:
+    _has_loss_scale(parts)
+    _change_update(parts, lambda state, inverse, clip, found: (inverse, clip, state.backend.xp.zeros_like(found)))
+
+
+def _t_advances_on_skip(parts: Parts) -> None:
+    _has_loss_scale(parts)
+    last = parts.optimizer.schedule.steps - 1
+
+    def change(state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
+        state.t = state.backend.xp.minimum(state.t + found, last)
+        return inverse, clip, found
+
+    _change_update(parts, change)
+
+
+class EveryStepSchedule(WrappedOptimizer):
+    """A schedule that counts steps, skipped ones too, while Adam counts updates."""
+
+    skipped = 0
+
+    def lr(self, state: State) -> Array:
+        self._plan(state)
+        return super().lr(state)
+
+    def update(self, state: State, inverse_scale: Array, clip: Array | float, found_inf: Array) -> None:
+        self._plan(state)
+        super().update(state, inverse_scale, clip, found_inf)
+        self.skipped += int(state.backend.to_host(found_inf))
+
+    def _plan(self, state: State) -> None:
+        """The rate of the next update is that of as many steps."""
+        optimizer, t = plain_optimizer(self), int(state.backend.to_host(state.t))
+        rate = optimizer.schedule(t + self.skipped)
+        optimizer.learning_rates[t] = rate
+        optimizer.scalars[t] = optimizer.xp.asarray(np.array(optimizer.rule.scalars(rate, t + 1)))
+
+
+def _scheduler_steps_on_skip(parts: Parts) -> None:
+    _has_loss_scale(parts)
+    need(parts.loss_scale.adapts, "a loss scale that adapts, such as dynamic")
+    parts.optimizer = EveryStepSchedule(parts.optimizer, lambda state, *arguments: arguments)
+
+
+def _unscale_by_updated_scale(parts: Parts) -> None:
+    _unscales_in_update(parts)
+    need(parts.loss_scale.adapts, "a loss scale that adapts, such as dynamic")
+
+    def change(state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
+        updated = copy.copy(parts.loss_scale)
+        updated.update(found)
+        inverse = inverse_of(updated.scale)
+        _, norm = check_and_measure(state, inverse)
+        return inverse, clip_coefficient(norm, parts.max_norm), found
+
+    _change_update(parts, change)
+
+
+class UnloadedScale(DynamicLossScale):
+    """A loss scale that a checkpoint does not bring back."""
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Nothing is loaded."""
+
+
+def _scaler_not_restored(parts: Parts) -> None:
+    change_scale(parts, UnloadedScale)
+
+
+class DeafScale(DynamicLossScale):
+    """A loss scale that never hears of an overflow: it only grows."""
+
+    def update(self, found_inf: Array) -> None:
+        """Every step counts as a good one."""
+        super().update(found_inf & False)
+
+
+def _scale_never_backs_off(parts: Parts) -> None:
+    change_scale(parts, DeafScale)
+
+
+# -- 4. update ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EpsInsideRoot(AdamW):
+    """sqrt(v + eps) for sqrt(v) + eps: eps = 1e-8 then acts as 1e-4."""
+
+    def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
+        (m, v), (beta1, beta2) = moments, self.betas
+        m += (1 - beta1) * (g - m)
+        v *= beta2
+        v += (1 - beta2) * g * g
+        w -= scalars[1] * m / xp.sqrt(v / (scalars[2] * scalars[2]) + self.eps)
+
+
+@dataclass(frozen=True)
+class CoupledDecay(AdamW):
+    """Adam with L2 regularisation: the decay goes through the moments, and large gradients are decayed less."""
+
+    def decay(self, w: Array, g: Array, scalars: Array) -> None:
+        g += self.weight_decay * w
+
+
+@dataclass(frozen=True)
+class NoBiasCorrection(AdamW):
+    """Moments that start at zero, taken as they are: the first updates are (1 - beta1) / sqrt(1 - beta2) times as large."""
+
+    def scalars(self, lr: float, t: int) -> tuple[float, ...]:
+        return super().scalars(lr, t)[0], lr, 1.0
+
+
+def _rule(kind: type[AdamW]) -> Callable[[Parts], None]:
+    def make(parts: Parts) -> None:
+        rule = parts.optimizer.rule
+        need(isinstance(rule, AdamW), "--optimizer adamw")
+        if kind is CoupledDecay:
+            need(getattr(rule, "weight_decay", 0) > 0, "--weight-decay above 0")
+        parts.optimizer.use(kind(**{f.name: getattr(rule, f.name) for f in fields(rule)}))  # type: ignore[arg-type]
+
+    return make
+
+
+def _decay_all(parts: Parts) -> None:
+    need(getattr(parts.optimizer.rule, "weight_decay", 0) > 0, "--weight-decay above 0")
+    layout, own, backend = parts.state.layout, parts.state.own, parts.state.backend
+    parts.state.layout = replace(layout, decayed=((0, layout.size),))
+    parts.state.decayed = backend.from_host(np.array([[0], [own.stop - own.start]]))
+
+
+def _eps_in_16_bits(parts: Parts) -> None:
+    rule = parts.optimizer.rule
+    need(isinstance(rule, AdamW), "--optimizer adamw")
+    assert isinstance(rule, AdamW)
+    eps = float(widen(cast(parts.state.backend.xp.asarray(rule.eps), "fp16"), "fp32"))  # 1e-8 is below FP16's 6e-8: zero
+    parts.optimizer.use(replace(rule, eps=eps))
+
+
+UPDATE = (
+    Mistake("no-unscale", "the gradients are never divided by the loss scale",
+            "hidden by Adam and clipping, which forgive any factor; with SGD and no clipping the run explodes",
+            "3.unscaled", _no_unscale),
+    Mistake("unscale-twice", "the gradients are divided by the loss scale two times",
+            "with SGD learning stops; Adam forgives it but where gradients sink below eps", "3.unscaled", _unscale_twice),
+    Mistake("unscale-by-updated-scale", "gradients are divided by the scale after its update, not by that of their loss",
+            "where the scale has grown, one step with half the gradient, which Adam and clipping hide", "3.unscaled",
+            _unscale_by_updated_scale),
+    Mistake("ignore-inf", "an Inf or a NaN in the gradients does not skip the step",
+            "the first overflow makes weights NaN, and the loss for ever", "3.found_inf", _ignore_inf),
+    Mistake("unscale-after-clip", "gradients are clipped while they are still scaled, and divided afterwards",
+            "each step is clipped, by S too much: with SGD no learning; Adam hides it until updates reach eps",
+            "3.unscaled",
+            _unscale_after_clip),
+    Mistake("scale-never-backs-off", "the loss scale is not lowered after an overflow",
+            "from the first overflow on every step is skipped", "4.scale", _scale_never_backs_off),
+    Mistake("scaler-not-restored", "a resumed run begins with a new loss scale, not with that of its checkpoint",
+            "after each resume as many skipped steps as the scale needs to come down again", "2.loss_scale",
+            _scaler_not_restored),
+    Mistake("t-advances-on-skip", "a skipped step counts as an update",
+            "bias corrections and learning rate run ahead by a step", "4.lr", _t_advances_on_skip),
+    Mistake("scheduler-steps-on-skip", "the learning rate's schedule counts skipped steps, while Adam does not",
+            "the learning rate runs ahead by a step for each overflow", "4.lr", _scheduler_steps_on_skip),
+    Mistake("decay-all", "norms and biases decay too, not only matrices",
+            "gains of norms drift from 1 toward 0, a little in each step", "4.master", _decay_all),
+    Mistake("eps-inside-root", "Adam divides by sqrt(v + eps), not by sqrt(v) + eps",
+            "parameters with gradients below 1e-4 hardly move", "4.master", _rule(EpsInsideRoot)),
+    Mistake("eps-in-16-bits", "Adam's eps is kept in FP16, where 1e-8 is zero",
+            "0/0 where a parameter has had no gradient yet: NaN", "4.master", _eps_in_16_bits),
+    Mistake("coupled-decay", "weight decay is added to the gradient (Adam with L2), not to the weight (AdamW)",
+            "weights with large gradients are decayed less than the others", "4.m", _rule(CoupledDecay)),
+    Mistake("no-bias-correction", "Adam's moments are not corrected for their start at zero",
+            "the first updates are too small or too large", "4.master", _rule(NoBiasCorrection)),
+)  # fmt: skip
+"""In the order in which a step makes them."""

@@ -1,0 +1,260 @@
+"""What scripts/train.py does: train in a folder, and tell the person how it went."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from refimpl.backends.base import NUMPY
+from refimpl.backends.threads import cores
+from refimpl.distributed.collectives import Comm, Serial
+from refimpl.distributed.mpi import launched, mpi_comm
+from refimpl.distributed.nccl import nccl_comm
+from refimpl.distributed.zero import exchanged
+from refimpl.errors import TrainingStopped, UsageError
+from refimpl.nn.models.model import Model
+from refimpl.training.checkpoint_states import read_weights, start_from
+from refimpl.training.config import Config
+from refimpl.training.console import printable
+from refimpl.training.data import NgramBaselines, ngram_entropies
+from refimpl.training.generate import sample
+from refimpl.training.metrics import plot_run, read_metrics
+from refimpl.training.mistakes import announcement
+from refimpl.training.run_folder import (
+    CHECKPOINT,
+    CONFIG,
+    METRICS,
+    PICTURE,
+    first_weights,
+    open_folder,
+    own_folder,
+    prepare_folder,
+    read_config,
+    write_config,
+)
+from refimpl.training.signals import ENDED
+from refimpl.training.trainer import SAMPLE, Trainer, generator
+
+PATIENCE = 1.0
+"""Seconds in which the first rank, if it fails like another one, ends all of them, and says why as the only one."""
+
+
+MANY_SKIPPED = 0.1
+"""The share of skipped steps above which the end of a run warns of it."""
+
+
+def train(given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool, init_from: Path | None) -> int:
+    """What scripts/train.py does: train, show, write. Returns the exit code: 0, or 130 after Ctrl-C."""
+    with only_the_first_speaks():
+        if resume and init_from is not None:
+            raise UsageError("--resume and --init-from contradict each other: a run goes on with its own weights")
+        comm = mpi_comm() if launched()[1] > 1 else Serial()
+        first = None if init_from is None else (init_from, *read_weights(init_from))
+        if first is not None:  # sizes that are not given are those of the file
+            given = {"model": first[1].name, **first[1].config, **given}
+        config, _ = prepare_folder(given, out, resume, overwrite)
+        comm = where_arrays_lie(config, comm)
+        threads = max(1, cores() // comm.on_host.on_machine) if comm.size > 1 else None
+        with own_folder(config, out, comm, resume, overwrite) as folder, threadpool_limits(threads):
+            return _resume(config, folder, comm) if resume else _begin(config, folder, comm, first)
+
+
+def where_arrays_lie(config: Config, comm: Comm) -> Comm:
+    """The ranks of a run, which exchange where its arrays lie. Errors: UsageError where it does not say how they share it."""
+    if comm.size > 1 and config.zero is None:
+        raise UsageError(f"mpiexec has started {comm.size} processes: say how they share the training, --zero 0, 1, 2 or 3")
+    return nccl_comm(comm) if comm.size > 1 and config.backend == "cupy" else comm
+
+
+@contextmanager
+def only_the_first_speaks() -> Iterator[None]:
+    """Of several ranks, which do the same and fail alike, the first one prints."""
+    rank, _ = launched()
+    if rank == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        try:
+            yield
+        except KeyboardInterrupt:
+            sys.exit(ENDED)
+        except (UsageError, TrainingStopped) as error:
+            time.sleep(PATIENCE)
+            raise type(error)(f"rank {rank}: {error}") from error
+
+
+def _begin(config: Config, folder: Path, comm: Comm, first: tuple[Path, Model, dict[str, np.ndarray]] | None) -> int:
+    """A fresh run. first: a file with the weights that it starts from, its model, and the weights."""
+    trainer = Trainer(config, folder, comm)
+    if first is not None:
+        start_from(first[0], first[1:], trainer.model, trainer.state, config.rounds_masters)
+    baselines = ngram_entropies(trainer.corpus.train, trainer.corpus.valid)
+    comm.barrier()  # all ranks have seen the folder as it was
+    if trainer.writes:
+        open_folder(config, folder, first and first[0])
+    return _train(trainer, baselines, "")
+
+
+def _resume(config: Config, folder: Path, comm: Comm) -> int:
+    """A run that goes on from its checkpoint, or from its start where it had none yet."""
+    planned, weights = read_config(folder)["steps"], first_weights(folder)
+    trainer = Trainer(config, folder, comm)
+    trainer.restore()
+    done, steps = trainer.progress.step, config.steps
+    assert steps is not None
+    if done == steps:
+        print(f"already at step {done} of {steps}; give --steps N for more")
+        return 0
+    if not done and weights is not None:
+        raise UsageError(f"{folder} has no checkpoint to go on from: start the run again, with --init-from {weights}")
+    baselines = ngram_entropies(trainer.corpus.train, trainer.corpus.valid)
+    comm.barrier()
+    if trainer.writes:
+        write_config(config, folder, None if weights is None else Path(weights))
+    note = f"resumed after step {done} of {steps}" if done else f"no checkpoint in {folder}: starting at step 1 of {steps}"
+    if planned != steps and done:
+        schedules = [replace(config, steps=n).make_optimizer(NUMPY).schedule for n in (planned, steps)]
+        t = int(trainer.state.t)
+        before, after = schedules[0](max(0, t - 1)), schedules[1](t)
+        note += (
+            f"; the schedule is replanned for {steps} steps instead of {planned}: the learning rate goes from {before:.3g} "
+            f"to {after:.3g}"
+        )
+    return _train(trainer, baselines, note)
+
+
+def _train(trainer: Trainer, baselines: NgramBaselines, note: str) -> int:
+    """The run from where it is to its end, or to where a signal or its numbers stop it. Returns the exit code."""
+    from tqdm import tqdm
+
+    done, steps, folder = trainer.progress.step, trainer.config.steps, trainer.folder
+    _announce(trainer, baselines)
+    if note:
+        print(note)
+    shown: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": not trainer.writes}
+    with trainer.stop:
+        try:
+            with tqdm(total=steps, initial=done, **shown) as bar:
+                trainer.train(bar)
+        except TrainingStopped:
+            _draw(trainer, baselines)
+            warn(trainer)
+            raise
+        trainer.stop.saying = SAVED
+        if not trainer.stopping():
+            _report(trainer, baselines, trainer.progress.step - done)
+        elif trainer.progress.step < (steps or 0):
+            print(f"\nstopped after step {trainer.progress.step} of {steps}; go on with: --resume --out {folder}")
+            _draw(trainer, baselines)
+        else:
+            print(f"\nall {steps} steps are done; stopped before the end of their evaluation")
+            _draw(trainer, baselines)
+        warn(trainer)
+        return ENDED if trainer.stopping() else 0
+
+
+SAVED = "stopping: the checkpoint is written; again to stop at once"
+
+
+def _announce(trainer: Trainer, baselines: NgramBaselines) -> None:
+    config, model, state = trainer.config, trainer.model, trainer.state
+    print(f"{model.name}, {model.n_params:,} parameters, recipe {trainer.recipe.name}: {trainer.recipe.summary}")
+    if config.mistake != "none":
+        print(announcement(config.mistake))
+    kinds = " + ".join(f"{kind} {buffer.nbytes / model.n_params:g}" for kind, buffer in state.buffers.items())
+    rank = f" on each of {trainer.comm.size} ranks, ZeRO stage {config.zero}" if trainer.comm.size > 1 else ""
+    print(f"model states: {kinds} = {state.nbytes / model.n_params:g} bytes a parameter, as measured{rank}")
+    if config.grad_accum > 1 and state.formats["grads"] != trainer.recipe.state["grads"]:
+        print(f"  (gradients are summed over {config.grad_accum} micro-batches in FP32)")
+    if config.zero is not None and trainer.comm.size == 1:
+        print("  (one rank, which has all: several are started by mpiexec -n N python -m mpi4py scripts/train.py ...)")
+    corpus = trainer.corpus
+    print(f"data: {corpus.name}, {len(corpus.train):,} bytes to train on, {len(corpus.valid):,} to validate on")
+    sampled = " (from a sample)" if baselines.sampled else ""
+    print(f"to beat{sampled}: {_list_baselines(baselines)}")
+
+
+def _list_baselines(baselines: NgramBaselines) -> str:
+    names = {1: "unigram", 2: "bigram", 3: "trigram"}
+    return ", ".join(f"{names[n]} {entropy:.3f}" for n, entropy in baselines.entropies.items()) + " nats a byte"
+
+
+def _report(trainer: Trainer, baselines: NgramBaselines, steps: int) -> None:
+    """The end of a run: where the loss stands, what was written, what the model writes."""
+    config, progress = trainer.config, trainer.progress
+    counted = trainer.comm.on_host.all_reduce(np.array([trainer.exchanged / max(1, steps)]))[0] / trainer.comm.size
+    if trainer.writes:
+        losses = [row["val_loss"] for row in read_metrics(trainer.folder / METRICS) if "val_loss" in row]
+        print(f"\nvalidation loss {_number(losses[-1])} nats a byte; {_list_baselines(baselines)}")
+        print(f"{progress.skipped} of {progress.step} steps skipped, loss scale {float(trainer.loss_scale.scale):g}")
+        if trainer.comm.size > 1 and steps:
+            print(_exchanged(trainer, counted))
+        _draw(trainer, baselines)
+    if config.sample_bytes:
+        _show_sample(trainer)
+
+
+def _show_sample(trainer: Trainer) -> None:
+    """What the model writes. Every rank makes the sample, for which stage 3 needs all of them; the first one shows it."""
+    config, rng = trainer.config, generator(trainer.config.seed, SAMPLE)
+    text = sample(trainer.model, trainer.state, trainer.run, config.sample_bytes, rng, stopping=trainer.stopping)
+    print(f"\na sample of {len(text)} bytes:\n{'-' * 60}\n{printable(text)}\n{'-' * 60}")
+    if len(text) < config.sample_bytes and not trainer.stopping():
+        print("(the logits after it are not finite: nothing can be sampled from them)")
+
+
+def _draw(trainer: Trainer, baselines: NgramBaselines) -> None:
+    """Draw the picture, and tell what the folder holds."""
+    config, folder = trainer.config, trainer.folder
+    if not trainer.writes:
+        return
+    title = f"{config.model}, recipe {config.recipe}, seed {config.seed}, {trainer.model.n_params:,} parameters"
+    if config.mistake != "none":
+        title += f"\nMISTAKE switched in: {config.mistake}"
+    try:
+        picture = plot_run(folder, baselines.entropies, title)
+    except UsageError as error:  # a full disk must not hide why a run stopped
+        picture = None
+        print(f"no picture: {error}")
+    written = [name for name in (CONFIG, METRICS, CHECKPOINT) if (folder / name).exists()] + ([PICTURE] if picture else [])
+    print(f"written to {folder}: {', '.join(written)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("(no picture: that takes matplotlib, pip install -e '.[plot]')")
+
+
+def warn(trainer: Trainer) -> None:
+    """The last lines: what a person must know before they believe the numbers."""
+    config, progress = trainer.config, trainer.progress
+    if progress.skipped > MANY_SKIPPED * progress.step:
+        share = 100 * progress.skipped / progress.step
+        print(f"WARNING: {progress.skipped} of {progress.step} steps ({share:.0f} %) were skipped: they changed no weight")
+    if config.mistake != "none":
+        print(announcement(config.mistake))
+
+
+def _exchanged(trainer: Trainer, counted: float) -> str:
+    """Bytes that came to a rank from the others in a step, counted, and what ZeRO predicts."""
+    config, model, comm = trainer.config, trainer.model, trainer.comm
+    assert config.zero is not None
+    states = trainer.recipe.bytes_by_buffer(config.make_rule().moments, config.grad_accum)
+    again = sum(int(np.prod(model.parameters[name].shape)) for name in set(model.tied.values()))
+    predicted = float(exchanged(model.n_params, states, config.zero, comm.size, again, config.grad_accum))
+    return (
+        f"a rank received {counted:,.0f} bytes a step from the others; ZeRO stage {config.zero} predicts {predicted:,.0f}, "
+        f"{predicted / model.n_params:.2f} bytes a parameter"
+    )
+
+
+def _number(loss: float | None) -> str:
+    """A loss as text; the log has null for NaN."""
+    return "NaN" if loss is None else f"{loss:.4f}"

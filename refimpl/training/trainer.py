@@ -1,0 +1,352 @@
+"""Training a model from a configuration: the loop around `step.train_step`, with its log, checkpoints and clean ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.distributed.collectives import Comm, Serial, shares_of
+from refimpl.errors import TrainingStopped, UsageError
+from refimpl.numerics.formats import FORMATS
+from refimpl.optim.loss_scale import DynamicLossScale
+from refimpl.step import Batch, StepResult
+from refimpl.training import checkpoint
+from refimpl.training.checkpoint_states import check_run_header, load_scales, load_state_arrays, scale_arrays, state_arrays
+from refimpl.training.config import Config
+from refimpl.training.data import Corpus, load_corpus, sample_batch, sequential_batches
+from refimpl.training.generate import check_has_bytes, mean_loss
+from refimpl.training.metrics import MetricsLog, read_metrics
+from refimpl.training.mistakes import meddle
+from refimpl.training.non_finite import Origin, explained, find_origin, known_since
+from refimpl.training.run_folder import CHECKPOINT, METRICS
+from refimpl.training.setup import Parts
+from refimpl.training.signals import Stop
+
+SKIPS_BEFORE_STOP = 50
+"""So many skipped steps in a row, with a scale that is static or below SMALLEST_SCALE, end a run: the scale is not why."""
+SMALLEST_SCALE = 2.0**-14
+FINAL_EVAL_BLOCKS = 1024
+STOPPING = "stopping after this step, with a checkpoint; again to stop at once"
+
+# Every use of chance has its own stream, so that evaluating or sampling more often changes no batch and no weight.
+INIT, BATCHES, EVALUATION, SAMPLE = range(4)
+
+
+def generator(seed: int, stream: int) -> np.random.Generator:
+    """The random numbers of one use: independent of the others, reproducible from the seed."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,))))
+
+
+def start(config: Config, comm: Comm | None = None) -> Parts:
+    """A run before its first step: its parts, with the configuration's mistake in them, and fresh weights.
+
+    comm: the rank that this process is, if there are several.
+    """
+    parts = config.make_parts(config.make_backend(), comm)
+    meddle(config.mistake, parts)
+    weights = parts.model.initial_weights(generator(config.seed, INIT))
+    parts.state.load_weights(weights, rounded=config.rounds_masters)
+    return parts
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint holds beside arrays, loss scale and generator."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Trainer:
+    """One run: its parts, and the loop over steps. It writes to `folder`, which `prepare_folder` has checked.
+
+    Of several ranks each has one. All do the same, each with its rows of a batch; only the first one writes.
+    """
+
+    def __init__(self, config: Config, folder: Path, comm: Comm | None = None) -> None:
+        assert config.block_size is not None
+        check_has_bytes(config.vocab_size, "--vocab-size")
+        self.config, self.folder, self.comm = config, folder, comm or Serial()
+        self.writes = self.comm.rank == 0
+        self.exchanged = 0  # bytes that came from other ranks in training steps
+        self.recipe = config.make_recipe()
+        self.corpus: Corpus = load_corpus(config.data, config.block_size)
+        self.parts = start(config, self.comm)
+        self.model, self.state = self.parts.model, self.parts.state
+        self.loss_scale, self.run = self.parts.loss_scale, self.parts.run
+        self.backend = self.state.backend
+        self.batches = generator(config.seed, BATCHES)
+        self.progress = Progress()
+        self.log = MetricsLog(folder / METRICS)
+        self._pending: list[tuple[int, StepResult, list[Batch]]] = []
+        self._first_step = 1
+        self._bad_losses = 0  # steps in a row whose loss was not finite
+        self._window_start = time.perf_counter()
+        self._owes_evaluation = False
+        self.stop = Stop(STOPPING, speaks=self.writes)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, bar: Any) -> bool:
+        """Step until the end, or until a signal asks to stop; True when all steps are done. `bar` is a tqdm bar.
+
+        Errors: TrainingStopped when the numbers allow no going on; the checkpoint before it stays.
+        """
+        steps = self.config.steps
+        assert steps is not None
+        self._window_start = time.perf_counter()
+        self._first_step = self.progress.step + 1
+        with self.stop:
+            if self._owes_evaluation:
+                self._tell(bar, self._evaluate(False))
+            while self.progress.step < steps and not self.stopping():
+                batches = self.next_batches()
+                self._pending.append((self.progress.step + 1, self._one_step(batches), batches))
+                self.progress.step += 1
+                at_end = self.progress.step == steps
+                if self.progress.step % self.config.log_every == 0:
+                    self._write_steps(bar)
+                if at_end or self.progress.step % self.config.eval_every == 0:
+                    self._write_steps(bar)
+                    report = self._evaluate(at_end)
+                    self.save()  # before it is told: who reads along may have gone
+                    self._tell(bar, report)
+            if self.progress.step < steps:
+                self._write_steps(bar)
+                self.save()
+        return self.progress.step == steps
+
+    @staticmethod
+    def _tell(bar: Any, report: str) -> None:
+        if report:
+            bar.write(report)
+
+    def stopping(self) -> bool:
+        """Whether a signal has asked this rank, or another one, to stop."""
+        return self.comm.any(self.stop.asked)
+
+    def _one_step(self, batches: list[Batch]) -> StepResult:
+        before = self.comm.received.total()
+        result = self.parts.step(batches)
+        self.exchanged += self.comm.received.total() - before
+        return result
+
+    def next_batches(self) -> list[Batch]:
+        """This rank's rows of the micro-batches of the next step, which all ranks draw from the training part."""
+        batch_size, block_size = self.config.batch_size, self.config.block_size
+        assert batch_size is not None and block_size is not None
+        rows = shares_of(batch_size, self.comm.size)[self.comm.rank]
+        micro_batches = []
+        for _ in range(self.config.grad_accum):
+            x, y = sample_batch(self.corpus.train, batch_size, block_size, self.batches, self.config.no_target)
+            micro_batches.append(self.model.batch_on(self.backend, x[rows], y[rows]))
+        return micro_batches
+
+    # -- the log ----------------------------------------------------------------------------------------------------
+
+    def _write_steps(self, bar: Any) -> None:
+        """Read what the steps since the last time left on the device, write it, and look whether to go on."""
+        if not self._pending:
+            return
+        seconds = time.perf_counter() - self._window_start
+        tokens = self.config.batch_size * self.config.block_size * self.config.grad_accum  # type: ignore[operator]
+        rate = tokens * len(self._pending) / seconds
+        rows = [_row(step, result, rate) for step, result, _ in self._pending]
+        self._log(rows)
+        bar.update(len(rows))
+        for row, (_, _, batches) in zip(rows, self._pending, strict=True):
+            self._watch(row, batches, bar)
+        self._stop_if_exhausted(rows[-1], batches)
+        self._stop_at_zero(rows[-1], batches)
+        bar.set_postfix_str(
+            f"loss {rows[-1]['loss']:.3f}, scale {rows[-1]['loss_scale']:g}, skipped {self.progress.skipped}, {rate:,.0f} tok/s"
+        )
+        self._pending.clear()
+        self._window_start = time.perf_counter()
+
+    def _log(self, rows: list[dict[str, Any]]) -> None:
+        if self.writes:
+            self.log.write(rows)
+
+    def _watch(self, row: dict[str, Any], batches: list[Batch], bar: Any) -> None:
+        """Stop a run whose steps can no longer do anything; say where a loss that is not finite comes from."""
+        progress = self.progress
+        progress.skipped += row["skipped"]
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if row["skipped"] else 0
+        self._bad_losses = 0 if math.isfinite(row["loss"]) else self._bad_losses + 1
+        stuck = row["skipped"] and self.config.loss_scale == "none"
+        if self._bad_losses == 1 or stuck:
+            origin = self._origin(row, batches)
+            why = f"step {row['step']}: the loss is {row['loss']:g}: {self._explained(origin, row)}"
+            if stuck or origin.stage == "parameter":  # a NaN in a weight stays, whatever the loss scale becomes
+                raise TrainingStopped(f"{why}. No weight was changed by this step" if row["skipped"] else why)
+            bar.write(why)
+        if not row["skipped"]:
+            return
+        S = row["loss_scale"]
+        collapsed = not self.loss_scale.adapts or S < SMALLEST_SCALE or self._floor >= S or math.isinf(S)
+        if max(progress.skipped_in_a_row if collapsed else 0, self._bad_losses) >= SKIPS_BEFORE_STOP:
+            raise TrainingStopped(
+                f"step {row['step']}: {progress.skipped_in_a_row} steps in a row were skipped and the loss scale is "
+                f"{row['loss_scale']:g}: {self._explained(self._origin(row, batches), row)}"
+            )
+
+    @property
+    def _floor(self) -> float:
+        """Where the loss scale ends; 0 for one that does not, or that says so itself."""
+        scale = self.loss_scale
+        return scale.scaler.floor if isinstance(scale, DynamicLossScale) and not scale.scaler.stops else 0.0
+
+    def _stop_if_exhausted(self, row: dict[str, Any], batches: list[Batch]) -> None:
+        """End a run whose loss scaler ends runs at its floor, with a checkpoint: skipped steps have changed no weight."""
+        scale = self.loss_scale
+        if not isinstance(scale, DynamicLossScale) or not scale.scaler.stops or not bool(scale.exhausted):
+            return
+        path = self.save()
+        why, S = self._explained(self._origin(row, batches), row), float(scale.scale)
+        raise TrainingStopped(
+            f"by step {self.progress.step}: the loss scale is {S:g}, below which {scale.scaler.name} does not go: "
+            f"{why}. --loss-scale dynamic has no floor; to go on with it from these weights: --init-from {path}"
+        )
+
+    def _stop_at_zero(self, row: dict[str, Any], batches: list[Batch]) -> None:
+        """End a run whose loss scale has become 0 or nearly so: no gradient can be divided by it, and every step is skipped."""
+        S = float(self.loss_scale.scale)
+        if FORMATS["fp32"].smallest_normal > S:
+            raise TrainingStopped(
+                f"by step {self.progress.step}: the loss scale is {S:g}, by which no gradient can be divided: "
+                f"{self._explained(self._origin(row, batches), row)}"
+            )
+
+    def _origin(self, row: dict[str, Any], batches: list[Batch]) -> Origin:
+        """Where Inf or NaN begins in a step, taken once more on its batches, with the weights of now."""
+        return find_origin(self.parts, batches, self.backend.from_host(np.asarray(row["loss_scale"], np.float32)))
+
+    def _explained(self, origin: Origin, row: dict[str, Any]) -> str:
+        updates = int(self.state.t)
+        return explained(origin, self.config, updates, known_since(updates, row["step"], self._first_step))
+
+    def _evaluate(self, final: bool) -> str:
+        """Log the validation loss, and tell it; '' if a signal asked to stop in the middle of it."""
+        started = time.perf_counter()
+        loss = self.validation_loss(final)
+        self._window_start += time.perf_counter() - started
+        if loss is None:
+            return ""
+        self._log([{"step": self.progress.step, "val_loss": loss}])
+        return f"step {self.progress.step}: validation loss {loss:.4f} nats a byte ({loss / math.log(2):.3f} bits)"
+
+    def validation_loss(self, final: bool) -> float | None:
+        """The loss on the validation part: on the same sampled batches each time, at the end on all of it (or 1024 blocks).
+
+        None if a signal asked to stop before its last batch.
+        """
+        config = self.config
+        assert config.batch_size is not None and config.block_size is not None
+        sizes, no_target = (config.batch_size, config.block_size), config.no_target
+        self.state.weights_down()
+        batches: Iterable[tuple[np.ndarray, np.ndarray]]
+        if final:
+            batches = sequential_batches(self.corpus.valid, *sizes, FINAL_EVAL_BLOCKS, no_target)
+        else:
+            rng = generator(config.seed, EVALUATION)
+            batches = (sample_batch(self.corpus.valid, *sizes, rng, no_target) for _ in range(config.eval_batches))
+        cut = []
+
+        def until_stopped() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for batch in batches:
+                if self.stopping():
+                    cut.append(True)
+                    return
+                yield batch
+
+        loss = mean_loss(self.model, self.state, self.run, until_stopped())
+        return None if cut else loss
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _header(self) -> dict[str, Any]:
+        """Everything but arrays that decides how the run goes on. No time and no path: equal runs, equal bytes."""
+        bound = [f.name for f in fields(self.config) if not f.metadata.get("free") and f.name != "data"]
+        return {
+            "model": self.model.name,
+            "sizes": dict(self.model.config),
+            "recipe": self.recipe.name,
+            "config": {name: getattr(self.config, name) for name in bound},
+            "corpus": self.corpus.description,
+            "progress": asdict(self.progress),
+            "t": int(self.state.t),
+            "loss_scale": self.loss_scale.state_dict(),
+            "delayed_scales": len(self.run.scales.delayed),
+            "generator": self.batches.bit_generator.state,
+        }
+
+    def save(self) -> Path:
+        """Write the checkpoint: weights, masters and moments by parameter name, and the header. All ranks together: it does
+        not depend on how many they are."""
+        self.state.weights_down()
+        path, arrays = self.folder / CHECKPOINT, state_arrays(self.state)
+        if self.writes:
+            checkpoint.save(path, {**arrays, **scale_arrays(self.run)}, self._header())
+        return path
+
+    def restore(self) -> None:
+        """Go on from the checkpoint in the folder, bit for bit; from the start where the run did not get as far as one.
+
+        Errors: UsageError when it is damaged or not this run's.
+        """
+        if (self.folder / CHECKPOINT).exists():
+            self.load_checkpoint()
+        step = self.progress.step
+        evaluated = any(row["step"] == step for row in read_metrics(self.log.path) if "val_loss" in row)
+        self._owes_evaluation = step > 0 and step % self.config.eval_every == 0 and not evaluated  # a signal cut it short
+        if self.writes:
+            self.log.keep_up_to(step)
+
+    def load_checkpoint(self) -> None:
+        """Everything of `restore` but for the log: no file is changed."""
+        path = self.folder / CHECKPOINT
+        arrays, header = checkpoint.load(path)
+        check_run_header(path, header)
+        if header["corpus"] != self.corpus.description:
+            raise UsageError(f"{path} was trained on other data than --data {self.config.data} holds now")
+        conflicts = self.config.conflicts({**header["config"], "data": self.config.data})
+        if conflicts:
+            raise UsageError(f"{path} is another run: {'; '.join(conflicts)}")
+        sizes = dict(self.model.config)
+        if {**sizes, **header["sizes"]} != sizes:
+            raise UsageError(f"{path} is of a model with the sizes {header['sizes']}, not those of its run: it is damaged")
+        progress = Progress(**header["progress"])
+        load_scales(path, self.run, progress.step, arrays)
+        if len(self.run.scales.delayed) != header.get("delayed_scales", 0):
+            raise UsageError(f"{path} lacks some of the scales that its quantisation had: it is damaged")
+        load_state_arrays(path, arrays, self.state)
+        self.state.t = self.backend.xp.asarray(np.int64(header["t"]))
+        try:
+            self.loss_scale.load_state_dict(header["loss_scale"])
+        except (KeyError, ValueError, UsageError) as error:
+            raise UsageError(f"{path} has a damaged loss scale: {error}") from error
+        self.batches.bit_generator.state = header["generator"]
+        self.progress = progress
+        if self.progress.step > (self.config.steps or 0):
+            raise UsageError(f"{path} is at step {self.progress.step} already, --steps is {self.config.steps}")
+
+
+def _row(step: int, result: StepResult, tokens_per_s: float) -> dict[str, Any]:
+    """A step's line in the log; here the device is read."""
+    return {
+        "step": step,
+        "loss": float(result.loss),
+        "lr": float(result.lr),
+        "loss_scale": float(result.loss_scale),
+        "grad_norm": float(result.grad_norm),
+        "skipped": bool(result.skipped),
+        "tokens_per_s": round(tokens_per_s, 1),
+    }
