@@ -1,7 +1,7 @@
 """One step of mixed-precision training: the algorithm, on one page.
 
-Everything that this page names is one short function in one file. What differs between recipes (formats, masters, loss
-scale) is data in `recipes.py`; no line below asks which recipe runs.
+What differs between recipes (formats, masters, loss scale) is data in `precision/recipes.py`; no line below asks which recipe
+runs.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from refimpl.nn.autograd import Tape
 from refimpl.nn.models.model import Model
+from refimpl.numerics.arrays import Array
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.optim.loss_scale import LossScale
 from refimpl.optim.micro_batches import divided, divisors
@@ -22,7 +22,6 @@ from refimpl.optim.optimizer import Optimizer
 from refimpl.optim.state import State
 from refimpl.precision.policy import Run
 
-Array = Any
 Batch = tuple[Array, Array]
 
 
@@ -57,12 +56,12 @@ def train_step(
     # 1. Weights down: FP32 masters -> 16-bit model weights.
     state.weights_down()
 
-    # 2. Through: forward and backward in 16 bits.
+    # 2. Forward and backward in 16 bits.
     #    (+) Backward starts from the loss scale S instead of 1, so that small gradients do not vanish in 16 bits.
     S, lr = loss_scale.scale, optimizer.lr(state)
-    loss = through(model, batches, state, S, run)
+    loss = forward_backward(model, batches, state, S, run)
 
-    # 3. Gradients up: 16-bit gradients -> FP32, block by block; nothing is stored, step 4 widens each block once more.
+    # 3. Gradients up: 16-bit gradients -> FP32, block by block; step 4 widens each block once more instead of keeping it.
     #    (+) Is any of them Inf or NaN?  (+) Their norm is taken after the division by S.
     inverse_scale = inverse_of(S)
     found_inf, norm = check_and_measure(state, inverse_scale)
@@ -75,17 +74,17 @@ def train_step(
     return StepResult(loss, lr, S, norm, found_inf)
 
 
-def through(model: Model, batches: Sequence[Batch], state: State, S: Array, run: Run) -> Array:
-    """Forward and backward over all micro-batches; leaves d(S L)/dw in `state.grads`, and returns the mean loss L, 0-d.
+def forward_backward(model: Model, batches: Sequence[Batch], state: State, S: Array, run: Run) -> Array:
+    """Run forward and backward over all micro-batches. Leave d(S L)/dw in `state.grads`, and return the mean loss L, 0-d.
 
-    A micro-batch that makes up 1/n of the mean is seeded with S/n, so that the sum is the gradient of the mean. (+) With
-    several ranks, each has micro-batches of its own, and each has the sum over ranks of its share of the gradients.
+    Backward of a micro-batch that makes up 1/n of the mean starts from S/n, so that the gradients add up to that of the mean.
+    With several ranks, `reduce_gradients` sums them over ranks; on one host it does nothing.
     """
     total, xp = 0.0, run.backend.xp
     for i, ((tokens, targets), n) in enumerate(zip(batches, divisors(model, batches, state), strict=True)):
         tape = Tape(run, state.weight_views, model.tied)
         loss = model.loss(tape, tokens, targets)
-        tape.backward(loss, seed=divided(S, n, xp), sink=state.gradient_sink(first=i == 0))
+        tape.backward(loss, grad_output=divided(S, n, xp), sink=state.gradient_sink(first=i == 0))
         state.reduce_gradients(last=i == len(batches) - 1)
         total = total + divided(loss.array, n / state.ranks, xp)
     run.scales.after_pass()  # (FP8 with delayed scaling: the largest values of this pass make the scales of the next)

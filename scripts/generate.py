@@ -9,7 +9,7 @@ from refimpl.training.cli import main
 from pathlib import Path
 
 from refimpl.training.arguments import Parser
-from refimpl.training.generate import generate
+from refimpl.training.generate import generate_text
 
 
 def parser() -> Parser:
@@ -25,4 +25,4 @@ def parser() -> Parser:
 
 
 if __name__ == "__main__":
-    main(lambda: generate(**vars(parser().parse_args())))
+    main(lambda: generate_text(**vars(parser().parse_args())))

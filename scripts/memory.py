@@ -16,7 +16,7 @@ from typing import Any
 
 from refimpl.errors import UsageError
 from refimpl.precision.recipes import RECIPES
-from refimpl.tools.memory.measure import measure
+from refimpl.tools.memory.measure import measure_model
 from refimpl.tools.memory.report import show_conventions, show_memory, show_zero_table
 from refimpl.tools.memory.states import CHECKPOINTING, CONVENTIONS, PRESETS
 from refimpl.training.arguments import Parser
@@ -61,7 +61,7 @@ def run(arguments: dict[str, Any]) -> int:
         for name in ("params", "preset", "convention", "zero", "ranks", "checkpointing", "vocab_size"):
             if name in arguments:
                 raise UsageError(f"--measure trains a model of this project: --{name.replace('_', '-')} does not apply")
-        return measure(arguments, as_json)
+        return measure_model(arguments, as_json)
     if asked:
         if arguments:
             raise UsageError(f"--{asked[0].replace('_', '-')} takes no other flag but --json")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.parity.coverage import EXIT_CODES
-from refimpl.parity.diff import diff
+from refimpl.parity.diff import diff_traces
 from refimpl.parity.trace import load, record, save
 from refimpl.parity.trace_checks import checked
 from refimpl.training.arguments import Parser
@@ -51,7 +51,7 @@ def run(arguments: dict[str, Any]) -> int:
     if arguments.pop("command") == "diff":
         path = arguments["json"]
         file = target("--json", path, path, arguments["overwrite"]) if path else None
-        verdict = diff(load(arguments["a"]), load(arguments["b"]))
+        verdict = diff_traces(load(arguments["a"]), load(arguments["b"]))
         if file:
             file.write_text(json_text(verdict) + "\n")
         return EXIT_CODES[verdict["verdict"]]

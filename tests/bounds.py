@@ -161,7 +161,7 @@ def near(x: Any) -> Near:
 
 
 def ulp(x: Array, fmt: str) -> Array:
-    """The distance between neighbours of a format at x."""
+    """The distance between neighbors of a format at x."""
     exponent = np.frexp(np.abs(x))[1] - 1
     return np.ldexp(1.0, np.maximum(exponent, SMALLEST_EXPONENT[fmt]) - FRACTION_BITS[fmt])
 
@@ -283,13 +283,13 @@ def gelu_erf_near(x: Near, dy: Near) -> list[Near]:
 def layernorm_near(x: Near, w: Near, b: Near, dy: Near) -> list[Near]:
     N = x.value.shape[-1]
     mean = x.mean()
-    centred = x - mean
-    var = (centred * centred).mean()
+    centered = x - mean
+    var = (centered * centered).mean()
     # PyTorch's variance is Welford's: N U kappa more (Chan, Golub, LeVeque 1983), kappa = sqrt(1 + mean^2 / var).
     kappa = np.sqrt(1 + mean.value**2 / var.value)
     rstd = (Near(var.value, var.err + N * U * kappa * var.value) + 1e-5).rsqrt()
     # PyTorch writes x rstd - rstd mean in 16 bits, and B x + rstd dy w + C backward: the same formula, other cancellations.
-    h = (centred * rstd).worse_of(x * rstd - rstd * mean)
+    h = (centered * rstd).worse_of(x * rstd - rstd * mean)
     dh = dy * w
     dx = rstd * (dh - dh.mean() - h * (dh * h).mean())
     ds, db = (dy * x * w).sum(-1, keepdims=True), (dy * w).sum(-1, keepdims=True)
@@ -325,7 +325,7 @@ def softmax_near(x: Near, dy: Near, fmt: str) -> list[Near]:
 
 
 def stored(x: Near, fmt: str) -> Near:
-    """What comes after a rounding to a 16-bit format: exact where it is decided, and elsewhere one of a few neighbours."""
+    """What comes after a rounding to a 16-bit format: exact where it is decided, and elsewhere one of a few neighbors."""
     if fmt == "fp32":
         return x
     value, (least, greatest) = rounded(x.value, fmt), possible(x, fmt)

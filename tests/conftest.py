@@ -37,7 +37,7 @@ BLAS_TESTS = {
     for name in (
         "accumulate", "checkpoint", "compare_recipes", "ddp", "experiments", "fused_attention", "gradients", "ignored_targets",
         "inspect_precision", "mistakes", "models", "mpi", "numpy_ops", "ops_edges", "ops_formula", "ops_torch", "optim",
-        "parity_onnx", "parity_opinfo", "policy", "published", "quantise", "recorded", "same_bits", "schemes", "step",
+        "parity_onnx", "parity_opinfo", "policy", "published", "quantization", "recorded", "same_bits", "schemes", "step",
         "strict_backend", "tape", "trace", "train", "workers", "zero",
     )
 }  # fmt: skip

@@ -35,11 +35,10 @@ from bounds import (
 
 from refimpl.backends.base import NUMPY, NumPyBackend
 from refimpl.backends.cupy.launch import COLUMNS, LANES, THREADS, WARP, WARPS, elementwise_grid
-from refimpl.nn.elementwise import fan_in
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.nn.norm import softmax
-from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast, widen
+from refimpl.nn.ops import OPS, fan_in
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of
 from refimpl.optim.gradients import check_and_measure
 from refimpl.optim.optimizer import AdamW, Optimizer, Schedule
@@ -222,7 +221,7 @@ def adamw_state(fmt: str, rng: np.random.Generator, tiny: bool) -> State:
     edges = [0, *(edge for span in STARTS for edge in span if edge), MANY]
     shapes = [(stop - start, (start, stop) in STARTS) for start, stop in pairwise(edges)]
     parameters = {f"p{i}": Parameter((n, 1) if decay else (n,), std=1.0) for i, (n, decay) in enumerate(shapes)}
-    state = State(Model("flat", {}, parameters, {}, None, None), get_recipe(fmt).state_storages(), NUMPY)
+    state = State(Model("flat", {}, parameters, {}, None, None), get_recipe(fmt).state_encodings(), NUMPY)
     assert state.layout.decayed == STARTS
     state.grads[...] = all_kinds(rng, MANY, fmt, tiny)
     state.master[...] = normal(rng, MANY, "fp32")
@@ -279,9 +278,9 @@ def layernorm_restated(x: Array, w: Array, b: Array | None, dy: Array, fmt: str)
     C = np.float32(x.shape[-1])
     z, scale, d = widen(x), widen(w), widen(dy)
     mean = (tree_sum(z, WARP) / C)[:, None]
-    centred = z - mean
-    rstd = 1 / np.sqrt(tree_sum(centred * centred, WARP)[:, None] / C + EPS)
-    h, dh = centred * rstd, d * scale
+    centered = z - mean
+    rstd = 1 / np.sqrt(tree_sum(centered * centered, WARP)[:, None] / C + EPS)
+    h, dh = centered * rstd, d * scale
     y = h * scale if b is None else h * scale + widen(b)
     dx = (dh - (tree_sum(dh, WARP) / C)[:, None] - h * (tree_sum(dh * h, WARP) / C)[:, None]) * rstd
     dw, db = tree_sum((d * h).T, LANES), tree_sum(d.T, LANES)

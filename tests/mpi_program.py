@@ -10,7 +10,7 @@ import numpy as np
 from refimpl.distributed.collectives import Comm, Serial, add_up, shares_of
 from refimpl.distributed.mpi import mpi_comm
 from refimpl.distributed.threads import run_ranks
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of
 
 

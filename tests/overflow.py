@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.nn.loss import cross_entropy
 from refimpl.nn.op import Op
-from refimpl.training.setup import Parts
+from refimpl.nn.ops import cross_entropy
+from refimpl.training.setup import Training
 
 
-def overflow_always(parts: Parts) -> None:
+def overflow_always(parts: Training) -> None:
     """Make backward of the loss give infinities."""
 
     def backward(dloss: Any, saved: Any, **more: Any) -> tuple[Any, None]:

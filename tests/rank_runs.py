@@ -13,7 +13,7 @@ from refimpl.distributed.threads import run_ranks
 from refimpl.parity.trace import batches_of
 from refimpl.training.checkpoint_states import state_arrays
 from refimpl.training.config import Config
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.trainer import start
 
 SIZES: dict[str, Any] = {
@@ -28,7 +28,7 @@ class Trained:
 
     steps: list[tuple[float, float, bool]]
     arrays: dict[str, np.ndarray]
-    parts: Parts
+    parts: Training
     received: int
 
     def same_as(self, other: Trained) -> bool:
@@ -38,7 +38,7 @@ class Trained:
         )
 
 
-def train(config: Config, comm: Comm, before: Callable[[Parts, Comm], None] | None = None) -> Trained:
+def train(config: Config, comm: Comm, before: Callable[[Training, Comm], None] | None = None) -> Trained:
     """The steps of a run, each rank with its rows of the batches. before: what is done to the parts before the first step."""
     parts, rows, steps = start(config, comm), shares_of(config.batch_size or 0, comm.size)[comm.rank], []
     if before is not None:
@@ -53,6 +53,6 @@ def train(config: Config, comm: Comm, before: Callable[[Parts, Comm], None] | No
     return Trained(steps, state_arrays(parts.state), parts, received)
 
 
-def on_ranks(config: Config, ranks: int, before: Callable[[Parts, Comm], None] | None = None) -> list[Trained]:
+def on_ranks(config: Config, ranks: int, before: Callable[[Training, Comm], None] | None = None) -> list[Trained]:
     """The same on threads."""
     return [train(config, Serial(), before)] if ranks == 1 else run_ranks(ranks, lambda comm: train(config, comm, before))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 BASIC = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-fp16", "pure-bf16")
-"""The recipes that PyTorch has a twin of. Others keep their states otherwise, or quantise: that has tests of its own."""
+"""The recipes that PyTorch has a twin of. Others keep their states otherwise, or quantize: that has tests of its own."""
 
 MECHANISMS = {
     "fp64": "sums in FP64",
@@ -26,7 +26,7 @@ MECHANISMS = {
     "adam-fp8": "moments in FP8",
     "apex-o2": "an FP32 copy of the gradients, masters from rounded weights",
     "fp8-delayed": "scales that are remembered",
-    "fp8-rows-dw-bf16": "scales per row, products of which some are not quantised",
+    "fp8-rows-dw-bf16": "scales per row, products of which some are not quantized",
     "fp8-blocks": "scales per tile, FP32 gradients, masters beside 16-bit moments",
     "mxfp8": "scales per 32 elements",
     "nvfp4": "two levels of scales, random rotation and stochastic rounding of operands",

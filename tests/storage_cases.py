@@ -18,7 +18,7 @@ from refimpl.backends.base import NUMPY, Backend
 from refimpl.optim.optimizer import SGD, AdamW, Rule
 from refimpl.optim.state import State
 from refimpl.training.config import Config
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.trainer import INIT, Trainer, generator
 
 WEIGHTS = ("bf16-stochastic", "bf16-kahan", "bf16-remainder")
@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def parts_of(backend: Backend, weights: str, moments: str, rule: str) -> Parts:
+def parts_of(backend: Backend, weights: str, moments: str, rule: str) -> Training:
     """A run before its first step, with these storages."""
     config = Config.of(TINY)
     parts = config.make_parts(backend)
@@ -49,7 +49,7 @@ def parts_of(backend: Backend, weights: str, moments: str, rule: str) -> Parts:
     return parts
 
 
-def overflow_in(parts: Parts, steps: tuple[int, ...]) -> None:
+def overflow_in(parts: Training, steps: tuple[int, ...]) -> None:
     """In these steps the gradient of one parameter is infinite."""
     sink, count = parts.state.gradient_sink, iter(range(1000))
 
@@ -73,7 +73,7 @@ def kept(state: State) -> dict[str, bytes]:
     return {name: state.backend.to_host(x).tobytes() for name, x in arrays.items()}
 
 
-def trained(parts: Parts, steps: int = STEPS) -> Iterator[bool]:
+def trained(parts: Training, steps: int = STEPS) -> Iterator[bool]:
     """Train on drawn tokens; at each step whether it was skipped, which waits."""
     rng = np.random.default_rng(0)
     for _ in range(steps):

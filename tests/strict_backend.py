@@ -30,10 +30,9 @@ from refimpl.backends.cupy import cublas
 from refimpl.backends.cupy.backend import CupyBackend
 from refimpl.backends.cupy.launch import COLUMNS, THREADS, WARPS, Kernels, Module
 from refimpl.nn.attention import hide_later
-from refimpl.nn.elementwise import fan_in
 from refimpl.nn.norm import EPS, softmax, softmax_slope
-from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast, widen
+from refimpl.nn.ops import OPS, fan_in
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.optimizer import AdamW
 

@@ -28,7 +28,7 @@ in test_strict_cupy.py; (+) marks where the stand-in is stricter than CuPy, to c
 13. Each operation counts the launches, GEMMs and copies that it costs.
 14. Products and sums of 16-bit values are made in FP32 and rounded once.
 
-Not modelled: the memory order of results; indices out of range, which CuPy wraps (IndexError here); casts of NaN or large
+Not modeled: the memory order of results; indices out of range, which CuPy wraps (IndexError here); casts of NaN or large
 floats to integers; bits of NaN; flushed subnormals; the undefined order of float sums in `add.at`; streams, devices, cupyx,
 kernels of one's own. Counts of what is rare (histogram, unique, ...) are rough. A name that CuPy has and the stand-in does
 not know is a NotImplementedError.
@@ -604,7 +604,7 @@ def asnumpy(a: Any, stream: Any = None, order: str = "C", out: np.ndarray | None
 
 
 class Linalg:
-    """xp.linalg: the norm; the rest of CuPy's is not modelled."""
+    """xp.linalg: the norm; the rest of CuPy's is not modeled."""
 
     def __getattr__(self, name: str) -> Any:
         if name != "norm":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from refimpl.numerics.accumulators import Accumulator, accumulator, matmul
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 
 K = 4096

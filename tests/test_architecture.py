@@ -20,7 +20,7 @@ PACKAGE = ROOT / "refimpl"
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 # The one door for rounding, and the fast twin behind it, which only the door may open.
-DOOR = ("numerics/cast.py", "numerics/fast_cast.py")
+DOOR = ("numerics/casts.py", "numerics/fast_cast.py")
 # PyTorch programs kept beside the project, as a witness and to be timed: their tensors are not arrays of ours.
 FOREIGN = ("parity/pytorch_model.py", "tools/bench/pytorch.py")
 OURS = [name for name in FILES if name not in DOOR + FOREIGN]
@@ -153,7 +153,7 @@ def test_conversion_checkers_bite(checker: object, bad: list[str], good: list[st
 
 def test_only_the_door_opens_its_fast_twin() -> None:
     users = {name for name in FILES if "numerics.fast_cast" in imports(source(name))}
-    assert users <= {"numerics/cast.py"}, users
+    assert users <= {"numerics/casts.py"}, users
 
 
 # --------------------------------------------------------------------------------------------- (c) the direction of imports
@@ -232,6 +232,36 @@ def test_the_packages_are_those_of_the_order() -> None:
     assert entries == {*ORDER, "py.typed"}
 
 
+def names_in(text: str) -> set[str]:
+    """The functions, classes and variables of a module."""
+    found = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_module_bears_the_name_of_an_object_in_it(name: str) -> None:
+    assert FILES[name].stem not in names_in(source(name))
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.endswith("__init__.py")])
+def test_a_package_holds_a_docstring_and_what_it_exports_and_nothing_else(name: str) -> None:
+    body = ast.parse(source(name)).body
+    kinds = [type(node).__name__ for node in body if not isinstance(node, ast.ImportFrom)]
+    assert kinds[0] == "Expr" and set(kinds[1:]) <= {"Assign"} and names_in(source(name)) <= {"__all__", "__version__"}
+    exported_names = {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert exported_names & {path.stem for path in FILES[name].parent.iterdir()} == set()
+
+
+def test_name_checker_bites() -> None:
+    assert names_in("linear = 1\ndef matmul(): pass\nclass Op: pass\nx: int = 2") == {"linear", "matmul", "Op", "x"}
+
+
 # Finer rules inside a package: a module of the first kind imports none of the second.
 APART = [
     (("numerics.formats",), ("numerics",)),
@@ -293,7 +323,7 @@ def casting(text: str) -> list[str]:
     """What a model must not do: name a cast, import the door, or name a format."""
     tree = ast.parse(text)
     found = [offence(node) for node, name in calls(text) if name in ("cast", "widen", "round_to", "_convert")]
-    found += [f"imports {module}" for module in imports(text) & {"numerics.cast", "numerics.fast_cast", "numerics.formats"}]
+    found += [f"imports {module}" for module in imports(text) & {"numerics.casts", "numerics.fast_cast", "numerics.formats"}]
     found += [
         offence(node)
         for node in ast.walk(tree)
@@ -308,7 +338,7 @@ def test_models_never_cast(name: str) -> None:
 
 
 def test_cast_checker_bites() -> None:
-    for bad in ("y = cast(x, f)", "door.widen(x)", "from refimpl.numerics.cast import cast", "t(linear, 'fc', x, fmt='bf16')"):
+    for bad in ("y = cast(x, f)", "door.widen(x)", "from refimpl.numerics.casts import cast", "t(linear, 'fc', x, fmt='bf16')"):
         assert len(casting(bad)) == 1, bad
     assert casting("t(linear, 'mlp.c_fc', x)  # a cast in a comment") == []
 
@@ -375,7 +405,7 @@ def test_what_a_fresh_interpreter_loaded_is_seen() -> None:
 
 # ------------------------------------------------------------------------------------------------------ (f) the one page
 
-HEADINGS = ("# 1. Weights down", "# 2. Through", "# 3. Gradients up", "# 4. Update")
+HEADINGS = ("# 1. Weights down", "# 2. Forward and backward", "# 3. Gradients up", "# 4. Update")
 
 
 def page_errors(text: str) -> list[str]:
@@ -400,7 +430,7 @@ def test_the_algorithm_is_one_page() -> None:
 def test_page_checker_bites() -> None:
     good = source("step.py")
     assert page_errors(good + "\n" * 40) == [f"{len(good.splitlines()) + 40} lines"]
-    assert len(page_errors(good.replace("# 2. Through", "# Through"))) == 1
+    assert len(page_errors(good.replace("# 2. Forward and backward", "# Forward"))) == 1
     assert len(page_errors(good.replace("# 3. G", "# 9. G").replace("# 4. U", "# 3. G").replace("# 9. G", "# 4. U"))) == 1
     assert len(page_errors(good.replace("loss_scale.update(found_inf)", "if fp16:\n        loss_scale.update(found_inf)"))) == 1
     assert page_errors(good.replace("def train_step", "def step")) == ["no train_step"]

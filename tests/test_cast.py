@@ -1,4 +1,4 @@
-"""numerics.cast: every rounding is round-to-nearest, ties to even, as worked out here from the sorted table of all values.
+"""numerics.casts: every rounding is round-to-nearest, ties to even, as worked out here from the sorted table of all values.
 
 The expected side of every tie and every near-tie comes from the codes of a format, decoded in float64 (`test_formats`
 checks that decoding), never from astype. Where they are installed there are more witnesses: PyTorch, Berkeley SoftFloat
@@ -12,7 +12,7 @@ import pytest
 from strict_backend import on_host
 
 from refimpl.backends.base import Backend
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, dtype_of
 
 CODE = {2: np.uint16, 1: np.uint8, 4: np.uint32, 8: np.uint64}
@@ -97,7 +97,7 @@ def test_widening_to_fp64_equals_widening_to_fp32(fmt: str) -> None:
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["positive", "negative"])
 @pytest.mark.parametrize("source", ["fp32", "fp64"])
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "e4m3", "e5m2"])
-def test_every_midpoint_and_its_neighbours(fmt: str, source: str, sign: float) -> None:
+def test_every_midpoint_and_its_neighbors(fmt: str, source: str, sign: float) -> None:
     exponent_bits, fraction_bits, largest = LAYOUT[fmt]
     # Non-negative codes are in the order of their values. One more value follows the largest: what the next code would
     # be worth; a result there is an overflow. All of this is exact in float64.
@@ -528,8 +528,8 @@ def test_fp32_arithmetic_and_one_cast_is_torchs_16_bit_arithmetic(fmt: str, oper
 
 
 def around_every_boundary(fmt: str) -> np.ndarray:
-    """FP32 numbers: all values of a format, the midpoints between neighbours (the last one is where overflow begins), and
-    the FP32 neighbours of each; both signs; then what is far outside."""
+    """FP32 numbers: all values of a format, the midpoints between neighbors (the last one is where overflow begins), and
+    the FP32 neighbors of each; both signs; then what is far outside."""
     exponent_bits, fraction_bits, largest = LAYOUT[fmt]
     value = decoded(np.arange(largest + 2), exponent_bits, fraction_bits)
     middle = np.float32((value[:-1] + value[1:]) / 2)
@@ -615,7 +615,7 @@ def test_the_narrowest_formats_are_gfloats(fmt: str) -> None:
 def test_the_other_libraries_can_disagree() -> None:
     # negative control: told to round toward zero, both agree with one another, and with cast in all but these of the
     # 12 kinds (value or midpoint; itself, below, above; next to an even or an odd code): just below a value (2), just above
-    # a midpoint (2), and the midpoints whose even neighbour is the larger (1)
+    # a midpoint (2), and the midpoints whose even neighbor is the larger (1)
     softfloat, gfloat = SoftFloat(), pytest.importorskip("gfloat")
     modes, x = softfloat.library.RoundingMode, around_every_boundary("fp16")
     x = x[np.abs(x) < FORMATS["fp16"].max]

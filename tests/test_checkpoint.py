@@ -16,15 +16,15 @@ from safetensors.numpy import save_file
 
 from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.numerics.bits import bits_of
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import is_float
 from refimpl.optim.state import State
 from refimpl.precision.policy import Run
 from refimpl.precision.recipes import RECIPES
-from refimpl.step import through
+from refimpl.step import forward_backward
 from refimpl.training.checkpoint import load, save, write_tensors, write_text_atomically, written_here
 from refimpl.training.checkpoint_states import (
     fp32_weights,
@@ -35,16 +35,17 @@ from refimpl.training.checkpoint_states import (
     take_scales,
 )
 
-MODEL = gpt(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4))
+MODEL = gpt_model(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4))
 
 
 def state_of(recipe: str, seed: int = 0) -> State:
-    state = State(MODEL, RECIPES[recipe].state_storages(), NUMPY)
+    state = State(MODEL, RECIPES[recipe].state_encodings(), NUMPY)
     state.load_weights(MODEL.initial_weights(np.random.default_rng(seed)))
     rng, everything = np.random.default_rng(seed + 1), slice(0, state.layout.size)
     for kind in ("m", "v"):
         values = rng.standard_normal(state.layout.size)
-        state.storages[kind].start(state.parts(kind, everything), cast(values if kind == "m" else values**2, state.math_format))
+        start = cast(values if kind == "m" else values**2, state.math_format)
+        state.encodings[kind].start(state.parts(kind, everything), start)
     for name in ("weights_compensation", "weights_remainder"):
         if name in state.buffers:
             bits = bits_of(state.buffers[name]) if is_float(state.buffers[name]) else state.buffers[name]
@@ -232,11 +233,11 @@ def test_the_fp32_weights_of_a_file(tmp_path: Path) -> None:
         assert {name: x.tobytes() for name, x in weights.items()} == {name: x.tobytes() for name, x in expected.items()}
 
 
-def test_what_quantisation_remembers_comes_back(tmp_path: Path) -> None:
+def test_what_quantization_remembers_comes_back(tmp_path: Path) -> None:
     """Its tensors have names of their own, in the file and among the arrays that `take_scales` takes from it."""
     tokens, state = np.zeros((1, 4), np.int64), state_of("fp8-delayed")
     run, other = (Run(RECIPES["fp8-delayed"].policy, NUMPY) for _ in range(2))
-    through(MODEL, [(tokens, tokens)], state, np.float32(1), run)
+    forward_backward(MODEL, [(tokens, tokens)], state, np.float32(1), run)
     save(tmp_path / "c", {**state_arrays(state), **scale_arrays(run)}, {})
     arrays = load(tmp_path / "c")[0]
     other.scales.load(run.scales.passes, take_scales(arrays))
@@ -251,7 +252,7 @@ def test_inference_keeps_two_bytes_a_parameter(tmp_path: Path) -> None:
     save(tmp_path / "c", state_arrays(state_of("fp16")), header)
     model, state, _ = load_for_inference(tmp_path / "c")
     assert state.nbytes == 2 * model.n_params and model.parameters == MODEL.parameters
-    save(tmp_path / "d", state_arrays(state_of("fp16")), {**header, "sizes": dict(mlp(MLPConfig()).config)})
+    save(tmp_path / "d", state_arrays(state_of("fp16")), {**header, "sizes": dict(mlp_model(MLPConfig()).config)})
     with pytest.raises(UsageError):
         load_for_inference(tmp_path / "d")
 

@@ -13,7 +13,7 @@ import pytest
 
 from refimpl.distributed.collectives import Comm, Serial, add_up, share_size, shares_of
 from refimpl.distributed.threads import run_ranks
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of
 
 Array = np.ndarray

@@ -23,7 +23,7 @@ from refimpl.tools.compare_recipes.runs import (
     MATTERS_MORE,
     PERTURBATIONS,
     Comparison,
-    Run,
+    RecipeRun,
     chosen_recipes,
     compare,
     for_recipe,
@@ -125,12 +125,12 @@ def test_perturbed_weights_are_next_to_the_first_ones(comparison: Comparison) ->
     """On the same batches, each time others, by one unit in the last place of each weight."""
     assert [run.perturbation for run in comparison.changed] == [1, 2, 3] == [i + 1 for i in range(PERTURBATIONS)]
     assert {run.config for run in comparison.changed} == {comparison.runs[0].config}
-    starts = [Run(config(), i).parts.state.master.copy() for i in range(3)]
+    starts = [RecipeRun(config(), i).parts.state.master.copy() for i in range(3)]
     for a, b in ((0, 1), (0, 2)):
         np.testing.assert_array_max_ulp(starts[a], starts[b], 1)
         assert (starts[a] != starts[b]).all()
     assert 0.4 < np.mean(starts[1] > starts[0]) < 0.6 and 0.4 < np.mean(starts[1] == starts[2]) < 0.6
-    assert (Run(config(), 1).parts.state.master == starts[1]).all()  # the same each time
+    assert (RecipeRun(config(), 1).parts.state.master == starts[1]).all()  # the same each time
     losses = [run.losses for run in (comparison.runs[0], *comparison.changed)]
     assert np.ptp([row[0] for row in losses]) < 1e-5 and len({tuple(row) for row in losses}) == 4
     ends = [run.val_loss for run in (comparison.runs[0], *comparison.changed)]
@@ -172,7 +172,7 @@ def test_what_makes_no_sense_is_refused_before_a_step(
     flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Run, "step", None)  # called, it would raise another error
+    monkeypatch.setattr(RecipeRun, "step", None)  # called, it would raise another error
     with pytest.raises(UsageError, match=message):
         run_script([*flags, *([] if "--no-page" in flags else ["--no-page"])])
 
@@ -253,24 +253,24 @@ def test_ctrl_c_leaves_a_shorter_comparison() -> None:
 
 
 def test_ctrl_c_in_the_middle_of_a_step_drops_that_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, step = [0], module.Run.step
+    calls, step = [0], module.RecipeRun.step
 
-    def interrupting(self: Run, corpus: Any) -> None:
+    def interrupting(self: RecipeRun, corpus: Any) -> None:
         calls[0] += 1
         if calls[0] == 4 * 2 + 2:  # in the third round, after the first of four
             raise KeyboardInterrupt
         step(self, corpus)
 
-    monkeypatch.setattr(module.Run, "step", interrupting)
+    monkeypatch.setattr(module.RecipeRun, "step", interrupting)
     result = compare(config(), ["fp32", "bf16"], 2, lambda: None, 1)
     assert [len(run.losses) for run in (*result.runs, *result.others, *result.changed)] == [2, 2, 2, 2]
-    monkeypatch.setattr(module.Run, "step", lambda self, corpus: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(module.RecipeRun, "step", lambda self, corpus: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compare(config(), ["fp32", "bf16"], 2, lambda: None)
 
 
 def test_other_weights_would_be_another_comparison(comparison: Comparison) -> None:
     """Negative control: the same recipe from other weights does not have the losses of the first."""
-    other = Run(replace(comparison.runs[0].config, seed=5))
+    other = RecipeRun(replace(comparison.runs[0].config, seed=5))
     other.step(load_corpus("pydoc", SIZES["block_size"]))
     assert other.losses[0] != comparison.runs[0].losses[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from refimpl.numerics.bits import bits_of, from_bits
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.compensated import kahan_update, merge, split
 
 LOWER = np.array([0, 1, 2, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF], np.uint32)

@@ -12,29 +12,30 @@ from safetensors.numpy import load_file, save_file
 
 from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model
-from refimpl.numerics.cast import widen
+from refimpl.numerics.casts import widen
 from refimpl.optim.state import State
 from refimpl.parity.state_dict import export, from_state_dict, import_, to_state_dict
 from refimpl.precision.policy import Run
 from refimpl.precision.recipes import RECIPES
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import load_for_inference, load_initial_weights, state_arrays
-from refimpl.training.generate import generate, sample
+from refimpl.training.generate import generate_text, sample
 from refimpl.training.run import train
 
 MODELS = {
-    "gpt": gpt(GPTConfig(2, 3, 12, 5)), "mlp": mlp(MLPConfig(2, 6, 4)), "bare": gpt(GPTConfig(2, 3, 12, 5, 300, bias=False)),
-    "large": mlp(MLPConfig(1, 6, 4, 259)),
+    "gpt": gpt_model(GPTConfig(2, 3, 12, 5)), "mlp": mlp_model(MLPConfig(2, 6, 4)),
+    "bare": gpt_model(GPTConfig(2, 3, 12, 5, 300, bias=False)),
+    "large": mlp_model(MLPConfig(1, 6, 4, 259)),
 }  # fmt: skip
 
 
 def saved(path: Path, model: Model, recipe: str) -> dict[str, np.ndarray]:
     """A checkpoint of fresh weights, which are returned."""
     weights = model.initial_weights(np.random.default_rng(3))
-    state = State(model, RECIPES[recipe].state_storages(), NUMPY)
+    state = State(model, RECIPES[recipe].state_encodings(), NUMPY)
     state.load_weights(weights)
     checkpoint.save(path, state_arrays(state), {"model": model.name, "sizes": dict(model.config), "recipe": recipe})
     return weights
@@ -55,7 +56,7 @@ def test_there_and_back(name: str, recipe: str, tmp_path: Path) -> None:
     for key, value in weights.items():
         np.testing.assert_array_equal(exported[key], value)
     import_(tmp_path / "b", tmp_path / "c", n_head=3)
-    state = State(model, RECIPES["fp32"].state_storages(), NUMPY)
+    state = State(model, RECIPES["fp32"].state_encodings(), NUMPY)
     load_initial_weights(tmp_path / "c", model, state)
     for key, view in state.weight_views.items():
         np.testing.assert_array_equal(view, weights[key])
@@ -66,7 +67,7 @@ def test_masters_start_from_the_weights_of_a_file_or_from_their_rounded_copy(tmp
     model = MODELS["gpt"]
     weights = saved(tmp_path / "a", model, "fp32")
     for rounded in (False, True):
-        state = State(model, RECIPES["bf16"].state_storages(), NUMPY)
+        state = State(model, RECIPES["bf16"].state_encodings(), NUMPY)
         load_initial_weights(tmp_path / "a", model, state, rounded)
         equal = {key: np.array_equal(view, weights[key]) for key, view in state.layout.views(state.master).items()}
         assert all(equal.values()) != rounded
@@ -189,7 +190,7 @@ def test_hugging_faces_gpt2_is_refused_by_name() -> None:
 @pytest.mark.parametrize("kind", ["gpt", "mlp"])
 def test_any_vocabulary_works_or_is_refused_at_import(kind: str, vocab_size: int, tmp_path: Path) -> None:
     """From import to a sample and to training on."""
-    model = gpt(GPTConfig(1, 2, 8, 8, vocab_size)) if kind == "gpt" else mlp(MLPConfig(1, 4, 8, vocab_size))
+    model = gpt_model(GPTConfig(1, 2, 8, 8, vocab_size)) if kind == "gpt" else mlp_model(MLPConfig(1, 4, 8, vocab_size))
     save_file(model.initial_weights(np.random.default_rng(1)), tmp_path / "w")
     if vocab_size < 256:
         with pytest.raises(UsageError, match=f"vocabulary of .*w is {vocab_size}, .* trained anew on bytes"):
@@ -207,17 +208,17 @@ def test_any_vocabulary_works_or_is_refused_at_import(kind: str, vocab_size: int
     assert load_for_inference(tmp_path / "run")[0].config == model.config  # the folder of a run is taken, too
     with pytest.raises(UsageError, match=r"of other sizes than this run: n_embd \d instead of 16; what is not given"):
         train({**given, "n_embd": 16}, tmp_path / "other", False, False, tmp_path / "start")
-    generate(tmp_path / "run", "be", 3, 0.8, 0, None)
+    generate_text(tmp_path / "run", "be", 3, 0.8, 0, None)
 
 
 def test_ids_that_are_no_bytes_are_never_sampled() -> None:
     """Also where they are by far the likeliest."""
-    model = gpt(GPTConfig(1, 1, 4, 4, 300))
+    model = gpt_model(GPTConfig(1, 1, 4, 4, 300))
     weights = model.initial_weights(np.random.default_rng(0))
     weights["transformer.ln_f.weight"][:] = 0
     weights["transformer.ln_f.bias"][:] = 1
     weights["transformer.wte.weight"][256:] = 50
-    state = State(model, RECIPES["fp32"].state_storages(), NUMPY)
+    state = State(model, RECIPES["fp32"].state_encodings(), NUMPY)
     state.load_weights(weights)
     run = Run(RECIPES["fp32"].policy, NUMPY)
     for temperature in (0.0, 1.0):
@@ -235,7 +236,7 @@ def test_weights_that_are_not_finite_are_told(
     import_(tmp_path / "w", tmp_path / "start", MODELS["gpt"].config["n_head"])
     said = capsys.readouterr().out
     assert f"transformer.h.0.mlp.c_fc.weight holds {found}: no training" in said and "use it" not in said
-    generate(tmp_path / "start", "x", 5, 0.8, 0, None)
+    generate_text(tmp_path / "start", "x", 5, 0.8, 0, None)
     out, err = capsys.readouterr()
     assert out == "x\n" and "not finite after 0 bytes" in err
 

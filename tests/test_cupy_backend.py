@@ -21,13 +21,13 @@ import refimpl.optim.state
 from refimpl.backends.base import NUMPY, get_backend
 from refimpl.backends.cupy.launch import Kernels, source
 from refimpl.numerics.bits import bits_of, from_bits
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.compensated import merge, split
 from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.numerics.stochastic import random_bits, stochastic_round
 from refimpl.optim.optimizer import SGD, AdamW
 from refimpl.optim.state import State
-from refimpl.parity.judge import judge
+from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace, record
 from refimpl.precision.policy import Run
 from refimpl.precision.recipes import get_recipe
@@ -177,7 +177,7 @@ def test_every_tensor_of_a_training_is_within_its_bound(recipe: str, model: str)
     """Twenty steps; the first and the last are judged, tensor by tensor, from the device's own values."""
     sizes = {k: v for k, v in TINY.items() if model == "gpt" or k != "n_head"}
     there = Config.of({**sizes, "model": model, "recipe": recipe, "steps": 20})
-    findings = judge(replace(there, backend="numpy"), some_steps(record(there)))
+    findings = judge_trace(replace(there, backend="numpy"), some_steps(record(there)))
     assert [f.where for f in findings if f.departs] == []
     assert {f.step for f in findings if f.point == "2.grads"} == set(JUDGED)
 
@@ -209,7 +209,7 @@ def test_a_wrong_kernel_departs(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     there = Config.of({**TINY, "recipe": "fp16", "steps": 8, "init_scale": 2.0**20})
     backend = replace(get_backend("cupy"), kernels=mutated(*MUTANTS[name]))
     monkeypatch.setattr(Config, "make_backend", lambda self: backend)
-    assert any(f.departs for f in judge(replace(there, backend="numpy"), record(there)))
+    assert any(f.departs for f in judge_trace(replace(there, backend="numpy"), record(there)))
 
 
 def test_two_runs_have_the_same_bits() -> None:
@@ -233,7 +233,7 @@ def test_an_update_and_a_skipped_one(recipe: str, rule: Any) -> None:
     states = []
     for backend in (NUMPY, get_backend("cupy")):
         parts = config.make_parts(backend)
-        parts.state = State(parts.model, get_recipe(recipe).state_storages(rule.moments), backend)
+        parts.state = State(parts.model, get_recipe(recipe).state_encodings(rule.moments), backend)
         parts.optimizer.use(rule)
         states.append(parts)
     for kind, buffer in states[0].state.buffers.items():

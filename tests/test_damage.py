@@ -22,7 +22,7 @@ from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
 from refimpl.optim.state import State
 from refimpl.parity import trace
-from refimpl.parity.diff import diff
+from refimpl.parity.diff import diff_traces
 from refimpl.parity.state_dict import import_, to_state_dict
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.precision_report.collect import from_checkpoint, from_trace
@@ -190,7 +190,7 @@ def write_old(path: Path, arrays: dict[str, np.ndarray], header: dict[str, Any])
 
 def readers(run: Trainer, path: Path) -> list[Callable[[], Any]]:
     """Everything that reads a checkpoint at `path`, the one in the folder of `run`."""
-    state = State(run.model, get_recipe("fp16").state_storages(), NUMPY)
+    state = State(run.model, get_recipe("fp16").state_encodings(), NUMPY)
     return [
         run.load_checkpoint,
         lambda: load_for_inference(path),
@@ -328,7 +328,7 @@ def test_edited_trace_headers(run: Trainer, tmp_path: Path) -> None:
                 checkpoint.write_tensors(path, made.tensors, {"refimpl-trace": checkpoint.sealed(edited, made.tensors)})
             refused(lambda: from_trace(path))
             with redirect_stdout(io.StringIO()):
-                refused(lambda: diff(trace.load(path), made))
+                refused(lambda: diff_traces(trace.load(path), made))
     for part, value in (("order", [1]), ("order", "all"), ("config", []), ("version", "1"), ("version", 2**70)):
         save_file(made.tensors, path, metadata={"refimpl-trace": json.dumps({**header, part: value})})
         assert refused(lambda: trace.load(path)), (part, value)

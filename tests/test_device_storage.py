@@ -24,7 +24,7 @@ import refimpl.precision.state_encodings
 from refimpl.numerics.bits import from_bits
 from refimpl.numerics.compensated import merge, split
 from refimpl.numerics.stochastic import random_bits, stochastic_round
-from refimpl.precision.state_encodings import MAIN, Draw, Kahan, Remainder, Stochastic
+from refimpl.precision.state_encodings import MAIN, Kahan, RandomKey, Remainder, Stochastic
 from refimpl.training.config import Config
 
 Array = Any
@@ -119,16 +119,16 @@ def replacing(wrong: Callable[..., None]) -> Meddle:
     return lambda patch: patch.setattr(refimpl.optim.optimizer, "replace_unless", wrong)
 
 
-def round_to_nearest(self: Any, parts: Any, values: Array, draw: Draw) -> None:
-    refimpl.precision.state_encodings.Plain.write(self, parts, values, draw)
+def round_to_nearest(self: Any, parts: Any, values: Array, key: RandomKey) -> None:
+    refimpl.precision.state_encodings.Plain.write(self, parts, values, key)
 
 
-def draw_at_the_start(self: Any, parts: Any, values: Array, draw: Draw) -> None:
-    bits = random_bits(draw.seed, xp.asarray(np.int64(0)), draw.start, values.size, xp=xp)
+def draw_at_the_start(self: Any, parts: Any, values: Array, key: RandomKey) -> None:
+    bits = random_bits(key.seed, xp.asarray(np.int64(0)), key.start, values.size, xp=xp)
     stochastic_round(values, "bf16", bits, out=parts[MAIN])
 
 
-def lose_the_remainder(self: Any, parts: Any, values: Array, draw: Draw) -> None:
+def lose_the_remainder(self: Any, parts: Any, values: Array, key: RandomKey) -> None:
     parts[MAIN][...], _ = split(values)
 
 
@@ -201,7 +201,7 @@ def test_a_step_neither_waits_nor_copies(weights: str, moments: str, rule: str, 
 
 def test_control_a_look_at_t_is_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     write = Stochastic.write
-    monkeypatch.setattr(Stochastic, "write", lambda self, parts, x, draw: write(self, parts, x, draw._replace(t=int(draw.t))))
+    monkeypatch.setattr(Stochastic, "write", lambda self, parts, x, key: write(self, parts, x, key._replace(t=int(key.t))))
     with pytest.raises(WaitError, match=r"int\(\)"):
         step_costs(STRICT, "bf16-stochastic", "fp32", "adamw")
 

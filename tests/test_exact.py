@@ -17,7 +17,7 @@ import pytest
 
 import refimpl.optim.state
 from refimpl.backends.base import NUMPY
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
 from refimpl.optim.state import State
 from refimpl.parity.fused_optimizers import (
@@ -386,8 +386,8 @@ def test_the_first_momentum_buffer_is_the_gradient_itself(torch: Any) -> None:
 def test_the_rules_drop_into_optimizer(torch: Any, rule: ExactAdamW | ExactSGD, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model across two blocks, a schedule, decay on matrices only: the bits of torch with one group a kind of tensor."""
     monkeypatch.setattr(refimpl.optim.state, "BLOCK", 1 << 16)
-    model, schedule = mlp(MLPConfig(n_layer=1, n_embd=32, block_size=8)), Schedule(1e-2, 1e-4, 5, 40)
-    state = State(model, RECIPES["fp32"].state_storages(rule.moments), NUMPY)
+    model, schedule = mlp_model(MLPConfig(n_layer=1, n_embd=32, block_size=8)), Schedule(1e-2, 1e-4, 5, 40)
+    state = State(model, RECIPES["fp32"].state_encodings(rule.moments), NUMPY)
     assert state.layout.size > 1 << 16 and all((stop - start) % 8 == 0 for start, stop, _ in state.layout.slots.values())
     rng = np.random.default_rng(8)
     state.weights[...] = rng.standard_normal(state.layout.size)

@@ -193,10 +193,10 @@ def test_all_recipes(whole: bool) -> None:
     ends = data["ends"]
     # fp64 parts from fp32 only by FP32's rounding, 2^-13 of FP16's: less than any recipe that rounds to 16 bits.
     assert data["apart"]["fp64"] < min(data["apart"][name] for name in ends if name not in ("fp64", "fp32"))
-    # What 16 bits change is small beside what is learnt, but for pure-fp16: Adam's second moments vanish there.
-    learnt = data["curves"]["fp32"][0] - ends["fp32"]
-    assert all(abs(ends[name] - ends["fp32"]) < 0.05 * learnt for name in ends if name != "pure-fp16")
-    assert not abs(ends["pure-fp16"] - ends["fp32"]) < learnt
+    # What 16 bits change is small beside what is learned, but for pure-fp16: Adam's second moments vanish there.
+    learned = data["curves"]["fp32"][0] - ends["fp32"]
+    assert all(abs(ends[name] - ends["fp32"]) < 0.05 * learned for name in ends if name != "pure-fp16")
+    assert not abs(ends["pure-fp16"] - ends["fp32"]) < learned
     assert len({curve[0] for name, curve in data["curves"].items() if name.startswith("amp-fp16")}) == 1
     assert "pure-fp16 at" in result("recipes", whole).conclusion
     # 'each of these recipes with FP32 weights or masters' is each that is not pure

@@ -88,7 +88,7 @@ def test_round_extremes() -> None:
 
 
 def test_round_nans() -> None:
-    """The sign of a NaN is kept, and even the payload that NumPy keeps; the neighbours of a NaN are right."""
+    """The sign of a NaN is kept, and even the payload that NumPy keeps; the neighbors of a NaN are right."""
     fractions = np.arange(1, 1 << 23, 1 << 8, dtype=np.uint32)
     assert_rounds_as_numpy(np.concatenate([fractions | 0x7F80_0000, fractions | 0xFF80_0000]))
     x = values(3 * BLOCK, np.float32)

@@ -13,12 +13,11 @@ from strict_backend import STRICT
 from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.attention import merge_heads, split_heads
-from refimpl.nn.fused_attention import fused_attention
 from refimpl.nn.op import Op
-from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast, widen
+from refimpl.nn.ops import OPS, fused_attention
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import ulp
-from refimpl.parity.judge import judge
+from refimpl.parity.judge import judge_trace
 from refimpl.parity.other_kernels import other_kernel
 from refimpl.parity.tolerances import distance
 from refimpl.parity.trace import Trace, record
@@ -95,7 +94,7 @@ def test_it_runs_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     here = record(c)
     monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
     there = record(c)
-    assert list(here.tensors) == list(there.tensors) and not any(f.departs for f in judge(c, there))
+    assert list(here.tensors) == list(there.tensors) and not any(f.departs for f in judge_trace(c, there))
 
 
 # -- beside PyTorch's kernels -------------------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ def test_a_kernel_without_a_fault_is_within_its_bounds(recipe: str, run_with: Ca
     """So is one with another exp, and the one that is written again here, so that what the next test finds is the fault."""
     c = Config.of({**TINY, "recipe": recipe, "attention": "fused"})
     for op in (fused_attention, other_kernel, broken()):
-        assert not any(f.departs for f in judge(c, run_with(c, op)))
+        assert not any(f.departs for f in judge_trace(c, run_with(c, op)))
 
 
 FAULTS = [
@@ -217,5 +216,5 @@ FAULTS = [
 @pytest.mark.parametrize(("recipe", "fault"), FAULTS, ids=str)
 def test_a_fault_in_a_kernel_is_found(recipe: str, fault: dict[str, Any], run_with: Callable[[Config, Op], Trace]) -> None:
     c = Config.of({**TINY, "recipe": recipe, "attention": "fused"})
-    first = next((f for f in judge(c, run_with(c, broken(**fault))) if f.departs), None)
+    first = next((f for f in judge_trace(c, run_with(c, broken(**fault))) if f.departs), None)
     assert first is not None and "attn" in first.name

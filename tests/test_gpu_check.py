@@ -16,7 +16,7 @@ from script_loader import load_script
 
 from refimpl.backends.base import NumPyBackend
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import widen
+from refimpl.numerics.casts import widen
 from refimpl.parity.findings import Finding
 from refimpl.parity.pytorch import TRAJECTORY
 from refimpl.parity.trace import Trace, record

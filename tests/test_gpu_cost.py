@@ -24,7 +24,7 @@ from script_loader import load_script
 from refimpl.backends.base import get_backend
 from refimpl.backends.cupy.launch import Kernels
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.numerics.formats import dtype_of
 from refimpl.optim.state import GRAIN
 from refimpl.precision.recipes import RECIPES, get_recipe
@@ -88,7 +88,7 @@ def test_a_layer_takes_18_products_and_at_most_45_launches(recipe: str) -> None:
 def test_bytes_a_parameter_of_steps_1_3_and_4(recipe: str, adamw: int, down: int, norm: int, buffer: int) -> None:
     """AdamW reads and writes w, m, v and reads g; the copy down is 4 + 2; the buffer is cleared, read from and written to."""
     p = predict(GPT2, get_recipe(recipe), 8)
-    N = gpt(GPT2).n_params
+    N = gpt_model(GPT2).n_params
     assert N == 85_056_000 + 768 * (256 + 1024)  # the layers, and both tables
     parts = {part: sum(x.nbytes for x in p.lines if x.part == part) for part in {x.part for x in p.lines}}
     assert parts["AdamW"] == adamw * N and parts.get("weights down", 0) == down * N
@@ -112,7 +112,7 @@ def test_a_step_takes_as_long_as_the_slower_of_device_and_host() -> None:
     assert large.seconds() == large.device_seconds() > large.host_seconds == large.calls * H100.host
     assert small.seconds() == small.host_seconds > small.device_seconds()
     assert large.seconds(fair=True) > large.seconds()
-    assert large.utilisation() == pytest.approx(large.flops / large.seconds() / 989e12)
+    assert large.utilization() == pytest.approx(large.flops / large.seconds() / 989e12)
 
 
 def test_other_recipes_are_refused() -> None:

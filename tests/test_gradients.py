@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 import refimpl.optim.state
 from refimpl.backends.base import NUMPY, SHARED, Backend
 from refimpl.nn.models.model import Model, Parameter
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
 from refimpl.optim.optimizer import SGD, Optimizer, Schedule
@@ -26,7 +26,7 @@ ONE = np.float32(1)
 
 def state_of(backend: Backend, recipe: str, **shapes: tuple[int, ...]) -> State:
     model = Model("toy", {}, {name: Parameter(shape, std=1.0) for name, shape in shapes.items()}, {}, None, None)
-    return State(model, get_recipe(recipe).state_storages(("m",)), backend)
+    return State(model, get_recipe(recipe).state_encodings(("m",)), backend)
 
 
 def put(state: State, values: np.ndarray) -> None:

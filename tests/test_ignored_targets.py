@@ -15,13 +15,13 @@ from strict_backend import STRICT
 from refimpl.distributed.collectives import Comm
 from refimpl.distributed.threads import run_ranks
 from refimpl.errors import UsageError
-from refimpl.parity.judge import judge
+from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace, batches_of, record
-from refimpl.step import Batch, through
+from refimpl.step import Batch, forward_backward
 from refimpl.training.config import Config
 from refimpl.training.data import sample_batch, sequential_batches
 from refimpl.training.generate import mean_loss
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.trainer import Trainer, start
 
 Array = Any
@@ -39,9 +39,9 @@ def batch(rows: int, ignored: float, seed: int = 0, ignore_index: int = -100) ->
     return tokens, targets
 
 
-def gradients(parts: Parts, batches: list[Batch], S: float = 1024.0) -> tuple[float, Array]:
+def gradients(parts: Training, batches: list[Batch], S: float = 1024.0) -> tuple[float, Array]:
     """The loss of a step and d(S L)/dw, flat."""
-    loss = through(parts.model, batches, parts.state, np.asarray(np.float32(S)), parts.run)
+    loss = forward_backward(parts.model, batches, parts.state, np.asarray(np.float32(S)), parts.run)
     return float(loss), np.array(parts.state.grads)
 
 
@@ -175,8 +175,8 @@ def test_ranks_with_unequal_counts_are_one_batch(ranks: int) -> None:
 
     def run(comm: Comm) -> tuple[float, Array, slice]:
         parts = start(config, comm)
-        loss = through(parts.model, batches[comm.rank], parts.state, np.asarray(np.float32(1024)), parts.run)
-        return float(loss), np.array(parts.state.grads), parts.state.own
+        loss = forward_backward(parts.model, batches[comm.rank], parts.state, np.asarray(np.float32(1024)), parts.run)
+        return float(loss), np.array(parts.state.grads), parts.state.local_slice
 
     for loss, grads, own in run_ranks(ranks, run):
         assert loss == pytest.approx(whole_loss, rel=1e-6)
@@ -208,11 +208,11 @@ def padded_source(config: Config) -> Trace:
 def test_a_padded_trace_is_recorded_and_judged(grad_accum: int) -> None:
     config = config_of(recipe="amp-fp16-cpu", batch_size=4, steps=2, grad_accum=grad_accum)
     theirs = record(config, padded_source(config))
-    assert not any(finding.departs for finding in judge(config, theirs))
+    assert not any(finding.departs for finding in judge_trace(config, theirs))
     if grad_accum > 1:  # a loop that averages its micro-batches' means is not what this run says of itself
         wrong = record(replace(config, loss_mean="micro-batches"), theirs)
-        assert any(finding.departs for finding in judge(config, wrong))
-        assert not any(finding.departs for finding in judge(replace(config, loss_mean="micro-batches"), wrong))
+        assert any(finding.departs for finding in judge_trace(config, wrong))
+        assert not any(finding.departs for finding in judge_trace(replace(config, loss_mean="micro-batches"), wrong))
 
 
 # -------------------------------------------------------------------------------------------------------------- lines

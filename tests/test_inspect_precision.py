@@ -13,7 +13,7 @@ from recipe_lists import MECHANISMS, others_slow
 
 import refimpl.tools.precision_report.collect
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.parity.trace import Trace, record, save
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.tools.precision_report.collect import (
@@ -30,7 +30,7 @@ from refimpl.tools.precision_report.collect import (
 )
 from refimpl.tools.precision_report.counts import Counts, kind_of
 from refimpl.tools.precision_report.tables import summary
-from refimpl.tools.precision_report.verdicts import percent, plain_name, verdicts
+from refimpl.tools.precision_report.verdicts import percent, plain_name, verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.metrics import read_metrics
 from refimpl.training.run import train
@@ -40,7 +40,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 EVERY = [(recipe, model) for recipe in RECIPES for model in ("gpt", "mlp")]
 OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), *((recipe, "mlp") for recipe in ("fp32", "fp16", "nvfp4"))]
-"""Of EVERY: each mechanism once; the other model with no rounding, with those of FP16 alone, and with quantised operands."""
+"""Of EVERY: each mechanism once; the other model with no rounding, with those of FP16 alone, and with quantized operands."""
 
 
 def config(recipe: str = "fp16", **more: Any) -> Config:
@@ -149,17 +149,17 @@ def test_the_format_that_weights_are_held_against(recipe: str, low: str) -> None
 def test_values_that_have_a_scale_of_their_own_are_judged_as_they_are_rounded() -> None:
     """No loss scale moves them, so nothing is said of what another one would do."""
     result = inspect(fresh(config("nvfp4", loss_scale="1024", steps=2)))
-    quantised = {site for site, counts in result.sites.items() if counts.fmt == "e2m1"}
-    gradients = {site for site in quantised if kind_of(site) == "activation gradients"}
+    quantized = {site for site, counts in result.sites.items() if counts.fmt == "e2m1"}
+    gradients = {site for site in quantized if kind_of(site) == "activation gradients"}
     assert gradients and not gradients & result.unscaled.keys()
-    for verdict in verdicts(result):
-        assert ("divided by its own scale" in verdict.text) == (verdict.site in quantised)
-        assert verdict.site not in quantised or not re.search(r"S = 1|S of this run|below overflow", verdict.text)
+    for verdict in verdicts_of(result):
+        assert ("divided by its own scale" in verdict.text) == (verdict.site in quantized)
+        assert verdict.site not in quantized or not re.search(r"S = 1|S of this run|below overflow", verdict.text)
     _, _, gradients_sentence, _ = summary(result)
     counts = [result.sites[site] for site in gradients]
     flushed = sum(c.flushed for c in counts) / sum(c.elements - c.zeros for c in counts)
     assert flushed > 0.001
-    assert f"Quantised gradients have scales of their own: {percent(flushed)} of those" in gradients_sentence
+    assert f"Quantized gradients have scales of their own: {percent(flushed)} of those" in gradients_sentence
     assert gradients_sentence.startswith("Without a loss scale") and "of the 16-bit gradients" in gradients_sentence
 
 
@@ -238,14 +238,14 @@ def test_every_recipe_and_model_can_be_inspected(recipe: str, model: str) -> Non
     result = inspect(fresh(config(recipe, model=model, n_layer=1, steps=2)), what_if=("e5m2",))
     assert len(result.rows) == 2 and all(math.isfinite(row.loss) for row in result.rows)
     assert bool(result.sites) == (recipe not in ("fp32", "fp64"))
-    assert len(verdicts(result)) == len(result.sites)
+    assert len(verdicts_of(result)) == len(result.sites)
 
 
 def test_a_run_that_only_skips_ends_with_what_was_seen() -> None:
     result = inspect(fresh(config(lr=1e3, warmup=0, steps=400, init_scale=2.0**20)))
     assert len(result.rows) < 400 and all(row.skipped for row in result.rows[-50:])
     assert f"ended at step {len(result.rows)} because the last 50 were all skipped" in result.what
-    assert verdicts(result) and result.sweep
+    assert verdicts_of(result) and result.sweep
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp32"])
@@ -282,7 +282,7 @@ def inspection_of(site: str, x: np.ndarray, scale: float | None = None, fmt: str
 
 def test_the_verdict_on_a_gradient_names_the_scale_that_saves_it() -> None:
     tiny, usual = np.full(12, 2.0**-33 * 1.5, np.float32), np.full(88, 0.5, np.float32)
-    (verdict,) = verdicts(inspection_of("transformer.h.3.mlp.c_fc:linear.dw.dw", np.concatenate([tiny, usual])))
+    (verdict,) = verdicts_of(inspection_of("transformer.h.3.mlp.c_fc:linear.dw.dw", np.concatenate([tiny, usual])))
     assert verdict.name == "dw of block 3 mlp.c_fc" and verdict.kind == "weight gradients"
     # 1.5 * 2^-33 * 2^8 is above 2^-25, half of the smallest subnormal; 0.5 * 2^17 is beyond 65520
     remedy = "S >= 2^8 saves all but 0.10 % of it, and it overflows above 2^16"
@@ -296,19 +296,19 @@ def test_the_verdict_on_a_gradient_names_the_scale_that_saves_it() -> None:
 
 def test_the_verdict_is_on_the_unscaled_gradient() -> None:
     x = np.full(100, 2.0**-30, np.float32)
-    (verdict,) = verdicts(inspection_of("lm_head:linear.dw.dw", x * np.float32(1024), 1024.0))
+    (verdict,) = verdicts_of(inspection_of("lm_head:linear.dw.dw", x * np.float32(1024), 1024.0))
     assert "100 % would become zero in fp16 at S = 1" in verdict.text
     assert verdict.text.endswith("at the S of this run (2^10) 0 % did")
 
 
 def test_no_scale_saves_a_gradient_that_is_too_wide() -> None:
     x = np.concatenate([np.full(50, 1.5 * 2.0**-40, np.float32), np.full(50, 1024, np.float32)])
-    (verdict,) = verdicts(inspection_of("lm_head:linear.dw.dw", x))
+    (verdict,) = verdicts_of(inspection_of("lm_head:linear.dw.dw", x))
     assert "no S saves all but 0.10 % of it: it takes 2^15, but it overflows above 2^5" in verdict.text
 
 
 def test_a_gradient_in_range_needs_no_scale() -> None:
-    (verdict,) = verdicts(inspection_of("lm_head:linear.dw.dw", np.float32([1e-30, 1.0]), fmt="bf16"))
+    (verdict,) = verdicts_of(inspection_of("lm_head:linear.dw.dw", np.float32([1e-30, 1.0]), fmt="bf16"))
     assert verdict.text.startswith("needs no loss scale")
 
 
@@ -316,7 +316,7 @@ def test_verdicts_on_values_and_their_order() -> None:
     result = inspection_of("a:linear.y.y", np.float32([1e6, 1.0, 0.1]))
     for site, x in (("b:linear.y.y", np.float32([1e-9, 1.0])), ("c:linear.y.y", np.float32([0.1, 0.3]))):
         result.sites[site] = inspection_of(site, x).sites[site]
-    first, second, third = verdicts(result)
+    first, second, third = verdicts_of(result)
     assert first.name == "y of a" and "1 of 3 values overflowed fp16" in first.text and first.severity > 1
     assert second.name == "y of b" and "50 % of the nonzero values became zero" in second.text
     assert third.name == "y of c" and "2^17 times below overflow" in third.text and third.severity < 0.001

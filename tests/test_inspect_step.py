@@ -228,7 +228,7 @@ def test_text_and_json_show_every_line(recipe: str) -> None:
 def test_sources_are_where_they_are_said_to_be() -> None:
     cited = {source for recipe in FOLLOWED for r in reports(recipe) for block in r.blocks for source in block.sources}
     assert {source.split()[1] for source in cited} >= {
-        "State.weights_down", "cast", "through", "cast_forward", "inverse_of", "check_and_measure", "clip_coefficient",
+        "State.weights_down", "cast", "forward_backward", "cast_forward", "inverse_of", "check_and_measure", "clip_coefficient",
         "Optimizer.update", "AdamW.update_block", "DynamicLossScale.update", "StaticLossScale.update",
     }  # fmt: skip
     for source in cited:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import cast
-from refimpl.parity.coverage import Coverage, coverage, verdict
-from refimpl.parity.diff import diff
+from refimpl.numerics.casts import cast
+from refimpl.parity.coverage import Coverage, coverage_of, verdict
+from refimpl.parity.diff import diff_traces
 from refimpl.parity.findings import Finding, without_overflows
 from refimpl.parity.judge import Judge, explanations
 from refimpl.parity.trace import Trace, in_batch, record, split_batch
@@ -48,7 +48,7 @@ def like(trace: Trace, keep: Callable[[str], bool] = lambda name: True, **settin
 def judged(theirs: Trace, **more: Any) -> tuple[str, Coverage, list[Finding]]:
     judge = Judge(config(**more), theirs)
     findings = list(judge.findings())
-    covered = coverage(judge.theirs, findings, judge.reasons)
+    covered = coverage_of(judge.theirs, findings, judge.reasons)
     return verdict(findings, covered), covered, findings
 
 
@@ -92,13 +92,13 @@ def test_the_share_is_never_rounded_to_all_or_nothing() -> None:
 def test_scales_alone_are_judged_and_losses_without_a_batch_are_not(capsys: pytest.CaptureFixture[str]) -> None:
     few = like(run(), lambda name: name.split("/")[1] in ("2.loss_scale", "4.scale", "3.found_inf", "2.loss"))
     few.tensors["2/2.loss"] = np.float32(99.0)
-    verdict = diff(run(), few)
+    verdict = diff_traces(run(), few)
     text = capsys.readouterr().out
     assert verdict["verdict"] == "PARTLY JUDGED" and "PARTLY JUDGED" in text and "AGREES" not in text
     assert "not judged: step 2, 2.loss: 1.weights of transformer.wte.weight is missing" in text
     assert {tuple(group["steps"]) for group in verdict["coverage"]["not_judged"]} == {(2,), (1, 2)}
     few.tensors["2/2.loss_scale"] = np.float32(512.0)  # no step was skipped
-    assert diff(run(), few)["first_departure"]["point"] == "2.loss_scale"
+    assert diff_traces(run(), few)["first_departure"]["point"] == "2.loss_scale"
 
 
 def test_a_scale_is_judged_until_nobody_knows_whether_a_step_was_skipped() -> None:
@@ -120,11 +120,11 @@ def test_what_the_trace_states_after_an_unknown_step_goes_on_from_there() -> Non
 
 
 def test_nothing_judged_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    verdict = diff(run(), like(run(), lambda name: "/3.norm" in name))
+    verdict = diff_traces(run(), like(run(), lambda name: "/3.norm" in name))
     assert verdict["verdict"] == "PARTLY JUDGED" and verdict["coverage"]["judged"] == 0
     assert "judged 0 of 2 tensors, 0 % of the values" in capsys.readouterr().out
     with pytest.raises(UsageError, match="nothing in this trace can be judged"):
-        diff(run(), like(run(), lambda name: name.startswith("0/")))
+        diff_traces(run(), like(run(), lambda name: name.startswith("0/")))
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -139,12 +139,12 @@ def renamed(change: Callable[[str], str]) -> Trace:
 @pytest.mark.parametrize("prefix", ["module.", "model._orig_mod.module."])
 def test_names_of_wrapped_models_are_judged_and_it_is_said(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
     wrapped = renamed(lambda name: prefix + name.replace("transformer.h.0.attn", "transformer.h.0._orig_mod.attn"))
-    verdict = diff(run(), wrapped)
+    verdict = diff_traces(run(), wrapped)
     assert verdict["verdict"] == "AGREES" and verdict["coverage"]["judged"] == judged(run())[1].judged
     assert f"'{prefix.split('.')[0]}'" in capsys.readouterr().out
     name = f"1/4.master/{prefix}{WPE}"
     wrapped.tensors[name] = wrapped.tensors[name] * 0 + 7
-    assert diff(run(), wrapped)["first_departure"]["point"] == "4.master"
+    assert diff_traces(run(), wrapped)["first_departure"]["point"] == "4.master"
 
 
 def test_a_tied_head_is_its_embedding() -> None:
@@ -209,7 +209,7 @@ def test_one_moment_less_is_one_tensor_less() -> None:
 
 
 @pytest.mark.parametrize("place", ["transformer.wpe", "transformer.h.0.ln_1", "transformer.h.0.mlp.gelu", "lm_head"])
-def test_an_activation_less_weakens_its_neighbours_alone(place: str) -> None:
+def test_an_activation_less_weakens_its_neighbors_alone(place: str) -> None:
     said, covered, findings = judged(without("2.activations", place))
     weak = {f.name for f in findings if f.weak}
     if place == "transformer.wpe":  # a copy of rows: the same bits, whoever computes it
@@ -307,13 +307,13 @@ def test_a_trace_may_begin_in_the_middle_of_a_run(capsys: pytest.CaptureFixture[
     more = {"steps": 4, "growth_interval": 3}  # S grows after the third good step, the second of this trace
     whole = run(**more)
     cut = middle(whole, 1)
-    assert diff(whole, cut)["verdict"] == "AGREES" and float(cut.tensors["2/4.scale"]) == 2048
+    assert diff_traces(whole, cut)["verdict"] == "AGREES" and float(cut.tensors["2/4.scale"]) == 2048
     cut.tensors["0/4.t"] = np.array(2)  # the count is used: another one departs, in the count itself and in the rate
-    assert diff(whole, cut)["first_departure"]["point"] == "4.lr"
+    assert diff_traces(whole, cut)["first_departure"]["point"] == "4.lr"
     cut = middle(whole, 1)
     cut.tensors["0/4.growth_tracker"] = np.array(0)
     del cut.tensors["1/4.growth_tracker"], cut.tensors["2/4.growth_tracker"]
-    assert diff(whole, cut)["first_departure"]["point"] == "4.scale"
+    assert diff_traces(whole, cut)["first_departure"]["point"] == "4.scale"
 
 
 @pytest.mark.parametrize("missing", ["4.t", "4.scale", "4.growth_tracker", "4.m"])
@@ -323,12 +323,12 @@ def test_what_a_trace_from_the_middle_lacks_is_asked_for_by_name(missing: str) -
     if missing == "4.m":
         cut = like(cut, lambda name: not name.startswith("0/4.v"))
     with pytest.raises(UsageError, match=f"needs 0/{missing}"):
-        diff(run(**more), cut)
+        diff_traces(run(**more), cut)
 
 
 def test_a_tracker_that_cannot_matter_is_not_asked_for() -> None:
     cut = like(middle(run(steps=4), 1), lambda name: "growth_tracker" not in name)  # S grows after 2000 good steps
-    assert diff(run(steps=4), cut)["verdict"] == "AGREES"
+    assert diff_traces(run(steps=4), cut)["verdict"] == "AGREES"
 
 
 @pytest.mark.parametrize("kind", ["4.m", "4.v"])
@@ -336,7 +336,7 @@ def test_a_moment_missing_at_the_start_of_a_later_trace_is_not_zero(kind: str) -
     """All of them are asked for, though the other moment is there; of one parameter alone its own update is not judged."""
     cut = middle(run(steps=4), 1)
     with pytest.raises(UsageError, match=f"needs 0/{kind}"):
-        diff(run(steps=4), like(cut, lambda name: not name.startswith(f"0/{kind}/")))
+        diff_traces(run(steps=4), like(cut, lambda name: not name.startswith(f"0/{kind}/")))
     said, covered, _ = judged(like(cut, lambda name: name != f"0/{kind}/{WPE}"), steps=4)
     assert said == "PARTLY JUDGED" and {group.names for group in covered.not_judged} == {(WPE,)}
 
@@ -345,7 +345,7 @@ def test_a_moment_missing_at_the_start_of_a_later_trace_is_not_zero(kind: str) -
 
 
 def test_batches_are_taken_from_the_reference_and_it_is_said() -> None:
-    verdict = diff(run(), like(run(), lambda name: name != "2/0.tokens"))
+    verdict = diff_traces(run(), like(run(), lambda name: name != "2/0.tokens"))
     assert verdict["verdict"] == "AGREES" and verdict["notes"] == ["the batch of step 2 is the reference's"]
 
 
@@ -353,11 +353,11 @@ def test_batches_are_taken_from_the_reference_and_it_is_said() -> None:
 def test_no_batch_is_taken_from_a_run_on_other_batches(missing: str) -> None:
     """It is correct, but step 2 cannot be judged on the reference's batch; a master of that step still can."""
     theirs = like(run(seed=7), lambda name: not name.startswith(missing))
-    verdict = diff(run(), theirs)
+    verdict = diff_traces(run(), theirs)
     assert verdict["verdict"] == "PARTLY JUDGED" and verdict["notes"] == []
     assert {group["reason"] for group in verdict["coverage"]["not_judged"]} == {"0.tokens or 0.targets is missing"}
     theirs.tensors[f"2/4.master/{WPE}"] = theirs.tensors[f"2/4.master/{WPE}"] * np.float32(1.01)
-    assert diff(run(), theirs)["first_departure"]["point"] == "4.master"
+    assert diff_traces(run(), theirs)["first_departure"]["point"] == "4.master"
 
 
 # -- steps that overflow ------------------------------------------------------------------------------------------------
@@ -391,10 +391,10 @@ def test_a_result_near_the_largest_number_may_overflow_or_not() -> None:
 def test_a_tensor_written_down_in_fewer_bits_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     theirs = like(run())
     theirs.tensors["1/2.loss"] = cast(theirs.tensors["1/2.loss"], "bf16")
-    assert diff(run(), theirs)["verdict"] == "DEPARTS"
+    assert diff_traces(run(), theirs)["verdict"] == "DEPARTS"
     assert "the trace holds it in bf16, refimpl in fp32" in capsys.readouterr().out
     theirs.tensors["1/2.loss"] = run().tensors["1/2.loss"] * np.float32(2)
-    diff(run(), theirs)
+    diff_traces(run(), theirs)
     assert "the trace holds it in" not in capsys.readouterr().out
 
 
@@ -403,23 +403,23 @@ def test_a_tensor_under_another_name_is_told(capsys: pytest.CaptureFixture[str])
     attn, proj = "1/2.activations/transformer.h.0.attn", "1/2.activations/transformer.h.0.attn.c_proj"
     theirs = like(run())
     theirs.tensors[attn] = theirs.tensors[proj]
-    assert diff(run(), theirs)["first_departure"]["name"] == "transformer.h.0.attn"
+    assert diff_traces(run(), theirs)["first_departure"]["name"] == "transformer.h.0.attn"
     assert "it has exactly the values of 2.activations of transformer.h.0.attn.c_proj: was" in capsys.readouterr().out
     theirs = like(run())
     theirs.tensors[attn], theirs.tensors[proj] = theirs.tensors[proj], theirs.tensors[attn]
-    diff(run(), theirs)
+    diff_traces(run(), theirs)
     assert "there stands in the trace as 2.activations of transformer.h.0.attn.c_proj: are the" in capsys.readouterr().out
     theirs = like(run())
     theirs.tensors[attn] = theirs.tensors[attn] * 2
-    diff(run(), theirs)
+    diff_traces(run(), theirs)
     text = capsys.readouterr().out
     assert "DEPARTS" in text and "exactly the values" not in text and "what belongs there" not in text
 
 
 def test_a_model_without_biases_is_told_of_the_flag() -> None:
     theirs = like(run(bias=False))
-    assert any("--no-bias" in note for note in diff(run(), theirs)["notes"])
-    assert diff(run(bias=False), theirs)["notes"] == [] and diff(run(), like(run()))["notes"] == []
+    assert any("--no-bias" in note for note in diff_traces(run(), theirs)["notes"])
+    assert diff_traces(run(bias=False), theirs)["notes"] == [] and diff_traces(run(), like(run()))["notes"] == []
 
 
 def test_a_micro_batch_that_the_batch_has_not_is_told() -> None:
@@ -436,24 +436,24 @@ def test_a_trace_states_its_settings_and_is_replayed_with_them() -> None:
     theirs = run(**stated)
     assert departs_at(theirs) == "4.lr"
     with_settings = Trace({}, theirs.tensors, stated)
-    verdict = diff(run(), with_settings)
+    verdict = diff_traces(run(), with_settings)
     assert verdict["verdict"] == "AGREES" and "beta2 0.999 (not 0.95)" in verdict["notes"][0]
     with_settings.settings = {**stated, "beta2": 0.99}
-    assert diff(run(), with_settings)["first_departure"]["point"] == "4.v"
+    assert diff_traces(run(), with_settings)["first_departure"]["point"] == "4.v"
     with pytest.raises(UsageError, match="did you mean beta2"):
-        diff(run(), Trace({}, theirs.tensors, {"beta_2": 0.9}))
+        diff_traces(run(), Trace({}, theirs.tensors, {"beta_2": 0.9}))
     with pytest.raises(UsageError, match="beta2"):
-        diff(run(), Trace({}, theirs.tensors, {"beta2": 2}))
+        diff_traces(run(), Trace({}, theirs.tensors, {"beta2": 2}))
     for name in ("lr", "steps"):  # null would be the default of the model, which nobody stated
         with pytest.raises(UsageError, match=f"setting {name} is null"):
-            diff(run(), Trace({}, theirs.tensors, {name: None}))
+            diff_traces(run(), Trace({}, theirs.tensors, {name: None}))
 
 
 def test_states_are_replayed_with_the_trace_s_own_rate() -> None:
     """Another schedule departs at 4.lr and nowhere else."""
     theirs = like(run(lr=2e-3))
     assert {f.point for f in judged(theirs)[2] if f.departs} == {"4.lr"}
-    verdict = diff(run(), Trace({}, theirs.tensors, {"schedule": "trace"}))
+    verdict = diff_traces(run(), Trace({}, theirs.tensors, {"schedule": "trace"}))
     assert verdict["verdict"] == "AGREES" and verdict["coverage"]["inputs"] > 2
     wrong = Trace({}, dict(theirs.tensors), {"schedule": "trace"})
     wrong.tensors[f"2/4.master/{WPE}"] = wrong.tensors[f"2/4.master/{WPE}"] * np.float32(1.001)

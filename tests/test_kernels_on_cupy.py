@@ -18,7 +18,7 @@ from kernel_cases import CHECKS, CFunctions, Device, all_kinds, assert_same, emp
 from kernel_host import c_function
 
 from refimpl.backends.cupy.launch import FORMATS, THREADS, Kernels, elementwise_grid
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 ON_CPU = os.environ.get("CUPY_ON_CPU") == "1"

@@ -16,7 +16,7 @@ from refimpl.errors import UsageError
 from refimpl.nn.op import Op
 from refimpl.nn.ops import OPS
 from refimpl.precision.recipes import RECIPES
-from refimpl.tools.memory.measure import forward, held, measure, owned, owner, state_lines, tape_lines, weigh
+from refimpl.tools.memory.measure import forward, held, measure_model, owned, owner, state_lines, tape_lines, weigh
 from refimpl.training.config import Config
 from refimpl.training.trainer import INIT, generator
 
@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "memory.py"
 
 EVERY = [(recipe, model) for recipe in RECIPES for model in ("gpt", "mlp")]
 OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), *((recipe, "mlp") for recipe in ("fp16", "amp-fp16", "mxfp8"))]
-"""Of EVERY: each mechanism in one model; the other in one format, under autocast, and with quantised operands."""
+"""Of EVERY: each mechanism in one model; the other in one format, under autocast, and with quantized operands."""
 
 
 @pytest.mark.parametrize(("recipe", "model"), others_slow(EVERY, plain=OF_EACH_KIND))
@@ -110,20 +110,20 @@ def test_weights_are_not_activations() -> None:
 
 
 def test_the_report_and_its_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure({**TINY, "recipe": "amp-fp16"}, as_json=False) == 0
+    assert measure_model({**TINY, "recipe": "amp-fp16"}, as_json=False) == 0
     text = capsys.readouterr().out
     assert "Every prediction is met to the byte." in text and "peak of the process" in text and "dropout mask" in text
-    assert measure({**TINY, "recipe": "bf16"}, as_json=True) == 0
+    assert measure_model({**TINY, "recipe": "bf16"}, as_json=True) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["equal"] and data["measured_only"]["largest memory of one step"] > 0
     monkeypatch.setattr("refimpl.tools.memory.measure.gpt_activations", lambda *a: [])
-    assert measure({**TINY, "recipe": "fp16"}, as_json=False) == 1
+    assert measure_model({**TINY, "recipe": "fp16"}, as_json=False) == 1
     assert "NOT as predicted: activations: transformer.wte: not in the formula" in capsys.readouterr().out
 
 
 def test_only_the_host_can_be_measured() -> None:
     with pytest.raises(UsageError, match="only numpy"):
-        measure({**TINY, "backend": "cupy"}, as_json=False)
+        measure_model({**TINY, "backend": "cupy"}, as_json=False)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

@@ -12,7 +12,7 @@ from script_loader import load_script
 
 from refimpl.distributed.zero import per_rank
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.tools.memory.report import choose, ledger, ledger_data, ledger_text, own_gpt, published
@@ -56,7 +56,7 @@ def test_gpt3_is_called_175b() -> None:
 def test_the_formula_counts_our_own_gpt(sizes: tuple[int, int, int, int, int]) -> None:
     L, H, C, T, V = sizes
     architecture = Architecture("ours", L, H, C, T, V, "")
-    assert architecture.n_params == gpt(GPTConfig(L, H, C, T, V)).n_params
+    assert architecture.n_params == gpt_model(GPTConfig(L, H, C, T, V)).n_params
 
 
 # -- model states ------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_scales_are_whole_numbers() -> None:
 def test_a_recipes_ledger_is_what_its_state_takes(recipe: str, grad_accum: int) -> None:
     config = Config.of({"recipe": recipe, "grad_accum": grad_accum, "n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4})
     chosen, model, moments = config.make_recipe(), config.make_model(), config.make_rule().moments
-    state = State(model, chosen.state_storages(moments, grad_accum), config.make_backend())
+    state = State(model, chosen.state_encodings(moments, grad_accum), config.make_backend())
     states = chosen.bytes_by_buffer(moments, grad_accum, state.layout.embeddings, model.n_params)
     predicted = per_rank(model.n_params, states)
     assert predicted == {kind: buffer.nbytes for kind, buffer in state.buffers.items()}

@@ -15,12 +15,12 @@ from recipe_lists import others_slow
 from strict_backend import STRICT
 
 from refimpl.errors import TrainingStopped, UsageError
-from refimpl.numerics.cast import widen
+from refimpl.numerics.casts import widen
 from refimpl.optim.scaler_rules import SCALERS
 from refimpl.parity import mistake_table
-from refimpl.parity.judge import Judge, explanations, judge
+from refimpl.parity.judge import Judge, explanations, judge_trace
 from refimpl.parity.trace import Trace, record
-from refimpl.step import through
+from refimpl.step import forward_backward
 from refimpl.training.config import Config
 from refimpl.training.mistakes import MISTAKES, listing
 from refimpl.training.mistakes_forward import _toward_zero
@@ -59,7 +59,7 @@ def both(name: str, **more: Any) -> tuple[Trace, Trace]:
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_trace_of_the_mistake_departs_where_the_table_says(name: str) -> None:
-    first = next((f for f in judge(config(name), trace_of(name, name)) if f.departs), None)
+    first = next((f for f in judge_trace(config(name), trace_of(name, name)) if f.departs), None)
     assert first is not None
     assert first.point == MISTAKES[name].departs, first
 
@@ -84,12 +84,12 @@ def test_on_a_device_it_is_the_same_mistake(name: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("settings", sorted({name if name in SETTINGS else "none" for name in MISTAKES}))
 def test_without_a_mistake_nothing_departs(settings: str) -> None:
-    assert not any(f.departs for f in judge(config(settings), trace_of(settings, "none")))
+    assert not any(f.departs for f in judge_trace(config(settings), trace_of(settings, "none")))
 
 
 @pytest.mark.parametrize("name", ["missing-cast", "eps-inside-root"])
 def test_no_other_mistake_explains_it(name: str) -> None:
-    first = next(f for f in judge(config(name), trace_of(name, name)) if f.departs)
+    first = next(f for f in judge_trace(config(name), trace_of(name, name)) if f.departs)
     assert explanations(config(name), trace_of(name, name), first) == [name]
 
 
@@ -311,7 +311,7 @@ def test_unscaling_after_each_micro_batch_leaves_the_last() -> None:
         state = config("unscale-each-micro-batch", grad_accum=3, init_scale=1024.0).make_parts(parts.state.backend)
         state.state.load_weights(trace.at(0, "4.master"))
         state.state.weights_down()
-        through(state.model, [batch], state.state, np.float32(1024 / 3), state.run)
+        forward_backward(state.model, [batch], state.state, np.float32(1024 / 3), state.run)
         gradients.append(widen(state.state.grads, "fp64"))
     expected = (gradients[0] / 1024 + gradients[1]) / 1024 + gradients[2]
     np.testing.assert_allclose(flat(trace, 1, "2.grads"), expected, rtol=1e-5, atol=1e-9)
@@ -342,8 +342,8 @@ def test_a_scale_that_is_not_restored_is_found_where_a_run_goes_on() -> None:
     right, wrong = (mistake_table.resumed(config(name, mistake=mistake, init_scale=2.0**21), 2) for mistake in ("none", name))
     assert values(right, "2.loss_scale") == [2.0**19] and values(wrong, "2.loss_scale") == [2.0**21]
     c = config(name, init_scale=2.0**21)
-    assert not any(f.departs for f in judge(c, right))
-    first = next(f for f in judge(c, wrong) if f.departs)
+    assert not any(f.departs for f in judge_trace(c, right))
+    first = next(f for f in judge_trace(c, wrong) if f.departs)
     assert first.point == MISTAKES[name].departs == "2.loss_scale" and explanations(c, wrong, first) == [name]
 
 
@@ -356,7 +356,7 @@ def test_eps_inside_the_root_slows_small_gradients() -> None:
     assert np.abs(wrong[small]).max() < 1e-5 / 1e-4 * lr  # g / sqrt(g^2 + 1e-8)
 
 
-def test_eps_in_16_bits_is_nan_where_nothing_was_learnt() -> None:
+def test_eps_in_16_bits_is_nan_where_nothing_was_learned() -> None:
     right, wrong = both("eps-in-16-bits", init_scale=1.0)  # so small a scale that gradients of rare bytes are zero
     assert np.isfinite(flat(right, 3, "4.master")).all() and np.isnan(flat(wrong, 3, "4.master")).any()
 

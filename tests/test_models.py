@@ -15,8 +15,8 @@ from recipe_lists import BASIC
 from refimpl.backends.base import Backend
 from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model
 from refimpl.precision.policy import Run
 from refimpl.precision.recipes import get_recipe
@@ -77,7 +77,7 @@ def batch(rows: int, T: int, vocab_size: int, seed: int = 5) -> tuple[Array, Arr
 
 
 def test_gpt_has_the_names_shapes_and_order_of_nanogpts_state_dict() -> None:
-    model = gpt(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=6, vocab_size=11))
+    model = gpt_model(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=6, vocab_size=11))
     assert [(name, spec.shape) for name, spec in model.parameters.items()] == [
         ("transformer.wte.weight", (11, 8)),
         ("transformer.wpe.weight", (6, 8)),
@@ -100,7 +100,7 @@ def test_gpt_has_the_names_shapes_and_order_of_nanogpts_state_dict() -> None:
 
 
 def test_mlp_names_and_shapes() -> None:
-    model = mlp(MLPConfig(n_layer=2, n_embd=3, block_size=5, vocab_size=11))
+    model = mlp_model(MLPConfig(n_layer=2, n_embd=3, block_size=5, vocab_size=11))
     assert [(name, spec.shape) for name, spec in model.parameters.items()] == [
         ("wte.weight", (11, 3)),
         ("h.0.fc.weight", (12, 15)),
@@ -118,26 +118,27 @@ def test_the_number_of_parameters_of_gpt(n_layer: int) -> None:
     V, block, C = 256, 64, 128
     # A block: 12 C^2 in matrices; biases 3C + C + 4C + C and two norms of 2C.
     expected = V * C + block * C + n_layer * (12 * C * C + 13 * C) + 2 * C
-    assert gpt(GPTConfig(n_layer, 4, C, block, V)).n_params == expected
+    assert gpt_model(GPTConfig(n_layer, 4, C, block, V)).n_params == expected
 
 
 def test_the_gpt2_configuration_has_the_124_million_parameters_it_is_known_by() -> None:
     # 124,439,808: OpenAI's smallest GPT-2, tied embedding counted once.
-    assert gpt(GPTConfig(12, 12, 768, 1024, 50257)).n_params == 124_439_808
+    assert gpt_model(GPTConfig(12, 12, 768, 1024, 50257)).n_params == 124_439_808
 
 
 def test_the_number_of_parameters_of_mlp() -> None:
     V, k, C, width = 256, 16, 64, 256
-    assert mlp(MLPConfig(2, C, k, V)).n_params == V * C + (k * C * width + width) + (width * width + width) + width * V + V
+    n_params = mlp_model(MLPConfig(2, C, k, V)).n_params
+    assert n_params == V * C + (k * C * width + width) + (width * width + width) + width * V + V
 
 
-@pytest.mark.parametrize("model", [gpt(SMALL_GPT), mlp(SMALL_MLP)], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [gpt_model(SMALL_GPT), mlp_model(SMALL_MLP)], ids=lambda model: model.name)
 def test_weight_decay_is_for_matrices_and_embeddings(model: Model) -> None:
     for name, spec in model.parameters.items():
         assert spec.decay == (name.endswith("weight") and "ln_" not in name)
 
 
-# ----------------------------------------------------------------------------------------------------------- initialisation
+# ----------------------------------------------------------------------------------------------------------- initialization
 
 
 def expected_std(name: str, model: Model) -> float:
@@ -151,7 +152,7 @@ def expected_std(name: str, model: Model) -> float:
     return 0.02 if name == "lm_head.weight" else math.sqrt(2 / model.parameters[name].shape[1])
 
 
-@pytest.mark.parametrize("model", [gpt(GPTConfig()), mlp(MLPConfig())], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [gpt_model(GPTConfig()), mlp_model(MLPConfig())], ids=lambda model: model.name)
 def test_initial_weights_have_the_stated_mean_and_spread(model: Model) -> None:
     weights = model.initial_weights(np.random.default_rng(0))
     assert list(weights) == list(model.parameters)
@@ -167,7 +168,7 @@ def test_initial_weights_have_the_stated_mean_and_spread(model: Model) -> None:
 
 
 def test_projections_into_the_residual_stream_start_smaller_by_the_root_of_twice_the_layers() -> None:
-    model = gpt(GPTConfig(n_layer=8, n_head=4, n_embd=128))
+    model = gpt_model(GPTConfig(n_layer=8, n_head=4, n_embd=128))
     weights = model.initial_weights(np.random.default_rng(0))
     for small_name, plain_name in (("attn.c_proj", "attn.c_attn"), ("mlp.c_proj", "mlp.c_fc")):
         small, plain = (weights[f"transformer.h.3.{name}.weight"].std() for name in (small_name, plain_name))
@@ -176,7 +177,7 @@ def test_projections_into_the_residual_stream_start_smaller_by_the_root_of_twice
 
 
 def test_initial_weights_follow_from_the_seed() -> None:
-    model = gpt(SMALL_GPT)
+    model = gpt_model(SMALL_GPT)
     a, b, c = (model.initial_weights(np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert all(np.array_equal(a[name], b[name]) for name in a)
     assert not np.array_equal(a["transformer.wte.weight"], c["transformer.wte.weight"])
@@ -184,7 +185,7 @@ def test_initial_weights_follow_from_the_seed() -> None:
 
 
 @pytest.mark.parametrize("recipe", BASIC)
-@pytest.mark.parametrize("model", [gpt(GPTConfig(n_layer=2)), mlp(MLPConfig())], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [gpt_model(GPTConfig(n_layer=2)), mlp_model(MLPConfig())], ids=lambda model: model.name)
 def test_the_first_loss_is_near_that_of_a_uniform_guess(model: Model, recipe: str, backend: Backend) -> None:
     tokens, targets = batch(8, model.config["block_size"], 256)
     weights = model.initial_weights(np.random.default_rng(0))
@@ -216,7 +217,7 @@ def test_sizes_that_no_array_has_are_refused_at_once() -> None:
 
 
 def test_without_biases_there_is_none_and_the_rest_is_the_same() -> None:
-    model, bare = gpt(SMALL_GPT), gpt(replace(SMALL_GPT, bias=False))
+    model, bare = gpt_model(SMALL_GPT), gpt_model(replace(SMALL_GPT, bias=False))
     assert list(bare.parameters) == [name for name in model.parameters if not name.endswith(".bias")]
     full, weights = (m.initial_weights(np.random.default_rng(3)) for m in (model, bare))
     assert all(np.array_equal(full[name], weight) for name, weight in weights.items())
@@ -229,9 +230,9 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 
 
 def test_a_model_knows_its_configuration() -> None:
-    assert gpt(SMALL_GPT).config == {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 23}
-    assert gpt(replace(SMALL_GPT, bias=False)).config == {**gpt(SMALL_GPT).config, "bias": False}
-    assert mlp(SMALL_MLP).config == {"n_layer": 2, "n_embd": 6, "block_size": 5, "vocab_size": 23}
+    assert gpt_model(SMALL_GPT).config == {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 23}
+    assert gpt_model(replace(SMALL_GPT, bias=False)).config == {**gpt_model(SMALL_GPT).config, "bias": False}
+    assert mlp_model(SMALL_MLP).config == {"n_layer": 2, "n_embd": 6, "block_size": 5, "vocab_size": 23}
 
 
 # ----------------------------------------------------------------------------------------------------------- whole gradients
@@ -240,7 +241,7 @@ STEP = 1e-5
 """Of the central difference: truncation of order STEP^2 times a third derivative of order 100 here, rounding 2^-53 / STEP."""
 
 
-@pytest.mark.parametrize("model", [gpt(SMALL_GPT), mlp(SMALL_MLP)], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [gpt_model(SMALL_GPT), mlp_model(SMALL_MLP)], ids=lambda model: model.name)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_gradient_of_the_whole_model_is_its_directional_derivative(model: Model, seed: int, backend: Backend) -> None:
     weights = perturbed(model, seed)
@@ -261,7 +262,7 @@ def test_the_gradient_of_the_whole_model_is_its_directional_derivative(model: Mo
 
 
 @pytest.mark.parametrize("recipe", BASIC)
-@pytest.mark.parametrize("model", [gpt(SMALL_GPT), mlp(SMALL_MLP)], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [gpt_model(SMALL_GPT), mlp_model(SMALL_MLP)], ids=lambda model: model.name)
 def test_every_parameter_gets_a_finite_gradient_in_every_recipe(model: Model, recipe: str, backend: Backend) -> None:
     tokens, targets = batch(4, model.config["block_size"], 23)
     gradients = gradients_of(backend, model, perturbed(model), tokens, targets, recipe)
@@ -276,7 +277,7 @@ def test_every_parameter_gets_a_finite_gradient_in_every_recipe(model: Model, re
 
 
 def test_gpt_does_not_look_ahead(backend: Backend) -> None:
-    model = gpt(SMALL_GPT)
+    model = gpt_model(SMALL_GPT)
     weights, (tokens, _) = perturbed(model), batch(3, 8, 23)
     changed = tokens.copy()
     changed[:, 5] = (changed[:, 5] + 1) % 23
@@ -287,7 +288,7 @@ def test_gpt_does_not_look_ahead(backend: Backend) -> None:
 
 @pytest.mark.parametrize("T", [1, 3, 8])
 def test_gpt_reads_up_to_a_block(T: int, backend: Backend) -> None:
-    model = gpt(SMALL_GPT)
+    model = gpt_model(SMALL_GPT)
     weights, (tokens, _) = perturbed(model), batch(3, 8, 23)
     short, full = logits_of(backend, model, weights, tokens[:, :T]), logits_of(backend, model, weights, tokens)
     assert short.shape == (3, T, 23)
@@ -296,7 +297,7 @@ def test_gpt_reads_up_to_a_block(T: int, backend: Backend) -> None:
 
 
 def test_gpt_knows_the_order_of_tokens(backend: Backend) -> None:
-    model = gpt(SMALL_GPT)
+    model = gpt_model(SMALL_GPT)
     logits = logits_of(backend, model, perturbed(model), np.array([[1, 2, 3], [2, 1, 3]]))
     assert np.abs(logits[0, 2] - logits[1, 2]).max() > 1e-3  # without positions the two would be equal
 
@@ -305,7 +306,7 @@ def test_gpt_knows_the_order_of_tokens(backend: Backend) -> None:
 
 
 def test_mlp_predicts_one_byte_from_a_whole_block(backend: Backend) -> None:
-    model = mlp(SMALL_MLP)
+    model = mlp_model(SMALL_MLP)
     weights, (tokens, _) = perturbed(model), batch(4, 5, 23)
     logits = logits_of(backend, model, weights, tokens)
     assert logits.shape == (4, 23)
@@ -317,13 +318,13 @@ def test_mlp_predicts_one_byte_from_a_whole_block(backend: Backend) -> None:
 
 
 def test_mlp_refuses_a_block_of_another_length(backend: Backend) -> None:
-    model = mlp(SMALL_MLP)
+    model = mlp_model(SMALL_MLP)
     with pytest.raises(ValueError, match="mismatch"):
         logits_of(backend, model, perturbed(model), batch(4, 4, 23)[0])
 
 
 def test_mlp_is_trained_on_the_last_column_of_the_targets(backend: Backend) -> None:
-    model = mlp(SMALL_MLP)
+    model = mlp_model(SMALL_MLP)
     weights, (tokens, targets) = perturbed(model), batch(4, 5, 23)
     others, last = targets.copy(), targets.copy()
     others[:, :-1] = (others[:, :-1] + 1) % 23
@@ -339,7 +340,7 @@ def test_mlp_is_trained_on_the_last_column_of_the_targets(backend: Backend) -> N
 
 
 def test_mlp_by_definition(backend: Backend) -> None:
-    model = mlp(SMALL_MLP)
+    model = mlp_model(SMALL_MLP)
     w, (tokens, _) = perturbed(model), batch(4, 5, 23)
     x = np.stack([np.concatenate([w["wte.weight"][token] for token in row]) for row in tokens])
     for i in range(2):
@@ -399,7 +400,7 @@ def torch_results(torch: Any, weights: dict[str, Array], tokens: Array, targets:
 
 @pytest.mark.parametrize(("T", "bias"), [(1, True), (5, True), (8, True), (8, False)])
 def test_gpt_in_fp64_is_pytorchs_gpt2(T: int, bias: bool, torch: Any, backend: Backend) -> None:
-    model = gpt(replace(SMALL_GPT, bias=bias))
+    model = gpt_model(replace(SMALL_GPT, bias=bias))
     weights, (tokens, targets) = perturbed(model), batch(4, T, 23)
     logits, loss, gradients = torch_results(torch, weights, tokens, targets, torch.float64)
     # One formula, two orders of evaluation: a dozen layers of sums of up to 64 terms, 2^-53 each: 1e-13 of the largest.
@@ -415,7 +416,7 @@ def test_gpt_in_fp64_is_pytorchs_gpt2(T: int, bias: bool, torch: Any, backend: B
 
 
 def test_gpt_in_fp32_is_as_close_to_the_exact_result_as_pytorchs(torch: Any, backend: Backend) -> None:
-    model = gpt(SMALL_GPT)
+    model = gpt_model(SMALL_GPT)
     tokens, targets = batch(16, 8, 23)
     weights = {name: w.astype(np.float32).astype(np.float64) for name, w in perturbed(model).items()}
     exact, _, exact_gradients = torch_results(torch, weights, tokens, targets, torch.float64)

@@ -11,7 +11,7 @@ counts only if it is wrong for at least one element. The kinds:
     twice       rounds by way of the other 16-bit format
     rarely      rounds toward zero, but only every hundredth element
 
-(Ties are not among them: where they go is decided in one function, refimpl.numerics.cast, and test_cast.py tries every one.)
+(Ties are not among them: where they go is decided in one function, refimpl.numerics.casts, and test_cast.py tries every one.)
 
 Each is switched on inside `Bound.round`, by this test alone, while the checks of all cases that reach the site run: the
 checks that test_ops_torch.py makes of the same cases. A mutant is killed *by values* if a result is none that a correct
@@ -42,7 +42,7 @@ import test_step
 from test_ops_torch import CASES, DTYPE, LOW, Case, one_thread, wide
 
 from refimpl.backends.base import NUMPY
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of, widens_to
 from refimpl.optim import gradients
 from refimpl.optim.optimizer import Optimizer
@@ -99,7 +99,7 @@ class Disguised:
 
 
 def toward_zero(x: Array, fmt: str) -> Array:
-    """Rounded to the neighbour of `x` that is nearer to zero: where rounding to nearest went up, one code back."""
+    """Rounded to the neighbor of `x` that is nearer to zero: where rounding to nearest went up, one code back."""
     y = np.asarray(cast(x, fmt))
     up = np.abs(wide(y)) > np.abs(wide(x))
     return (y.view(np.uint16) - up.astype(np.uint16)).view(y.dtype)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.names import WRAPPERS, nearest, own_name, rename, unwrapped
 
-MODEL = gpt(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=2))
+MODEL = gpt_model(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=2))
 KNOWN = MODEL.parameters.keys()
 
 

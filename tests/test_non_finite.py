@@ -21,11 +21,11 @@ from refimpl.errors import TrainingStopped
 from refimpl.tools.precision_report.collect import Source, inspect
 from refimpl.tools.precision_report.counts import OUTCOMES, effects_of
 from refimpl.tools.precision_report.main import data, terminal_text
-from refimpl.tools.precision_report.page import page
-from refimpl.tools.precision_report.verdicts import verdicts
+from refimpl.tools.precision_report.page import precision_page
+from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.non_finite import Origin, explained, find_origin, known_since
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.trainer import Trainer, start
 
 Array = Any
@@ -39,22 +39,22 @@ def config_of(**given: Any) -> Config:
     return Config.of({**SIZES, "batch_size": 4, "init_scale": 2.0**16, **given})
 
 
-def broken(config: Config, spoil: Callable[[Parts, dict[str, Array]], None]) -> Parts:
+def broken(config: Config, spoil: Callable[[Training, dict[str, Array]], None]) -> Training:
     """A run before its first step, with a fault in its masters or its operations."""
     parts = start(config)
     spoil(parts, parts.state.layout.views(parts.state.values(parts.state.master_kind)))
     return parts
 
 
-def put(name: str, at: Any, value: Any) -> Callable[[Parts, dict[str, Array]], None]:
-    def spoil(parts: Parts, masters: dict[str, Array]) -> None:
+def put(name: str, at: Any, value: Any) -> Callable[[Training, dict[str, Array]], None]:
+    def spoil(parts: Training, masters: dict[str, Array]) -> None:
         masters[name][at] = value
 
     return spoil
 
 
 ALL = slice(None)
-KINDS: dict[str, tuple[list[str], Callable[[Parts, dict[str, Array]], None], str, str, str]] = {
+KINDS: dict[str, tuple[list[str], Callable[[Training, dict[str, Array]], None], str, str, str]] = {
     # recipes; the fault; the stage, the name and part of the text that must come out
     "NaN in a weight": (
         ["fp16", "bf16", "fp32", "amp-fp16", "amp-bf16-cpu"], put(FC, (3, 4), math.nan), "parameter", FC, "holds 1 NaN",
@@ -251,10 +251,10 @@ def test_the_monitor_never_calls_nan_exact(loss_scale: str) -> None:
     dw = written["sites"]["transformer.h.1.mlp.c_fc:linear.dw.dw"]
     assert dw["arrived"] == dw["elements"] and dw["exact"] == 0 and dw["overflowed"] == 0
     assert dw["verdict"] == f"all {dw['elements']} values arrived as Inf or NaN: they say nothing of a loss scale"
-    for text in (v.text for v in verdicts(seen)):
+    for text in (v.text for v in verdicts_of(seen)):
         assert "needs no loss scale" not in text or "arrived" not in text
     assert written["non_finite"] == f"At step 1: {FC} holds 1 NaN."
-    texts = [terminal_text(seen)] + ([page(seen, "a command")] if find_spec("matplotlib") else [])  # the page has figures
+    texts = [terminal_text(seen)] + ([precision_page(seen, "a command")] if find_spec("matplotlib") else [])
     for text in texts:
         assert written["non_finite"] in " ".join(text.split()) and "arrived" in text
         assert "S was 1, and 0 %" not in " ".join(text.split())

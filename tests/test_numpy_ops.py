@@ -10,10 +10,9 @@ from recipe_lists import BASIC
 
 from refimpl.backends import base as backends
 from refimpl.backends.base import NUMPY, Backend
-from refimpl.nn.elementwise import gelu_tanh
 from refimpl.nn.op import Op
-from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast
+from refimpl.nn.ops import OPS, gelu_tanh
+from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import format_of
 from refimpl.precision import policy
 from refimpl.precision.policy import Run
@@ -37,7 +36,7 @@ def drawn(shape: tuple[int, ...], fmt: str, special: bool, seed: int) -> Array:
 
 def storage(recipe: str, name: str) -> str:
     """The format in which an operation finds its input: that of the weights, but 16 bits for an activation under autocast."""
-    own = RECIPES[recipe].state_storages()["weights"]
+    own = RECIPES[recipe].state_encodings()["weights"]
     return RECIPES[recipe].policy.row("linear.y").out if name == "gelu_tanh" else own
 
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from refimpl.backends.base import NUMPY
-from refimpl.nn.elementwise import fan_in
-from refimpl.nn.ops import OPS
+from refimpl.nn.ops import OPS, fan_in
 from refimpl.precision.policy import MAP_BLOCK, Bound, Monitor, Run
 from refimpl.precision.recipes import get_recipe
 
@@ -140,7 +139,7 @@ def test_uniform_recipes_keep_every_tensor_in_their_format(op: str, fmt: str) ->
             assert dx.dtype == DTYPE[fmt] and dx.shape == x.shape
 
 
-# Of torch.autocast on FP32 inputs. Products are low in both lists; normalisation, softmax and losses come out FP32 in
+# Of torch.autocast on FP32 inputs. Products are low in both lists; normalization, softmax and losses come out FP32 in
 # both: on CUDA since they are in the FP32 list, on CPU since they keep the format of the input.
 LOW_FROM_FP32 = {"linear", "matmul", "attention", "cast"}
 # Of 16-bit inputs (with FP32 parameters): what the CUDA list takes to FP32 and the CPU list leaves as it is.
@@ -288,7 +287,7 @@ def test_sums_over_rows_do_not_stop_at_the_precision_of_16_bits(fmt: str) -> Non
     assert same(run(fmt, "matmul", [ones.T, ones], [])[0], [[n]])
     assert same(run(fmt, "embedding", [np.zeros(n, np.int64)], [array([[0.0], [0.0]], fmt)])[1][1], [[n], [0]])
     assert same(run(fmt, "add", [ones, array([0.0], fmt)], [])[1][1], [n])
-    x = array(np.tile([1.0, -1.0], (n, 1)), fmt)  # normalised: 1/sqrt(1 + 1e-5) = 1 - 5e-6
+    x = array(np.tile([1.0, -1.0], (n, 1)), fmt)  # normalized: 1/sqrt(1 + 1e-5) = 1 - 5e-6
     _, (_, dw, db) = run(fmt, "layernorm", [x], [array([1.0, 1.0], fmt), array([0.0, 0.0], fmt)])
     assert same(db, [n, n]) and same(dw, [n, -n])
     assert same(run(fmt, "rmsnorm", [x], [array([1.0, 1.0], fmt)])[1][1], [n, -n])
@@ -300,8 +299,8 @@ def test_statistics_of_ten_thousand_values_are_summed_in_32_bits(fmt: str) -> No
     x = array(np.random.default_rng(5).random((2, 10_000)), fmt)
     exact = wide(x)
     one = array(np.ones(10_000), fmt)
-    centred = exact - exact.mean(-1, keepdims=True)
-    layernorm = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    centered = exact - exact.mean(-1, keepdims=True)
+    layernorm = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
     rmsnorm = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
     # Before the rounding the fp32 values err by less than 10,000 * 2^-24 = 6e-4 of 1 even if nothing cancels, so the
     # result is within that and half a distance of two 16-bit values (u relative) of the exact one.

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from refimpl.backends.base import NUMPY
-from refimpl.nn.elementwise import fan_in
 from refimpl.nn.op import Op
-from refimpl.nn.ops import OPS
+from refimpl.nn.ops import OPS, fan_in
 from refimpl.precision.policy import Bound, Run
 from refimpl.precision.recipes import get_recipe
 
@@ -246,7 +245,7 @@ def test_pointwise_operations_do_what_the_formula_says(op: str) -> None:
     assert_close(forward(op, x), np.vectorize(POINTWISE[op], otypes=[np.float64])(x))
 
 
-def normalised(row: Array) -> list[float]:
+def normalized(row: Array) -> list[float]:
     mean = math.fsum(row) / len(row)
     variance = math.fsum((x - mean) ** 2 for x in row) / len(row)
     return [(x - mean) / math.sqrt(variance + 1e-5) for x in row]
@@ -256,7 +255,7 @@ def test_layernorm_has_mean_0_and_variance_1_before_weight_and_bias() -> None:
     # Small values in row 0, so that a wrong place or size of eps is seen.
     x, w, b = draw(2, 3, 8), draw(8, seed=2), draw(8, seed=3)
     x[0] *= 1e-3
-    expected = np.array([[normalised(row) for row in plane] for plane in x])
+    expected = np.array([[normalized(row) for row in plane] for plane in x])
     assert_close(forward("layernorm", x, w, b), expected * w + b)
     assert_close(forward("layernorm", x, w, None), expected * w)
     assert_close(forward("layernorm", x[1, 1], w, b), expected[1, 1] * w + b)

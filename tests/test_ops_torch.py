@@ -59,10 +59,7 @@ from bounds import (
 
 from refimpl.backends.base import NUMPY
 from refimpl.nn.autograd import Tape, Value
-from refimpl.nn.elementwise import add, fan_in
-from refimpl.nn.embedding import embedding
-from refimpl.nn.linear import linear
-from refimpl.nn.ops import OPS
+from refimpl.nn.ops import OPS, add, embedding, fan_in, linear
 from refimpl.precision.policy import EVERY_OTHER, Monitor, Policy, Precision, Run
 from refimpl.precision.recipes import RECIPES as ALL_RECIPES
 from refimpl.precision.recipes import get_recipe
@@ -365,7 +362,7 @@ def test_every_operation_has_a_twin() -> None:
 
 def test_every_recipe_is_covered() -> None:
     # pure-fp16 differs from fp16 in what the optimizer keeps, not in its operations; fp64 is for test_ops_formula.py, and
-    # what is quantised or summed otherwise for test_schemes.py.
+    # what is quantized or summed otherwise for test_schemes.py.
     covered = [get_recipe(name).policy for name in RECIPES]
     assert all(recipe.policy in covered for name, recipe in ALL_RECIPES.items() if name != "fp64" and recipe.policy.in_formats)
 

@@ -17,7 +17,7 @@ import pytest
 import refimpl.optim.state
 from refimpl.backends.base import Backend
 from refimpl.nn.models.model import Model, Parameter
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.optim.optimizer import SCHEDULES, SGD, AdamW, Optimizer, Schedule
 from refimpl.optim.state import State
 from refimpl.precision.recipes import get_recipe
@@ -37,7 +37,7 @@ def constant(lr: float, steps: int = 2000) -> Schedule:
 
 def start_of(backend: Backend, model: Model, recipe: str, rule: AdamW | SGD) -> State:
     """A state before training, all zeros."""
-    return State(model, get_recipe(recipe).state_storages(rule.moments), backend)
+    return State(model, get_recipe(recipe).state_encodings(rule.moments), backend)
 
 
 def state_of(backend: Backend, model: Model, recipe: str, rule: AdamW | SGD, rng: np.random.Generator) -> State:

@@ -44,10 +44,10 @@ from bounds import (
 )
 
 from refimpl.backends.base import NUMPY
-from refimpl.nn.elementwise import erf, fan_in
+from refimpl.nn.elementwise import erf
 from refimpl.nn.models.model import Model, Parameter
-from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast, widen
+from refimpl.nn.ops import OPS, fan_in
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, is_float, widens_to
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
 from refimpl.optim.state import State
@@ -369,7 +369,7 @@ def run_softmax(case: Case) -> None:
 
 
 def rows_with_refimpls_epsilon(case: Case, x: Array) -> tuple[Array, Near, float]:
-    """x as rows of all axes that are normalised together, times s, and s.
+    """x as rows of all axes that are normalized together, times s, and s.
 
     refimpl's epsilon is 1e-5. With another, y = (x - mean) / sqrt(var + eps) stays the same if x is multiplied by
     s = sqrt(1e-5 / eps): mean, standard deviation and the root of epsilon all get the factor s.
@@ -391,8 +391,8 @@ def run_layernorm(case: Case) -> None:
     W, B, dy = wide(w.reshape(-1)), wide(b.reshape(-1)), near(np.zeros(rows.shape))
     agree(y, expected.reshape(rows.shape), layernorm_near(exact, W, B, dy)[0])
     agree(mean / np.float32(s), expected_mean.reshape(-1, 1), exact.mean() / constant(s))
-    centred = exact - exact.mean()
-    exact_rstd = ((centred * centred).mean() + constant(1e-5)).rsqrt() * constant(s)
+    centered = exact - exact.mean()
+    exact_rstd = ((centered * centered).mean() + constant(1e-5)).rsqrt() * constant(s)
     agree(rstd * np.float32(s), expected_rstd.reshape(-1, 1), exact_rstd)
 
 

@@ -28,13 +28,13 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from refimpl.nn.elementwise import gelu_erf as gelu_erf_op
-from refimpl.nn.elementwise import gelu_tanh as gelu_tanh_op
-from refimpl.nn.embedding import embedding as embedding_op
-from refimpl.nn.linear import linear as linear_op
-from refimpl.nn.norm import layernorm as layernorm_op
 from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast
+from refimpl.nn.ops import embedding as embedding_op
+from refimpl.nn.ops import gelu_erf as gelu_erf_op
+from refimpl.nn.ops import gelu_tanh as gelu_tanh_op
+from refimpl.nn.ops import layernorm as layernorm_op
+from refimpl.nn.ops import linear as linear_op
+from refimpl.numerics.casts import cast
 from refimpl.precision.recipes import get_recipe
 
 torch = pytest.importorskip("torch", reason="PyTorch's test inputs need torch==2.13.0: pip install -e '.[parity]'")
@@ -197,7 +197,7 @@ def softmax(sample: Any) -> Call:
 
 
 def layernorm(sample: Any) -> Call:
-    """With refimpl's epsilon in the place of the sample's; several axes that are normalised together are one."""
+    """With refimpl's epsilon in the place of the sample's; several axes that are normalized together are one."""
     known(sample, "eps")
     shape, *params = sample.args
     unless(len(params) == 2, "no weight")
@@ -468,7 +468,7 @@ ROUNDS = [name for name in OPINFOS if name not in ("reshape", "permute", "narrow
 def test_control_rounding_towards_zero_is_noticed(name: str, fmt: str, op_db: dict[str, Any]) -> None:
     fmt = "fp32" if OPINFOS[name].ops == ("cast",) else fmt  # that casts to 16 bits
     calls, _ = arranged(op_db[name], name, fmt)
-    with mock.patch("refimpl.precision.policy.door.cast", truncating):
+    with mock.patch("refimpl.precision.policy.cast", truncating):
         assert noticed(calls, fmt) > 0
 
 

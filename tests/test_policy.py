@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from refimpl.backends.base import NUMPY
-from refimpl.nn.linear import matmul
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
+from refimpl.nn.ops import matmul
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.state import State
 from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, Bound, Policy, Precision, Run
 from refimpl.precision.recipes import RECIPES, get_recipe
-from refimpl.step import through
+from refimpl.step import forward_backward
 
 A, B, C, D = (Precision(fmt, "fp32", fmt) for fmt in ("fp16", "bf16", "fp32", "fp64"))
 
@@ -87,7 +87,7 @@ def test_rows_of_a_place_come_first(key: str, place: str, expected: Precision) -
 
 
 def test_control_a_lookup_by_part_before_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`linear.dw` of all places before `lm_head:linear`: so a last layer that is meant for 16 bits would be quantised."""
+    """`linear.dw` of all places before `lm_head:linear`: so a last layer that is meant for 16 bits would be quantized."""
 
     def by_part(policy: Policy, key: str, place: str = "") -> Precision:
         while key:
@@ -123,7 +123,7 @@ def test_operations_are_handed_the_row_of_their_place() -> None:
 )
 def test_in_formats_says_whether_all_is_casts_and_plain_sums(row: Precision, in_formats: bool) -> None:
     assert Policy("p", {EVERY_OTHER: A, "lm_head:linear.y": row}).in_formats is in_formats
-    assert row.quantises is (not in_formats and row.acc == "fp32")  # the others have another accumulator
+    assert row.quantizes is (not in_formats and row.acc == "fp32")  # the others have another accumulator
 
 
 @pytest.mark.parametrize("acc", ["fp16", "bf16", "e8m14", "fp32/128"])
@@ -286,7 +286,7 @@ def test_grad_rounds_twice_where_the_seen_format_does_not_fit_the_stored_one() -
     (SAME, "fp32", None),
     ("fp32", "fp32", None),
     ("fp32", "fp16", None),
-    ("e4m3", "fp32", None),  # 8 bits: each GEMM quantises its own way
+    ("e4m3", "fp32", None),  # 8 bits: each GEMM quantizes its own way
     ("e4m3-tensor", "fp32", None),
 ])  # fmt: skip
 def test_which_parameters_are_cast_once_a_step(inputs: str, given: str, expected: str | None) -> None:
@@ -336,14 +336,14 @@ def test_the_monitor_hears_nothing_where_nothing_is_rounded() -> None:
 def test_a_uniform_fp32_or_fp64_run_rounds_nowhere() -> None:
     # one whole forward and backward: a recipe without rounding never calls the monitor, a 16-bit one does
     rng = np.random.default_rng(0)
-    model = mlp(MLPConfig(n_layer=1, n_embd=4, block_size=3, vocab_size=7))
+    model = mlp_model(MLPConfig(n_layer=1, n_embd=4, block_size=3, vocab_size=7))
     tokens = rng.integers(0, 7, (5, 3))
     heard = {}
     for name in ("fp64", "fp32", "bf16", "amp-bf16"):
         monitor, recipe = Recorder(), get_recipe(name)
-        state = State(model, recipe.state_storages(), NUMPY)
+        state = State(model, recipe.state_encodings(), NUMPY)
         state.load_weights(model.initial_weights(rng))
-        through(model, [(tokens, tokens)], state, np.float32(1), Run(recipe.policy, NUMPY, monitor))
+        forward_backward(model, [(tokens, tokens)], state, np.float32(1), Run(recipe.policy, NUMPY, monitor))
         heard[name] = set(monitor.sites)
     assert heard["fp64"] == heard["fp32"] == set()
     assert {"h.0.fc:linear.y.y", "lm_head:linear.dw.dw", "loss:cross_entropy.dlogits.stored"} <= heard["bf16"]

@@ -25,7 +25,7 @@ import pytest
 from script_loader import load_script
 
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import cast
+from refimpl.numerics.casts import cast
 from refimpl.parity.trace import record, save
 from refimpl.tools.html.figures import Picture
 from refimpl.tools.html.page import CSS
@@ -42,7 +42,7 @@ from refimpl.tools.precision_report.figures import (
     sweep_caption,
 )
 from refimpl.tools.precision_report.main import command, data, inspect_precision, terminal_text
-from refimpl.tools.precision_report.page import page
+from refimpl.tools.precision_report.page import precision_page
 from refimpl.tools.precision_report.tables import (
     COLUMNS,
     cast_of,
@@ -57,7 +57,7 @@ from refimpl.tools.precision_report.tables import (
     zone_shares,
     zones,
 )
-from refimpl.tools.precision_report.verdicts import percent, power, verdicts
+from refimpl.tools.precision_report.verdicts import percent, power, verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.mistakes import announcement
@@ -94,7 +94,7 @@ def pictures_of(case: str) -> dict[str, list[Picture]]:
 
 @functools.cache
 def page_of(case: str) -> str:
-    return page(inspected(case), "python scripts/inspect_precision.py")
+    return precision_page(inspected(case), "python scripts/inspect_precision.py")
 
 
 def counted(x: Sequence[float], fmt: str = "fp16") -> Counts:
@@ -205,8 +205,8 @@ def test_other_formats_stand_beside_the_run_s_own() -> None:
 
 def test_the_worst_are_not_called_so_where_nothing_is_lost() -> None:
     good, bad = by_hand({"lm_head:linear.y.y": counted([1.0])}), by_hand({"lm_head:linear.y.y": counted([2.0**-30])})
-    assert worst_sentence(verdicts(good), 10).startswith("No tensor loses more than")
-    assert worst_sentence(verdicts(bad), 10).startswith("The 1 of 1 tensors that lose most, or would without a loss scale")
+    assert worst_sentence(verdicts_of(good), 10).startswith("No tensor loses more than")
+    assert worst_sentence(verdicts_of(bad), 10).startswith("The 1 of 1 tensors that lose most, or would without a loss scale")
 
 
 def swept(head: list[tuple[float, int]], block: list[tuple[float, int]]) -> Inspection:
@@ -280,7 +280,7 @@ def test_recipes_of_every_kind_and_an_infinite_scale_have_a_page(recipe: str, mo
     pytest.importorskip("matplotlib")
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 4}
     inspection = inspect(fresh(Config.of({**sizes, "recipe": recipe, **more})), what_if=("e4m3", "fp16"))
-    text = page(inspection, "command")
+    text = precision_page(inspection, "command")
     assert ("fp32 masters, in two halves" in text) == (recipe == "bf16-remainder")
     assert ("divided by its scales" in " ".join(terminal_text(inspection).split())) == (recipe in ("fp8", "nvfp4"))
     assert math.isinf(inspection.rows[-1].loss_scale) == bool(more)
@@ -458,7 +458,7 @@ def test_every_figure_is_there_with_its_label_and_caption(case: str) -> None:
 def test_the_tables_hold_every_number(case: str) -> None:
     inspection, tables = inspected(case), Reader(page_of(case)).tables
     assert tables["The worst tensors"][1:] == [
-        [v.name, v.text, v.kind, cast_of(v.site)] for v in verdicts(inspection)[:20]
+        [v.name, v.text, v.kind, cast_of(v.site)] for v in verdicts_of(inspection)[:20]
     ]  # fmt: skip
     every = {row[0]: row[1:] for row in tables["All tensors"][1:]}
     assert every.keys() == inspection.sites.keys()
@@ -488,7 +488,7 @@ def test_other_formats_are_shown_where_they_were_asked_for() -> None:
 @needs_matplotlib
 def test_text_is_escaped() -> None:
     inspection = replace(inspected("fp32"), what='<script>alert("1")</script> & Größe')
-    text = page(inspection, "python 'a & b' <i>")
+    text = precision_page(inspection, "python 'a & b' <i>")
     assert complaints(text) == [] and text.isascii()
     reader = Reader(text)
     assert '<script>alert("1")</script> & Größe' in reader.texts["main"][0] and reader.texts["code"] == ["python 'a & b' <i>"]
@@ -496,11 +496,11 @@ def test_text_is_escaped() -> None:
 
 @needs_matplotlib
 def test_the_same_inspection_makes_the_same_page() -> None:
-    assert page(inspected("fp16"), "python scripts/inspect_precision.py") == page_of("fp16")
-    assert page(inspected("fp16"), "another command") != page_of("fp16")
+    assert precision_page(inspected("fp16"), "python scripts/inspect_precision.py") == page_of("fp16")
+    assert precision_page(inspected("fp16"), "another command") != page_of("fp16")
 
 
-def test_every_colour_has_one_for_dark_screens() -> None:
+def test_every_color_has_one_for_dark_screens() -> None:
     light, dark = (re.findall(r"(--\w+): (#\w+)", block) for block in re.findall(r":root {.*}", CSS))
     assert [name for name, _ in light] == [name for name, _ in dark] and len(light) == 5
     assert not {color for _, color in light} & {color for _, color in dark}
@@ -592,7 +592,7 @@ def test_the_terminal_gets_summary_tables_and_the_ten_worst() -> None:
     flowing = " ".join(text.split())
     for sentence in summary(inspection):
         assert sentence in flowing
-    ranked = verdicts(inspection)
+    ranked = verdicts_of(inspection)
     for v in ranked[:10]:
         assert f"{v.name} ({cast_of(v.site)}) {v.text}" in flowing
     assert f"({cast_of(ranked[10].site)}) {ranked[10].text}" not in flowing
@@ -616,7 +616,7 @@ def test_the_data_are_those_of_the_inspection() -> None:
     assert found["config"] == asdict(inspection.config) and found["what"] == inspection.what
     assert found["rows"] == [asdict(row) for row in inspection.rows]
     assert [row["step"] for row in found["sampled"]] == [1, 2, 4]
-    ranked = {v.site: v for v in verdicts(inspection)}
+    ranked = {v.site: v for v in verdicts_of(inspection)}
     assert found["sites"].keys() == inspection.sites.keys()
     for site, counts in inspection.sites.items():
         row = found["sites"][site]
@@ -664,7 +664,7 @@ def test_a_fresh_run_in_a_process_of_its_own_writes_the_same_page(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"written: {target}\nwritten: {out}\n")
     made = Reader(out.read_text()).texts["code"][0]
-    assert out.read_text() == page(inspected("fp16"), made)
+    assert out.read_text() == precision_page(inspected("fp16"), made)
     assert target.read_text() == json_text(data(inspected("fp16"))) + "\n"
     given = {**TINY, "init_scale": 2.0**17}
     assert made == command(given, None, None, 2, ["e4m3", "bf16"])
@@ -691,10 +691,10 @@ def test_the_page_lands_under_runs_beside_older_ones(tmp_path: Path, monkeypatch
     older = tmp_path / "runs" / "report-fp16-no-unscale.html"
     older.write_text("an older one")
     run(*TINY_FLAGS, "--mistake", "no-unscale")
-    page = (tmp_path / "runs" / "report-fp16-no-unscale-2.html").read_text()
-    assert complaints(page) == [] and older.read_text() == "an older one"
-    assert "<h1>Precision report: gpt, fp16, with the MISTAKE no-unscale</h1>" in page
-    assert f"<p>{announcement('no-unscale')}.</p>" in page
+    precision_page = (tmp_path / "runs" / "report-fp16-no-unscale-2.html").read_text()
+    assert complaints(precision_page) == [] and older.read_text() == "an older one"
+    assert "<h1>Precision report: gpt, fp16, with the MISTAKE no-unscale</h1>" in precision_page
+    assert f"<p>{announcement('no-unscale')}.</p>" in precision_page
 
 
 def test_a_run_of_train_py_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ algorithms.md section 9 lists them. Those that need no training, or a picture, a
 
     values at 2^-25, lost updates, moved weights, 100 updates, a loss of 1e-9, masters test_experiments.py
     14-bit sums of 4096 products: 2 to 4 %, below 0.3 % promoted every 128             test_accumulate.py
-    MX floor saturates 25 % of block maxima, rceil none                                test_quantise.py
+    MX floor saturates 25 % of block maxima, rceil none                                test_quantize.py
 
 The slow ones: pytest -m slow tests/test_published.py
 """
@@ -25,7 +25,7 @@ from refimpl.backends.base import NUMPY
 from refimpl.nn.attention import hide_later
 from refimpl.nn.norm import softmax
 from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.quantization.fp8 import DelayedScaling
 from refimpl.parity.trace import batches_of
 from refimpl.precision.policies import uniform
@@ -37,7 +37,7 @@ from refimpl.tools.experiments.updates import predicted_share
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sequential_batches
 from refimpl.training.generate import mean_loss
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.trainer import start
 
 pytestmark = pytest.mark.usefixtures("pythons_manual")
@@ -52,7 +52,7 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def run_of(recipe: str, seed: int = 0, **more: Any) -> tuple[Config, Parts]:
+def run_of(recipe: str, seed: int = 0, **more: Any) -> tuple[Config, Training]:
     """A run of the small GPT of the experiments: 0.1 million parameters, 256 tokens a step, on Python's documentation."""
     config = Config.of({**SMALL, "recipe": recipe, "seed": seed, **more})
     return config, start(config)
@@ -67,7 +67,7 @@ def held_back(blocks: int) -> list[Batch]:
     return list(islice(sequential_batches(load_corpus("pydoc", SMALL["block_size"]).valid, 16, SMALL["block_size"]), blocks))
 
 
-def validation_loss(parts: Parts, blocks: int = 48) -> float:
+def validation_loss(parts: Training, blocks: int = 48) -> float:
     """Over the first blocks * 16 * 32 bytes, by default 24,576, of the text that is held back."""
     return mean_loss(parts.model, parts.state, parts.run, held_back(blocks))
 
@@ -78,7 +78,7 @@ FINE_LR = 5e-6
 
 
 def warm_weights(seed: int, steps: int) -> dict[str, Array]:
-    """A model that has learnt a little, in FP32."""
+    """A model that has learned a little, in FP32."""
     config, parts = run_of("fp32", seed, lr=2e-3, steps=steps)
     for batch in batches(config):
         parts.step([batch])
@@ -186,7 +186,7 @@ def test_a_linear_layers_sums_of_4096_products(recipe: str, low: float, high: fl
     x, w = (cast(rng.random((16, 4096)), "bf16") for _ in range(2))
     p = Run(RECIPES[recipe].policy, NUMPY).bind("linear", "h.0")["y"]
     a, b = p.cast(x, "x", axis=1), p.cast(w, "w", axis=1)
-    exact = a.dequantise("fp64") @ b.dequantise("fp64").T
+    exact = a.dequantize("fp64") @ b.dequantize("fp64").T
     error = float((np.abs(p.gemm(a, b.T) - exact) / exact).max())
     print(f"{recipe}: {error:.2e}")
     assert low <= error <= high

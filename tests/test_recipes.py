@@ -13,8 +13,8 @@ from recipe_lists import MECHANISMS
 
 from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.ops import OPS
 from refimpl.numerics.accumulators import accumulator
 from refimpl.numerics.formats import FORMATS
@@ -22,8 +22,8 @@ from refimpl.numerics.quantization.registry import SCHEMES
 from refimpl.optim.state import State
 from refimpl.precision.policy import EVERY_OTHER, SAME, Precision, Run
 from refimpl.precision.recipes import MASTERS_FROM, RECIPES, STATE_KINDS, Recipe, get_recipe
-from refimpl.precision.state_encodings import STORAGES, get_storage
-from refimpl.step import through
+from refimpl.precision.state_encodings import ENCODINGS, get_encoding
+from refimpl.step import forward_backward
 
 # name: (weights, grads, main_grads, master, m, v), loss scale, what masters start from
 SR, BF16_MASTERS = "bf16-stochastic", ("bf16", "bf16", "", "fp32", "fp32", "fp32")
@@ -130,7 +130,7 @@ def test_state_tables(name: str) -> None:
     recipe, (storages, loss_scale, masters_from) = RECIPES[name], STATES[name]
     kinds = ("weights", "grads", "main_grads", "master", "m", "v")
     assert recipe.state == dict(zip(kinds, storages, strict=True)) and kinds == STATE_KINDS
-    assert recipe.state_storages() == {kind: fmt for kind, fmt in zip(kinds, storages, strict=True) if fmt}
+    assert recipe.state_encodings() == {kind: fmt for kind, fmt in zip(kinds, storages, strict=True) if fmt}
     assert recipe.loss_scale == loss_scale
     assert recipe.masters_from == masters_from and masters_from in MASTERS_FROM
 
@@ -146,7 +146,7 @@ def test_bytes_by_optimizer_and_accumulation(name: str) -> None:
 
 
 def test_every_storage_is_used_and_is_in_the_table_above() -> None:
-    assert {storage for storages, _, _ in STATES.values() for storage in storages if storage} == set(STORAGES) == set(PARTS)
+    assert {storage for storages, _, _ in STATES.values() for storage in storages if storage} == set(ENCODINGS) == set(PARTS)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -161,14 +161,14 @@ def test_buffers_are_the_parts_of_the_storages(name: str) -> None:
 
 
 def test_sgd_with_momentum_keeps_no_v() -> None:
-    assert list(RECIPES["fp16"].state_storages(("m",))) == ["weights", "grads", "master", "m"]
-    assert list(RECIPES["fp16"].state_storages(())) == ["weights", "grads", "master"]
+    assert list(RECIPES["fp16"].state_encodings(("m",))) == ["weights", "grads", "master", "m"]
+    assert list(RECIPES["fp16"].state_encodings(())) == ["weights", "grads", "master"]
 
 
 @pytest.mark.parametrize("n", [2, 8])
 def test_sums_over_micro_batches_are_kept_in_fp32_at_least(n: int) -> None:
     for name, recipe in RECIPES.items():
-        alone, summed = recipe.state_storages(), recipe.state_storages(grad_accum=n)
+        alone, summed = recipe.state_encodings(), recipe.state_encodings(grad_accum=n)
         assert summed["grads"] == ("fp64" if name == "fp64" else "fp32")
         others = {k: f for k, f in alone.items() if k not in ("grads", "main_grads")}  # the sums are the FP32 gradients
         assert {k: f for k, f in summed.items() if k != "grads"} == others
@@ -259,12 +259,12 @@ OPERANDS = {"linear.y": ("x", "w"), "linear.dx": ("dy", "w"), "linear.dw": ("dy"
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_quantised_recipes_differ_from_bf16_in_the_products_of_linear_only(name: str) -> None:
+def test_quantized_recipes_differ_from_bf16_in_the_products_of_linear_only(name: str) -> None:
     policy, bf16, (*schemes, acc) = RECIPES[name].policy, RECIPES["bf16"].policy, PRODUCTS[name]
     for (key, operands), pair in zip(OPERANDS.items(), schemes, strict=True):
         row = policy.row(key, "transformer.h.0.mlp.c_fc")
         assert (tuple(map(row.input, operands)), row.acc, row.out) == (pair, acc, "bf16"), key
-        assert row.quantises == any(scheme in SCHEMES for scheme in pair), key
+        assert row.quantizes == any(scheme in SCHEMES for scheme in pair), key
         assert policy.row(key, "lm_head") == Precision("bf16", "fp32", "bf16"), key  # the last layer is left alone
     for key in EVERY_ROW:
         if key != "linear" and key not in OPERANDS:
@@ -272,14 +272,14 @@ def test_quantised_recipes_differ_from_bf16_in_the_products_of_linear_only(name:
     assert not policy.in_formats
 
 
-def test_all_linear_layers_but_the_last_are_quantised() -> None:
-    # what delayed scaling remembers has the names of the tensors that were quantised
+def test_all_linear_layers_but_the_last_are_quantized() -> None:
+    # what delayed scaling remembers has the names of the tensors that were quantized
     layers = tuple(f"transformer.h.0.{layer}" for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
     recipe, tokens = RECIPES["fp8-delayed"], np.zeros((1, 4), np.int64)
-    for model, expected in ((gpt(GPTConfig(1, 1, 4, 4)), layers), (mlp(MLPConfig(2, 4, 4)), ("h.0.fc", "h.1.fc"))):
-        state, run = State(model, recipe.state_storages(), NUMPY), Run(recipe.policy, NUMPY)
+    for model, expected in ((gpt_model(GPTConfig(1, 1, 4, 4)), layers), (mlp_model(MLPConfig(2, 4, 4)), ("h.0.fc", "h.1.fc"))):
+        state, run = State(model, recipe.state_encodings(), NUMPY), Run(recipe.policy, NUMPY)
         state.load_weights(model.initial_weights(np.random.default_rng(0)))
-        through(model, [(tokens, tokens)], state, np.float32(1), run)
+        forward_backward(model, [(tokens, tokens)], state, np.float32(1), run)
         seen = {name.removesuffix(".e4m3").removesuffix(".e5m2") for name in run.scales.delayed}
         assert seen == {f"{layer}.{operand}" for layer in expected for operand in ("x", "w", "dy")}
 
@@ -298,7 +298,7 @@ def test_all_other_policies_know_formats_only() -> None:
 
 
 def test_no_policy_has_a_row_that_nothing_reads() -> None:
-    # a misspelt key would fall back in silence
+    # a misspelled key would fall back in silence
     for recipe in RECIPES.values():
         assert {row.removeprefix("lm_head:") for row in recipe.policy.rows} <= {*EVERY_ROW, EVERY_OTHER}, recipe.name
 
@@ -310,7 +310,7 @@ def test_every_named_format_scheme_accumulator_and_storage_exists() -> None:
             assert inputs <= {*FORMATS, SAME, *SCHEMES} and row.out in {*FORMATS, SAME}
             # rule 2: 16-bit arrays are storage, never arithmetic, but for sums of products in which this is what is studied
             assert row.acc in ("fp32", "fp64") or (key in OPERANDS and accumulator(row.acc))
-        assert {storage for storage in recipe.state.values() if storage} <= set(STORAGES)
+        assert {storage for storage in recipe.state.values() if storage} <= set(ENCODINGS)
 
 
 # ------------------------------------------------------------------------------------------------------------------ names
@@ -333,8 +333,8 @@ def test_an_unknown_recipe_is_an_error_that_lists_all(name: str) -> None:
 def mechanisms(recipe: Recipe) -> Iterator[tuple[object, ...]]:
     """What a recipe is made of, up to the choice among formats of one width."""
     buffers = recipe.buffers()
-    for kind, storage in recipe.state_storages().items():
-        yield kind, type(get_storage(storage)), buffers[kind].bytes_per_parameter
+    for kind, storage in recipe.state_encodings().items():
+        yield kind, type(get_encoding(storage)), buffers[kind].bytes_per_parameter
     yield "loss scale", recipe.loss_scale
     yield "masters from", recipe.masters_from
     yield "lists", recipe.policy.name.rpartition("-")[0] if recipe.policy.name.startswith("autocast") else ""

@@ -58,7 +58,7 @@ from refimpl.backends.base import NUMPY, Backend
 from refimpl.errors import UsageError
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.optim.loss_scale import DynamicLossScale
@@ -407,7 +407,7 @@ def toy(*shapes: tuple[int, ...]) -> Model:
 def check_optimizer(v: Vectors, name: str, rule: Rule, lr: float) -> None:
     """Every update as the training loop makes it, on one flat buffer; the first that differs in any bit is named."""
     start, *gradients = recorder.updates()
-    state = State(toy((recorder.N, 1)), get_recipe("fp32").state_storages(rule.moments), NUMPY)  # a matrix: it decays
+    state = State(toy((recorder.N, 1)), get_recipe("fp32").state_encodings(rule.moments), NUMPY)  # a matrix: it decays
     state.weights[...] = start
     optimizer = Optimizer(rule, Schedule(lr, lr, 0, len(gradients)))
     for t, g in enumerate(gradients):
@@ -484,7 +484,7 @@ def check_clipping(v: Vectors, i: int) -> None:
     assert_same_bits(norm_like_torch(np.array([norm_like_torch(g) for g in gradients])), norm, "norm")
     flat = np.concatenate([g.ravel() for g in gradients])
     assert_same_bits(flat * np.float32(clip_coefficient(norm, recorder.CLIP_NORMS[i])), clipped, "clipped gradients")
-    state = State(toy(flat.shape), get_recipe("fp32").state_storages(()), NUMPY)
+    state = State(toy(flat.shape), get_recipe("fp32").state_encodings(()), NUMPY)
     state.grads[...] = flat
     _, measured = check_and_measure(state, np.float32(1))
     assert abs(float(measured) - float(norm)) <= (flat.size / 8 + 16) * U * float(norm)
@@ -534,7 +534,7 @@ def test_from_pytorchs_gradients_follow_pytorchs_weights_bit_for_bit(with_fma: V
 
 
 def test_control_a_gradient_two_places_off_is_noticed_in_what_follows() -> None:
-    """The product with 1/S may round neighbours to one number, but not those two places apart."""
+    """The product with 1/S may round neighbors to one number, but not those two places apart."""
     for model in recorder.RUNS:
         for recipe in RECIPES:
             check_update(KEPT, model, recipe)
@@ -567,7 +567,7 @@ def run(model: str, recipe: str, policy: Policy | None = None, backend: Backend 
     config, table = replace(recorder.run_config(model, recipe), **changed), get_recipe(recipe)
     weights, batches = recorder.run_inputs(model)
     network, rule = config.make_model(), config.make_rule()
-    state = State(network, table.state_storages(rule.moments), NUMPY)
+    state = State(network, table.state_encodings(rule.moments), NUMPY)
     state.load_weights(weights)
     optimizer, loss_scale = config.make_optimizer(NUMPY), config.make_loss_scale(np)
     results, scaled = [], None

@@ -11,7 +11,7 @@ import pytest
 from recipe_lists import BASIC, others_slow
 
 from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast
+from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
 from refimpl.precision.recipes import RECIPES
 from refimpl.tools.precision_report.counts import (
@@ -44,7 +44,7 @@ def positive_values(fmt: str) -> list[float]:
 
 
 def samples(fmt: str) -> np.ndarray:
-    """FP32 values of all sizes: every value of the format, the middles, their FP32 neighbours, and far beyond both ends."""
+    """FP32 values of all sizes: every value of the format, the middles, their FP32 neighbors, and far beyond both ends."""
     values = np.array(positive_values(fmt))
     values = values[:: max(1, values.size // 3000)]
     middles = (values[1:] + values[:-1]) / 2
@@ -235,9 +235,9 @@ def test_a_watched_step_computes_the_same(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", BASIC)
 def test_no_rounding_of_a_tensor_escapes(recipe: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every narrowing conversion that leaves cast.py is counted, but for those of single numbers (1/S, Adam's scalars)."""
-    import refimpl.numerics.cast as door
+    from refimpl.numerics import casts
 
-    real, elements = door._convert, []
+    real, elements = casts._convert, []
 
     def counting(x: Any, dtype: Any, out: Any = None) -> Any:
         result = real(x, dtype, out)
@@ -250,7 +250,7 @@ def test_no_rounding_of_a_tensor_escapes(recipe: str, model: str, monkeypatch: p
     parts.watch(monitor)
     corpus = load_corpus("pydoc", TINY["block_size"])
     batch = sample_batch(corpus.train, TINY["batch_size"], TINY["block_size"], generator(1, BATCHES))
-    monkeypatch.setattr(door, "_convert", counting)
+    monkeypatch.setattr(casts, "_convert", counting)
     parts.step([batch])
     assert sum(c.elements for c in monitor.take()[0].values() if c.elements > 3) == sum(elements)
 

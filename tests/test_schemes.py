@@ -20,24 +20,24 @@ from refimpl.errors import UsageError
 from refimpl.nn.ops import OPS
 from refimpl.numerics.accumulators import matmul
 from refimpl.numerics.bits import bits_of
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of
-from refimpl.numerics.quantization.fp8 import DelayedScaling, quantise_blocks, quantise_rows, quantise_tensor, quantise_tiles
-from refimpl.numerics.quantization.mx import quantise_mx
-from refimpl.numerics.quantization.nvfp4 import quantise_nvfp4
+from refimpl.numerics.quantization.fp8 import DelayedScaling, quantize_blocks, quantize_rows, quantize_tensor, quantize_tiles
+from refimpl.numerics.quantization.mx import quantize_mx
+from refimpl.numerics.quantization.nvfp4 import quantize_nvfp4
 from refimpl.numerics.quantization.products import product
-from refimpl.numerics.quantization.quantized_tensor import Quantised, block_amax, spread
-from refimpl.numerics.quantization.registry import SCHEMES, Scales
+from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, block_amax, spread
+from refimpl.numerics.quantization.registry import SCHEMES, ScalingState
 from refimpl.numerics.quantization.rotation import random_signs, rotate
 from refimpl.numerics.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, tensor_stream
 from refimpl.precision.policies import low_products, uniform, with_sums
 from refimpl.precision.policy import EVERY_OTHER, Bound, Policy, Precision, Run
 from refimpl.precision.recipes import RECIPES
-from refimpl.step import through
+from refimpl.step import forward_backward
 from refimpl.tools.precision_report.counts import RoundingMonitor
 from refimpl.training.config import Config
 from refimpl.training.generate import mean_loss, sample
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.trainer import start
 
 Array = np.ndarray
@@ -61,7 +61,7 @@ def operands(rows: int = B * T) -> tuple[Array, Array, Array, Array]:
 
 def run_of(policy: Policy | str, monitor: Any = None, seed: int = SEED) -> Run:
     policy = RECIPES[policy].policy if isinstance(policy, str) else policy
-    return Run(policy, NUMPY, monitor, scales=Scales(seed))
+    return Run(policy, NUMPY, monitor, scales=ScalingState(seed))
 
 
 def linear(run: Run, x: Array, w: Array, b: Array, dy: Array, place: str = PLACE) -> tuple[Any, dict[str, Array]]:
@@ -81,55 +81,55 @@ def assert_same(ours: dict[str, Array], expected: dict[str, Array]) -> None:
 # -------------------------------------------------------------------------------------------------- products, spelled out
 
 Q = Callable[[Array, int, int], Any]
-"""(tensor, the axis that is summed over, the how manieth use of it in the pass) -> Quantised."""
+"""(tensor, the axis that is summed over, the how manieth use of it in the pass) -> QuantizedTensor."""
 
 
 def tensor(fmt: str) -> Q:
-    return lambda t, axis, use: quantise_tensor(t, fmt)
+    return lambda t, axis, use: quantize_tensor(t, fmt)
 
 
 def mx(fmt: str, rule: str) -> Q:
-    return lambda t, axis, use: quantise_mx(t, fmt, axis, rule)
+    return lambda t, axis, use: quantize_mx(t, fmt, axis, rule)
 
 
-def rows(t: Array, axis: int, use: int) -> Quantised:
-    return quantise_rows(t, "e4m3", axis)
+def rows(t: Array, axis: int, use: int) -> QuantizedTensor:
+    return quantize_rows(t, "e4m3", axis)
 
 
-def tiles(t: Array, axis: int, use: int) -> Quantised:
-    return quantise_tiles(t, "e4m3", axis)
+def tiles(t: Array, axis: int, use: int) -> QuantizedTensor:
+    return quantize_tiles(t, "e4m3", axis)
 
 
-def blocks(t: Array, axis: int, use: int) -> Quantised:
-    return quantise_blocks(t, "e4m3")
+def blocks(t: Array, axis: int, use: int) -> QuantizedTensor:
+    return quantize_blocks(t, "e4m3")
 
 
-def nvfp4(t: Array, axis: int, use: int) -> Quantised:
-    return quantise_nvfp4(t, axis)
+def nvfp4(t: Array, axis: int, use: int) -> QuantizedTensor:
+    return quantize_nvfp4(t, axis)
 
 
-def square(t: Array, axis: int, use: int) -> Quantised:
-    return quantise_nvfp4(t, square=True)
+def square(t: Array, axis: int, use: int) -> QuantizedTensor:
+    return quantize_nvfp4(t, square=True)
 
 
 def bits(t: Array, use: int, name: str = f"{PLACE}.dy", passes: int = 0, seed: int = SEED) -> Array:
     return random_bits(seed, passes, use << 40, t.size, zlib.crc32(name.encode())).reshape(t.shape)
 
 
-def nvfp4_sr(t: Array, axis: int, use: int) -> Quantised:
-    return quantise_nvfp4(t, axis, bits=bits(t, use))
+def nvfp4_sr(t: Array, axis: int, use: int) -> QuantizedTensor:
+    return quantize_nvfp4(t, axis, bits=bits(t, use))
 
 
 def turned(t: Array, axis: int) -> Array:
     return rotate(t, random_signs(SEED), axis) if t.shape[axis] % 16 == 0 else t
 
 
-def rotated(t: Array, axis: int, use: int) -> Quantised:
-    return quantise_nvfp4(turned(t, axis), axis)
+def rotated(t: Array, axis: int, use: int) -> QuantizedTensor:
+    return quantize_nvfp4(turned(t, axis), axis)
 
 
-def rotated_sr(t: Array, axis: int, use: int) -> Quantised:
-    return quantise_nvfp4(turned(t, axis), axis, bits=bits(t, use))
+def rotated_sr(t: Array, axis: int, use: int) -> QuantizedTensor:
+    return quantize_nvfp4(turned(t, axis), axis, bits=bits(t, use))
 
 
 FACTORS = {"x": ("e4m3", 12.5), "w": ("e4m3", 700.0), "dy": ("e5m2", 3e7)}
@@ -140,14 +140,14 @@ def delayed(operand: str) -> Q:
     fmt, factor = FACTORS[operand]
     f = np.full((1, 1), factor, np.float32)
 
-    def quantise(t: Array, axis: int, use: int) -> Quantised:
+    def quantize(t: Array, axis: int, use: int) -> QuantizedTensor:
         codes = bits_of(cast(widen(t, "fp32") * f, fmt, overflow="saturate"))
-        return Quantised(codes, fmt, 1 / f, "fp32", t.shape)
+        return QuantizedTensor(codes, fmt, 1 / f, "fp32", t.shape)
 
-    return quantise
+    return quantize
 
 
-def remember(scales: Scales) -> None:
+def remember(scales: ScalingState) -> None:
     for operand, (fmt, factor) in FACTORS.items():
         state = scales.delayed_scaling(f"{PLACE}.{operand}", fmt)
         state.factor = np.full((), factor, np.float32)
@@ -172,7 +172,7 @@ SPELLED: dict[str, tuple[tuple[Q | None, ...], str]] = {
 
 
 def spelled_out(name: str, x: Array, w: Array, b: Array, dy: Array) -> dict[str, Array]:
-    """Each operand quantised along the axis that its own product sums over, from the BF16 tensor; db from dy as it is."""
+    """Each operand quantized along the axis that its own product sums over, from the BF16 tensor; db from dy as it is."""
     (x_y, w_y, dy_dx, w_dx, dy_dw, x_dw), acc = SPELLED[name]
     assert x_y and w_y and dy_dx and w_dx
     gemm = partial(NUMPY.gemm, acc="fp32")  # in the same blocks of rows: on some BLAS a row depends on those beside it
@@ -189,7 +189,7 @@ def assert_spelled_out(name: str, rows: int = B * T) -> None:
     if name == "fp8-delayed":
         remember(run.scales)
     saved, ours = linear(run, x, w, b, dy)
-    assert saved[0] is x or np.array_equal(bits_of(saved[0]), bits_of(x)), "what is saved is the tensor before quantisation"
+    assert saved[0] is x or np.array_equal(bits_of(saved[0]), bits_of(x)), "what is saved is the tensor before quantization"
     assert_same(ours, spelled_out(name, x, w, b, dy))
 
 
@@ -205,8 +205,8 @@ def test_any_number_of_tokens_will_do(name: str, rows: int) -> None:
     assert_spelled_out(name, rows)
 
 
-def test_every_recipe_that_quantises_is_spelled_out() -> None:
-    assert {name for name, recipe in RECIPES.items() if any(row.quantises for row in recipe.policy.rows.values())} == {*SPELLED}
+def test_every_recipe_that_quantizes_is_spelled_out() -> None:
+    assert {name for name, recipe in RECIPES.items() if any(row.quantizes for row in recipe.policy.rows.values())} == {*SPELLED}
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp8", "nvfp4"])
@@ -243,16 +243,16 @@ def test_all_other_operations_are_those_of_bf16(name: str) -> None:
     assert_same(*results)
 
 
-def test_in_a_gpt_linear_layers_but_the_last_are_quantised_and_nothing_else() -> None:
+def test_in_a_gpt_linear_layers_but_the_last_are_quantized_and_nothing_else() -> None:
     parts, batch = small("mxfp8", model="gpt", n_head=2)
     monitor = RoundingMonitor()
     parts.watch(monitor)
     parts.step([batch])
     sites, _ = monitor.take()
     layers = [f"transformer.h.0.{layer}" for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
-    quantised = {f"{layer}:linear.{factor}" for layer in layers for factor in ("y.x", "y.w", "dx.dy", "dx.w", "dw.dy", "dw.x")}
-    assert {site for site, counts in sites.items() if counts.fmt == "e4m3"} == quantised
-    assert {counts.fmt for site, counts in sites.items() if site not in quantised} == {"bf16"}
+    quantized = {f"{layer}:linear.{factor}" for layer in layers for factor in ("y.x", "y.w", "dx.dy", "dx.w", "dw.dy", "dw.x")}
+    assert {site for site, counts in sites.items() if counts.fmt == "e4m3"} == quantized
+    assert {counts.fmt for site, counts in sites.items() if site not in quantized} == {"bf16"}
     assert "lm_head:linear.y.y" in sites
 
 
@@ -314,11 +314,11 @@ CURRENT = sorted(scheme for scheme in SCHEMES if "delayed" not in scheme)
 def test_an_operands_error_is_within_the_schemes_bound(scheme: str, axis: int) -> None:
     x = normal(B * T, C)
     x[3:20, 5:40], x[7] = cast(np.float32(1e-6), "bf16"), 0  # whole blocks that are small beside the tensor, and zeros
-    scales = Scales(SEED)
+    scales = ScalingState(SEED)
     source = widen(scales.source(scheme, x, axis), "fp64")
-    q = scales.quantise(scheme, x, axis, "x")
+    q = scales.quantize(scheme, x, axis, "x")
     bound = error_bound(scheme, cast(source, "fp32"), axis)
-    error = np.abs(q.dequantise("fp64") - source)
+    error = np.abs(q.dequantize("fp64") - source)
     assert (error <= bound).all()
     assert (error > 0.5 * bound)[bound > 0].any()  # and the bound is no empty one
 
@@ -344,7 +344,7 @@ def test_a_products_error_is_within_the_sum_of_its_operands_bounds(name: str) ->
     """
     x, w, b, dy = operands()
     _, ours = linear(run_of(name), x, w, b, dy)
-    scales = Scales(SEED)
+    scales = ScalingState(SEED)
     wide = {key: widen(array, "fp64") for key, array in (("x", x), ("w", w), ("b", b), ("dy", dy))}
     factors = {"y": ((x, 1), (w, 1)), "dx": ((dy, 1), (w, 0)), "dw": ((dy, 0), (x, 0))}
     exact = {"y": wide["x"] @ wide["w"].T + wide["b"], "dx": wide["dy"] @ wide["w"], "dw": wide["dy"].T @ wide["x"]}
@@ -376,7 +376,7 @@ def rotate_sizes(t: Array, axis: int) -> Array:
 # --------------------------------------------------------------------------------------------------------- delayed scaling
 
 
-def small(recipe: str, **more: Any) -> tuple[Parts, tuple[Array, Array]]:
+def small(recipe: str, **more: Any) -> tuple[Training, tuple[Array, Array]]:
     """A run of a small MLP of one hidden layer, and a batch of random tokens."""
     sizes = {"model": "mlp", "n_layer": 1, "n_embd": 16, "block_size": 8, "batch_size": 16, "warmup": 0, "lr": 0.02}
     config = Config.of({**sizes, "recipe": recipe, "seed": SEED, **more})
@@ -413,18 +413,18 @@ class Watched:
         self.amax: dict[int, list[float]] = {}
         self.updates: dict[int, int] = {}
         self.factors: dict[int, list[float]] = {}
-        quantise, update = DelayedScaling.quantise, DelayedScaling.update
+        quantize, update = DelayedScaling.quantize, DelayedScaling.update
 
-        def watched_quantise(state: DelayedScaling, x: Array) -> Quantised:
+        def watched_quantize(state: DelayedScaling, x: Array) -> QuantizedTensor:
             self.amax.setdefault(id(state), []).append(float(np.abs(widen(x, "fp64")).max()))
             self.factors.setdefault(id(state), []).append(float(state.factor))
-            return quantise(state, x)
+            return quantize(state, x)
 
         def watched_update(state: DelayedScaling) -> None:
             self.updates[id(state)] = self.updates.get(id(state), 0) + 1
             update(state)
 
-        monkeypatch.setattr(DelayedScaling, "quantise", watched_quantise)
+        monkeypatch.setattr(DelayedScaling, "quantize", watched_quantize)
         monkeypatch.setattr(DelayedScaling, "update", watched_update)
 
 
@@ -454,7 +454,7 @@ def assert_follows_the_rule(monkeypatch: pytest.MonkeyPatch, micro_batches: int 
         mean_loss(parts.model, parts.state, parts.run, [batch_of(7)])
         sample(parts.model, parts.state, parts.run, 3, np.random.default_rng(0))
         with np.errstate(all="ignore"):
-            through(parts.model, [batch_of(8)] * micro_batches, parts.state, np.float32(1e3), parts.run.frozen())
+            forward_backward(parts.model, [batch_of(8)] * micro_batches, parts.state, np.float32(1e3), parts.run.frozen())
         after = scales.arrays()
         assert all(np.array_equal(before[name], after[name]) for name in before) and scales.passes == step + 1
     assert any(seen_at_once) == (micro_batches > 1)  # x, w and dy are each seen twice a micro-batch, and are the same then
@@ -495,8 +495,8 @@ def test_a_frozen_run_shares_all_but_what_it_would_change() -> None:
 
 
 def test_one_tensor_in_two_formats_has_two_states() -> None:
-    scales, x = Scales(), normal(8, 32)
-    assert [scales.quantise(f"{fmt}-delayed", x, 1, "a.x").fmt for fmt in ("e4m3", "e5m2", "e4m3")] == ["e4m3", "e5m2", "e4m3"]
+    scales, x = ScalingState(), normal(8, 32)
+    assert [scales.quantize(f"{fmt}-delayed", x, 1, "a.x").fmt for fmt in ("e4m3", "e5m2", "e4m3")] == ["e4m3", "e5m2", "e4m3"]
     scales.after_pass()
     factors = {name: float(state.factor) for name, state in scales.delayed.items()}
     assert factors["a.x.e5m2"] == pytest.approx(factors["a.x.e4m3"] * 57344 / 448)
@@ -507,7 +507,7 @@ def test_one_tensor_in_two_formats_has_two_states() -> None:
 
 def test_two_tensors_never_draw_the_same_bits() -> None:
     """These two words have one CRC-32; without the check they would be rounded alike."""
-    scales = Scales(SEED)
+    scales = ScalingState(SEED)
     scales.random_bits("plumless", (4,))
     scales.random_bits("plumless", (4,))
     for frozen in (scales, scales.frozen()):
@@ -521,7 +521,7 @@ def test_signs_are_not_what_weights_or_tensors_draw(monkeypatch: pytest.MonkeyPa
     others = [random_bits(SEED, 0, 0, 64, stream) for use, stream in STREAMS.items() if use != "signs"]
     for crc in (*STREAMS.values(), FIRST_OF_TENSORS):
         monkeypatch.setattr(zlib, "crc32", lambda _, crc=crc: crc)
-        others.append(Scales(SEED).random_bits("a", (64,)))
+        others.append(ScalingState(SEED).random_bits("a", (64,)))
         assert tensor_stream("a") not in STREAMS.values()
     assert all(not np.array_equal(np.sign(signs), np.where(bits >> 31, -1, 1)) for bits in others)
 
@@ -529,7 +529,7 @@ def test_signs_are_not_what_weights_or_tensors_draw(monkeypatch: pytest.MonkeyPa
 def test_stochastic_rounding_has_other_bits_for_each_site_use_pass_and_seed() -> None:
     drawn = []
     for seed in (0, 1):
-        scales = Scales(seed)
+        scales = ScalingState(seed)
         for passes in range(2):
             for name in ("h.0.fc.dy", "h.1.fc.dy"):
                 for use in range(3):
@@ -564,34 +564,34 @@ def test_equal_seeds_give_equal_bits_and_other_ones_other_gradients() -> None:
 def test_the_mean_of_many_stochastic_gradients_is_right() -> None:
     """E of an element is x, so that of n draws is off by an ulp / sqrt(n) at most (of a variance of 1/4 ulp^2: 5 sigma)."""
     dy, n = cast(normal(16, 32, seed=3, std=1e-5), "fp32"), 400
-    scales, total = Scales(SEED), np.zeros((16, 32))
+    scales, total = ScalingState(SEED), np.zeros((16, 32))
     for _ in range(n):
-        total += scales.quantise("nvfp4-sr", dy, 1, "dy").dequantise("fp64")
-    q = scales.quantise("nvfp4-sr", dy, 1, "dy")
+        total += scales.quantize("nvfp4-sr", dy, 1, "dy").dequantize("fp64")
+    q = scales.quantize("nvfp4-sr", dy, 1, "dy")
     scale = spread(widen(q.scale_values(), "fp64") * float(q.tensor_scale), q.block, q.shape)
     inside = np.abs(dy) < 6 * scale  # the largest of a block may saturate
     ulp = np.maximum(0.5 * np.abs(dy), 0.5 * scale)
     assert (np.abs(total / n - dy) <= 5 * 0.5 * ulp / math.sqrt(n))[inside].all()
-    nearest = scales.quantise("nvfp4", dy, 1, "dy").dequantise("fp64")
+    nearest = scales.quantize("nvfp4", dy, 1, "dy").dequantize("fp64")
     assert not (np.abs(nearest - dy) <= 5 * 0.5 * ulp / math.sqrt(n))[inside].all()
 
 
 def test_the_rotation_cancels() -> None:
     """dw of rotated operands is dw but for the roundings of 16 sums on either side: 18 U of the sums of sizes."""
     x, _, _, dy = operands()
-    scales = Scales(SEED)
+    scales = ScalingState(SEED)
     dy_r, x_r = scales.source("nvfp4-rotated-sr", dy, 0), scales.source("nvfp4-rotated", x, 0)
     assert not np.allclose(dy_r, widen(dy, "fp32")) and not np.allclose(x_r, widen(x, "fp32"))
     exact = widen(dy, "fp64").T @ widen(x, "fp64")
     bound = 2 * 18 * 2.0**-24 * rotate_sizes(dy, 0).T @ rotate_sizes(x, 0)
     assert (np.abs(widen(dy_r, "fp64").T @ widen(x_r, "fp64") - exact) <= bound).all()
     # control: with the signs of another seed it does not
-    strange = Scales(SEED + 1).source("nvfp4-rotated", x, 0)
+    strange = ScalingState(SEED + 1).source("nvfp4-rotated", x, 0)
     assert not (np.abs(widen(dy_r, "fp64").T @ widen(strange, "fp64") - exact) <= bound).all()
 
 
 def test_what_16_does_not_divide_is_not_rotated() -> None:
-    scales = Scales(SEED)
+    scales = ScalingState(SEED)
     for n in (1, 15, 24, 40):
         x = normal(n, 32)
         assert scales.source("nvfp4-rotated", x, 0) is x
@@ -604,10 +604,10 @@ def test_what_16_does_not_divide_is_not_rotated() -> None:
 
 
 def test_scales_are_kept_and_loaded() -> None:
-    whole = Scales(SEED)
+    whole = ScalingState(SEED)
     for step in range(6):
         for fmt in ("e4m3", "e5m2"):
-            whole.quantise(f"{fmt}-delayed", normal(8, 32, seed=step), 1, "transformer.h.0.mlp.c_fc.x")
+            whole.quantize(f"{fmt}-delayed", normal(8, 32, seed=step), 1, "transformer.h.0.mlp.c_fc.x")
         whole.after_pass()
     arrays = whole.arrays()
     name = "transformer.h.0.mlp.c_fc.x"
@@ -615,11 +615,11 @@ def test_scales_are_kept_and_loaded() -> None:
     read_only = {key: np.array(array) for key, array in arrays.items()}
     for array in read_only.values():
         array.flags.writeable = False
-    resumed = Scales(SEED)
+    resumed = ScalingState(SEED)
     resumed.load(6, read_only)
     for step in range(6, 9):
         for scales in (whole, resumed):
-            scales.quantise("e4m3-delayed", normal(8, 32, seed=step), 1, name)
+            scales.quantize("e4m3-delayed", normal(8, 32, seed=step), 1, name)
             drawn = scales.random_bits(name, (5,))
             scales.after_pass()
         assert scales.passes == whole.passes == step + 1
@@ -649,7 +649,7 @@ KEPT = {"a.x.e4m3.amax_history": HISTORY, "a.x.e4m3.factor": FACTOR}
     ],
 )
 def test_what_scales_do_not_keep_is_refused_and_nothing_changes(arrays: dict[str, Array]) -> None:
-    scales = Scales(SEED, passes=3)
+    scales = ScalingState(SEED, passes=3)
     scales.load(3, KEPT)
     with pytest.raises(ValueError, match=r"."):
         scales.load(9, arrays)
@@ -659,7 +659,7 @@ def test_what_scales_do_not_keep_is_refused_and_nothing_changes(arrays: dict[str
 # ---------------------------------------------------------------------------------------------------------------- monitor
 
 
-def watched(policy: str, x: Array, w: Array, b: Array, dy: Array, prepare: Callable[[Scales], None] | None = None) -> Any:
+def watched(policy: str, x: Array, w: Array, b: Array, dy: Array, prepare: Callable[[ScalingState], None] | None = None) -> Any:
     run = run_of(policy, monitor := RoundingMonitor())
     if prepare is not None:
         prepare(run.scales)
@@ -673,12 +673,12 @@ def test_a_monitor_is_told_of_every_factor_and_changes_nothing(name: str) -> Non
     sites, results = watched(name, *operands())
     assert_same(results, linear(run_of(name), *operands())[1])
     schemes = SPELLED[name][0]
-    for key, quantise in zip(("y.x", "y.w", "dx.dy", "dx.w", "dw.dy", "dw.x"), schemes, strict=True):
-        if quantise is None:
+    for key, quantize in zip(("y.x", "y.w", "dx.dy", "dx.w", "dw.dy", "dw.x"), schemes, strict=True):
+        if quantize is None:
             assert key not in sites  # BF16 already
             continue
         x, w, _, dy = operands()
-        q = quantise({"x": x, "w": w, "dy": dy}[key.partition(".")[2]], 0, 1)
+        q = quantize({"x": x, "w": w, "dy": dy}[key.partition(".")[2]], 0, 1)
         counts, row = sites[key], FORMATS[q.fmt]
         assert counts.fmt == q.fmt and counts.elements == q.codes.size and counts.zeros == counts.overflowed == 0
         assert row.max / 4 < counts.largest < {"mx": 2 ** (math.frexp(row.max)[1])}.get(name[:2], row.max * 17 / 16 + 1e-3)
@@ -740,18 +740,18 @@ def test_a_monitor_sees_rotated_elements_rotated() -> None:
     [("matmul", (normal(2, 3), normal(3, 2)), {}), ("attention", (normal(1, 4, 12),), {"n_head": 1}),
      ("relu", (normal(2, 3),), {}), ("layernorm", (normal(2, 3), normal(3), normal(3)), {})],
 )  # fmt: skip
-def test_only_factors_of_linear_can_be_quantised(op: str, args: tuple[Array, ...], static: dict[str, int]) -> None:
+def test_only_factors_of_linear_can_be_quantized(op: str, args: tuple[Array, ...], static: dict[str, int]) -> None:
     p = run_of(Policy("p", {EVERY_OTHER: Precision("e4m3-tensor", "fp32", "bf16")})).bind(op, "here")
-    with pytest.raises(TypeError, match="only the factors of linear's products can be quantised, not to e4m3-tensor") as error:
+    with pytest.raises(TypeError, match="only the factors of linear's products can be quantized, not to e4m3-tensor") as error:
         OPS[op].forward(*args, p=p, **static)
     assert "\n" not in str(error.value) and op in str(error.value)
 
 
 @pytest.mark.parametrize("alone", ["x", "w"])
-def test_both_factors_are_quantised_or_none(alone: str) -> None:
+def test_both_factors_are_quantized_or_none(alone: str) -> None:
     policy = Policy("p", {EVERY_OTHER: Precision({alone: "e4m3-tensor"}, "fp32", "bf16")})
     x, w, b, _ = operands()
-    with pytest.raises(TypeError, match=r"linear\.y: a policy quantises both factors of a product, or none"):
+    with pytest.raises(TypeError, match=r"linear\.y: a policy quantizes both factors of a product, or none"):
         OPS["linear"].forward(x, w, b, p=run_of(policy).bind("linear", "here"))
 
 
@@ -866,43 +866,43 @@ ALONG_AN_AXIS = ["fp8-rows", "fp8-blocks", "mxfp8", "mxfp8-floor", "mxfp6", "mxf
 
 @pytest.mark.parametrize("name", ALONG_AN_AXIS)
 def test_control_the_wrong_axis_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantise = Scales.quantise
+    quantize = ScalingState.quantize
 
-    def along_the_other(scales: Scales, scheme: str, x: Array, axis: int, tensor: str) -> Quantised:
-        return quantise(scales, scheme, x, 1 - axis, tensor)
+    def along_the_other(scales: ScalingState, scheme: str, x: Array, axis: int, tensor: str) -> QuantizedTensor:
+        return quantize(scales, scheme, x, 1 - axis, tensor)
 
-    monkeypatch.setattr(Scales, "quantise", along_the_other)
+    monkeypatch.setattr(ScalingState, "quantize", along_the_other)
     with pytest.raises((AssertionError, ValueError)):
         assert_spelled_out(name)
 
 
 @pytest.mark.parametrize("name", ALONG_AN_AXIS)
-def test_control_a_quantised_tensor_that_is_quantised_again_for_its_other_axis_is_noticed(
+def test_control_a_quantized_tensor_that_is_quantized_again_for_its_other_axis_is_noticed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What comes of keeping x quantised along C for backward, and making the copy along the tokens from it."""
-    quantise = Scales.quantise
+    """What comes of keeping x quantized along C for backward, and making the copy along the tokens from it."""
+    quantize = ScalingState.quantize
 
-    def from_the_other(scales: Scales, scheme: str, x: Array, axis: int, tensor: str) -> Quantised:
+    def from_the_other(scales: ScalingState, scheme: str, x: Array, axis: int, tensor: str) -> QuantizedTensor:
         if axis == 0 and tensor.endswith(".x"):
-            x = quantise(scales, scheme.replace("-rotated", ""), x, 1, tensor).dequantise("bf16")
-        return quantise(scales, scheme, x, axis, tensor)
+            x = quantize(scales, scheme.replace("-rotated", ""), x, 1, tensor).dequantize("bf16")
+        return quantize(scales, scheme, x, axis, tensor)
 
-    monkeypatch.setattr(Scales, "quantise", from_the_other)
+    monkeypatch.setattr(ScalingState, "quantize", from_the_other)
     with pytest.raises(AssertionError, match="dw"):
         assert_spelled_out(name)
 
 
 @pytest.mark.parametrize("name", SPELLED)
-def test_control_db_from_the_quantised_dy_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_db_from_the_quantized_dy_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make = Bound.cast
 
-    def quantised_first(p: Bound, x: Array, operand: str, axis: int | None = None) -> Any:
+    def quantized_first(p: Bound, x: Array, operand: str, axis: int | None = None) -> Any:
         if p.op == "linear.db":
-            return make(run_of("fp8-e4m3").bind("linear", PLACE)["dx"], x, operand, 1).dequantise("bf16")
+            return make(run_of("fp8-e4m3").bind("linear", PLACE)["dx"], x, operand, 1).dequantize("bf16")
         return make(p, x, operand, axis)
 
-    monkeypatch.setattr(Bound, "cast", quantised_first)
+    monkeypatch.setattr(Bound, "cast", quantized_first)
     with pytest.raises(AssertionError, match="db"):
         assert_spelled_out(name)
 
@@ -917,25 +917,25 @@ def test_control_a_bias_that_is_added_after_the_rounding_is_noticed() -> None:
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_control_scales_that_learn_from_evaluation_are_noticed(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scales, "frozen", lambda scales: scales)
+    monkeypatch.setattr(ScalingState, "frozen", lambda scales: scales)
     with pytest.raises(AssertionError):
         assert_follows_the_rule(monkeypatch, micro_batches)
 
 
 def test_control_scales_that_change_within_a_step_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantise = DelayedScaling.quantise
+    quantize = DelayedScaling.quantize
 
-    def at_once(state: DelayedScaling, x: Array) -> Quantised:
-        q = quantise(state, x)
+    def at_once(state: DelayedScaling, x: Array) -> QuantizedTensor:
+        q = quantize(state, x)
         state.update()
         return q
 
-    monkeypatch.setattr(DelayedScaling, "quantise", at_once)
+    monkeypatch.setattr(DelayedScaling, "quantize", at_once)
     with pytest.raises(AssertionError):
         assert_follows_the_rule(monkeypatch)
 
 
-def test_control_a_last_layer_that_is_quantised_too_is_noticed() -> None:
+def test_control_a_last_layer_that_is_quantized_too_is_noticed() -> None:
     rows = {key: row for key, row in low_products("p", "e4m3-tensor").rows.items() if key != "lm_head:linear"}
     x, w, b, dy = operands()
     (_, ours), (_, bf16) = (linear(run_of(policy), x, w, b, dy, "lm_head") for policy in (Policy("p", rows), "bf16"))

@@ -19,7 +19,7 @@ import pytest
 from script_loader import load_script
 
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import cast
+from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import FORMATS
 from refimpl.tools.formats.plot import plot_formats, spacing
 from refimpl.tools.formats.report import (
@@ -362,7 +362,7 @@ def test_what_is_stored_is_what_cast_stores_and_off_by_half_an_ulp_at_most(fmt: 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt not in ("fp64", "e8m0")])
 def test_rounding_once_is_the_nearest_value_with_an_even_fraction_at_ties(fmt: str) -> None:
-    """Against exact arithmetic: neither neighbour is nearer, and at a tie the code is even."""
+    """Against exact arithmetic: neither neighbor is nearer, and at a tie the code is even."""
     row = FORMATS[fmt]
     for number in samples(2):
         once = rounded_once(number, fmt)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from refimpl.errors import UsageError
-from refimpl.numerics.bits import bits
+from refimpl.numerics.bits import bit_string
 from refimpl.numerics.formats import FORMATS, digits, ulp
 from refimpl.precision.policy import Policy, Precision
 from refimpl.precision.recipes import RECIPES, Recipe
@@ -47,7 +47,7 @@ def finite_magnitudes(fmt: str) -> list[float]:
     ],
 )
 def test_bits_of_known_values(value: float, dtype: type, expected: str) -> None:
-    assert bits(np.array(value, dtype)) == expected
+    assert bit_string(np.array(value, dtype)) == expected
 
 
 @pytest.mark.parametrize("fmt", SMALL)
@@ -55,7 +55,7 @@ def test_bits_spell_every_code(fmt: str) -> None:
     row = FORMATS[fmt]
     widths = [n for n in (row.sign_bits, row.exponent_bits, row.fraction_bits) if n]
     for code, value in enumerate(every_value(fmt)):
-        text = bits(value)
+        text = bit_string(value)
         assert [len(field) for field in text.split("|")] == widths
         assert int(text.replace("|", ""), 2) == code
 

@@ -8,18 +8,18 @@ import pytest
 
 import refimpl.optim.state
 from refimpl.backends.base import NUMPY
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.bits import bits_of
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of, is_float
 from refimpl.optim.optimizer import AdamW, Optimizer, Schedule
 from refimpl.optim.state import Layout, State, blocks
 from refimpl.precision.recipes import RECIPES, get_recipe
 
-TINY_GPT = gpt(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=5, vocab_size=11))
-TINY_MLP = mlp(MLPConfig(n_layer=1, n_embd=4, block_size=3, vocab_size=7))
+TINY_GPT = gpt_model(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=5, vocab_size=11))
+TINY_MLP = mlp_model(MLPConfig(n_layer=1, n_embd=4, block_size=3, vocab_size=7))
 
 
 def toy(**shapes: tuple[int, ...]) -> Model:
@@ -28,7 +28,7 @@ def toy(**shapes: tuple[int, ...]) -> Model:
 
 
 def state_of(model: Model, recipe: str, grad_accum: int = 1) -> State:
-    return State(model, get_recipe(recipe).state_storages(grad_accum=grad_accum), NUMPY)
+    return State(model, get_recipe(recipe).state_encodings(grad_accum=grad_accum), NUMPY)
 
 
 def weights_of(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
@@ -124,7 +124,7 @@ def test_nbytes_is_bytes_a_parameter_times_parameters(name: str, grad_accum: int
     embeddings = sum(math.prod(TINY_GPT.parameters[f"transformer.{x}.weight"].shape) for x in ("wte", "wpe"))
     assert exact == (8 * embeddings if name == "adam-8bit-fp32-embeddings" else 0)
     assert bool(scales) == name.startswith("adam-") and all(len(buffer) == math.ceil(n / 256) for buffer in scales)
-    for kind, storage in recipe.state_storages(grad_accum=grad_accum).items():
+    for kind, storage in recipe.state_encodings(grad_accum=grad_accum).items():
         main = state.buffers[kind]
         assert main.dtype == (np.uint8 if f"{kind}_scales" in state.buffers else dtype_of(storage.partition("-")[0]))
         assert main.shape == (n,)

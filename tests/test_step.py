@@ -16,17 +16,17 @@ from strict_backend import BACKENDS, STRICT
 import refimpl.optim.state
 from refimpl.backends.base import NUMPY, Backend
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.optim.gradients import check_and_measure
 from refimpl.optim.loss_scale import make_loss_scale
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.optim.state import State
 from refimpl.precision.policy import Run
 from refimpl.precision.recipes import RECIPES, get_recipe
-from refimpl.step import Batch, StepResult, through, train_step
+from refimpl.step import Batch, StepResult, forward_backward, train_step
 
 VOCABULARY = 17
 HOST_ONLY = [
@@ -34,12 +34,12 @@ HOST_ONLY = [
     "fp8", "fp8-delayed", "fp8-e4m3", "fp8-rows", "fp8-rows-dw-bf16", "fp8-blocks",
     "mxfp8", "mxfp8-floor", "mxfp6", "mxfp4", "nvfp4", "fp8-14bit", "fp8-14bit-128", "fp16-sums", "fp16-sums-64",
 ]  # fmt: skip
-"""Recipes that a device refuses: states in 8-bit codes, operands that are quantised, other sums."""
+"""Recipes that a device refuses: states in 8-bit codes, operands that are quantized, other sums."""
 OF_FP16 = ("fp16", "pure-fp16", "amp-fp16", "amp-fp16-cpu", "apex-o2", "fp16-sums", "fp16-sums-64")
 EVERYWHERE = [recipe for recipe in RECIPES if recipe not in HOST_ONLY]
-GPT = gpt(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY))
-SHALLOW = gpt(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY))
-MLP = mlp(MLPConfig(n_layer=1, n_embd=8, block_size=8, vocab_size=VOCABULARY))
+GPT = gpt_model(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY))
+SHALLOW = gpt_model(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=VOCABULARY))
+MLP = mlp_model(MLPConfig(n_layer=1, n_embd=8, block_size=8, vocab_size=VOCABULARY))
 MODELS = {"gpt": GPT, "mlp": MLP}
 RUNS = [
     (recipe, name, model)
@@ -51,7 +51,7 @@ OF_EACH_KIND = [
     *((recipe, "strict", "gpt") for recipe in ("fp16", "amp-fp16", "bf16-sr", "adam-8bit")),
     *((recipe, "numpy", "mlp") for recipe in ("fp32", "fp16", "bf16", "amp-fp16", "mxfp8")), ("fp16", "strict", "mlp"),
 ]  # fmt: skip
-"""Of RUNS: every mechanism in the model that has nearly all operations; the other in each format, under autocast, quantised.
+"""Of RUNS: every mechanism in the model that has nearly all operations; the other in each format, under autocast, quantized.
 That a device computes what the host does is what test_strict_backend.py holds."""
 
 
@@ -66,7 +66,7 @@ class Training:
         row, rule = get_recipe(recipe), rule or AdamW()
         self.backend, self.model = backend, model
         self.run = Run(row.policy, backend)
-        self.state = State(model, row.state_storages(rule.moments, grad_accum), backend)
+        self.state = State(model, row.state_encodings(rule.moments, grad_accum), backend)
         self.state.load_weights(model.initial_weights(np.random.default_rng(0)))
         self.optimizer = Optimizer(rule, Schedule(lr, lr, 0, steps), backend.xp)
         self.loss_scale = make_loss_scale(loss_scale or row.loss_scale, xp=backend.xp, **more)
@@ -75,10 +75,10 @@ class Training:
         there = [self.there(*batch) for batch in batches]
         return train_step(self.model, there, self.state, self.optimizer, self.loss_scale, self.run, max_norm)
 
-    def through(self, *batches: Batch, S: float = 1.0) -> None:
+    def forward_backward(self, *batches: Batch, S: float = 1.0) -> None:
         """Stage 2 alone, which leaves the gradients of S times the loss."""
         (scale,) = self.there(np.float32(S))
-        through(self.model, [self.there(*batch) for batch in batches], self.state, scale, self.run)
+        forward_backward(self.model, [self.there(*batch) for batch in batches], self.state, scale, self.run)
 
     def there(self, *arrays: np.ndarray) -> tuple[Any, ...]:
         return tuple(self.backend.from_host(x) for x in arrays)
@@ -316,7 +316,7 @@ def test_without_a_scale_small_fp16_gradients_vanish(backend: Backend) -> None:
     zeros = {}
     for recipe, seed in (("fp16", 2.0**-20), ("fp16", 2.0**-4), ("bf16", 2.0**-20)):
         training = Training(backend, GPT, recipe)
-        training.through(batch(), S=seed)
+        training.forward_backward(batch(), S=seed)
         zeros[recipe, seed] = float((widen(training.host("grads")) == 0).mean())
     print(zeros)
     assert zeros["fp16", 2.0**-20] > 0.9
@@ -371,9 +371,9 @@ def test_micro_batches_are_summed_in_fp32(recipe: str, backend: Backend) -> None
 def test_gradients_of_the_last_step_are_forgotten(backend: Backend) -> None:
     one, other = (Training(backend, MLP, "fp32", grad_accum=2) for _ in range(2))
     parts = [batch(2), batch(3)]
-    one.through(batch(7), batch(8))
+    one.forward_backward(batch(7), batch(8))
     for training in (one, other):
-        training.through(*parts)
+        training.forward_backward(*parts)
     assert one.host("grads").tobytes() == other.host("grads").tobytes()
 
 
@@ -384,7 +384,7 @@ def test_gradients_of_the_last_step_are_forgotten(backend: Backend) -> None:
 def large(monkeypatch: pytest.MonkeyPatch) -> Training:
     """A run with more than four blocks of parameters, gradients in 16 bits, after a step."""
     monkeypatch.setattr(refimpl.optim.state, "BLOCK", 1 << 14)
-    model = mlp(MLPConfig(n_layer=2, n_embd=64, block_size=16, vocab_size=VOCABULARY))
+    model = mlp_model(MLPConfig(n_layer=2, n_embd=64, block_size=16, vocab_size=VOCABULARY))
     assert model.n_params > 4 * refimpl.optim.state.BLOCK
     training = Training(NUMPY, model, "bf16")
     rng = np.random.default_rng(3)
@@ -453,7 +453,7 @@ def test_clipping_scaled_gradients_would_stop_the_training(backend: Backend) -> 
         before = training.host("master")
         S = float(training.loss_scale.scale)
         training.state.weights_down()
-        training.through(batch(), S=S)
+        training.forward_backward(batch(), S=S)
         one, inverse = training.there(np.float32(1), np.float32(1 / S))
         found, norm = check_and_measure(training.state, one if mistake else inverse)
         training.optimizer.update(training.state, inverse, min(1.0, 1.0 / float(norm)), found)

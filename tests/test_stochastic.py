@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from refimpl.numerics.bits import bits_of, from_bits, resized
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, dtype_of
 from refimpl.numerics.stochastic import philox, random_bits, round_exactly, stochastic_round
 
@@ -96,7 +96,7 @@ def test_values_of_the_format_stay(fmt: str) -> None:
 
 
 @pytest.mark.parametrize("fmt", SMALL)
-def test_the_result_is_one_of_the_two_neighbours(fmt: str) -> None:
+def test_the_result_is_one_of_the_two_neighbors(fmt: str) -> None:
     row = FORMATS[fmt]
     values = widen(from_bits(np.arange(1 << row.bits).astype(f"u{row.itemsize}"), fmt), "fp64")
     values = np.unique(values[np.isfinite(values)])

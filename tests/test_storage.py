@@ -21,10 +21,10 @@ import refimpl.precision.state_encodings
 from refimpl.backends.base import NUMPY
 from refimpl.backends.threads import Workers
 from refimpl.errors import UsageError
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.bits import bits_of, from_bits
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.compensated import kahan_update, merge, split
 from refimpl.numerics.formats import dtype_of
 from refimpl.numerics.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, stochastic_round
@@ -35,19 +35,19 @@ from refimpl.optim.state import State
 from refimpl.precision.policy import Run
 from refimpl.precision.recipes import RECIPES, STATE_KINDS, get_recipe
 from refimpl.precision.state_encodings import (
+    ENCODINGS,
     MAIN,
-    STORAGES,
     Blockwise,
-    Draw,
+    BufferSpec,
     FP32Embeddings,
     Kahan,
-    Part,
     Plain,
+    RandomKey,
     Remainder,
     Stochastic,
     buffers_of,
     dynamic_codebook,
-    get_storage,
+    get_encoding,
     nearest,
 )
 from refimpl.step import StepResult, train_step
@@ -63,7 +63,7 @@ ONE = np.float32(1)
 
 def parts_of(storage: str, n: int = SIZE) -> dict[str, Array]:
     """Empty parts for n values."""
-    return {name: np.zeros(part.size(n), part.dtype) for name, part in get_storage(storage).parts.items()}
+    return {name: np.zeros(part.size(n), part.dtype) for name, part in get_encoding(storage).parts.items()}
 
 
 def values(n: int = SIZE, seed: int = 0) -> Array:
@@ -72,11 +72,11 @@ def values(n: int = SIZE, seed: int = 0) -> Array:
     return cast(rng.standard_normal(n) * 10.0 ** rng.uniform(-6, 1, n), "fp32")
 
 
-def rounded_trip(storage: str, x: Array, draw: Draw = Draw(0, np.int64(0), 0)) -> Array:  # noqa: B008 (nothing changes it)
+def rounded_trip(storage: str, x: Array, key: RandomKey = RandomKey(0, np.int64(0), 0)) -> Array:  # noqa: B008 (nothing changes it)
     """What is read after `x` was written."""
     parts = parts_of(storage, x.size)
-    get_storage(storage).write(parts, x, draw)
-    return get_storage(storage).read(parts, "fp32")
+    get_encoding(storage).write(parts, x, key)
+    return get_encoding(storage).read(parts, "fp32")
 
 
 def toy(n: int = SIZE) -> Model:
@@ -97,10 +97,10 @@ def updated(weights: str, w: Array, gradients: list[Array], seed: int = 0, lr: f
 
 
 def test_get_storage_finds_by_name_and_lists_all() -> None:
-    assert get_storage("bf16-kahan") is STORAGES["bf16-kahan"]
+    assert get_encoding("bf16-kahan") is ENCODINGS["bf16-kahan"]
     with pytest.raises(UsageError, match="unknown storage 'int4'") as caught:
-        get_storage("int4")
-    assert all(name in str(caught.value) for name in STORAGES)
+        get_encoding("int4")
+    assert all(name in str(caught.value) for name in ENCODINGS)
 
 
 def test_buffers_are_named_by_kind_and_part() -> None:
@@ -110,9 +110,9 @@ def test_buffers_are_named_by_kind_and_part() -> None:
 
 
 def test_a_block_takes_the_scales_that_are_its_own() -> None:
-    scales = Part(np.dtype(np.float32), 256)
+    scales = BufferSpec(np.dtype(np.float32), 256)
     assert scales.slice(slice(0, 256)) == slice(0, 1) and scales.slice(slice(512, 1000)) == slice(2, 4)
-    assert Part(np.dtype(np.uint8)).slice(slice(7, 9)) == slice(7, 9)
+    assert BufferSpec(np.dtype(np.uint8)).slice(slice(7, 9)) == slice(7, 9)
     with pytest.raises(ValueError, match="starts at 7, within 256"):
         scales.slice(slice(7, 300))
 
@@ -122,9 +122,9 @@ def test_a_block_takes_the_scales_that_are_its_own() -> None:
 
 @pytest.mark.parametrize("fmt", ["fp64", "fp32", "fp16", "bf16"])
 def test_plain_is_a_cast(fmt: str) -> None:
-    storage, x, parts = get_storage(fmt), values(), parts_of(fmt)
+    storage, x, parts = get_encoding(fmt), values(), parts_of(fmt)
     assert type(storage) is Plain
-    for write in (lambda: storage.write(parts, x, Draw(1, np.int64(2), 3)), lambda: storage.start(parts, x)):
+    for write in (lambda: storage.write(parts, x, RandomKey(1, np.int64(2), 3)), lambda: storage.start(parts, x)):
         parts[MAIN][...] = 0
         write()
         assert parts[MAIN].tobytes() == cast(x, fmt).tobytes()
@@ -137,17 +137,17 @@ def test_plain_is_a_cast(fmt: str) -> None:
 
 
 def test_stochastic_is_stochastic_round_by_seed_update_and_index() -> None:
-    x, storage = values(), get_storage("bf16-stochastic")
+    x, storage = values(), get_encoding("bf16-stochastic")
     for seed, t, start in ((0, 0, 0), (5, 7, 256), (1 << 40, 3, 123)):
         expected = stochastic_round(x, "bf16", random_bits(seed, t, start, SIZE))
-        assert rounded_trip("bf16-stochastic", x, Draw(seed, np.int64(t), start)).tobytes() == widen(expected).tobytes()
+        assert rounded_trip("bf16-stochastic", x, RandomKey(seed, np.int64(t), start)).tobytes() == widen(expected).tobytes()
     parts = parts_of("bf16-stochastic")
     storage.start(parts, x)  # nothing is left to chance before training
     assert parts[MAIN].tobytes() == cast(x, "bf16").tobytes()
 
 
-@pytest.mark.parametrize("other", [Draw(1, np.int64(0), 0), Draw(0, np.int64(1), 0), Draw(0, np.int64(0), 4)])
-def test_another_seed_update_or_index_makes_other_bits(other: Draw) -> None:
+@pytest.mark.parametrize("other", [RandomKey(1, np.int64(0), 0), RandomKey(0, np.int64(1), 0), RandomKey(0, np.int64(0), 4)])
+def test_another_seed_update_or_index_makes_other_bits(other: RandomKey) -> None:
     """Negative control of the above: nearly all values lie between two of BF16, and half of their draws fall the other way."""
     x = cast(np.full(SIZE, 1 + 2.0**-8), "fp32")  # half way
     differ = (rounded_trip("bf16-stochastic", x) != rounded_trip("bf16-stochastic", x, other)).mean()
@@ -226,8 +226,8 @@ def test_draws_that_do_not_go_on_with_the_updates_are_found(monkeypatch: pytest.
     """The same bits in each update: a weight moves always or never. The mean hides it, the spread is ten times as large."""
     write = Stochastic.write
 
-    def standing(self: Stochastic, parts: Any, x: Array, draw: Draw) -> None:
-        write(self, parts, x, draw._replace(t=np.int64(0)))
+    def standing(self: Stochastic, parts: Any, x: Array, key: RandomKey) -> None:
+        write(self, parts, x, key._replace(t=np.int64(0)))
 
     monkeypatch.setattr(Stochastic, "write", standing)
     with pytest.raises(AssertionError):
@@ -287,8 +287,8 @@ def test_weight_decay_is_not_compensated() -> None:
 
 def test_a_remainder_gives_every_master_back() -> None:
     x = values()
-    parts, storage = parts_of("bf16-remainder"), get_storage("bf16-remainder")
-    storage.write(parts, x, Draw(0, np.int64(0), 0))
+    parts, storage = parts_of("bf16-remainder"), get_encoding("bf16-remainder")
+    storage.write(parts, x, RandomKey(0, np.int64(0), 0))
     w, r = split(x)
     assert parts[MAIN].tobytes() == w.tobytes() and parts["remainder"].tobytes() == r.tobytes()
     assert storage.read(parts, "fp32").tobytes() == storage.values(parts).tobytes() == x.tobytes()
@@ -370,7 +370,7 @@ def test_codes_and_scales_are_torchaos(storage: str) -> None:
     x = np.zeros(256, np.float32)
     x[:16] = abs(X) if storage == "int8-unsigned" else X
     parts = parts_of(storage, 256)
-    get_storage(storage).write(parts, x, Draw(0, np.int64(0), 0))
+    get_encoding(storage).write(parts, x, RandomKey(0, np.int64(0), 0))
     zero = 127 if storage == "int8-signed" else 0
     assert parts[MAIN].dtype == np.uint8 and parts[MAIN].tolist() == [*codes, *[zero] * 240]
     assert [float(s).hex() for s in parts["scales"]] == [scale]
@@ -437,9 +437,9 @@ def test_blocks_of_zeros_of_tiny_values_and_of_part_of_256(storage: str) -> None
     """Zeros stay zeros, those of a fresh state too. A scale is at least 1e-12 by the largest code."""
     x = np.zeros(600, np.float32)
     x[256:512], x[512:] = 1e-14, np.linspace(0, 3, 88)
-    parts, row = parts_of(storage, 600), get_storage(storage)
+    parts, row = parts_of(storage, 600), get_encoding(storage)
     assert not row.read(parts, "fp32").any()
-    row.write(parts, x, Draw(0, np.int64(0), 0))
+    row.write(parts, x, RandomKey(0, np.int64(0), 0))
     largest = 448 if storage == "e4m3-blocks" else 1
     least = np.float32(1e-12) / np.float32(largest)
     assert parts["scales"].tolist() == [least, least, np.float32(3) / np.float32(largest)]
@@ -449,17 +449,17 @@ def test_blocks_of_zeros_of_tiny_values_and_of_part_of_256(storage: str) -> None
 
 
 @pytest.mark.parametrize("storage", TORCHAO)
-def test_a_block_is_kept_whatever_its_neighbours_are(storage: str) -> None:
+def test_a_block_is_kept_whatever_its_neighbors_are(storage: str) -> None:
     x = abs(values())
     parts, alone = parts_of(storage), parts_of(storage, 256)
-    get_storage(storage).write(parts, x, Draw(0, np.int64(0), 0))
-    get_storage(storage).write(alone, x[256:512], Draw(0, np.int64(0), 0))
+    get_encoding(storage).write(parts, x, RandomKey(0, np.int64(0), 0))
+    get_encoding(storage).write(alone, x[256:512], RandomKey(0, np.int64(0), 0))
     assert parts[MAIN][256:512].tobytes() == alone[MAIN].tobytes() and parts["scales"][1] == alone["scales"][0]
 
 
 # ----------------------------------------------------------------------------------------------------- trainings that agree
 
-TINY = mlp(MLPConfig(n_layer=1, n_embd=8, block_size=8, vocab_size=17))
+TINY = mlp_model(MLPConfig(n_layer=1, n_embd=8, block_size=8, vocab_size=17))
 
 
 class Training:
@@ -468,7 +468,7 @@ class Training:
     def __init__(self, recipe: str, rounded: bool = False, grad_accum: int = 1, steps: int = 40, loss_scale: str = "") -> None:
         row = get_recipe(recipe)
         self.run, self.recipe = Run(row.policy, NUMPY), row
-        self.state = State(TINY, row.state_storages(grad_accum=grad_accum), NUMPY)
+        self.state = State(TINY, row.state_encodings(grad_accum=grad_accum), NUMPY)
         self.state.load_weights(TINY.initial_weights(np.random.default_rng(0)), rounded)
         self.optimizer = Optimizer(AdamW(), Schedule(3e-3, 3e-3, 0, steps))
         self.loss_scale = make_loss_scale(loss_scale or row.loss_scale)
@@ -624,23 +624,23 @@ def test_a_skipped_step_takes_no_draws(spoil: Callable[[float], None]) -> None:
 
 def test_embeddings_keep_every_bit_and_the_others_are_coded_as_if_alone() -> None:
     """300 embeddings, in the middle of a block of 256: what is coded beside them has a scale of its own."""
-    storage, plain = get_storage("int8-signed-embeddings-fp32").of(300), get_storage("int8-signed")
+    storage, plain = get_encoding("int8-signed-embeddings-fp32").of(300), get_encoding("int8-signed")
     x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     x[:300] *= 1e9
     both, alone = ({name: np.zeros(part.size(1000), part.dtype) for name, part in s.parts.items()} for s in (storage, plain))
     assert {name: len(part) for name, part in both.items()} == {"": 1000, "scales": 4, "embeddings": 300}
     before = x.copy()
-    storage.write(both, x, Draw(0, np.int64(0), 0))
-    plain.write(alone, np.where(np.arange(1000) < 300, 0, x).astype(np.float32), Draw(0, np.int64(0), 0))
+    storage.write(both, x, RandomKey(0, np.int64(0), 0))
+    plain.write(alone, np.where(np.arange(1000) < 300, 0, x).astype(np.float32), RandomKey(0, np.int64(0), 0))
     read, coded = storage.read(both, "fp32"), plain.read(alone, "fp32")
     assert np.array_equal(x, before) and np.array_equal(read[:300], x[:300]) and np.array_equal(read[300:], coded[300:])
     assert 0 < np.abs(read[300:] - x[300:]).max() < 0.05 * np.abs(x[300:]).max()
-    plain.write(alone, x, Draw(0, np.int64(0), 0))  # negative control: coded beside them the others are lost
+    plain.write(alone, x, RandomKey(0, np.int64(0), 0))  # negative control: coded beside them the others are lost
     assert not plain.read(alone, "fp32")[300:512].any()
 
 
 def test_blocks_of_any_size_find_their_embeddings() -> None:
-    part = get_storage("int8-signed-embeddings-fp32").of(300).parts["embeddings"]
+    part = get_encoding("int8-signed-embeddings-fp32").of(300).parts["embeddings"]
     assert [part.slice(slice(a, a + 256)) for a in (0, 256, 512)] == [slice(0, 256), slice(256, 300), slice(300, 300)]
     assert part.size(1000) == 300 and part.size(100) == 100
 
@@ -657,7 +657,7 @@ def test_the_embeddings_of_both_models_lie_first(model: str, names: int) -> None
 
 
 def test_who_knows_no_codes_says_so() -> None:
-    for name, storage in STORAGES.items():
+    for name, storage in ENCODINGS.items():
         state = State(toy(), {"weights": "bf16", "m": name}, NUMPY)
         if not isinstance(storage, Blockwise):
             state.need_no_codes("this")
@@ -666,6 +666,6 @@ def test_who_knows_no_codes_says_so() -> None:
                 state.need_no_codes("this")
         assert state.values("m").dtype == (dtype_of("fp32") if isinstance(storage, Blockwise | Remainder) else
                                            dtype_of(storage.fmt))  # fmt: skip
-    assert {type(storage) for storage in STORAGES.values()} == {
+    assert {type(storage) for storage in ENCODINGS.values()} == {
         Plain, Stochastic, Kahan, Remainder, Blockwise, FP32Embeddings,
     }  # fmt: skip

@@ -28,16 +28,15 @@ from refimpl.backends.cupy import cublas
 from refimpl.backends.cupy import ops as cupy_ops
 from refimpl.backends.cupy import passes as cupy_passes
 from refimpl.backends.cupy.ops import CUPY_OPS, Fused
-from refimpl.nn.elementwise import fan_in
-from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast, widen
+from refimpl.nn.ops import OPS, fan_in
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.gradients import check_and_measure
-from refimpl.parity.judge import judge
+from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace, record
 from refimpl.precision.policy import EVERY_OTHER, SAME, Policy, Precision, Run
 from refimpl.precision.recipes import RECIPES
-from refimpl.precision.state_encodings import Plain, get_storage
+from refimpl.precision.state_encodings import Plain, get_encoding
 from refimpl.training.config import Config
 from refimpl.training.trainer import start
 
@@ -46,11 +45,11 @@ MODELS = ("gpt", "mlp")
 KNOWN = [
     name
     for name, recipe in RECIPES.items()
-    if recipe.policy.in_formats and all(isinstance(get_storage(kept), Plain) for kept in recipe.state_storages().values())
+    if recipe.policy.in_formats and all(isinstance(get_encoding(kept), Plain) for kept in recipe.state_encodings().values())
 ]
 """Recipes that a device takes; test_step.py has their names, and that the others are refused."""
 JUDGED_RECIPES = [
-    name for name in KNOWN if all(type(get_storage(kept)) is Plain for kept in RECIPES[name].state_storages().values())
+    name for name in KNOWN if all(type(get_encoding(kept)) is Plain for kept in RECIPES[name].state_encodings().values())
 ]
 """Those whose states are plain numbers, which the judge knows; test_device_storage.py has the others."""
 OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), ("fp16", "mlp"), ("amp-fp16", "mlp")]
@@ -96,7 +95,7 @@ def departures(backend: Backend, settings: Config) -> Iterator[str]:
     so there it is the bits.
     """
     theirs = some_steps(on(backend, record, settings))
-    for finding in judge(settings, theirs):
+    for finding in judge_trace(settings, theirs):
         if finding.departs or (finding.point[0] != "2" and finding.identical < 1):
             yield f"{finding.where} departs"
 

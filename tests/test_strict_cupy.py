@@ -260,7 +260,7 @@ def test_rule_5_what_cupy_has_and_the_stand_in_does_not_know_is_told_apart(name:
         getattr(xp, name)
 
 
-def test_rule_5_array_methods_that_are_not_modelled(d: SimpleNamespace) -> None:
+def test_rule_5_array_methods_that_are_not_modeled(d: SimpleNamespace) -> None:
     for name in ("data", "sort", "dumps"):
         with pytest.raises(NotImplementedError):
             getattr(d.f32, name)

@@ -16,15 +16,9 @@ from strict_backend import on_host
 
 from refimpl.backends.base import NUMPY, Backend
 from refimpl.nn.autograd import Tape, Value
-from refimpl.nn.elementwise import add, fan_in, gelu_tanh, relu, silu
-from refimpl.nn.embedding import embedding
-from refimpl.nn.linear import linear
-from refimpl.nn.loss import cross_entropy
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.nn.norm import layernorm
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.op import Op
-from refimpl.nn.ops import OPS
-from refimpl.nn.shape import reshape, split
+from refimpl.nn.ops import OPS, add, cross_entropy, embedding, fan_in, gelu_tanh, layernorm, linear, relu, reshape, silu, split
 from refimpl.precision.policy import Run
 from refimpl.precision.recipes import get_recipe
 
@@ -242,7 +236,7 @@ def test_weights_that_have_the_format_already_are_not_cast() -> None:
 
 # ------------------------------------------------------------------------------------------------------------------ the sink
 
-SMALL = gpt(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=11))
+SMALL = gpt_model(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=6, vocab_size=11))
 
 
 def small_tape(recipe: str, record: bool = True, backend: Backend = NUMPY) -> tuple[Tape, Value]:

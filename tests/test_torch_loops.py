@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="the loops are PyTorch's: torch==2.13.0")
 from torch_loop import Loop
 
-from refimpl.parity.diff import diff
+from refimpl.parity.diff import diff_traces
 from refimpl.parity.trace import Trace, record
 from refimpl.training.config import Config
 
@@ -26,7 +26,7 @@ def ours(**more: Any) -> Trace:
 
 
 def verdict(mine: Trace, **slip: Any) -> dict[str, Any]:
-    return diff(mine, Loop(mine, **slip).run())
+    return diff_traces(mine, Loop(mine, **slip).run())
 
 
 def agrees(mine: Trace, **slip: Any) -> bool:

@@ -16,8 +16,8 @@ from script_loader import load_script
 
 from refimpl.backends.base import Backend
 from refimpl.errors import UsageError
-from refimpl.parity.diff import diff
-from refimpl.parity.judge import Judge, judge
+from refimpl.parity.diff import diff_traces
+from refimpl.parity.judge import Judge, judge_trace
 from refimpl.parity.trace import POINTS, Trace, load, record, save
 from refimpl.training.config import Config
 from refimpl.training.trainer import start
@@ -114,13 +114,13 @@ def test_recipes_that_no_bound_is_derived_for_are_recorded_and_not_judged(recipe
     trace = record(config(recipe))
     assert trace.steps == [1, 2]
     with pytest.raises(UsageError, match=f"traces of recipe {recipe} cannot be judged, only those of fp64, .*apex-o2"):
-        diff(trace, trace)
+        diff_traces(trace, trace)
 
 
 @pytest.mark.parametrize("recipe", ["bf16-no-master", "bf16-moments", "fp16-moments", "megatron-bf16", "apex-o2"])
 def test_variants_that_round_to_nearest_are_judged(recipe: str) -> None:
     trace = record(config(recipe))
-    assert all(finding.identical == 1 for finding in judge(config(recipe), trace))
+    assert all(finding.identical == 1 for finding in judge_trace(config(recipe), trace))
 
 
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
@@ -161,33 +161,33 @@ def test_a_trace_without_our_header_is_read(tmp_path: Path) -> None:
 def test_a_trace_of_some_points_is_judged_by_them(points: tuple[str, ...], judged: set[str]) -> None:
     ours = record(config())
     given = {k: v for k, v in ours.tensors.items() if k.startswith("0/") or "/0." in k}
-    findings = judge(config(), Trace({}, {**given, **only(ours, *points).tensors}))
+    findings = judge_trace(config(), Trace({}, {**given, **only(ours, *points).tensors}))
     assert {f.point for f in findings} == judged and not any(f.departs for f in findings)
 
 
 def test_diff_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     ours = record(config())
-    verdict = diff(ours, ours)
+    verdict = diff_traces(ours, ours)
     assert (verdict["verdict"], verdict["first_departure"], verdict["explained_by"]) == ("AGREES", None, [])
     assert "AGREES" in capsys.readouterr().out
-    some = diff(ours, only(ours, "2.loss", "2.grads"))  # the start and the batches are taken from ours
+    some = diff_traces(ours, only(ours, "2.loss", "2.grads"))  # the start and the batches are taken from ours
     assert some["verdict"] == "PARTLY JUDGED" and not some["first_departure"] and some["coverage"]["judged"] > 0
     assert "2.grads" in capsys.readouterr().out
     theirs = Trace({}, {k: x.copy() for k, x in ours.tensors.items()})
     theirs.tensors["2/4.v/transformer.ln_f.bias"] *= np.float32(1.001)
-    assert diff(ours, theirs)["first_departure"]["point"] == "4.v"
+    assert diff_traces(ours, theirs)["first_departure"]["point"] == "4.v"
     text = capsys.readouterr().out
     assert "DEPARTS first at step 2, 4.v of transformer.ln_f.bias" in text and "none of the known mistakes" in text
-    assert diff(theirs, ours)["first_departure"]["point"] == "4.v"  # the reference has a configuration
+    assert diff_traces(theirs, ours)["first_departure"]["point"] == "4.v"  # the reference has a configuration
     with pytest.raises(UsageError, match="neither file says how it was made"):
-        diff(theirs, theirs)
+        diff_traces(theirs, theirs)
 
 
 def test_other_sizes_are_refused_in_one_line() -> None:
     with pytest.raises(UsageError, match=r"wte.weight has the shape \(256, 16\) in the trace; .* it has \(256, 32\)"):
-        judge(config(n_embd=32), record(config()))
+        judge_trace(config(n_embd=32), record(config()))
     with pytest.raises(UsageError, match="nothing in this trace can be judged"):
-        judge(config(), Trace({}, {"1/0.tokens": np.zeros((4, 8), np.int64)}))
+        judge_trace(config(), Trace({}, {"1/0.tokens": np.zeros((4, 8), np.int64)}))
 
 
 def test_which_elements_overflow_is_left_to_the_order_of_the_sums() -> None:
@@ -197,9 +197,9 @@ def test_which_elements_overflow_is_left_to_the_order_of_the_sums() -> None:
     overflowed = theirs.tensors[name].reshape(-1)
     overflowed[np.flatnonzero(np.isinf(overflowed))[0]] = 65504
     for kept in (theirs, only(theirs, "0.tokens", "0.targets", "1.weights", "2.grads")):
-        assert not any(f.departs for f in judge(c, kept) if f.point == "2.grads")
+        assert not any(f.departs for f in judge_trace(c, kept) if f.point == "2.grads")
     finite = Trace({}, {k: np.nan_to_num(x) if k.startswith("1/2.grads/") else x for k, x in theirs.tensors.items()})
-    assert next(f for f in judge(c, finite) if f.departs).point == "2.grads"  # but one of the elements must
+    assert next(f for f in judge_trace(c, finite) if f.departs).point == "2.grads"  # but one of the elements must
 
 
 def test_one_bit_in_an_exact_point_departs() -> None:
@@ -208,7 +208,7 @@ def test_one_bit_in_an_exact_point_departs() -> None:
         key = next(k for k in ours.tensors if k.startswith(f"2/{point}/"))
         theirs = replace(ours, tensors=dict(ours.tensors))
         theirs.tensors[key] = np.nextafter(ours.tensors[key], np.inf, dtype=ours.tensors[key].dtype)
-        first = next(f for f in judge(config(), theirs) if f.departs)
+        first = next(f for f in judge_trace(config(), theirs) if f.departs)
         assert first.point == point, first
 
 
@@ -275,7 +275,7 @@ def test_beyond_the_schedule_a_trace_is_judged_by_its_own_rates() -> None:
     assert {f.step for f in findings if f.point == "4.master"} == {1, 2, 3}
     assert judged.reasons["3/4.lr"] == "the schedule ends after 2 updates"
     del trace.tensors["3/4.lr"]
-    assert {f.step for f in judge(config(init_scale=1024.0), trace) if f.point == "4.master"} == {1, 2}
+    assert {f.step for f in judge_trace(config(init_scale=1024.0), trace) if f.point == "4.master"} == {1, 2}
 
 
 def test_a_skip_that_the_trace_does_not_tell_is_not_held_against_it() -> None:
@@ -285,8 +285,8 @@ def test_a_skip_that_the_trace_does_not_tell_is_not_held_against_it() -> None:
     assert ours.get(1, "3.found_inf")
     start = {k: v for k, v in ours.tensors.items() if k.startswith("0/") or "/0." in k}
     theirs = {k: v for k, v in ours.tensors.items() if k.split("/")[1] in ("2.loss_scale", "2.loss", "4.scale")}
-    findings = judge(c, Trace({}, {**start, **theirs}))
+    findings = judge_trace(c, Trace({}, {**start, **theirs}))
     assert {f.point for f in findings} == {"2.loss_scale", "2.loss"} and not any(f.departs for f in findings)
     later = {k: v for k, v in ours.tensors.items() if k.startswith(("3/", "2/4."))}
-    findings = judge(c, Trace({}, {**start, **theirs, **later}))
+    findings = judge_trace(c, Trace({}, {**start, **theirs, **later}))
     assert not any(f.departs for f in findings) and "2.activations" in {f.point for f in findings}

@@ -17,7 +17,7 @@ from trace_mutations import MUTATIONS, mutated
 
 from refimpl.errors import UsageError
 from refimpl.parity.coverage import EXIT_CODES
-from refimpl.parity.diff import diff
+from refimpl.parity.diff import diff_traces
 from refimpl.parity.trace import BY_PARAMETER, BY_PLACE, POINTS, Trace, key, load, parse_key, record, save
 from refimpl.parity.trace_checks import checked, scalar
 from refimpl.parity.trace_settings import SETTINGS, config_from, stated
@@ -93,7 +93,7 @@ def test_a_scalar_of_one_element_is_a_number() -> None:
     names = [name for name in run().tensors if "/" not in name.partition("/")[2] and "/0." not in name]
     assert len(names) >= 12
     theirs = Trace({}, {name: x.reshape(1) if name in names else x for name, x in run().tensors.items()})
-    assert diff(run(), theirs)["verdict"] == "AGREES"
+    assert diff_traces(run(), theirs)["verdict"] == "AGREES"
     assert scalar("1/4.t", np.array([[3]])).shape == () and scalar("1/3.found_inf", np.array(True)) == 1
 
 
@@ -138,7 +138,7 @@ def test_every_point_has_names_or_none() -> None:
 def verdict_or_refusal(theirs: Trace) -> str:
     """What diff says; whatever else than a UsageError it raises goes on, and a warning is an error."""
     try:
-        verdict = diff(run(), theirs)
+        verdict = diff_traces(run(), theirs)
     except UsageError as error:
         assert "\n" not in str(error)
         return "refused"

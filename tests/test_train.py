@@ -18,8 +18,8 @@ from overflow import overflow_always
 from recipe_lists import MECHANISMS, others_slow
 
 from refimpl.errors import TrainingStopped, UsageError
-from refimpl.numerics.cast import widen
-from refimpl.numerics.quantization.registry import Scales
+from refimpl.numerics.casts import widen
+from refimpl.numerics.quantization.registry import ScalingState
 from refimpl.precision.recipes import RECIPES
 from refimpl.training.checkpoint import load, save
 from refimpl.training.config import Config
@@ -144,8 +144,8 @@ def test_a_run_that_skipped_the_generator_state_would_be_seen(text: str, tmp_pat
     assert whole.read_bytes() != parts.read_bytes()
 
 
-LOAD_SCALES = Scales.load
-FORGETFUL: dict[str, Callable[[Scales, int, Any], None]] = {
+LOAD_SCALES = ScalingState.load
+FORGETFUL: dict[str, Callable[[ScalingState, int, Any], None]] = {
     "fp8-delayed": lambda scales, passes, arrays: LOAD_SCALES(scales, passes, {k: np.ones_like(x) for k, x in arrays.items()}),
     "nvfp4": lambda scales, passes, arrays: None,
 }
@@ -158,14 +158,14 @@ def test_a_run_that_forgot_its_scales_or_its_draws_would_be_seen(
     """Negative control of the same test: delayed scaling without its history; random bits that begin again."""
     run(tmp_path / "whole", text, recipe=recipe)
     stop_at(tmp_path / "parts", text, 3, recipe=recipe)
-    monkeypatch.setattr(Scales, "load", FORGETFUL[recipe])
+    monkeypatch.setattr(ScalingState, "load", FORGETFUL[recipe])
     run(tmp_path / "parts", text, resume=True)
     whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() != parts.read_bytes()
 
 
 def test_scales_of_past_steps_are_in_the_checkpoint(text: str, tmp_path: Path) -> None:
-    """A tensor for each operand of the layers that are quantised: its scale and its largest values."""
+    """A tensor for each operand of the layers that are quantized: its scale and its largest values."""
     run(tmp_path / "r", text, recipe="fp8-delayed")
     arrays = load(tmp_path / "r" / "checkpoint.safetensors")[0]
     layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

@@ -23,8 +23,8 @@ from refimpl.distributed.collectives import Comm, Serial, share_size
 from refimpl.distributed.threads import run_ranks
 from refimpl.distributed.zero import COMMUNICATION, SHARDED_FROM, FetchedWeights, ShardedState, exchanged, layers_of, per_rank
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.numerics.cast import cast, widen
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.numerics.casts import cast, widen
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, first_non_finite
 from refimpl.optim.state import GRAIN, State
 from refimpl.parity.pytorch import TRAJECTORY
@@ -32,7 +32,7 @@ from refimpl.precision.recipes import RECIPES
 from refimpl.training.config import Config
 from refimpl.training.metrics import read_metrics
 from refimpl.training.run_folder import CHECKPOINT, METRICS
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.trainer import Trainer
 
 STAGES = (0, 1, 2, 3)
@@ -92,7 +92,7 @@ def test_one_rank_has_the_bits_of_no_ranks(stage: int, recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", others_slow(RECIPES, plain={*MECHANISMS} - {"fp8-14bit-128", "fp16-sums-64"}))
 def test_every_recipe_can_be_divided(recipe: str) -> None:
-    """However it keeps its states, and whatever it quantises: stage 3 has the bits of stage 0, on three ranks."""
+    """However it keeps its states, and whatever it quantizes: stage 3 has the bits of stage 0, on three ranks."""
     small = {"n_layer": 1, "steps": 2}  # the second has delayed scales from the first
     whole, divided = (on_ranks(config(recipe, stage, **small), 3)[1] for stage in (0, 3))
     assert divided.same_as(whole)
@@ -130,13 +130,13 @@ def test_ranks_for_which_nothing_is_left(recipe: str) -> None:
     for stage in (1, 2, 3):
         divided = on_ranks(config(recipe, stage, **small), 7)
         assert all(result.same_as(whole[0]) for result in divided)
-        shares = [result.parts.state.own for result in divided]
+        shares = [result.parts.state.local_slice for result in divided]
         assert [share.stop > share.start for share in shares] == [True] * 3 + [False] * 4
 
 
 @pytest.mark.parametrize(("stage", "victim"), others_slow(product(STAGES, range(3)), plain=[(0, 1), (1, 0), (2, 2), (3, 1)]))
 def test_an_infinity_on_one_rank_skips_the_step_on_all(stage: int, victim: int) -> None:
-    def spoil(parts: Parts, comm: Comm) -> None:
+    def spoil(parts: Training, comm: Comm) -> None:
         if comm.rank != victim:
             return
         sink_of, step = parts.state.gradient_sink, iter(range(100))
@@ -203,7 +203,7 @@ class Whole:
     """A model of a few parameters whose gradients are handed in: none of it is run."""
 
     def __init__(self, n: int) -> None:
-        table = gpt(GPTConfig(1, 1, 8, 4)).parameters
+        table = gpt_model(GPTConfig(1, 1, 8, 4)).parameters
         spec = next(iter(table.values()))
         shapes = {"a.0.w": (n, 3), "a.1.w": (n,), "b.w": (5, n)}
         self.parameters = {name: replace(spec, shape=shape) for name, shape in shapes.items()}
@@ -220,7 +220,7 @@ def test_gradients_that_sum_exactly_give_the_same_bits_on_any_number_of_ranks(st
 
     def updated(comm: Comm) -> list[bytes]:
         backend = made.make_backend()
-        stored = made.make_recipe().state_storages(("m", "v"), 1)
+        stored = made.make_recipe().state_encodings(("m", "v"), 1)
         state = ShardedState(model, stored, backend, 0, comm, stage)
         state.load_weights(start)
         optimizer = made.make_optimizer(backend)
@@ -233,7 +233,7 @@ def test_gradients_that_sum_exactly_give_the_same_bits_on_any_number_of_ranks(st
             found_inf, norm = check_and_measure(state, np.float32(0.25))
             optimizer.update(state, np.float32(0.25), clip_coefficient(norm, 1.0), found_inf)
             state.weights_down()
-        return [state.whole(kind, "").tobytes() for kind in ("weights", "m", "v")]
+        return [state.gathered(kind, "").tobytes() for kind in ("weights", "m", "v")]
 
     expected = updated(Serial())
     for ranks in (2, 3, 4):
@@ -310,7 +310,7 @@ def test_stage_3_holds_one_layer_at_a_time() -> None:
     """Weights are fetched layer by layer, and those of the layer before are gone; 3 L + 5 times a step for L layers."""
     largest, fetched = [], []
 
-    def watch(parts: Parts, comm: Comm) -> None:
+    def watch(parts: Training, comm: Comm) -> None:
         weights = parts.state.weight_views
         assert isinstance(weights, FetchedWeights)
         fetch = weights._fetch
@@ -429,7 +429,7 @@ def test_a_parameter_without_a_gradient_has_one_of_zero_at_any_stage() -> None:
         sink = state.gradient_sink(first=True)
         sink("transformer.ln_f.bias", cast(np.full(32, comm.rank + 1, np.float32), "bf16"))
         state.reduce_gradients(last=True)
-        return state.whole("grads", "")
+        return state.gathered("grads", "")
 
     for whole in run_ranks(3, gradients):
         start, stop, _ = made.make_parts(made.make_backend()).state.layout.slots["transformer.ln_f.bias"]
@@ -474,7 +474,7 @@ def test_ranks_with_devices(recipe: str, stage: int) -> None:
 def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
 
-    def waits(parts: Parts, comm: Comm) -> None:
+    def waits(parts: Training, comm: Comm) -> None:
         step = parts.step
 
         def counted(batches: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refimpl.numerics.cast import cast
+from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import is_float
 from refimpl.parity.trace import Trace
 

@@ -16,10 +16,10 @@ import numpy as np
 from refimpl.backends.malloc import keep_freed_memory
 from refimpl.backends.threads import workers
 from refimpl.errors import UsageError, unknown
-from refimpl.numerics.cast import widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import dtype_of
 
-Array = Any
 Conversion = Callable[[Array, str], Array]
 T = TypeVar("T")
 R = TypeVar("R")

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from refimpl.nn.elementwise import BETA, KAPPA
-from refimpl.nn.elementwise import gelu_tanh as gelu_tanh_definition
 from refimpl.nn.norm import EPS
-from refimpl.nn.norm import layernorm as layernorm_definition
 from refimpl.nn.op import Op
+from refimpl.nn.ops import gelu_tanh as gelu_tanh_definition
+from refimpl.nn.ops import layernorm as layernorm_definition
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 
 def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:

@@ -24,14 +24,13 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of
 
-Array = Any
 Shares = Sequence[slice]
 """The share of each rank in a flat array: slices that follow one another and cover it. Some may be empty."""
 Pending = Callable[[], Array]

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.distributed.collectives import Array, Comm, Shares
+from refimpl.distributed.collectives import Comm, Shares
 from refimpl.errors import UsageError
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bytes_of
 
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")

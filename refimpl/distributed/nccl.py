@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from refimpl.backends.base import get_backend
-from refimpl.distributed.collectives import Array, Comm, Shares
+from refimpl.distributed.collectives import Comm, Shares
 from refimpl.errors import UsageError
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bytes_of
 
 

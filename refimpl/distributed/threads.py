@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from refimpl.distributed.collectives import Array, Comm, Shares
+from refimpl.distributed.collectives import Comm, Shares
+from refimpl.numerics.arrays import Array
 
 T = TypeVar("T")
 

@@ -23,17 +23,15 @@ import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
 from refimpl.backends.base import Backend
 from refimpl.distributed.collectives import Comm, Pending, share_size, shares_of
-from refimpl.numerics.cast import widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import widen
 from refimpl.optim.state import GRAIN, HasParameters, Layout, Sink, State
 from refimpl.precision.state_encodings import MAIN, buffer_name
-
-Array = Any
 
 
 class ShardedState(State):
@@ -60,11 +58,11 @@ class ShardedState(State):
     def _divided(self, kind: str, part: str = MAIN) -> bool:
         return self.stage >= SHARDED_FROM.get(buffer_name(kind, part), 1)
 
-    def held(self, kind: str, part: str = MAIN) -> slice:
+    def stored_slice(self, kind: str, part: str = MAIN) -> slice:
         """This rank's share, or all."""
         return self.shares[self.comm.rank] if self._divided(kind, part) else self.everything
 
-    def room(self, kind: str, part: str) -> int:
+    def capacity(self, kind: str, part: str) -> int:
         """A full share, also where this rank's is shorter: shards are padded to one size."""
         return share_size(self.layout.size, self.ranks, GRAIN) if self._divided(kind, part) else self.layout.size
 
@@ -72,7 +70,7 @@ class ShardedState(State):
         """Of a kind that is divided there are none."""
         return {} if self._divided(kind) else super().views(kind)
 
-    def mine_of(self, kind: str, layer: Layer) -> Array:
+    def local_part(self, kind: str, layer: Layer) -> Array:
         """What of a layer lies in this rank's shard, as it is stored; a view."""
         share, first = layer.shares(self.shares)[self.comm.rank], layer.span.start
         return self.block(kind, slice(first + share.start, first + share.stop))
@@ -85,7 +83,7 @@ class ShardedState(State):
         if self._fetched is not None:
             self._fetched.forget()
         elif self.stage >= 1:
-            self.comm.all_gather(self.mine("weights"), self.shares, self.weights)
+            self.comm.all_gather(self.local("weights"), self.shares, self.weights)
 
     # -- step 2: gradients --------------------------------------------------------------------------------------------
 
@@ -104,7 +102,7 @@ class ShardedState(State):
         elif last and self.stage == 0:
             self.grads[...] = self.comm.all_reduce(self.grads)
         elif last:
-            self.mine("grads")[...] = self.comm.reduce_scatter(self.grads, self.shares)()
+            self.local("grads")[...] = self.comm.reduce_scatter(self.grads, self.shares)()
 
     def mean_over_ranks(self, loss: Array) -> Array:
         """The mean of the ranks' losses, each a mean over as many examples."""
@@ -130,18 +128,18 @@ class ShardedState(State):
 
     # -- checkpoints: the same whatever the number of ranks -----------------------------------------------------------
 
-    def whole(self, kind: str, part: str) -> Array:
+    def gathered(self, kind: str, part: str) -> Array:
         """A buffer of all ranks together, which all must ask for."""
         if not self._divided(kind, part):
-            return super().whole(kind, part)
-        spec = self.storages[kind].parts[part]
-        mine = self.parts(kind, self.own)[part]
+            return super().gathered(kind, part)
+        spec = self.encodings[kind].parts[part]
+        mine = self.parts(kind, self.local_slice)[part]
         shares = [spec.slice(share) for share in self.shares]
         return self.comm.all_gather(mine, shares, self.backend.xp.empty(spec.size(self.layout.size), spec.dtype))
 
     def put_whole(self, kind: str, part: str, values: Array) -> None:
         """The way back: this rank takes its share."""
-        held, spec = self.held(kind, part), self.storages[kind].parts[part]
+        held, spec = self.stored_slice(kind, part), self.encodings[kind].parts[part]
         mine = spec.slice(held)
         self.buffers[buffer_name(kind, part)][: mine.stop - mine.start] = values[mine]
 
@@ -231,7 +229,7 @@ class Buckets:
         if self.sent is None:
             return
         layer, arrived = self.sent
-        mine, total = self.state.mine_of("grads", layer), arrived()
+        mine, total = self.state.local_part("grads", layer), arrived()
         if self.first:
             mine[...] = total
         else:
@@ -262,7 +260,7 @@ class FetchedWeights(Mapping[str, Array]):
         return layer.parameter(name, self._values)
 
     def _fetch(self, layer: Layer) -> Array:
-        state, mine = self.state, self.state.mine_of("weights", layer)
+        state, mine = self.state, self.state.local_part("weights", layer)
         return state.comm.all_gather(mine, layer.shares(state.shares), state.backend.xp.empty(layer.size, mine.dtype))
 
     def __contains__(self, name: object) -> bool:

@@ -13,11 +13,9 @@ import math
 from typing import Any
 
 from refimpl.nn.norm import softmax, softmax_slope
-from refimpl.nn.op import Op
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 
 def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
@@ -151,6 +149,3 @@ def _scores_gradient(dO: Array, v: Array, P: Array, queries: slice, p: Bound, fm
     z = row.wide(dS)
     z *= 1 / math.sqrt(D)
     return row.grad(z, "S", unscaled_format)
-
-
-attention = Op("attention", attention_forward, attention_backward)

@@ -17,12 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from refimpl.nn.elementwise import fan_in
 from refimpl.nn.op import Op
-from refimpl.nn.shape import cast_parameter
+from refimpl.nn.ops import cast_parameter, fan_in
+from refimpl.numerics.arrays import Array
 from refimpl.precision.policy import Bound, Run
 
-Array = Any
 Sink = Callable[[str, Array], None]
 
 
@@ -129,12 +128,12 @@ class Tape:
             return None
         return self.weights[w.node.name] if w.array is None else w.array
 
-    def backward(self, loss: Value, seed: Array, sink: Sink) -> None:
-        """Replay the tape in reverse from d(loss) = seed; hand each parameter's gradient to `sink` once it is complete.
+    def backward(self, loss: Value, grad_output: Array, sink: Sink) -> None:
+        """Replay the tape in reverse from d(loss) = grad_output; hand each parameter's gradient to `sink` once it is complete.
 
         What an entry saved is released as soon as it is used, so activations shrink while gradients appear.
         """
-        loss.node.grad = seed
+        loss.node.grad = grad_output
         while self.entries:
             entry = self.entries.pop()
             dy, entry.output.grad = entry.output.grad, None

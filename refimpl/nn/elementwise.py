@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.nn.op import Op
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 
 def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
@@ -114,7 +112,7 @@ _math_erf = np.frompyfunc(math.erf, 1, 1)
 def erf(z: Array, p: Bound) -> Array:
     """The error function. In fp64 from the C library; in fp32 by a polynomial with absolute error below 1.5e-7.
 
-    Source: Abramowitz and Stegun 1964, formula 7.1.26; PyTorch's vectorised CPU kernel uses the same.
+    Source: Abramowitz and Stegun 1964, formula 7.1.26; PyTorch's vectorized CPU kernel uses the same.
     """
     if format_of(z) == "fp64":
         result = p.xp.empty_like(z)
@@ -150,11 +148,3 @@ def gelu_erf_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
         return d * (cdf + z * pdf)
 
     return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
-
-
-add = Op("add", add_forward, add_backward)
-fan_in = Op("fan_in", fan_in_forward, fan_in_backward)
-relu = Op("relu", relu_forward, relu_backward)
-silu = Op("silu", silu_forward, silu_backward)
-gelu_tanh = Op("gelu_tanh", gelu_tanh_forward, gelu_tanh_backward)
-gelu_erf = Op("gelu_erf", gelu_erf_forward, gelu_erf_backward)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from refimpl.nn.indices import check_indices
-from refimpl.nn.op import Op
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 
 def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any]:
@@ -31,6 +29,3 @@ def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None,
     rows = p.wide(dy).reshape(tokens.size, w.shape[-1])
     dw = p.sum_by_index(rows, tokens, len(w))
     return None, p.grad(dw, "w", format_of(w))
-
-
-embedding = Op("embedding", embedding_forward, embedding_backward, params=(("weight", "w"),))

@@ -13,11 +13,9 @@ import math
 from typing import Any
 
 from refimpl.nn.attention import hide_later, merge_heads, split_heads
-from refimpl.nn.op import Op
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 
 def fused_attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
@@ -92,6 +90,3 @@ def _attend_backward(dO: Array, qkv: Array, O: Array, lse: Array, *, p: Bound, n
     for i, d in enumerate((scores.grad(dq, "q", fmt), scores.grad(dk, "k", fmt), values.grad(dv, "v", fmt))):
         dqkv[:, :, i] = d.transpose(0, 2, 1, 3)
     return dqkv.reshape(qkv.shape)
-
-
-fused_attention = Op("attention", fused_attention_forward, fused_attention_backward)

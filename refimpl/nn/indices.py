@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from refimpl.errors import UsageError
+from refimpl.numerics.arrays import Array
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 
 def check_indices(index: Array, size: int, what: str, p: Bound, ignored: int | None = None) -> None:

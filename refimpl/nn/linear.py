@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from refimpl.nn.op import Op
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.numerics.quantization.quantized_tensor import Quantised
+from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 
 def as_rows(x: Array) -> Array:
@@ -35,8 +33,8 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
 
     result = y.gemm_then(finish, y.out_format(format_of(x), format_of(w)), xc, wc.T)
     # dw = dy^T x reads x again. Keep the copy that was cast here, if linear.dw reads the same format; else x as it came,
-    # and where it is quantised too: dw sums over its other axis.
-    same = p["dw"].row.input("x") == y.row.input("x") and not isinstance(xc, Quantised)
+    # and where it is quantized too: dw sums over its other axis.
+    same = p["dw"].row.input("x") == y.row.input("x") and not isinstance(xc, QuantizedTensor)
     return result.reshape(*x.shape[:-1], len(w)), (xc if same else x, x.shape, format_of(x))
 
 
@@ -79,7 +77,3 @@ def matmul_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
     da = p.gemm(dy, b.swapaxes(-1, -2))
     db = p.gemm(a.swapaxes(-1, -2), dy)
     return p.grad(da, "a", a_format), p.grad(db, "b", b_format)
-
-
-linear = Op("linear", linear_forward, linear_backward, params=(("weight", "w"), ("bias", "b")))
-matmul = Op("matmul", matmul_forward, matmul_backward)

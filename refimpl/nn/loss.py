@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from refimpl.nn.indices import check_indices
-from refimpl.nn.op import Op
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 IGNORE_INDEX = -100
 """The target that stands for 'no target', unless another is named: PyTorch's default."""
@@ -52,6 +50,3 @@ def cross_entropy_backward(dloss: Array, saved: Any, p: Bound, ignore_index: int
     dz = p.xp.exp(z - largest - log_sum) * each[:, None]
     dz[p.xp.arange(target.size), p.xp.where(counts, target, 0)] -= each
     return p.grad(dz, "logits", logits_format).reshape(shape), None
-
-
-cross_entropy = Op("cross_entropy", cross_entropy_forward, cross_entropy_backward)

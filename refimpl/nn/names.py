@@ -18,7 +18,7 @@ from difflib import get_close_matches
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import widen
+from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import is_float
 
 WRAPPERS = {

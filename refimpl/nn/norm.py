@@ -1,14 +1,12 @@
-"""Normalisation over the last axis: layernorm, rmsnorm, softmax. Statistics and sums are in the accumulation format."""
+"""Normalization over the last axis: layernorm, rmsnorm, softmax. Statistics and sums are in the accumulation format."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from refimpl.nn.op import Op
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 EPS = 1e-5  # PyTorch's default for both norms here; GPT-2's too
 
@@ -89,8 +87,3 @@ def softmax_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
     """dx = y (dy - sum(dy y)), with the y that was stored."""
     y, x_format = saved
     return (p.grad(softmax_slope(p.wide(dy), p.wide(y), p), "x", x_format),)
-
-
-layernorm = Op("layernorm", layernorm_forward, layernorm_backward, params=(("weight", "w"), ("bias", "b")))
-rmsnorm = Op("rmsnorm", rmsnorm_forward, rmsnorm_backward, params=(("weight", "w"),))
-softmax_op = Op("softmax", softmax_forward, softmax_backward)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Array = Any
+from refimpl.numerics.arrays import Array
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,64 @@ The models here use some of them; the others (matmul, rmsnorm, silu, ...) are fo
 
 from __future__ import annotations
 
-from refimpl.nn.attention import attention
-from refimpl.nn.elementwise import add, fan_in, gelu_erf, gelu_tanh, relu, silu
-from refimpl.nn.embedding import embedding
-from refimpl.nn.fused_attention import fused_attention
-from refimpl.nn.linear import linear, matmul
-from refimpl.nn.loss import cross_entropy
-from refimpl.nn.norm import layernorm, rmsnorm, softmax_op
+from refimpl.nn.attention import attention_backward, attention_forward
+from refimpl.nn.elementwise import (
+    add_backward,
+    add_forward,
+    fan_in_backward,
+    fan_in_forward,
+    gelu_erf_backward,
+    gelu_erf_forward,
+    gelu_tanh_backward,
+    gelu_tanh_forward,
+    relu_backward,
+    relu_forward,
+    silu_backward,
+    silu_forward,
+)
+from refimpl.nn.embedding import embedding_backward, embedding_forward
+from refimpl.nn.fused_attention import fused_attention_backward, fused_attention_forward
+from refimpl.nn.linear import linear_backward, linear_forward, matmul_backward, matmul_forward
+from refimpl.nn.loss import cross_entropy_backward, cross_entropy_forward
+from refimpl.nn.norm import (
+    layernorm_backward,
+    layernorm_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+    softmax_backward,
+    softmax_forward,
+)
 from refimpl.nn.op import Op
-from refimpl.nn.shape import cast_parameter, reshape, split, transpose
+from refimpl.nn.shape import (
+    cast_backward,
+    cast_forward,
+    reshape_backward,
+    reshape_forward,
+    split_backward,
+    split_forward,
+    transpose_backward,
+    transpose_forward,
+)
+
+linear = Op("linear", linear_forward, linear_backward, params=(("weight", "w"), ("bias", "b")))
+matmul = Op("matmul", matmul_forward, matmul_backward)
+attention = Op("attention", attention_forward, attention_backward)
+fused_attention = Op("attention", fused_attention_forward, fused_attention_backward)
+layernorm = Op("layernorm", layernorm_forward, layernorm_backward, params=(("weight", "w"), ("bias", "b")))
+rmsnorm = Op("rmsnorm", rmsnorm_forward, rmsnorm_backward, params=(("weight", "w"),))
+softmax_op = Op("softmax", softmax_forward, softmax_backward)
+add = Op("add", add_forward, add_backward)
+fan_in = Op("fan_in", fan_in_forward, fan_in_backward)
+relu = Op("relu", relu_forward, relu_backward)
+silu = Op("silu", silu_forward, silu_backward)
+gelu_tanh = Op("gelu_tanh", gelu_tanh_forward, gelu_tanh_backward)
+gelu_erf = Op("gelu_erf", gelu_erf_forward, gelu_erf_backward)
+embedding = Op("embedding", embedding_forward, embedding_backward, params=(("weight", "w"),))
+cross_entropy = Op("cross_entropy", cross_entropy_forward, cross_entropy_backward)
+reshape = Op("reshape", reshape_forward, reshape_backward)
+transpose = Op("transpose", transpose_forward, transpose_backward)
+split = Op("split", split_forward, split_backward)
+cast_parameter = Op("cast", cast_forward, cast_backward)
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -39,9 +88,4 @@ OPS: dict[str, Op] = {
         cast_parameter,
     )
 }
-
-__all__ = [
-    "OPS", "Op", "add", "attention", "cast_parameter", "cross_entropy", "embedding", "fan_in", "fused_attention",
-    "gelu_erf", "gelu_tanh", "layernorm", "linear", "matmul", "relu", "reshape", "rmsnorm", "silu", "softmax_op",
-    "split", "transpose",
-]
+"""Name -> operation."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from refimpl.nn.op import Op
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 
 def reshape_forward(x: Array, p: Bound, shape: tuple[int, ...]) -> tuple[Array, Any]:
@@ -51,9 +49,3 @@ def cast_forward(w: Array, p: Bound, fmt: str) -> tuple[Array, Any]:
 def cast_backward(dy: Array, saved: Any, w: Array, p: Bound, fmt: str) -> tuple[Array]:
     """The gradient of the copy, widened to the format of the parameter."""
     return (p.grad(dy, "w", format_of(w), rounded=fmt),)
-
-
-reshape = Op("reshape", reshape_forward, reshape_backward)
-transpose = Op("transpose", transpose_forward, transpose_backward)
-split = Op("split", split_forward, split_backward)
-cast_parameter = Op("cast", cast_forward, cast_backward)

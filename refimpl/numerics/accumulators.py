@@ -26,15 +26,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
-
-Array = Any
 
 _SUMS = 1 << 17
 """Sums that are formed at a time: few enough for a cache, since each is read and written once for every product."""

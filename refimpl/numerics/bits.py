@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import FORMATS, format_of
-
-Array = Any
 
 _UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
@@ -59,7 +58,7 @@ def bytes_of(x: Array) -> Array:
     return x.view(np.uint8)
 
 
-def bits(x: Any) -> str:
+def bit_string(x: Any) -> str:
     """The bits of one value as sign|exponent|fraction, e.g. '0|01111|0000000000' for 1 in fp16.
 
     x: a 0-d array of any format that has an array type of its own (TF32, stored in fp32, shows as fp32).

@@ -6,13 +6,10 @@ Kahan's compensation: the error of the last update, rounded to BF16, is added to
 
 from __future__ import annotations
 
-from typing import Any
-
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of, from_bits, resized
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of
-
-Array = Any
 
 _HALF = 0x8000
 

@@ -163,7 +163,7 @@ def digits(value: float, fmt: str) -> str:
 
 
 def ulp(fmt: str, value: float) -> float:
-    """The distance between neighbouring values of a format around `value`.
+    """The distance between neighboring values of a format around `value`.
 
         2^(max(e, smallest normal exponent) - fraction_bits),  where  2^e <= |value| < 2^(e + 1)
 

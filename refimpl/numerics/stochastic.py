@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of, from_bits
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
-
-Array = Any
 
 # -- random bits -------------------------------------------------------------------------------------------------------
 
@@ -26,7 +25,7 @@ ROUNDS = 10
 
 STREAMS = {use: i for i, use in enumerate(("weights", "signs", "grads", "main_grads", "master", "m", "v"))}
 """The stream of each use of chance in a run, so that no two draw the same bits: each kind of state that is rounded by
-chance, and the signs of a Hadamard transform. Tensors that are quantised by chance have others, by name: `tensor_stream`."""
+chance, and the signs of a Hadamard transform. Tensors that are quantized by chance have others, by name: `tensor_stream`."""
 
 FIRST_OF_TENSORS = 16
 
@@ -94,7 +93,7 @@ def tensor_stream(name: str) -> int:
 
 
 def stochastic_round(x: Array, fmt: str, bits: Array, out: Array | None = None, overflow: str | None = None) -> Array:
-    """Round each value to one of its two neighbours in `fmt`, to the farther from zero with the probability
+    """Round each value to one of its two neighbors in `fmt`, to the farther from zero with the probability
 
         P(away from zero) = (|x| - |down|) / (|up| - |down|),     so that the mean of the result is x
 

@@ -7,14 +7,12 @@ and unscales each block once more (`optim`). Only recipes after Apex O2 and Mega
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.optim.state import State, blocks, by_grain
-
-Array = Any
 
 
 def inverse_of(scale: Array) -> Array:
@@ -88,7 +86,7 @@ def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
 def first_non_finite(state: State) -> str | None:
     """The first parameter whose gradient holds an Inf or a NaN, for a message; waits for the device, and for all ranks."""
     first = state.layout.size
-    for block in blocks(state.own):
+    for block in blocks(state.local_slice):
         gradients = state.block("grads", block)
         bad = ~np.isfinite(state.backend.to_host(widen(gradients, state.math_format)))
         if bad.any():

@@ -16,11 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from refimpl.errors import UsageError, one_line
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.optim.scaler_rules import SCALERS, Scaler, chosen, find_scaler, words
-
-Array = Any
 
 _FP32 = FORMATS["fp32"]
 

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from refimpl.nn.models.model import Model
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of, widest
 from refimpl.optim.state import State
-
-Array = Any
 
 
 @np.errstate(divide="ignore", invalid="ignore")

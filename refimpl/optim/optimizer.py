@@ -13,12 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.optim.gradients import unscaled
 from refimpl.optim.state import State
 from refimpl.precision.state_encodings import replace_unless
-
-Array = Any
 
 
 class Rule(Protocol):
@@ -206,13 +205,13 @@ class Optimizer:
         stored = kept
         if not state.backend.on_host:  # an overflow is known only there: what is kept is written at the end, or left
             stored = {kind: {name: x.copy() for name, x in parts.items()} for kind, parts in kept.items()}
-        w, *moments = (state.storages[kind].read(parts, fmt) for kind, parts in stored.items())
+        w, *moments = (state.encodings[kind].read(parts, fmt) for kind, parts in stored.items())
         g = unscaled(state, block, inverse_scale)
         g *= clip if isinstance(clip, float) else widen(clip, fmt)
         for start, stop in state.layout.decayed:
             part = slice(max(start - block.start, 0), max(stop - block.start, 0))
             self.rule.decay(w[part], g[part], scalars)
-        storage = state.storages[state.master_kind]
+        storage = state.encodings[state.master_kind]
         storage.change(stored[state.master_kind], w, lambda x: self.rule.update_block(x, g, moments, scalars, xp))
         for (kind, parts), new in zip(stored.items(), (w, *moments), strict=True):
             state.write(kind, parts, new, f"update.{kind}", block.start)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import cast
+from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import FORMATS
 
 

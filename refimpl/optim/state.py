@@ -21,12 +21,12 @@ import numpy as np
 
 from refimpl.backends.base import Backend
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of, widens_to
 from refimpl.precision.policy import Monitor
-from refimpl.precision.state_encodings import MAIN, Draw, Part, Plain, buffer_name, get_storage
+from refimpl.precision.state_encodings import MAIN, BufferSpec, Plain, RandomKey, buffer_name, get_encoding
 
-Array = Any
 Sink = Callable[[str, Array], None]
 R = TypeVar("R")
 
@@ -127,39 +127,40 @@ class State:
     ranks = 1
 
     def __init__(self, model: HasParameters, stored: Mapping[str, str], backend: Backend, seed: int = 0) -> None:
-        """Zeroed buffers. stored: kind -> storage, as `Recipe.state_storages` gives it; seed: for storages that use chance."""
+        """Zeroed buffers. stored: kind -> storage, as `Recipe.state_encodings` gives it; seed: for storages that use chance."""
         self.layout, self.stored, self.backend, self.seed = Layout.of(model), dict(stored), backend, seed
-        self.storages = {kind: get_storage(name).of(self.layout.embeddings) for kind, name in stored.items()}
+        self.encodings = {kind: get_encoding(name).of(self.layout.embeddings) for kind, name in stored.items()}
         if not backend.on_host:
             self.need_no_codes(f"--backend {backend.name}")
-        self.formats = {kind: storage.fmt for kind, storage in self.storages.items()}
-        self.own = self.held("master")
+        self.formats = {kind: storage.fmt for kind, storage in self.encodings.items()}
+        self.local_slice = self.stored_slice("master")
         xp = backend.xp
         self.buffers = {
             buffer_name(kind, part): xp.zeros(self.elements(kind, part, spec), spec.dtype)
-            for kind, storage in self.storages.items() for part, spec in storage.parts.items()
+            for kind, storage in self.encodings.items() for part, spec in storage.parts.items()
         }  # fmt: skip
         self.t = xp.zeros((), np.int64)
-        decayed = np.clip(np.array(self.layout.decayed, np.int64).reshape(-1, 2).T, self.own.start, self.own.stop)
-        self.decayed = backend.from_host((decayed - self.own.start).copy())  # starts and stops among what is updated here
+        start, stop = self.local_slice.start, self.local_slice.stop
+        decayed = np.clip(np.array(self.layout.decayed, np.int64).reshape(-1, 2).T, start, stop)
+        self.decayed = backend.from_host((decayed - start).copy())  # starts and stops, counted from that of the local slice
         self.monitor: Monitor | None = None
         self.weight_views: Mapping[str, Array] = self.views("weights")
         self.grad_views = self.views("grads") if "grads" in stored else {}
 
     # -- what is held here --------------------------------------------------------------------------------------------
 
-    def held(self, kind: str, part: str = MAIN) -> slice:
+    def stored_slice(self, kind: str, part: str = MAIN) -> slice:
         """The part of the flat index whose values of a kind (or of a part of its storage) are held here: all of it."""
         return slice(0, self.layout.size)
 
-    def room(self, kind: str, part: str) -> int:
+    def capacity(self, kind: str, part: str) -> int:
         """How many values a buffer has room for."""
         return self.layout.size
 
-    def elements(self, kind: str, part: str, spec: Part) -> int:
+    def elements(self, kind: str, part: str, spec: BufferSpec) -> int:
         """How many elements a buffer has: room for all, or, of what only some parameters have, what is held here."""
-        held = spec.slice(self.held(kind, part))
-        return spec.size(self.room(kind, part)) if spec.first is None else held.stop - held.start
+        held = spec.slice(self.stored_slice(kind, part))
+        return spec.size(self.capacity(kind, part)) if spec.first is None else held.stop - held.start
 
     def views(self, kind: str) -> dict[str, Array]:
         """name -> the parameter's part of a kind that is held as a whole, in its shape; no copies."""
@@ -196,9 +197,9 @@ class State:
         rounded: the masters start from that copy too. So do Apex O2, Megatron, DeepSpeed and llm.c, which make a 16-bit
         model first and masters of it. PyTorch: a model trained with autocast keeps its FP32 weights.
         """
-        storage = self.storages[self.master_kind]
+        storage = self.encodings[self.master_kind]
         for name, (start, stop, _) in self.layout.slots.items():
-            part = slice(max(start, self.own.start), min(stop, self.own.stop))
+            part = slice(max(start, self.local_slice.start), min(stop, self.local_slice.stop))
             if part.start >= part.stop:
                 continue
             source = self.backend.from_host(weights[name].reshape(-1)[part.start - start : part.stop - start])
@@ -209,14 +210,15 @@ class State:
         self.weights_down()
 
     def weights_down(self) -> None:
-        """The model weights become the masters, rounded; nothing where the weights are their own masters.
+        """Round the masters to the format of the model weights. Where the weights are their own masters, do nothing.
 
-        Source: the note, step 1.
+        Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.1.
         """
-        masters, weights = self.mine(self.master_kind), self.mine("weights")
+        if "master" not in self.stored:
+            return
+        masters, weights = self.local("master"), self.local("weights")
         cast(masters, self.formats["weights"], out=weights)
-        if "master" in self.stored:
-            self._tell("weights_down", masters, weights, self.own.start)
+        self._tell("weights_down", masters, weights, self.local_slice.start)
 
     def _tell(self, site: str, values: Array, rounded: Array, start: int = 0) -> None:
         """Tell a monitor of a rounding of the parameters from index `start` on, at sites named `parameter:site`."""
@@ -230,8 +232,8 @@ class State:
     def parts(self, kind: str, block: slice) -> dict[str, Array]:
         """The parts of a kind's storage for a block of the flat index, as views."""
         parts = {}
-        for part, spec in self.storages[kind].parts.items():
-            first, mine = spec.slice(self.held(kind, part)).start, spec.slice(block)
+        for part, spec in self.encodings[kind].parts.items():
+            first, mine = spec.slice(self.stored_slice(kind, part)).start, spec.slice(block)
             parts[part] = self.buffers[buffer_name(kind, part)][mine.start - first : mine.stop - first]
         return parts
 
@@ -239,31 +241,31 @@ class State:
         """The numbers of a kind, as they are stored, for a block of the flat index; a view."""
         return self.parts(kind, block)[MAIN]
 
-    def mine(self, kind: str) -> Array:
+    def local(self, kind: str) -> Array:
         """Those of all that is updated here."""
-        return self.block(kind, self.own)
+        return self.block(kind, self.local_slice)
 
     def values(self, kind: str) -> Array:
         """All values of a kind that are updated here, to look at: the buffer itself where it holds them, else an FP32 copy."""
-        return self.storages[kind].values(self.parts(kind, self.own))
+        return self.encodings[kind].values(self.parts(kind, self.local_slice))
 
     def need_no_codes(self, who: str) -> None:
         """Errors: UsageError where a kind is kept as 8-bit codes with scales."""
-        for kind, storage in self.storages.items():
+        for kind, storage in self.encodings.items():
             if not isinstance(storage, Plain):
                 raise UsageError(f"{who} knows states of 16 bits and more; this recipe keeps {kind} as {self.stored[kind]}")
 
     def write(self, kind: str, parts: Mapping[str, Array], values: Array, site: str, start: int) -> None:
         """Keep values of a block that begins at index `start` in `parts`, rounded as their storage does it."""
-        storage = self.storages[kind]
-        storage.write(parts, values, Draw(self.seed, self.t, start, self.backend.xp, kind))
+        storage = self.encodings[kind]
+        storage.write(parts, values, RandomKey(self.seed, self.t, start, self.backend.xp, kind))
         if isinstance(storage, Plain):
             self._tell(site, values, parts[MAIN], start)
 
     def each_block(self, f: Callable[[slice], R]) -> list[R]:
         """`f` of every block of what is updated here, in order; the backend may take several at a time."""
         step = BLOCK if self.backend.on_host else DEVICE_BLOCK
-        pieces, size = blocks(self.own, step), self.own.stop - self.own.start
+        pieces, size = blocks(self.local_slice, step), self.local_slice.stop - self.local_slice.start
         if self.monitor is not None:  # who counts what it is told does so for one at a time
             return [f(block) for block in pieces]
         return self.backend.each(f, pieces, size)
@@ -286,7 +288,7 @@ class State:
     def gradient_sink(self, first: bool) -> Sink:
         """Where backward leaves its gradients: stored for the first micro-batch of a step, added for the others.
 
-        Sums over micro-batches are in FP32 (`Recipe.state_storages` makes the buffer so), never in 16 bits.
+        Sums over micro-batches are in FP32 (`Recipe.state_encodings` makes the buffer so), never in 16 bits.
         """
 
         def store(name: str, gradient: Array) -> None:
@@ -321,7 +323,7 @@ class State:
         """The smallest of all ranks' numbers."""
         return index
 
-    def whole(self, kind: str, part: str) -> Array:
+    def gathered(self, kind: str, part: str) -> Array:
         """A buffer with the values of the whole flat index, for a checkpoint."""
         return self.buffers[buffer_name(kind, part)]
 

@@ -67,7 +67,7 @@ class Coverage:
         return {**counts, "inputs": self.inputs, **{name: [vars(group) for group in part] for name, part in groups.items()}}
 
 
-def coverage(
+def coverage_of(
     trace: Trace, findings: Iterable[Finding], reasons: Mapping[str, str], given: Collection[str] = ()
 ) -> Coverage:
     """Return what was judged of a trace. reasons: name of a tensor -> why it was not. given: further points that are inputs."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from refimpl.errors import UsageError
 from refimpl.numerics.formats import FORMATS, format_of, is_float
-from refimpl.parity.coverage import Coverage, coverage, is_input, steps_in_words, verdict
+from refimpl.parity.coverage import Coverage, coverage_of, is_input, steps_in_words, verdict
 from refimpl.parity.findings import Finding
 from refimpl.parity.judge import Judge, explanations
 from refimpl.parity.tolerances import fp64
@@ -24,7 +24,7 @@ GROUPS = 12
 """Reasons that are printed; `--json` has all."""
 
 
-def diff(a: Trace, b: Trace) -> dict[str, Any]:
+def diff_traces(a: Trace, b: Trace) -> dict[str, Any]:
     """Print how trace `b` compares with the recipe that `a` was made with; return the verdict as `--json` writes it.
 
     One of the two must be a trace of refimpl, whose header holds the configuration; if only `b` is, `a` is judged. What the
@@ -42,7 +42,7 @@ def diff(a: Trace, b: Trace) -> dict[str, Any]:
     taken = sorted(parse_key(name)[0] for name in whole.tensors if name not in theirs.tensors and name.endswith("/0.tokens"))
     judge = Judge(config, whole)
     findings = list(judge.findings())
-    covered = coverage(theirs, findings, judge.reasons, ("4.lr",) if judge.own_rates else ())
+    covered = coverage_of(theirs, findings, judge.reasons, ("4.lr",) if judge.own_rates else ())
     if not covered.tensors:
         raise UsageError("nothing in this trace can be judged: it holds a start and batches at most")
     first = next((finding for finding in findings if finding.departs), None)

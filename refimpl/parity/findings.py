@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of, is_float, ulp
 from refimpl.parity.tolerances import fp64
-
-Array = Any
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of
 from refimpl.optim.gradients import clip_coefficient
 from refimpl.optim.optimizer import SGD, AdamW
 
-Array = Any
 Number = Any  # an fp32 array, or a Python float, which counts as the nearest fp32 number, as in PyTorch
 
 LANES = 8  # fp32 numbers that PyTorch's kernels for norms and fused optimizers handle at once
@@ -41,7 +41,7 @@ def fma32(a: Number, b: Number, c: Number) -> Array:
         result = fp32(s)    a second rounding; it goes wrong only where s is a tie, halfway between two fp32 numbers,
                             and p + c is not: there s is moved off the tie, to the side that p + c lies on
 
-    A tie has at most 25 significant bits. Where s has no more and the error of the sum is not 0, s moves to its neighbour
+    A tie has at most 25 significant bits. Where s has no more and the error of the sum is not 0, s moves to its neighbor
     on the error's side: rounding to odd, since the last bit of such an s is 0. All other s are left as they are.
     Errors: TypeError for a format other than fp32.
     Source: Boldo and Melquiond 2008, 'Emulation of FMA and correctly rounded sums', rounding to odd; Knuth, TwoSum, for

@@ -20,7 +20,8 @@ import numpy as np
 
 from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.parity.findings import Finding, find, without_overflows
@@ -32,16 +33,13 @@ from refimpl.parity.trace_checks import checked
 from refimpl.parity.trace_settings import OWN_RATES, stated
 from refimpl.precision.policies import ATTENTION
 from refimpl.precision.recipes import RECIPES
-from refimpl.step import through
+from refimpl.step import forward_backward
 from refimpl.training.config import Config
 from refimpl.training.mistakes import MISTAKES, meddle
 from refimpl.training.setup import plain_optimizer
 
-Array = Any
-
-
 JUDGED = tuple(
-    name for name, recipe in RECIPES.items() if recipe.policy.in_formats and {*recipe.state_storages().values()} <= {*FORMATS}
+    name for name, recipe in RECIPES.items() if recipe.policy.in_formats and {*recipe.state_encodings().values()} <= {*FORMATS}
 )
 """Recipes whose every rounding is to nearest, to a format, and whose sums are in FP32: what the bounds are derived for."""
 
@@ -190,7 +188,7 @@ class Judge:
             for point in points:
                 self._give_reason(step, point, "0.tokens or 0.targets is missing")
             return
-        loss = through(parts.model, batches, parts.state, S, parts.run)
+        loss = forward_backward(parts.model, batches, parts.state, S, parts.run)
         self.recorder.put("2.loss", "", loss)
         self.recorder.grads(parts.state)
         bounds = Bounds(parts, self.ours, theirs, step, batches, S)
@@ -375,7 +373,7 @@ class Judge:
 # -- verdict and explanation -------------------------------------------------------------------------------------------
 
 
-def judge(config: Config, theirs: Trace, mistake: str = "none") -> list[Finding]:
+def judge_trace(config: Config, theirs: Trace, mistake: str = "none") -> list[Finding]:
     """All findings on a trace. Errors: UsageError when it is another model's or recipe's, or leaves nothing to judge."""
     found = list(Judge(config, theirs, mistake).findings())
     if not found:

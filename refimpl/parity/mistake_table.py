@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
-from refimpl.parity.coverage import coverage, verdict
+from refimpl.parity.coverage import coverage_of, verdict
 from refimpl.parity.judge import Judge, explanations
 from refimpl.parity.replay_start import start_from
 from refimpl.parity.trace import BY_PLACE, Recorder, Trace, key, parse_key, record, split_batch, write_down
@@ -90,7 +90,7 @@ def outcome(config: Config, trace: Trace, name: str) -> tuple[str, str]:
     findings = list(judge.findings())
     first = next((finding for finding in findings if finding.departs), None)
     if first is None:
-        said = verdict(findings, coverage(trace, findings, judge.reasons))
+        said = verdict(findings, coverage_of(trace, findings, judge.reasons))
         return {"PARTLY JUDGED": "not judged"}.get(said, said), ""
     place = split_batch(first.name)[0] if first.point in BY_PLACE else ""
     return "named" if explanations(config, judge.theirs, first) == [name] else "found", place

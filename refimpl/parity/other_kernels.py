@@ -25,10 +25,9 @@ from typing import Any
 from refimpl.nn.attention import hide_later, merge_heads, split_heads
 from refimpl.nn.fused_attention import scores_of
 from refimpl.nn.op import Op
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.policy import Bound
-
-Array = Any
 
 EXP_ERROR = 6e-5
 """A constant relative error that moves as many roundings as the quickest exp among the kernels does: PyTorch 2.13's for 16 bits

@@ -27,11 +27,12 @@ import numpy as np
 from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.op import Op
-from refimpl.numerics.cast import widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import format_of
 from refimpl.optim.state import Sink, State
 from refimpl.parity.findings import Finding
-from refimpl.parity.judge import judge
+from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace
 from refimpl.precision.policy import Bound
 from refimpl.training.config import Config
@@ -41,7 +42,6 @@ from refimpl.training.memory_limits import need, require_memory
 if TYPE_CHECKING:
     from refimpl.parity.pytorch_model import Twin
 
-Array = Any
 Tensors = Mapping[str, np.ndarray]
 
 RECIPES = ("fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu")
@@ -241,7 +241,7 @@ def _side_by_side(config: Config, weights: Tensors, batches: list[Any], theirs: 
         drift = _drift(ours.weights(), theirs.weights(), weights)
         theirs_row = {f"{key}_torch": b[key] for key in a}
         result.rows.append({"step": i + 1, **a, **theirs_row, "drift": drift})
-    result.findings, result.branches = judge(config, trace), ours.branches
+    result.findings, result.branches = judge_trace(config, trace), ours.branches
     return result
 
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from refimpl.errors import UsageError
 from refimpl.parity.trace import SCALE_STATE, Trace, key
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 
 
-def start_from(trace: Trace, parts: Parts) -> None:
+def start_from(trace: Trace, parts: Training) -> None:
     """Set the number of updates and the loss scale of a run to what the trace states of its start, step 0.
 
     A trace that states nothing begins where a run begins. Errors: UsageError that asks for what is missing in one that begins
@@ -37,7 +37,7 @@ def start_from(trace: Trace, parts: Parts) -> None:
         _start_scale(trace, parts, int(parts.state.t))
 
 
-def _start_scale(trace: Trace, parts: Parts, t: int) -> None:
+def _start_scale(trace: Trace, parts: Training, t: int) -> None:
     """The loss scale of step 0. One that is not finite is no state of a run: it is the mistake of a trace, and stays unused."""
     told = {name: trace.get(0, point) for point, name in SCALE_STATE.items()}
     state = parts.loss_scale.state_dict()
@@ -60,7 +60,7 @@ def _start_scale(trace: Trace, parts: Parts, t: int) -> None:
     parts.loss_scale.load_state_dict({**state, **whole})
 
 
-def resume_from(trace: Trace, parts: Parts, step: int) -> bool:
+def resume_from(trace: Trace, parts: Training, step: int) -> bool:
     """Take up number of updates and loss scale where a trace states them after a step; return whether it states them all."""
     state = parts.loss_scale.state_dict()
     points = [point for point, name in SCALE_STATE.items() if name in state and parts.loss_scale.adapts]

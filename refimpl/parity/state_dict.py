@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model
 from refimpl.nn.names import own_name, rename, unwrapped
-from refimpl.numerics.cast import cast
+from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import is_float
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import fp32_weights, model_of
@@ -74,11 +74,11 @@ def _model_for(weights: Mapping[str, np.ndarray], n_head: int) -> Model:
             (vocab_size, n_embd), (block_size, _) = wte.shape, weights["transformer.wpe.weight"].shape
             n_layer = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
             bias = any(name.startswith("transformer.") and name.endswith(".bias") for name in weights)
-            return gpt(GPTConfig(n_layer, n_head, n_embd, block_size, vocab_size, bias))
+            return gpt_model(GPTConfig(n_layer, n_head, n_embd, block_size, vocab_size, bias))
         vocab_size, n_embd = weights["wte.weight"].shape
         n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
         block_size = weights["h.0.fc.weight"].shape[1] // n_embd
-        return mlp(MLPConfig(n_layer, n_embd, block_size, vocab_size))
+        return mlp_model(MLPConfig(n_layer, n_embd, block_size, vocab_size))
     except (KeyError, ValueError, IndexError):
         held = ", ".join(sorted(weights)[:3]) or "nothing"
         raise UsageError(

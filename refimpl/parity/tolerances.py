@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 
 from refimpl.backends.base import NUMPY
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, is_float, ulp
 from refimpl.optim.state import Sink, State
 from refimpl.parity.other_kernels import other_kernel
 from refimpl.parity.trace import Recorder, Trace, in_batch, key
 from refimpl.precision.policy import Policy, Run
 from refimpl.precision.recipes import get_recipe
-from refimpl.step import Batch, through
-from refimpl.training.setup import Parts
-
-Array = Any
+from refimpl.step import Batch, forward_backward
+from refimpl.training.setup import Training
 
 U = 2.0**-24
 """Half the spacing of FP32 numbers at 1: the relative error of one rounding."""
@@ -117,7 +116,7 @@ class Bounds:
     FP32 operation or sum leaves does not fit 16 bits by chance. A 16-bit value may be stored in a wider format.
     """
 
-    def __init__(self, parts: Parts, ours: Trace, theirs: Trace, step: int, batches: list[Batch], S: Array) -> None:
+    def __init__(self, parts: Training, ours: Trace, theirs: Trace, step: int, batches: list[Batch], S: Array) -> None:
         """parts: those that ours was computed with; their weights are the trace's."""
         self.parts, self.ours, self.theirs = parts, ours, theirs
         self.step, self.batches, self.S = step, batches, S
@@ -217,7 +216,7 @@ class Bounds:
         """The step in FP64 from the weights of the trace."""
         if self._truth is None:
             recipe, parts = get_recipe("fp64"), self.parts
-            exact = State(parts.model, recipe.state_storages(()), NUMPY)
+            exact = State(parts.model, recipe.state_encodings(()), NUMPY)
             widen(parts.state.weights, "fp64", out=exact.weights)
             self._truth = self._run(exact, Run(recipe.policy, NUMPY), np.asarray(np.float64(self.S)), follow=False)
         return self._truth
@@ -235,7 +234,7 @@ class Bounds:
         trace, parts = Trace(), self.parts
         recorder = Recorder(replace(parts, state=state, run=run), trace, self.theirs if follow else None)
         recorder.step = self.step
-        loss = through(parts.model, self.batches, state, S, run)
+        loss = forward_backward(parts.model, self.batches, state, S, run)
         recorder.put("2.loss", "", loss)
         recorder.grads(state)
         return trace

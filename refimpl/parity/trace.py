@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.state import State
 from refimpl.training.checkpoint import check_exchanged, parse_header, read_tensors, sealed, write_tensors
@@ -25,10 +26,8 @@ from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.generate import check_has_bytes
 from refimpl.training.mistakes import meddle
 from refimpl.training.schema import Integer, Table, Words, check
-from refimpl.training.setup import Parts, UpdateArguments, WrappedOptimizer
+from refimpl.training.setup import Training, UpdateArguments, WrappedOptimizer
 from refimpl.training.trainer import BATCHES, INIT, generator
-
-Array = Any
 
 VERSION = 1
 HEADER = Table(optional={"version": Integer(), "order": Words(), "config": Table(), "settings": Table()})
@@ -179,7 +178,7 @@ class Recorder:
     that every operation computes from that trace's values and no difference is carried from one to the next.
     """
 
-    def __init__(self, parts: Parts, trace: Trace, follow: Trace | None = None) -> None:
+    def __init__(self, parts: Training, trace: Trace, follow: Trace | None = None) -> None:
         self.trace, self.follow, self.step = trace, follow, 0
         self._to_host, self._rule_side = parts.state.backend.to_host, parts.optimizer
         parts.run.observer = self._observe
@@ -233,7 +232,7 @@ class Recorder:
         self.put("4.lr", "", self._rule_side.lr(state))
         return inverse, clip, found
 
-    def states(self, parts: Parts) -> None:
+    def states(self, parts: Training) -> None:
         """Masters and moments as they are now."""
         state = parts.state
         for kind in ("m", "v", "master"):
@@ -242,7 +241,7 @@ class Recorder:
                 for name, view in state.layout.views(state.values(own)).items():
                     self.put(f"4.{kind}", name, view)
 
-    def counters(self, parts: Parts) -> None:
+    def counters(self, parts: Training) -> None:
         """The loss scale, its counters, and the number of updates, as they are now."""
         self.put("4.scale", "", parts.loss_scale.scale)
         counters = parts.loss_scale.state_dict()
@@ -277,7 +276,7 @@ def record(config: Config, source: Trace | None = None) -> Trace:
     return trace
 
 
-def write_down(recorder: Recorder, parts: Parts, steps: Iterable[list[tuple[np.ndarray, np.ndarray]]]) -> None:
+def write_down(recorder: Recorder, parts: Training, steps: Iterable[list[tuple[np.ndarray, np.ndarray]]]) -> None:
     """Train on the batches of some steps and write down what they compute."""
     for recorder.step, batches in enumerate(steps, 1):
         for point, i in (("0.tokens", 0), ("0.targets", 1)):
@@ -291,7 +290,7 @@ def write_down(recorder: Recorder, parts: Parts, steps: Iterable[list[tuple[np.n
         recorder.counters(parts)
 
 
-def checked_start(start: Mapping[str, np.ndarray], parts: Parts) -> Mapping[str, np.ndarray]:
+def checked_start(start: Mapping[str, np.ndarray], parts: Training) -> Mapping[str, np.ndarray]:
     """The weights of a start, if they are this model's. Errors: UsageError that names the first that is not."""
     for name, spec in parts.model.parameters.items():
         if name not in start or start[name].shape != spec.shape:

@@ -6,7 +6,6 @@ Whatever is wrong is one line (UsageError) that names the tensor. Names of wrapp
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,6 @@ from refimpl.numerics.formats import FORMATS, format_of, is_float
 from refimpl.parity.operations import operations_of
 from refimpl.parity.trace import BATCH, BY_PARAMETER, BY_PLACE, SCALE_STATE, Trace, in_batch, key, parse_key, split_batch
 
-Array = Any
 STARTS = ("4.m", "4.v", "4.master", *SCALE_STATE, "4.t")
 """The points of step 0."""
 

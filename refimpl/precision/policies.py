@@ -14,7 +14,7 @@ def uniform(fmt: str, acc: str) -> Policy:
 
 
 def autocast_cuda(low: str) -> Policy:
-    """The op lists of torch.autocast('cuda'): products low, normalisation, softmax and losses FP32, others as they come."""
+    """The op lists of torch.autocast('cuda'): products low, normalization, softmax and losses FP32, others as they come."""
     product, high = Precision(low, "fp32", low), Precision("fp32", "fp32", "fp32")
     return Policy(
         f"autocast-cuda-{low}",
@@ -79,9 +79,9 @@ def with_sums(name: str, acc: str) -> Policy:
 def low_products(
     name: str, x: str, w: str = "", dy: str = "", *, dw: tuple[str, str] | None = None, acc: str = "fp32"
 ) -> Policy:
-    """All linear layers but the last quantise the operands of their products; everything else is in BF16.
+    """All linear layers but the last quantize the operands of their products; everything else is in BF16.
 
-    x, w, dy: a scheme of `quantise.SCHEMES` for each; w and dy as x unless given. dw: those of dy and x in dw = dy^T x, if
+    x, w, dy: a scheme of `quantize.SCHEMES` for each; w and dy as x unless given. dw: those of dy and x in dw = dy^T x, if
     they are others. acc: the accumulator of these products.
     """
     w, dy = w or x, dy or x

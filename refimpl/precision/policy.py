@@ -1,7 +1,7 @@
 """Precision is data: a policy is a table that says, for every operation, which formats it works in.
 
     row = Precision(inputs, acc, out)
-      inputs   the format that each operand is cast to before the operation reads it; in `linear` also how it is quantised
+      inputs   the format that each operand is cast to before the operation reads it; in `linear` also how it is quantized
       acc      the format of all arithmetic inside, sums included: fp32 or fp64; a product may have an accumulator of fewer bits
       out      the format of the one rounding at the end
 
@@ -17,15 +17,14 @@ from functools import partial
 from typing import Any
 
 from refimpl.errors import UsageError
-from refimpl.numerics import cast as door
 from refimpl.numerics.accumulators import matmul
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import from_bits
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, widens_to, widest
 from refimpl.numerics.quantization.products import product
-from refimpl.numerics.quantization.quantized_tensor import Quantised, spread
-from refimpl.numerics.quantization.registry import SCHEMES, Scales
-
-Array = Any
+from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, spread
+from refimpl.numerics.quantization.registry import SCHEMES, ScalingState
 
 SAME = "same"
 """As an input: the operand stays in the format it arrives in. As `out`: the widest format among the operands."""
@@ -58,8 +57,8 @@ class Precision:
         return self.inputs if isinstance(self.inputs, str) else self.inputs.get(operand, SAME)
 
     @property
-    def quantises(self) -> bool:
-        """Whether an operand is quantised."""
+    def quantizes(self) -> bool:
+        """Whether an operand is quantized."""
         return any(name in SCHEMES for name in ([self.inputs] if isinstance(self.inputs, str) else self.inputs.values()))
 
 
@@ -97,8 +96,8 @@ class Policy:
 
     @property
     def in_formats(self) -> bool:
-        """Whether all operands are cast to formats and all sums are formed in one: nothing is quantised."""
-        return not any(row.quantises or row.acc not in WIDE for row in self.rows.values())
+        """Whether all operands are cast to formats and all sums are formed in one: nothing is quantized."""
+        return not any(row.quantizes or row.acc not in WIDE for row in self.rows.values())
 
 
 MAP_BLOCK = 1 << 18
@@ -119,7 +118,7 @@ Observer = Callable[[str, str, Array], Array]
 class Run:
     """What one run (one rank, one backend) shares among all its operations. There is no global state beside it.
 
-    overrides: operations that run in the place of those of the same name. scales: what quantisation remembers.
+    overrides: operations that run in the place of those of the same name. scales: what quantization remembers.
     """
 
     policy: Policy
@@ -127,7 +126,7 @@ class Run:
     monitor: Monitor | None = None
     observer: Observer | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    scales: Scales = field(default_factory=Scales)
+    scales: ScalingState = field(default_factory=ScalingState)
     _bound: dict[tuple[str, str], Bound] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -178,51 +177,51 @@ class Bound:
 
     def round(self, x: Array, fmt: str, site: str) -> Array:
         """Round `x` to `fmt` at a named site; the name is `place:op.site`, e.g. 'h.0.mlp.c_fc:linear.dw.dw'."""
-        y = self.run.backend.convert(door.cast, x, fmt)
+        y = self.run.backend.convert(cast, x, fmt)
         if self.run.monitor is not None and not widens_to(format_of(x), fmt):
             self.run.monitor(f"{self.place}:{self.op}.{site}", x, y)
         return y
 
     def cast(self, x: Array, operand: str, axis: int | None = None) -> Any:
-        """Cast an operand to the format that the row names for it; quantise it, if that is a scheme.
+        """Cast an operand to the format that the row names for it; quantize it, if that is a scheme.
 
-        axis: the one that the product sums over, for an operand that can be quantised.
+        axis: the one that the product sums over, for an operand that can be quantized.
         """
         fmt = self.row.input(operand)
         if fmt in SCHEMES:
-            return self.quantise(x, fmt, operand, axis)
+            return self.quantize(x, fmt, operand, axis)
         return x if fmt == SAME else self.round(x, fmt, operand)
 
-    def quantise(self, x: Array, scheme: str, operand: str, axis: int | None) -> Quantised:
-        """Quantise an operand. A monitor is told of its elements before and after: scaled, and rounded to their format."""
+    def quantize(self, x: Array, scheme: str, operand: str, axis: int | None) -> QuantizedTensor:
+        """Quantize an operand. A monitor is told of its elements before and after: scaled, and rounded to their format."""
         if axis is None:
-            raise TypeError(f"{self.op}.{operand}: only the factors of linear's products can be quantised, not to {scheme}")
-        q = self.run.scales.quantise(scheme, x, axis, f"{self.place}.{operand}")
+            raise TypeError(f"{self.op}.{operand}: only the factors of linear's products can be quantized, not to {scheme}")
+        q = self.run.scales.quantize(scheme, x, axis, f"{self.place}.{operand}")
         if self.run.monitor is not None:
             source = self.run.scales.source(scheme, x, axis)
             self.run.monitor(f"{self.place}:{self.op}.{operand}", *self._rounding(source, q))
         return q
 
-    def _rounding(self, x: Array, q: Quantised) -> tuple[Array, Array]:
+    def _rounding(self, x: Array, q: QuantizedTensor) -> tuple[Array, Array]:
         """What the elements of x were rounded from and to, both divided by their scales.
 
         A block too small for its scale has the scale zero, and is zero: it is not divided.
         """
         with self.xp.errstate(over="ignore", under="ignore", invalid="ignore"):
             scale = spread(q.scale_values(), q.block, q.shape) * (1 if q.tensor_scale is None else q.tensor_scale)
-            before = door.widen(x, "fp32") / self.xp.where(scale == 0, 1, scale)
+            before = widen(x, "fp32") / self.xp.where(scale == 0, 1, scale)
         return before, from_bits(q.codes * (scale != 0), q.fmt)
 
     def wide(self, x: Any) -> Any:
-        """The operand in the format of the arithmetic. Exact. What is quantised stays so: `gemm` multiplies codes."""
-        return x if isinstance(x, Quantised) else self.run.backend.convert(door.widen, x, self.math)
+        """The operand in the format of the arithmetic. Exact. What is quantized stays so: `gemm` multiplies codes."""
+        return x if isinstance(x, QuantizedTensor) else self.run.backend.convert(widen, x, self.math)
 
     def gemm(self, a: Any, b: Any) -> Array:
         """Matrix product of the last two axes, a (..., M, K) @ b (..., K, N) -> (..., M, N), accumulated in `acc`."""
-        if isinstance(a, Quantised) != isinstance(b, Quantised):
-            raise TypeError(f"{self.op}: a policy quantises both factors of a product, or none")
+        if isinstance(a, QuantizedTensor) != isinstance(b, QuantizedTensor):
+            raise TypeError(f"{self.op}: a policy quantizes both factors of a product, or none")
         multiply = partial(self.run.backend.gemm, acc=self.math)
-        if isinstance(a, Quantised):
+        if isinstance(a, QuantizedTensor):
             return product(a, b, self.row.acc, multiply)
         return multiply(a, b) if self.sums_plainly else matmul(a, b, self.row.acc, multiply)
 
@@ -231,7 +230,8 @@ class Bound:
 
         So that a row can be rounded as soon as it is there, by the thread that computed it, and no product is stored wide.
         """
-        if self.run.monitor is not None or isinstance(a, Quantised) or isinstance(b, Quantised) or not self.sums_plainly:
+        quantized = isinstance(a, QuantizedTensor) or isinstance(b, QuantizedTensor)
+        if self.run.monitor is not None or quantized or not self.sums_plainly:
             return finish(self.gemm(a, b))
         return self.run.backend.gemm_then(a, b, self.row.acc, finish, fmt)
 
@@ -263,7 +263,7 @@ class Bound:
         """
         seen = rounded or self.row.input(operand)
         dz = self.round(dz, stored if seen == SAME else seen, f"d{operand}")
-        return door.widen(dz, stored) if widens_to(format_of(dz), stored) else self.round(dz, stored, f"d{operand}.stored")
+        return widen(dz, stored) if widens_to(format_of(dz), stored) else self.round(dz, stored, f"d{operand}.stored")
 
     def map(self, formula: Callable[..., Array], finish: Callable[[Array], Array], *arrays: Array) -> Array:
         """`finish(formula(wide(a), wide(b), ...))` for an elementwise formula and arrays of one shape.
@@ -309,7 +309,7 @@ class Bound:
     def leaf_format(self, operand: str, x: Array) -> str | None:
         """The 16-bit format that a parameter is cast to once a step and shared among its uses, or None.
 
-        This is autocast's cast of FP32 weights. 8-bit formats are not shared: each GEMM quantises its own way.
+        This is autocast's cast of FP32 weights. 8-bit formats are not shared: each GEMM quantizes its own way.
         """
         fmt = self["y"].row.input(operand)  # `linear.y` for linear; without parts, the operation's own row
         if fmt not in FORMATS or fmt == format_of(x) or FORMATS[fmt].bits != 16:
@@ -317,5 +317,5 @@ class Bound:
         return fmt
 
     def empty(self, shape: tuple[int, ...], fmt: str) -> Array:
-        """Uninitialised memory of the run's backend."""
+        """Uninitialized memory of the run's backend."""
         return self.xp.empty(shape, FORMATS[fmt].dtype)

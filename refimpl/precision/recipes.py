@@ -14,7 +14,7 @@ from refimpl.errors import UsageError, unknown
 from refimpl.numerics.formats import FORMATS
 from refimpl.precision.policies import autocast_cpu, autocast_cuda, low_products, uniform, with_sums
 from refimpl.precision.policy import Policy
-from refimpl.precision.state_encodings import Part, buffers_of
+from refimpl.precision.state_encodings import BufferSpec, buffers_of
 
 MASTERS_FROM = ("original", "rounded")
 STATE_KINDS = ("weights", "grads", "main_grads", "master", "m", "v")
@@ -23,7 +23,7 @@ STATE_KINDS = ("weights", "grads", "main_grads", "master", "m", "v")
 @dataclass(frozen=True)
 class Recipe:
     """A way to train. `state` says in which storage each kind of model state is kept (a format, or a row of
-    `storage.STORAGES`), and '' means that it is not kept.
+    `state_encodings.ENCODINGS`), and '' means that it is not kept.
 
     Without a separate master the weights are their own master: the optimizer updates them directly.
     `loss_scale` is the default of the recipe: a name of `loss_scale`, 'none', or a number for a static scale.
@@ -38,7 +38,7 @@ class Recipe:
     loss_scale: str
     masters_from: str = "original"
 
-    def state_storages(self, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1) -> dict[str, str]:
+    def state_encodings(self, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1) -> dict[str, str]:
         """The states that are really kept: kind -> storage.
 
         moments: those that the optimizer keeps (AdamW m and v, SGD with momentum m, plain SGD none).
@@ -51,12 +51,12 @@ class Recipe:
             stored.pop("main_grads", None)
         return {kind: name for kind, name in stored.items() if kind not in ("m", "v") or kind in moments}
 
-    def buffers(self, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1, embeddings: int = 0) -> dict[str, Part]:
+    def buffers(self, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1, embeddings: int = 0) -> dict[str, BufferSpec]:
         """The same as buffers: name -> the type of an element, and how many parameters share one.
 
         embeddings: how many parameters of the model are embeddings, for storages that keep those in another way.
         """
-        return buffers_of(self.state_storages(moments, grad_accum), embeddings)
+        return buffers_of(self.state_encodings(moments, grad_accum), embeddings)
 
     def bytes_per_parameter(self, moments: tuple[str, ...] = ("m", "v"), grad_accum: int = 1) -> Fraction:
         """Model states in bytes a parameter: 2+2+4+4+4 = 16 for the note's recipe with Adam.

@@ -25,14 +25,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl.errors import UsageError, unknown
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of, from_bits
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.compensated import kahan_update, merge, split
 from refimpl.numerics.formats import FORMATS, dtype_of, is_float
 from refimpl.numerics.stochastic import STREAMS, random_bits, stochastic_round
 
-Array = Any
-Parts = Mapping[str, Array]
+BufferSlices = Mapping[str, Array]
 Update = Callable[[Array], None]
 
 MAIN = ""
@@ -40,7 +40,7 @@ MAIN = ""
 
 
 @dataclass(frozen=True)
-class Part:
+class BufferSpec:
     """One buffer: the type of an element, and how many values share one.
 
     first: how many parameters it holds, the first ones of the flat index, where it does not hold all.
@@ -68,7 +68,7 @@ class Part:
         return slice(self.size(block.start), self.size(block.stop))
 
 
-class Draw(NamedTuple):
+class RandomKey(NamedTuple):
     """Where chance comes from: equal draws make equal bits, whatever the size of the blocks, and after a resume."""
 
     seed: int
@@ -85,30 +85,30 @@ class Plain:
     fmt: str
 
     @property
-    def parts(self) -> Mapping[str, Part]:
-        return {MAIN: Part(dtype_of(self.fmt))}
+    def parts(self) -> Mapping[str, BufferSpec]:
+        return {MAIN: BufferSpec(dtype_of(self.fmt))}
 
-    def of(self, embeddings: int) -> Storage:
+    def of(self, embeddings: int) -> Encoding:
         """The storage for a model whose first so many parameters are embeddings: the same for all."""
         return self
 
-    def read(self, parts: Parts, fmt: str) -> Array:
+    def read(self, parts: BufferSlices, fmt: str) -> Array:
         """The values in the format `fmt`; where that is their own, the buffer itself."""
         return widen(parts[MAIN], fmt)
 
-    def values(self, parts: Parts) -> Array:
+    def values(self, parts: BufferSlices) -> Array:
         """The values to look at, in the format that they are kept in."""
         return parts[MAIN]
 
-    def change(self, parts: Parts, values: Array, update: Update) -> None:
+    def change(self, parts: BufferSlices, values: Array, update: Update) -> None:
         """Update the values in place."""
         update(values)
 
-    def write(self, parts: Parts, values: Array, draw: Draw) -> None:
+    def write(self, parts: BufferSlices, values: Array, key: RandomKey) -> None:
         """Keep the values."""
         cast(values, self.fmt, out=parts[MAIN])
 
-    def start(self, parts: Parts, values: Array) -> None:
+    def start(self, parts: BufferSlices, values: Array) -> None:
         """Keep the values that a run starts from, FP32: rounded to nearest, with nothing left over yet."""
         cast(values, self.fmt, out=parts[MAIN])
 
@@ -121,8 +121,8 @@ class Stochastic(Plain):
     Differs from the source: the random bits are a function of seed, update and index, not of a generator's history.
     """
 
-    def write(self, parts: Parts, values: Array, draw: Draw) -> None:
-        bits = random_bits(draw.seed, draw.t, draw.start, values.size, STREAMS[draw.kind], draw.xp)
+    def write(self, parts: BufferSlices, values: Array, key: RandomKey) -> None:
+        bits = random_bits(key.seed, key.t, key.start, values.size, STREAMS[key.kind], key.xp)
         stochastic_round(values, self.fmt, bits, out=parts[MAIN])
 
 
@@ -138,10 +138,10 @@ class Kahan(Plain):
     """
 
     @property
-    def parts(self) -> Mapping[str, Part]:
-        return {**super().parts, "compensation": Part(dtype_of(self.fmt))}
+    def parts(self) -> Mapping[str, BufferSpec]:
+        return {**super().parts, "compensation": BufferSpec(dtype_of(self.fmt))}
 
-    def change(self, parts: Parts, values: Array, update: Update) -> None:
+    def change(self, parts: BufferSlices, values: Array, update: Update) -> None:
         step = values * 0
         update(step)
         w, parts["compensation"][...] = kahan_update(cast(values, self.fmt), parts["compensation"], step)
@@ -157,23 +157,23 @@ class Remainder(Plain):
     """
 
     @property
-    def parts(self) -> Mapping[str, Part]:
-        return {**super().parts, "remainder": Part(np.dtype(np.uint16))}
+    def parts(self) -> Mapping[str, BufferSpec]:
+        return {**super().parts, "remainder": BufferSpec(np.dtype(np.uint16))}
 
-    def read(self, parts: Parts, fmt: str) -> Array:
+    def read(self, parts: BufferSlices, fmt: str) -> Array:
         return widen(merge(parts[MAIN], parts["remainder"]), fmt)
 
-    def values(self, parts: Parts) -> Array:
+    def values(self, parts: BufferSlices) -> Array:
         return merge(parts[MAIN], parts["remainder"])
 
-    def write(self, parts: Parts, values: Array, draw: Draw) -> None:
+    def write(self, parts: BufferSlices, values: Array, key: RandomKey) -> None:
         self.start(parts, values)
 
-    def start(self, parts: Parts, values: Array) -> None:
+    def start(self, parts: BufferSlices, values: Array) -> None:
         parts[MAIN][...], parts["remainder"][...] = split(values)
 
 
-def replace_unless(keep: Array, parts: Parts, new: Parts, xp: Any) -> None:
+def replace_unless(keep: Array, parts: BufferSlices, new: BufferSlices, xp: Any) -> None:
     """`parts` become `new`, in place, unless `keep` is set, a 0-d boolean of the device: nobody waits to see it.
 
     By their bits: `where` of CuPy makes FP32 of BF16, and no value may change on the way.
@@ -194,7 +194,7 @@ class Blockwise:
 
     fmt: the format of the codes; '' where they are numbers of a table, `codebook`, in order of their values.
     Source: Dettmers et al. 2022, arXiv 2110.02861; torchao, optim/subclass_8bit.py and subclass_fp8.py.
-    Differs from the source: blocks are 256 neighbours in the flat buffer, whatever tensors they belong to; there blocks
+    Differs from the source: blocks are 256 neighbors in the flat buffer, whatever tensors they belong to; there blocks
     end with their tensor, and tensors of fewer than 4096 elements stay FP32.
     """
 
@@ -202,27 +202,27 @@ class Blockwise:
     codebook: Callable[[], Array] | None = None
 
     @property
-    def parts(self) -> Mapping[str, Part]:
-        return {MAIN: Part(np.dtype(np.uint8)), "scales": Part(dtype_of("fp32"), SHARING)}
+    def parts(self) -> Mapping[str, BufferSpec]:
+        return {MAIN: BufferSpec(np.dtype(np.uint8)), "scales": BufferSpec(dtype_of("fp32"), SHARING)}
 
-    def of(self, embeddings: int) -> Storage:
+    def of(self, embeddings: int) -> Encoding:
         """The storage for a model whose first so many parameters are embeddings: the same for all."""
         return self
 
-    def read(self, parts: Parts, fmt: str) -> Array:
+    def read(self, parts: BufferSlices, fmt: str) -> Array:
         codes = parts[MAIN]
         values = self.codebook()[codes] if self.codebook else widen(from_bits(codes, self.fmt), "fp32")
         return values * parts["scales"].repeat(SHARING)[: codes.size]
 
-    def values(self, parts: Parts) -> Array:
+    def values(self, parts: BufferSlices) -> Array:
         """The same, to look at."""
         return self.read(parts, "fp32")
 
-    def change(self, parts: Parts, values: Array, update: Update) -> None:
+    def change(self, parts: BufferSlices, values: Array, update: Update) -> None:
         """Update the values in place."""
         update(values)
 
-    def write(self, parts: Parts, values: Array, draw: Draw) -> None:
+    def write(self, parts: BufferSlices, values: Array, key: RandomKey) -> None:
         """Keep the values: the scale of each block, max |x| / largest code, and the codes nearest to x / scale."""
         blocks = np.zeros((len(parts["scales"]), SHARING), values.dtype)
         blocks.reshape(-1)[: values.size] = values
@@ -234,9 +234,9 @@ class Blockwise:
             nearest(self.codebook(), scaled) if self.codebook else bits_of(cast(scaled, self.fmt, overflow="saturate"))
         )
 
-    def start(self, parts: Parts, values: Array) -> None:
+    def start(self, parts: BufferSlices, values: Array) -> None:
         """Moments start at zero, which is all that this is for."""
-        self.write(parts, values, Draw(0, 0, 0))
+        self.write(parts, values, RandomKey(0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -250,23 +250,23 @@ class FP32Embeddings(Blockwise):
     embeddings: int = 0
 
     @property
-    def parts(self) -> Mapping[str, Part]:
-        return {**super().parts, "embeddings": Part(dtype_of("fp32"), first=self.embeddings)}
+    def parts(self) -> Mapping[str, BufferSpec]:
+        return {**super().parts, "embeddings": BufferSpec(dtype_of("fp32"), first=self.embeddings)}
 
-    def of(self, embeddings: int) -> Storage:
+    def of(self, embeddings: int) -> Encoding:
         return replace(self, embeddings=embeddings)
 
-    def read(self, parts: Parts, fmt: str) -> Array:
+    def read(self, parts: BufferSlices, fmt: str) -> Array:
         values = super().read(parts, fmt)
         values[: parts["embeddings"].size] = parts["embeddings"]
         return values
 
-    def write(self, parts: Parts, values: Array, draw: Draw) -> None:
+    def write(self, parts: BufferSlices, values: Array, key: RandomKey) -> None:
         n = parts["embeddings"].size
         parts["embeddings"][...] = values[:n]
         others = values.copy()
         others[:n] = 0
-        super().write(parts, others, draw)
+        super().write(parts, others, key)
 
 
 def nearest(codebook: Array, values: Array) -> Array:
@@ -308,9 +308,9 @@ def unsigned_codebook() -> Array:
     return dynamic_codebook(False)
 
 
-Storage = Plain | Blockwise
+Encoding = Plain | Blockwise
 
-STORAGES: dict[str, Storage] = {
+ENCODINGS: dict[str, Encoding] = {
     **{fmt: Plain(fmt) for fmt in ("fp64", "fp32", "fp16", "bf16")},
     "bf16-stochastic": Stochastic("bf16"),
     "bf16-kahan": Kahan("bf16"),
@@ -324,11 +324,11 @@ STORAGES: dict[str, Storage] = {
 """What a recipe may write into its table of states."""
 
 
-def get_storage(name: str) -> Storage:
+def get_encoding(name: str) -> Encoding:
     """The storage of that name. Errors: UsageError that lists the names."""
-    if name not in STORAGES:
-        raise UsageError(unknown("storage", name, STORAGES))
-    return STORAGES[name]
+    if name not in ENCODINGS:
+        raise UsageError(unknown("storage", name, ENCODINGS))
+    return ENCODINGS[name]
 
 
 def buffer_name(kind: str, part: str) -> str:
@@ -336,9 +336,9 @@ def buffer_name(kind: str, part: str) -> str:
     return f"{kind}_{part}" if part else kind
 
 
-def buffers_of(stored: Mapping[str, str], embeddings: int = 0) -> dict[str, Part]:
+def buffers_of(stored: Mapping[str, str], embeddings: int = 0) -> dict[str, BufferSpec]:
     """All buffers of a run by name, for a table kind -> storage and the number of parameters that are embeddings."""
     return {
         buffer_name(kind, part): spec
-        for kind, name in stored.items() for part, spec in get_storage(name).of(embeddings).parts.items()
+        for kind, name in stored.items() for part, spec in get_encoding(name).of(embeddings).parts.items()
     }  # fmt: skip

@@ -75,7 +75,7 @@ def trace(name: str, overflows: str, init_scale: float, interval: int, **knobs: 
 
 
 def number_text(scale: float) -> str:
-    """'1024' and not '1024.0'; a fraction with all the digits that it takes to tell it from its neighbours."""
+    """'1024' and not '1024.0'; a fraction with all the digits that it takes to tell it from its neighbors."""
     return str(int(scale)) if scale.is_integer() else repr(scale)
 
 

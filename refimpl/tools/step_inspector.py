@@ -17,25 +17,24 @@ import numpy as np
 
 from refimpl.errors import UsageError, unknown
 from refimpl.nn.shape import cast_forward
-from refimpl.numerics.bits import bits
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.bits import bit_string
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, digits, format_of, ulp
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
 from refimpl.optim.scaler_rules import find_scaler
 from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES
-from refimpl.step import StepResult, through
+from refimpl.step import StepResult, forward_backward
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.trainer import BATCHES, generator, start
 
-Array = Any
-
 PARAMETER = "transformer.h.0.mlp.c_fc.weight"
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}
 SCHEDULE_STEPS = 1000
-FOLLOWED = tuple(name for name, recipe in RECIPES.items() if {*recipe.state_storages().values()} <= {*FORMATS})
+FOLLOWED = tuple(name for name, recipe in RECIPES.items() if {*recipe.state_encodings().values()} <= {*FORMATS})
 """Recipes whose states are plain numbers of a format, each rounded to nearest by itself."""
 PATIENCE = 20
 """After so many skipped steps the next one is shown, whether skipped or not, where no step was asked for."""
@@ -96,7 +95,7 @@ class Report:
 def _of(key: str, quantity: str, x: Array, remark: str = "") -> Line:
     """The line of a value that an array holds."""
     x = np.array(x)
-    return Line(key, quantity, float(x), format_of(x), bits(x), remark)
+    return Line(key, quantity, float(x), format_of(x), bit_string(x), remark)
 
 
 def _cite(function: Callable[..., Any]) -> str:
@@ -151,7 +150,7 @@ def inspect_steps(
     given |= {"steps": max(SCHEDULE_STEPS, last), "loss_scale": loss_scale}
     config = Config.of(given if init_scale is None else {**given, "init_scale": init_scale})
     if recipe not in FOLLOWED:
-        stored = config.make_recipe().state_storages()
+        stored = config.make_recipe().state_encodings()
         odd = ", ".join(f"{kind} as {kept}" for kind, kept in stored.items() if kept not in FORMATS)
         raise UsageError(f"recipe {recipe} keeps {odd}, which cannot be followed here: --help lists the others")
     if init_scale is not None and find_scaler(config.loss_scale or "") is None:
@@ -239,7 +238,7 @@ class _Element:
     @np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")
     def blocks(self) -> tuple[Block, ...]:
         """The four steps."""
-        return self.weights_down(), self.through(), self.gradients_up(), self.update()
+        return self.weights_down(), self.forward_backward(), self.gradients_up(), self.update()
 
     # -- step 1 -----------------------------------------------------------------------------------------------------
 
@@ -262,9 +261,9 @@ class _Element:
 
     # -- step 2 -----------------------------------------------------------------------------------------------------
 
-    def through(self) -> Block:
+    def forward_backward(self) -> Block:
         """Step 2: what forward and backward read, made and rounded."""
-        watched, lines, sources = self.watched, [], [_cite(through)]
+        watched, lines, sources = self.watched, [], [_cite(forward_backward)]
         if watched.autocast_copy is not None:
             sources.append(_cite(cast_forward))
             lines = self._copy_lines(self.old(self.kind), watched.autocast_copy[(*self.at, ...)], "copy, by autocast")
@@ -277,7 +276,7 @@ class _Element:
         lines.append(_of("grad", quantity, scaled, special or "as backward leaves it in `grads`"))
         if self.S != 1:
             lines += self._without_scale()
-        return Block("2. through", tuple(sources), tuple(lines))
+        return Block("2. forward and backward", tuple(sources), tuple(lines))
 
     def _without_scale(self) -> list[Line]:
         """What the loss scale was good for: the unscaled gradients, rounded to the narrowest format that they passed."""

@@ -25,7 +25,7 @@ from refimpl.nn.models.mlp import MLPConfig
 from refimpl.numerics.formats import FORMATS, widest
 from refimpl.precision.policy import SAME
 from refimpl.precision.recipes import Recipe
-from refimpl.precision.state_encodings import get_storage
+from refimpl.precision.state_encodings import get_encoding
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class Flow:
     """The format of every tensor of a forward pass: what a recipe's rows make of formats, as `policy.Bound` does to arrays."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.row, self.stored = recipe.policy.row, get_storage(recipe.state["weights"]).fmt
+        self.row, self.stored = recipe.policy.row, get_encoding(recipe.state["weights"]).fmt
         self.fused_attention = recipe.policy.fused_attention
 
     def cast(self, op: str, operand: str, x: str) -> str:
         """The format in which an operation reads an operand that arrives in format x."""
         fmt = self.row(op).input(operand)
-        return fmt if fmt in FORMATS else x  # as it comes; or quantised, of which nothing is kept
+        return fmt if fmt in FORMATS else x  # as it comes; or quantized, of which nothing is kept
 
     def out(self, op: str, *operands: str) -> str:
         """The format of an operation's result."""

@@ -11,34 +11,33 @@ import numpy as np
 
 from refimpl.backends.base import NUMPY, Backend
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model
-from refimpl.numerics.cast import cast
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast
 from refimpl.numerics.compensated import merge
 from refimpl.optim.state import State
 from refimpl.precision.policy import Run
 from refimpl.precision.recipes import get_recipe
-from refimpl.precision.state_encodings import Part, buffer_name, get_storage
+from refimpl.precision.state_encodings import BufferSpec, buffer_name, get_encoding
 from refimpl.training import checkpoint
 from refimpl.training.schema import FINITE, Integer, OneOf, Real, Table, Text, check
-
-Array = Any
 
 KEPT = ("weights", "master", "m", "v")
 """The kinds of state that a checkpoint holds; gradients are made anew by the next step."""
 SCALES = "scales."
 
 
-def _buffers(state: State) -> Iterator[tuple[str, str, Part]]:
+def _buffers(state: State) -> Iterator[tuple[str, str, BufferSpec]]:
     """(kind, part, how it is stored) of every buffer that is kept."""
     for kind in KEPT:
         if kind in state.stored:
-            for part, spec in state.storages[kind].parts.items():
+            for part, spec in state.encodings[kind].parts.items():
                 yield kind, part, spec
 
 
-def _tensors(name: str, spec: Part, buffer: Array, state: State) -> dict[str, Array]:
+def _tensors(name: str, spec: BufferSpec, buffer: Array, state: State) -> dict[str, Array]:
     """Views of a buffer by name, buffer.parameter; buffer.flat where parameters share elements.
 
     So 'weights.wte.weight', 'weights_compensation.wte.weight', 'm_scales.flat'.
@@ -51,13 +50,13 @@ def state_arrays(state: State) -> dict[str, np.ndarray]:
     """All that is kept of the states, on the host; of all ranks, if they are divided, and all must ask."""
     arrays = {}
     for kind, part, spec in _buffers(state):
-        whole = state.backend.to_host(state.whole(kind, part))
+        whole = state.backend.to_host(state.gathered(kind, part))
         arrays.update(_tensors(buffer_name(kind, part), spec, whole, state))
     return arrays
 
 
 def scale_arrays(run: Run) -> dict[str, np.ndarray]:
-    """What quantisation remembers of past steps: scales.tensor.format.array."""
+    """What quantization remembers of past steps: scales.tensor.format.array."""
     return {SCALES + name: array for name, array in run.scales.arrays().items()}
 
 
@@ -70,7 +69,7 @@ def load_scales(path: Path, run: Run, passes: int, arrays: dict[str, np.ndarray]
 
 
 def take_scales(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Remove from a checkpoint's arrays what `scale_arrays` made, and return it for `Scales.load`."""
+    """Remove from a checkpoint's arrays what `scale_arrays` made, and return it for `ScalingState.load`."""
     return {name.removeprefix(SCALES): arrays.pop(name) for name in sorted(arrays) if name.startswith(SCALES)}
 
 
@@ -149,7 +148,7 @@ def model_of(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndar
     sizes = header["sizes"]
     if sizes["n_layer"] > len(arrays):  # so that no table of 2^31 layers is made
         raise UsageError(f"{path} has a damaged header: {sizes['n_layer']} layers, and {len(arrays)} tensors")
-    model = gpt(GPTConfig(**sizes)) if header["model"] == "gpt" else mlp(MLPConfig(**sizes))
+    model = gpt_model(GPTConfig(**sizes)) if header["model"] == "gpt" else mlp_model(MLPConfig(**sizes))
     for name, spec in model.parameters.items():
         array = arrays.get(f"weights.{name}")
         if array is None or array.shape != spec.shape:
@@ -210,7 +209,7 @@ def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, Sta
     """
     arrays, header = checkpoint.load(path)
     model, recipe = model_of(path, header, arrays), get_recipe(header["recipe"])
-    state = State(model, {"weights": get_storage(recipe.state["weights"]).fmt}, backend)
+    state = State(model, {"weights": get_encoding(recipe.state["weights"]).fmt}, backend)
     only = {name: array for name, array in arrays.items() if name.startswith("weights.")}
     load_state_arrays(path, only, state)
     run = Run(recipe.policy, backend)

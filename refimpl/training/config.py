@@ -12,13 +12,13 @@ from refimpl.backends.base import Backend, get_backend
 from refimpl.distributed.collectives import Comm, Serial
 from refimpl.distributed.zero import ShardedState
 from refimpl.errors import UsageError, unknown
-from refimpl.nn.fused_attention import fused_attention
 from refimpl.nn.loss import IGNORE_INDEX
-from refimpl.nn.models.gpt import GPTConfig, gpt
-from refimpl.nn.models.mlp import MLPConfig, mlp
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import LOSS_MEANS, Model
+from refimpl.nn.ops import fused_attention
 from refimpl.numerics.formats import FORMATS
-from refimpl.numerics.quantization.registry import Scales
+from refimpl.numerics.quantization.registry import ScalingState
 from refimpl.optim.loss_scale import LossScale, make_loss_scale
 from refimpl.optim.optimizer import SCHEDULES, SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.optim.scaler_rules import find_scaler
@@ -29,7 +29,7 @@ from refimpl.precision.recipes import MASTERS_FROM, Recipe, get_recipe
 from refimpl.training.data import EXAMPLES
 from refimpl.training.memory_limits import need, require_memory
 from refimpl.training.mistakes import MISTAKES
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 2e-3, "steps": 800},
@@ -203,8 +203,8 @@ class Config:
         names, how = ("n_layer", "n_embd", "block_size", "vocab_size"), (self.ignore_index, self.loss_mean)
         sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.model == "mlp":
-            return mlp(MLPConfig(**sizes), *how)
-        return gpt(GPTConfig(n_head=self.n_head or 0, bias=self.bias, **sizes), *how)
+            return mlp_model(MLPConfig(**sizes), *how)
+        return gpt_model(GPTConfig(n_head=self.n_head or 0, bias=self.bias, **sizes), *how)
 
     @property
     def no_target(self) -> int | None:
@@ -233,7 +233,7 @@ class Config:
         knobs = {name: getattr(self, name) for name in ("hysteresis", *OWN_OF_THE_SCALER)}
         return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, **knobs, **more)
 
-    def make_parts(self, backend: Backend, comm: Comm | None = None) -> Parts:
+    def make_parts(self, backend: Backend, comm: Comm | None = None) -> Training:
         """All that a training step takes, of one rank if there are several. The weights are still zero:
         `parts.state.load_weights`.
 
@@ -242,7 +242,7 @@ class Config:
         comm = comm or Serial()
         require_memory([need(self, comm.size, comm.on_host.on_machine)])
         recipe, model, rule = self.make_recipe(), self.make_model(), self.make_rule()
-        storages = recipe.state_storages(rule.moments, self.grad_accum)
+        storages = recipe.state_encodings(rule.moments, self.grad_accum)
         if self.zero is None:
             state = State(model, storages, backend, self.seed)
         else:
@@ -254,8 +254,8 @@ class Config:
             )
         optimizer, loss_scale = self.make_optimizer(backend), self.make_loss_scale(backend.xp)
         overrides = {"attention": fused_attention} if recipe.policy.fused_attention else {}
-        run = Run(recipe.policy, backend, overrides=overrides, scales=Scales(self.seed, over_ranks=comm.on_host.largest))
-        return Parts(model, state, optimizer, loss_scale, run, self.clip or math.inf, self.grad_accum)
+        run = Run(recipe.policy, backend, overrides=overrides, scales=ScalingState(self.seed, over_ranks=comm.on_host.largest))
+        return Training(model, state, optimizer, loss_scale, run, self.clip or math.inf, self.grad_accum)
 
     def make_backend(self) -> Backend:
         """The backend that was asked for."""

@@ -6,20 +6,18 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape
 from refimpl.nn.models.model import Model
-from refimpl.numerics.cast import widen
+from refimpl.numerics.casts import widen
 from refimpl.optim.state import State
 from refimpl.precision.policy import Run
 from refimpl.training.console import printable
 from refimpl.training.data import map_file, sequential_batches
 
-Array = Any
 START = b"\n"
 BYTES = 256
 """Token ids that are bytes. Text is read and written as bytes; a model may have more ids than these, which stay unused."""
@@ -93,7 +91,7 @@ def mean_loss(model: Model, state: State, run: Run, batches: Iterable[tuple[np.n
     return total / n if n else float("nan")
 
 
-def generate(checkpoint: Path, prompt: str, n_bytes: int, temperature: float, seed: int, loss: Path | None) -> None:
+def generate_text(checkpoint: Path, prompt: str, n_bytes: int, temperature: float, seed: int, loss: Path | None) -> None:
     """What scripts/generate.py does: print a sample, or the loss of a file. Errors: UsageError."""
     from refimpl.training.checkpoint_states import load_for_inference
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from refimpl.numerics.formats import FORMATS
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Mistake:
     what: str
     seen: str
     departs: str
-    make: Callable[[Parts], None]
+    make: Callable[[Training], None]
 
 
 class NoRoom(Exception):
@@ -33,7 +33,7 @@ def need(present: bool, what: str) -> None:
         raise NoRoom(what)
 
 
-def low_format(parts: Parts) -> str:
+def low_format(parts: Training) -> str:
     """The 16-bit format that the run's products read. Errors: NoRoom."""
     row = parts.run.policy.row("linear.y")
     fmt = row.input("x")

@@ -13,12 +13,12 @@ from refimpl.errors import UsageError
 from refimpl.training.known_mistake import Mistake, NoRoom
 from refimpl.training.mistakes_forward import FORWARD
 from refimpl.training.mistakes_update import UPDATE
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 
 MISTAKES: dict[str, Mistake] = {mistake.name: mistake for mistake in (*FORWARD, *UPDATE)}
 
 
-def meddle(name: str, parts: Parts) -> None:
+def meddle(name: str, parts: Training) -> None:
     """Make the named mistake in a run that has not begun. Errors: UsageError where the recipe leaves no room for it."""
     if name == "none":
         return

@@ -6,23 +6,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from refimpl.nn.attention import attention
-from refimpl.nn.elementwise import add
-from refimpl.nn.embedding import embedding
-from refimpl.nn.linear import linear
-from refimpl.nn.loss import cross_entropy
 from refimpl.nn.op import Op
+from refimpl.nn.ops import add, attention, cross_entropy, embedding, linear
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of, from_bits
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.optim.gradients import inverse_of
 from refimpl.optim.loss_scale import DynamicLossScale
 from refimpl.optim.state import Sink, State
 from refimpl.precision.policy import SAME, Bound, Precision
 from refimpl.training.known_mistake import Mistake, low_format, need
-from refimpl.training.setup import Parts, UpdateArguments, WrappedOptimizer
+from refimpl.training.setup import Training, UpdateArguments, WrappedOptimizer
 
-Array = Any
 S = TypeVar("S", bound=State)
 
 
@@ -51,23 +47,23 @@ class StaleWeights(State):
         return super().gradient_sink(first)
 
 
-def _replace_state(parts: Parts, kind: type[S], **formats: str) -> S:
+def _replace_state(parts: Training, kind: type[S], **formats: str) -> S:
     state = parts.state
     parts.state = new = kind(parts.model, {**state.stored, **formats}, state.backend, state.seed)
     return new
 
 
-def _no_masters(parts: Parts) -> None:
+def _no_masters(parts: Training) -> None:
     need("master" in parts.state.formats, "a recipe with separate masters, such as fp16 or bf16")
     _replace_state(parts, RoundedMasters)
 
 
-def _stale_weights(parts: Parts) -> None:
+def _stale_weights(parts: Training) -> None:
     need("master" in parts.state.formats, "a recipe with separate masters, such as fp16 or bf16")
     _replace_state(parts, StaleWeights)
 
 
-# -- 2. through --------------------------------------------------------------------------------------------------------
+# -- 2. forward and backward ---------------------------------------------------------------------------------------------
 
 
 class HalfScale(DynamicLossScale):
@@ -79,22 +75,22 @@ class HalfScale(DynamicLossScale):
         return widen(cast(super().scale, "fp16"), "fp32")
 
 
-def change_scale(parts: Parts, change: type[DynamicLossScale]) -> None:
+def change_scale(parts: Training, change: type[DynamicLossScale]) -> None:
     """Put the methods of `change` before those of the run's loss scale, which stays what it is in all else."""
     scale = parts.loss_scale
     need(scale.adapts, "a loss scale that adapts, such as dynamic")
     scale.__class__ = type(change.__name__, (change, type(scale)), {})
 
 
-def _scale_in_16_bits(parts: Parts) -> None:
+def _scale_in_16_bits(parts: Training) -> None:
     change_scale(parts, HalfScale)
 
 
-def _override(parts: Parts, op: Op, **functions: Any) -> None:
+def _override(parts: Training, op: Op, **functions: Any) -> None:
     parts.run.overrides = {**parts.run.overrides, op.name: replace(op, **functions)}
 
 
-def _cast_twice(parts: Parts) -> None:
+def _cast_twice(parts: Training) -> None:
     low_format(parts)
 
     def forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
@@ -110,7 +106,7 @@ def _cast_twice(parts: Parts) -> None:
 CHUNK = 8  # products between two roundings of the sum
 
 
-def _sum_in_16_bits(parts: Parts) -> None:
+def _sum_in_16_bits(parts: Training) -> None:
     low = low_format(parts)
 
     def forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
@@ -127,7 +123,7 @@ def _sum_in_16_bits(parts: Parts) -> None:
     _override(parts, linear, forward=forward)
 
 
-def _tied_gradient_dropped(parts: Parts) -> None:
+def _tied_gradient_dropped(parts: Training) -> None:
     need(bool(parts.model.tied), "a model with tied weights (gpt)")
 
     def backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array | None]:
@@ -137,19 +133,19 @@ def _tied_gradient_dropped(parts: Parts) -> None:
     _override(parts, embedding, backward=backward)
 
 
-def _rows(parts: Parts, **rows: Precision) -> None:
+def _rows(parts: Training, **rows: Precision) -> None:
     """Other rows of the policy; a name's '__' stands for its dot."""
     policy = parts.run.policy
     changed = {**policy.rows, **{name.replace("__", "."): row for name, row in rows.items()}}
     parts.run.policy = replace(policy, rows=changed)
 
 
-def _need_written_out(parts: Parts) -> None:
+def _need_written_out(parts: Training) -> None:
     need(parts.model.name == "gpt", "attention (gpt)")
     need(parts.run.policy.row("attention.scores").out != "fp32", "--attention unfused")
 
 
-def _missing_cast(parts: Parts) -> None:
+def _missing_cast(parts: Training) -> None:
     low = low_format(parts)
     inputs = parts.run.policy.row("attention.softmax").input("S")
     _need_written_out(parts)
@@ -157,12 +153,12 @@ def _missing_cast(parts: Parts) -> None:
           attention__values=Precision({"P": SAME, "v": low}, "fp32", low))  # fmt: skip
 
 
-def _loss_in_16_bits(parts: Parts) -> None:
+def _loss_in_16_bits(parts: Training) -> None:
     low = low_format(parts)
     _rows(parts, cross_entropy=Precision(low, "fp32", low))
 
 
-def _softmax_in_16_bits(parts: Parts) -> None:
+def _softmax_in_16_bits(parts: Training) -> None:
     low = low_format(parts)
     _need_written_out(parts)
     _rows(parts, attention__softmax=Precision(low, "fp32", low))
@@ -180,7 +176,7 @@ def _softmax_in_16_bits(parts: Parts) -> None:
     _override(parts, attention, forward=forward, backward=backward)
 
 
-def _norm_in_16_bits(parts: Parts) -> None:
+def _norm_in_16_bits(parts: Training) -> None:
     low = low_format(parts)
     need(parts.run.policy.row("layernorm").input("x") == "fp32", "a recipe that keeps it in FP32 (amp-fp16, amp-bf16)")
     need(parts.model.name == "gpt", "layer norms (gpt)")
@@ -200,13 +196,13 @@ class SixteenBitSums(State):
         return store if first else add
 
 
-def _accumulate_in_16_bits(parts: Parts) -> None:
+def _accumulate_in_16_bits(parts: Training) -> None:
     formats = parts.state.formats
     need(FORMATS[formats["weights"]].bits == 16 and formats["grads"] == "fp32", "fp16 or bf16 and --grad-accum above 1")
     _replace_state(parts, SixteenBitSums, grads=formats["weights"])
 
 
-def _residual_truncated(parts: Parts) -> None:
+def _residual_truncated(parts: Training) -> None:
     low = low_format(parts)
     need(parts.model.name == "gpt" and parts.run.policy.row("add").out == low, "residuals in 16 bits (gpt; fp16 or bf16)")
 
@@ -226,11 +222,11 @@ def _toward_zero(z: Array, y: Array) -> Array:
     return from_bits(bits, format_of(y))
 
 
-def _need_micro_batches(parts: Parts) -> None:
+def _need_micro_batches(parts: Training) -> None:
     need(parts.grad_accum > 1, "--grad-accum above 1")
 
 
-def _loss_not_averaged(parts: Parts) -> None:
+def _loss_not_averaged(parts: Training) -> None:
     _need_micro_batches(parts)
 
     def backward(dloss: Array, saved: Any, p: Bound, **static: Any) -> tuple[Array | None, ...]:
@@ -239,7 +235,7 @@ def _loss_not_averaged(parts: Parts) -> None:
     _override(parts, cross_entropy, backward=backward)
 
 
-def _mean_of_means(parts: Parts) -> None:
+def _mean_of_means(parts: Training) -> None:
     _need_micro_batches(parts)
     need(parts.model.loss_mean == "tokens", "--loss-mean tokens")
     parts.model = replace(parts.model, loss_mean="micro-batches")
@@ -257,7 +253,7 @@ class UnscaledEachTime(State):
             view *= self.inverse_scale()
 
 
-def _unscale_each_micro_batch(parts: Parts) -> None:
+def _unscale_each_micro_batch(parts: Training) -> None:
     _need_micro_batches(parts)
     need(parts.loss_scale.adapts or float(parts.loss_scale.scale) != 1, "a loss scale")
     state = _replace_state(parts, UnscaledEachTime)
@@ -284,7 +280,7 @@ class KeptGradients(State):
         return super().gradient_sink(False)
 
 
-def _gradients_not_zeroed(parts: Parts) -> None:
+def _gradients_not_zeroed(parts: Training) -> None:
     formats = parts.state.formats
     plain = FORMATS[formats["grads"]].bits == 32 and "master" not in formats
     need(plain, "FP32 weights, whose gradients are unscaled in place, such as those of amp-fp16")

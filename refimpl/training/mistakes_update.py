@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.optim.loss_scale import DynamicLossScale
@@ -18,41 +19,38 @@ from refimpl.optim.optimizer import AdamW
 from refimpl.optim.state import State
 from refimpl.training.known_mistake import Mistake, need
 from refimpl.training.mistakes_forward import change_scale
-from refimpl.training.setup import Parts, UpdateArguments, WrappedOptimizer, plain_optimizer
-
-Array = Any
-
+from refimpl.training.setup import Training, UpdateArguments, WrappedOptimizer, plain_optimizer
 
 # -- 3. gradients up, and what step 4 makes of them -------------------------------------------------------------------
 
 
-def _has_loss_scale(parts: Parts) -> None:
+def _has_loss_scale(parts: Training) -> None:
     need(parts.loss_scale.adapts or float(parts.loss_scale.scale) != 1, "a loss scale")
 
 
-def _unscales_in_update(parts: Parts) -> None:
+def _unscales_in_update(parts: Training) -> None:
     _has_loss_scale(parts)
     need("main_grads" not in parts.state.stored, "a recipe that unscales in the update, not into main_grads")
 
 
-def _change_update(parts: Parts, change: Callable[[State, Array, Array | float, Array], UpdateArguments]) -> None:
+def _change_update(parts: Training, change: Callable[[State, Array, Array | float, Array], UpdateArguments]) -> None:
     parts.optimizer = WrappedOptimizer(parts.optimizer, change)
 
 
-def _scaled_clip(parts: Parts, state: State, inverse_scale: Array) -> Array | float:
+def _scaled_clip(parts: Training, state: State, inverse_scale: Array) -> Array | float:
     """The clip coefficient by the norm of gradients that are still scaled."""
     _, scaled_norm = check_and_measure(state, parts.state.backend.xp.ones_like(inverse_scale))
     return clip_coefficient(scaled_norm, parts.max_norm)
 
 
-def _unscale_after_clip(parts: Parts) -> None:
+def _unscale_after_clip(parts: Training) -> None:
     _unscales_in_update(parts)
     need(math.isfinite(parts.max_norm), "--clip above 0")
     one = parts.state.backend.xp.ones((), dtype_of(parts.state.math_format))
     _change_update(parts, lambda state, inverse, clip, found: (inverse * _scaled_clip(parts, state, inverse), one, found))
 
 
-def _no_unscale(parts: Parts) -> None:
+def _no_unscale(parts: Training) -> None:
     _unscales_in_update(parts)
 
     def change(state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
@@ -61,17 +59,17 @@ def _no_unscale(parts: Parts) -> None:
     _change_update(parts, change)
 
 
-def _unscale_twice(parts: Parts) -> None:
+def _unscale_twice(parts: Training) -> None:
     _unscales_in_update(parts)
     _change_update(parts, lambda state, inverse, clip, found: (inverse * inverse, clip, found))
 
 
-def _ignore_inf(parts: Parts) -> None:
+def _ignore_inf(parts: Training) -> None:
     _has_loss_scale(parts)
     _change_update(parts, lambda state, inverse, clip, found: (inverse, clip, state.backend.xp.zeros_like(found)))
 
 
-def _t_advances_on_skip(parts: Parts) -> None:
+def _t_advances_on_skip(parts: Training) -> None:
     _has_loss_scale(parts)
     last = parts.optimizer.schedule.steps - 1
 
@@ -104,13 +102,13 @@ class EveryStepSchedule(WrappedOptimizer):
         optimizer.scalars[t] = optimizer.xp.asarray(np.array(optimizer.rule.scalars(rate, t + 1)))
 
 
-def _scheduler_steps_on_skip(parts: Parts) -> None:
+def _scheduler_steps_on_skip(parts: Training) -> None:
     _has_loss_scale(parts)
     need(parts.loss_scale.adapts, "a loss scale that adapts, such as dynamic")
     parts.optimizer = EveryStepSchedule(parts.optimizer, lambda state, *arguments: arguments)
 
 
-def _unscale_by_updated_scale(parts: Parts) -> None:
+def _unscale_by_updated_scale(parts: Training) -> None:
     _unscales_in_update(parts)
     need(parts.loss_scale.adapts, "a loss scale that adapts, such as dynamic")
 
@@ -131,7 +129,7 @@ class UnloadedScale(DynamicLossScale):
         """Nothing is loaded."""
 
 
-def _scaler_not_restored(parts: Parts) -> None:
+def _scaler_not_restored(parts: Training) -> None:
     change_scale(parts, UnloadedScale)
 
 
@@ -143,7 +141,7 @@ class DeafScale(DynamicLossScale):
         super().update(found_inf & False)
 
 
-def _scale_never_backs_off(parts: Parts) -> None:
+def _scale_never_backs_off(parts: Training) -> None:
     change_scale(parts, DeafScale)
 
 
@@ -178,8 +176,8 @@ class NoBiasCorrection(AdamW):
         return super().scalars(lr, t)[0], lr, 1.0
 
 
-def _rule(kind: type[AdamW]) -> Callable[[Parts], None]:
-    def make(parts: Parts) -> None:
+def _rule(kind: type[AdamW]) -> Callable[[Training], None]:
+    def make(parts: Training) -> None:
         rule = parts.optimizer.rule
         need(isinstance(rule, AdamW), "--optimizer adamw")
         if kind is CoupledDecay:
@@ -189,14 +187,14 @@ def _rule(kind: type[AdamW]) -> Callable[[Parts], None]:
     return make
 
 
-def _decay_all(parts: Parts) -> None:
+def _decay_all(parts: Training) -> None:
     need(getattr(parts.optimizer.rule, "weight_decay", 0) > 0, "--weight-decay above 0")
-    layout, own, backend = parts.state.layout, parts.state.own, parts.state.backend
+    layout, own, backend = parts.state.layout, parts.state.local_slice, parts.state.backend
     parts.state.layout = replace(layout, decayed=((0, layout.size),))
     parts.state.decayed = backend.from_host(np.array([[0], [own.stop - own.start]]))
 
 
-def _eps_in_16_bits(parts: Parts) -> None:
+def _eps_in_16_bits(parts: Training) -> None:
     rule = parts.optimizer.rule
     need(isinstance(rule, AdamW), "--optimizer adamw")
     assert isinstance(rule, AdamW)

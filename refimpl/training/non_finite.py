@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from refimpl.nn.autograd import Entry, Sink, Tape
-from refimpl.numerics.cast import widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import is_float
 from refimpl.optim.micro_batches import divided, divisors
 from refimpl.precision.policy import Observer
 from refimpl.precision.recipes import RECIPES
 from refimpl.training.config import Config
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 
-Array = Any
 Batch = tuple[Array, Array]
 
 
@@ -53,7 +52,7 @@ Event = tuple[str, int, str]
 class _Watch:
     """Looks at every result of a pass, in order; keeps the place of the first that is not finite, and what is in it."""
 
-    parts: Parts
+    parts: Training
     events: list[Event] = field(default_factory=list)
     first: int | None = None
     bad: str = ""
@@ -90,7 +89,7 @@ def contents(x: np.ndarray) -> str:
 
 
 @np.errstate(all="ignore")
-def find_origin(parts: Parts, batches: Sequence[Batch], S: Array) -> Origin:
+def find_origin(parts: Training, batches: Sequence[Batch], S: Array) -> Origin:
     """Take forward and backward of a step once more, from the weights of now and a loss scale S: where does Inf or NaN begin?
 
     All of forward comes before all of backward. No state changes but the 16-bit weights, which are made from the masters as
@@ -138,7 +137,7 @@ def _told(watch: _Watch, event: Event, tapes: Sequence[Mapping[str, Entry]], own
     return Origin("forward", name, text)
 
 
-def _of_parameters(parts: Parts, entry: Entry) -> Origin | None:
+def _of_parameters(parts: Training, entry: Entry) -> Origin | None:
     """The first parameter of an operation that is not finite, or whose copy in fewer bits is not."""
     state, to_host = parts.state, parts.state.backend.to_host
     for value in entry.params:

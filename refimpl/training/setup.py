@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from refimpl.nn.models.model import Model
+from refimpl.numerics.arrays import Array
 from refimpl.optim.loss_scale import LossScale
 from refimpl.optim.optimizer import Optimizer, Rule
 from refimpl.optim.state import State
 from refimpl.precision.policy import Monitor, Run
 from refimpl.step import Batch, StepResult, train_step
 
-Array = Any
-
 
 @dataclass
-class Parts:
+class Training:
     """One run's model, states, optimizer, loss scale and policy. Any of them can be replaced before the first step.
 
     grad_accum: micro-batches per step.

@@ -25,7 +25,7 @@ from refimpl.training.metrics import MetricsLog, read_metrics
 from refimpl.training.mistakes import meddle
 from refimpl.training.non_finite import Origin, explained, find_origin, known_since
 from refimpl.training.run_folder import CHECKPOINT, METRICS
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.signals import Stop
 
 SKIPS_BEFORE_STOP = 50
@@ -43,7 +43,7 @@ def generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,))))
 
 
-def start(config: Config, comm: Comm | None = None) -> Parts:
+def start(config: Config, comm: Comm | None = None) -> Training:
     """A run before its first step: its parts, with the configuration's mistake in them, and fresh weights.
 
     comm: the rank that this process is, if there are several.
@@ -326,7 +326,7 @@ class Trainer:
         progress = Progress(**header["progress"])
         load_scales(path, self.run, progress.step, arrays)
         if len(self.run.scales.delayed) != header.get("delayed_scales", 0):
-            raise UsageError(f"{path} lacks some of the scales that its quantisation had: it is damaged")
+            raise UsageError(f"{path} lacks some of the scales that its quantization had: it is damaged")
         load_state_arrays(path, arrays, self.state)
         self.state.t = self.backend.xp.asarray(np.int64(header["t"]))
         try:

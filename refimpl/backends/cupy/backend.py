@@ -14,9 +14,8 @@ from refimpl.backends.base import Backend
 from refimpl.backends.cupy import cublas
 from refimpl.backends.cupy.launch import FORMATS, Kernels
 from refimpl.errors import UsageError
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-
-Array = Any
 
 
 @dataclass(frozen=True)

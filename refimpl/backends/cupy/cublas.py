@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import dtype_of, format_of
-
-Array = Any
 
 FORMATS = ("fp32", "fp16", "bf16")
 """What operands and results can be stored in."""

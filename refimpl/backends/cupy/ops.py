@@ -14,17 +14,15 @@ from typing import Any
 import numpy as np
 
 from refimpl.backends.cupy.launch import COLUMNS, FORMATS, LANES, THREADS, WARP, WARPS, elementwise_grid, number
-from refimpl.nn.elementwise import fan_in
 from refimpl.nn.linear import as_rows
 from refimpl.nn.loss import IGNORE_INDEX
 from refimpl.nn.norm import EPS
 from refimpl.nn.op import Op
-from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import widen
+from refimpl.nn.ops import OPS, fan_in
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import format_of
 from refimpl.precision.policy import SAME, Bound
-
-Array = Any
 
 ROW = (THREADS,)
 ROWS = (WARP, WARPS)

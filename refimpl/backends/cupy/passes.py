@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from refimpl.backends.cupy.launch import THREADS, elementwise_grid, number
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-
-Array = Any
 
 
 def measure(state: Any, inverse_scale: Array) -> tuple[Array, Array]:
     """Of each grain of the gradients the sum of squares, unscaled, and whether one of them, or 1/S, is Inf or NaN."""
-    xp, grads, grain = state.backend.xp, state.mine("grads"), state.grain
+    xp, grads, grain = state.backend.xp, state.local("grads"), state.grain
     count = -(-grads.size // grain)
     squares, bad = xp.empty(count, np.float32), xp.empty(count, np.bool_)
     sizes = np.int64(grads.size), np.int32(grain)
@@ -41,7 +40,7 @@ def adamw(rule: Any, state: Any, inverse_scale: Array, clip: Array | float, scal
     The 16-bit copy of the masters is left to step 1, where the page has it: another 6 bytes a parameter of 32.
     """
     beta1, beta2 = rule.betas
-    w, m, v, grads = (state.mine(kind) for kind in (state.master_kind, "m", "v", "grads"))
+    w, m, v, grads = (state.local(kind) for kind in (state.master_kind, "m", "v", "grads"))
     numbers = [number(x) for x in (1 - beta1, beta2, 1 - beta2, rule.eps)]
     if isinstance(clip, float):
         clip = state.backend.xp.full((), clip, np.float32)

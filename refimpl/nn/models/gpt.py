@@ -1,22 +1,16 @@
-"""GPT-2: nanoGPT's parameter names, shapes and initialisation, so that weights compare with PyTorch by name."""
+"""GPT-2: nanoGPT's parameter names, shapes and initialization, so that weights compare with PyTorch by name."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from refimpl.errors import UsageError
-from refimpl.nn.attention import attention
 from refimpl.nn.autograd import Tape, Value
-from refimpl.nn.elementwise import add, gelu_tanh
-from refimpl.nn.embedding import embedding
-from refimpl.nn.linear import linear
-from refimpl.nn.loss import IGNORE_INDEX, cross_entropy
+from refimpl.nn.loss import IGNORE_INDEX
 from refimpl.nn.models.model import Model, Parameter, check_sizes
-from refimpl.nn.norm import layernorm
-
-Array = Any
+from refimpl.nn.ops import add, attention, cross_entropy, embedding, gelu_tanh, layernorm, linear
+from refimpl.numerics.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -93,11 +87,11 @@ def _parameters(config: GPTConfig) -> dict[str, Parameter]:
     return {name: spec for name, spec in table.items() if config.bias or not name.endswith(".bias")}
 
 
-def gpt(config: GPTConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
+def gpt_model(config: GPTConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
     """GPT-2 with GELU (tanh), without dropout; the last linear layer has no bias and is tied to the token embedding.
 
     tokens (B, T) with T <= block_size -> logits (B, T, V). Targets that are ignore_index have no part in the loss.
-    Source: Radford et al. 2019; initialisation and names as in nanoGPT.
+    Source: Radford et al. 2019; initialization and names as in nanoGPT.
     """
 
     def logits(t: Tape, tokens: Array) -> Value:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from refimpl.nn.autograd import Tape, Value
-from refimpl.nn.elementwise import relu
-from refimpl.nn.embedding import embedding
-from refimpl.nn.linear import linear
-from refimpl.nn.loss import IGNORE_INDEX, cross_entropy
+from refimpl.nn.loss import IGNORE_INDEX
 from refimpl.nn.models.model import Model, Parameter, check_sizes
-from refimpl.nn.shape import reshape
-
-Array = Any
+from refimpl.nn.ops import cross_entropy, embedding, linear, relu, reshape
+from refimpl.numerics.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ def _parameters(config: MLPConfig) -> dict[str, Parameter]:
     return table
 
 
-def mlp(config: MLPConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
+def mlp_model(config: MLPConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
     """The model predicts one byte from a whole block: tokens (B, k) with k = block_size -> logits (B, V).
 
     Of `targets` (B, k), the bytes that follow each position, the last column is the one it is trained on.

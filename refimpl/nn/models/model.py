@@ -13,9 +13,7 @@ from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.indices import refuse_outside
 from refimpl.nn.loss import IGNORE_INDEX
-
-Array = Any
-
+from refimpl.numerics.arrays import Array
 
 LOSS_MEANS = {
     "tokens": "the mean over all targets that count, in whichever micro-batch or rank they are",

@@ -1,49 +1,49 @@
-"""Quantisers: what FP8, MX and NVFP4 recipes make of a tensor before a matrix product, and the product itself.
+"""Quantizers: what FP8, MX and NVFP4 recipes make of a tensor before a matrix product, and the product itself.
 
-    quantised.py   Quantised: codes, and one scale for each block of them
+    quantized.py   QuantizedTensor: codes, and one scale for each block of them
     fp8.py         FP32 scales: per tensor (current, delayed), per row, DeepSeek-V3's 1x128 and 128x128
     mx.py          blocks of 32 with a power of two as scale
     nvfp4.py       blocks of 16 with an FP8 scale, and an FP32 scale for the tensor
     hadamard.py    the rotation that spreads outliers before NVFP4
-    product.py     the product of two quantised matrices
+    product.py     the product of two quantized matrices
     schemes.py     all of these by the names that policies have for them, and what they remember in a run
 
-A matrix product needs both operands quantised along the axis that it sums over, each from the high-precision source: y = x w^T
+A matrix product needs both operands quantized along the axis that it sums over, each from the high-precision source: y = x w^T
 takes x and w along C, dx = dy w takes dy and w along F, dw = dy^T x takes dy and x along the tokens. So a tensor is
-quantised twice, and a quantised tensor is never transposed to be summed over its other axis.
+quantized twice, and a quantized tensor is never transposed to be summed over its other axis.
 """
 
 from refimpl.numerics.quantization.fp8 import (
     DelayedScaling,
-    quantise_blocks,
-    quantise_rows,
-    quantise_tensor,
-    quantise_tiles,
+    quantize_blocks,
+    quantize_rows,
+    quantize_tensor,
+    quantize_tiles,
     scale_from_amax,
 )
-from refimpl.numerics.quantization.mx import SCALE_RULES, quantise_mx
-from refimpl.numerics.quantization.nvfp4 import quantise_nvfp4
+from refimpl.numerics.quantization.mx import SCALE_RULES, quantize_mx
+from refimpl.numerics.quantization.nvfp4 import quantize_nvfp4
 from refimpl.numerics.quantization.products import product
-from refimpl.numerics.quantization.quantized_tensor import Quantised, block_amax, encode, spread
-from refimpl.numerics.quantization.registry import SCHEMES, Scales
+from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, block_amax, encode, spread
+from refimpl.numerics.quantization.registry import SCHEMES, ScalingState
 from refimpl.numerics.quantization.rotation import hadamard, random_signs, rotate, rotate_back
 
 __all__ = [
     "SCALE_RULES",
     "SCHEMES",
     "DelayedScaling",
-    "Quantised",
-    "Scales",
+    "QuantizedTensor",
+    "ScalingState",
     "block_amax",
     "encode",
     "hadamard",
     "product",
-    "quantise_blocks",
-    "quantise_mx",
-    "quantise_nvfp4",
-    "quantise_rows",
-    "quantise_tensor",
-    "quantise_tiles",
+    "quantize_blocks",
+    "quantize_mx",
+    "quantize_nvfp4",
+    "quantize_rows",
+    "quantize_tensor",
+    "quantize_tiles",
     "random_signs",
     "rotate",
     "rotate_back",

@@ -16,16 +16,14 @@ Finite values overflow only under delayed scaling: the rounding of a current fac
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of, from_bits
-from refimpl.numerics.cast import widen
+from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import FORMATS
-from refimpl.numerics.quantization.quantized_tensor import Quantised, along, block_amax, constant, encode
-
-Array = Any
+from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, along, block_amax, constant, encode
 
 
 def scale_from_amax(amax: Array, fmt: str, power_of_two: bool = False, floor: float = 0.0) -> Array:
@@ -45,63 +43,63 @@ def scale_from_amax(amax: Array, fmt: str, power_of_two: bool = False, floor: fl
     return _clear_fraction(factor) if power_of_two else factor
 
 
-def quantise_tensor(
+def quantize_tensor(
     x: Array, fmt: str, *, power_of_two: bool = False, overflow: str = "saturate", bits: Array | None = None
-) -> Quantised:
+) -> QuantizedTensor:
     """One scale for the whole tensor, from its own largest magnitude: current scaling.
 
     Source: Micikevicius et al. 2022, arXiv 2209.05433; Transformer Engine, Float8CurrentScaling.
     """
-    return _quantise(x, fmt, tuple(max(1, n) for n in x.shape), power_of_two, 0.0, overflow, bits)
+    return _quantize(x, fmt, tuple(max(1, n) for n in x.shape), power_of_two, 0.0, overflow, bits)
 
 
-def quantise_rows(
+def quantize_rows(
     x: Array, fmt: str, axis: int = -1, *, power_of_two: bool = True, overflow: str = "saturate", bits: Array | None = None
-) -> Quantised:
+) -> QuantizedTensor:
     """One scale for each vector along `axis`, the axis that the product sums over: a token of x, a row of w.
 
     Source: torchao, float8 'rowwise' (power-of-two scales, rounded down).
     """
-    return _quantise(x, fmt, along(axis, x.shape[axis], x.shape), power_of_two, 0.0, overflow, bits)
+    return _quantize(x, fmt, along(axis, x.shape[axis], x.shape), power_of_two, 0.0, overflow, bits)
 
 
-def quantise_tiles(
+def quantize_tiles(
     x: Array, fmt: str, axis: int = -1, size: int = 128, *, power_of_two: bool = False, floor: float = 0.0,
     overflow: str = "saturate", bits: Array | None = None,
-) -> Quantised:  # fmt: skip
+) -> QuantizedTensor:  # fmt: skip
     """One scale for each 128 elements along `axis`, the axis that the product sums over: activations and their gradients.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (1x128). Transformer Engine's Float8BlockScaling has powers of two.
     """
-    return _quantise(x, fmt, along(axis, size, x.shape), power_of_two, floor, overflow, bits)
+    return _quantize(x, fmt, along(axis, size, x.shape), power_of_two, floor, overflow, bits)
 
 
-def quantise_blocks(
+def quantize_blocks(
     x: Array, fmt: str, size: int = 128, *, power_of_two: bool = False, floor: float = 0.0,
     overflow: str = "saturate", bits: Array | None = None,
-) -> Quantised:  # fmt: skip
+) -> QuantizedTensor:  # fmt: skip
     """One scale for each square block: weights. The same codes serve the products that sum over either axis.
 
     x (M, K). Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (128x128).
     """
-    return _quantise(x, fmt, tuple(max(1, min(size, n)) for n in x.shape), power_of_two, floor, overflow, bits)
+    return _quantize(x, fmt, tuple(max(1, min(size, n)) for n in x.shape), power_of_two, floor, overflow, bits)
 
 
-def _quantise(
+def _quantize(
     x: Array, fmt: str, block: tuple[int, ...], power_of_two: bool, floor: float, overflow: str, bits: Array | None
-) -> Quantised:
+) -> QuantizedTensor:
     x = widen(x, "fp32")
     _check_is_fp8(fmt)
     factors = scale_from_amax(block_amax(x, block), fmt, power_of_two, floor)
-    return Quantised(encode(x, factors, block, fmt, overflow, bits), fmt, 1 / factors, "fp32", block)
+    return QuantizedTensor(encode(x, factors, block, fmt, overflow, bits), fmt, 1 / factors, "fp32", block)
 
 
 @dataclass
 class DelayedScaling:
     """The state of delayed scaling for one tensor (x, w or dy of one layer): largest magnitudes of past steps, and the factor.
 
-    A step quantises with the factor that it finds, and writes down the largest magnitude that it sees; `update`, once a
-    step, makes the factor of the next. So no pass over the tensor is needed before it is quantised.
+    A step quantizes with the factor that it finds, and writes down the largest magnitude that it sees; `update`, once a
+    step, makes the factor of the next. So no pass over the tensor is needed before it is quantized.
 
     history_length, margin, amax_compute_algo: Transformer Engine's, with its defaults.
     amax_history: fp32 (history_length,); place 0 is that of the step at hand. factor: fp32, 0-d: 'scale' there.
@@ -128,18 +126,18 @@ class DelayedScaling:
         """What a checkpoint keeps; a new object with these arrays goes on as this one would."""
         return {"amax_history": self.amax_history, "factor": self.factor}
 
-    def quantise(self, x: Array, overflow: str = "saturate", bits: Array | None = None) -> Quantised:
-        """Quantise with the factor of past steps, and write down x's largest magnitude; where it is larger than they
+    def quantize(self, x: Array, overflow: str = "saturate", bits: Array | None = None) -> QuantizedTensor:
+        """Quantize with the factor of past steps, and write down x's largest magnitude; where it is larger than they
         were, values saturate.
 
-        A tensor that is quantised several times a step leaves the largest of all. NaN leaves nothing: it would hide the others.
+        A tensor that is quantized several times a step leaves the largest of all. NaN leaves nothing: it would hide the others.
         """
         x = widen(x, "fp32")
         block = tuple(max(1, n) for n in x.shape)
         largest = np.fmax.reduce(abs(x), axis=None, initial=0)
         self.amax_history[0] = np.fmax(self.amax_history[0], largest)
         factors = self.factor.reshape((1,) * x.ndim)
-        return Quantised(encode(x, factors, block, self.fmt, overflow, bits), self.fmt, 1 / factors, "fp32", block)
+        return QuantizedTensor(encode(x, factors, block, self.fmt, overflow, bits), self.fmt, 1 / factors, "fp32", block)
 
     def update(self) -> None:
         """Once a step: the next factor from the whole history, this step included; then a new place 0, and the oldest drops.

@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from refimpl.numerics.cast import widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import FORMATS
-from refimpl.numerics.quantization.quantized_tensor import Quantised, along, block_amax, constant, encode
-
-Array = Any
+from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, along, block_amax, constant, encode
 
 BLOCK = 32
 E8M0_BIAS, E8M0_NAN = 127, 255
@@ -78,10 +76,10 @@ SCALE_RULES: dict[str, Callable[[Array, str], Array]] = {
 }
 
 
-def quantise_mx(
+def quantize_mx(
     x: Array, fmt: str, axis: int = -1, rule: str = "floor", *, block: int = BLOCK, overflow: str = "saturate",
     bits: Array | None = None,
-) -> Quantised:  # fmt: skip
+) -> QuantizedTensor:  # fmt: skip
     """Blocks of 32 along `axis`, the axis that the product sums over, with e8m0 scales.
 
     x: fp32 or a format that it holds. fmt: e4m3, e5m2, e3m2, e2m3 or e2m1. rule: one of SCALE_RULES.
@@ -100,4 +98,4 @@ def quantise_mx(
     exponent = np.where(amax == 0, -E8M0_BIAS, exponent).clip(-E8M0_BIAS, E8M0_BIAS)
     scales = np.asarray(np.where(finite, exponent + E8M0_BIAS, E8M0_NAN), np.uint8)
     factors = np.where(finite, np.ldexp(np.float32(1), -exponent), _NAN)
-    return Quantised(encode(x, factors, shape, fmt, overflow, bits), fmt, scales, "e8m0", shape)
+    return QuantizedTensor(encode(x, factors, shape, fmt, overflow, bits), fmt, scales, "e8m0", shape)

@@ -14,21 +14,19 @@ Source: NVIDIA 2025, 'Pretraining Large Language Models with NVFP4', arXiv 2509.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
-from refimpl.numerics.quantization.quantized_tensor import Quantised, along, block_amax, constant, encode
-
-Array = Any
+from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, along, block_amax, constant, encode
 
 BLOCK = 16
 
 
-def quantise_nvfp4(x: Array, axis: int = -1, *, square: bool = False, bits: Array | None = None) -> Quantised:
+def quantize_nvfp4(x: Array, axis: int = -1, *, square: bool = False, bits: Array | None = None) -> QuantizedTensor:
     """Blocks of 16 along `axis`, the axis that the product sums over; or square blocks of 16 x 16, as weights have them.
 
     Square blocks cost precision, but the same codes serve the products that sum over either axis, so that forward and backward
@@ -51,7 +49,7 @@ def quantise_nvfp4(x: Array, axis: int = -1, *, square: bool = False, bits: Arra
         rounded = cast(np.where(finite, scaled, _NAN), "e4m3", overflow="saturate")
         s_dec = np.asarray(1 / s_enc)
         factors = np.minimum(1 / (widen(rounded, "fp32") * s_dec), _FP32_MAX)
-    return Quantised(encode(x, factors, block, "e2m1", "saturate", bits), "e2m1", bits_of(rounded), "e4m3", block, s_dec)
+    return QuantizedTensor(encode(x, factors, block, "e2m1", "saturate", bits), "e2m1", bits_of(rounded), "e4m3", block, s_dec)
 
 
 def encode_scale(amax: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The product of two quantised matrices, as tensor cores compute it: codes are multiplied, sums are scaled.
+"""The product of two quantized matrices, as tensor cores compute it: codes are multiplied, sums are scaled.
 
     y_mn = sum over blocks B of K:  a's scale * b's scale * (sum of the products of codes, k in B)
 
@@ -15,24 +15,22 @@ Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2; OCP MX v1.0, section 6.2 (
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from refimpl.numerics.accumulators import matmul
-from refimpl.numerics.quantization.quantized_tensor import Quantised, spread
-
-Array = Any
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, spread
 
 
 def product(
-    a: Quantised, b: Quantised, acc: str = "fp32", multiply: Callable[[Array, Array], Array] = np.matmul
+    a: QuantizedTensor, b: QuantizedTensor, acc: str = "fp32", multiply: Callable[[Array, Array], Array] = np.matmul
 ) -> Array:
-    """a (M, K) @ b (K, N) -> fp32 (M, N), both quantised along K.
+    """a (M, K) @ b (K, N) -> fp32 (M, N), both quantized along K.
 
     acc: an accumulator of accumulate.py. With FP32 scales it is emptied at each block's end. multiply: as there.
-    y = x w^T, w (F, C) quantised along C:  product(x, w.T).
-    Errors: ValueError for operands that are no matrices or do not match, that have one scale for each k (quantised along the
+    y = x w^T, w (F, C) quantized along C:  product(x, w.T).
+    Errors: ValueError for operands that are no matrices or do not match, that have one scale for each k (quantized along the
       other axis), or blocks of which the smaller does not divide the larger.
     PyTorch: torch._scaled_mm.
     Differs from the source: each block sum is multiplied by one scale, then by the other; DeepGEMM multiplies the scales first,
@@ -43,7 +41,7 @@ def product(
     K = a.shape[1]
     for name, length in (("a", a.block[1]), ("b", b.block[0])):
         if length == 1 < K:
-            raise ValueError(f"product: {name} was quantised along the axis that is not summed over: quantise it along K")
+            raise ValueError(f"product: {name} was quantized along the axis that is not summed over: quantize it along K")
     (x, x_scales, x_step), (w, w_scales, w_step) = _operand(a, K, 1), _operand(b, K, 0)
     small, large = sorted((x_step, w_step))
     if large < K and large % small:
@@ -62,7 +60,7 @@ def product(
     return result
 
 
-def _operand(q: Quantised, K: int, axis: int) -> tuple[Array, Array, int]:
+def _operand(q: QuantizedTensor, K: int, axis: int) -> tuple[Array, Array, int]:
     """What is multiplied, (M, K) or (K, N) in fp32; the scales of its sums, one for each row (or column) and block; its block.
 
     axis: that of K.

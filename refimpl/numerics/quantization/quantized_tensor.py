@@ -1,4 +1,4 @@
-"""A quantised tensor: codes of a small format, and a scale for each block of them.
+"""A quantized tensor: codes of a small format, and a scale for each block of them.
 
 Every scheme is one picture. A block is a shape, and the scales are an array with one place for each block:
 
@@ -18,20 +18,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of, from_bits
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.stochastic import stochastic_round
 
-Array = Any
-
 
 @dataclass(frozen=True)
-class Quantised:
+class QuantizedTensor:
     """Codes with their scales. A tensor of the shape (..., K), whatever its element format.
 
     codes: uint8, of the tensor's shape. Here a code of 4 or 6 bits takes a byte; what a device takes is `nbytes_packed`.
@@ -71,8 +69,8 @@ class Quantised:
         return 8 * self.nbytes_packed / self.codes.size if self.codes.size else math.nan
 
     @property
-    def T(self) -> Quantised:
-        """The transposed matrix, without a copy. Its blocks turn with it: what was quantised along K still is."""
+    def T(self) -> QuantizedTensor:
+        """The transposed matrix, without a copy. Its blocks turn with it: what was quantized along K still is."""
         return replace(self, codes=self.codes.T, scales=self.scales.T, block=self.block[::-1])
 
     def elements(self) -> Array:
@@ -83,7 +81,7 @@ class Quantised:
         """The values of the scales, fp32, exact, without the tensor scale; one for each block."""
         return self.scales if self.scale_fmt == "fp32" else widen(from_bits(self.scales, self.scale_fmt), "fp32")
 
-    def dequantise(self, fmt: str = "fp32") -> Array:
+    def dequantize(self, fmt: str = "fp32") -> Array:
         """The tensor that it stands for: element * scale * tensor scale, in `fmt`.
 
         Exact under fp64; otherwise every product is rounded to fp32, and the last of them to `fmt`.

@@ -1,9 +1,9 @@
-"""Quantisation as a recipe names it: what a row of a policy may say in the place of a format.
+"""Quantization as a recipe names it: what a row of a policy may say in the place of a format.
 
     Precision({"x": "e4m3-tensor", "w": "e4m3-tensor"}, "fp32", "bf16")
 
-A scheme is a function (tensor, axis that the product sums over, Place) -> Quantised. What a scheme remembers from step to step,
-and where its random bits come from, is in `Scales`: one for each run, with its state in the checkpoint.
+A scheme is a function (tensor, axis that the product sums over, Place) -> QuantizedTensor. What it remembers from step to step,
+and where its random bits come from, is in `ScalingState`: one for each run, with its state in the checkpoint.
 """
 
 from __future__ import annotations
@@ -11,65 +11,64 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from refimpl.numerics.quantization.fp8 import DelayedScaling, quantise_blocks, quantise_rows, quantise_tensor, quantise_tiles
-from refimpl.numerics.quantization.mx import quantise_mx
-from refimpl.numerics.quantization.nvfp4 import quantise_nvfp4
-from refimpl.numerics.quantization.quantized_tensor import Quantised
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.quantization.fp8 import DelayedScaling, quantize_blocks, quantize_rows, quantize_tensor, quantize_tiles
+from refimpl.numerics.quantization.mx import quantize_mx
+from refimpl.numerics.quantization.nvfp4 import quantize_nvfp4
+from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor
 from refimpl.numerics.quantization.rotation import BLOCK as ROTATED
 from refimpl.numerics.quantization.rotation import random_signs, rotate
 from refimpl.numerics.stochastic import random_bits, tensor_stream
 
-Array = Any
-
 
 class Place(NamedTuple):
-    """Where a tensor is quantised: the run's scales, and the tensor's name, e.g. 'transformer.h.0.mlp.c_fc.x'."""
+    """Where a tensor is quantized: the run's scales, and the tensor's name, e.g. 'transformer.h.0.mlp.c_fc.x'."""
 
-    scales: Scales
+    scales: ScalingState
     name: str
 
 
-Scheme = Callable[[Array, int, Place], Quantised]
+Scheme = Callable[[Array, int, Place], QuantizedTensor]
 
 
-def _tensor(fmt: str, x: Array, axis: int, place: Place) -> Quantised:
+def _tensor(fmt: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
     """The scale of this tensor's own largest magnitude."""
-    return quantise_tensor(x, fmt)
+    return quantize_tensor(x, fmt)
 
 
-def _delayed(fmt: str, x: Array, axis: int, place: Place) -> Quantised:
+def _delayed(fmt: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
     """The scale of the largest magnitude of past steps."""
-    return place.scales.delayed_scaling(place.name, fmt).quantise(x)
+    return place.scales.delayed_scaling(place.name, fmt).quantize(x)
 
 
-def _rows(fmt: str, x: Array, axis: int, place: Place) -> Quantised:
+def _rows(fmt: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
     """A scale for each row (column) that the product sums over."""
-    return quantise_rows(x, fmt, axis)
+    return quantize_rows(x, fmt, axis)
 
 
-def _tiles(fmt: str, x: Array, axis: int, place: Place) -> Quantised:
+def _tiles(fmt: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
     """A scale for each 128 that the product sums over."""
-    return quantise_tiles(x, fmt, axis)
+    return quantize_tiles(x, fmt, axis)
 
 
-def _blocks(fmt: str, x: Array, axis: int, place: Place) -> Quantised:
+def _blocks(fmt: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
     """A scale for each 128 x 128."""
-    return quantise_blocks(x, fmt)
+    return quantize_blocks(x, fmt)
 
 
-def _mx(fmt: str, rule: str, x: Array, axis: int, place: Place) -> Quantised:
+def _mx(fmt: str, rule: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
     """A power of two for each 32."""
-    return quantise_mx(x, fmt, axis, rule)
+    return quantize_mx(x, fmt, axis, rule)
 
 
-def _nvfp4(x: Array, axis: int, place: Place, square: bool = False, stochastic: bool = False) -> Quantised:
+def _nvfp4(x: Array, axis: int, place: Place, square: bool = False, stochastic: bool = False) -> QuantizedTensor:
     """An e4m3 scale for each 16 (or 16 x 16), and one for the tensor."""
     bits = place.scales.random_bits(place.name, x.shape) if stochastic else None
-    return quantise_nvfp4(x, axis, square=square, bits=bits)
+    return quantize_nvfp4(x, axis, square=square, bits=bits)
 
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -95,8 +94,8 @@ ROTATING = frozenset({"nvfp4-rotated", "nvfp4-rotated-sr"})
 
 
 @dataclass
-class Scales:
-    """What quantisation remembers in one run.
+class ScalingState:
+    """What quantization remembers in one run.
 
     seed: of all its random bits; passes: training passes made, of which each has its own. delayed: the state of delayed
     scaling by the tensor's name and format. A frozen copy (for evaluation) uses the state and leaves it alone.
@@ -111,8 +110,8 @@ class Scales:
     _draws: dict[str, int] = field(default_factory=dict)
     _streams: dict[int, str] = field(default_factory=dict, repr=False)
 
-    def quantise(self, scheme: str, x: Array, axis: int, name: str) -> Quantised:
-        """Quantise the tensor of that name. axis: the one that the product sums over."""
+    def quantize(self, scheme: str, x: Array, axis: int, name: str) -> QuantizedTensor:
+        """Quantize the tensor of that name. axis: the one that the product sums over."""
         return SCHEMES[scheme](self.source(scheme, x, axis), axis, Place(self, name))
 
     def source(self, scheme: str, x: Array, axis: int) -> Array:
@@ -153,7 +152,7 @@ class Scales:
                 state.update()
         self.passes += 1
 
-    def frozen(self) -> Scales:
+    def frozen(self) -> ScalingState:
         """For passes that are no training: nothing that they see is remembered."""
         return replace(self, is_frozen=True, _draws={})
 

@@ -1,7 +1,7 @@
 """The random Hadamard transform: a rotation of each 16 elements that spreads an outlier over all of them.
 
 NVFP4 training rotates both operands of the weight gradient, dw = dy^T x, along the tokens that it sums over. The rotation R is
-orthonormal, so (R dy)^T (R x) = dy^T x: it changes nothing but what quantisation then sees.
+orthonormal, so (R dy)^T (R x) = dy^T x: it changes nothing but what quantization then sees.
 
 Source: NVIDIA 2025, arXiv 2509.25149 (blocks of 16, weight gradients only); Tseng et al. 2024, arXiv 2402.04396.
 """
@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.stochastic import STREAMS, random_bits
-
-Array = Any
 
 BLOCK = 16
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from refimpl.backends.base import get_backend
 from refimpl.parity.findings import Finding
-from refimpl.parity.judge import judge
+from refimpl.parity.judge import judge_trace
 from refimpl.parity.pytorch import STAGE_STEPS, TRAJECTORY
 from refimpl.parity.trace import Trace, record
 from refimpl.tools.bench.steps import MODELS, WARM_UP, Ours, timed
@@ -69,7 +69,7 @@ def train_both(recipe: str, steps: int, sizes: dict[str, Any] = SIZES, backend: 
     theirs, ours = record(there), record(here)
     early = Trace(theirs.config, {k: v for k, v in theirs.tensors.items() if int(k.partition("/")[0]) <= STAGE_STEPS})
     scales = [[np.float64(trace.tensors[f"{step}/4.scale"]) for step in ours.steps] for trace in (ours, theirs)]
-    return Trained(recipe, judge(here, early), loss_difference(ours, theirs), drift(ours, theirs), scales[0] == scales[1])
+    return Trained(recipe, judge_trace(here, early), loss_difference(ours, theirs), drift(ours, theirs), scales[0] == scales[1])
 
 
 def loss_difference(ours: Trace, theirs: Trace) -> float:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from refimpl.backends.cupy.launch import COLUMNS, FORMATS, THREADS, WARPS, elementwise_grid
 from refimpl.errors import UsageError, unknown
-from refimpl.nn.models.gpt import GPTConfig, gpt
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.numerics.formats import dtype_of
 from refimpl.optim.state import GRAIN
 from refimpl.precision.recipes import Recipe, get_recipe
@@ -170,7 +170,7 @@ def step_calls(config: GPTConfig, recipe: Recipe, batch_size: int) -> list[Line]
 def _weights_down(t: Ledger, config: GPTConfig, recipe: Recipe) -> None:
     """Step 1. Without masters there is nothing to do."""
     if recipe.state["master"]:
-        t.convert("weights down", gpt(config).n_params, recipe.state["master"], t.fmt)
+        t.convert("weights down", gpt_model(config).n_params, recipe.state["master"], t.fmt)
 
 
 def _embedding(t: Ledger, config: GPTConfig, B: int) -> None:
@@ -248,7 +248,7 @@ def _lm_head_and_loss(t: Ledger, R: int, C: int, V: int) -> None:
 
 def _update(t: Ledger, config: GPTConfig, recipe: Recipe) -> None:
     """The gradients on their way into the flat buffer, and steps 3 and 4. AdamW reads w, m, v, g and writes w, m, v."""
-    parameters, N = gpt(config).parameters, gpt(config).n_params
+    parameters, N = gpt_model(config).parameters, gpt_model(config).n_params
     part, size = "gradients to the flat buffer", N * itemsize(t.fmt)
     t.lines.append(Line(part, CLEAR, 1, size))
     t.lines.append(Line(part, COPY, len(parameters), 2 * size))
@@ -334,7 +334,7 @@ class Prediction:
         """Of a step: the slower of the two."""
         return max(self.device_seconds(fair), self.host_seconds)
 
-    def utilisation(self, fair: bool = False) -> float:
+    def utilization(self, fair: bool = False) -> float:
         """FLOPs of the products over what the device could do in that time."""
         return self.flops / (self.seconds(fair) * self.gpu.flops[self.recipe.state["weights"]])
 
@@ -352,11 +352,11 @@ def text(p: Prediction) -> str:
         parts.setdefault(line.part, []).append(line)
     rows = [_row(part, lines, gpu, fmt) for part, lines in [*parts.items(), ("together", list(p.lines))]]
     header = ["part of the step", "launches", "GEMMs", "copies", "GFLOP", "MB", "ms", "ms, fair shares"]
-    N, states = gpt(c).n_params, p.recipe.bytes_per_parameter()
+    N, states = gpt_model(c).n_params, p.recipe.bytes_per_parameter()
     activations = sum(term.nbytes for term in gpt_activations(c, p.recipe, p.batch_size, c.block_size))
     logits = p.tokens * c.vocab_size * itemsize(fmt)
     both = [f"{1e3 * p.seconds(fair):.1f} ms, {p.tokens / p.seconds(fair):,.0f} tokens/s, "
-            f"{100 * p.utilisation(fair):.0f} % of the peak" for fair in (False, True)]  # fmt: skip
+            f"{100 * p.utilization(fair):.0f} % of the peak" for fair in (False, True)]  # fmt: skip
     return "\n".join([
         f"recipe {p.recipe.name} on an {gpu.name}: GPT of {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, block "
         f"{c.block_size}, vocabulary {c.vocab_size}, batch {p.batch_size}: {N:,} parameters, {p.tokens:,} tokens a step",

@@ -94,7 +94,7 @@ class Cluster:
 
     n_params: int = 7_000_000_000
     tokens: int = 8192  # a rank and a step
-    utilisation: float = 0.4  # of the peak, in computing alone
+    utilization: float = 0.4  # of the peak, in computing alone
     inside: float = 450e9  # bytes a second to a GPU from the others of its machine, by NVLink
     outside: float = 50e9  # and from those of other machines: one port of 400 Gbit/s for each GPU
     machine: int = 8  # GPUs
@@ -121,16 +121,16 @@ class Scaled:
 
 
 def scaled(stage: int, ranks: int, recipe: str = "bf16", c: Cluster = CLUSTER) -> Scaled:
-    """computing = 6 P tokens / (peak utilisation);   exchanging = elements a parameter P 2 bytes (N - 1)/N / bandwidth."""
+    """computing = 6 P tokens / (peak utilization);   exchanging = elements a parameter P 2 bytes (N - 1)/N / bandwidth."""
     states = get_recipe(recipe).bytes_by_buffer()
-    computing = 6 * c.n_params * c.tokens / (GPUS["h100"].flops[recipe] * c.utilisation)
+    computing = 6 * c.n_params * c.tokens / (GPUS["h100"].flops[recipe] * c.utilization)
     bandwidth = c.inside if ranks <= c.machine else c.outside
     nbytes = sum(per_rank(c.n_params, states, stage, ranks).values())
     return Scaled(stage, ranks, nbytes, computing, float(exchanged(c.n_params, states, stage, ranks)) / bandwidth)
 
 
 def prediction(c: Cluster = CLUSTER) -> str:
-    """The table, its formulas and its assumptions, labelled as what it is."""
+    """The table, its formulas and its assumptions, labeled as what it is."""
     rows = []
     for ranks in RANKS:
         for stage in STAGES if ranks > 1 else (0,):
@@ -146,7 +146,7 @@ def prediction(c: Cluster = CLUSTER) -> str:
     return (
         f"A PREDICTION, by arithmetic; nothing of it was run. {c.n_params / 1e9:g}B parameters in bf16 on H100s, "
         f"{c.tokens} tokens a GPU and step.\n"
-        f"  computing  = 6 x parameters x tokens / ({GPUS['h100'].flops['bf16'] / 1e12:g} TFLOP/s x {c.utilisation:g})\n"
+        f"  computing  = 6 x parameters x tokens / ({GPUS['h100'].flops['bf16'] / 1e12:g} TFLOP/s x {c.utilization:g})\n"
         f"  exchanging = elements a parameter x 2 bytes x (N - 1)/N x parameters / bandwidth; elements: {elements}\n"
         f"  bandwidth  = {c.inside / 1e9:g} GB/s within a machine of {c.machine}, {c.outside / 1e9:g} GB/s beyond; "
         f"no latency, no congestion\n"

@@ -26,7 +26,7 @@ from refimpl.errors import UsageError, unknown
 from refimpl.nn.attention import query_blocks
 from refimpl.nn.op import Op
 from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast
+from refimpl.numerics.casts import cast
 from refimpl.parity.trace import batches_of
 from refimpl.tools.memory.measure import process_memory
 from refimpl.training.config import Config

@@ -16,7 +16,7 @@ from refimpl.tools.compare_recipes.runs import (
     MATTERS_MORE,
     PERTURBATIONS,
     Comparison,
-    Run,
+    RecipeRun,
     chosen_recipes,
     compare,
     meaning,
@@ -63,7 +63,7 @@ def compare_recipes(
     if data_file is not None:
         print(f"written: {data_file.write_text(json_text(data(comparison)) + chr(10))}")
     if page_file is not None:
-        print(f"written: {page_file.write_text(page(comparison, command))}")
+        print(f"written: {page_file.write_text(recipes_page(comparison, command))}")
 
 
 def _need_matplotlib() -> None:
@@ -84,7 +84,7 @@ def data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _run_data(run: Run) -> dict[str, Any]:
+def _run_data(run: RecipeRun) -> dict[str, Any]:
     return {
         "recipe": run.config.recipe, "seed": run.config.seed, "losses": run.losses, "val_loss": run.val_loss,
         "bytes_per_parameter": run.bytes_per_parameter, "skipped": run.skipped, "moved": run.moved,
@@ -92,7 +92,7 @@ def _run_data(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def page(comparison: Comparison, command: str) -> str:
+def recipes_page(comparison: Comparison, command: str) -> str:
     """The page. The same comparison and command give the same text."""
     described = [[run.config.recipe, run.recipe.summary, run.recipe.source] for run in comparison.runs]
     sections = [
@@ -108,7 +108,7 @@ def page(comparison: Comparison, command: str) -> str:
     return document(f"Recipes compared: {config.model}, {comparison.runs[0].parts.model.n_params:,} parameters", sections)
 
 
-LOSS = "The training loss, smoothed over a tenth of the steps. Each figure has FP32 in grey."
+LOSS = "The training loss, smoothed over a tenth of the steps. Each figure has FP32 in gray."
 def difference_text(comparison: Comparison) -> str:
     """What the figures of differences are held against."""
     return (

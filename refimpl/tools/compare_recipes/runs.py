@@ -45,7 +45,7 @@ _PERTURBATION = 1000  # streams of random numbers from here on: far from those o
 
 
 @dataclass
-class Run:
+class RecipeRun:
     """One recipe under way, and what it has shown so far. `ended`: why it takes no more steps, or ''.
 
     perturbation: 1, 2, ... to start from weights changed in their last bit, each time others; 0 for the weights themselves.
@@ -119,9 +119,9 @@ def perturbed(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 class Comparison:
     """All runs: one for each recipe, FP32 first; FP32 with other seeds; and FP32 from weights changed in their last bit."""
 
-    runs: Sequence[Run]
-    others: Sequence[Run]
-    changed: Sequence[Run]
+    runs: Sequence[RecipeRun]
+    others: Sequence[RecipeRun]
+    changed: Sequence[RecipeRun]
 
     @property
     def seconds(self) -> float:
@@ -156,7 +156,7 @@ class Comparison:
         width = min(len(losses), max(1, self.steps // LAST))
         return np.asarray(np.convolve(losses, np.full(width, 1 / width), "valid"))
 
-    def difference(self, run: Run) -> np.ndarray:
+    def difference(self, run: RecipeRun) -> np.ndarray:
         """A run's smoothed loss less FP32's, as far as it went: both saw the same batches."""
         return self.smooth(np.subtract(run.losses, self.runs[0].losses[: len(run.losses)]).tolist())
 
@@ -206,8 +206,8 @@ def compare(
     others_configs = [replace(config, seed=config.seed + i) for i in range(1, seeds)]
     require_memory([need(each) for each in (*configs, *others_configs, *[config] * perturbations)], "the comparison")
     corpus = load_corpus(config.data, config.block_size)
-    runs, others = [Run(each) for each in configs], [Run(each) for each in others_configs]
-    changed = [Run(config, i) for i in range(1, perturbations + 1)]
+    runs, others = [RecipeRun(each) for each in configs], [RecipeRun(each) for each in others_configs]
+    changed = [RecipeRun(config, i) for i in range(1, perturbations + 1)]
     everyone = (*runs, *others, *changed)
     try:
         for _ in range(config.steps):

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from refimpl.numerics.accumulators import matmul
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
-from refimpl.numerics.quantization.fp8 import quantise_tensor
-from refimpl.numerics.quantization.mx import SCALE_RULES, quantise_mx
+from refimpl.numerics.quantization.fp8 import quantize_tensor
+from refimpl.numerics.quantization.mx import SCALE_RULES, quantize_mx
 from refimpl.tools.experiments.experiment import Experiment, Result
 
 # -- MX scales ---------------------------------------------------------------------------------------------------------
@@ -21,7 +21,7 @@ ELEMENTS = ("e4m3", "e5m2", "e2m1")
 
 
 def run_mx_scales(seed: int) -> Result:
-    """Quantise blocks whose largest values are spread evenly over a binade, under each rule for the shared power of two.
+    """Quantize blocks whose largest values are spread evenly over a binade, under each rule for the shared power of two.
 
     Counted are blocks whose largest value is too large for its scale and saturates. Under 'floor' that is where its
     significand is above that of the format's largest value: 1.75 for e4m3 and e5m2, 1.5 for e2m1.
@@ -34,11 +34,11 @@ def run_mx_scales(seed: int) -> Result:
     rows = []
     for fmt in ELEMENTS:
         for rule in SCALE_RULES:
-            q = quantise_mx(x, fmt, rule=rule)
+            q = quantize_mx(x, fmt, rule=rule)
             scaled = x[:, 0] / q.scale_values()[:, 0]
             limit = FORMATS[fmt].max
             lost = np.log2(limit / np.minimum(scaled, limit))
-            error = np.sqrt(np.mean((q.dequantise() - x) ** 2) / np.mean(x * x))
+            error = np.sqrt(np.mean((q.dequantize() - x) ** 2) / np.mean(x * x))
             data[f"{fmt} {rule}"] = {
                 "saturated": float(np.mean(scaled > limit)), "unused": float(lost.mean()), "error": float(error),
             }  # fmt: skip
@@ -72,7 +72,7 @@ ACCUMULATORS = ("fp32", "e8m15", "e8m14", "e8m13", "e8m14/128", "fp16/64/fp16")
 def run_accumulators(seed: int) -> Result:
     """Products of positive FP8 numbers, summed up to 4096 of them in accumulators of fewer bits than FP32's."""
     rng = np.random.default_rng(seed)
-    a, b = (quantise_tensor(cast(rng.uniform(0, 1, (ROWS, LONGEST)), "fp32"), "e4m3").dequantise() for _ in range(2))
+    a, b = (quantize_tensor(cast(rng.uniform(0, 1, (ROWS, LONGEST)), "fp32"), "e4m3").dequantize() for _ in range(2))
     lengths = [2**k for k in range(5, 13)]
     data: dict[str, Any] = {"lengths": lengths}
     rows = []

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.numerics.cast import widen
+from refimpl.numerics.casts import widen
 from refimpl.optim.loss_scale import make_loss_scale
 from refimpl.optim.state import State
 from refimpl.parity.trace import batches_of
-from refimpl.step import Batch, through
+from refimpl.step import Batch, forward_backward
 from refimpl.tools.experiments.experiment import Experiment, Result
 from refimpl.training.config import Config
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.trainer import start
 
 SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "warmup": 5}
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 
 Sizes = Mapping[str, Any]
 
 
-def _parts(recipe: str, seed: int, **more: Any) -> tuple[Config, Parts]:
+def _parts(recipe: str, seed: int, **more: Any) -> tuple[Config, Training]:
     config = Config.of({**SMALL, "recipe": recipe, "seed": seed, **more})
     return config, start(config)
 
@@ -33,7 +33,7 @@ def _batches(config: Config, n: int) -> list[Batch]:
     return [batch for (batch,) in batches_of(replace(config, steps=n), None)]
 
 
-def _train(parts: Parts, batches: list[Batch]) -> list[float]:
+def _train(parts: Training, batches: list[Batch]) -> list[float]:
     """The loss of each step."""
     return [float(parts.step([batch]).loss) for batch in batches]
 
@@ -59,11 +59,11 @@ def run_tiny_loss(seed: int) -> Result:
     batch = _batches(config, 1)[0]
     _, low = _parts("fp16", seed)
     with np.errstate(all="ignore"):
-        through(exact.model, [batch], exact.state, np.asarray(make_loss_scale("1").scale), exact.run)
+        forward_backward(exact.model, [batch], exact.state, np.asarray(make_loss_scale("1").scale), exact.run)
         there = exact.state.grads != 0
         for exponent in SCALES:
             S = make_loss_scale(str(TINY * 2.0**exponent)).scale
-            through(low.model, [batch], low.state, S, low.run)
+            forward_backward(low.model, [batch], low.state, S, low.run)
             g = widen(low.state.grads, "fp32")
             shares.append((float(np.mean(g[there] == 0)), float(np.mean(~np.isfinite(g)))))
     zero, infinite = ([share[i] for share in shares] for i in (0, 1))
@@ -94,11 +94,11 @@ WARM_STEPS, FINE_STEPS, FINE_LR, SMALL_LOSS = 150, 150, 5e-6, 1e-6
 
 
 def run_masters(seed: int, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_STEPS, sizes: Sizes = SMALL) -> Result:
-    """Train on from a model that has learnt a little, at a small learning rate, with and without masters and loss scaling.
+    """Train on from a model that has learned a little, at a small learning rate, with and without masters and loss scaling.
 
     The loss is multiplied by 1e-6 and its gradients, once in FP32, divided by it: they are as small on their way through
     the network as those of large models, while Adam sees the same. Without masters, moments stay in FP32. What a run has
-    learnt is told against the same weights left alone, on the same batches.
+    learned is told against the same weights left alone, on the same batches.
     """
     config, first = _parts("fp16", seed, **{**sizes, "lr": 2e-3, "steps": warm_steps})
     batches = _batches(config, warm_steps + fine_steps)

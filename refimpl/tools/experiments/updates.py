@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.compensated import kahan_update
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.stochastic import random_bits, stochastic_round

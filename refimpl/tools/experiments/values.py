@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.tools.experiments.experiment import Experiment, Result
 

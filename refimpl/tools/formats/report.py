@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.numerics.bits import bits
-from refimpl.numerics.cast import cast
+from refimpl.numerics.bits import bit_string
+from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import FORMATS, digits, ulp
 from refimpl.tools.formats.plot import plot_formats
 from refimpl.tools.precision_report.counts import Effects, effects_of
@@ -276,7 +276,7 @@ def store(number: float, fmt: str, overflow: str = "saturate") -> Stored:
         happened += f", {_TWICE}; one rounding gives {shown(once, fmt)}"
     other_way = "inf" if overflow == "saturate" else "saturate"
     other = _cast(number, fmt, other_way)
-    if bits(other) != bits(y):
+    if bit_string(other) != bit_string(y):
         happened += f" (--overflow {other_way}: {shown(float(other), fmt)})"
     within = math.isfinite(number) and math.isfinite(value) and not effects.saturated
     error = (value - number) / ulp(fmt, number) if within else None
@@ -293,7 +293,7 @@ def _cast(number: float, fmt: str, overflow: str) -> Any:
 def _fields(y: Any, fmt: str) -> str:
     """`bits`; for TF32 without the last 13, which are zero: it has 10 of the 23 fraction bits of the fp32 that stores it."""
     dropped = FORMATS["fp32"].fraction_bits - FORMATS["tf32"].fraction_bits
-    return bits(y)[:-dropped] if fmt == "tf32" else bits(y)
+    return bit_string(y)[:-dropped] if fmt == "tf32" else bit_string(y)
 
 
 def rounded_once(number: float, fmt: str) -> float:

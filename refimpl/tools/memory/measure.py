@@ -1,7 +1,7 @@
 """Predicted bytes beside measured ones: what `scripts/memory.py --measure` does.
 
 A real model trains for a few steps on real text. Then every model state is weighed as a live array, and every array that
-the tape holds between forward and backward as the memory that it owns. The predictions are `Recipe.state_storages` times
+the tape holds between forward and backward as the memory that it owns. The predictions are `Recipe.state_encodings` times
 the parameters, and `activations`. What no formula here predicts (the process, temporary buffers) is measured only.
 
 Bytes are bytes of arrays. Three 0-d numbers of a run (loss scale, its counter, the update count) are left out.
@@ -30,7 +30,7 @@ from refimpl.tools.memory.report import paper_text
 from refimpl.training.activation_memory import Row, Term, against_paper, gpt_activations, mlp_activations, weight_copies
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.trainer import start
 
 STEPS = 3
@@ -67,7 +67,7 @@ class Measurement:
         return [f"{name}: {line.what}" for name, lines in self.sections.items() for line in lines if line.verdict != "equal"]
 
 
-def measure(given: dict[str, Any], as_json: bool) -> int:
+def measure_model(given: dict[str, Any], as_json: bool) -> int:
     """Train, weigh and print. given: fields of `Config`. Returns 0 where every prediction is met to the byte, else 1.
 
     Errors: UsageError for fields that `Config.of` refuses, and for a backend whose memory is not this process's.
@@ -106,7 +106,7 @@ def weigh(config: Config) -> Measurement:
     return Measurement(config, parts.model, sections, only)
 
 
-def state_lines(config: Config, parts: Parts) -> list[Line]:
+def state_lines(config: Config, parts: Training) -> list[Line]:
     """Each kind of model state: the recipe's bytes a parameter times the parameters, beside the live buffer."""
     predicted = config.make_recipe().buffers(config.make_rule().moments, config.grad_accum, parts.state.layout.embeddings)
     n, measured, seen = parts.model.n_params, {}, set[int]()
@@ -125,7 +125,7 @@ def state_lines(config: Config, parts: Parts) -> list[Line]:
     return lines
 
 
-def tape_lines(config: Config, parts: Parts, batch: Batch) -> dict[str, list[Line]]:
+def tape_lines(config: Config, parts: Training, batch: Batch) -> dict[str, list[Line]]:
     """What the tape of one forward pass holds, beside the closed formulas: activations by place, and copies of weights."""
     activations, copies = held(forward(parts, batch))
     terms: dict[str, list[Term]] = {}
@@ -161,8 +161,8 @@ def _formula(terms: Sequence[Term]) -> str:
 
 
 @np.errstate(all="ignore")
-def forward(parts: Parts, batch: Batch) -> Tape:
-    """The tape of one micro-batch at the moment between forward and backward, as `step.through` makes it."""
+def forward(parts: Training, batch: Batch) -> Tape:
+    """The tape of one micro-batch at the moment between forward and backward, as `step.forward_backward` makes it."""
     parts.state.weights_down()
     tape = Tape(parts.run, parts.state.weight_views, parts.model.tied)
     parts.model.loss(tape, *batch)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.optim.state import State
 from refimpl.parity.trace import batches_of, checked_start, load
@@ -24,18 +24,16 @@ from refimpl.parity.trace_checks import checked
 from refimpl.parity.trace_settings import config_from
 from refimpl.precision.policy import Monitor
 from refimpl.precision.recipes import Recipe
-from refimpl.precision.state_encodings import Plain, Remainder, Stochastic, get_storage
-from refimpl.step import Batch, StepResult, through
+from refimpl.precision.state_encodings import Plain, Remainder, Stochastic, get_encoding
+from refimpl.step import Batch, StepResult, forward_backward
 from refimpl.tools.precision_report.counts import Counts, RoundingMonitor, kind_of
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import check_run_header
 from refimpl.training.config import Config
 from refimpl.training.non_finite import find_origin
 from refimpl.training.run_folder import CHECKPOINT, read_config
-from refimpl.training.setup import Parts
+from refimpl.training.setup import Training
 from refimpl.training.trainer import SKIPS_BEFORE_STOP, Trainer, start
-
-Array = Any
 
 SWEEP = range(0, 26, 2)
 """Exponents of the loss scales that one batch is sent backward with at the end: 2^0 to 2^24."""
@@ -50,7 +48,7 @@ class Source:
 
     what: str
     config: Config
-    parts: Parts
+    parts: Training
     batches: Iterable[Sequence[Batch]]
     steps: int
 
@@ -85,7 +83,7 @@ def _steps(n: int) -> str:
     return f"{n} step" + "s" * (n != 1)
 
 
-def _on_device(steps: Iterable[Sequence[Batch]], parts: Parts) -> Iterator[list[Batch]]:
+def _on_device(steps: Iterable[Sequence[Batch]], parts: Training) -> Iterator[list[Batch]]:
     """The batches of each step, where the run computes."""
     return ([parts.model.batch_on(parts.state.backend, x, y) for x, y in batches] for batches in steps)
 
@@ -167,14 +165,14 @@ def has_own_scale(counts: Counts) -> bool:
 
 def uncounted(config: Config) -> dict[str, str]:
     """The kinds of state that a recipe keeps in a way whose roundings no monitor is told of: kind -> storage."""
-    stored = config.make_recipe().state_storages(config.make_rule().moments, config.grad_accum)
+    stored = config.make_recipe().state_encodings(config.make_rule().moments, config.grad_accum)
     told = (Plain, Stochastic, Remainder)
-    return {kind: name for kind, name in stored.items() if type(get_storage(name)) not in told}
+    return {kind: name for kind, name in stored.items() if type(get_encoding(name)) not in told}
 
 
 def _named(monitor: Monitor, state: State) -> Monitor:
     """A monitor that is told of the upper half of a master as of the weight that it is, though it is made by the update."""
-    if not isinstance(state.storages["weights"], Remainder):
+    if not isinstance(state.encodings["weights"], Remainder):
         return monitor
     return lambda site, x, y: monitor(site.replace(":update.weights", ":weights_down"), x, y)
 
@@ -227,7 +225,7 @@ def low_format(recipe: Recipe, what_if: Sequence[str] = ()) -> str:
 
     A recipe without one is held against the first 16-bit format of `what_if`, or against bf16.
     """
-    candidates = [get_storage(recipe.state["weights"]).fmt, recipe.policy.row("linear.y").input("w"), *what_if, "bf16"]
+    candidates = [get_encoding(recipe.state["weights"]).fmt, recipe.policy.row("linear.y").input("w"), *what_if, "bf16"]
     return next(fmt for fmt in candidates if fmt in FORMATS and FORMATS[fmt].bits == 16)
 
 
@@ -277,7 +275,7 @@ def _share(mask: np.ndarray) -> float:
     return float(np.count_nonzero(mask)) / mask.size
 
 
-def sweep_scales(parts: Parts, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+def sweep_scales(parts: Training, batches: Sequence[Batch]) -> list[dict[str, Any]]:
     """Send the same batches backward at each loss scale of SWEEP, with the weights as they are, and count by layer.
 
     Returns a row a scale: its exponent, and layer -> (share of nonzero gradients flushed to zero, number overflowed).
@@ -290,7 +288,7 @@ def sweep_scales(parts: Parts, batches: Sequence[Batch]) -> list[dict[str, Any]]
     for exponent in SWEEP:
         scale = parts.state.backend.xp.asarray(np.array(2.0**exponent, np.float32))
         with np.errstate(all="ignore"):
-            through(parts.model, batches, parts.state, scale, run)
+            forward_backward(parts.model, batches, parts.state, scale, run)
         layers: dict[str, Counts] = {}
         for site, counts in monitor.take()[0].items():
             if not has_own_scale(counts):  # where values have, no loss scale matters

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import numpy as np
 
 from refimpl.nn.ops import OPS
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, widens_to
-
-Array = Any
 
 
 @dataclass(frozen=True)
@@ -26,13 +24,13 @@ class Effects:
 
     The first six exclude each other, and one of them holds for every value:
       exact        nothing: the value is one of the format (zero among them)
-      rounded      it went to a neighbouring value of the format
+      rounded      it went to a neighboring value of the format
       flushed      it was not zero, and became zero
       overflowed   it is too large: an infinity, or NaN where the format has no infinity
       saturated    it is too large, and became the largest value
       arrived      it was Inf or NaN already: something before this rounding made it, whatever becomes of it here
     The other two say more of them:
-      tie          it lay in the middle between two neighbouring values, so that the even one was taken
+      tie          it lay in the middle between two neighboring values, so that the even one was taken
       subnormal    it became a subnormal value, which has fewer fraction bits the smaller it is
     """
 
@@ -206,7 +204,7 @@ _PIECE = 1 << 16
 
 
 class RoundingMonitor:
-    """Counts all roundings of a step, by site: hand it to `Parts.watch`, and `take` the counts after the step.
+    """Counts all roundings of a step, by site: hand it to `Training.watch`, and `take` the counts after the step.
 
     what_if: other formats; what they would have done to the same values is counted under the same site. Formats of 8 bits
     and fewer saturate there, and the tensor is first multiplied by a power of two that takes its largest value just below

@@ -204,7 +204,7 @@ def _in_order(layers: Sequence[str]) -> list[str]:
 
 
 def _layer_style(layer: str, i: int, n: int) -> tuple[Any, str]:
-    """Colour and marker: blocks go from dark to light."""
+    """Color and marker: blocks go from dark to light."""
     import matplotlib
 
     block = matplotlib.colormaps["viridis"](0.85 * i / max(n - 1, 1)), "."

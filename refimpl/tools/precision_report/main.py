@@ -25,7 +25,7 @@ from refimpl.tools.precision_report.collect import (
     plain,
 )
 from refimpl.tools.precision_report.counts import LOWEST, OUTCOMES, Counts, kind_of
-from refimpl.tools.precision_report.page import page
+from refimpl.tools.precision_report.page import precision_page
 from refimpl.tools.precision_report.tables import (
     COLUMNS,
     OTHER_COLUMNS,
@@ -35,7 +35,7 @@ from refimpl.tools.precision_report.tables import (
     totals,
     worst_sentence,
 )
-from refimpl.tools.precision_report.verdicts import verdicts
+from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.outputs import target
@@ -80,7 +80,7 @@ def inspect_precision(
     if data_file is not None:
         print(f"written: {data_file.write_text(json_text(data(inspection)) + chr(10))}")
     if page_file is not None:
-        print(f"written: {page_file.write_text(page(inspection, command(given, run, trace, every, formats)))}")
+        print(f"written: {page_file.write_text(precision_page(inspection, command(given, run, trace, every, formats)))}")
 
 
 def make_source(given: Mapping[str, Any], run: Path | None, trace: Path | None) -> Source:
@@ -144,7 +144,7 @@ def _kinds_text(inspection: Inspection) -> str:
 
 
 def _worst_text(inspection: Inspection, width: int) -> str:
-    ranked = verdicts(inspection)
+    ranked = verdicts_of(inspection)
     lines = [_wrapped(worst_sentence(ranked, WORST), width)]
     for v in ranked[:WORST]:
         lines.append(f"{v.name} ({cast_of(v.site)})")
@@ -158,7 +158,7 @@ def _other_formats_text(inspection: Inspection, width: int) -> str:
         for i, (fmt, counts) in enumerate(formats):
             cells = [column.cell(counts) if counts else "-" for column in OTHER_COLUMNS]
             rows.append([kind if i == 0 else "", fmt, *cells])
-    own = "; what this run quantises is taken divided by its scales" * any(map(has_own_scale, inspection.sites.values()))
+    own = "; what this run quantizes is taken divided by its scales" * any(map(has_own_scale, inspection.sites.values()))
     heading = f"Other formats on the same values; those of 8 bits and fewer after each tensor is scaled by a power of two{own}:"
     return _wrapped(heading, width) + "\n" + table(["", "format", *(column.heading for column in OTHER_COLUMNS)], rows)
 
@@ -168,7 +168,7 @@ def _other_formats_text(inspection: Inspection, width: int) -> str:
 
 def data(inspection: Inspection) -> dict[str, Any]:
     """All of an inspection as plain data. What is not finite becomes null in JSON: an SNR without an error, for one."""
-    ranked = {verdict.site: verdict for verdict in verdicts(inspection)}
+    ranked = {verdict.site: verdict for verdict in verdicts_of(inspection)}
     return {
         "what": inspection.what,
         "config": asdict(inspection.config),

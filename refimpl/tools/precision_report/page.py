@@ -23,17 +23,17 @@ from refimpl.tools.precision_report.tables import (
     totals,
     worst_sentence,
 )
-from refimpl.tools.precision_report.verdicts import Verdict, verdicts
+from refimpl.tools.precision_report.verdicts import Verdict, verdicts_of
 
 WORST = 20
 """So many tensors get their verdict on the page."""
 
-def page(inspection: Inspection, command: str) -> str:
+def precision_page(inspection: Inspection, command: str) -> str:
     """The report. The same inspection and command give the same text.
 
     command: how a person makes it again; it is shown as it is.
     """
-    pictures, ranked = all_pictures(inspection), verdicts(inspection)
+    pictures, ranked = all_pictures(inspection), verdicts_of(inspection)
     sections = [
         section("What it found", paragraphs(summary(inspection)), _kinds(inspection)),
         section("Exponents", paragraphs([EXPONENTS if pictures["exponents"] else NO_CASTS]), figures(pictures["exponents"])),
@@ -69,7 +69,7 @@ OTHER_FORMATS = """\
 What other formats would have done to the same values. Tensors that go to a format of 8 bits or fewer are first multiplied by \
 a power of two, one for each tensor, that takes the largest value just below that of the format, and what is still too large \
 saturates. Wider formats take the values as they are: gradients times the loss scale of this run. What this run itself \
-quantises is taken divided by its scale."""
+quantizes is taken divided by its scale."""
 SHARES = """\
 Percentages are shares of the values that were finite and not zero before rounding; overflowed, saturated and arrived are \
 numbers of values. Each value is exact, rounded, flushed, overflowed or saturated, or arrived as Inf or NaN; ties and \

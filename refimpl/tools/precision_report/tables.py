@@ -43,7 +43,7 @@ def exponents_text(counts: Counts) -> str:
 COLUMNS = (
     Column("elements", lambda c: f"{c.elements:,}", "how many values were rounded, over all steps that were looked at"),
     Column("exact", _share("exact"), "the value is one of the format: nothing happened to it"),
-    Column("rounded", _share("rounded"), "it went to a neighbouring value of the format"),
+    Column("rounded", _share("rounded"), "it went to a neighboring value of the format"),
     Column("ties", _share("tie"),
            "it lay in the middle between two values of the format, so that the even one was taken (or either, by chance)"),
     Column("subnormal", _share("subnormal"), "it became a subnormal value, which has fewer fraction bits the smaller it is"),
@@ -171,11 +171,11 @@ def _the_gradients(inspection: Inspection) -> str:
         return f"All gradients were Inf or NaN before they were rounded: they say nothing of a loss scale. {skipped}"
     scaled = [inspection.sites[site] for site in inspection.unscaled]
     actual = percent(_joint(scaled, lambda counts: counts.share("flushed")))
-    quantised = [c for site, c in inspection.sites.items() if kind_of(site).endswith("gradients") and has_own_scale(c)]
-    what = "16-bit gradients" if quantised else "gradients"
-    if quantised:
-        flushed = percent(_joint(quantised, lambda counts: counts.share("flushed")))
-        skipped = f"Quantised gradients have scales of their own: {flushed} of those that were not zero became zero. {skipped}"
+    quantized = [c for site, c in inspection.sites.items() if kind_of(site).endswith("gradients") and has_own_scale(c)]
+    what = "16-bit gradients" if quantized else "gradients"
+    if quantized:
+        flushed = percent(_joint(quantized, lambda counts: counts.share("flushed")))
+        skipped = f"Quantized gradients have scales of their own: {flushed} of those that were not zero became zero. {skipped}"
     if scales(inspection.rows) == [1.0]:
         no_scale = "S was 1" if find_scaler(inspection.config.loss_scale or "") else "There is no loss scale (S = 1)"
         return f"{no_scale}, and {actual} of the {what} that were not zero became zero. {skipped}"

@@ -26,7 +26,7 @@ class Verdict:
     text: str
 
 
-def verdicts(inspection: Inspection) -> list[Verdict]:
+def verdicts_of(inspection: Inspection) -> list[Verdict]:
     """A verdict for each site, the worst first."""
     result = []
     for site, counts in inspection.sites.items():

@@ -163,8 +163,8 @@ layernorm_forward(const T* x, const T* w, const T* b /*or null*/, T* y, float* m
 
     float squares = 0.0f;
     for (int i = threadIdx.x; i < C; i += WARP) {
-        float centred = sub(widen(x[i]), m);
-        squares = add(squares, mul(centred, centred));
+        float centered = sub(widen(x[i]), m);
+        squares = add(squares, mul(centered, centered));
     }
     float r = div(1.0f, root(add(div(warp_fold<add>(squares), (float)C), eps)));
 

@@ -6,14 +6,11 @@ passes here, it can be counted, shown, injected and replaced in one place.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from refimpl.numerics import fast_cast
+from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
-
-Array = Any  # a numpy.ndarray or a cupy.ndarray; which one is the caller's backend
 
 
 def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = None) -> Array:

@@ -13,20 +13,20 @@ import pytest
 
 from refimpl.numerics.accumulators import matmul
 from refimpl.numerics.bits import bits_of, from_bits
-from refimpl.numerics.cast import cast, widen
+from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.quantization.fp8 import (
     DelayedScaling,
-    quantise_blocks,
-    quantise_rows,
-    quantise_tensor,
-    quantise_tiles,
+    quantize_blocks,
+    quantize_rows,
+    quantize_tensor,
+    quantize_tiles,
     scale_from_amax,
 )
-from refimpl.numerics.quantization.mx import SCALE_RULES, quantise_mx
-from refimpl.numerics.quantization.nvfp4 import quantise_nvfp4
+from refimpl.numerics.quantization.mx import SCALE_RULES, quantize_mx
+from refimpl.numerics.quantization.nvfp4 import quantize_nvfp4
 from refimpl.numerics.quantization.products import product
-from refimpl.numerics.quantization.quantized_tensor import Quantised, block_amax, encode, spread
+from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, block_amax, encode, spread
 from refimpl.numerics.quantization.rotation import hadamard, random_signs, rotate, rotate_back
 from refimpl.numerics.stochastic import random_bits
 
@@ -51,7 +51,7 @@ def values_of(fmt: str) -> Array:
 
 
 def boundaries(fmt: str) -> Array:
-    """Every value of the format, every midpoint, the fp32 neighbours of all these, and what lies beyond: fp32."""
+    """Every value of the format, every midpoint, the fp32 neighbors of all these, and what lies beyond: fp32."""
     values = values_of(fmt)
     step = values[-1] - values[-2]
     points = np.concatenate([values, (values[1:] + values[:-1]) / 2, [values[-1] + step / 2, values[-1] + step, 1e9]])
@@ -157,55 +157,55 @@ def test_block_amax_and_spread_are_loops_over_blocks(shape: tuple[int, ...], blo
         assert (everywhere[part] == amax[place]).all()
 
 
-QUANTISERS: dict[str, Callable[[Array], Quantised]] = {
-    "tensor": lambda x: quantise_tensor(x, "e4m3"),
-    "rows": lambda x: quantise_rows(x, "e4m3"),
-    "tiles": lambda x: quantise_tiles(x, "e4m3"),
-    "blocks": lambda x: quantise_blocks(x, "e4m3"),
-    "mx": lambda x: quantise_mx(x, "e4m3"),
-    "mx fp4": lambda x: quantise_mx(x, "e2m1", rule="rceil"),
-    "nvfp4": quantise_nvfp4,
-    "nvfp4 square": lambda x: quantise_nvfp4(x, square=True),
-    "delayed": lambda x: DelayedScaling("e5m2", 4).quantise(x),
+QUANTIZERS: dict[str, Callable[[Array], QuantizedTensor]] = {
+    "tensor": lambda x: quantize_tensor(x, "e4m3"),
+    "rows": lambda x: quantize_rows(x, "e4m3"),
+    "tiles": lambda x: quantize_tiles(x, "e4m3"),
+    "blocks": lambda x: quantize_blocks(x, "e4m3"),
+    "mx": lambda x: quantize_mx(x, "e4m3"),
+    "mx fp4": lambda x: quantize_mx(x, "e2m1", rule="rceil"),
+    "nvfp4": quantize_nvfp4,
+    "nvfp4 square": lambda x: quantize_nvfp4(x, square=True),
+    "delayed": lambda x: DelayedScaling("e5m2", 4).quantize(x),
 }
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("shape", [(0, 40), (40, 0), (0, 0)])
 def test_empty_tensors(name: str, shape: tuple[int, int]) -> None:
-    q = QUANTISERS[name](np.zeros(shape, np.float32))
-    assert q.codes.shape == q.dequantise().shape == shape
+    q = QUANTIZERS[name](np.zeros(shape, np.float32))
+    assert q.codes.shape == q.dequantize().shape == shape
     assert math.isnan(q.bits_per_value)
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_zeros_stay_zeros(name: str) -> None:
-    q = QUANTISERS[name](np.zeros((20, 40), np.float32))
-    assert not q.codes.any() and np.isfinite(q.scale_values()).all() and not q.dequantise().any()
+    q = QUANTIZERS[name](np.zeros((20, 40), np.float32))
+    assert not q.codes.any() and np.isfinite(q.scale_values()).all() and not q.dequantize().any()
 
 
-@pytest.mark.parametrize("name", [n for n in QUANTISERS if n != "delayed"])
+@pytest.mark.parametrize("name", [n for n in QUANTIZERS if n != "delayed"])
 def test_zero_padding_of_the_last_block_changes_nothing(name: str) -> None:
     x = normal(33, 135)
     padded = np.zeros((256, 256), np.float32)
     padded[:33, :135] = x
-    q, p = QUANTISERS[name](x), QUANTISERS[name](padded)
+    q, p = QUANTIZERS[name](x), QUANTIZERS[name](padded)
     assert np.array_equal(q.codes, p.codes[:33, :135])
     assert np.array_equal(q.scales, p.scales[tuple(slice(n) for n in q.scales.shape)])
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_sixteen_bit_tensors_are_widened_and_fp64_is_refused(name: str) -> None:
     x = cast(normal(20, 40), "bf16")
-    assert np.array_equal(QUANTISERS[name](x).codes, QUANTISERS[name](widen(x, "fp32")).codes)
+    assert np.array_equal(QUANTIZERS[name](x).codes, QUANTIZERS[name](widen(x, "fp32")).codes)
     with pytest.raises(TypeError, match="would round"):
-        QUANTISERS[name](np.zeros((20, 40)))
+        QUANTIZERS[name](np.zeros((20, 40)))
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
-def test_transposing_dequantises_to_the_transpose(name: str) -> None:
-    q = QUANTISERS[name](normal(20, 135))
-    assert np.array_equal(q.T.dequantise(), q.dequantise().T)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_transposing_dequantizes_to_the_transpose(name: str) -> None:
+    q = QUANTIZERS[name](normal(20, 135))
+    assert np.array_equal(q.T.dequantize(), q.dequantize().T)
     assert q.T.T.block == q.block
 
 
@@ -213,27 +213,27 @@ def test_the_ledger() -> None:
     x = normal(64, 256)
     n = x.size
     for q, packed, bits in (
-        (quantise_tensor(x, "e4m3"), n + 4, 8 + 32 / n),
-        (quantise_tiles(x, "e4m3"), n + 64 * 2 * 4, 8.25),
-        (quantise_mx(x, "e4m3"), n + n // 32, 8.25),
-        (quantise_mx(x, "e2m3"), n * 3 // 4 + n // 32, 6.25),
-        (quantise_mx(x, "e2m1"), n // 2 + n // 32, 4.25),
-        (quantise_nvfp4(x), n // 2 + n // 16 + 4, 4.5 + 32 / n),
+        (quantize_tensor(x, "e4m3"), n + 4, 8 + 32 / n),
+        (quantize_tiles(x, "e4m3"), n + 64 * 2 * 4, 8.25),
+        (quantize_mx(x, "e4m3"), n + n // 32, 8.25),
+        (quantize_mx(x, "e2m3"), n * 3 // 4 + n // 32, 6.25),
+        (quantize_mx(x, "e2m1"), n // 2 + n // 32, 4.25),
+        (quantize_nvfp4(x), n // 2 + n // 16 + 4, 4.5 + 32 / n),
     ):
         assert (q.nbytes_packed, q.bits_per_value) == (packed, bits)
         assert q.codes.dtype == np.uint8 and q.nbytes == n + packed - math.ceil(n * FORMATS[q.fmt].bits / 8)
-    assert quantise_mx(normal(3, 3), "e2m1").nbytes_packed == 5 + 3  # 9 codes of half a byte
+    assert quantize_mx(normal(3, 3), "e2m1").nbytes_packed == 5 + 3  # 9 codes of half a byte
 
 
-def test_dequantise_multiplies_the_elements_by_their_scales() -> None:
+def test_dequantize_multiplies_the_elements_by_their_scales() -> None:
     x = normal(20, 135)
-    for name, quantise in QUANTISERS.items():
-        q = quantise(x)
+    for name, quantize in QUANTIZERS.items():
+        q = quantize(x)
         exact = widen(q.elements(), "fp64") * spread(widen(q.scale_values(), "fp64"), q.block, q.shape)
         exact = exact if q.tensor_scale is None else exact * widen(q.tensor_scale, "fp64")
-        assert np.array_equal(q.dequantise("fp64"), exact), name
-        assert np.abs(q.dequantise() - exact).max() <= 2 * 2.0**-24 * np.abs(exact).max(), name
-        assert np.array_equal(bits_of(q.dequantise("bf16")), bits_of(cast(q.dequantise(), "bf16")))
+        assert np.array_equal(q.dequantize("fp64"), exact), name
+        assert np.abs(q.dequantize() - exact).max() <= 2 * 2.0**-24 * np.abs(exact).max(), name
+        assert np.array_equal(bits_of(q.dequantize("bf16")), bits_of(cast(q.dequantize(), "bf16")))
 
 
 # -------------------------------------------------------------------------------------------------------------- fp8 scales
@@ -265,13 +265,13 @@ def test_the_factor_is_transformer_engines(fmt: str, power_of_two: bool, eps: fl
 def test_the_largest_magnitude_becomes_the_largest_value(fmt: str) -> None:
     x = normal(40, 300)
     for q in (
-        quantise_tensor(x, fmt),
-        quantise_rows(x, fmt, power_of_two=False),
-        quantise_tiles(x, fmt),
-        quantise_blocks(x, fmt),
+        quantize_tensor(x, fmt),
+        quantize_rows(x, fmt, power_of_two=False),
+        quantize_tiles(x, fmt),
+        quantize_blocks(x, fmt),
     ):
         assert (block_amax(q.elements(), q.block) == FORMATS[fmt].max).all()
-    for q in (quantise_tensor(x, fmt, power_of_two=True), quantise_rows(x, fmt), quantise_tiles(x, fmt, power_of_two=True)):
+    for q in (quantize_tensor(x, fmt, power_of_two=True), quantize_rows(x, fmt), quantize_tiles(x, fmt, power_of_two=True)):
         largest = block_amax(q.elements(), q.block)
         assert (largest > FORMATS[fmt].max / 2 * 0.9).all() and (np.frexp(q.scales)[0] == 0.5).all()
 
@@ -279,12 +279,12 @@ def test_the_largest_magnitude_becomes_the_largest_value(fmt: str) -> None:
 def test_shapes_of_the_fp8_schemes() -> None:
     x = normal(130, 300)
     for q, block, scales in (
-        (quantise_tensor(x, "e4m3"), (130, 300), (1, 1)),
-        (quantise_rows(x, "e4m3"), (1, 300), (130, 1)),
-        (quantise_rows(x, "e4m3", axis=0), (130, 1), (1, 300)),
-        (quantise_tiles(x, "e4m3"), (1, 128), (130, 3)),
-        (quantise_tiles(x, "e4m3", axis=0), (128, 1), (2, 300)),
-        (quantise_blocks(x, "e4m3"), (128, 128), (2, 3)),
+        (quantize_tensor(x, "e4m3"), (130, 300), (1, 1)),
+        (quantize_rows(x, "e4m3"), (1, 300), (130, 1)),
+        (quantize_rows(x, "e4m3", axis=0), (130, 1), (1, 300)),
+        (quantize_tiles(x, "e4m3"), (1, 128), (130, 3)),
+        (quantize_tiles(x, "e4m3", axis=0), (128, 1), (2, 300)),
+        (quantize_blocks(x, "e4m3"), (128, 128), (2, 3)),
     ):
         assert (q.block, q.scales.shape, q.scales.dtype) == (block, scales, np.float32)
 
@@ -292,7 +292,7 @@ def test_shapes_of_the_fp8_schemes() -> None:
 def test_fp8_of_a_block_is_torchs_division_and_cast() -> None:
     torch = pytest.importorskip("torch")
     x = normal(256, 256)
-    q = quantise_blocks(x, "e4m3")
+    q = quantize_blocks(x, "e4m3")
     for i, j in np.ndindex(2, 2):
         part = np.s_[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
         t = torch.from_numpy(x[part].copy())
@@ -303,16 +303,16 @@ def test_fp8_of_a_block_is_torchs_division_and_cast() -> None:
 
 def test_nan_and_infinities_under_fp32_scales() -> None:
     x = fp32(1.0, np.nan, -np.inf, 2.0)
-    q = quantise_tensor(x, "e4m3")
-    assert q.scales[0] == 1 and np.array_equal(q.dequantise(), fp32(1, np.nan, -448, 2), equal_nan=True)
-    assert np.isnan(quantise_tensor(x, "e4m3", overflow="inf").dequantise()[2])
-    assert quantise_tensor(x, "e5m2", overflow="inf").dequantise()[2] == -np.inf
-    rows = quantise_rows(np.stack([x, fp32(1, 2, 3, 4)]), "e4m3")
-    assert rows.scales[0, 0] == 1 and rows.dequantise()[1, 3] == 4  # the others do not see it
+    q = quantize_tensor(x, "e4m3")
+    assert q.scales[0] == 1 and np.array_equal(q.dequantize(), fp32(1, np.nan, -448, 2), equal_nan=True)
+    assert np.isnan(quantize_tensor(x, "e4m3", overflow="inf").dequantize()[2])
+    assert quantize_tensor(x, "e5m2", overflow="inf").dequantize()[2] == -np.inf
+    rows = quantize_rows(np.stack([x, fp32(1, 2, 3, 4)]), "e4m3")
+    assert rows.scales[0, 0] == 1 and rows.dequantize()[1, 3] == 4  # the others do not see it
 
 
 def test_narrow_formats_with_fp32_scales_are_refused() -> None:
-    for make in (lambda: quantise_tensor(ONE, "e2m1"), lambda: DelayedScaling("e3m2")):
+    for make in (lambda: quantize_tensor(ONE, "e2m1"), lambda: DelayedScaling("e3m2")):
         with pytest.raises(ValueError, match="e4m3 or e5m2"):
             make()
     with pytest.raises(ValueError, match="not an element format"):
@@ -327,7 +327,7 @@ def test_delayed_scaling_by_hand() -> None:
     s = DelayedScaling("e4m3", history_length=3)
     factors, histories = [], []
     for amax in (2.0, 8.0, 4.0, 1.0, 1.0, 1.0):
-        s.quantise(fp32(-amax, amax / 2))
+        s.quantize(fp32(-amax, amax / 2))
         s.update()
         factors.append(float(s.factor))
         histories.append(list(s.amax_history))
@@ -335,14 +335,14 @@ def test_delayed_scaling_by_hand() -> None:
     assert histories == [[0, 0, 2], [0, 2, 8], [0, 8, 4], [0, 4, 1], [0, 1, 1], [0, 1, 1]]
 
 
-def test_delayed_scaling_quantises_with_the_factor_of_the_past() -> None:
+def test_delayed_scaling_quantizes_with_the_factor_of_the_past() -> None:
     s = DelayedScaling("e4m3", 2)
-    assert s.quantise(fp32(500.0)).dequantise()[0] == 448  # the first factor is 1
+    assert s.quantize(fp32(500.0)).dequantize()[0] == 448  # the first factor is 1
     s.update()
     assert float(s.factor) == float(np.float32(448) / np.float32(500))
-    grown = s.quantise(fp32(1000.0, 250.0))
-    assert grown.elements()[0] == 448 and grown.dequantise()[0] == pytest.approx(500)
-    assert np.isnan(s.quantise(fp32(1000.0), overflow="inf").dequantise()[0])
+    grown = s.quantize(fp32(1000.0, 250.0))
+    assert grown.elements()[0] == 448 and grown.dequantize()[0] == pytest.approx(500)
+    assert np.isnan(s.quantize(fp32(1000.0), overflow="inf").dequantize()[0])
     assert grown.scales.tolist() == [float(1 / s.factor)]
 
 
@@ -350,7 +350,7 @@ def test_margin_and_most_recent() -> None:
     s, recent = DelayedScaling("e5m2", 4, margin=2.0), DelayedScaling("e5m2", 4, amax_compute_algo="most_recent")
     for amax in (8.0, 2.0):
         for state in (s, recent):
-            state.quantise(fp32(amax))
+            state.quantize(fp32(amax))
             state.update()
     assert float(s.factor) == 57344 / 4 / 8 and float(recent.factor) == 57344 / 2
     with pytest.raises(ValueError, match="amax_compute_algo"):
@@ -360,17 +360,17 @@ def test_margin_and_most_recent() -> None:
 def test_a_zero_or_infinite_amax_keeps_the_factor() -> None:
     s = DelayedScaling("e4m3", 2)
     for x, factor in ((0.0, 1), (2.0, 224), (np.inf, 224), (1.0, 224), (1.0, 448), (0.0, 448), (0.0, 448), (0.0, 448)):
-        s.quantise(fp32(x))
+        s.quantize(fp32(x))
         s.update()
         assert float(s.factor) == factor, x  # an infinity counts as long as the history holds it
-    s.quantise(fp32(np.nan, 4.0))
+    s.quantize(fp32(np.nan, 4.0))
     assert s.amax_history[0] == 4
-    s.quantise(fp32(3.0))
+    s.quantize(fp32(3.0))
     assert s.amax_history[0] == 4  # of two tensors in one step the larger
     s.update()
     assert float(s.factor) == 112
     tiny = DelayedScaling("e4m3", 1)
-    tiny.quantise(fp32(1e-45))
+    tiny.quantize(fp32(1e-45))
     tiny.update()
     assert tiny.factor == np.finfo(np.float32).max
 
@@ -381,7 +381,7 @@ def test_delayed_scaling_goes_on_from_its_arrays() -> None:
         if step == 7:
             resumed = DelayedScaling("e4m3", 5, **{name: x.copy() for name, x in whole.arrays().items()})
         for s in (whole, resumed) if step >= 7 else (whole,):
-            s.quantise(normal(10, seed=step))
+            s.quantize(normal(10, seed=step))
             s.update()
     for name, x in whole.arrays().items():
         assert np.array_equal(x, resumed.arrays()[name]) and x.dtype == np.float32, name
@@ -431,14 +431,14 @@ def blocks_of_all_sizes(n: int = 3000) -> Array:
 def test_mx_is_torchaos(fmt: str, rule: str) -> None:
     x = blocks_of_all_sizes()
     scales, scaled = to_mx(x, fmt, rule)
-    q = quantise_mx(x, fmt, rule=rule)
+    q = quantize_mx(x, fmt, rule=rule)
     assert np.array_equal(q.scales, scales)
     assert np.array_equal(q.codes, bits_of(cast(scaled, fmt, overflow="saturate")))
 
 
 @pytest.mark.parametrize("fmt", ["e4m3", "e2m1"])
 def test_rceil_by_the_rounded_reciprocal_is_the_same_for_every_significand(fmt: str) -> None:
-    """What quantise/mx.py says of torchao and Transformer Engine: all 2^23 amax of a binade."""
+    """What quantize/mx.py says of torchao and Transformer Engine: all 2^23 amax of a binade."""
     largest = np.float32(FORMATS[fmt].max)
     amax = from_bits(np.arange(0x3F800000, 0x40000000, dtype=np.uint32), "fp32")
     m, k = np.frexp(amax * (np.float32(1) / largest))
@@ -454,7 +454,7 @@ def test_mx_floor_is_gfloats(fmt: str) -> None:
     x[3] = 0
     x[4, 5] = 1e-3
     expected = [gfloat.quantize_block(info, widen(block, "fp64"), gfloat.compute_scale_amax) for block in x]
-    assert np.array_equal(quantise_mx(x, fmt).dequantise("fp64"), expected)
+    assert np.array_equal(quantize_mx(x, fmt).dequantize("fp64"), expected)
 
 
 def test_mx_worked_examples() -> None:
@@ -462,9 +462,9 @@ def test_mx_worked_examples() -> None:
     x = np.zeros((1, 32), np.float32)
     x[0, 7] = 150
     for rule, exponent in (("floor", -1), ("ceil", 0), ("rceil", -1), ("even", -1)):
-        q = quantise_mx(x, "e4m3", rule=rule)
+        q = quantize_mx(x, "e4m3", rule=rule)
         assert q.scales.tolist() == [[127 + exponent]] and q.scale_values()[0, 0] == 2.0**exponent
-    assert quantise_mx(x, "e4m3").elements()[0, 7] == 288 and quantise_mx(x, "e4m3").dequantise()[0, 7] == 144
+    assert quantize_mx(x, "e4m3").elements()[0, 7] == 288 and quantize_mx(x, "e4m3").dequantize()[0, 7] == 144
     # 1.9: floor saturates (1.9 * 256 = 486 > 448), rceil and ceil take the next power of two; 1.9375 rounds up, so even does
     for amax, exponents in (
         (1.9, (-8, -7, -7, -8)),
@@ -473,15 +473,15 @@ def test_mx_worked_examples() -> None:
         (1.0, (-8, -8, -8, -8)),
     ):
         x[0, 7] = amax
-        assert [int(quantise_mx(x, "e4m3", rule=rule).scales[0, 0]) - 127 for rule in SCALE_RULES] == list(exponents), amax
-    assert quantise_mx(np.full((1, 32), 1.9, np.float32), "e4m3").dequantise()[0, 0] == 448 * 2.0**-8
+        assert [int(quantize_mx(x, "e4m3", rule=rule).scales[0, 0]) - 127 for rule in SCALE_RULES] == list(exponents), amax
+    assert quantize_mx(np.full((1, 32), 1.9, np.float32), "e4m3").dequantize()[0, 0] == 448 * 2.0**-8
     with pytest.raises(KeyError):
-        quantise_mx(x, "e4m3", rule="nearest")
+        quantize_mx(x, "e4m3", rule="nearest")
 
 
 def saturated(x: Array, fmt: str, rule: str) -> float:
     """The share of blocks whose largest magnitude is beyond the format's largest value."""
-    q = quantise_mx(x, fmt, rule=rule)
+    q = quantize_mx(x, fmt, rule=rule)
     return float(np.mean(block_amax(x, q.block) / q.scale_values() > FORMATS[fmt].max))
 
 
@@ -517,7 +517,7 @@ def test_headroom_lost(rule: str) -> None:
     """
     s = 1 + (np.arange(1 << 16) + 0.5) / (1 << 16)
     x = cast(s, "fp32")[:, None] * np.ones((1, 32), np.float32)
-    headroom = np.log2(448 * widen(quantise_mx(x, "e4m3", rule=rule).scale_values()[:, 0], "fp64") / s)
+    headroom = np.log2(448 * widen(quantize_mx(x, "e4m3", rule=rule).scale_values()[:, 0], "fp64") / s)
     mean = math.log2(1.75) - (2 - 1 / math.log(2)) + {"ceil": 1.0, "rceil": 0.25}[rule]
     assert headroom.min() >= 0 and headroom.mean() == pytest.approx(mean, abs=1e-4)
     assert round(mean, 2) == {"ceil": 1.25, "rceil": 0.50}[rule]
@@ -527,7 +527,7 @@ def test_error_of_the_largest_element_of_a_block() -> None:
     """Half an ulp of e4m3 is at most 1/17 of the value: all that is lost under rceil. floor clips 512 to 448: up to 1/8."""
     s = cast(np.linspace(1, 2, 1 << 14, endpoint=False), "fp32")[:, None] * np.ones((1, 32), np.float32)
     for rule, worst in (("rceil", 1 / 17), ("ceil", 1 / 17), ("even", 1 - 1.75 / 1.9375), ("floor", 1 / 8)):
-        error = np.abs(quantise_mx(s, "e4m3", rule=rule).dequantise() / s - 1)
+        error = np.abs(quantize_mx(s, "e4m3", rule=rule).dequantize() / s - 1)
         assert worst * 0.99 < error.max() <= worst * 1.001, rule
 
 
@@ -537,26 +537,26 @@ def test_mx_at_the_ends_of_the_range() -> None:
     x[3, :2], x[4, :2] = (np.nan, 1), (np.inf, 1)
     for fmt in ELEMENTS:
         for rule in SCALE_RULES:
-            q = quantise_mx(x, fmt, rule=rule)
+            q = quantize_mx(x, fmt, rule=rule)
             assert q.scales[:2, 0].tolist() == [0, 0] and q.scales[3:, 0].tolist() == [255, 255]
             assert FORMATS[fmt].specials != "none" or not q.codes[3:].any()
-            values = q.dequantise("fp64")
+            values = q.dequantize("fp64")
             assert not values[0].any() and np.isnan(values[3:]).all()  # the block as a whole
             assert values[2, 0] >= 1.5 * 2.0**127  # e2m1 under floor: 6 * 2^125
-    assert not np.isnan(quantise_mx(x, "e2m1").dequantise()[:3]).any()
+    assert not np.isnan(quantize_mx(x, "e2m1").dequantize()[:3]).any()
 
 
 def test_blocks_lie_along_the_axis_that_is_asked_for() -> None:
     x = normal(64, 96) * np.exp2(np.arange(64))[:, None].astype(np.float32)
-    by_row, by_column = quantise_mx(x, "e4m3", axis=1), quantise_mx(x, "e4m3", axis=0)
+    by_row, by_column = quantize_mx(x, "e4m3", axis=1), quantize_mx(x, "e4m3", axis=0)
     assert (by_row.block, by_row.scales.shape) == ((1, 32), (64, 3))
-    assert quantise_mx(x[:, :7], "e4m3").block == (1, 7)
+    assert quantize_mx(x[:, :7], "e4m3").block == (1, 7)
     assert (by_column.block, by_column.scales.shape) == ((32, 1), (2, 96))
-    assert np.array_equal(by_column.codes, quantise_mx(np.ascontiguousarray(x.T), "e4m3").codes.T)
+    assert np.array_equal(by_column.codes, quantize_mx(np.ascontiguousarray(x.T), "e4m3").codes.T)
     # The two copies differ, so neither can be had from the other.
-    assert not np.array_equal(by_row.dequantise(), by_column.dequantise())
+    assert not np.array_equal(by_row.dequantize(), by_column.dequantize())
     with pytest.raises(IndexError):
-        quantise_mx(x, "e4m3", axis=2)
+        quantize_mx(x, "e4m3", axis=2)
 
 
 # ------------------------------------------------------------------------------------------------------------------ NVFP4
@@ -573,7 +573,7 @@ def te_nvfp4(x: Array) -> tuple[float, Array, Array]:
 
 
 def around(x: Array) -> Array:
-    """Each value and three fp32 neighbours on either side: where one rounding more, or in another order, would be seen."""
+    """Each value and three fp32 neighbors on either side: where one rounding more, or in another order, would be seen."""
     return np.concatenate([from_bits(bits_of(x) + np.uint32(i) - np.uint32(3), "fp32") for i in range(7)])
 
 
@@ -591,7 +591,7 @@ def test_nvfp4_is_transformer_engines_arithmetic_at_every_tie(amax: float) -> No
     for i in range(1, 16):
         x[:, i] = near[(np.arange(len(x)) + 5 * i) % near.size] / factors[:, 0]
     x[:, 1:] = np.minimum(x[:, 1:], x[:, :1])  # the largest of the block stays the largest
-    q = quantise_nvfp4(x)
+    q = quantize_nvfp4(x)
     assert q.tensor_scale == np.float32(s_dec) and np.array_equal(q.scales, codes)
     assert np.array_equal(q.codes, bits_of(cast(x * factors, "e2m1", overflow="saturate")))
 
@@ -599,7 +599,7 @@ def test_nvfp4_is_transformer_engines_arithmetic_at_every_tie(amax: float) -> No
 def test_nvfp4_is_transformer_engines_arithmetic() -> None:
     x = normal(50, 64) * np.exp2(np.random.default_rng(1).uniform(-14, 3, (50, 1))).astype(np.float32)
     s_dec, codes, factors = te_nvfp4(x)
-    q = quantise_nvfp4(x)
+    q = quantize_nvfp4(x)
     assert (q.scale_fmt, q.block, q.tensor_scale) == ("e4m3", (1, 16), s_dec)
     assert np.array_equal(q.scales, codes)
     assert np.array_equal(q.codes, bits_of(cast(x * np.repeat(factors, 16, 1), "e2m1", overflow="saturate")))
@@ -609,31 +609,31 @@ def test_nvfp4_by_hand() -> None:
     """amax 2688 = 448 * 6: S_enc is 1. Blocks with amax 2688, 12 and 1: S_block 448, 2, e4m3(1/6) = 0.171875."""
     x = np.zeros((1, 48), np.float32)
     x[0, :3], x[0, 16:19], x[0, 32] = (2688, 1344, 200), (12, 2.9, -5.1), 1.0
-    q = quantise_nvfp4(x)
+    q = quantize_nvfp4(x)
     assert q.tensor_scale == 1 and q.scale_values().tolist() == [[448, 2, 0.171875]]
     assert q.elements()[0, :3].tolist() == [6, 3, 0.5] and q.elements()[0, 16:19].tolist() == [6, 1.5, -3]  # 1.45, -2.55
-    assert q.elements()[0, 32] == 6 and q.dequantise()[0, 32] == 6 * 0.171875  # 1 / 0.171875 = 5.8
+    assert q.elements()[0, 32] == 6 and q.dequantize()[0, 32] == 6 * 0.171875  # 1 / 0.171875 = 5.8
 
 
 def test_nvfp4_square_blocks_are_the_same_for_both_axes() -> None:
     x = normal(40, 70)
-    q = quantise_nvfp4(x, square=True)
+    q = quantize_nvfp4(x, square=True)
     assert (q.block, q.scales.shape) == ((16, 16), (3, 5))
-    other = quantise_nvfp4(np.ascontiguousarray(x.T), square=True)
+    other = quantize_nvfp4(np.ascontiguousarray(x.T), square=True)
     assert np.array_equal(q.T.codes, other.codes) and np.array_equal(q.T.scales, other.scales)
-    assert not np.array_equal(quantise_nvfp4(x, axis=0).codes, quantise_nvfp4(x, axis=1).codes)
+    assert not np.array_equal(quantize_nvfp4(x, axis=0).codes, quantize_nvfp4(x, axis=1).codes)
 
 
 def test_nvfp4_at_the_ends() -> None:
     x = np.zeros((1, 96), np.float32)
     x[0, 0], x[0, 16], x[0, 32], x[0, 48], x[0, 64] = 1.0, 1e-8, np.nan, np.inf, 0.5
-    q = quantise_nvfp4(x)
-    values = q.dequantise()[0]
+    q = quantize_nvfp4(x)
+    values = q.dequantize()[0]
     assert values[0] == pytest.approx(1) and values[64] == pytest.approx(0.5, rel=0.07)
     assert not values[16:32].any() and not values[80:].any()  # too small for its scale: zero
     assert np.isnan(values[32:64]).all()
-    tiny = quantise_nvfp4(fp32(*[1e-45] * 16))
-    assert np.isfinite(tiny.dequantise()).all() and tiny.tensor_scale > 0
+    tiny = quantize_nvfp4(fp32(*[1e-45] * 16))
+    assert np.isfinite(tiny.dequantize()).all() and tiny.tensor_scale > 0
 
 
 # ------------------------------------------------------------------------------------------------------------- stochastic
@@ -645,38 +645,38 @@ def test_stochastic_elements_are_unbiased_where_nearest_ones_are_not() -> None:
     x[:, ::16] = 6
     small = x[0] < 1
     bits = random_bits(0, 0, 0, x.size).reshape(x.shape)
-    for quantise in (lambda x, bits=None: quantise_mx(x, "e2m1", bits=bits), quantise_nvfp4):
-        q = quantise(x, bits=bits)
+    for quantize in (lambda x, bits=None: quantize_mx(x, "e2m1", bits=bits), quantize_nvfp4):
+        q = quantize(x, bits=bits)
         assert (q.elements()[:, ::16] == 6).all()
-        values = q.dequantise("fp64")[:, small]
+        values = q.dequantize("fp64")[:, small]
         assert np.unique(q.elements()[:, small]).tolist() == [0, 0.5]
         assert abs(values.mean() - 0.3) < 4 * 0.5 * math.sqrt(0.6 * 0.4 / values.size)
-        assert quantise(x).dequantise()[:, small].mean() == pytest.approx(0.5)
+        assert quantize(x).dequantize()[:, small].mean() == pytest.approx(0.5)
     grads = normal(64, 256)
-    for quantise in (quantise_tensor, quantise_rows, quantise_tiles, quantise_blocks):
-        q = quantise(grads, "e5m2", bits=random_bits(0, 0, 0, grads.size).reshape(grads.shape))
-        assert not np.array_equal(q.codes, quantise(grads, "e5m2").codes)
-        assert np.array_equal(q.scales, quantise(grads, "e5m2").scales)
+    for quantize in (quantize_tensor, quantize_rows, quantize_tiles, quantize_blocks):
+        q = quantize(grads, "e5m2", bits=random_bits(0, 0, 0, grads.size).reshape(grads.shape))
+        assert not np.array_equal(q.codes, quantize(grads, "e5m2").codes)
+        assert np.array_equal(q.scales, quantize(grads, "e5m2").scales)
 
 
 # --------------------------------------------------------------------------------------------------------------- products
 
-PAIRS: dict[str, tuple[Callable[[Array], Quantised], Callable[[Array], Quantised]]] = {
-    **{name: (QUANTISERS[name], QUANTISERS[name]) for name in QUANTISERS if name != "delayed"},
-    "deepseek": (QUANTISERS["tiles"], QUANTISERS["blocks"]),
-    "tensor, rows": (QUANTISERS["tensor"], QUANTISERS["rows"]),
-    "mx, tiles": (QUANTISERS["mx"], QUANTISERS["tiles"]),
+PAIRS: dict[str, tuple[Callable[[Array], QuantizedTensor], Callable[[Array], QuantizedTensor]]] = {
+    **{name: (QUANTIZERS[name], QUANTIZERS[name]) for name in QUANTIZERS if name != "delayed"},
+    "deepseek": (QUANTIZERS["tiles"], QUANTIZERS["blocks"]),
+    "tensor, rows": (QUANTIZERS["tensor"], QUANTIZERS["rows"]),
+    "mx, tiles": (QUANTIZERS["mx"], QUANTIZERS["tiles"]),
 }
 
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("K", [300, 128, 7, 1, 0])
-def test_a_product_is_that_of_the_dequantised_matrices(name: str, K: int) -> None:
+def test_a_product_is_that_of_the_dequantized_matrices(name: str, K: int) -> None:
     """Products of codes are exact; there are K sums, and 3 roundings for each block: gamma_(K+3) of the sum of |a||b|, fp32."""
     first, second = PAIRS[name]
     a, b = first(normal(35, K)), second(normal(21, K, seed=1)).T
-    exact = a.dequantise("fp64") @ b.dequantise("fp64")
-    bound = (K + 5) * 2.0**-24 * (np.abs(a.dequantise("fp64")) @ np.abs(b.dequantise("fp64")))
+    exact = a.dequantize("fp64") @ b.dequantize("fp64")
+    bound = (K + 5) * 2.0**-24 * (np.abs(a.dequantize("fp64")) @ np.abs(b.dequantize("fp64")))
     result = product(a, b)
     assert result.dtype == np.float32 and result.shape == (35, 21)
     assert (np.abs(result - exact) <= bound).all()
@@ -684,7 +684,7 @@ def test_a_product_is_that_of_the_dequantised_matrices(name: str, K: int) -> Non
 
 def test_deepseeks_product_is_its_sum_over_blocks_of_128() -> None:
     x, w = normal(5, 300), normal(140, 300, seed=1)
-    a, b = quantise_tiles(x, "e4m3"), quantise_blocks(w, "e4m3")
+    a, b = quantize_tiles(x, "e4m3"), quantize_blocks(w, "e4m3")
     for acc in ("fp32", "e8m13", "bf16"):
         expected = np.zeros((5, 140), np.float32)
         for i, k in enumerate(range(0, 300, 128)):
@@ -697,60 +697,60 @@ def test_deepseeks_product_is_its_sum_over_blocks_of_128() -> None:
 def test_the_accumulator_of_a_product_counts() -> None:
     """One scale for the tensor: 14-bit sums run over all of K, and promotion heals them; with tiles of 128 they never do."""
     x, w = np.abs(normal(8, 4096)), np.abs(normal(8, 4096, seed=1))
-    a, b = quantise_tensor(x, "e4m3"), quantise_tensor(w, "e4m3").T
-    exact = a.dequantise("fp64") @ b.dequantise("fp64")
+    a, b = quantize_tensor(x, "e4m3"), quantize_tensor(w, "e4m3").T
+    exact = a.dequantize("fp64") @ b.dequantize("fp64")
 
     def error(acc: str) -> float:
         return float((np.abs(product(a, b, acc) - exact) / exact).max())
 
     assert error("e8m13") > 0.03 and error("e8m13/128") < 0.003 and error("fp32") < 1e-6
-    tiles, blocks = quantise_tiles(x, "e4m3"), quantise_blocks(w, "e4m3").T
-    exact = tiles.dequantise("fp64") @ blocks.dequantise("fp64")
+    tiles, blocks = quantize_tiles(x, "e4m3"), quantize_blocks(w, "e4m3").T
+    exact = tiles.dequantize("fp64") @ blocks.dequantize("fp64")
     assert (np.abs(product(tiles, blocks, "e8m13") - exact) / exact).max() < 0.003
     # MX has a scale every 32, but a tensor core's sum runs on over the blocks.
-    mx, mw = quantise_mx(x, "e4m3"), quantise_mx(w, "e4m3").T
-    exact = mx.dequantise("fp64") @ mw.dequantise("fp64")
+    mx, mw = quantize_mx(x, "e4m3"), quantize_mx(w, "e4m3").T
+    exact = mx.dequantize("fp64") @ mw.dequantize("fp64")
     assert (np.abs(product(mx, mw, "e8m13") - exact) / exact).max() > 0.03
 
 
 def test_a_product_is_torchs_scaled_mm() -> None:
     torch = pytest.importorskip("torch")
     x, w = normal(16, 64), normal(32, 64, seed=1)
-    a, b = quantise_tensor(x, "e4m3"), quantise_tensor(w, "e4m3")
+    a, b = quantize_tensor(x, "e4m3"), quantize_tensor(w, "e4m3")
 
-    def fp8(q: Quantised) -> object:
+    def fp8(q: QuantizedTensor) -> object:
         return torch.from_numpy(q.codes).view(torch.float8_e4m3fn)
 
     theirs = torch._scaled_mm(
         fp8(a), fp8(b).t(), torch.from_numpy(a.scales), torch.from_numpy(b.scales), out_dtype=torch.float32
     ).numpy()  # fmt: skip
-    bound = 70 * 2.0**-24 * (np.abs(a.dequantise("fp64")) @ np.abs(b.dequantise("fp64")).T)
+    bound = 70 * 2.0**-24 * (np.abs(a.dequantize("fp64")) @ np.abs(b.dequantize("fp64")).T)
     assert (np.abs(product(a, b.T) - theirs) <= bound).all()
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
     x, w = normal(40, 96), normal(30, 96, seed=1)
     with pytest.raises(ValueError, match="do not match"):
-        product(quantise_mx(x, "e4m3"), quantise_mx(w, "e4m3"))
+        product(quantize_mx(x, "e4m3"), quantize_mx(w, "e4m3"))
     for wrong in (
-        lambda y: quantise_mx(y, "e4m3", axis=0),
-        lambda y: quantise_rows(y, "e4m3", axis=0),
-        lambda y: quantise_nvfp4(y, axis=0),
+        lambda y: quantize_mx(y, "e4m3", axis=0),
+        lambda y: quantize_rows(y, "e4m3", axis=0),
+        lambda y: quantize_nvfp4(y, axis=0),
     ):
-        with pytest.raises(ValueError, match="a was quantised along the axis"):
-            product(wrong(x), quantise_mx(w, "e4m3").T)
-        with pytest.raises(ValueError, match="b was quantised along the axis"):
-            product(quantise_mx(x, "e4m3"), wrong(w).T)
+        with pytest.raises(ValueError, match="a was quantized along the axis"):
+            product(wrong(x), quantize_mx(w, "e4m3").T)
+        with pytest.raises(ValueError, match="b was quantized along the axis"):
+            product(quantize_mx(x, "e4m3"), wrong(w).T)
     with pytest.raises(ValueError, match="do not fit each other"):
-        product(quantise_tiles(x, "e4m3", size=32), quantise_tiles(w, "e4m3", size=48).T)
-    assert product(quantise_tiles(x, "e4m3", size=32), quantise_tiles(w, "e4m3", size=64).T).shape == (40, 30)
+        product(quantize_tiles(x, "e4m3", size=32), quantize_tiles(w, "e4m3", size=48).T)
+    assert product(quantize_tiles(x, "e4m3", size=32), quantize_tiles(w, "e4m3", size=64).T).shape == (40, 30)
 
 
-def test_the_three_products_of_a_linear_layer_quantise_along_their_own_axes() -> None:
+def test_the_three_products_of_a_linear_layer_quantize_along_their_own_axes() -> None:
     x, w, dy = normal(64, 96), normal(48, 96, seed=1), normal(64, 48, seed=2)
 
-    def q(t: Array, axis: int) -> Quantised:
-        return quantise_mx(t, "e4m3", axis, "rceil")
+    def q(t: Array, axis: int) -> QuantizedTensor:
+        return quantize_mx(t, "e4m3", axis, "rceil")
 
     y, dx, dw = product(q(x, 1), q(w, 1).T), product(q(dy, 1), q(w, 0)), product(q(dy, 0).T, q(x, 0))
     for ours, exact in ((y, x @ w.T), (dx, dy @ w), (dw, dy.T @ x)):
@@ -813,7 +813,7 @@ def test_rotation_keeps_an_outlier_from_flushing_its_block() -> None:
     x[:, 3::16] = 40
 
     def flushed(y: Array) -> float:
-        return float(np.mean(quantise_nvfp4(y).elements() == 0))
+        return float(np.mean(quantize_nvfp4(y).elements() == 0))
 
     assert flushed(x) == pytest.approx(15 / 16 * 0.905, abs=0.01)
     assert flushed(rotate(x, random_signs(0))) < 0.01
