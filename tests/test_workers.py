@@ -201,7 +201,6 @@ def test_the_blas_heeds_every_thread() -> None:
             seen.append(blas.num_threads)
             mine.set()
             other.wait(20)
-        seen.append(blas.num_threads)
         time.sleep(0.05)  # it lives on, as the thread that threadpoolctl would go on to heed
 
     with ours.one_thread_a_product():
