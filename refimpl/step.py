@@ -20,7 +20,7 @@ from refimpl.optim.loss_scale import LossScale
 from refimpl.optim.micro_batches import divided, divisors
 from refimpl.optim.optimizer import Optimizer
 from refimpl.optim.state import State
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 
 Batch = tuple[Array, Array]
 

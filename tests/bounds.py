@@ -23,7 +23,8 @@ import numpy as np
 
 from refimpl.backends.base import NUMPY
 from refimpl.nn.ops import OPS
-from refimpl.precision.policy import Monitor, Policy, Run
+from refimpl.precision.context import Monitor, Run
+from refimpl.precision.policy import Policy
 
 Array = np.ndarray
 DTYPE = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

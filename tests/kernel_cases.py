@@ -43,7 +43,7 @@ from refimpl.numerics.formats import dtype_of
 from refimpl.optim.gradients import check_and_measure
 from refimpl.optim.optimizer import AdamW, Optimizer, Schedule
 from refimpl.optim.state import GRAIN, State
-from refimpl.precision.policy import Bound, Run
+from refimpl.precision.context import Bound, Run
 from refimpl.precision.recipes import get_recipe
 
 EPS = np.float32(1e-5)

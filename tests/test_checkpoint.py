@@ -22,7 +22,7 @@ from refimpl.numerics.bits import bits_of
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import is_float
 from refimpl.optim.state import State
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import forward_backward
 from refimpl.training.checkpoint import load, save, write_tensors, write_text_atomically, written_here

@@ -24,7 +24,8 @@ from refimpl.parity import pytorch as compare_pytorch  # noqa: E402
 from refimpl.parity.pytorch import RECIPES, Comparison, compare, report  # noqa: E402
 from refimpl.parity.pytorch_model import Twin  # noqa: E402
 from refimpl.parity.trace import record  # noqa: E402
-from refimpl.precision.policy import Policy, Precision, Run  # noqa: E402
+from refimpl.precision.context import Run  # noqa: E402
+from refimpl.precision.policy import Policy, Precision  # noqa: E402
 from refimpl.precision.recipes import RECIPES as EVERY_RECIPE  # noqa: E402
 from refimpl.precision.recipes import get_recipe  # noqa: E402
 

@@ -18,7 +18,7 @@ from refimpl.nn.models.model import Model
 from refimpl.numerics.casts import widen
 from refimpl.optim.state import State
 from refimpl.parity.state_dict import export, from_state_dict, import_, to_state_dict
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import RECIPES
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import load_for_inference, load_initial_weights, state_arrays

@@ -29,7 +29,7 @@ from refimpl.optim.optimizer import SGD, AdamW
 from refimpl.optim.state import State
 from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace, record
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.bench.gpu_check import OnDevice, no_waits, speed, train_both
 from refimpl.training.config import Config

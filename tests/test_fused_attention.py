@@ -21,8 +21,8 @@ from refimpl.parity.judge import judge_trace
 from refimpl.parity.other_kernels import other_kernel
 from refimpl.parity.tolerances import distance
 from refimpl.parity.trace import Trace, record
-from refimpl.precision.policies import ATTENTION, with_attention
-from refimpl.precision.policy import Bound, Monitor, Policy, Run
+from refimpl.precision.context import Bound, Monitor, Run
+from refimpl.precision.policy import ATTENTION, Policy, with_attention
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.memory.measure import weigh
 from refimpl.training.config import Config

@@ -18,7 +18,7 @@ from refimpl.nn.autograd import Tape
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 
 Array = np.ndarray

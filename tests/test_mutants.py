@@ -47,7 +47,7 @@ from refimpl.numerics.formats import format_of, widens_to
 from refimpl.optim import gradients
 from refimpl.optim.optimizer import Optimizer
 from refimpl.optim.state import State
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 Array = np.ndarray
 KINDS = ["removed", "disguised", "truncated", "twice", "rarely"]

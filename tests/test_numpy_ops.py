@@ -14,8 +14,8 @@ from refimpl.nn.op import Op
 from refimpl.nn.ops import OPS, gelu_tanh
 from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import format_of
-from refimpl.precision import policy
-from refimpl.precision.policy import Run
+from refimpl.precision import context
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import RECIPES
 from refimpl.tools.bench.steps import MODELS, Ours
 
@@ -77,7 +77,7 @@ def test_without_a_bias_too() -> None:
 @pytest.mark.parametrize("name", NUMPY.ops)
 def test_in_blocks_on_threads_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = both_ways(OPS[name], "bf16", (64, 130), True)
-    monkeypatch.setattr(policy, "MAP_BLOCK", 512)
+    monkeypatch.setattr(context, "MAP_BLOCK", 512)
     monkeypatch.setattr(backends, "SHARED", 0)
     assert both_ways(NUMPY.ops[name], "bf16", (64, 130), True) == expected
 
@@ -85,7 +85,7 @@ def test_in_blocks_on_threads_too(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_comparison_bites() -> None:
     """With another order of the same factors some last bits differ, and with a special value it shows at once."""
 
-    def reordered(x: Array, p: policy.Bound) -> tuple[Array, Any]:
+    def reordered(x: Array, p: context.Bound) -> tuple[Array, Any]:
         y, saved = gelu_tanh.forward(x, p=p)
         return cast(cast(y, "fp64") * (1 + 2.0**-23), format_of(y)), saved
 

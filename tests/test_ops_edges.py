@@ -16,7 +16,7 @@ import pytest
 
 from refimpl.backends.base import NUMPY
 from refimpl.nn.ops import OPS, fan_in
-from refimpl.precision.policy import MAP_BLOCK, Bound, Monitor, Run
+from refimpl.precision.context import MAP_BLOCK, Bound, Monitor, Run
 from refimpl.precision.recipes import get_recipe
 
 Array = np.ndarray

@@ -17,7 +17,7 @@ import pytest
 from refimpl.backends.base import NUMPY
 from refimpl.nn.op import Op
 from refimpl.nn.ops import OPS, fan_in
-from refimpl.precision.policy import Bound, Run
+from refimpl.precision.context import Bound, Run
 from refimpl.precision.recipes import get_recipe
 
 Array = np.ndarray

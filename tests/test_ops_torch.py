@@ -60,7 +60,8 @@ from bounds import (
 from refimpl.backends.base import NUMPY
 from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.ops import OPS, add, embedding, fan_in, linear
-from refimpl.precision.policy import EVERY_OTHER, Monitor, Policy, Precision, Run
+from refimpl.precision.context import Monitor, Run
+from refimpl.precision.policy import EVERY_OTHER, Policy, Precision
 from refimpl.precision.recipes import RECIPES as ALL_RECIPES
 from refimpl.precision.recipes import get_recipe
 

@@ -51,7 +51,7 @@ from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, is_float, widens_to
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
 from refimpl.optim.state import State
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 
 onnx = pytest.importorskip("onnx", reason="ONNX's test vectors need onnx: pip install -e '.[parity]'")

@@ -468,7 +468,7 @@ ROUNDS = [name for name in OPINFOS if name not in ("reshape", "permute", "narrow
 def test_control_rounding_towards_zero_is_noticed(name: str, fmt: str, op_db: dict[str, Any]) -> None:
     fmt = "fp32" if OPINFOS[name].ops == ("cast",) else fmt  # that casts to 16 bits
     calls, _ = arranged(op_db[name], name, fmt)
-    with mock.patch("refimpl.precision.policy.cast", truncating):
+    with mock.patch("refimpl.precision.context.cast", truncating):
         assert noticed(calls, fmt) > 0
 
 

@@ -10,7 +10,8 @@ from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.ops import matmul
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.state import State
-from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, Bound, Policy, Precision, Run
+from refimpl.precision.context import Bound, Run
+from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, Policy, Precision
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.step import forward_backward
 

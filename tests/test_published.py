@@ -28,8 +28,8 @@ from refimpl.nn.ops import OPS
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.quantization.fp8 import DelayedScaling
 from refimpl.parity.trace import batches_of
-from refimpl.precision.policies import uniform
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
+from refimpl.precision.policy import uniform
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import Batch
 from refimpl.tools.experiments.toy_runs import SMALL

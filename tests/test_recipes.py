@@ -20,7 +20,8 @@ from refimpl.numerics.accumulators import accumulator
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.quantization.registry import SCHEMES
 from refimpl.optim.state import State
-from refimpl.precision.policy import EVERY_OTHER, SAME, Precision, Run
+from refimpl.precision.context import Run
+from refimpl.precision.policy import EVERY_OTHER, SAME, Precision
 from refimpl.precision.recipes import MASTERS_FROM, RECIPES, STATE_KINDS, Recipe, get_recipe
 from refimpl.precision.state_encodings import ENCODINGS, get_encoding
 from refimpl.step import forward_backward

@@ -66,7 +66,8 @@ from refimpl.optim.optimizer import Optimizer, Rule, Schedule
 from refimpl.optim.state import State
 from refimpl.parity.fused_optimizers import ExactAdamW, ExactSGD, adamw_step, norm_like_torch
 from refimpl.parity.pytorch import RECIPES
-from refimpl.precision.policy import Bound, Policy, Precision, Run
+from refimpl.precision.context import Bound, Run
+from refimpl.precision.policy import Policy, Precision
 from refimpl.precision.recipes import get_recipe
 from refimpl.step import train_step
 from refimpl.training.checkpoint import load, save

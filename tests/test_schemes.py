@@ -30,8 +30,8 @@ from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, bloc
 from refimpl.numerics.quantization.registry import SCHEMES, ScalingState
 from refimpl.numerics.quantization.rotation import random_signs, rotate
 from refimpl.numerics.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, tensor_stream
-from refimpl.precision.policies import low_products, uniform, with_sums
-from refimpl.precision.policy import EVERY_OTHER, Bound, Policy, Precision, Run
+from refimpl.precision.context import Bound, Run
+from refimpl.precision.policy import EVERY_OTHER, Policy, Precision, low_products, uniform, with_sums
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import forward_backward
 from refimpl.tools.precision_report.counts import RoundingMonitor

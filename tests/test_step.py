@@ -24,7 +24,7 @@ from refimpl.optim.gradients import check_and_measure
 from refimpl.optim.loss_scale import make_loss_scale
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.optim.state import State
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.step import Batch, StepResult, forward_backward, train_step
 

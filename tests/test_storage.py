@@ -32,7 +32,7 @@ from refimpl.optim.gradients import check_and_measure
 from refimpl.optim.loss_scale import make_loss_scale
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
 from refimpl.optim.state import State
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import RECIPES, STATE_KINDS, get_recipe
 from refimpl.precision.state_encodings import (
     ENCODINGS,

@@ -34,7 +34,8 @@ from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.gradients import check_and_measure
 from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace, record
-from refimpl.precision.policy import EVERY_OTHER, SAME, Policy, Precision, Run
+from refimpl.precision.context import Run
+from refimpl.precision.policy import EVERY_OTHER, SAME, Policy, Precision
 from refimpl.precision.recipes import RECIPES
 from refimpl.precision.state_encodings import Plain, get_encoding
 from refimpl.training.config import Config

@@ -19,7 +19,7 @@ from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.op import Op
 from refimpl.nn.ops import OPS, add, cross_entropy, embedding, fan_in, gelu_tanh, layernorm, linear, relu, reshape, silu, split
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 
 Array = np.ndarray

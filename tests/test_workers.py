@@ -21,8 +21,8 @@ import refimpl.backends.base as backends
 from refimpl.backends.base import NUMPY, WHOLE, Backend, row_blocks
 from refimpl.backends.threads import Workers, workers
 from refimpl.optim import state
-from refimpl.precision import policy
-from refimpl.precision.policy import Run
+from refimpl.precision import context
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import RECIPES
 from refimpl.tools.bench.steps import MODELS, Ours
 
@@ -301,10 +301,10 @@ def test_a_step_in_parts_is_the_step(recipe: str, monkeypatch: pytest.MonkeyPatc
 
     with threadpool_limits(1):  # since those workers cannot tell the true BLAS
         monkeypatch.setattr(backends, "SHARED", 1 << 60)
-        monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 60)
+        monkeypatch.setattr(context, "MAP_BLOCK", 1 << 60)
         whole = states(1)
         monkeypatch.setattr(backends, "SHARED", 0)
-        monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 10)
+        monkeypatch.setattr(context, "MAP_BLOCK", 1 << 10)
         assert states(3) == whole
 
 
@@ -320,13 +320,13 @@ def test_a_single_row_of_a_norm_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> N
         return [a.tobytes() for a in (y, *layernorm.backward(dy, saved, w, b, p=p))]
 
     whole = both()
-    monkeypatch.setattr(policy, "MAP_BLOCK", 16)
+    monkeypatch.setattr(context, "MAP_BLOCK", 16)
     assert both() == whole
 
 
 def test_results_are_allocated_once_whoever_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "SHARED", 0)
-    monkeypatch.setattr(policy, "MAP_BLOCK", 1)
+    monkeypatch.setattr(context, "MAP_BLOCK", 1)
     two, made = Workers(FakeBlas(2)), list[tuple[int, ...]]()
     monkeypatch.setattr(backends, "workers", lambda: two)
 
@@ -344,7 +344,7 @@ def test_results_are_allocated_once_whoever_comes_first(monkeypatch: pytest.Monk
 
 def test_a_monitor_sees_whole_arrays_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "SHARED", 0)
-    monkeypatch.setattr(policy, "MAP_BLOCK", 1 << 6)
+    monkeypatch.setattr(context, "MAP_BLOCK", 1 << 6)
     monkeypatch.setattr(state, "BLOCK", 1 << 6)
     ours, seen = Ours(MODELS["smoke"], "pure-fp16"), list[tuple[str, int, int]]()
 

@@ -16,7 +16,7 @@ from refimpl.nn.ops import gelu_tanh as gelu_tanh_definition
 from refimpl.nn.ops import layernorm as layernorm_definition
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 
 def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from refimpl.nn.norm import softmax, softmax_slope
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 
 def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:

@@ -20,7 +20,7 @@ from typing import Any
 from refimpl.nn.op import Op
 from refimpl.nn.ops import cast_parameter, fan_in
 from refimpl.numerics.arrays import Array
-from refimpl.precision.policy import Bound, Run
+from refimpl.precision.context import Bound, Run
 
 Sink = Callable[[str, Array], None]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 
 def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:

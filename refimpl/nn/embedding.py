@@ -7,7 +7,7 @@ from typing import Any
 from refimpl.nn.indices import check_indices
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 
 def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any]:

@@ -4,7 +4,7 @@
 
 It rounds fewer times than `attention`, and elsewhere: of S and P nothing is stored. E is rounded, since the second product
 reads 16 bits, before it is divided by its sum, which is of the E that are not rounded. Backward computes P once more.
-The rows are those of `attention`; `policies.with_attention` says which.
+The rows are those of `attention`; `precision.policy.with_attention` says which.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from refimpl.nn.attention import hide_later, merge_heads, split_heads
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 
 def fused_attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:

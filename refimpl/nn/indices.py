@@ -6,7 +6,7 @@ import numpy as np
 
 from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 
 def check_indices(index: Array, size: int, what: str, p: Bound, ignored: int | None = None) -> None:

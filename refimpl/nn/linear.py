@@ -8,7 +8,7 @@ from typing import Any
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 
 def as_rows(x: Array) -> Array:

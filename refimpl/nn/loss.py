@@ -7,7 +7,7 @@ from typing import Any
 from refimpl.nn.indices import check_indices
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 IGNORE_INDEX = -100
 """The target that stands for 'no target', unless another is named: PyTorch's default."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 EPS = 1e-5  # PyTorch's default for both norms here; GPT-2's too
 

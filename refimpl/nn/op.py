@@ -3,7 +3,7 @@
     forward(*inputs, *params, p, **static)         -> (y, saved)
     backward(dy, saved, *params, p, **static)      -> one gradient for each input, then for each parameter
 
-`p` is the precision that the operation is handed (see `policy.Bound`). The body of each function has one rhythm: cast
+`p` is the precision that the operation is handed (see `context.Bound`). The body of each function has one rhythm: cast
 in, compute in the accumulation format, round out once. `saved` holds what backward needs of the activations, in the
 format that they are stored in, and never a parameter: those are handed in again.
 """

@@ -6,7 +6,7 @@ from typing import Any
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 
 def reshape_forward(x: Array, p: Bound, shape: tuple[int, ...]) -> tuple[Array, Any]:

@@ -24,7 +24,7 @@ from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of, widens_to
-from refimpl.precision.policy import Monitor
+from refimpl.precision.context import Monitor
 from refimpl.precision.state_encodings import MAIN, BufferSpec, Plain, RandomKey, buffer_name, get_encoding
 
 Sink = Callable[[str, Array], None]

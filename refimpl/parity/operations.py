@@ -16,7 +16,7 @@ from refimpl.backends.base import NUMPY
 from refimpl.nn.autograd import Tape
 from refimpl.nn.models.model import Model
 from refimpl.parity.trace import in_batch
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 
 SAME_BITS = ("add", "embedding", "relu", "reshape")

@@ -27,7 +27,7 @@ from refimpl.nn.fused_attention import scores_of
 from refimpl.nn.op import Op
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 
 EXP_ERROR = 6e-5
 """A constant relative error that moves as many roundings as the quickest exp among the kernels does: PyTorch 2.13's for 16 bits

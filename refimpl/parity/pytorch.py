@@ -34,7 +34,7 @@ from refimpl.optim.state import Sink, State
 from refimpl.parity.findings import Finding
 from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace
-from refimpl.precision.policy import Bound
+from refimpl.precision.context import Bound
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.memory_limits import need, require_memory

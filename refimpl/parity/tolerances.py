@@ -16,7 +16,8 @@ from refimpl.numerics.formats import FORMATS, format_of, is_float, ulp
 from refimpl.optim.state import Sink, State
 from refimpl.parity.other_kernels import other_kernel
 from refimpl.parity.trace import Recorder, Trace, in_batch, key
-from refimpl.precision.policy import Policy, Run
+from refimpl.precision.context import Run
+from refimpl.precision.policy import Policy
 from refimpl.precision.recipes import get_recipe
 from refimpl.step import Batch, forward_backward
 from refimpl.training.setup import Training

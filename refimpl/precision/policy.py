@@ -5,44 +5,33 @@
       acc      the format of all arithmetic inside, sums included: fp32 or fp64; a product may have an accumulator of fewer bits
       out      the format of the one rounding at the end
 
-No operation knows what recipe it runs in: it casts in, computes in `acc`, rounds out, and `Bound` looks the formats up.
+No operation knows which recipe runs: it casts its operands, computes in `acc` and rounds the result, and `context.Bound` looks
+the formats up.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from refimpl.errors import UsageError
-from refimpl.numerics.accumulators import matmul
-from refimpl.numerics.arrays import Array
-from refimpl.numerics.bits import from_bits
-from refimpl.numerics.casts import cast, widen
-from refimpl.numerics.formats import FORMATS, format_of, widens_to, widest
-from refimpl.numerics.quantization.products import product
-from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, spread
-from refimpl.numerics.quantization.registry import SCHEMES, ScalingState
+from refimpl.numerics.quantization.registry import SCHEMES
 
 SAME = "same"
-"""As an input: the operand stays in the format it arrives in. As `out`: the widest format among the operands."""
+"""As an input: leave the operand in the format it arrives in. As `out`: the widest format among the operands."""
 
 EVERY_OTHER = "*"
-"""The row of all operations that a policy does not list."""
+"""The key of the row for all operations that a policy does not list."""
 
 PRODUCTS = ("linear.y", "linear.dx", "linear.dw", "matmul")
-"""The rows that may name an accumulator of fewer bits than FP32: what they sum, `accumulate.matmul` sums."""
-
+"""The rows that may name an accumulator of fewer bits than FP32; `accumulators.matmul` forms their sums."""
 
 WIDE = ("fp32", "fp64")
-"""The formats of arithmetic."""
+"""The formats that arithmetic is done in."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One row of a policy. `inputs` is one format for all operands, or a table operand -> format.
+    """One row of a policy. `inputs` is one format for all operands, or a table: operand -> format.
 
     >>> Precision("fp16", "fp32", "fp16").input("x")
     'fp16'
@@ -53,24 +42,25 @@ class Precision:
     out: str
 
     def input(self, operand: str) -> str:
-        """The format that the named operand is cast to; operands that a table leaves out stay as they are."""
+        """Return the format that the named operand is cast to; SAME for an operand that the table does not list."""
         return self.inputs if isinstance(self.inputs, str) else self.inputs.get(operand, SAME)
 
     @property
     def quantizes(self) -> bool:
-        """Whether an operand is quantized."""
+        """Return whether any operand is quantized."""
         return any(name in SCHEMES for name in ([self.inputs] if isinstance(self.inputs, str) else self.inputs.values()))
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A named table of rows. A key with a dot refines the key before it: `linear.dw` if listed, else `linear`, else `*`.
+    """A named table of rows. A key with a dot is more specific: `linear.dw` is used if listed, else `linear`, else `*`.
 
-    A matrix product has three rows, since forward and the two gradients may differ: `linear.y`, `linear.dx`,
-    `linear.dw`, and `linear.db` for the bias; attention has `attention.scores`, `attention.scale`, `attention.softmax`,
-    `attention.values`. A place before a colon makes a row of one layer: `lm_head:linear`.
+    A linear layer has three products, `linear.y`, `linear.dx` and `linear.dw`, and `linear.db` for the bias; attention has
+    `attention.scores`, `attention.scale`, `attention.softmax` and `attention.values`. A place before a colon makes a row for
+    one layer: `lm_head:linear`.
 
-    fused_attention: whether attention runs as `ops.fused_attention` computes it, not operation by operation.
+    fused_attention: whether attention runs as `nn/fused_attention.py` computes it, not operation by operation.
+    Errors: ValueError for an accumulator of fewer bits in a row that is not a product's.
     """
 
     name: str
@@ -78,14 +68,13 @@ class Policy:
     fused_attention: bool = False
 
     def __post_init__(self) -> None:
-        """Errors: ValueError for an accumulator that no code would heed: other sums than those of products are fp32 or fp64."""
         for key, row in self.rows.items():
             if row.acc not in WIDE and key.rpartition(":")[2] not in PRODUCTS:
                 products = ", ".join(PRODUCTS)
                 raise ValueError(f"policy {self.name}: row {key!r} sums in {row.acc}, which only products can: {products}")
 
     def row(self, key: str, place: str = "") -> Precision:
-        """The most specific row for an operation or a part of one; any row of its place comes before those of all places."""
+        """Return the most specific row for an operation or a part of one. Rows of its place come before those of all places."""
         for prefix in (f"{place}:", ""):
             refined = key
             while refined:
@@ -96,226 +85,109 @@ class Policy:
 
     @property
     def in_formats(self) -> bool:
-        """Whether all operands are cast to formats and all sums are formed in one: nothing is quantized."""
+        """Return whether nothing is quantized and all sums are formed in FP32 or FP64."""
         return not any(row.quantizes or row.acc not in WIDE for row in self.rows.values())
 
 
-MAP_BLOCK = 1 << 18
-"""Elements of a block in `Bound.map` and `Bound.by_example`.
-
-Few enough for a cache; but many, since two threads take turns at Python's lock between any two NumPy calls, and the wait for
-it costs some 10 us.
-"""
-
-Monitor = Callable[[str, Array, Array], None]
-"""Called at every rounding inside an operation, when a run has one: (site name, values before, values after)."""
-
-Observer = Callable[[str, str, Array], Array]
-"""Called by the tape, when a run has one: ('activations' or 'activation_grads', place, array) -> the array to go on with."""
+ATTENTION = ("unfused", "fused", "math")
+"""Ways to compute attention: operation by operation in the policy's own rows, or as `with_attention` describes."""
 
 
-@dataclass
-class Run:
-    """What one run (one rank, one backend) shares among all its operations. There is no global state beside it.
+def uniform(fmt: str, acc: str) -> Policy:
+    """Return a policy with every tensor in one format and sums in `acc`; the loss is computed and stored in `acc`."""
+    return Policy(fmt, {EVERY_OTHER: Precision(fmt, acc, fmt), "cross_entropy": Precision(acc, acc, acc)})
 
-    overrides: operations that run in the place of those of the same name. scales: what quantization remembers.
+
+def autocast_cuda(low: str) -> Policy:
+    """Return the policy of torch.autocast('cuda'): products in `low`; normalization, softmax and losses in FP32; others unchanged.
+
+    PyTorch: aten/src/ATen/autocast_mode.h.
     """
-
-    policy: Policy
-    backend: Any
-    monitor: Monitor | None = None
-    observer: Observer | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    scales: ScalingState = field(default_factory=ScalingState)
-    _bound: dict[tuple[str, str], Bound] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.policy.in_formats and not self.backend.on_host:
-            raise UsageError(f"--backend {self.backend.name} knows formats and FP32 sums; policy {self.policy.name} has others")
-
-    def frozen(self) -> Run:
-        """The run as it is now, for passes that are no training: they change nothing that the run remembers."""
-        return replace(self, scales=self.scales.frozen(), _bound={})
-
-    def op(self, definition: Any) -> Any:
-        """What runs where a model says that operation: this run's override, else the backend's fast twin, else itself.
-
-        Who watches roundings watches those of the definition.
-        """
-        twins = self.backend.ops if self.monitor is None else {}
-        return self.overrides.get(definition.name) or twins.get(definition.name, definition)
-
-    def bind(self, op: str, place: str) -> Bound:
-        """The precision that operation `op` is handed when it runs at `place`, e.g. ('linear', 'h.0.mlp.c_fc')."""
-        key = (op, place)
-        if key not in self._bound:
-            self._bound[key] = Bound(self, op, place)
-        return self._bound[key]
+    product, high = Precision(low, "fp32", low), Precision("fp32", "fp32", "fp32")
+    return Policy(
+        f"autocast-cuda-{low}",
+        {
+            "linear": product,
+            "matmul": product,
+            "attention.scores": product,
+            "attention.values": product,
+            "attention.softmax": high,
+            "softmax": high,
+            "layernorm": high,
+            "rmsnorm": high,
+            "cross_entropy": high,
+            EVERY_OTHER: Precision(SAME, "fp32", SAME),
+        },
+    )
 
 
-class Bound:
-    """A policy row bound to a run and to a place in the model: the `p` of every operation.
+def autocast_cpu(low: str) -> Policy:
+    """Return the policy of torch.autocast('cpu'): products in `low`, losses in FP32; softmax and layer norm in the input's format.
 
-    `p.cast(x, 'x')` casts an operand in; `p.wide(x)` takes it to the format of the arithmetic (that of `acc`, and FP32 where a
-    product has an accumulator of its own, whose sums are handed over in FP32); `p.out(z, 'y', x)` rounds a result; `p.grad(dz,
-    'x', fmt)` rounds the gradient of operand x and stores it in fmt. `p['dw']` is the row of a part.
+    PyTorch: aten/src/ATen/autocast_mode.h.
     """
+    product, high = Precision(low, "fp32", low), Precision("fp32", "fp32", "fp32")
+    return Policy(
+        f"autocast-cpu-{low}",
+        {
+            "linear": product,
+            "matmul": product,
+            "attention.scores": product,
+            "attention.values": product,
+            "cross_entropy": high,
+            EVERY_OTHER: Precision(SAME, "fp32", SAME),
+        },
+    )
 
-    def __init__(self, run: Run, op: str, place: str) -> None:
-        self.run, self.op, self.place = run, op, place
-        self.row = run.policy.row(op, place)
-        self.math = self.row.acc if self.row.acc in WIDE else "fp32"
-        self.sums_plainly = self.math == self.row.acc
-        self.xp = run.backend.xp
-        self._parts: dict[str, Bound] = {}
 
-    def __getitem__(self, part: str) -> Bound:
-        """The row of one part: `p['softmax']` inside attention is the row `attention.softmax`."""
-        if part not in self._parts:
-            self._parts[part] = Bound(self.run, f"{self.op}.{part}", self.place)
-        return self._parts[part]
+def with_attention(policy: Policy, kind: str) -> Policy:
+    """Return the policy with attention of another kind, one of ATTENTION. 'unfused' returns the policy unchanged.
 
-    def round(self, x: Array, fmt: str, site: str) -> Array:
-        """Round `x` to `fmt` at a named site; the name is `place:op.site`, e.g. 'h.0.mlp.c_fc:linear.dw.dw'."""
-        y = self.run.backend.convert(cast, x, fmt)
-        if self.run.monitor is not None and not widens_to(format_of(x), fmt):
-            self.run.monitor(f"{self.place}:{self.op}.{site}", x, y)
-        return y
+    The other two compute what PyTorch's F.scaled_dot_product_attention does: both read q, k and v in the policy's format and
+    store neither S nor P.
+    'fused': SDPBackend.FLASH_ATTENTION, PyTorch's default without masks and dropout. Products read 16 bits, so exp(S - max)
+      and, in backward, P and dS are rounded.
+    'math': SDPBackend.MATH on the CPU. Everything is computed in FP32, with one rounding at the end.
+    """
+    if kind == "unfused":
+        return policy
+    values = policy.row("attention.values")
+    low, acc = values.input("v"), values.acc
+    inside = Precision(acc, acc, acc)
+    if kind == "math":
+        scores, values = inside, Precision(acc, acc, low)
+    else:
+        scores, values = Precision(low, acc, acc), Precision(low, acc, low)
+    rows = {"scores": scores, "scale": inside, "softmax": inside, "values": values}
+    named = {f"attention.{part}": row for part, row in rows.items()}
+    return Policy(f"{policy.name}, {kind} attention", {**policy.rows, **named}, fused_attention=kind == "fused")
 
-    def cast(self, x: Array, operand: str, axis: int | None = None) -> Any:
-        """Cast an operand to the format that the row names for it; quantize it, if that is a scheme.
 
-        axis: the one that the product sums over, for an operand that can be quantized.
-        """
-        fmt = self.row.input(operand)
-        if fmt in SCHEMES:
-            return self.quantize(x, fmt, operand, axis)
-        return x if fmt == SAME else self.round(x, fmt, operand)
+def with_sums(name: str, acc: str) -> Policy:
+    """Return FP16 everywhere, with the products of linear layers summed in `acc`. db is not a product: its sum is in FP32."""
+    products = ("linear.y", "linear.dx", "linear.dw")
+    return Policy(name, {**uniform("fp16", "fp32").rows, **dict.fromkeys(products, Precision("fp16", acc, "fp16"))})
 
-    def quantize(self, x: Array, scheme: str, operand: str, axis: int | None) -> QuantizedTensor:
-        """Quantize an operand. A monitor is told of its elements before and after: scaled, and rounded to their format."""
-        if axis is None:
-            raise TypeError(f"{self.op}.{operand}: only the factors of linear's products can be quantized, not to {scheme}")
-        q = self.run.scales.quantize(scheme, x, axis, f"{self.place}.{operand}")
-        if self.run.monitor is not None:
-            source = self.run.scales.source(scheme, x, axis)
-            self.run.monitor(f"{self.place}:{self.op}.{operand}", *self._rounding(source, q))
-        return q
 
-    def _rounding(self, x: Array, q: QuantizedTensor) -> tuple[Array, Array]:
-        """What the elements of x were rounded from and to, both divided by their scales.
+def low_products(
+    name: str, x: str, w: str = "", dy: str = "", *, dw: tuple[str, str] | None = None, acc: str = "fp32"
+) -> Policy:
+    """Return a BF16 policy in which all linear layers but the last quantize the operands of their products.
 
-        A block too small for its scale has the scale zero, and is zero: it is not divided.
-        """
-        with self.xp.errstate(over="ignore", under="ignore", invalid="ignore"):
-            scale = spread(q.scale_values(), q.block, q.shape) * (1 if q.tensor_scale is None else q.tensor_scale)
-            before = widen(x, "fp32") / self.xp.where(scale == 0, 1, scale)
-        return before, from_bits(q.codes * (scale != 0), q.fmt)
-
-    def wide(self, x: Any) -> Any:
-        """The operand in the format of the arithmetic. Exact. What is quantized stays so: `gemm` multiplies codes."""
-        return x if isinstance(x, QuantizedTensor) else self.run.backend.convert(widen, x, self.math)
-
-    def gemm(self, a: Any, b: Any) -> Array:
-        """Matrix product of the last two axes, a (..., M, K) @ b (..., K, N) -> (..., M, N), accumulated in `acc`."""
-        if isinstance(a, QuantizedTensor) != isinstance(b, QuantizedTensor):
-            raise TypeError(f"{self.op}: a policy quantizes both factors of a product, or none")
-        multiply = partial(self.run.backend.gemm, acc=self.math)
-        if isinstance(a, QuantizedTensor):
-            return product(a, b, self.row.acc, multiply)
-        return multiply(a, b) if self.sums_plainly else matmul(a, b, self.row.acc, multiply)
-
-    def gemm_then(self, finish: Callable[[Array], Array], fmt: str, a: Any, b: Any) -> Array:
-        """`finish(gemm(a, b))`, for a `finish` that treats each row of a product by itself and rounds it to `fmt`.
-
-        So that a row can be rounded as soon as it is there, by the thread that computed it, and no product is stored wide.
-        """
-        quantized = isinstance(a, QuantizedTensor) or isinstance(b, QuantizedTensor)
-        if self.run.monitor is not None or quantized or not self.sums_plainly:
-            return finish(self.gemm(a, b))
-        return self.run.backend.gemm_then(a, b, self.row.acc, finish, fmt)
-
-    def row_sum(self, x: Array) -> Array:
-        """The sum of each row, x (..., N) -> (..., 1), in the format of `x`: the accumulation format."""
-        return self.run.backend.row_sum(x)
-
-    def row_dot(self, x: Array, y: Array) -> Array:
-        """The scalar product of each row of x and y (..., N) -> (..., 1), in the accumulation format."""
-        return self.run.backend.row_dot(x, y)
-
-    def sum_by_index(self, rows: Array, index: Array, count: int) -> Array:
-        """rows (n, C), index (n,) -> (count, C): place r has the sum of the rows whose index is r, all in `acc`."""
-        return self.run.backend.sum_by_index(rows, index, count)
-
-    def out(self, z: Array, site: str, *operands: Array) -> Array:
-        """Round a result once, to the row's `out`; with SAME, to the widest format of the operands as they came in."""
-        return self.round(z, self.out_format(*(format_of(x) for x in operands)), site)
-
-    def out_format(self, *operands: str) -> str:
-        """The format of a result, from those of the operands as they came in."""
-        return widest(*operands) if self.row.out == SAME else self.row.out
-
-    def grad(self, dz: Array, operand: str, stored: str, rounded: str | None = None) -> Array:
-        """Round the gradient of an operand to the format that the operand was cast to, then store it in its own.
-
-        So a gradient has no more precision than the value that the operation saw: under autocast a weight gradient is
-        fp32(R16(dy^T x)). `stored` is the format of the tensor before the cast; `rounded` overrides the row's format.
-        """
-        seen = rounded or self.row.input(operand)
-        dz = self.round(dz, stored if seen == SAME else seen, f"d{operand}")
-        return widen(dz, stored) if widens_to(format_of(dz), stored) else self.round(dz, stored, f"d{operand}.stored")
-
-    def map(self, formula: Callable[..., Array], finish: Callable[[Array], Array], *arrays: Array) -> Array:
-        """`finish(formula(wide(a), wide(b), ...))` for an elementwise formula and arrays of one shape.
-
-        `finish` is the rounding: `lambda z: p.out(z, 'y', x)`. On the host the work goes block by block, so that what a
-        formula leaves between its operations stays in the cache; elementwise results do not depend on that.
-        """
-        size = arrays[0].size
-        in_one_piece = self.run.monitor is not None or size <= MAP_BLOCK or not self.run.backend.on_host
-        if in_one_piece or not all(x.flags.c_contiguous for x in arrays):
-            return finish(formula(*(self.wide(x) for x in arrays)))
-        flat = [x.reshape(-1) for x in arrays]
-        (result,) = self._joined(lambda *part: (finish(formula(*(self.wide(x) for x in part))),), flat, MAP_BLOCK, size)
-        return result.reshape(arrays[0].shape)
-
-    def by_example(self, formula: Callable[..., tuple[Array, ...]], size: int, *arrays: Array) -> tuple[Array, ...]:
-        """`formula(*arrays)`, for arrays (B, ...) whose B examples do not depend on one another, nor do those of its results.
-
-        size: elements of the largest array that the formula makes. On the host so many examples as fill a block go at a
-        time, and several threads take them.
-        """
-        B = len(arrays[0]) if arrays[0].ndim > 1 else 1  # a vector is one example, such as a single row of a norm
-        if self.run.monitor is not None or size <= MAP_BLOCK or B < 2 or not self.run.backend.on_host:
-            return formula(*arrays)
-        return tuple(self._joined(formula, arrays, max(1, MAP_BLOCK * B // size), size))
-
-    def _joined(self, formula: Callable[..., tuple[Array, ...]], arrays: Sequence[Array], step: int, size: int) -> list[Array]:
-        """The results of a formula on every `step` rows of the arrays, end to end."""
-        n, results, making = len(arrays[0]), list[Array](), threading.Lock()
-
-        def compute(start: int) -> None:
-            rows = slice(start, start + step)
-            parts = formula(*(x[rows] for x in arrays))
-            with making:  # whoever comes first knows what the results look like
-                if not results:
-                    results.extend(self.xp.empty((n, *part.shape[1:]), part.dtype) for part in parts)
-            for result, part in zip(results, parts, strict=True):
-                result[rows] = part
-
-        self.run.backend.each(compute, range(0, n, step), size)
-        return results
-
-    def leaf_format(self, operand: str, x: Array) -> str | None:
-        """The 16-bit format that a parameter is cast to once a step and shared among its uses, or None.
-
-        This is autocast's cast of FP32 weights. 8-bit formats are not shared: each GEMM quantizes its own way.
-        """
-        fmt = self["y"].row.input(operand)  # `linear.y` for linear; without parts, the operation's own row
-        if fmt not in FORMATS or fmt == format_of(x) or FORMATS[fmt].bits != 16:
-            return None
-        return fmt
-
-    def empty(self, shape: tuple[int, ...], fmt: str) -> Array:
-        """Uninitialized memory of the run's backend."""
-        return self.xp.empty(shape, FORMATS[fmt].dtype)
+    x, w, dy: the scheme of each operand, a name of `quantization.registry.SCHEMES`; w and dy are as x unless given.
+    dw: the schemes of dy and x in dw = dy^T x, where they differ. acc: the accumulator of these products.
+    """
+    w, dy = w or x, dy or x
+    dy_dw, x_dw = dw or (dy, x)
+    return Policy(
+        name,
+        {
+            "linear.y": Precision({"x": x, "w": w}, acc, "bf16"),
+            "linear.dx": Precision({"dy": dy, "w": w}, acc, "bf16"),
+            "linear.dw": Precision({"dy": dy_dw, "x": x_dw}, acc, "bf16"),
+            "linear.db": Precision("bf16", "fp32", "bf16"),
+            "lm_head:linear": Precision("bf16", "fp32", "bf16"),
+            "cross_entropy": Precision("fp32", "fp32", "fp32"),
+            EVERY_OTHER: Precision("bf16", "fp32", "bf16"),
+        },
+    )

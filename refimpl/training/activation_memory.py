@@ -81,7 +81,7 @@ def count(shape: str, sizes: Mapping[str, int]) -> int:
 
 
 class Flow:
-    """The format of every tensor of a forward pass: what a recipe's rows make of formats, as `policy.Bound` does to arrays."""
+    """The format of every tensor of a forward pass: what a recipe's rows make of formats, as `context.Bound` does to arrays."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.row, self.stored = recipe.policy.row, get_encoding(recipe.state["weights"]).fmt

@@ -18,7 +18,7 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast
 from refimpl.numerics.compensated import merge
 from refimpl.optim.state import State
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 from refimpl.precision.state_encodings import BufferSpec, buffer_name, get_encoding
 from refimpl.training import checkpoint

@@ -23,8 +23,8 @@ from refimpl.optim.loss_scale import LossScale, make_loss_scale
 from refimpl.optim.optimizer import SCHEDULES, SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.optim.scaler_rules import find_scaler
 from refimpl.optim.state import State
-from refimpl.precision.policies import ATTENTION, with_attention
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
+from refimpl.precision.policy import ATTENTION, with_attention
 from refimpl.precision.recipes import MASTERS_FROM, Recipe, get_recipe
 from refimpl.training.data import EXAMPLES
 from refimpl.training.memory_limits import need, require_memory

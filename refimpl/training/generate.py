@@ -14,7 +14,7 @@ from refimpl.nn.autograd import Tape
 from refimpl.nn.models.model import Model
 from refimpl.numerics.casts import widen
 from refimpl.optim.state import State
-from refimpl.precision.policy import Run
+from refimpl.precision.context import Run
 from refimpl.training.console import printable
 from refimpl.training.data import map_file, sequential_batches
 

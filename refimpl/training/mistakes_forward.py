@@ -15,7 +15,8 @@ from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.optim.gradients import inverse_of
 from refimpl.optim.loss_scale import DynamicLossScale
 from refimpl.optim.state import Sink, State
-from refimpl.precision.policy import SAME, Bound, Precision
+from refimpl.precision.context import Bound
+from refimpl.precision.policy import SAME, Precision
 from refimpl.training.known_mistake import Mistake, low_format, need
 from refimpl.training.setup import Training, UpdateArguments, WrappedOptimizer
 

@@ -16,7 +16,7 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import is_float
 from refimpl.optim.micro_batches import divided, divisors
-from refimpl.precision.policy import Observer
+from refimpl.precision.context import Observer
 from refimpl.precision.recipes import RECIPES
 from refimpl.training.config import Config
 from refimpl.training.setup import Training

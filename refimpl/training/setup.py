@@ -10,7 +10,7 @@ from refimpl.numerics.arrays import Array
 from refimpl.optim.loss_scale import LossScale
 from refimpl.optim.optimizer import Optimizer, Rule
 from refimpl.optim.state import State
-from refimpl.precision.policy import Monitor, Run
+from refimpl.precision.context import Monitor, Run
 from refimpl.step import Batch, StepResult, train_step
 
 

@@ -22,7 +22,8 @@ from refimpl.nn.ops import OPS, fan_in
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import format_of
-from refimpl.precision.policy import SAME, Bound
+from refimpl.precision.context import Bound
+from refimpl.precision.policy import SAME
 
 ROW = (THREADS,)
 ROWS = (WARP, WARPS)

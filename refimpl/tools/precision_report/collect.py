@@ -22,7 +22,7 @@ from refimpl.optim.state import State
 from refimpl.parity.trace import batches_of, checked_start, load
 from refimpl.parity.trace_checks import checked
 from refimpl.parity.trace_settings import config_from
-from refimpl.precision.policy import Monitor
+from refimpl.precision.context import Monitor
 from refimpl.precision.recipes import Recipe
 from refimpl.precision.state_encodings import Plain, Remainder, Stochastic, get_encoding
 from refimpl.step import Batch, StepResult, forward_backward
