@@ -58,7 +58,7 @@ class Run:
             raise UsageError(f"--backend {self.backend.name} knows formats and FP32 sums; policy {self.policy.name} has others")
 
     def frozen(self) -> Run:
-        """Return a copy of the run for passes that are not training (evaluation): they change nothing that the run remembers."""
+        """Return a copy of the run for evaluation: its passes change nothing that the run remembers."""
         return replace(self, scales=self.scales.frozen(), _bound={})
 
     def op(self, definition: Any) -> Any:
@@ -137,7 +137,7 @@ class Bound:
         return before, from_bits(q.codes * (scale != 0), q.fmt)
 
     def wide(self, x: Any) -> Any:
-        """Widen an operand to the format of the arithmetic, exactly. A quantized one is returned as it is: `gemm` multiplies codes."""
+        """Widen an operand to the format of the arithmetic, exactly. A quantized one is returned unchanged, for `gemm`."""
         return x if isinstance(x, QuantizedTensor) else self.run.backend.convert(widen, x, self.math)
 
     def gemm(self, a: Any, b: Any) -> Array:
@@ -167,7 +167,7 @@ class Bound:
         return self.run.backend.row_sum(x)
 
     def row_dot(self, x: Array, y: Array) -> Array:
-        """Return the scalar products of the rows of x and y (..., N) -> (..., 1), in their format, which is that of the arithmetic."""
+        """Return the scalar product of each row, x and y (..., N) -> (..., 1), in their format, that of the arithmetic."""
         return self.run.backend.row_dot(x, y)
 
     def sum_by_index(self, rows: Array, index: Array, count: int) -> Array:

@@ -99,7 +99,7 @@ def uniform(fmt: str, acc: str) -> Policy:
 
 
 def autocast_cuda(low: str) -> Policy:
-    """Return the policy of torch.autocast('cuda'): products in `low`; normalization, softmax and losses in FP32; others unchanged.
+    """Return torch.autocast('cuda') as a policy: products in `low`; norms, softmax and losses in FP32; others unchanged.
 
     PyTorch: aten/src/ATen/autocast_mode.h.
     """
@@ -122,7 +122,7 @@ def autocast_cuda(low: str) -> Policy:
 
 
 def autocast_cpu(low: str) -> Policy:
-    """Return the policy of torch.autocast('cpu'): products in `low`, losses in FP32; softmax and layer norm in the input's format.
+    """Return torch.autocast('cpu') as a policy: products in `low`, losses in FP32; others, softmax and norms too, unchanged.
 
     PyTorch: aten/src/ATen/autocast_mode.h.
     """
