@@ -1,67 +1,9 @@
 """Train with refimpl and with PyTorch side by side, and say whether and where they part.
 
-    pip install torch==2.13.0
-    python scripts/compare_pytorch.py --recipe fp16 --steps 50
-
-Exit code 0 when everything is within its bound, 1 when not.
+`python scripts/compare_pytorch.py --help` shows how to use it; the code is refimpl/tools/commands/compare_pytorch.py.
 """
 
-from refimpl.training.cli import main
-
-import argparse
-import json
-from pathlib import Path
-from typing import Any
-
-from refimpl.parity.pytorch import RECIPES, compare, report
-from refimpl.training.arguments import Parser
-from refimpl.training.config import Config
-from refimpl.training.flags import add_config_flags
-from refimpl.training.outputs import target
-
-DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "lr": 1e-3}
-"""A model small enough for seconds; the loss scale starts where it overflows by itself once or twice."""
-CONFIG_FLAGS = (
-    "examples", "ignore_index", "weight_decay", "momentum", "beta1", "beta2", "eps", "min_lr", "schedule", "growth_factor",
-    "backoff_factor", "attention",
-)  # fmt: skip
-
-
-def parser() -> Parser:
-    """The flags of this script: those of train.py that matter here."""
-    result = Parser(description=__doc__)
-    add = result.add_argument
-    add("--recipe", default="fp16", help=", ".join(RECIPES))
-    add("--model", default="gpt", help="gpt or mlp")
-    add("--steps", type=int, default=50)
-    add("--seed", type=int, default=0)
-    for name, value in DEFAULTS.items():
-        add(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    add("--batch-size", type=int, default=argparse.SUPPRESS, help="8 for gpt, 256 for mlp: 256 predictions a step")
-    add("--warmup", type=int, default=10)
-    add("--optimizer", default="adamw", help="adamw or sgd")
-    add_config_flags(result, CONFIG_FLAGS)
-    add("--clip", type=float, default=1.0)
-    add("--init-scale", type=float, default=2.0**18)
-    add("--growth-interval", type=int, default=8)
-    add("--data", default="pydoc")
-    add("--device", default="cpu", help="where PyTorch runs: cpu, or cuda with torch.autocast('cuda')")
-    add("--json", type=Path, metavar="FILE", help="write the figures of the verdict")
-    add("--overwrite", action="store_true", help="replace the figures that are there")
-    return result
-
-
-def run(arguments: dict[str, Any]) -> int:
-    """Compare, print, write; 0 within the bounds, 1 outside."""
-    path, overwrite, device = arguments.pop("json"), arguments.pop("overwrite"), arguments.pop("device")
-    figures = target("--json", path, path, overwrite) if path else None
-    arguments.setdefault("batch_size", 256 if arguments["model"] == "mlp" else 8)
-    result = compare(Config.of(arguments), device=device)
-    print(report(result))
-    if figures:
-        figures.write_text(json.dumps(result.summary(), indent=2) + "\n")
-    return 0 if result.agrees else 1
-
+from refimpl.tools.commands.compare_pytorch import main
 
 if __name__ == "__main__":
-    main(lambda: run(vars(parser().parse_args())), goes_on=True)
+    main()

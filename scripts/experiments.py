@@ -1,27 +1,9 @@
 """Toy experiments on what 16 bits do to training: each answers one question in seconds, with a table and a picture.
 
-    python scripts/experiments.py                        the list
-    python scripts/experiments.py flush
-    python scripts/experiments.py hundred-updates masters
-    python scripts/experiments.py all --out pictures --seed 1
+`python scripts/experiments.py --help` shows how to use it; the code is refimpl/tools/commands/experiments.py.
 """
 
-from refimpl.training.cli import main
-
-from pathlib import Path
-
-from refimpl.tools.experiments.registry import EXPERIMENTS, show_experiments
-from refimpl.training.arguments import Parser
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    result = Parser(description=__doc__)
-    result.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}, or all")
-    result.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder for the pictures (runs/experiments)")
-    result.add_argument("--seed", type=int, default=0, help="of everything drawn by chance (0)")
-    return result
-
+from refimpl.tools.commands.experiments import main
 
 if __name__ == "__main__":
-    main(lambda: show_experiments(**vars(parser().parse_args())), goes_on=True)
+    main()

@@ -1,28 +1,9 @@
 """Sample text from a checkpoint, or measure the loss of a file under it.
 
-    python scripts/generate.py runs/gpt-fp16 --prompt "The for statement"
-    python scripts/generate.py runs/gpt-fp16 --loss README.md
+`python scripts/generate.py --help` shows how to use it; the code is refimpl/tools/commands/generate.py.
 """
 
-from refimpl.training.cli import main
-
-from pathlib import Path
-
-from refimpl.training.arguments import Parser
-from refimpl.training.generate import generate_text
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    result = Parser(description=__doc__)
-    result.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a run")
-    result.add_argument("--prompt", default="\n", help="text to go on from")
-    result.add_argument("--bytes", type=int, default=500, dest="n_bytes", help="bytes to generate (500)")
-    result.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte each time (0.8)")
-    result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--loss", type=Path, metavar="FILE", help="print the loss of this file instead, in nats a byte")
-    return result
-
+from refimpl.tools.commands.generate import main
 
 if __name__ == "__main__":
-    main(lambda: generate_text(**vars(parser().parse_args())))
+    main()

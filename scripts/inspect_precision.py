@@ -1,56 +1,9 @@
 """Show what every cast of a training run did: how much it rounded, flushed to zero or overflowed, tensor by tensor.
 
-    python scripts/inspect_precision.py                                200 steps of the small GPT in FP16: runs/report-fp16.html
-    python scripts/inspect_precision.py --recipe bf16 --steps 50 --every 5
-    python scripts/inspect_precision.py --what-if e4m3,bf16              what other formats would have done to the same values
-    python scripts/inspect_precision.py --run runs/gpt-fp16 --steps 20   go on from the checkpoint of a run of train.py
-    python scripts/inspect_precision.py --trace ours.safetensors --no-page --json precision.json
-
-The terminal gets a summary; the page is one HTML file with figures and all tables, and needs matplotlib.
+`python scripts/inspect_precision.py --help` shows how to use it; the code is refimpl/tools/commands/inspect_precision.py.
 """
 
-from refimpl.training.cli import main
-
-import argparse
-from pathlib import Path
-
-from refimpl.tools.precision_report.main import MORE_STEPS, STEPS, inspect_precision
-from refimpl.training.arguments import Parser
-from refimpl.training.flags import add_config_flags
-
-CONFIG_FLAGS = (
-    "model", "recipe", "data", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size",
-    "bias", "optimizer", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "warmup", "clip", "grad_accum",
-    "masters_from", "loss_scale", "init_scale", "growth_interval", "hysteresis", "growth_factor", "backoff_factor",
-    "scale_floor", "seed", "mistake", "backend",
-)  # fmt: skip
-OWN_FLAGS = ("run", "trace", "every", "what_if", "out", "no_page", "json_file", "overwrite")
-
-
-def parser() -> Parser:
-    """Flags of Config for a fresh run, and those of this script."""
-    result = Parser(description=__doc__)
-    add_config_flags(result, CONFIG_FLAGS)
-    result.add_argument(
-        "--steps", type=int, default=argparse.SUPPRESS, help=f"training steps ({STEPS}; with --run {MORE_STEPS} more)"
-    )
-    result.add_argument("--run", type=Path, metavar="DIR", help="go on with a run of train.py; its folder is only read")
-    result.add_argument("--trace", type=Path, metavar="FILE", help="take the run of a trace again")
-    result.add_argument("--every", type=int, default=10, metavar="N", help="look at every N-th step and the ends (10)")
-    result.add_argument("--what-if", default="", metavar="FORMAT,...", help="other formats to try on the same values")
-    result.add_argument("--out", type=Path, metavar="FILE", help="the page (a new one, such as runs/report-fp16.html)")
-    result.add_argument("--no-page", action="store_true", help="no page; does without matplotlib")
-    result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="write all the data too")
-    result.add_argument("--overwrite", action="store_true", help="replace the page and the data that are there")
-    return result
-
-
-def run() -> None:
-    """Inspect as the command line says."""
-    arguments = vars(parser().parse_args())
-    own = {name: arguments.pop(name) for name in OWN_FLAGS}
-    inspect_precision(arguments, **own)
-
+from refimpl.tools.commands.inspect_precision import main
 
 if __name__ == "__main__":
-    main(run, goes_on=True)
+    main()

@@ -10,7 +10,7 @@ import pytest
 from refimpl.errors import UsageError, one_line, unknown
 from refimpl.precision.recipes import get_recipe
 from refimpl.training.arguments import Parser
-from tests.script_loader import SCRIPTS, load_script
+from tests.script_loader import COMMANDS, SCRIPTS, load_script
 
 BAD = [
     ("train", "--seed x", "argument --seed: invalid int value: 'x'; see train.py --help"),
@@ -53,7 +53,9 @@ def test_one_line_and_exit_code_2(
 
 def test_every_script_has_this_parser() -> None:
     """argparse's own prints its usage before an error. freeze_cupy_api.py runs where refimpl is not installed."""
-    for path in sorted(SCRIPTS.glob("*.py")):
+    commands = sorted(COMMANDS.glob("[!_]*.py"))
+    scripts = [path for path in sorted(SCRIPTS.glob("*.py")) if path.name not in {command.name for command in commands}]
+    for path in commands + scripts:
         if path.name != "freeze_cupy_api.py":
             names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
             assert "ArgumentParser" not in names and "Parser(" in path.read_text(), path.name

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from refimpl.errors import nearest, one_line
+from refimpl.training.program import as_called
 
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 """What begins a negative number, not a flag. argparse's own pattern takes the -1e-3 of `--lr -1e-3` for a flag."""
@@ -23,6 +24,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
         self._negative_number_matcher = _NEGATIVE
+
+    def format_help(self) -> str:
+        """Return argparse's help, in which commands are written as this one was started."""
+        return as_called(super().format_help())
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Parse as argparse does, and suggest the flag that was meant where one is unknown."""

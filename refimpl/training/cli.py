@@ -1,25 +1,19 @@
-"""How every script begins and ends: one clear line and an exit code, never a traceback for what a person or a reader did.
+"""How every command begins and ends: one clear line and an exit code, never a traceback for what a person or a reader did.
 
-A script imports this before anything else: from then on Ctrl-C is answered, also while the rest is imported.
+A command imports this before anything else: from then on Ctrl-C is answered, also while the rest is imported.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from refimpl.errors import TrainingStopped, UsageError, one_line
 from refimpl.training.console import OutputLost, keep_closed_descriptors, safe_streams
+from refimpl.training.program import as_called, is_command
 from refimpl.training.signals import ENDED, end_at_once, interrupting
 
-
-def _is_script(file: str | None) -> bool:
-    """Whether the program that runs is one of scripts/, and not a test or a notebook that borrows their functions."""
-    return file is not None and Path(file).resolve().parent.name == "scripts"
-
-
-if _is_script(getattr(sys.modules["__main__"], "__file__", None)):
+if is_command(getattr(sys.modules["__main__"], "__file__", None)):
     keep_closed_descriptors()
     end_at_once()
 
@@ -52,5 +46,5 @@ def _code_of(run: Callable[[], int | None]) -> int:
         line, code = f"stopped: {error}", 1
     except KeyboardInterrupt as interrupt:
         line, code = str(interrupt) or "ended by Ctrl-C", ENDED
-    print(one_line(line), file=sys.stderr)
+    print(one_line(as_called(line)), file=sys.stderr)
     return code

@@ -39,6 +39,7 @@ from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.outputs import target
+from refimpl.training.program import as_called
 from refimpl.training.run_folder import short_name
 
 STEPS, MORE_STEPS = 200, 50
@@ -111,7 +112,7 @@ def command(given: Mapping[str, Any], run: Path | None, trace: Path | None, ever
     """The command line that makes the same page again."""
     flags = {"run": run, "trace": trace, **given, "every": None if every == 10 else every, "what_if": ",".join(what_if) or None}
     words = [word for k, v in flags.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
-    return shlex.join(["python", "scripts/inspect_precision.py", *words])
+    return as_called(shlex.join(["python", "scripts/inspect_precision.py", *words]))
 
 
 # -- the terminal ------------------------------------------------------------------------------------------------------

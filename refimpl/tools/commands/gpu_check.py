@@ -1,0 +1,71 @@
+"""Check the CuPy backend on your GPU, and print a report to paste into an issue.
+
+    pip install -e '.[cuda13,test]'                                   or cuda12, by your driver
+    python scripts/gpu_check.py
+
+Every kernel runs against its twin in NumPy, every recipe trains beside the numpy backend, and steps are timed, beside
+PyTorch's if it is installed. Exit code 0 when everything holds, 1 when not.
+
+    python scripts/gpu_check.py --predict
+
+needs no GPU: it prints what a training step of GPT-2 should cost on an H100, by arithmetic.
+"""
+
+from refimpl.training.cli import main as run_program
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from refimpl.errors import UsageError
+from refimpl.parity.judge import JUDGED
+from refimpl.tools.bench import gpu_cost
+from refimpl.tools.bench.gpu_check import RECIPES, check
+from refimpl.tools.bench.gpu_cost import GPUS
+from refimpl.tools.bench.steps import MODELS
+from refimpl.training.arguments import Parser
+
+TESTS = Path(__file__).parents[3] / "tests"
+DEFAULTS: dict[str, Any] = {"recipes": ",".join(RECIPES), "steps": 50, "models": "small,medium,gpt2", "rounds": 15}
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
+    recipes = f"with commas between them ({DEFAULTS['recipes']}; with --predict bf16)"
+    result.add_argument("--recipes", help=recipes)
+    result.add_argument("--steps", type=int, help="steps that each recipe trains (50)")
+    result.add_argument("--models", help=f"sizes to time: {', '.join(MODELS)} ({DEFAULTS['models']})")
+    result.add_argument("--rounds", type=int, help="steps timed (15)")
+    result.add_argument("--predict", action="store_true", help="print the predicted cost of a step instead; needs no GPU")
+    result.add_argument("--gpu", help=f"with --predict, on which: {' or '.join(GPUS)} (h100)")
+    return result
+
+
+def _checked(recipes: list[str]) -> list[str]:
+    """Recipes that can be checked. Errors: UsageError for one that cannot, before the minutes that the kernels take."""
+    for name in recipes:
+        if name not in JUDGED:
+            raise UsageError(f"recipe {name} cannot be checked, only {', '.join(JUDGED)}")
+    return recipes
+
+
+def run(given: dict[str, Any]) -> int:
+    """Check and print, or predict. Errors: UsageError where a flag does not belong to a prediction."""
+    if given.pop("predict", False):
+        for name in given:
+            if name not in ("recipes", "gpu"):
+                raise UsageError(f"--{name} does not apply to --predict")
+        return gpu_cost.show(given.get("recipes", "bf16").split(","), given.get("gpu", "h100"))
+    if "gpu" in given:
+        raise UsageError("--gpu belongs to --predict: a check runs on the GPU that is there")
+    if not TESTS.is_dir():
+        raise UsageError("the tests of the kernels are not installed with the package: run scripts/gpu_check.py in a clone")
+    arguments = {**DEFAULTS, **given}
+    recipes, models = _checked(arguments.pop("recipes").split(",")), arguments.pop("models").split(",")
+    return check(TESTS, recipes, models=models, **arguments)
+
+
+def main() -> None:
+    """Run the command and exit."""
+    run_program(lambda: run(vars(parser().parse_args())))

@@ -1,0 +1,38 @@
+"""List the known mistakes that `--mistake` switches into a run.
+
+    python scripts/mistakes.py
+    python scripts/mistakes.py --table                             which of them the judge of traces finds and names
+    python scripts/mistakes.py --table ignore-inf cast-twice       these lines of it
+    python scripts/train.py --mistake scale-never-backs-off --init-scale 1e9 --steps 50
+"""
+
+from refimpl.training.cli import main as run_program
+
+from refimpl.errors import UsageError, unknown
+from refimpl.training.arguments import Parser
+from refimpl.training.mistakes import MISTAKES, listing
+
+
+def run(names: list[str] | None) -> None:
+    """Print the list, or the table of some mistakes or all. Errors: UsageError for an unknown name."""
+    if names is None:
+        print(listing())
+        return
+    for name in names:
+        if name not in MISTAKES:
+            raise UsageError(unknown("mistake", name, MISTAKES))
+    from refimpl.parity.mistake_table import table
+
+    table(names or MISTAKES, lambda line: print(line, flush=True))
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    result = Parser(description=__doc__)
+    result.add_argument("--table", nargs="*", metavar="NAME", help="judge runs with mistakes in them: ten minutes for all")
+    return result
+
+
+def main() -> None:
+    """Run the command and exit."""
+    run_program(lambda: run(parser().parse_args().table))

@@ -1,0 +1,74 @@
+"""Write down what a training run computes, and find where another run departs from it, and why.
+
+    python scripts/trace.py record --recipe fp16 --out ours.safetensors
+    python scripts/trace.py record --recipe fp16 --mistake unscale-after-clip --out theirs.safetensors
+    python scripts/trace.py diff ours.safetensors theirs.safetensors
+    python scripts/trace.py record --recipe fp16 --like theirs.safetensors --out ours.safetensors   their start, their batches
+
+docs/traces.md says what a trace holds; scripts/pytorch_trace.py dumps one from a training loop in PyTorch.
+Exit code of diff: 0 AGREES, 1 DEPARTS, 2 bad usage, 3 PARTLY JUDGED (nothing departs, but not everything could be judged).
+"""
+
+from refimpl.training.cli import main as run_program
+
+from pathlib import Path
+from typing import Any
+
+from refimpl.parity.coverage import EXIT_CODES
+from refimpl.parity.diff import diff_traces
+from refimpl.parity.trace import load, record, save
+from refimpl.parity.trace_checks import checked
+from refimpl.training.arguments import Parser
+from refimpl.training.config import Config
+from refimpl.training.console import json_text
+from refimpl.training.flags import HELP, add_config_flags
+from refimpl.training.outputs import target
+
+DEFAULTS: dict[str, Any] = {
+    "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 4, "warmup": 1,
+}  # fmt: skip
+FOR_LONG_RUNS = ("backend", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero")
+
+
+def parser() -> Parser:
+    """The flags of train.py that matter here, for a small model and a few steps."""
+    result = Parser(description=__doc__)
+    commands = result.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record", help="train a few steps and write everything down")
+    add_config_flags(recording, [name for name in HELP if name not in FOR_LONG_RUNS], DEFAULTS)
+    recording.add_argument("--like", type=Path, metavar="TRACE", help="start from the weights and take the batches of TRACE")
+    recording.add_argument("--out", type=Path, required=True)
+    difference = commands.add_parser("diff", help="judge trace B by the recipe of trace A")
+    difference.add_argument("a", type=Path)
+    difference.add_argument("b", type=Path)
+    difference.add_argument("--json", type=Path, metavar="FILE", help="write the verdict")
+    difference.add_argument("--overwrite", action="store_true", help="replace the verdict that is there")
+    return result
+
+
+def run(arguments: dict[str, Any]) -> int:
+    """Record, or compare."""
+    if arguments.pop("command") == "diff":
+        path = arguments["json"]
+        file = target("--json", path, path, arguments["overwrite"]) if path else None
+        verdict = diff_traces(load(arguments["a"]), load(arguments["b"]))
+        if file:
+            file.write_text(json_text(verdict) + "\n")
+        return EXIT_CODES[verdict["verdict"]]
+    like, out = arguments.pop("like"), arguments.pop("out")
+    source = load(like) if like else None
+    if source:
+        arguments["steps"] = min(arguments["steps"], len(source.steps))
+    config = Config.of(arguments)
+    if source:
+        source, notes = checked(source, config.make_model())
+        print("\n".join(notes), end="\n" if notes else "")
+    trace = record(config, source)
+    save(out, trace)
+    print(f"{out}: {len(trace.steps)} steps, {len(trace.tensors)} tensors")
+    return 0
+
+
+def main() -> None:
+    """Run the command and exit."""
+    run_program(lambda: run(vars(parser().parse_args())), goes_on=True)
