@@ -11,7 +11,7 @@ from refimpl.nn.ops import cross_entropy
 from refimpl.training.setup import Training
 
 
-def overflow_always(parts: Training) -> None:
+def overflow_always(training: Training) -> None:
     """Make backward of the loss give infinities."""
 
     def backward(dloss: Any, saved: Any, **more: Any) -> tuple[Any, None]:
@@ -19,4 +19,4 @@ def overflow_always(parts: Training) -> None:
         dz[...] = np.inf
         return dz, None
 
-    parts.run.overrides = {"cross_entropy": Op("cross_entropy", cross_entropy.forward, backward)}
+    training.run.overrides = {"cross_entropy": Op("cross_entropy", cross_entropy.forward, backward)}

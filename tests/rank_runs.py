@@ -28,7 +28,7 @@ class Trained:
 
     steps: list[tuple[float, float, bool]]
     arrays: dict[str, np.ndarray]
-    parts: Training
+    training: Training
     received: int
 
     def same_as(self, other: Trained) -> bool:
@@ -39,18 +39,18 @@ class Trained:
 
 
 def train(config: Config, comm: Comm, before: Callable[[Training, Comm], None] | None = None) -> Trained:
-    """The steps of a run, each rank with its rows of the batches. before: what is done to the parts before the first step."""
-    parts, rows, steps = start(config, comm), shares_of(config.batch_size or 0, comm.size)[comm.rank], []
+    """Train, each rank on its rows of the batches. before: called with the training before the first step."""
+    training, rows, steps = start(config, comm), shares_of(config.batch_size or 0, comm.size)[comm.rank], []
     if before is not None:
-        before(parts, comm)
+        before(training, comm)
     received = comm.received.total()
-    backend = parts.state.backend
+    backend = training.state.backend
     for batches in batches_of(config, None):
-        result = parts.step([(backend.from_host(x[rows]), backend.from_host(y[rows])) for x, y in batches])
+        result = training.step([(backend.from_host(x[rows]), backend.from_host(y[rows])) for x, y in batches])
         steps.append((float(result.loss), float(result.grad_norm), bool(result.skipped)))
     received = comm.received.total() - received
-    parts.state.weights_down()
-    return Trained(steps, state_arrays(parts.state), parts, received)
+    training.state.weights_down()
+    return Trained(steps, state_arrays(training.state), training, received)
 
 
 def on_ranks(config: Config, ranks: int, before: Callable[[Training, Comm], None] | None = None) -> list[Trained]:

@@ -38,20 +38,20 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def parts_of(backend: Backend, weights: str, moments: str, rule: str) -> Training:
+def training_of(backend: Backend, weights: str, moments: str, rule: str) -> Training:
     """A run before its first step, with these storages."""
     config = Config.of(TINY)
-    parts = config.make_parts(backend)
+    training = config.make_training(backend)
     kept = {"weights": weights, "grads": "bf16", **dict.fromkeys(RULES[rule].moments, moments)}
-    parts.state = State(parts.model, kept, backend, config.seed)
-    parts.optimizer.use(RULES[rule])
-    parts.state.load_weights(parts.model.initial_weights(generator(config.seed, INIT)))
-    return parts
+    training.state = State(training.model, kept, backend, config.seed)
+    training.optimizer.use(RULES[rule])
+    training.state.load_weights(training.model.initial_weights(generator(config.seed, INIT)))
+    return training
 
 
-def overflow_in(parts: Training, steps: tuple[int, ...]) -> None:
+def overflow_in(training: Training, steps: tuple[int, ...]) -> None:
     """In these steps the gradient of one parameter is infinite."""
-    sink, count = parts.state.gradient_sink, iter(range(1000))
+    sink, count = training.state.gradient_sink, iter(range(1000))
 
     def gradient_sink(first: bool) -> Any:
         store, step = sink(first), next(count)
@@ -64,7 +64,7 @@ def overflow_in(parts: Training, steps: tuple[int, ...]) -> None:
 
         return put
 
-    parts.state.gradient_sink = gradient_sink  # type: ignore[method-assign]
+    training.state.gradient_sink = gradient_sink  # type: ignore[method-assign]
 
 
 def kept(state: State) -> dict[str, bytes]:
@@ -73,19 +73,19 @@ def kept(state: State) -> dict[str, bytes]:
     return {name: state.backend.to_host(x).tobytes() for name, x in arrays.items()}
 
 
-def trained(parts: Training, steps: int = STEPS) -> Iterator[bool]:
+def trained(training: Training, steps: int = STEPS) -> Iterator[bool]:
     """Train on drawn tokens; at each step whether it was skipped, which waits."""
     rng = np.random.default_rng(0)
     for _ in range(steps):
-        batch = tuple(parts.state.backend.from_host(rng.integers(0, 256, (4, 8))) for _ in range(2))
-        yield bool(parts.step([batch]).skipped)
+        batch = tuple(training.state.backend.from_host(rng.integers(0, 256, (4, 8))) for _ in range(2))
+        yield bool(training.step([batch]).skipped)
 
 
 def beside_the_host(
     backend: Backend, weights: str, moments: str, rule: str
 ) -> Iterator[tuple[bool, dict[str, bytes], dict[str, bytes]]]:
     """At each step on the backend: whether it was skipped, and what is kept there and on a host that was fed its gradients."""
-    there, here = (parts_of(b, weights, moments, rule) for b in (backend, NUMPY))
+    there, here = (training_of(b, weights, moments, rule) for b in (backend, NUMPY))
     overflow_in(there, OVERFLOWS)
     update = there.optimizer.update
 

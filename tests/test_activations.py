@@ -25,12 +25,12 @@ SIZES = [(1, 1, 8, 4, 1, 4), (2, 2, 16, 8, 3, 5), (3, 4, 32, 16, 2, 16)]  # n_la
 
 
 def tape_of(config: Config, T: int, policy: Policy | None = None) -> Any:
-    parts = config.make_parts(config.make_backend())
-    parts.run.policy = policy or parts.run.policy
-    parts.state.load_weights(parts.model.initial_weights(generator(0, INIT)))
+    training = config.make_training(config.make_backend())
+    training.run.policy = policy or training.run.policy
+    training.state.load_weights(training.model.initial_weights(generator(0, INIT)))
     rng = np.random.default_rng(0)
     tokens, targets = (rng.integers(0, 256, (config.batch_size, T)) for _ in range(2))
-    return forward(parts, (tokens, targets))
+    return forward(training, (tokens, targets))
 
 
 def by_place(terms: list[Term]) -> dict[str, int]:
@@ -135,12 +135,12 @@ def test_nothing_is_alive_after_forward_that_entries_do_not_show(recipe: str) ->
     """What tracemalloc counts beyond the formula is Python's objects: less than one array of the residual stream."""
     B, T, C = 8, 32, 192
     config = Config.of({"recipe": recipe, "n_layer": 2, "n_head": 2, "n_embd": C, "block_size": T, "batch_size": B})
-    parts = config.make_parts(config.make_backend())
+    training = config.make_training(config.make_backend())
     tokens = np.zeros((B, T), np.int64)
-    forward(parts, (tokens, tokens))  # what a first pass leaves in caches is not the tape's
+    forward(training, (tokens, tokens))  # what a first pass leaves in caches is not the tape's
     tracemalloc.start()
     try:
-        tape = forward(parts, (tokens.copy(), tokens.copy()))
+        tape = forward(training, (tokens.copy(), tokens.copy()))
         alive = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()

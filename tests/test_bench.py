@@ -47,7 +47,7 @@ def test_memory_that_was_freed_is_found_mapped_again() -> None:
 def test_a_step_of_the_benchmark_is_a_training_step() -> None:
     ours = Ours(MODELS["smoke"], "fp16")
     losses = [ours.step() for _ in range(30)]
-    assert losses[-1] < losses[0] and int(ours.parts.state.t) == 30
+    assert losses[-1] < losses[0] and int(ours.training.state.t) == 30
 
 
 def test_medians_are_taken_in_turn() -> None:

@@ -125,12 +125,12 @@ def test_perturbed_weights_are_next_to_the_first_ones(comparison: Comparison) ->
     """On the same batches, each time others, by one unit in the last place of each weight."""
     assert [run.perturbation for run in comparison.changed] == [1, 2, 3] == [i + 1 for i in range(PERTURBATIONS)]
     assert {run.config for run in comparison.changed} == {comparison.runs[0].config}
-    starts = [RecipeRun(config(), i).parts.state.master.copy() for i in range(3)]
+    starts = [RecipeRun(config(), i).training.state.master.copy() for i in range(3)]
     for a, b in ((0, 1), (0, 2)):
         np.testing.assert_array_max_ulp(starts[a], starts[b], 1)
         assert (starts[a] != starts[b]).all()
     assert 0.4 < np.mean(starts[1] > starts[0]) < 0.6 and 0.4 < np.mean(starts[1] == starts[2]) < 0.6
-    assert (RecipeRun(config(), 1).parts.state.master == starts[1]).all()  # the same each time
+    assert (RecipeRun(config(), 1).training.state.master == starts[1]).all()  # the same each time
     losses = [run.losses for run in (comparison.runs[0], *comparison.changed)]
     assert np.ptp([row[0] for row in losses]) < 1e-5 and len({tuple(row) for row in losses}) == 4
     ends = [run.val_loss for run in (comparison.runs[0], *comparison.changed)]

@@ -217,7 +217,7 @@ def test_two_runs_have_the_same_bits() -> None:
         run = OnDevice({k: TINY[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}, "fp16")
         for _ in range(3):
             run.queue()
-        return {kind: on_host(buffer).tobytes() for kind, buffer in run.parts.state.buffers.items()}
+        return {kind: on_host(buffer).tobytes() for kind, buffer in run.training.state.buffers.items()}
 
     assert states() == states()
 
@@ -232,20 +232,20 @@ def test_an_update_and_a_skipped_one(recipe: str, rule: Any) -> None:
     rng = np.random.default_rng(0)
     states = []
     for backend in (NUMPY, get_backend("cupy")):
-        parts = config.make_parts(backend)
-        parts.state = State(parts.model, get_recipe(recipe).state_encodings(rule.moments), backend)
-        parts.optimizer.use(rule)
-        states.append(parts)
+        training = config.make_training(backend)
+        training.state = State(training.model, get_recipe(recipe).state_encodings(rule.moments), backend)
+        training.optimizer.use(rule)
+        states.append(training)
     for kind, buffer in states[0].state.buffers.items():
         values = rng.standard_normal(buffer.size) * 0.1
         cast(values**2 if kind == "v" else values, format_of(buffer), out=buffer)
         states[1].state.buffers[kind][...] = on_device(buffer)
     for skip in (True, False):
         before = [{k: np.array(p.state.backend.to_host(b)) for k, b in p.state.buffers.items()} for p in states]
-        for parts in states:
-            xp = parts.state.backend.xp
+        for training in states:
+            xp = training.state.backend.xp
             numbers = xp.asarray(np.float32(0.5)), xp.asarray(np.float32(0.25)), xp.asarray(np.bool_(skip))
-            parts.optimizer.update(parts.state, *numbers)
+            training.optimizer.update(training.state, *numbers)
         after = [{k: np.array(p.state.backend.to_host(b)) for k, b in p.state.buffers.items()} for p in states]
         for kind in after[0]:
             assert after[0][kind].tobytes() == after[1][kind].tobytes(), kind
@@ -288,9 +288,9 @@ def test_results_do_not_depend_on_the_blocks_of_a_device(weights: str, monkeypat
     ends = []
     for block in (1 << 24, 1000, 333):
         monkeypatch.setattr(refimpl.optim.state, "DEVICE_BLOCK", block)
-        parts = storage_cases.parts_of(get_backend("cupy"), weights, "bf16", "adamw")
-        list(storage_cases.trained(parts, 3))
-        ends.append(storage_cases.kept(parts.state))
+        training = storage_cases.training_of(get_backend("cupy"), weights, "bf16", "adamw")
+        list(storage_cases.trained(training, 3))
+        ends.append(storage_cases.kept(training.state))
     assert ends[0] == ends[1] == ends[2]
 
 
@@ -323,11 +323,11 @@ def counter() -> Iterator[Any]:
 
 def counts_of_a_step(counter: Any, recipe: str, n_layer: int) -> dict[str, int]:
     """Of the third step, its batch copied from the host."""
-    parts = start(Config.of({**TINY, "recipe": recipe, "n_layer": n_layer, "steps": 5}))
+    training = start(Config.of({**TINY, "recipe": recipe, "n_layer": n_layer, "steps": 5}))
     rng = np.random.default_rng(0)
     for _ in range(3):
         counter.reset()
-        parts.step([tuple(on_device(rng.integers(0, 256, (4, 16))) for _ in range(2))])
+        training.step([tuple(on_device(rng.integers(0, 256, (4, 16))) for _ in range(2))])
     return dict(counter.stats())
 
 
@@ -348,14 +348,14 @@ def test_updates_without_a_kernel_neither_wait_nor_allocate(recipe: str, counter
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16"])
 def test_the_budget_of_steps_3_and_4(recipe: str, counter: Any) -> None:
     """Check, unscale, AdamW and the 16-bit copy: four launches at most, beside the 0-d arithmetic of 1/S, clip and t."""
-    parts = start(Config.of({**TINY, "recipe": recipe, "steps": 5}))
+    training = start(Config.of({**TINY, "recipe": recipe, "steps": 5}))
     batch = tuple(on_device(np.zeros((4, 16), np.int64)) for _ in range(2))
     counter.reset()
-    parts.step([batch])
+    training.step([batch])
     launched = counter.kernels()
     ours = [launched.get(name, 0) for name in ("gradient_norm", "gradient_norm_fold", "adamw")]
     counter.reset()
-    parts.state.weights_down()
+    training.state.weights_down()
     assert ours == [1, 1, 1] and counter.stats()["launch"] == (0 if recipe == "fp32" else 1)
 
 
@@ -381,7 +381,7 @@ def test_a_step_waits_for_nothing(recipe: str) -> None:
     with no_waits():
         run.queue()
     with pytest.raises(Exception, match="synchronization"), no_waits():
-        float(run.parts.loss_scale.scale)
+        float(run.training.loss_scale.scale)
 
 
 # --------------------------------------------------------------------------------------------------- as people use it
@@ -427,10 +427,10 @@ def test_the_check_that_a_user_runs_reports() -> None:
 
 def test_backends_live_side_by_side() -> None:
     weights = Config.of({**TINY}).make_model().initial_weights(generator(0, INIT))
-    parts = [start(Config.of({**TINY, "recipe": "fp32", "backend": name})) for name in ("numpy", "cupy")]
-    for one in parts:
+    trainings = [start(Config.of({**TINY, "recipe": "fp32", "backend": name})) for name in ("numpy", "cupy")]
+    for one in trainings:
         one.state.load_weights(weights)
         x, y = (one.state.backend.from_host(np.full((4, 16), fill)) for fill in (3, 4))
         one.step([(x, y)])
-    apart = np.abs(on_host(parts[1].state.master) - parts[0].state.master).max()
-    assert 0 <= apart < 1e-5 and isinstance(parts[1].state.master, cupy.ndarray)
+    apart = np.abs(on_host(trainings[1].state.master) - trainings[0].state.master).max()
+    assert 0 <= apart < 1e-5 and isinstance(trainings[1].state.master, cupy.ndarray)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import storage_cases
 from recipe_lists import others_slow
-from storage_cases import CASES, RECIPES, WEIGHTS, differences, kept, parts_of, resumed, trained
+from storage_cases import CASES, RECIPES, WEIGHTS, differences, kept, resumed, trained, training_of
 from strict_backend import PLAIN, STRICT, on_host
 from strict_cupy import WaitError, counter, xp
 
@@ -170,10 +170,10 @@ def test_results_do_not_depend_on_the_blocks_of_a_device(weights: str, monkeypat
     ends, launches = [], []
     for block in (1 << 24, 3000, 999):
         monkeypatch.setattr(refimpl.optim.state, "DEVICE_BLOCK", block)
-        parts = parts_of(STRICT, weights, "bf16", "adamw")
+        training = training_of(STRICT, weights, "bf16", "adamw")
         counter.reset()
-        list(trained(parts, 2))
-        ends.append(kept(parts.state))
+        list(trained(training, 2))
+        ends.append(kept(training.state))
         launches.append(counter.launches)
     assert ends[0] == ends[1] == ends[2]
     assert launches[0] < launches[1] < launches[2]
@@ -184,12 +184,12 @@ def test_results_do_not_depend_on_the_blocks_of_a_device(weights: str, monkeypat
 
 def step_costs(backend: Any, weights: str, moments: str, rule: str) -> tuple[int, int, int]:
     """Copies and waits of a step; the batch is there."""
-    parts = parts_of(backend, weights, moments, rule)
+    training = training_of(backend, weights, moments, rule)
     batch = tuple(backend.from_host(np.zeros((4, 8), np.int64)) for _ in range(2))
-    parts.step([batch])
+    training.step([batch])
     counter.reset()
     with counter.no_sync():
-        parts.step([batch])
+        training.step([batch])
     return counter.h2d, counter.d2h, counter.syncs
 
 
@@ -212,10 +212,10 @@ def test_launches_of_an_update_do_not_grow_with_the_weights(weights: str, monkey
 
     def launches(width: int) -> int:
         monkeypatch.setitem(storage_cases.TINY, "n_embd", width)
-        parts = parts_of(STRICT, weights, "fp32", "adamw")
+        training = training_of(STRICT, weights, "fp32", "adamw")
         numbers = [STRICT.from_host(x) for x in (np.float32(1), np.float32(1), np.False_)]
         counter.reset()
-        parts.optimizer.update(parts.state, *numbers)
+        training.optimizer.update(training.state, *numbers)
         return counter.launches
 
     monkeypatch.setattr(refimpl.optim.state, "BLOCK", 1000)  # of the host's blocks there are many

@@ -188,13 +188,13 @@ def running(recipe: str, sizes: dict[str, Any]) -> tuple[Any, Any]:
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     if not cupy.cuda.is_available():
         pytest.skip("CuPy is installed, but no device answers")
-    parts = start(Config.of({**sizes, "recipe": recipe, "steps": 5, "backend": "cupy"}))
+    training = start(Config.of({**sizes, "recipe": recipe, "steps": 5, "backend": "cupy"}))
     rng = np.random.default_rng(0)
     shape = sizes["batch_size"], sizes["block_size"]
-    batch = tuple(parts.state.backend.from_host(rng.integers(0, 256, shape)) for _ in range(2))
+    batch = tuple(training.state.backend.from_host(rng.integers(0, 256, shape)) for _ in range(2))
     for _ in range(2):
-        parts.step([batch])
-    return parts, batch
+        training.step([batch])
+    return training, batch
 
 
 @pytest.fixture
@@ -207,9 +207,9 @@ def counter() -> Iterator[Any]:
 
 def counted(counter: Any, recipe: str, sizes: dict[str, Any]) -> Counter[Any]:
     """The calls of a step: kernels by name, products by formats and sizes, everything else by its kind."""
-    parts, batch = running(recipe, sizes)
+    training, batch = running(recipe, sizes)
     counter.reset()
-    parts.step([batch])
+    training.step([batch])
     calls: Counter[Any] = Counter(counter.kernels())
     for g in counter.gemms():  # cuBLAS counts columns first: its m is our N
         calls[Product(g["n"], g["m"], g["k"], g["batch"]), g["a"], g["b"], g["c"], g["compute"]] += 1
@@ -323,9 +323,9 @@ def test_bytes_and_blocks_of_our_kernels_are_those_of_their_arguments(recipe: st
     recorded = Recorded()
     backend = replace(get_backend("cupy"), kernels=recorded)
     monkeypatch.setattr(Config, "make_backend", lambda self: backend)
-    parts, batch = running(recipe, TINY)
+    training, batch = running(recipe, TINY)
     recorded.seen.clear()
-    parts.step([batch])
+    training.step([batch])
     ours: Counter[Any] = Counter()
     for line in ledger(recipe, TINY):
         if line.name in recorded.declarations:
@@ -338,7 +338,7 @@ def test_bytes_and_blocks_of_our_kernels_are_those_of_their_arguments(recipe: st
 @pytest.mark.parametrize("recipe", LOW)
 def test_the_tape_holds_what_the_prediction_says(recipe: str) -> None:
     """What twins save differs from what definitions save, but not in bytes."""
-    parts, batch = running(recipe, TINY)
+    training, batch = running(recipe, TINY)
     held: dict[int, int] = {}
 
     def keep(saved: Any) -> None:
@@ -349,7 +349,7 @@ def test_the_tape_holds_what_the_prediction_says(recipe: str) -> None:
             whole = saved if saved.base is None else saved.base
             held[whole.data.ptr] = whole.nbytes
 
-    for entry in forward(parts, batch).entries:
+    for entry in forward(training, batch).entries:
         keep(entry.saved)
     expected = gpt_activations(config_of(TINY), get_recipe(recipe), TINY["batch_size"], TINY["block_size"])
     assert sum(held.values()) == sum(term.nbytes for term in expected)

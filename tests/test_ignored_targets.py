@@ -39,10 +39,10 @@ def batch(rows: int, ignored: float, seed: int = 0, ignore_index: int = -100) ->
     return tokens, targets
 
 
-def gradients(parts: Training, batches: list[Batch], S: float = 1024.0) -> tuple[float, Array]:
+def gradients(training: Training, batches: list[Batch], S: float = 1024.0) -> tuple[float, Array]:
     """The loss of a step and d(S L)/dw, flat."""
-    loss = forward_backward(parts.model, batches, parts.state, np.asarray(np.float32(S)), parts.run)
-    return float(loss), np.array(parts.state.grads)
+    loss = forward_backward(training.model, batches, training.state, np.asarray(np.float32(S)), training.run)
+    return float(loss), np.array(training.state.grads)
 
 
 # ------------------------------------------------------------------------------------------------------ out of range
@@ -60,27 +60,27 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
 def test_an_index_out_of_range_is_one_clear_line(name: str) -> None:
     which, at, value, message = OUT_OF_RANGE[name]
-    parts, (tokens, targets) = start(config_of()), batch(4, 0.2)
+    training, (tokens, targets) = start(config_of()), batch(4, 0.2)
     (tokens if which == "tokens" else targets)[at] = value
     with pytest.raises(UsageError) as error:
-        parts.step([(tokens, targets)])
+        training.step([(tokens, targets)])
     assert message in str(error.value) and "\n" not in str(error.value)
     # On a device no operation looks: the batch does not get there.
     with pytest.raises(UsageError, match="is out of range"):
-        parts.model.batch_on(STRICT, tokens, targets)
+        training.model.batch_on(STRICT, tokens, targets)
 
 
 def test_numbers_with_a_fraction_are_no_tokens() -> None:
-    parts, (tokens, targets) = start(config_of()), batch(4, 0.0)
+    training, (tokens, targets) = start(config_of()), batch(4, 0.0)
     with pytest.raises(UsageError, match="index is float32: it must be an integer, 0 to 255"):
-        parts.step([(tokens.astype(np.float32), targets)])
+        training.step([(tokens.astype(np.float32), targets)])
 
 
 def test_a_sequence_longer_than_the_positions_is_refused_on_every_backend() -> None:
-    parts = start(config_of())
+    training = start(config_of())
     long = np.zeros((2, 17), np.int64)
     with pytest.raises(UsageError, match="17 tokens per sequence are too many: the model has 16 positions"):
-        parts.step([(long, long)])
+        training.step([(long, long)])
 
 
 # ------------------------------------------------------------------------------------------------------ ignored targets
@@ -91,12 +91,12 @@ def test_a_sequence_longer_than_the_positions_is_refused_on_every_backend() -> N
 def test_ignored_targets_are_as_if_they_were_not_there(model: str, ignore_index: int) -> None:
     """In FP64: half of the rows wholly ignored give the loss and gradients of the other half alone."""
     sizes = {"n_head": None} if model == "mlp" else {}
-    parts = start(config_of(model=model, recipe="fp64", ignore_index=ignore_index, **sizes))
+    training = start(config_of(model=model, recipe="fp64", ignore_index=ignore_index, **sizes))
     tokens, targets = batch(6, 0.0)
     targets[targets == ignore_index] = 11
-    alone_loss, alone = gradients(parts, [(tokens[::2].copy(), targets[::2].copy())])
+    alone_loss, alone = gradients(training, [(tokens[::2].copy(), targets[::2].copy())])
     targets[1::2] = ignore_index
-    loss, grads = gradients(parts, [(tokens, targets)])
+    loss, grads = gradients(training, [(tokens, targets)])
     assert loss == pytest.approx(alone_loss, rel=1e-14)
     # Sums over rows have some other zeros between them: a few roundings of FP64.
     np.testing.assert_allclose(grads, alone, rtol=1e-9, atol=1e-12 * np.abs(alone).max())
@@ -104,8 +104,8 @@ def test_ignored_targets_are_as_if_they_were_not_there(model: str, ignore_index:
 
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "amp-fp16"])
 def test_all_targets_ignored_is_a_loss_of_nan_and_no_gradient(recipe: str) -> None:
-    parts = start(config_of(recipe=recipe))
-    result = parts.step([batch(4, 1.1)])
+    training = start(config_of(recipe=recipe))
+    result = training.step([batch(4, 1.1)])
     assert math.isnan(result.loss) and not result.skipped and result.grad_norm == 0
 
 
@@ -130,39 +130,39 @@ UNEQUAL = [batch(2, 0.9, 1), batch(2, 0.0, 2), batch(2, 0.5, 3)]
 
 def test_micro_batches_of_unequal_counts_are_one_batch() -> None:
     """In FP64, where only the order of sums differs. The mean of means is another loss, by far more."""
-    parts = start(config_of(recipe="fp64", grad_accum=3))
-    whole_loss, whole = gradients(parts, [joined(UNEQUAL)])
-    loss, grads = gradients(parts, UNEQUAL)
+    training = start(config_of(recipe="fp64", grad_accum=3))
+    whole_loss, whole = gradients(training, [joined(UNEQUAL)])
+    loss, grads = gradients(training, UNEQUAL)
     assert loss == pytest.approx(whole_loss, rel=1e-14)
     np.testing.assert_allclose(grads, whole, rtol=1e-9, atol=1e-12 * np.abs(whole).max())
-    parts.model = replace(parts.model, loss_mean="micro-batches")
-    loss, grads = gradients(parts, UNEQUAL)
+    training.model = replace(training.model, loss_mean="micro-batches")
+    loss, grads = gradients(training, UNEQUAL)
     assert abs(loss - whole_loss) > 1e-3
     assert np.abs(grads - whole).max() > 0.1 * np.abs(whole).max()
-    assert loss == pytest.approx(np.mean([gradients(parts, [one])[0] for one in UNEQUAL]), rel=1e-14)
+    assert loss == pytest.approx(np.mean([gradients(training, [one])[0] for one in UNEQUAL]), rel=1e-14)
 
 
 def test_a_micro_batch_without_a_target_adds_nothing() -> None:
-    parts, empty = start(config_of(grad_accum=3)), batch(2, 1.1, 4)
-    alone = gradients(parts, UNEQUAL[:2])
+    training, empty = start(config_of(grad_accum=3)), batch(2, 1.1, 4)
+    alone = gradients(training, UNEQUAL[:2])
     for batches in ([empty, *UNEQUAL[:2]], [*UNEQUAL[:2], empty]):
-        loss, grads = gradients(parts, batches)
+        loss, grads = gradients(training, batches)
         assert loss == alone[0] and np.array_equal(grads, alone[1])
-    assert math.isnan(gradients(parts, [empty, empty])[0]) and not parts.state.grads.any()
-    parts.model = replace(parts.model, loss_mean="micro-batches")
-    assert math.isnan(gradients(parts, [empty, *UNEQUAL[:2]])[0])  # as PyTorch's loop, which adds the NaN
+    assert math.isnan(gradients(training, [empty, empty])[0]) and not training.state.grads.any()
+    training.model = replace(training.model, loss_mean="micro-batches")
+    assert math.isnan(gradients(training, [empty, *UNEQUAL[:2]])[0])  # as PyTorch's loop, which adds the NaN
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "bf16", "amp-bf16"])
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 def test_equal_counts_have_the_bits_of_a_division_by_their_number(recipe: str, ignored: float) -> None:
     """Three micro-batches and a loss scale that is no power of 2, so that S/3 rounds: dividing twice would show."""
-    parts = start(config_of(recipe=recipe, grad_accum=3))
+    training = start(config_of(recipe=recipe, grad_accum=3))
     tokens, targets = batch(4, ignored)
     batches = [(np.roll(tokens, i), targets) for i in range(3)]
-    tokens_mean = gradients(parts, batches, 1000.1)
-    parts.model = replace(parts.model, loss_mean="micro-batches")
-    mean_of_means = gradients(parts, batches, 1000.1)
+    tokens_mean = gradients(training, batches, 1000.1)
+    training.model = replace(training.model, loss_mean="micro-batches")
+    mean_of_means = gradients(training, batches, 1000.1)
     assert tokens_mean[0] == mean_of_means[0] and tokens_mean[1].tobytes() == mean_of_means[1].tobytes()
 
 
@@ -174,9 +174,9 @@ def test_ranks_with_unequal_counts_are_one_batch(ranks: int) -> None:
     whole_loss, whole = gradients(start(replace(config, zero=None)), [joined([one for mine in batches for one in mine])])
 
     def run(comm: Comm) -> tuple[float, Array, slice]:
-        parts = start(config, comm)
-        loss = forward_backward(parts.model, batches[comm.rank], parts.state, np.asarray(np.float32(1024)), parts.run)
-        return float(loss), np.array(parts.state.grads), parts.state.local_slice
+        training = start(config, comm)
+        loss = forward_backward(training.model, batches[comm.rank], training.state, np.asarray(np.float32(1024)), training.run)
+        return float(loss), np.array(training.state.grads), training.state.local_slice
 
     for loss, grads, own in run_ranks(ranks, run):
         assert loss == pytest.approx(whole_loss, rel=1e-6)
@@ -184,11 +184,11 @@ def test_ranks_with_unequal_counts_are_one_batch(ranks: int) -> None:
 
 
 def test_the_loss_of_a_text_is_the_mean_over_its_targets() -> None:
-    parts = start(config_of(recipe="fp64"))
-    whole = gradients(parts, [joined(UNEQUAL)])[0]
+    training = start(config_of(recipe="fp64"))
+    whole = gradients(training, [joined(UNEQUAL)])[0]
     empty = batch(2, 1.1, 4)
-    assert mean_loss(parts.model, parts.state, parts.run, [*UNEQUAL, empty]) == pytest.approx(whole, rel=1e-14)
-    assert math.isnan(mean_loss(parts.model, parts.state, parts.run, [empty]))
+    assert mean_loss(training.model, training.state, training.run, [*UNEQUAL, empty]) == pytest.approx(whole, rel=1e-14)
+    assert math.isnan(mean_loss(training.model, training.state, training.run, [empty]))
 
 
 # ------------------------------------------------------------------------------------------------------------- traces
@@ -257,13 +257,13 @@ def test_a_run_on_lines_has_micro_batches_of_unequal_counts_and_resumes_to_the_b
     for trainer in runs:
         trainer.folder.mkdir()
         for _ in range(2):
-            trainer.parts.step(trainer.next_batches())
+            trainer.training.step(trainer.next_batches())
             trainer.progress.step += 1
     runs[1].save()
     again = Trainer(config, runs[1].folder)
     again.restore()
     for trainer in (runs[0], again):
-        trainer.parts.step(trainer.next_batches())
+        trainer.training.step(trainer.next_batches())
         trainer.progress.step += 1
     assert runs[0].save().read_bytes() == again.save().read_bytes()
     assert again.validation_loss(True) == runs[0].validation_loss(True)

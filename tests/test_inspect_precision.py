@@ -193,44 +193,44 @@ def test_a_scaler_that_starts_at_1_is_a_loss_scale() -> None:
 
 def test_movement_by_hand() -> None:
     """1 + 2^-12 is not a bf16 value: the copy of the master moves after a while, the weight without master never does."""
-    parts = config("bf16").make_parts(config("bf16").make_backend())
-    parts.state.master[...] = 1.0
-    movement = Movement(parts.state, "bf16")
-    outcome = parts.step([(np.zeros((1, 8), np.int64), np.zeros((1, 8), np.int64))])
-    parts.state.master[...] = 1.0 + 2.0**-12
-    row = movement.row(1, outcome, parts.state)
+    training = config("bf16").make_training(config("bf16").make_backend())
+    training.state.master[...] = 1.0
+    movement = Movement(training.state, "bf16")
+    outcome = training.step([(np.zeros((1, 8), np.int64), np.zeros((1, 8), np.int64))])
+    training.state.master[...] = 1.0 + 2.0**-12
+    row = movement.row(1, outcome, training.state)
     assert (row.masters_still, row.weights_still, row.alone_still) == (0.0, 1.0, 1.0)
     for step in range(2, 17):
-        parts.state.master[...] = 1.0 + step * 2.0**-12
-        row = movement.row(step, outcome, parts.state)
+        training.state.master[...] = 1.0 + step * 2.0**-12
+        row = movement.row(step, outcome, training.state)
     assert (row.weights_moved, row.alone_moved) == (0.0, 0.0)  # 1 + 2^-8 is the tie; it goes to the even 1
-    parts.state.master[...] = 1.0 + 17 * 2.0**-12
-    row = movement.row(17, outcome, parts.state)
+    training.state.master[...] = 1.0 + 17 * 2.0**-12
+    row = movement.row(17, outcome, training.state)
     assert (row.weights_still, row.weights_moved, row.alone_moved) == (0.0, 1.0, 0.0)
 
 
 def test_without_masters_nothing_is_imagined() -> None:
     source = fresh(config("pure-bf16"))
-    start = cast(source.parts.state.master.copy(), "bf16")
+    start = cast(source.training.state.master.copy(), "bf16")
     rows = inspect(source).rows
     assert rows[-1].masters_still is None and rows[-1].weights_moved is None
-    assert rows[-1].alone_moved == np.mean(widen(source.parts.state.weights) != widen(start))
+    assert rows[-1].alone_moved == np.mean(widen(source.training.state.weights) != widen(start))
 
 
 def test_the_sweep_flushes_less_and_overflows_more_as_the_scale_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     source = fresh(config())
     inspect(source)
     monkeypatch.setattr(refimpl.tools.precision_report.collect, "SWEEP", SWEEP)
-    before = source.parts.state.master.copy()
-    rows = sweep_scales(source.parts, next(iter(fresh(config()).batches)))
+    before = source.training.state.master.copy()
+    rows = sweep_scales(source.training, next(iter(fresh(config()).batches)))
     assert [row["exponent"] for row in rows] == list(SWEEP)
     assert rows[0]["layers"].keys() == {"embedding", "block 0", "block 1", "head"}
     flushed = [row["layers"]["block 0"][0] for row in rows]
     assert flushed[0] > 0 and flushed == sorted(flushed, reverse=True)
     overflowed = [sum(layer[1] for layer in row["layers"].values()) for row in rows]
     assert overflowed[0] == 0 and overflowed[-1] > 0
-    assert np.array_equal(before, source.parts.state.master)
-    assert source.parts.run.monitor is None and source.parts.state.monitor is None
+    assert np.array_equal(before, source.training.state.master)
+    assert source.training.run.monitor is None and source.training.state.monitor is None
 
 
 @pytest.mark.parametrize(("recipe", "model"), others_slow(EVERY, plain=OF_EACH_KIND))

@@ -883,7 +883,7 @@ def test_training_resumes_bit_for_bit(name: str, init: float, tmp_path: Path) ->
 
 def test_a_run_ends_at_the_floor_of_deepspeed_with_a_checkpoint(tmp_path: Path) -> None:
     run = trainer(tmp_path / "r", loss_scale="deepspeed", init_scale=4.0)
-    overflow_always(run.parts)
+    overflow_always(run.training)
     with pytest.raises(TrainingStopped, match=r"by step 4: the loss scale is 1, below which deepspeed does not go: .*Inf") as e:
         run.train(Bar())
     assert "\n" not in str(e.value) and f"--init-from {tmp_path}" in str(e.value)
@@ -897,21 +897,21 @@ def test_a_run_ends_at_the_floor_of_deepspeed_with_a_checkpoint(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["megatron", "jmp", "chainer", "apex-fp16"])
 def test_a_scale_that_stays_at_its_floor_stops_the_run_too(name: str, tmp_path: Path) -> None:
     run = trainer(tmp_path / "r", loss_scale=name, init_scale=1.0, steps=100, eval_every=100)
-    overflow_always(run.parts)
+    overflow_always(run.training)
     with pytest.raises(TrainingStopped, match="50 steps in a row were skipped and the loss scale is 1"):
         run.train(Bar())
 
 
 def test_a_run_ends_at_fairseqs_least_scale(tmp_path: Path) -> None:
     run = trainer(tmp_path / "r", loss_scale="fairseq", init_scale=4.0, scale_floor=0.5)
-    overflow_always(run.parts)
+    overflow_always(run.training)
     with pytest.raises(TrainingStopped, match=r"the loss scale is 1, below which fairseq does not go"):
         run.train(Bar())
 
 
 def test_a_scale_of_zero_ends_the_run_at_once(tmp_path: Path) -> None:
     run = trainer(tmp_path / "r", init_scale=2.0**-120, backoff_factor=0.01)
-    overflow_always(run.parts)
+    overflow_always(run.training)
     with pytest.raises(TrainingStopped, match=r"by step 4: the loss scale is \S+, by which no gradient can be divided") as e:
         run.train(Bar())
     assert "\n" not in str(e.value) and not (tmp_path / "r" / "checkpoint.safetensors").exists()

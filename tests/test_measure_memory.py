@@ -40,7 +40,7 @@ def test_every_prediction_is_met(recipe: str, model: str) -> None:
 @pytest.mark.parametrize("more", [{"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.0}, {"grad_accum": 2}])
 def test_model_states_of_other_optimizers(recipe: str, more: dict[str, Any]) -> None:
     config = Config.of({**TINY, "recipe": recipe, "steps": 1, **more})
-    lines = state_lines(config, config.make_parts(config.make_backend()))
+    lines = state_lines(config, config.make_training(config.make_backend()))
     assert all(line.verdict == "equal" for line in lines)
     kinds = {line.what for line in lines}
     assert kinds == set(RECIPES[recipe].buffers(config.make_rule().moments, config.grad_accum))
@@ -50,13 +50,13 @@ def test_model_states_of_other_optimizers(recipe: str, more: dict[str, Any]) -> 
 def test_scales_are_whole_numbers() -> None:
     """One for each 256 values, and one for the rest."""
     config = Config.of({**TINY, "recipe": "adam-8bit", "steps": 1})
-    parts = config.make_parts(config.make_backend())
-    n = parts.model.n_params
-    lines = {line.what: line for line in state_lines(config, parts)}
+    training = config.make_training(config.make_backend())
+    n = training.model.n_params
+    lines = {line.what: line for line in state_lines(config, training)}
     assert n % 256 and lines["m_scales"].predicted == 4 * (n // 256 + 1)
     assert lines["m_scales"].formula == f"4 x {n:,} / 256, rounded up float32"
-    parts.state.buffers["v_scales"] = np.zeros(n // 256, np.float32)
-    wrong = {line.what: line.verdict for line in state_lines(config, parts) if line.verdict != "equal"}
+    training.state.buffers["v_scales"] = np.zeros(n // 256, np.float32)
+    wrong = {line.what: line.verdict for line in state_lines(config, training) if line.verdict != "equal"}
     assert wrong == {"v_scales": "differs by -4 bytes"}
 
 
@@ -74,21 +74,21 @@ def hoarding(name: str) -> Op:
 @pytest.mark.parametrize("name", ["add", "layernorm", "linear"])
 def test_a_tape_that_keeps_more_is_found_out(name: str) -> None:
     config = Config.of({**TINY, "recipe": "fp16", "steps": 1})
-    parts = config.make_parts(config.make_backend())
-    parts.state.load_weights(parts.model.initial_weights(generator(0, INIT)))
+    training = config.make_training(config.make_backend())
+    training.state.load_weights(training.model.initial_weights(generator(0, INIT)))
     batch = np.zeros((4, 8), np.int64), np.zeros((4, 8), np.int64)
-    assert all(line.verdict == "equal" for line in tape_lines(config, parts, batch)["activations"])
-    parts.run.overrides = {name: hoarding(name)}
-    assert any("differs by +" in line.verdict for line in tape_lines(config, parts, batch)["activations"])
+    assert all(line.verdict == "equal" for line in tape_lines(config, training, batch)["activations"])
+    training.run.overrides = {name: hoarding(name)}
+    assert any("differs by +" in line.verdict for line in tape_lines(config, training, batch)["activations"])
 
 
 def test_a_state_that_is_larger_is_found_out() -> None:
     config = Config.of({**TINY, "recipe": "fp16", "steps": 1})
-    parts = config.make_parts(config.make_backend())
-    parts.state.buffers["m"] = np.zeros(parts.model.n_params + 1, np.float32)
-    parts.state.buffers["fp32 gradients"] = np.zeros(parts.model.n_params, np.float32)
-    wrong = {line.what: line.verdict for line in state_lines(config, parts) if line.verdict != "equal"}
-    assert wrong == {"m": "differs by +4 bytes", "fp32 gradients": f"differs by +{4 * parts.model.n_params:,} bytes"}
+    training = config.make_training(config.make_backend())
+    training.state.buffers["m"] = np.zeros(training.model.n_params + 1, np.float32)
+    training.state.buffers["fp32 gradients"] = np.zeros(training.model.n_params, np.float32)
+    wrong = {line.what: line.verdict for line in state_lines(config, training) if line.verdict != "equal"}
+    assert wrong == {"m": "differs by +4 bytes", "fp32 gradients": f"differs by +{4 * training.model.n_params:,} bytes"}
 
 
 def test_memory_is_counted_where_it_is_owned() -> None:
@@ -100,12 +100,12 @@ def test_memory_is_counted_where_it_is_owned() -> None:
 
 def test_weights_are_not_activations() -> None:
     config = Config.of({**TINY, "recipe": "fp32", "steps": 1})
-    parts = config.make_parts(config.make_backend())
-    parts.state.load_weights(parts.model.initial_weights(generator(0, INIT)))
+    training = config.make_training(config.make_backend())
+    training.state.load_weights(training.model.initial_weights(generator(0, INIT)))
     tokens = np.zeros((4, 8), np.int64)
-    tape = forward(parts, (tokens, tokens))
+    tape = forward(training, (tokens, tokens))
     before, _ = held(tape)
-    tape.entries[-1].saved = (tape.entries[-1].saved, parts.state.weight_views["transformer.wte.weight"])
+    tape.entries[-1].saved = (tape.entries[-1].saved, training.state.weight_views["transformer.wte.weight"])
     assert held(tape)[0] == before
 
 

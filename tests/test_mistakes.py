@@ -304,11 +304,11 @@ def test_unscaling_after_each_micro_batch_leaves_the_last() -> None:
     right, wrong = (flat(t, 1, "2.grads") for t in both("unscale-each-micro-batch", steps=1))
     assert np.linalg.norm(wrong) < np.linalg.norm(right)
     c = config("unscale-each-micro-batch", mistake="unscale-each-micro-batch", grad_accum=3, steps=1, init_scale=1024.0)
-    parts, trace = start(c), record(c)
+    training, trace = start(c), record(c)
     batches, gradients = trace.inputs(1), list[np.ndarray]()
     assert batches is not None
     for batch in batches:  # each alone, from a third of S
-        state = config("unscale-each-micro-batch", grad_accum=3, init_scale=1024.0).make_parts(parts.state.backend)
+        state = config("unscale-each-micro-batch", grad_accum=3, init_scale=1024.0).make_training(training.state.backend)
         state.state.load_weights(trace.at(0, "4.master"))
         state.state.weights_down()
         forward_backward(state.model, [batch], state.state, np.float32(1024 / 3), state.run)
@@ -442,8 +442,8 @@ def test_an_ignored_inf_reaches_the_weights_through_fp32_gradients_too() -> None
 def test_a_mistaken_loss_scale_is_still_its_projects(name: str, scaler: str) -> None:
     """Whoever trains asks it for its floor, and whether it is exhausted."""
     own = config(name, loss_scale=scaler, init_scale=4.0).make_loss_scale()
-    parts = start(config(name, loss_scale=scaler, init_scale=4.0, mistake=name))
-    scale = parts.loss_scale
+    training = start(config(name, loss_scale=scaler, init_scale=4.0, mistake=name))
+    scale = training.loss_scale
     assert isinstance(scale, type(own)) and scale.scaler is own.scaler
     for _ in range(20):
         own.update(np.bool_(True))
@@ -462,8 +462,8 @@ def test_a_run_with_a_mistaken_scale_ends_at_the_floor_of_its_project(tmp_path: 
 
 def test_a_replaced_state_keeps_the_seed_of_its_random_numbers() -> None:
     for seed in (0, 7):
-        parts = start(config("accumulate-in-16-bits", recipe="bf16-sr", mistake="accumulate-in-16-bits", seed=seed))
-        assert parts.state.seed == seed
+        training = start(config("accumulate-in-16-bits", recipe="bf16-sr", mistake="accumulate-in-16-bits", seed=seed))
+        assert training.state.seed == seed
 
 
 class NoBar:

@@ -41,13 +41,13 @@ def config_of(**given: Any) -> Config:
 
 def broken(config: Config, spoil: Callable[[Training, dict[str, Array]], None]) -> Training:
     """A run before its first step, with a fault in its masters or its operations."""
-    parts = start(config)
-    spoil(parts, parts.state.layout.views(parts.state.values(parts.state.master_kind)))
-    return parts
+    training = start(config)
+    spoil(training, training.state.layout.views(training.state.values(training.state.master_kind)))
+    return training
 
 
 def put(name: str, at: Any, value: Any) -> Callable[[Training, dict[str, Array]], None]:
-    def spoil(parts: Training, masters: dict[str, Array]) -> None:
+    def spoil(training: Training, masters: dict[str, Array]) -> None:
         masters[name][at] = value
 
     return spoil
@@ -79,7 +79,7 @@ KINDS: dict[str, tuple[list[str], Callable[[Training, dict[str, Array]], None], 
         "its inputs (transformer.h.1.ln_2) and parameters are finite",
     ),
     "an overflow in backward alone": (
-        ["fp16", "bf16", "fp32"], lambda parts, masters: overflow_always(parts), "backward", "lm_head",
+        ["fp16", "bf16", "fp32"], lambda training, masters: overflow_always(training), "backward", "lm_head",
         "the loss is finite and a gradient is not: the gradient of the output of lm_head is the first in backward order",
     ),
 }  # fmt: skip
@@ -89,11 +89,11 @@ KINDS: dict[str, tuple[list[str], Callable[[Training, dict[str, Array]], None], 
 def test_each_kind_is_named(kind: str, recipe: str) -> None:
     _, spoil, stage, name, text = KINDS[kind]
     config = config_of(recipe=recipe)
-    parts = broken(config, spoil)
-    S = parts.loss_scale.scale
-    result = parts.step([BATCH])
+    training = broken(config, spoil)
+    S = training.loss_scale.scale
+    result = training.step([BATCH])
     assert result.skipped and math.isfinite(result.loss) == (stage == "backward")
-    origin = find_origin(parts, [BATCH], S)
+    origin = find_origin(training, [BATCH], S)
     assert (origin.stage, origin.name) == (stage, name) and text in origin.text
     assert origin.in_loss == (stage != "backward")
 
@@ -118,26 +118,26 @@ def test_a_mistake_that_was_switched_in_is_what_to_suspect_of_a_weight_that_an_u
 
 def test_a_row_that_nothing_reads_is_no_fault() -> None:
     """The mlp's table is not tied: a NaN in a row of it that no token reads changes nothing."""
-    parts = broken(config_of(model="mlp", n_head=None), put("wte.weight", 250, math.nan))
-    assert find_origin(parts, [BATCH], np.float32(1)).stage == "gone"
-    assert math.isfinite(parts.step([BATCH]).loss)
+    training = broken(config_of(model="mlp", n_head=None), put("wte.weight", 250, math.nan))
+    assert find_origin(training, [BATCH], np.float32(1)).stage == "gone"
+    assert math.isfinite(training.step([BATCH]).loss)
 
 
 def test_the_loss_of_a_later_micro_batch_comes_before_the_gradient_of_an_earlier_one() -> None:
     """S is too large for backward, and the second micro-batch reads a NaN: the loss is what is told of."""
-    parts = broken(config_of(model="mlp", n_head=None, grad_accum=2, recipe="fp16"), put("wte.weight", 250, math.nan))
+    training = broken(config_of(model="mlp", n_head=None, grad_accum=2, recipe="fp16"), put("wte.weight", 250, math.nan))
     bad = np.full_like(BATCH[0], 250), BATCH[1]
-    assert find_origin(parts, [BATCH, BATCH], np.float32(2.0**40)).stage == "backward"
-    origin = find_origin(parts, [BATCH, bad], np.float32(2.0**40))
+    assert find_origin(training, [BATCH, BATCH], np.float32(2.0**40)).stage == "backward"
+    origin = find_origin(training, [BATCH, bad], np.float32(2.0**40))
     assert (origin.stage, origin.name) == ("parameter", "wte.weight")
 
 
 def test_no_target_at_all() -> None:
     config = config_of(grad_accum=2)
-    parts, nothing = start(config), (BATCH[0], np.full_like(BATCH[1], -100))
-    assert find_origin(parts, [nothing, nothing], np.float32(1)).stage == "targets"
-    assert find_origin(parts, [nothing, BATCH], np.float32(1)).stage == "gone"
-    words = explained(find_origin(parts, [nothing, nothing], np.float32(1)), config, 5)
+    training, nothing = start(config), (BATCH[0], np.full_like(BATCH[1], -100))
+    assert find_origin(training, [nothing, nothing], np.float32(1)).stage == "targets"
+    assert find_origin(training, [nothing, BATCH], np.float32(1)).stage == "gone"
+    words = explained(find_origin(training, [nothing, nothing], np.float32(1)), config, 5)
     assert "none of the step's targets counts: all are -100" in words and "--ignore-index" in words
 
 
@@ -147,23 +147,23 @@ def test_ranks_name_the_same_thing(stage: int) -> None:
     config = config_of(model="mlp", n_head=None, batch_size=4, zero=stage, recipe="fp16")
 
     def run(comm: Comm) -> tuple[str, str]:
-        parts = start(config, comm)
-        weights = parts.model.initial_weights(np.random.default_rng(0))
+        training = start(config, comm)
+        weights = training.model.initial_weights(np.random.default_rng(0))
         weights["wte.weight"][250] = math.nan
-        parts.state.load_weights(weights)
+        training.state.load_weights(weights)
         tokens = np.full((2, 16), 250) if comm.rank == 1 else BATCH[0][:2]
-        origin = find_origin(parts, [(tokens, BATCH[1][:2])], np.float32(1))
+        origin = find_origin(training, [(tokens, BATCH[1][:2])], np.float32(1))
         return origin.stage, origin.name
 
     assert run_ranks(2, run) == [("parameter", "wte.weight")] * 2
 
 
 def test_on_a_device() -> None:
-    parts = config_of(recipe="fp16").make_parts(STRICT)
-    weights = parts.model.initial_weights(np.random.default_rng(0))
+    training = config_of(recipe="fp16").make_training(STRICT)
+    weights = training.model.initial_weights(np.random.default_rng(0))
     weights[FC][3, 4] = math.nan
-    parts.state.load_weights(weights)
-    origin = find_origin(parts, [parts.model.batch_on(STRICT, *BATCH)], STRICT.from_host(np.float32(65536).reshape(())))
+    training.state.load_weights(weights)
+    origin = find_origin(training, [training.model.batch_on(STRICT, *BATCH)], STRICT.from_host(np.float32(65536).reshape(())))
     assert origin.text == f"{FC} holds 1 NaN"
 
 
@@ -216,7 +216,7 @@ def test_an_overflow_in_forward_is_told_once_and_ends_the_run_whatever_the_scale
 
 def test_a_run_whose_targets_are_all_ignored_says_so_and_goes_on(tmp_path: Path) -> None:
     run = trainer_of(tmp_path / "r", recipe="bf16", steps=3, eval_every=3)
-    run.model = run.parts.model
+    run.model = run.training.model
     draw = run.next_batches
     run.next_batches = lambda: [(x, np.full_like(y, -100)) for x, y in draw()]  # type: ignore[method-assign]
     bar = Bar()
@@ -239,8 +239,8 @@ def test_what_arrives_non_finite_is_counted_as_such() -> None:
 @pytest.mark.parametrize("loss_scale", ["dynamic", "1"])
 def test_the_monitor_never_calls_nan_exact(loss_scale: str) -> None:
     config = config_of(recipe="fp16", steps=2, loss_scale=loss_scale)
-    parts = broken(config, put(FC, (3, 4), math.nan))
-    seen = inspect(Source("a run", config, parts, [[BATCH], [BATCH]], 2), every=1)
+    training = broken(config, put(FC, (3, 4), math.nan))
+    seen = inspect(Source("a run", config, training, [[BATCH], [BATCH]], 2), every=1)
     written = data(seen)
     json.dumps(written, default=str)
 

@@ -109,11 +109,11 @@ def test_a_step_takes_the_twins_and_a_watched_one_the_definitions(monkeypatch: p
     ours.step()
     assert sorted(set(called)) == ["twin gelu_tanh", "twin layernorm"]
     called.clear()
-    ours.parts.watch(lambda site, before, after: None)
+    ours.training.watch(lambda site, before, after: None)
     ours.step()
     assert called == []
-    ours.parts.watch(None)
-    ours.parts.run.overrides = {"gelu_tanh": noting(gelu_tanh, "override")}
+    ours.training.watch(None)
+    ours.training.run.overrides = {"gelu_tanh": noting(gelu_tanh, "override")}
     ours.step()
     assert sorted(set(called)) == ["override gelu_tanh", "twin layernorm"]
 

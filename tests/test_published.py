@@ -67,9 +67,9 @@ def held_back(blocks: int) -> list[Batch]:
     return list(islice(sequential_batches(load_corpus("pydoc", SMALL["block_size"]).valid, 16, SMALL["block_size"]), blocks))
 
 
-def validation_loss(parts: Training, blocks: int = 48) -> float:
+def validation_loss(training: Training, blocks: int = 48) -> float:
     """Over the first blocks * 16 * 32 bytes, by default 24,576, of the text that is held back."""
-    return mean_loss(parts.model, parts.state, parts.run, held_back(blocks))
+    return mean_loss(training.model, training.state, training.run, held_back(blocks))
 
 
 # -------------------------------------------------------------------------------------------------- masters and their heirs
@@ -79,20 +79,20 @@ FINE_LR = 5e-6
 
 def warm_weights(seed: int, steps: int) -> dict[str, Array]:
     """A model that has learned a little, in FP32."""
-    config, parts = run_of("fp32", seed, lr=2e-3, steps=steps)
+    config, training = run_of("fp32", seed, lr=2e-3, steps=steps)
     for batch in batches(config):
-        parts.step([batch])
-    return {name: np.array(view) for name, view in parts.state.layout.views(parts.state.master).items()}
+        training.step([batch])
+    return {name: np.array(view) for name, view in training.state.layout.views(training.state.master).items()}
 
 
 def gain(recipe: str, weights: Mapping[str, Array], seed: int, steps: int, blocks: int) -> float:
     """How much `steps` at a small constant learning rate lower the validation loss, from these weights in BF16 on."""
-    config, parts = run_of(recipe, seed + 100, lr=FINE_LR, min_lr=FINE_LR, warmup=0, steps=steps, weight_decay=0.0)
-    parts.state.load_weights(weights)
-    before = validation_loss(parts, blocks)
+    config, training = run_of(recipe, seed + 100, lr=FINE_LR, min_lr=FINE_LR, warmup=0, steps=steps, weight_decay=0.0)
+    training.state.load_weights(weights)
+    before = validation_loss(training, blocks)
     for batch in batches(config):
-        parts.step([batch])
-    return before - validation_loss(parts, blocks)
+        training.step([batch])
+    return before - validation_loss(training, blocks)
 
 
 def assert_masters_can_be_done_without(
@@ -133,10 +133,10 @@ FP8_LIMIT = 1.01
 @cache
 def perplexity(recipe: str, seed: int) -> float:
     """Of the text that is held back, after training from scratch with a warm-up of an eighth of the steps."""
-    config, parts = run_of(recipe, seed, lr=2e-3, steps=FP8_STEPS, warmup=FP8_STEPS // 8)
+    config, training = run_of(recipe, seed, lr=2e-3, steps=FP8_STEPS, warmup=FP8_STEPS // 8)
     for batch in batches(config):
-        parts.step([batch])
-    return math.exp(validation_loss(parts))
+        training.step([batch])
+    return math.exp(validation_loss(training))
 
 
 @pytest.mark.slow
@@ -162,14 +162,14 @@ def test_control_fp8_without_scales_is_worse(monkeypatch: pytest.MonkeyPatch) ->
     it is rounded; what then is below 2^-17 is flushed in e5m2.
     """
     monkeypatch.setattr(DelayedScaling, "update", lambda state: None)
-    config, parts = run_of("fp8-delayed", 0, lr=2e-3, steps=FP8_STEPS, warmup=FP8_STEPS // 8)
+    config, training = run_of("fp8-delayed", 0, lr=2e-3, steps=FP8_STEPS, warmup=FP8_STEPS // 8)
     for i in range(SMALL["n_layer"]):
         for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-            state = parts.run.scales.delayed_scaling(f"transformer.h.{i}.{layer}.dy", "e5m2")
+            state = training.run.scales.delayed_scaling(f"transformer.h.{i}.{layer}.dy", "e5m2")
             state.factor = np.full((), 1 / 256, np.float32)
     for batch in batches(config):
-        parts.step([batch])
-    ratio = math.exp(validation_loss(parts)) / perplexity("bf16", 0)
+        training.step([batch])
+    ratio = math.exp(validation_loss(training)) / perplexity("bf16", 0)
     assert ratio > FP8_LIMIT + 4 * 0.013, ratio  # beyond what roundings do to a single run; here it is 2.36
 
 
@@ -199,12 +199,13 @@ def steps_taken(recipe: str, n: int) -> list[float]:
     """The largest change of a weight in each of n updates, over lr; of an MLP in which some bytes are missing from a batch."""
     sizes = {"model": "mlp", "n_layer": 1, "n_embd": 16, "block_size": 8, "batch_size": 16}
     lr = 2e-3
-    parts = start(Config.of({**sizes, "recipe": recipe, "lr": lr, "min_lr": lr, "warmup": 0, "weight_decay": 0.0, "clip": 0.0}))
+    constant = {"lr": lr, "min_lr": lr, "warmup": 0, "weight_decay": 0.0, "clip": 0.0}
+    training = start(Config.of({**sizes, "recipe": recipe, **constant}))
     rng, largest = np.random.default_rng(0), []
     for _ in range(n):
-        before = np.array(parts.state.master)
-        parts.step([(rng.integers(97, 123, (16, 8)), rng.integers(97, 123, (16, 8)))])
-        largest.append(float(np.abs(parts.state.master - before).max()) / lr)
+        before = np.array(training.state.master)
+        training.step([(rng.integers(97, 123, (16, 8)), rng.integers(97, 123, (16, 8)))])
+        largest.append(float(np.abs(training.state.master - before).max()) / lr)
     return largest
 
 

@@ -214,13 +214,13 @@ def test_scaled_to_fit_uses_the_range(fmt: str) -> None:
 def watched(recipe: str, monitor: Any, **more: Any) -> Any:
     """Two steps of a tiny run, the second one watched."""
     config = Config.of({**TINY, "recipe": recipe, **more})
-    parts, rng = config.make_parts(config.make_backend()), generator(0, BATCHES)
-    parts.state.load_weights(parts.model.initial_weights(generator(0, INIT)))
+    training, rng = config.make_training(config.make_backend()), generator(0, BATCHES)
+    training.state.load_weights(training.model.initial_weights(generator(0, INIT)))
     corpus = load_corpus(config.data, config.block_size)
     for watch in (None, monitor):
-        parts.watch(watch)
-        parts.step([sample_batch(corpus.train, config.batch_size, config.block_size, rng)])
-    return parts
+        training.watch(watch)
+        training.step([sample_batch(corpus.train, config.batch_size, config.block_size, rng)])
+    return training
 
 
 @pytest.mark.parametrize("recipe", others_slow(RECIPES))
@@ -246,21 +246,21 @@ def test_no_rounding_of_a_tensor_escapes(recipe: str, model: str, monkeypatch: p
         return result
 
     monitor = RoundingMonitor()
-    parts = watched(recipe, None, model=model)
-    parts.watch(monitor)
+    training = watched(recipe, None, model=model)
+    training.watch(monitor)
     corpus = load_corpus("pydoc", TINY["block_size"])
     batch = sample_batch(corpus.train, TINY["batch_size"], TINY["block_size"], generator(1, BATCHES))
     monkeypatch.setattr(casts, "_convert", counting)
-    parts.step([batch])
+    training.step([batch])
     assert sum(c.elements for c in monitor.take()[0].values() if c.elements > 3) == sum(elements)
 
 
 def test_a_cast_that_is_not_told_is_missed_by_that_test() -> None:
     """The control: without the states' sites the sums differ."""
     sites = []
-    parts = watched("fp16", lambda site, x, y: sites.append((site, x.size)))
+    training = watched("fp16", lambda site, x, y: sites.append((site, x.size)))
     told = sum(size for site, size in sites if site.endswith(":weights_down"))
-    assert told == parts.model.n_params
+    assert told == training.model.n_params
 
 
 @pytest.mark.parametrize("recipe", BASIC)

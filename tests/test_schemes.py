@@ -244,10 +244,10 @@ def test_all_other_operations_are_those_of_bf16(name: str) -> None:
 
 
 def test_in_a_gpt_linear_layers_but_the_last_are_quantized_and_nothing_else() -> None:
-    parts, batch = small("mxfp8", model="gpt", n_head=2)
+    training, batch = small("mxfp8", model="gpt", n_head=2)
     monitor = RoundingMonitor()
-    parts.watch(monitor)
-    parts.step([batch])
+    training.watch(monitor)
+    training.step([batch])
     sites, _ = monitor.take()
     layers = [f"transformer.h.0.{layer}" for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     quantized = {f"{layer}:linear.{factor}" for layer in layers for factor in ("y.x", "y.w", "dx.dy", "dx.w", "dw.dy", "dw.x")}
@@ -434,14 +434,14 @@ NAMES = {"h.0.fc.x.e4m3": "e4m3", "h.0.fc.w.e4m3": "e4m3", "h.0.fc.dy.e5m2": "e5
 def assert_follows_the_rule(monkeypatch: pytest.MonkeyPatch, micro_batches: int = 1) -> None:
     """Ten steps with a history of three; evaluation and sampling between them."""
     watched = Watched(monkeypatch)
-    parts, _ = small("fp8-delayed", grad_accum=micro_batches)
-    scales = parts.run.scales
+    training, _ = small("fp8-delayed", grad_accum=micro_batches)
+    scales = training.run.scales
     scales.delayed = {name: DelayedScaling(fmt, 3) for name, fmt in NAMES.items()}
     states, restated = dict(scales.delayed), {name: Restated(fmt, 3) for name, fmt in NAMES.items()}
     seen_at_once = []
     for step in range(10):
         watched.amax.clear(), watched.updates.clear(), watched.factors.clear()
-        parts.step([batch_of(100 * step + i) for i in range(micro_batches)])
+        training.step([batch_of(100 * step + i) for i in range(micro_batches)])
         assert scales.delayed == states and scales.passes == step + 1  # the same objects, no other tensors
         for name, state in states.items():
             expected, amax = restated[name], watched.amax[id(state)]
@@ -451,10 +451,11 @@ def assert_follows_the_rule(monkeypatch: pytest.MonkeyPatch, micro_batches: int 
             assert float(state.factor) == expected.factor, name
             seen_at_once.append(max(amax) > amax[0])
         before = {name: array.copy() for name, array in scales.arrays().items()}
-        mean_loss(parts.model, parts.state, parts.run, [batch_of(7)])
-        sample(parts.model, parts.state, parts.run, 3, np.random.default_rng(0))
+        mean_loss(training.model, training.state, training.run, [batch_of(7)])
+        sample(training.model, training.state, training.run, 3, np.random.default_rng(0))
         with np.errstate(all="ignore"):
-            forward_backward(parts.model, [batch_of(8)] * micro_batches, parts.state, np.float32(1e3), parts.run.frozen())
+            batches, frozen = [batch_of(8)] * micro_batches, training.run.frozen()
+            forward_backward(training.model, batches, training.state, np.float32(1e3), frozen)
         after = scales.arrays()
         assert all(np.array_equal(before[name], after[name]) for name in before) and scales.passes == step + 1
     assert any(seen_at_once) == (micro_batches > 1)  # x, w and dy are each seen twice a micro-batch, and are the same then
@@ -466,20 +467,20 @@ def test_delayed_scaling_follows_transformer_engines_rule(micro_batches: int, mo
 
 
 def test_histories_are_1024_steps_long_and_gradients_e5m2() -> None:
-    parts, batch = small("fp8-delayed")
-    parts.step([batch])
-    assert {name: state.fmt for name, state in parts.run.scales.delayed.items()} == NAMES
-    assert {len(state.amax_history) for state in parts.run.scales.delayed.values()} == {1024}
+    training, batch = small("fp8-delayed")
+    training.step([batch])
+    assert {name: state.fmt for name, state in training.run.scales.delayed.items()} == NAMES
+    assert {len(state.amax_history) for state in training.run.scales.delayed.values()} == {1024}
 
 
 def test_evaluation_uses_what_training_remembers() -> None:
-    parts, batch = small("fp8-delayed")
+    training, batch = small("fp8-delayed")
     for _ in range(2):
-        parts.step([batch])
-    loss = mean_loss(parts.model, parts.state, parts.run, [batch])
+        training.step([batch])
+    loss = mean_loss(training.model, training.state, training.run, [batch])
     for name in ("h.0.fc.x.e4m3", "h.0.fc.w.e4m3"):
-        parts.run.scales.delayed[name].factor = np.full((), 1e-3, np.float32)  # all flushed to zero
-    assert mean_loss(parts.model, parts.state, parts.run, [batch]) != loss
+        training.run.scales.delayed[name].factor = np.full((), 1e-3, np.float32)  # all flushed to zero
+    assert mean_loss(training.model, training.state, training.run, [batch]) != loss
 
 
 def test_a_frozen_run_shares_all_but_what_it_would_change() -> None:

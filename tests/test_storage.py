@@ -648,7 +648,7 @@ def test_blocks_of_any_size_find_their_embeddings() -> None:
 @pytest.mark.parametrize(("model", "names"), [("gpt", 2), ("mlp", 1)])
 def test_the_embeddings_of_both_models_lie_first(model: str, names: int) -> None:
     config = Config.of({"model": model, "n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4})
-    state = config.make_parts(NUMPY).state
+    state = config.make_training(NUMPY).state
     first = [name for name in state.layout.slots if name.split(".")[-2] in ("wte", "wpe")]
     assert first == list(state.layout.slots)[:names] and state.layout.embeddings == 8 * 256 + (8 * 4 if model == "gpt" else 0)
 

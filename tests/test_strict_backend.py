@@ -134,13 +134,13 @@ UNIFORM = ("fp32", "fp16", "bf16")
 
 def third_step(backend: Backend, recipe: str, n_layer: int, model: str = "gpt") -> Counter:
     """What the third step costs, its batch on the device already; a wait is an error."""
-    parts = on(backend, start, config(recipe, model, n_layer=n_layer, n_embd=32, block_size=16, batch_size=4, clip=1.0))
+    training = on(backend, start, config(recipe, model, n_layer=n_layer, n_embd=32, block_size=16, batch_size=4, clip=1.0))
     rng = np.random.default_rng(0)
     for _ in range(3):
         batch = tuple(backend.from_host(rng.integers(0, 256, (4, 16))) for _ in range(2))
         counter.reset()
         with counter.no_sync():
-            parts.step([batch])
+            training.step([batch])
     return dataclasses.replace(counter)
 
 
@@ -180,13 +180,13 @@ def test_a_step_of_any_recipe_waits_for_nothing(recipe: str, model: str) -> None
 
 def launches_of_update(backend: Backend, recipe: str) -> tuple[int, int, int]:
     """Launches of the check and the norm; of the update; of the 16-bit copy of the masters."""
-    parts = on(backend, start, config(recipe))
+    training = on(backend, start, config(recipe))
     numbers = [backend.from_host(x) for x in (np.float32(1), np.float32(1), np.False_)]
     counts = []
     for part in (
-        lambda: check_and_measure(parts.state, numbers[0]),
-        lambda: parts.optimizer.update(parts.state, *numbers),
-        parts.state.weights_down,
+        lambda: check_and_measure(training.state, numbers[0]),
+        lambda: training.optimizer.update(training.state, *numbers),
+        training.state.weights_down,
     ):
         counter.reset()
         part()

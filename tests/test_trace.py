@@ -76,12 +76,12 @@ def test_the_numbers_of_an_update_are_in_the_format_of_its_arithmetic(
 def test_recording_changes_nothing() -> None:
     """The run that is written down is the run that train_step makes: same losses, same weights."""
     c = config()
-    trace, parts = record(c), c.make_parts(c.make_backend())
-    parts.state.load_weights(trace.at(0, "4.master"))
+    trace, training = record(c), c.make_training(c.make_backend())
+    training.state.load_weights(trace.at(0, "4.master"))
     for step in trace.steps:
         batches = trace.inputs(step)
-        assert batches is not None and parts.step(batches).loss == trace.get(step, "2.loss")
-    for name, view in parts.state.layout.views(parts.state.master).items():
+        assert batches is not None and training.step(batches).loss == trace.get(step, "2.loss")
+    for name, view in training.state.layout.views(training.state.master).items():
         assert np.array_equal(view, trace.at(2, "4.master")[name])
 
 
@@ -101,8 +101,8 @@ def test_the_start_and_the_batches_of_another_trace_are_used() -> None:
 @pytest.mark.parametrize("recipe", ["megatron-bf16", "apex-o2", "bf16"])
 def test_a_run_is_recorded_from_the_start_that_training_has(recipe: str) -> None:
     """Where masters start from the rounded weights, so does a trace."""
-    parts, trace = start(config(recipe)), record(config(recipe))
-    for name, master in parts.state.layout.views(parts.state.master).items():
+    training, trace = start(config(recipe)), record(config(recipe))
+    for name, master in training.state.layout.views(training.state.master).items():
         assert np.array_equal(master, trace.at(0, "4.master")[name])
     other = record(config("fp32", seed=1))  # the start of another trace is taken as it is
     same = record(config(recipe), other)

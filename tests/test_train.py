@@ -371,7 +371,7 @@ def test_a_collapsed_scale_stops_the_run(text: str, tmp_path: Path, monkeypatch:
     config, folder = prepare_folder({**TINY, "data": text, "steps": 200, "eval_every": 200}, tmp_path / "r", False, False)
     trainer = Trainer(config, folder)
     open_folder(config, folder)
-    overflow_always(trainer.parts)
+    overflow_always(trainer.training)
     with pytest.raises(TrainingStopped, match=r"50 steps in a row were skipped .* the gradient of the output of lm_head is"):
         trainer.train(NoBar())
     rows = read_metrics(folder / "metrics.jsonl")

@@ -297,7 +297,7 @@ def test_a_step_in_parts_is_the_step(recipe: str, monkeypatch: pytest.MonkeyPatc
         ours = Ours(sizes, recipe)
         for _ in range(2):
             ours.step()
-        return {kind: buffer.tobytes() for kind, buffer in ours.parts.state.buffers.items()}
+        return {kind: buffer.tobytes() for kind, buffer in ours.training.state.buffers.items()}
 
     with threadpool_limits(1):  # since those workers cannot tell the true BLAS
         monkeypatch.setattr(backends, "SHARED", 1 << 60)
@@ -351,7 +351,7 @@ def test_a_monitor_sees_whole_arrays_in_one_thread(monkeypatch: pytest.MonkeyPat
     def watch(site: str, before: np.ndarray, after: np.ndarray) -> None:
         seen.append((site, before.size, threading.get_ident()))
 
-    ours.parts.watch(watch)
+    ours.training.watch(watch)
     ours.step()
     assert any(site.endswith(":update.weights") for site, _, _ in seen)  # no masters: the update rounds too
     assert {thread for _, _, thread in seen} == {threading.get_ident()}

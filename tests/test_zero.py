@@ -96,7 +96,7 @@ def test_every_recipe_can_be_divided(recipe: str) -> None:
     small = {"n_layer": 1, "steps": 2}  # the second has delayed scales from the first
     whole, divided = (on_ranks(config(recipe, stage, **small), 3)[1] for stage in (0, 3))
     assert divided.same_as(whole)
-    assert divided.parts.state.nbytes < whole.parts.state.nbytes
+    assert divided.training.state.nbytes < whole.training.state.nbytes
 
 
 @cache
@@ -130,16 +130,16 @@ def test_ranks_for_which_nothing_is_left(recipe: str) -> None:
     for stage in (1, 2, 3):
         divided = on_ranks(config(recipe, stage, **small), 7)
         assert all(result.same_as(whole[0]) for result in divided)
-        shares = [result.parts.state.local_slice for result in divided]
+        shares = [result.training.state.local_slice for result in divided]
         assert [share.stop > share.start for share in shares] == [True] * 3 + [False] * 4
 
 
 @pytest.mark.parametrize(("stage", "victim"), others_slow(product(STAGES, range(3)), plain=[(0, 1), (1, 0), (2, 2), (3, 1)]))
 def test_an_infinity_on_one_rank_skips_the_step_on_all(stage: int, victim: int) -> None:
-    def spoil(parts: Training, comm: Comm) -> None:
+    def spoil(training: Training, comm: Comm) -> None:
         if comm.rank != victim:
             return
-        sink_of, step = parts.state.gradient_sink, iter(range(100))
+        sink_of, step = training.state.gradient_sink, iter(range(100))
 
         def gradient_sink(first: bool) -> Any:
             sink, bad = sink_of(first), next(step) == 2
@@ -152,11 +152,11 @@ def test_an_infinity_on_one_rank_skips_the_step_on_all(stage: int, victim: int) 
 
             return put
 
-        parts.state.gradient_sink = gradient_sink  # type: ignore[method-assign]
+        training.state.gradient_sink = gradient_sink  # type: ignore[method-assign]
 
     results = on_ranks(config("fp16", stage, init_scale=1024.0), 3, spoil)
     assert all([step[2] for step in result.steps] == [False, False, True, False] for result in results)
-    assert all(result.same_as(results[0]) and float(result.parts.loss_scale.scale) == 512 for result in results)
+    assert all(result.same_as(results[0]) and float(result.training.loss_scale.scale) == 512 for result in results)
 
 
 # ---------------------------------------------------------------------------------------- each of these can go wrong
@@ -254,7 +254,7 @@ def test_bytes_on_each_rank_are_the_formulas_and_the_padding(stage: int, ranks: 
     assert 0 <= padding < GRAIN
 
     def measured(comm: Comm) -> dict[str, int]:
-        return {name: x.nbytes for name, x in made.make_parts(made.make_backend(), comm).state.buffers.items()}
+        return {name: x.nbytes for name, x in made.make_training(made.make_backend(), comm).state.buffers.items()}
 
     for buffers in [measured(Serial())] if ranks == 1 else run_ranks(ranks, measured):
         for name, nbytes in buffers.items():
@@ -267,10 +267,10 @@ def test_bytes_on_each_rank_are_the_formulas_and_the_padding(stage: int, ranks: 
 def test_ranks_share_the_fp32_moments_of_embeddings_and_hold_no_more() -> None:
     """They lie in the shares of the first ranks."""
     made = config("adam-8bit-fp32-embeddings", 1)
-    embeddings = made.make_parts(made.make_backend(), Serial()).state.layout.embeddings
+    embeddings = made.make_training(made.make_backend(), Serial()).state.layout.embeddings
 
     def measured(comm: Comm) -> int:
-        return int(made.make_parts(made.make_backend(), comm).state.buffers["v_embeddings"].nbytes)
+        return int(made.make_training(made.make_backend(), comm).state.buffers["v_embeddings"].nbytes)
 
     held = run_ranks(3, measured)
     assert sum(held) == 4 * embeddings and held == sorted(held, reverse=True)
@@ -310,8 +310,8 @@ def test_stage_3_holds_one_layer_at_a_time() -> None:
     """Weights are fetched layer by layer, and those of the layer before are gone; 3 L + 5 times a step for L layers."""
     largest, fetched = [], []
 
-    def watch(parts: Training, comm: Comm) -> None:
-        weights = parts.state.weight_views
+    def watch(training: Training, comm: Comm) -> None:
+        weights = training.state.weight_views
         assert isinstance(weights, FetchedWeights)
         fetch = weights._fetch
 
@@ -327,7 +327,7 @@ def test_stage_3_holds_one_layer_at_a_time() -> None:
 
     made = config("bf16", 3, steps=1)
     on_ranks(made, 2, watch)
-    sizes = [layer.size for layer in layers_of(on_ranks(made, 1)[0].parts.state.layout)]
+    sizes = [layer.size for layer in layers_of(on_ranks(made, 1)[0].training.state.layout)]
     assert max(largest) == max(sizes) < sum(sizes) / 2
     embeddings = ["transformer.wte.weight", "transformer.wpe.weight"]
     blocks = ["transformer.h.0.ln_1.weight", "transformer.h.1.ln_1.weight", "transformer.ln_f.weight"]
@@ -407,7 +407,7 @@ def test_every_rank_names_the_first_bad_gradient_of_all(stage: int) -> None:
     made = config("bf16", stage)
 
     def first(comm: Comm) -> list[str | None]:
-        state, names = made.make_parts(made.make_backend(), comm).state, []
+        state, names = made.make_training(made.make_backend(), comm).state, []
         for bad in ((), ("transformer.ln_f.bias",), ("transformer.ln_f.bias", "transformer.h.0.mlp.c_fc.weight")):
             sink = state.gradient_sink(first=True)
             for name in bad:
@@ -424,7 +424,7 @@ def test_a_parameter_without_a_gradient_has_one_of_zero_at_any_stage() -> None:
     made = config("bf16", 2)
 
     def gradients(comm: Comm) -> np.ndarray:
-        state = made.make_parts(made.make_backend(), comm).state
+        state = made.make_training(made.make_backend(), comm).state
         state.grads[...] = 7  # of the step before
         sink = state.gradient_sink(first=True)
         sink("transformer.ln_f.bias", cast(np.full(32, comm.rank + 1, np.float32), "bf16"))
@@ -432,13 +432,13 @@ def test_a_parameter_without_a_gradient_has_one_of_zero_at_any_stage() -> None:
         return state.gathered("grads", "")
 
     for whole in run_ranks(3, gradients):
-        start, stop, _ = made.make_parts(made.make_backend()).state.layout.slots["transformer.ln_f.bias"]
+        start, stop, _ = made.make_training(made.make_backend()).state.layout.slots["transformer.ln_f.bias"]
         assert (widen(whole[start:stop]) == 1 + 2 + 3).all()
         assert not widen(whole[:start]).any() and not widen(whole[stop:]).any()
 
 
 def test_layers_are_numbered_blocks_and_single_modules() -> None:
-    layout = on_ranks(config("bf16", 3), 1)[0].parts.state.layout
+    layout = on_ranks(config("bf16", 3), 1)[0].training.state.layout
     layers = list(layers_of(layout))
     names = [{re.sub(r"(\.\d+)?\.[^.]*$|(?<=\d)\..*", r"\1", name) for name in layer.slots} for layer in layers]
     assert names == [{f"transformer.{part}"} for part in ("wte", "wpe", "h.0", "h.1", "ln_f")]
@@ -474,8 +474,8 @@ def test_ranks_with_devices(recipe: str, stage: int) -> None:
 def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
 
-    def waits(parts: Training, comm: Comm) -> None:
-        step = parts.step
+    def waits(training: Training, comm: Comm) -> None:
+        step = training.step
 
         def counted(batches: Any) -> Any:
             before = counter.syncs
@@ -483,7 +483,7 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
             assert counter.syncs == before
             return result
 
-        parts.step = counted  # type: ignore[method-assign]
+        training.step = counted  # type: ignore[method-assign]
 
     for stage in STAGES:
         on_ranks(config("fp16", stage, steps=2), 1, waits)

@@ -63,7 +63,7 @@ class ByUpdate:
 class Judge:
     """Replays the steps of a trace under one configuration, with or without a mistake, and yields a finding a tensor.
 
-    The parts keep what goes on from step to step: the number of updates, the loss scale with its counters, and whatever else
+    `training` keeps what goes on from step to step: the number of updates, the loss scale with its counters, and whatever else
     a mistake forgets to renew. `lost` says why number and scale are not known; it is '' while they are.
     `reasons` tells of each tensor that was not judged why, once all findings have been asked for.
 
@@ -87,10 +87,10 @@ class Judge:
             config, changed = replace(config, grad_accum=n), [*changed, f"the trace has {n} micro-batches per step"]
         self.notes = [*mapped, *changed]
         self.own_rates = theirs.settings.get("schedule") == OWN_RATES
-        self.parts, self.ours = config.make_parts(NUMPY), Trace()
-        self.recorder = Recorder(self.parts, self.ours, follow=self.theirs)
-        meddle(mistake, self.parts)
-        start_from(self.theirs, self.parts)
+        self.training, self.ours = config.make_training(NUMPY), Trace()
+        self.recorder = Recorder(self.training, self.ours, follow=self.theirs)
+        meddle(mistake, self.training)
+        start_from(self.theirs, self.training)
         self.lost = ""
         self.reasons: dict[str, str] = {}
 
@@ -105,17 +105,17 @@ class Judge:
                 yield from self._step(step)
 
     def _step(self, step: int) -> Iterator[Finding]:
-        parts, theirs = self.parts, self.theirs
+        training, theirs = self.training, self.theirs
         unknown = self._put_states(step - 1)
         yield from self._weights(step)
         if not self.lost:
-            self.recorder.put("2.loss_scale", "", parts.loss_scale.scale)
+            self.recorder.put("2.loss_scale", "", training.loss_scale.scale)
             yield from self._equal(step, "2.loss_scale")
         self._give_reason(step, "2.loss_scale", self.lost)
         S, no_scale = theirs.get(step, "2.loss_scale"), ""
         if S is None:
-            S = parts.loss_scale.scale
-            no_scale = "2.loss_scale is missing" if self.lost and parts.loss_scale.adapts else ""
+            S = training.loss_scale.scale
+            no_scale = "2.loss_scale is missing" if self.lost and training.loss_scale.adapts else ""
         S = cast(S, "fp32")
         weights = {name: f"1.weights of {name} is missing" for name in self._unread}
         yield from self._through(step, S, weights, no_scale)
@@ -124,7 +124,7 @@ class Judge:
 
     def _put_states(self, step: int) -> dict[tuple[str, str], str]:
         """Our masters and moments become theirs after a step. Returns what is missing: (kind, parameter) -> in words."""
-        state, unknown = self.parts.state, dict[tuple[str, str], str]()
+        state, unknown = self.training.state, dict[tuple[str, str], str]()
         for kind in ("m", "v", "master"):
             buffer = state.master if kind == "master" else state.buffers.get(kind)
             if buffer is None or (kind != "master" and step == 0 and not self.theirs.at(0, f"4.{kind}")):
@@ -136,7 +136,7 @@ class Judge:
 
     def _weights(self, step: int) -> Iterator[Finding]:
         """Stage 1. `_unread` are then the parameters whose weights nobody knows."""
-        state = self.parts.state
+        state = self.training.state
         masters = self.theirs.at(step - 1, "4.master").keys() & state.layout.slots.keys()
         if masters:
             state.weights_down()
@@ -180,7 +180,7 @@ class Judge:
 
     def _through(self, step: int, S: Array, unread: Mapping[str, str], no_scale: str) -> Iterator[Finding]:
         """Forward and backward. See `Bounds` for the two judges."""
-        parts, theirs, points = self.parts, self.theirs, ("2.activations", "2.loss", "2.activation_grads", "2.grads")
+        training, theirs, points = self.training, self.theirs, ("2.activations", "2.loss", "2.activation_grads", "2.grads")
         if not any(theirs.at(step, point) or theirs.get(step, point) is not None for point in points):
             return
         batches = theirs.inputs(step)
@@ -188,10 +188,10 @@ class Judge:
             for point in points:
                 self._give_reason(step, point, "0.tokens or 0.targets is missing")
             return
-        loss = forward_backward(parts.model, batches, parts.state, S, parts.run)
+        loss = forward_backward(training.model, batches, training.state, S, training.run)
         self.recorder.put("2.loss", "", loss)
-        self.recorder.grads(parts.state)
-        bounds = Bounds(parts, self.ours, theirs, step, batches, S)
+        self.recorder.grads(training.state)
+        bounds = Bounds(training, self.ours, theirs, step, batches, S)
         known = self._bases(step, len(batches), unread, no_scale)
         overflowed = self._overflowed(self.ours, step) and self._overflowed(theirs, step)
         for point in points:
@@ -230,7 +230,7 @@ class Judge:
     def _update(self, step: int, S: Array, no_scale: str, unknown: Mapping[tuple[str, str], str]) -> Any:
         """From their gradients on, parameter by parameter. A generator that returns whether the step was skipped, or None
         where that is not known."""
-        parts, state, relative = self.parts, self.parts.state, norm_error(self.parts.state.layout.size)
+        training, state, relative = self.training, self.training.state, norm_error(self.training.state.layout.size)
         state.grads[...] = 0
         given = self._take(step, "2.grads", state.grad_views)
         absent = {name: f"2.grads of {name} is missing" for name in state.layout.slots if name not in given}
@@ -242,14 +242,14 @@ class Judge:
         before = {kind: buffer.copy() for kind, buffer in state.buffers.items()}
         inverse = inverse_of(S)
         found, norm = check_and_measure(state, inverse)
-        clip, no_clip = clip_coefficient(norm, parts.max_norm), ""
+        clip, no_clip = clip_coefficient(norm, training.max_norm), ""
         if absent:
             clip, no_clip = self._their_clip(step, next(iter(absent.values())))
             found = np.bool_(skipped)
         no_rate = self._plan(step)
-        parts.optimizer.update(state, inverse, clip, found)
+        training.optimizer.update(state, inverse, clip, found)
         self.recorder.put("3.norm", "", norm)
-        self.recorder.states(parts)
+        self.recorder.states(training)
         yield from self._unscaled(step, inverse, relative, absent)
         yield from self._norm(step, relative, next(iter(absent.values()), ""))
         if not self.lost and not no_rate:
@@ -267,10 +267,10 @@ class Judge:
 
     def _skipped(self, step: int, given: set[str], absent: Mapping[str, str]) -> bool | None:
         """Whether a step was skipped, by its gradients or by what the trace says; None where neither tells."""
-        views, told = self.parts.state.grad_views, self.theirs.get(step, "3.found_inf")
+        views, told = self.training.state.grad_views, self.theirs.get(step, "3.found_inf")
         if any(not np.isfinite(fp64(views[name])).all() for name in given):
             return True
-        scale = self.parts.loss_scale
+        scale = self.training.loss_scale
         if absent and told is None and (scale.adapts or float(scale.scale) != 1):
             return None
         return bool(absent and told)
@@ -286,12 +286,12 @@ class Judge:
         Returns it, and why it is not known, or ''.
         """
         norm, clip = self.theirs.get(step, "3.norm"), self.theirs.get(step, "4.clip")
-        if math.isinf(self.parts.max_norm):
+        if math.isinf(self.training.max_norm):
             return 1.0, ""
         if norm is not None:
-            return clip_coefficient(cast(norm, self.parts.state.math_format), self.parts.max_norm), ""
+            return clip_coefficient(cast(norm, self.training.state.math_format), self.training.max_norm), ""
         if clip is not None:
-            return cast(clip, self.parts.state.math_format), ""
+            return cast(clip, self.training.state.math_format), ""
         return 1.0, f"{absent}, and so are 3.norm and 4.clip"
 
     def _plan(self, step: int) -> str:
@@ -299,8 +299,8 @@ class Judge:
 
         Returns why the schedule has no rate for this step, or ''.
         """
-        optimizer = plain_optimizer(self.parts.optimizer)
-        schedule, rule, now = optimizer.schedule, optimizer.rule, int(self.parts.state.t)
+        optimizer = plain_optimizer(self.training.optimizer)
+        schedule, rule, now = optimizer.schedule, optimizer.rule, int(self.training.state.t)
         own, rate = self.theirs.get(step, "4.lr"), schedule(now)
         if own is not None and abs(float(own) - rate) > 4 * U * rate:
             rate = float(own)
@@ -312,7 +312,7 @@ class Judge:
         return f"the schedule ends after {schedule.steps} updates" if now >= schedule.steps else ""
 
     def _unscaled(self, step: int, inverse: Array, relative: float, absent: Mapping[str, str]) -> Iterator[Finding]:
-        state = self.parts.state
+        state = self.training.state
         for name, reason in absent.items():
             self._give_reason(step, "3.unscaled", reason, name)
         for name, a, b in self._pairs(step, "3.unscaled"):
@@ -341,7 +341,7 @@ class Judge:
         unknown: Mapping[tuple[str, str], str],
     ) -> Iterator[Finding]:  # fmt: skip
         """A moment is made from itself and the gradient; the masters from all."""
-        state, kinds = self.parts.state, ("m", "v", "master")
+        state, kinds = self.training.state, ("m", "v", "master")
         clipped = float(self.ours.tensors.get(f"{step}/4.clip", np.array(1.0))) < 1
         relative = (norm_relative if clipped else 0.0) + 16 * U
         for kind in kinds:
@@ -357,16 +357,16 @@ class Judge:
 
     def _counters(self, step: int, skipped: bool | None) -> Iterator[Finding]:
         """The loss scale and the number of updates after the step; where nobody knows them, the trace's own from here on."""
-        parts, points = self.parts, (*SCALE_STATE, "4.t")
+        training, points = self.training, (*SCALE_STATE, "4.t")
         if skipped is None:
             self.lost = self.lost or f"nothing tells whether step {step} was skipped (3.found_inf)"
-        parts.loss_scale.update(np.bool_(skipped))
-        self.recorder.counters(parts)
+        training.loss_scale.update(np.bool_(skipped))
+        self.recorder.counters(training)
         for point in points:
             if not self.lost:
                 yield from self._equal(step, point)
             self._give_reason(step, point, self.lost)
-        if self.lost and resume_from(self.theirs, parts, step):
+        if self.lost and resume_from(self.theirs, training, step):
             self.lost = ""
 
 

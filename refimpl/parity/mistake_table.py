@@ -60,14 +60,14 @@ def resumed(config: Config, after: int = 1) -> Trace:
     right = record(replace(config, mistake="none"))
     start = {key(0, point, name): x for k, x in right.tensors.items() for step, point, name in [parse_key(k)]
              if step == after and point.startswith("4.") and point not in ("4.clip", "4.lr")}  # fmt: skip
-    parts, trace = config.make_parts(config.make_backend()), Trace(asdict(config), dict(start))
-    recorder = Recorder(parts, trace)
-    meddle(config.mistake, parts)
-    start_from(trace, parts)
+    training, trace = config.make_training(config.make_backend()), Trace(asdict(config), dict(start))
+    recorder = Recorder(training, trace)
+    meddle(config.mistake, training)
+    start_from(trace, training)
     for kind in ("m", "v", "master"):
-        for name, view in parts.state.layout.views(parts.state.buffers[kind]).items():
+        for name, view in training.state.layout.views(training.state.buffers[kind]).items():
             view[...] = start[key(0, f"4.{kind}", name)]
-    write_down(recorder, parts, (right.inputs(step) or [] for step in right.steps if step > after))
+    write_down(recorder, training, (right.inputs(step) or [] for step in right.steps if step > after))
     return trace
 
 

@@ -152,14 +152,14 @@ class Branches:
 
 
 class Side:
-    """Our run: the same parts as a training run has, without its folder, and with the branches of its ReLUs given."""
+    """Our run: what a training run has, without its folder, and with the branches of its ReLUs given."""
 
     def __init__(self, config: Config, weights: Tensors) -> None:
-        self.parts = config.make_parts(NUMPY)
-        self.state = OverflowingState(self.parts.model, self.parts.state.formats, NUMPY)
-        self.parts.state = self.state
+        self.training = config.make_training(NUMPY)
+        self.state = OverflowingState(self.training.model, self.training.state.formats, NUMPY)
+        self.training.state = self.state
         self.branches = Branches()
-        self.parts.run.overrides = {**self.parts.run.overrides, "relu": self.branches.op}
+        self.training.run.overrides = {**self.training.run.overrides, "relu": self.branches.op}
         self.state.load_weights(weights)
 
     def step(
@@ -167,7 +167,7 @@ class Side:
     ) -> dict[str, Any]:
         """One step; overflow: with an Inf put into the first parameter's gradient."""
         self.state.overflow, self.branches.given = overflow, branches
-        r = self.parts.step([(tokens, targets)])
+        r = self.training.step([(tokens, targets)])
         return {"loss": float(r.loss), "loss_scale": float(r.loss_scale), "skipped": bool(r.skipped)}
 
     def weights(self) -> dict[str, np.ndarray]:

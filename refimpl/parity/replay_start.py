@@ -11,7 +11,7 @@ from refimpl.parity.trace import SCALE_STATE, Trace, key
 from refimpl.training.setup import Training
 
 
-def start_from(trace: Trace, parts: Training) -> None:
+def start_from(trace: Trace, training: Training) -> None:
     """Set the number of updates and the loss scale of a run to what the trace states of its start, step 0.
 
     A trace that states nothing begins where a run begins. Errors: UsageError that asks for what is missing in one that begins
@@ -30,17 +30,17 @@ def start_from(trace: Trace, parts: Training) -> None:
     for kind in ("m", "v"):
         read = any(trace.at(step, point) for step in trace.steps for point in (f"4.{kind}", "4.master"))
         given = moments and trace.at(0, f"4.{kind}")
-        if begun and read and not given and kind in parts.state.stored:
+        if begun and read and not given and kind in training.state.stored:
             raise UsageError(f"0/4.t is {float(t or 0):g}, so the trace begins in the middle of a run: it needs 0/4.{kind}")
-    parts.state.t = np.asarray(np.int64(0 if t is None else int(t)))
-    if parts.loss_scale.adapts:
-        _start_scale(trace, parts, int(parts.state.t))
+    training.state.t = np.asarray(np.int64(0 if t is None else int(t)))
+    if training.loss_scale.adapts:
+        _start_scale(trace, training, int(training.state.t))
 
 
-def _start_scale(trace: Trace, parts: Training, t: int) -> None:
+def _start_scale(trace: Trace, training: Training, t: int) -> None:
     """The loss scale of step 0. One that is not finite is no state of a run: it is the mistake of a trace, and stays unused."""
     told = {name: trace.get(0, point) for point, name in SCALE_STATE.items()}
-    state = parts.loss_scale.state_dict()
+    state = training.loss_scale.state_dict()
     needs = f"0/4.t is {t}, so the trace begins in the middle of a run: it needs 0/"
     scales = any(trace.get(step, point) is not None for step in trace.steps for point in ("2.loss_scale", "4.scale"))
     if t and told["scale"] is None and scales:
@@ -57,17 +57,17 @@ def _start_scale(trace: Trace, parts: Training, t: int) -> None:
     if not 0 < values.get("scale", 1.0) < math.inf:
         del values["scale"]
     whole = {name: value if name == "scale" else int(value) for name, value in values.items()}
-    parts.loss_scale.load_state_dict({**state, **whole})
+    training.loss_scale.load_state_dict({**state, **whole})
 
 
-def resume_from(trace: Trace, parts: Training, step: int) -> bool:
+def resume_from(trace: Trace, training: Training, step: int) -> bool:
     """Take up number of updates and loss scale where a trace states them after a step; return whether it states them all."""
-    state = parts.loss_scale.state_dict()
-    points = [point for point, name in SCALE_STATE.items() if name in state and parts.loss_scale.adapts]
+    state = training.loss_scale.state_dict()
+    points = [point for point, name in SCALE_STATE.items() if name in state and training.loss_scale.adapts]
     if any(trace.get(step, point) is None for point in (*points, "4.t")):
         return False
     there = {key(0, point): trace.tensors[key(step, point)] for point in (*points, "4.t")}
-    parts.state.t = np.asarray(np.int64(there.pop("0/4.t")))
+    training.state.t = np.asarray(np.int64(there.pop("0/4.t")))
     if points:
-        _start_scale(Trace({}, there), parts, 0)
+        _start_scale(Trace({}, there), training, 0)
     return True

@@ -117,9 +117,9 @@ class Bounds:
     FP32 operation or sum leaves does not fit 16 bits by chance. A 16-bit value may be stored in a wider format.
     """
 
-    def __init__(self, parts: Training, ours: Trace, theirs: Trace, step: int, batches: list[Batch], S: Array) -> None:
-        """parts: those that ours was computed with; their weights are the trace's."""
-        self.parts, self.ours, self.theirs = parts, ours, theirs
+    def __init__(self, training: Training, ours: Trace, theirs: Trace, step: int, batches: list[Batch], S: Array) -> None:
+        """training: what `ours` was computed with; its weights are the trace's."""
+        self.training, self.ours, self.theirs = training, ours, theirs
         self.step, self.batches, self.S = step, batches, S
         self._exact_sums: Trace | None = None
         self._other_kernel: Trace | None = None
@@ -140,7 +140,7 @@ class Bounds:
             fmt = min((self._rounded_to(x) for x in (ours, theirs)), key=lambda name: FORMATS[name].bits)
             by_operation = _free(fmt, exact)
         by_operation += 3 * distance(ours, exact)
-        if self.parts.run.policy.fused_attention:
+        if self.training.run.policy.fused_attention:
             by_operation += 1.25 * distance(ours, self.other_kernel.tensors[key(self.step, point, name)])
         return by_operation if fmt != "fp32" else max(by_operation, self._as_a_whole(point, name, ours, theirs))
 
@@ -161,7 +161,7 @@ class Bounds:
 
     def _of_loss(self, ours: Array, weak: bool) -> float:
         """Both rules for the one number that is kept in FP32 always, plus its sum over rows in some order."""
-        rows = sum(int(self.parts.model.n_targets(targets)) for _, targets in self.batches)
+        rows = sum(int(self.training.model.n_targets(targets)) for _, targets in self.batches)
         e = self._row_error() if weak else distance(ours, self.exact_sums.tensors[f"{self.step}/2.loss"])
         return 3 * e + 2 * math.sqrt(rows) * U * l2(ours)  # each addition errs by u at most, in a random direction
 
@@ -186,8 +186,8 @@ class Bounds:
     @property
     def _low(self) -> str:
         """The format that products read: 16 bits, but in fp32."""
-        low = self.parts.run.policy.row("linear.y").input("x")
-        return low if low in FORMATS else self.parts.state.formats["grads"]
+        low = self.training.run.policy.row("linear.y").input("x")
+        return low if low in FORMATS else self.training.state.formats["grads"]
 
     def _rounded_to(self, x: Array) -> str:
         """The format that a tensor's values really have: under autocast many an FP32 tensor holds 16-bit values."""
@@ -197,7 +197,7 @@ class Bounds:
     def exact_sums(self) -> Trace:
         """Our step with the sums of all operations in FP64, from the trace's values."""
         if self._exact_sums is None:
-            run = self.parts.run
+            run = self.training.run
             rows = {key: replace(row, acc="fp64") if row.acc == "fp32" else row for key, row in run.policy.rows.items()}
             exact, exact_run = self._same_weights(), Run(Policy("exact sums", rows), NUMPY, overrides=run.overrides)
             self._exact_sums, self._addends = self._run(exact, exact_run, self.S, follow=True), exact.addends
@@ -207,7 +207,7 @@ class Bounds:
     def other_kernel(self) -> Trace:
         """Our step with fused attention as another correct kernel computes it, from the trace's values."""
         if self._other_kernel is None:
-            run = self.parts.run
+            run = self.training.run
             other = Run(run.policy, NUMPY, overrides={**run.overrides, "attention": other_kernel})
             self._other_kernel = self._run(self._same_weights(), other, self.S, follow=True)
         return self._other_kernel
@@ -216,15 +216,15 @@ class Bounds:
     def truth(self) -> Trace:
         """The step in FP64 from the weights of the trace."""
         if self._truth is None:
-            recipe, parts = get_recipe("fp64"), self.parts
-            exact = State(parts.model, recipe.state_encodings(()), NUMPY)
-            widen(parts.state.weights, "fp64", out=exact.weights)
+            recipe, training = get_recipe("fp64"), self.training
+            exact = State(training.model, recipe.state_encodings(()), NUMPY)
+            widen(training.state.weights, "fp64", out=exact.weights)
             self._truth = self._run(exact, Run(recipe.policy, NUMPY), np.asarray(np.float64(self.S)), follow=False)
         return self._truth
 
     def _same_weights(self) -> Addends:
         """Our state with gradients of its own. It is of our state's kind, so that a mistake in that is in both."""
-        other: Any = copy.copy(self.parts.state)
+        other: Any = copy.copy(self.training.state)
         other.__class__ = type("Exact", (Addends, type(other)), {})
         other.buffers = {**other.buffers, "grads": np.zeros_like(other.grads)}
         other.grad_views, other.addends = other.views("grads"), {}
@@ -232,17 +232,17 @@ class Bounds:
         return result
 
     def _run(self, state: State, run: Run, S: Array, follow: bool) -> Trace:
-        trace, parts = Trace(), self.parts
-        recorder = Recorder(replace(parts, state=state, run=run), trace, self.theirs if follow else None)
+        trace, training = Trace(), self.training
+        recorder = Recorder(replace(training, state=state, run=run), trace, self.theirs if follow else None)
         recorder.step = self.step
-        loss = forward_backward(parts.model, self.batches, state, S, run)
+        loss = forward_backward(training.model, self.batches, state, S, run)
         recorder.put("2.loss", "", loss)
         recorder.grads(state)
         return trace
 
     def _row_error(self) -> float:
         """The mean over rows of |our loss of the row - the true one|, from the logits as each run has them."""
-        model, errors = self.parts.model, []
+        model, errors = self.training.model, []
         for i, (_, targets) in enumerate(self.batches, 1):
             ours, truth = (trace.get(self.step, "2.activations", in_batch("lm_head", i)) for trace in (self.ours, self.truth))
             assert ours is not None and truth is not None

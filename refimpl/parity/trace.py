@@ -173,16 +173,16 @@ def load(path: Path) -> Trace:
 class Recorder:
     """Writes a run into a trace, step by step; what is written first under a name stays.
 
-    Attach it before a mistake is made in the parts: it has to see the update as the rule sees it.
+    Attach it before a mistake is injected into the training: it has to see the update as the rule sees it.
     follow: another trace whose activations and their gradients replace the run's own, each after it is written down, so
     that every operation computes from that trace's values and no difference is carried from one to the next.
     """
 
-    def __init__(self, parts: Training, trace: Trace, follow: Trace | None = None) -> None:
+    def __init__(self, training: Training, trace: Trace, follow: Trace | None = None) -> None:
         self.trace, self.follow, self.step = trace, follow, 0
-        self._to_host, self._rule_side = parts.state.backend.to_host, parts.optimizer
-        parts.run.observer = self._observe
-        parts.optimizer = WrappedOptimizer(parts.optimizer, self._before_update)
+        self._to_host, self._rule_side = training.state.backend.to_host, training.optimizer
+        training.run.observer = self._observe
+        training.optimizer = WrappedOptimizer(training.optimizer, self._before_update)
 
     @property
     def step(self) -> int:
@@ -232,23 +232,23 @@ class Recorder:
         self.put("4.lr", "", self._rule_side.lr(state))
         return inverse, clip, found
 
-    def states(self, parts: Training) -> None:
+    def states(self, training: Training) -> None:
         """Masters and moments as they are now."""
-        state = parts.state
+        state = training.state
         for kind in ("m", "v", "master"):
             own = state.master_kind if kind == "master" else kind
             if own in state.stored:
                 for name, view in state.layout.views(state.values(own)).items():
                     self.put(f"4.{kind}", name, view)
 
-    def counters(self, parts: Training) -> None:
+    def counters(self, training: Training) -> None:
         """The loss scale, its counters, and the number of updates, as they are now."""
-        self.put("4.scale", "", parts.loss_scale.scale)
-        counters = parts.loss_scale.state_dict()
+        self.put("4.scale", "", training.loss_scale.scale)
+        counters = training.loss_scale.state_dict()
         for point, name in SCALE_STATE.items():
             if name in counters and name != "scale":
                 self.put(point, "", np.int64(counters[name]))
-        self.put("4.t", "", parts.state.t)
+        self.put("4.t", "", training.state.t)
 
 
 def like(theirs: np.ndarray, ours: Array, what: str) -> np.ndarray:
@@ -264,35 +264,35 @@ def record(config: Config, source: Trace | None = None) -> Trace:
 
     source: another trace, whose start and batches are used. Errors: UsageError when it lacks them.
     """
-    parts, trace = config.make_parts(config.make_backend()), Trace(asdict(config))
-    recorder = Recorder(parts, trace)
-    meddle(config.mistake, parts)
-    start = source.at(0, "4.master") if source else parts.model.initial_weights(generator(config.seed, INIT))
+    training, trace = config.make_training(config.make_backend()), Trace(asdict(config))
+    recorder = Recorder(training, trace)
+    meddle(config.mistake, training)
+    start = source.at(0, "4.master") if source else training.model.initial_weights(generator(config.seed, INIT))
     rounded = not source and (config.masters_from or config.make_recipe().masters_from) == "rounded"
-    parts.state.load_weights(checked_start(start, parts), rounded)
-    recorder.states(parts)
-    recorder.counters(parts)
-    write_down(recorder, parts, batches_of(config, source))
+    training.state.load_weights(checked_start(start, training), rounded)
+    recorder.states(training)
+    recorder.counters(training)
+    write_down(recorder, training, batches_of(config, source))
     return trace
 
 
-def write_down(recorder: Recorder, parts: Training, steps: Iterable[list[tuple[np.ndarray, np.ndarray]]]) -> None:
+def write_down(recorder: Recorder, training: Training, steps: Iterable[list[tuple[np.ndarray, np.ndarray]]]) -> None:
     """Train on the batches of some steps and write down what they compute."""
     for recorder.step, batches in enumerate(steps, 1):
         for point, i in (("0.tokens", 0), ("0.targets", 1)):
             arrays = [batch[i] for batch in batches]
             recorder.trace.put(recorder.step, point, "", np.stack(arrays) if len(arrays) > 1 else arrays[0])
-        result = parts.step([parts.model.batch_on(parts.state.backend, x, y) for x, y in batches])
+        result = training.step([training.model.batch_on(training.state.backend, x, y) for x, y in batches])
         recorder.put("2.loss", "", result.loss)
         recorder.put("2.loss_scale", "", result.loss_scale)
         recorder.put("3.norm", "", result.grad_norm)
-        recorder.states(parts)
-        recorder.counters(parts)
+        recorder.states(training)
+        recorder.counters(training)
 
 
-def checked_start(start: Mapping[str, np.ndarray], parts: Training) -> Mapping[str, np.ndarray]:
+def checked_start(start: Mapping[str, np.ndarray], training: Training) -> Mapping[str, np.ndarray]:
     """The weights of a start, if they are this model's. Errors: UsageError that names the first that is not."""
-    for name, spec in parts.model.parameters.items():
+    for name, spec in training.model.parameters.items():
         if name not in start or start[name].shape != spec.shape:
             there = f"{start[name].shape}" if name in start else "missing"
             raise UsageError(f"the start of the trace (0/4.master/{name}) is {there}; this model's shape is {spec.shape}")

@@ -177,8 +177,8 @@ def inspect_steps(
 def _train(config: Config, parameter: str) -> Iterator[_Watched]:
     """Train, and stop after every step, with all that a report on one parameter needs."""
     assert config.batch_size is not None and config.block_size is not None
-    corpus, parts = load_corpus(config.data, config.block_size), start(config)
-    state, scale = parts.state, parts.loss_scale
+    corpus, training = load_corpus(config.data, config.block_size), start(config)
+    state, scale = training.state, training.loss_scale
     batches = generator(config.seed, BATCHES)
     copies: list[Array] = []
 
@@ -187,18 +187,18 @@ def _train(config: Config, parameter: str) -> Iterator[_Watched]:
         if site.startswith(f"{parameter}.") and site.endswith(":cast.w"):
             copies.append(y)
 
-    parts.watch(monitor)
+    training.watch(monitor)
     while True:
         copies.clear()
         before = {kind: state.layout.views(buffer)[parameter].copy() for kind, buffer in state.buffers.items()}
         scale_before, t = scale.scale.copy(), int(state.t)
         batch = sample_batch(corpus.train, config.batch_size, config.block_size, batches, config.no_target)
-        result = parts.step([batch])
+        result = training.step([batch])
         if "master" in before:
             before["weights"] = state.weight_views[parameter].copy()  # made by step 1, not touched since
         state.weights_down()  # what the next step begins with, so that the new copy can be seen already
         copy = copies[0] if copies else None
-        yield _Watched(config, before, scale_before, t, copy, result, state, parts.optimizer, scale)
+        yield _Watched(config, before, scale_before, t, copy, result, state, training.optimizer, scale)
 
 
 def _checked_index(parameter: str, index: Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -233,9 +233,9 @@ class Config:
         knobs = {name: getattr(self, name) for name in ("hysteresis", *OWN_OF_THE_SCALER)}
         return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, **knobs, **more)
 
-    def make_parts(self, backend: Backend, comm: Comm | None = None) -> Training:
+    def make_training(self, backend: Backend, comm: Comm | None = None) -> Training:
         """All that a training step takes, of one rank if there are several. The weights are still zero:
-        `parts.state.load_weights`.
+        `training.state.load_weights`.
 
         Errors: UsageError for a batch that the ranks cannot share equally, and for sizes that memory cannot hold.
         """

@@ -33,9 +33,9 @@ def need(present: bool, what: str) -> None:
         raise NoRoom(what)
 
 
-def low_format(parts: Training) -> str:
+def low_format(training: Training) -> str:
     """The 16-bit format that the run's products read. Errors: NoRoom."""
-    row = parts.run.policy.row("linear.y")
+    row = training.run.policy.row("linear.y")
     fmt = row.input("x")
     plain = fmt in FORMATS and FORMATS[fmt].bits == 16 and row.acc == "fp32"
     need(plain, "a recipe whose products are in 16 bits with FP32 sums, such as fp16 or amp-bf16")

@@ -18,12 +18,12 @@ from refimpl.training.setup import Training
 MISTAKES: dict[str, Mistake] = {mistake.name: mistake for mistake in (*FORWARD, *UPDATE)}
 
 
-def meddle(name: str, parts: Training) -> None:
+def meddle(name: str, training: Training) -> None:
     """Make the named mistake in a run that has not begun. Errors: UsageError where the recipe leaves no room for it."""
     if name == "none":
         return
     try:
-        MISTAKES[name].make(parts)
+        MISTAKES[name].make(training)
     except NoRoom as error:
         raise UsageError(f"--mistake {name} needs {error}") from None
 

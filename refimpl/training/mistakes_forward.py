@@ -48,20 +48,20 @@ class StaleWeights(State):
         return super().gradient_sink(first)
 
 
-def _replace_state(parts: Training, kind: type[S], **formats: str) -> S:
-    state = parts.state
-    parts.state = new = kind(parts.model, {**state.stored, **formats}, state.backend, state.seed)
+def _replace_state(training: Training, kind: type[S], **formats: str) -> S:
+    state = training.state
+    training.state = new = kind(training.model, {**state.stored, **formats}, state.backend, state.seed)
     return new
 
 
-def _no_masters(parts: Training) -> None:
-    need("master" in parts.state.formats, "a recipe with separate masters, such as fp16 or bf16")
-    _replace_state(parts, RoundedMasters)
+def _no_masters(training: Training) -> None:
+    need("master" in training.state.formats, "a recipe with separate masters, such as fp16 or bf16")
+    _replace_state(training, RoundedMasters)
 
 
-def _stale_weights(parts: Training) -> None:
-    need("master" in parts.state.formats, "a recipe with separate masters, such as fp16 or bf16")
-    _replace_state(parts, StaleWeights)
+def _stale_weights(training: Training) -> None:
+    need("master" in training.state.formats, "a recipe with separate masters, such as fp16 or bf16")
+    _replace_state(training, StaleWeights)
 
 
 # -- 2. forward and backward ---------------------------------------------------------------------------------------------
@@ -76,23 +76,23 @@ class HalfScale(DynamicLossScale):
         return widen(cast(super().scale, "fp16"), "fp32")
 
 
-def change_scale(parts: Training, change: type[DynamicLossScale]) -> None:
+def change_scale(training: Training, change: type[DynamicLossScale]) -> None:
     """Put the methods of `change` before those of the run's loss scale, which stays what it is in all else."""
-    scale = parts.loss_scale
+    scale = training.loss_scale
     need(scale.adapts, "a loss scale that adapts, such as dynamic")
     scale.__class__ = type(change.__name__, (change, type(scale)), {})
 
 
-def _scale_in_16_bits(parts: Training) -> None:
-    change_scale(parts, HalfScale)
+def _scale_in_16_bits(training: Training) -> None:
+    change_scale(training, HalfScale)
 
 
-def _override(parts: Training, op: Op, **functions: Any) -> None:
-    parts.run.overrides = {**parts.run.overrides, op.name: replace(op, **functions)}
+def _override(training: Training, op: Op, **functions: Any) -> None:
+    training.run.overrides = {**training.run.overrides, op.name: replace(op, **functions)}
 
 
-def _cast_twice(parts: Training) -> None:
-    low_format(parts)
+def _cast_twice(training: Training) -> None:
+    low_format(training)
 
     def forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
         product, saved = linear.forward(x, w, None, p=p)  # rounded here, before the bias is in
@@ -101,14 +101,14 @@ def _cast_twice(parts: Training) -> None:
             product = y.out(y.wide(product) + y.wide(y.cast(b, "b")), "y.again", x, w)
         return product, saved
 
-    _override(parts, linear, forward=forward)
+    _override(training, linear, forward=forward)
 
 
 CHUNK = 8  # products between two roundings of the sum
 
 
-def _sum_in_16_bits(parts: Training) -> None:
-    low = low_format(parts)
+def _sum_in_16_bits(training: Training) -> None:
+    low = low_format(training)
 
     def forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
         y, saved = linear.forward(x, w, b, p=p)
@@ -121,48 +121,48 @@ def _sum_in_16_bits(parts: Training) -> None:
             z += row.wide(row.cast(b, "b"))
         return row.round(z, format_of(y), "y").reshape(y.shape), saved
 
-    _override(parts, linear, forward=forward)
+    _override(training, linear, forward=forward)
 
 
-def _tied_gradient_dropped(parts: Training) -> None:
-    need(bool(parts.model.tied), "a model with tied weights (gpt)")
+def _tied_gradient_dropped(training: Training) -> None:
+    need(bool(training.model.tied), "a model with tied weights (gpt)")
 
     def backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array | None]:
-        tied = f"{p.place}.weight" in parts.model.tied.values()
+        tied = f"{p.place}.weight" in training.model.tied.values()
         return (None, None) if tied else embedding.backward(dy, saved, w, p=p)  # type: ignore[return-value]
 
-    _override(parts, embedding, backward=backward)
+    _override(training, embedding, backward=backward)
 
 
-def _rows(parts: Training, **rows: Precision) -> None:
+def _rows(training: Training, **rows: Precision) -> None:
     """Other rows of the policy; a name's '__' stands for its dot."""
-    policy = parts.run.policy
+    policy = training.run.policy
     changed = {**policy.rows, **{name.replace("__", "."): row for name, row in rows.items()}}
-    parts.run.policy = replace(policy, rows=changed)
+    training.run.policy = replace(policy, rows=changed)
 
 
-def _need_written_out(parts: Training) -> None:
-    need(parts.model.name == "gpt", "attention (gpt)")
-    need(parts.run.policy.row("attention.scores").out != "fp32", "--attention unfused")
+def _need_written_out(training: Training) -> None:
+    need(training.model.name == "gpt", "attention (gpt)")
+    need(training.run.policy.row("attention.scores").out != "fp32", "--attention unfused")
 
 
-def _missing_cast(parts: Training) -> None:
-    low = low_format(parts)
-    inputs = parts.run.policy.row("attention.softmax").input("S")
-    _need_written_out(parts)
-    _rows(parts, attention__softmax=Precision(inputs, "fp32", "fp32"),
+def _missing_cast(training: Training) -> None:
+    low = low_format(training)
+    inputs = training.run.policy.row("attention.softmax").input("S")
+    _need_written_out(training)
+    _rows(training, attention__softmax=Precision(inputs, "fp32", "fp32"),
           attention__values=Precision({"P": SAME, "v": low}, "fp32", low))  # fmt: skip
 
 
-def _loss_in_16_bits(parts: Training) -> None:
-    low = low_format(parts)
-    _rows(parts, cross_entropy=Precision(low, "fp32", low))
+def _loss_in_16_bits(training: Training) -> None:
+    low = low_format(training)
+    _rows(training, cross_entropy=Precision(low, "fp32", low))
 
 
-def _softmax_in_16_bits(parts: Training) -> None:
-    low = low_format(parts)
-    _need_written_out(parts)
-    _rows(parts, attention__softmax=Precision(low, "fp32", low))
+def _softmax_in_16_bits(training: Training) -> None:
+    low = low_format(training)
+    _need_written_out(training)
+    _rows(training, attention__softmax=Precision(low, "fp32", low))
 
     def narrow(p: Bound) -> Bound:
         p["softmax"].math = low  # exp, sum and quotient in NumPy's own 16-bit arithmetic, which no policy can ask for
@@ -174,14 +174,14 @@ def _softmax_in_16_bits(parts: Training) -> None:
     def backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array | None, ...]:
         return attention.backward(dO, saved, p=narrow(p), n_head=n_head)
 
-    _override(parts, attention, forward=forward, backward=backward)
+    _override(training, attention, forward=forward, backward=backward)
 
 
-def _norm_in_16_bits(parts: Training) -> None:
-    low = low_format(parts)
-    need(parts.run.policy.row("layernorm").input("x") == "fp32", "a recipe that keeps it in FP32 (amp-fp16, amp-bf16)")
-    need(parts.model.name == "gpt", "layer norms (gpt)")
-    _rows(parts, layernorm=Precision(low, "fp32", low))
+def _norm_in_16_bits(training: Training) -> None:
+    low = low_format(training)
+    need(training.run.policy.row("layernorm").input("x") == "fp32", "a recipe that keeps it in FP32 (amp-fp16, amp-bf16)")
+    need(training.model.name == "gpt", "layer norms (gpt)")
+    _rows(training, layernorm=Precision(low, "fp32", low))
 
 
 class SixteenBitSums(State):
@@ -197,15 +197,15 @@ class SixteenBitSums(State):
         return store if first else add
 
 
-def _accumulate_in_16_bits(parts: Training) -> None:
-    formats = parts.state.formats
+def _accumulate_in_16_bits(training: Training) -> None:
+    formats = training.state.formats
     need(FORMATS[formats["weights"]].bits == 16 and formats["grads"] == "fp32", "fp16 or bf16 and --grad-accum above 1")
-    _replace_state(parts, SixteenBitSums, grads=formats["weights"])
+    _replace_state(training, SixteenBitSums, grads=formats["weights"])
 
 
-def _residual_truncated(parts: Training) -> None:
-    low = low_format(parts)
-    need(parts.model.name == "gpt" and parts.run.policy.row("add").out == low, "residuals in 16 bits (gpt; fp16 or bf16)")
+def _residual_truncated(training: Training) -> None:
+    low = low_format(training)
+    need(training.model.name == "gpt" and training.run.policy.row("add").out == low, "residuals in 16 bits (gpt; fp16 or bf16)")
 
     def forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
         y, saved = add.forward(a, b, p=p)
@@ -213,7 +213,7 @@ def _residual_truncated(parts: Training) -> None:
             y = _toward_zero(p.wide(a) + p.wide(b), y)
         return y, saved
 
-    _override(parts, add, forward=forward)
+    _override(training, add, forward=forward)
 
 
 def _toward_zero(z: Array, y: Array) -> Array:
@@ -223,23 +223,23 @@ def _toward_zero(z: Array, y: Array) -> Array:
     return from_bits(bits, format_of(y))
 
 
-def _need_micro_batches(parts: Training) -> None:
-    need(parts.grad_accum > 1, "--grad-accum above 1")
+def _need_micro_batches(training: Training) -> None:
+    need(training.grad_accum > 1, "--grad-accum above 1")
 
 
-def _loss_not_averaged(parts: Training) -> None:
-    _need_micro_batches(parts)
+def _loss_not_averaged(training: Training) -> None:
+    _need_micro_batches(training)
 
     def backward(dloss: Array, saved: Any, p: Bound, **static: Any) -> tuple[Array | None, ...]:
-        return cross_entropy.backward(cast(parts.loss_scale.scale, format_of(dloss)), saved, p=p, **static)
+        return cross_entropy.backward(cast(training.loss_scale.scale, format_of(dloss)), saved, p=p, **static)
 
-    _override(parts, cross_entropy, backward=backward)
+    _override(training, cross_entropy, backward=backward)
 
 
-def _mean_of_means(parts: Training) -> None:
-    _need_micro_batches(parts)
-    need(parts.model.loss_mean == "tokens", "--loss-mean tokens")
-    parts.model = replace(parts.model, loss_mean="micro-batches")
+def _mean_of_means(training: Training) -> None:
+    _need_micro_batches(training)
+    need(training.model.loss_mean == "tokens", "--loss-mean tokens")
+    training.model = replace(training.model, loss_mean="micro-batches")
 
 
 class UnscaledEachTime(State):
@@ -254,11 +254,11 @@ class UnscaledEachTime(State):
             view *= self.inverse_scale()
 
 
-def _unscale_each_micro_batch(parts: Training) -> None:
-    _need_micro_batches(parts)
-    need(parts.loss_scale.adapts or float(parts.loss_scale.scale) != 1, "a loss scale")
-    state = _replace_state(parts, UnscaledEachTime)
-    state.inverse_scale = lambda: inverse_of(parts.loss_scale.scale)
+def _unscale_each_micro_batch(training: Training) -> None:
+    _need_micro_batches(training)
+    need(training.loss_scale.adapts or float(training.loss_scale.scale) != 1, "a loss scale")
+    state = _replace_state(training, UnscaledEachTime)
+    state.inverse_scale = lambda: inverse_of(training.loss_scale.scale)
 
 
 class KeptGradients(State):
@@ -281,17 +281,17 @@ class KeptGradients(State):
         return super().gradient_sink(False)
 
 
-def _gradients_not_zeroed(parts: Training) -> None:
-    formats = parts.state.formats
+def _gradients_not_zeroed(training: Training) -> None:
+    formats = training.state.formats
     plain = FORMATS[formats["grads"]].bits == 32 and "master" not in formats
     need(plain, "FP32 weights, whose gradients are unscaled in place, such as those of amp-fp16")
-    kept = _replace_state(parts, KeptGradients)
+    kept = _replace_state(training, KeptGradients)
 
     def keep(state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
         kept.factors, kept.kept = (inverse, clip), None
         return inverse, clip, found
 
-    parts.optimizer = WrappedOptimizer(parts.optimizer, keep)
+    training.optimizer = WrappedOptimizer(training.optimizer, keep)
 
 
 FORWARD = (

@@ -24,60 +24,60 @@ from refimpl.training.setup import Training, UpdateArguments, WrappedOptimizer, 
 # -- 3. gradients up, and what step 4 makes of them -------------------------------------------------------------------
 
 
-def _has_loss_scale(parts: Training) -> None:
-    need(parts.loss_scale.adapts or float(parts.loss_scale.scale) != 1, "a loss scale")
+def _has_loss_scale(training: Training) -> None:
+    need(training.loss_scale.adapts or float(training.loss_scale.scale) != 1, "a loss scale")
 
 
-def _unscales_in_update(parts: Training) -> None:
-    _has_loss_scale(parts)
-    need("main_grads" not in parts.state.stored, "a recipe that unscales in the update, not into main_grads")
+def _unscales_in_update(training: Training) -> None:
+    _has_loss_scale(training)
+    need("main_grads" not in training.state.stored, "a recipe that unscales in the update, not into main_grads")
 
 
-def _change_update(parts: Training, change: Callable[[State, Array, Array | float, Array], UpdateArguments]) -> None:
-    parts.optimizer = WrappedOptimizer(parts.optimizer, change)
+def _change_update(training: Training, change: Callable[[State, Array, Array | float, Array], UpdateArguments]) -> None:
+    training.optimizer = WrappedOptimizer(training.optimizer, change)
 
 
-def _scaled_clip(parts: Training, state: State, inverse_scale: Array) -> Array | float:
+def _scaled_clip(training: Training, state: State, inverse_scale: Array) -> Array | float:
     """The clip coefficient by the norm of gradients that are still scaled."""
-    _, scaled_norm = check_and_measure(state, parts.state.backend.xp.ones_like(inverse_scale))
-    return clip_coefficient(scaled_norm, parts.max_norm)
+    _, scaled_norm = check_and_measure(state, training.state.backend.xp.ones_like(inverse_scale))
+    return clip_coefficient(scaled_norm, training.max_norm)
 
 
-def _unscale_after_clip(parts: Training) -> None:
-    _unscales_in_update(parts)
-    need(math.isfinite(parts.max_norm), "--clip above 0")
-    one = parts.state.backend.xp.ones((), dtype_of(parts.state.math_format))
-    _change_update(parts, lambda state, inverse, clip, found: (inverse * _scaled_clip(parts, state, inverse), one, found))
+def _unscale_after_clip(training: Training) -> None:
+    _unscales_in_update(training)
+    need(math.isfinite(training.max_norm), "--clip above 0")
+    one = training.state.backend.xp.ones((), dtype_of(training.state.math_format))
+    _change_update(training, lambda state, inverse, clip, found: (inverse * _scaled_clip(training, state, inverse), one, found))
 
 
-def _no_unscale(parts: Training) -> None:
-    _unscales_in_update(parts)
+def _no_unscale(training: Training) -> None:
+    _unscales_in_update(training)
 
     def change(state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
-        return state.backend.xp.ones_like(inverse), _scaled_clip(parts, state, inverse), found
+        return state.backend.xp.ones_like(inverse), _scaled_clip(training, state, inverse), found
 
-    _change_update(parts, change)
-
-
-def _unscale_twice(parts: Training) -> None:
-    _unscales_in_update(parts)
-    _change_update(parts, lambda state, inverse, clip, found: (inverse * inverse, clip, found))
+    _change_update(training, change)
 
 
-def _ignore_inf(parts: Training) -> None:
-    _has_loss_scale(parts)
-    _change_update(parts, lambda state, inverse, clip, found: (inverse, clip, state.backend.xp.zeros_like(found)))
+def _unscale_twice(training: Training) -> None:
+    _unscales_in_update(training)
+    _change_update(training, lambda state, inverse, clip, found: (inverse * inverse, clip, found))
 
 
-def _t_advances_on_skip(parts: Training) -> None:
-    _has_loss_scale(parts)
-    last = parts.optimizer.schedule.steps - 1
+def _ignore_inf(training: Training) -> None:
+    _has_loss_scale(training)
+    _change_update(training, lambda state, inverse, clip, found: (inverse, clip, state.backend.xp.zeros_like(found)))
+
+
+def _t_advances_on_skip(training: Training) -> None:
+    _has_loss_scale(training)
+    last = training.optimizer.schedule.steps - 1
 
     def change(state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
         state.t = state.backend.xp.minimum(state.t + found, last)
         return inverse, clip, found
 
-    _change_update(parts, change)
+    _change_update(training, change)
 
 
 class EveryStepSchedule(WrappedOptimizer):
@@ -102,24 +102,24 @@ class EveryStepSchedule(WrappedOptimizer):
         optimizer.scalars[t] = optimizer.xp.asarray(np.array(optimizer.rule.scalars(rate, t + 1)))
 
 
-def _scheduler_steps_on_skip(parts: Training) -> None:
-    _has_loss_scale(parts)
-    need(parts.loss_scale.adapts, "a loss scale that adapts, such as dynamic")
-    parts.optimizer = EveryStepSchedule(parts.optimizer, lambda state, *arguments: arguments)
+def _scheduler_steps_on_skip(training: Training) -> None:
+    _has_loss_scale(training)
+    need(training.loss_scale.adapts, "a loss scale that adapts, such as dynamic")
+    training.optimizer = EveryStepSchedule(training.optimizer, lambda state, *arguments: arguments)
 
 
-def _unscale_by_updated_scale(parts: Training) -> None:
-    _unscales_in_update(parts)
-    need(parts.loss_scale.adapts, "a loss scale that adapts, such as dynamic")
+def _unscale_by_updated_scale(training: Training) -> None:
+    _unscales_in_update(training)
+    need(training.loss_scale.adapts, "a loss scale that adapts, such as dynamic")
 
     def change(state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
-        updated = copy.copy(parts.loss_scale)
+        updated = copy.copy(training.loss_scale)
         updated.update(found)
         inverse = inverse_of(updated.scale)
         _, norm = check_and_measure(state, inverse)
-        return inverse, clip_coefficient(norm, parts.max_norm), found
+        return inverse, clip_coefficient(norm, training.max_norm), found
 
-    _change_update(parts, change)
+    _change_update(training, change)
 
 
 class UnloadedScale(DynamicLossScale):
@@ -129,8 +129,8 @@ class UnloadedScale(DynamicLossScale):
         """Nothing is loaded."""
 
 
-def _scaler_not_restored(parts: Training) -> None:
-    change_scale(parts, UnloadedScale)
+def _scaler_not_restored(training: Training) -> None:
+    change_scale(training, UnloadedScale)
 
 
 class DeafScale(DynamicLossScale):
@@ -141,8 +141,8 @@ class DeafScale(DynamicLossScale):
         super().update(found_inf & False)
 
 
-def _scale_never_backs_off(parts: Training) -> None:
-    change_scale(parts, DeafScale)
+def _scale_never_backs_off(training: Training) -> None:
+    change_scale(training, DeafScale)
 
 
 # -- 4. update ---------------------------------------------------------------------------------------------------------
@@ -177,29 +177,29 @@ class NoBiasCorrection(AdamW):
 
 
 def _rule(kind: type[AdamW]) -> Callable[[Training], None]:
-    def make(parts: Training) -> None:
-        rule = parts.optimizer.rule
+    def make(training: Training) -> None:
+        rule = training.optimizer.rule
         need(isinstance(rule, AdamW), "--optimizer adamw")
         if kind is CoupledDecay:
             need(getattr(rule, "weight_decay", 0) > 0, "--weight-decay above 0")
-        parts.optimizer.use(kind(**{f.name: getattr(rule, f.name) for f in fields(rule)}))  # type: ignore[arg-type]
+        training.optimizer.use(kind(**{f.name: getattr(rule, f.name) for f in fields(rule)}))  # type: ignore[arg-type]
 
     return make
 
 
-def _decay_all(parts: Training) -> None:
-    need(getattr(parts.optimizer.rule, "weight_decay", 0) > 0, "--weight-decay above 0")
-    layout, own, backend = parts.state.layout, parts.state.local_slice, parts.state.backend
-    parts.state.layout = replace(layout, decayed=((0, layout.size),))
-    parts.state.decayed = backend.from_host(np.array([[0], [own.stop - own.start]]))
+def _decay_all(training: Training) -> None:
+    need(getattr(training.optimizer.rule, "weight_decay", 0) > 0, "--weight-decay above 0")
+    layout, own, backend = training.state.layout, training.state.local_slice, training.state.backend
+    training.state.layout = replace(layout, decayed=((0, layout.size),))
+    training.state.decayed = backend.from_host(np.array([[0], [own.stop - own.start]]))
 
 
-def _eps_in_16_bits(parts: Training) -> None:
-    rule = parts.optimizer.rule
+def _eps_in_16_bits(training: Training) -> None:
+    rule = training.optimizer.rule
     need(isinstance(rule, AdamW), "--optimizer adamw")
     assert isinstance(rule, AdamW)
-    eps = float(widen(cast(parts.state.backend.xp.asarray(rule.eps), "fp16"), "fp32"))  # 1e-8 is below FP16's 6e-8: zero
-    parts.optimizer.use(replace(rule, eps=eps))
+    eps = float(widen(cast(training.state.backend.xp.asarray(rule.eps), "fp16"), "fp32"))  # 1e-8 is below FP16's 6e-8: zero
+    training.optimizer.use(replace(rule, eps=eps))
 
 
 UPDATE = (

@@ -52,7 +52,7 @@ Event = tuple[str, int, str]
 class _Watch:
     """Looks at every result of a pass, in order; keeps the place of the first that is not finite, and what is in it."""
 
-    parts: Training
+    training: Training
     events: list[Event] = field(default_factory=list)
     first: int | None = None
     bad: str = ""
@@ -61,7 +61,7 @@ class _Watch:
         """Look at one result."""
         self.events.append(event)
         if self.first is None:
-            self.bad = contents(self.parts.state.backend.to_host(array))
+            self.bad = contents(self.training.state.backend.to_host(array))
             self.first = len(self.events) - 1 if self.bad else None
 
     def of(self, i: int, skips_loss: bool = False) -> Observer:
@@ -89,23 +89,23 @@ def contents(x: np.ndarray) -> str:
 
 
 @np.errstate(all="ignore")
-def find_origin(parts: Training, batches: Sequence[Batch], S: Array) -> Origin:
+def find_origin(training: Training, batches: Sequence[Batch], S: Array) -> Origin:
     """Take forward and backward of a step once more, from the weights of now and a loss scale S: where does Inf or NaN begin?
 
     All of forward comes before all of backward. No state changes but the 16-bit weights, which are made from the masters as
     each step does. All ranks call it together.
     """
-    state, xp = parts.state, parts.state.backend.xp
+    state, xp = training.state, training.state.backend.xp
     state.weights_down()
-    watch, run = _Watch(parts), parts.run.frozen()
+    watch, run = _Watch(training), training.run.frozen()
     passes, tapes, counts = [], [], []
     for i, (tokens, targets) in enumerate(batches):
-        counts.append(int(parts.model.n_targets(targets)))
+        counts.append(int(training.model.n_targets(targets)))
         run.observer = watch.of(i, skips_loss=counts[i] == 0)
-        tape = Tape(run, state.weight_views, parts.model.tied)
-        passes.append((tape, parts.model.loss(tape, tokens, targets)))
+        tape = Tape(run, state.weight_views, training.model.tied)
+        passes.append((tape, training.model.loss(tape, tokens, targets)))
         tapes.append({entry.output.name: entry for entry in tape.entries})
-    for i, ((tape, loss), n) in enumerate(zip(passes, divisors(parts.model, batches, state), strict=True)):
+    for i, ((tape, loss), n) in enumerate(zip(passes, divisors(training.model, batches, state), strict=True)):
         run.observer = watch.of(i, skips_loss=counts[i] == 0)
         tape.backward(loss, divided(S, n, xp), watch.sink_of(i))
     none = len(watch.events)
@@ -113,7 +113,7 @@ def find_origin(parts: Training, batches: Sequence[Batch], S: Array) -> Origin:
     if first < none:
         return _told(watch, watch.events[first], tapes, first == watch.first, S)
     if sum(counts) == 0:
-        text = f"none of the step's targets counts: all are {parts.model.ignore_index}, so that the loss is a mean of nothing"
+        text = f"none of the step's targets counts: all are {training.model.ignore_index}, so the loss is a mean of nothing"
         return Origin("targets", "loss", text)
     return Origin("gone", "", "with the weights of now every result of that step is finite")
 
@@ -128,7 +128,7 @@ def _told(watch: _Watch, event: Event, tapes: Sequence[Mapping[str, Entry]], own
         text = f"the loss is finite and a gradient is not: {what} is the first in backward order, with {bad}, {at}"
         return Origin("backward", name, text)
     entry = tapes[i][name]
-    fault = _of_parameters(watch.parts, entry)
+    fault = _of_parameters(watch.training, entry)
     if fault is not None:
         return fault
     read = [node.name for node in entry.inputs if node is not None]
@@ -137,9 +137,9 @@ def _told(watch: _Watch, event: Event, tapes: Sequence[Mapping[str, Entry]], own
     return Origin("forward", name, text)
 
 
-def _of_parameters(parts: Training, entry: Entry) -> Origin | None:
+def _of_parameters(training: Training, entry: Entry) -> Origin | None:
     """The first parameter of an operation that is not finite, or whose copy in fewer bits is not."""
-    state, to_host = parts.state, parts.state.backend.to_host
+    state, to_host = training.state, training.state.backend.to_host
     for value in entry.params:
         if value is None:
             continue

@@ -48,11 +48,11 @@ def start(config: Config, comm: Comm | None = None) -> Training:
 
     comm: the rank that this process is, if there are several.
     """
-    parts = config.make_parts(config.make_backend(), comm)
-    meddle(config.mistake, parts)
-    weights = parts.model.initial_weights(generator(config.seed, INIT))
-    parts.state.load_weights(weights, rounded=config.rounds_masters)
-    return parts
+    training = config.make_training(config.make_backend(), comm)
+    meddle(config.mistake, training)
+    weights = training.model.initial_weights(generator(config.seed, INIT))
+    training.state.load_weights(weights, rounded=config.rounds_masters)
+    return training
 
 
 @dataclass
@@ -78,9 +78,9 @@ class Trainer:
         self.exchanged = 0  # bytes that came from other ranks in training steps
         self.recipe = config.make_recipe()
         self.corpus: Corpus = load_corpus(config.data, config.block_size)
-        self.parts = start(config, self.comm)
-        self.model, self.state = self.parts.model, self.parts.state
-        self.loss_scale, self.run = self.parts.loss_scale, self.parts.run
+        self.training = start(config, self.comm)
+        self.model, self.state = self.training.model, self.training.state
+        self.loss_scale, self.run = self.training.loss_scale, self.training.run
         self.backend = self.state.backend
         self.batches = generator(config.seed, BATCHES)
         self.progress = Progress()
@@ -134,7 +134,7 @@ class Trainer:
 
     def _one_step(self, batches: list[Batch]) -> StepResult:
         before = self.comm.received.total()
-        result = self.parts.step(batches)
+        result = self.training.step(batches)
         self.exchanged += self.comm.received.total() - before
         return result
 
@@ -227,7 +227,7 @@ class Trainer:
 
     def _origin(self, row: dict[str, Any], batches: list[Batch]) -> Origin:
         """Where Inf or NaN begins in a step, taken once more on its batches, with the weights of now."""
-        return find_origin(self.parts, batches, self.backend.from_host(np.asarray(row["loss_scale"], np.float32)))
+        return find_origin(self.training, batches, self.backend.from_host(np.asarray(row["loss_scale"], np.float32)))
 
     def _explained(self, origin: Origin, row: dict[str, Any]) -> str:
         updates = int(self.state.t)

@@ -97,13 +97,13 @@ class OnDevice(Ours):
 
     def __init__(self, sizes: dict[str, int], recipe: str) -> None:
         super().__init__(sizes, recipe, "cupy")
-        backend = self.parts.state.backend
+        backend = self.training.state.backend
         self.cupy = backend.xp
         self.on_device = tuple(backend.from_host(x) for x in self.batch)
 
     def queue(self) -> None:
         """A step without a look at its result, as training takes it between two lines of the log."""
-        self.parts.step([self.on_device])
+        self.training.step([self.on_device])
 
     def step(self) -> float:
         """A step, and the wait for its end."""

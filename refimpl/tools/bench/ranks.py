@@ -38,14 +38,14 @@ def of_one_rank(model: str, recipe: str, stage: int, rounds: int) -> None:
     comm = mpi_comm()
     sizes = {**MODELS[model], "batch_size": MODELS[model]["batch_size"] * comm.size}
     config = Config.of({**sizes, "recipe": recipe, "zero": stage, "steps": 10_000})
-    parts, times = start(config, comm), []
+    training, times = start(config, comm), []
     (batch,) = next(batches_of(config, None))
     rows = shares_of(sizes["batch_size"], comm.size)[comm.rank]
     mine = batch[0][rows], batch[1][rows]
     for _ in range(WARM_UP + rounds):
         comm.barrier()
         begun = time.perf_counter()
-        float(parts.step([mine]).loss)
+        float(training.step([mine]).loss)
         comm.barrier()
         times.append(time.perf_counter() - begun)
     if comm.rank == 0:

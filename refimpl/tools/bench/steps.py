@@ -72,12 +72,12 @@ class Ours:
 
     def __init__(self, sizes: dict[str, int], recipe: str, backend: str = "numpy") -> None:
         self.config = Config.of({**sizes, "recipe": recipe, "backend": backend, "steps": 10_000})
-        self.parts = start(self.config)
+        self.training = start(self.config)
         (self.batch,) = next(batches_of(self.config, None))
 
     def step(self) -> float:
         """One training step on the batch; the loss."""
-        return float(self.parts.step([self.batch]).loss)
+        return float(self.training.step([self.batch]).loss)
 
 
 def timed(f: Callable[[], Any]) -> float:
@@ -228,7 +228,7 @@ def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:
 
         return call
 
-    run, optimizer = ours.parts.run, ours.parts.optimizer
+    run, optimizer = ours.training.run, ours.training.optimizer
     run.overrides = {
         name: Op(name, watch(f"{name} forward", op.forward), watch(f"{name} backward", op.backward), op.params)
         for name, op in ((name, run.op(op)) for name, op in OPS.items())

@@ -105,7 +105,7 @@ def recipes_page(comparison: Comparison, command: str) -> str:
         section("How it was made", f"<pre><code>{escape(command)}</code></pre>\n"),
     ]
     config = comparison.runs[0].config
-    return document(f"Recipes compared: {config.model}, {comparison.runs[0].parts.model.n_params:,} parameters", sections)
+    return document(f"Recipes compared: {config.model}, {comparison.runs[0].training.model.n_params:,} parameters", sections)
 
 
 LOSS = "The training loss, smoothed over a tenth of the steps. Each figure has FP32 in gray."

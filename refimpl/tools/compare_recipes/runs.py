@@ -61,12 +61,12 @@ class RecipeRun:
     val_loss: float = float("nan")
 
     def __post_init__(self) -> None:
-        self.parts = start(self.config)
+        self.training = start(self.config)
         self.batches = generator(self.config.seed, BATCHES)
         if self.perturbation:
-            weights = self.parts.model.initial_weights(generator(self.config.seed, INIT))
+            weights = self.training.model.initial_weights(generator(self.config.seed, INIT))
             rng = generator(self.config.seed, _PERTURBATION + self.perturbation)
-            self.parts.state.load_weights({name: perturbed(x, rng) for name, x in weights.items()})
+            self.training.state.load_weights({name: perturbed(x, rng) for name, x in weights.items()})
 
     @property
     def recipe(self) -> Recipe:
@@ -76,20 +76,20 @@ class RecipeRun:
     @property
     def bytes_per_parameter(self) -> float:
         """As measured: the live buffers of the states."""
-        return self.parts.state.nbytes / self.parts.model.n_params
+        return self.training.state.nbytes / self.training.model.n_params
 
     def step(self, corpus: Corpus) -> None:
         """One step, timed; every WATCHED steps it is also seen how many of the weights moved."""
         if self.ended:
             return
-        config, state = self.config, self.parts.state
+        config, state = self.config, self.training.state
         assert config.batch_size is not None and config.block_size is not None
         sizes = config.batch_size, config.block_size
         batches = [sample_batch(corpus.train, *sizes, self.batches, config.no_target) for _ in range(config.grad_accum)]
         watched = len(self.losses) % WATCHED == WATCHED - 1
         before = np.array(state.values(state.master_kind)) if watched else None
         started = time.perf_counter()
-        result = self.parts.step(batches)
+        result = self.training.step(batches)
         loss, skipped = float(result.loss), bool(result.skipped)
         self.seconds.append(time.perf_counter() - started)
         self.losses.append(loss)
@@ -105,8 +105,8 @@ class RecipeRun:
         assert config.batch_size is not None and config.block_size is not None
         sizes = config.batch_size, config.block_size
         batches = (sample_batch(corpus.valid, *sizes, rng, config.no_target) for _ in range(config.eval_batches))
-        self.parts.state.weights_down()
-        self.val_loss = mean_loss(self.parts.model, self.parts.state, self.parts.run, batches)
+        self.training.state.weights_down()
+        self.val_loss = mean_loss(self.training.model, self.training.state, self.training.run, batches)
 
 
 def perturbed(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:

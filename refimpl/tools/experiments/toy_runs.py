@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 
 Sizes = Mapping[str, Any]
 
 
-def _parts(recipe: str, seed: int, **more: Any) -> tuple[Config, Training]:
+def _new_training(recipe: str, seed: int, **more: Any) -> tuple[Config, Training]:
     config = Config.of({**SMALL, "recipe": recipe, "seed": seed, **more})
     return config, start(config)
 
@@ -33,9 +33,9 @@ def _batches(config: Config, n: int) -> list[Batch]:
     return [batch for (batch,) in batches_of(replace(config, steps=n), None)]
 
 
-def _train(parts: Training, batches: list[Batch]) -> list[float]:
+def _train(training: Training, batches: list[Batch]) -> list[float]:
     """The loss of each step."""
-    return [float(parts.step([batch]).loss) for batch in batches]
+    return [float(training.step([batch]).loss) for batch in batches]
 
 
 def _end(losses: list[float]) -> float:
@@ -55,9 +55,9 @@ def run_tiny_loss(seed: int) -> Result:
     Counted are elements that are not zero in the same backward pass in FP32.
     """
     shares = []
-    config, exact = _parts("fp32", seed)
+    config, exact = _new_training("fp32", seed)
     batch = _batches(config, 1)[0]
-    _, low = _parts("fp16", seed)
+    _, low = _new_training("fp16", seed)
     with np.errstate(all="ignore"):
         forward_backward(exact.model, [batch], exact.state, np.asarray(make_loss_scale("1").scale), exact.run)
         there = exact.state.grads != 0
@@ -100,7 +100,7 @@ def run_masters(seed: int, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_
     the network as those of large models, while Adam sees the same. Without masters, moments stay in FP32. What a run has
     learned is told against the same weights left alone, on the same batches.
     """
-    config, first = _parts("fp16", seed, **{**sizes, "lr": 2e-3, "steps": warm_steps})
+    config, first = _new_training("fp16", seed, **{**sizes, "lr": 2e-3, "steps": warm_steps})
     batches = _batches(config, warm_steps + fine_steps)
     _train(first, batches[:warm_steps])
     start = {name: np.array(view) for name, view in first.state.layout.views(first.state.master).items()}
@@ -129,13 +129,13 @@ def _fine_tuned(
 ) -> list[float]:
     """The losses of FP16 training from `start`, with the loss scale S, at a constant learning rate."""
     at_lr = {"lr": lr, "min_lr": lr, "warmup": 0, "steps": len(batches), "weight_decay": 0.0}
-    _, parts = _parts("fp16", seed, **{**sizes, **at_lr})
+    _, training = _new_training("fp16", seed, **{**sizes, **at_lr})
     if not masters:
-        formats = {kind: fmt for kind, fmt in parts.state.formats.items() if kind != "master"}
-        parts.state = State(parts.model, formats, parts.state.backend)
-    parts.state.load_weights(start)
-    parts.loss_scale = make_loss_scale(str(S))
-    return _train(parts, batches)
+        formats = {kind: fmt for kind, fmt in training.state.formats.items() if kind != "master"}
+        training.state = State(training.model, formats, training.state.backend)
+    training.state.load_weights(start)
+    training.loss_scale = make_loss_scale(str(S))
+    return _train(training, batches)
 
 
 def draw_masters(axes: Any, data: Mapping[str, Any]) -> None:
@@ -165,8 +165,8 @@ def run_recipes(seed: int, steps: int = STEPS, sizes: Sizes = SMALL) -> Result:
     """Train the same model from the same weights on the same batches under each of the basic recipes."""
     curves = {}
     for recipe in BASIC:
-        config, parts = _parts(recipe, seed, **{**sizes, "lr": 2e-3, "steps": steps})
-        curves[recipe] = _train(parts, _batches(config, steps))
+        config, training = _new_training(recipe, seed, **{**sizes, "lr": 2e-3, "steps": steps})
+        curves[recipe] = _train(training, _batches(config, steps))
     ends = {name: _end(curve) for name, curve in curves.items()}
     apart = {name: float(np.nanmax(np.abs(np.subtract(curve, curves["fp32"])))) for name, curve in curves.items()}
     rows = [[name, _loss(ends[name]), _loss(ends[name] - ends["fp32"]), f"{apart[name]:.2g}"] for name in curves]

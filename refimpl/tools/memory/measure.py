@@ -87,11 +87,11 @@ def weigh(config: Config) -> Measurement:
     """Train for `config.steps` steps, then weigh the states and a tape; trace one more step of a fresh run for its peak."""
     steps = list(batches_of(config, None))
     before = process_memory()
-    parts = start(config)
+    training = start(config)
     for batches in steps:
-        parts.step(batches)
+        training.step(batches)
     after = process_memory()
-    sections = {"model states": state_lines(config, parts), **tape_lines(config, parts, steps[-1][0])}
+    sections = {"model states": state_lines(config, training), **tape_lines(config, training, steps[-1][0])}
     measured = sum(line.measured for lines in sections.values() for line in lines)
     traced = traced_peak(config, steps[-1])
     only = [
@@ -103,14 +103,14 @@ def weigh(config: Config) -> Measurement:
             ("peak of the process", after[1], "resident memory of the whole process, interpreter and libraries included"),
             ("peak less the start", after[1] - before[0], "that, less what the process held when training began"),
         ]
-    return Measurement(config, parts.model, sections, only)
+    return Measurement(config, training.model, sections, only)
 
 
-def state_lines(config: Config, parts: Training) -> list[Line]:
+def state_lines(config: Config, training: Training) -> list[Line]:
     """Each kind of model state: the recipe's bytes a parameter times the parameters, beside the live buffer."""
-    predicted = config.make_recipe().buffers(config.make_rule().moments, config.grad_accum, parts.state.layout.embeddings)
-    n, measured, seen = parts.model.n_params, {}, set[int]()
-    for name, buffer in parts.state.buffers.items():
+    predicted = config.make_recipe().buffers(config.make_rule().moments, config.grad_accum, training.state.layout.embeddings)
+    n, measured, seen = training.model.n_params, {}, set[int]()
+    for name, buffer in training.state.buffers.items():
         measured[name] = owned([buffer], seen)
     lines = []
     for name in {**predicted, **measured}:
@@ -125,9 +125,9 @@ def state_lines(config: Config, parts: Training) -> list[Line]:
     return lines
 
 
-def tape_lines(config: Config, parts: Training, batch: Batch) -> dict[str, list[Line]]:
+def tape_lines(config: Config, training: Training, batch: Batch) -> dict[str, list[Line]]:
     """What the tape of one forward pass holds, beside the closed formulas: activations by place, and copies of weights."""
-    activations, copies = held(forward(parts, batch))
+    activations, copies = held(forward(training, batch))
     terms: dict[str, list[Term]] = {}
     for term in predicted_activations(config):
         terms.setdefault(term.place, []).append(term)
@@ -161,11 +161,11 @@ def _formula(terms: Sequence[Term]) -> str:
 
 
 @np.errstate(all="ignore")
-def forward(parts: Training, batch: Batch) -> Tape:
+def forward(training: Training, batch: Batch) -> Tape:
     """The tape of one micro-batch at the moment between forward and backward, as `step.forward_backward` makes it."""
-    parts.state.weights_down()
-    tape = Tape(parts.run, parts.state.weight_views, parts.model.tied)
-    parts.model.loss(tape, *batch)
+    training.state.weights_down()
+    tape = Tape(training.run, training.state.weight_views, training.model.tied)
+    training.model.loss(tape, *batch)
     return tape
 
 
@@ -223,9 +223,9 @@ def traced_peak(config: Config, batches: Sequence[Batch]) -> int:
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        parts, own = start(config), [(tokens.copy(), targets.copy()) for tokens, targets in batches]
+        training, own = start(config), [(tokens.copy(), targets.copy()) for tokens, targets in batches]
         tracemalloc.reset_peak()
-        parts.step(own)
+        training.step(own)
         return tracemalloc.get_traced_memory()[1] - before
     finally:
         if not tracing:

@@ -48,7 +48,7 @@ class Source:
 
     what: str
     config: Config
-    parts: Training
+    training: Training
     batches: Iterable[Sequence[Batch]]
     steps: int
 
@@ -56,9 +56,9 @@ class Source:
 def fresh(config: Config) -> Source:
     """A run from its beginning."""
     assert config.steps is not None
-    parts = start(config)
-    batches = _on_device(batches_of(config, None), parts)
-    return Source(f"a fresh run of {_steps(config.steps)}", config, parts, batches, config.steps)
+    training = start(config)
+    batches = _on_device(batches_of(config, None), training)
+    return Source(f"a fresh run of {_steps(config.steps)}", config, training, batches, config.steps)
 
 
 def from_trace(path: Path) -> Source:
@@ -73,19 +73,19 @@ def from_trace(path: Path) -> Source:
     assert config.steps is not None
     config = replace(config, steps=max(config.steps, len(trace.steps)))
     trace, _ = checked(trace, config.make_model())
-    parts = start(config)
-    parts.state.load_weights(checked_start(trace.at(0, "4.master"), parts))
-    batches = _on_device(batches_of(config, trace), parts)
-    return Source(f"the {_steps(len(trace.steps))} of the trace {path.name}", config, parts, batches, len(trace.steps))
+    training = start(config)
+    training.state.load_weights(checked_start(trace.at(0, "4.master"), training))
+    batches = _on_device(batches_of(config, trace), training)
+    return Source(f"the {_steps(len(trace.steps))} of the trace {path.name}", config, training, batches, len(trace.steps))
 
 
 def _steps(n: int) -> str:
     return f"{n} step" + "s" * (n != 1)
 
 
-def _on_device(steps: Iterable[Sequence[Batch]], parts: Training) -> Iterator[list[Batch]]:
+def _on_device(steps: Iterable[Sequence[Batch]], training: Training) -> Iterator[list[Batch]]:
     """The batches of each step, where the run computes."""
-    return ([parts.model.batch_on(parts.state.backend, x, y) for x, y in batches] for batches in steps)
+    return ([training.model.batch_on(training.state.backend, x, y) for x, y in batches] for batches in steps)
 
 
 def from_checkpoint(folder: Path, steps: int) -> Source:
@@ -100,7 +100,7 @@ def from_checkpoint(folder: Path, steps: int) -> Source:
     trainer.load_checkpoint()
     batches = (trainer.next_batches() for _ in range(steps))
     what = f"{_steps(steps)} from the checkpoint of {folder.name} at step {done}"
-    return Source(what, trainer.config, trainer.parts, batches, steps)
+    return Source(what, trainer.config, trainer.training, batches, steps)
 
 
 # -- what is counted ---------------------------------------------------------------------------------------------------
@@ -195,28 +195,28 @@ def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: A
     for fmt in what_if:
         if fmt not in FORMATS or fmt in ("fp64", "e8m0"):
             raise UsageError(f"--what-if {fmt!r}: choose from {', '.join(f for f in FORMATS if f not in ('fp64', 'e8m0'))}")
-    parts, low = source.parts, low_format(source.config.make_recipe(), what_if)
+    training, low = source.training, low_format(source.config.make_recipe(), what_if)
     result = Inspection(source.what, source.config, low, tuple(what_if))
     untold = {f"update.{kind}" for kind in uncounted(source.config)}
-    monitor = RoundingMonitor(what_if, parts.state.backend.to_host, lambda site: site.partition(":")[2] not in untold)
-    movement = Movement(parts.state, low)
+    monitor = RoundingMonitor(what_if, training.state.backend.to_host, lambda site: site.partition(":")[2] not in untold)
+    movement = Movement(training.state, low)
     batches: Sequence[Batch] = ()
     for step, batches in enumerate(source.batches, 1):
         looked_at = step % every == 0 or step in (1, source.steps)
-        parts.watch(_named(monitor, parts.state) if looked_at else None)
-        outcome = parts.step(batches)
-        parts.watch(None)
+        training.watch(_named(monitor, training.state) if looked_at else None)
+        outcome = training.step(batches)
+        training.watch(None)
         if looked_at:
             result.add(step, float(outcome.loss_scale), *monitor.take())
         if not result.non_finite and not np.isfinite(float(outcome.loss)):
-            result.non_finite = f"At step {step}: {find_origin(parts, batches, outcome.loss_scale).text}."
-        result.rows.append(movement.row(step, outcome, parts.state))
+            result.non_finite = f"At step {step}: {find_origin(training, batches, outcome.loss_scale).text}."
+        result.rows.append(movement.row(step, outcome, training.state))
         if bar is not None:
             bar.update(1)
         if step >= SKIPS_BEFORE_STOP and all(row.skipped for row in result.rows[-SKIPS_BEFORE_STOP:]):
             result.what += f", ended at step {step} because the last {SKIPS_BEFORE_STOP} were all skipped"
             break
-    result.sweep = sweep_scales(parts, batches)
+    result.sweep = sweep_scales(training, batches)
     return result
 
 
@@ -275,26 +275,26 @@ def _share(mask: np.ndarray) -> float:
     return float(np.count_nonzero(mask)) / mask.size
 
 
-def sweep_scales(parts: Training, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+def sweep_scales(training: Training, batches: Sequence[Batch]) -> list[dict[str, Any]]:
     """Send the same batches backward at each loss scale of SWEEP, with the weights as they are, and count by layer.
 
     Returns a row a scale: its exponent, and layer -> (share of nonzero gradients flushed to zero, number overflowed).
     The gradients in the state are overwritten; nothing else changes.
     """
-    monitor = RoundingMonitor(to_host=parts.state.backend.to_host, only=lambda site: kind_of(site).endswith("gradients"))
-    parts.state.weights_down()
-    parts.watch(monitor)
-    run, rows = parts.run.frozen(), []
+    monitor = RoundingMonitor(to_host=training.state.backend.to_host, only=lambda site: kind_of(site).endswith("gradients"))
+    training.state.weights_down()
+    training.watch(monitor)
+    run, rows = training.run.frozen(), []
     for exponent in SWEEP:
-        scale = parts.state.backend.xp.asarray(np.array(2.0**exponent, np.float32))
+        scale = training.state.backend.xp.asarray(np.array(2.0**exponent, np.float32))
         with np.errstate(all="ignore"):
-            forward_backward(parts.model, batches, parts.state, scale, run)
+            forward_backward(training.model, batches, training.state, scale, run)
         layers: dict[str, Counts] = {}
         for site, counts in monitor.take()[0].items():
             if not has_own_scale(counts):  # where values have, no loss scale matters
                 _add_all(layers, {layer_of(site): counts})
         rows.append({"exponent": exponent, "layers": {k: (c.share("flushed"), c.overflowed) for k, c in layers.items()}})
-    parts.watch(None)
+    training.watch(None)
     return rows
 
 
