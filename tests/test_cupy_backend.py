@@ -24,7 +24,8 @@ from refimpl.numerics.bits import bits_of, from_bits
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.compensated import merge, split
 from refimpl.numerics.formats import FORMATS, format_of
-from refimpl.numerics.stochastic import random_bits, stochastic_round
+from refimpl.numerics.philox import random_bits
+from refimpl.numerics.stochastic_rounding import stochastic_round
 from refimpl.optim.optimizer import SGD, AdamW
 from refimpl.optim.state import State
 from refimpl.parity.judge import judge_trace

@@ -23,7 +23,8 @@ import refimpl.optim.state
 import refimpl.precision.state_encodings
 from refimpl.numerics.bits import from_bits
 from refimpl.numerics.compensated import merge, split
-from refimpl.numerics.stochastic import random_bits, stochastic_round
+from refimpl.numerics.philox import random_bits
+from refimpl.numerics.stochastic_rounding import stochastic_round
 from refimpl.precision.state_encodings import MAIN, Kahan, RandomKey, Remainder, Stochastic
 from refimpl.training.config import Config
 

@@ -23,8 +23,8 @@ from threadpoolctl import threadpool_limits
 
 from refimpl.backends.base import NUMPY
 from refimpl.nn.attention import hide_later
-from refimpl.nn.norm import softmax
 from refimpl.nn.ops import OPS
+from refimpl.nn.softmax import unrounded_softmax
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.quantization.fp8 import DelayedScaling
 from refimpl.parity.trace import batches_of
@@ -254,9 +254,9 @@ def test_a_mask_that_is_added_overflows_and_one_that_chooses_does_not() -> None:
     added = cast(scores + lowest, "fp16")
     assert np.isneginf(added).all() and cast(np.float32(-15) + lowest, "fp16") == lowest  # 16 is half an ulp there
     with np.errstate(invalid="ignore"):
-        assert np.isnan(softmax(p.wide(added), p)).all()
+        assert np.isnan(unrounded_softmax(p.wide(added), p)).all()
     chosen = cast(np.where(np.zeros((4, 4), bool), scores, lowest), "fp16")
-    assert np.array_equal(softmax(p.wide(chosen), p), np.full((4, 4), 0.25, np.float32))
+    assert np.array_equal(unrounded_softmax(p.wide(chosen), p), np.full((4, 4), 0.25, np.float32))
 
 
 @pytest.mark.parametrize("score", [-16.0, -60000.0])
@@ -265,7 +265,7 @@ def test_our_attention_has_no_row_that_is_masked_as_a_whole(score: float) -> Non
     p = Run(uniform("fp16", "fp32"), NUMPY).bind("attention", "h.0.attn")
     z = np.full((1, 1, 5, 5), score, np.float32)
     hide_later(z, slice(0, 5), p, -math.inf)
-    P = softmax(z, p["softmax"])
+    P = unrounded_softmax(z, p["softmax"])
     assert np.allclose(P[0, 0], np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None], rtol=1e-6)
     # and through the whole operation: q k^T / sqrt(4) is half of the score, so that q k^T is none that overflows; all v are 1
     k = math.sqrt(-score) / 2

@@ -15,6 +15,7 @@ from refimpl.numerics.accumulators import matmul
 from refimpl.numerics.bits import bits_of, from_bits
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
+from refimpl.numerics.philox import random_bits
 from refimpl.numerics.quantization.fp8 import (
     DelayedScaling,
     quantize_blocks,
@@ -28,7 +29,6 @@ from refimpl.numerics.quantization.nvfp4 import quantize_nvfp4
 from refimpl.numerics.quantization.products import product
 from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, block_amax, encode, spread
 from refimpl.numerics.quantization.rotation import hadamard, random_signs, rotate, rotate_back
-from refimpl.numerics.stochastic import random_bits
 
 Array = np.ndarray
 ELEMENTS = ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1")

@@ -22,6 +22,7 @@ from refimpl.numerics.accumulators import matmul
 from refimpl.numerics.bits import bits_of
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of
+from refimpl.numerics.philox import FIRST_OF_TENSORS, STREAMS, random_bits, tensor_stream
 from refimpl.numerics.quantization.fp8 import DelayedScaling, quantize_blocks, quantize_rows, quantize_tensor, quantize_tiles
 from refimpl.numerics.quantization.mx import quantize_mx
 from refimpl.numerics.quantization.nvfp4 import quantize_nvfp4
@@ -29,7 +30,6 @@ from refimpl.numerics.quantization.products import product
 from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, block_amax, spread
 from refimpl.numerics.quantization.registry import SCHEMES, ScalingState
 from refimpl.numerics.quantization.rotation import random_signs, rotate
-from refimpl.numerics.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, tensor_stream
 from refimpl.precision.context import Bound, Run
 from refimpl.precision.policy import EVERY_OTHER, Policy, Precision, low_products, uniform, with_sums
 from refimpl.precision.recipes import RECIPES

@@ -1,4 +1,4 @@
-"""numerics.stochastic: the published vectors of Philox, bits that depend on the index alone, and rounding without a bias.
+"""numerics.philox, stochastic_rounding: published vectors of Philox, bits that depend on the index alone, unbiased rounding.
 
 Where probabilities are exact they are counted: all 2^16 draws that bf16 can tell apart. Where they are sampled, the mean of
 n draws of a value with variance s^2 lies within 4 s / sqrt(n) of the expected one, but for one seed in 16000; seeds are fixed.
@@ -15,7 +15,8 @@ import pytest
 from refimpl.numerics.bits import bits_of, from_bits, resized
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, dtype_of
-from refimpl.numerics.stochastic import philox, random_bits, round_exactly, stochastic_round
+from refimpl.numerics.philox import philox4x32, random_bits
+from refimpl.numerics.stochastic_rounding import round_exactly, stochastic_round
 
 SMALL = ("bf16", "fp16", "e4m3", "e5m2", "e3m2", "e2m3", "e2m1")
 N = 1 << 20
@@ -36,15 +37,15 @@ KNOWN = [  # Random123's kat_vectors: philox4x32, 10 rounds
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
 def test_philox_gives_the_published_words(counter: list[int], key: tuple[int, int], expected: str) -> None:
-    words = philox(np.array([counter], np.uint32), key)
+    words = philox4x32(np.array([counter], np.uint32), key)
     assert " ".join(f"{word:08x}" for word in words[0]) == expected
 
 
 def test_philox_of_many_counters_is_philox_of_each() -> None:
     counters = np.random.default_rng(0).integers(0, 1 << 32, (40_000, 4), dtype=np.uint32)
-    together = philox(counters, (1, 2))
+    together = philox4x32(counters, (1, 2))
     for i in (0, 1, 16_383, 16_384, 39_999):
-        assert np.array_equal(together[i], philox(counters[i : i + 1], (1, 2))[0])
+        assert np.array_equal(together[i], philox4x32(counters[i : i + 1], (1, 2))[0])
 
 
 def test_bits_do_not_depend_on_the_blocks() -> None:
@@ -58,7 +59,7 @@ def test_bits_do_not_depend_on_the_blocks() -> None:
 def test_bits_are_the_words_of_the_documented_counter() -> None:
     seed, step, stream, start = 0x299F31D0_A4093822, 0x13198A2E, 0x03707344, (0x85A308D3_243F6A88 & (1 << 61) - 1) * 4
     low, high = (start // 4) & 0xFFFFFFFF, start // 4 >> 32
-    expected = philox(np.array([[low, high, step, stream]], np.uint32), (seed & 0xFFFFFFFF, seed >> 32))[0]
+    expected = philox4x32(np.array([[low, high, step, stream]], np.uint32), (seed & 0xFFFFFFFF, seed >> 32))[0]
     assert np.array_equal(random_bits(seed, step, start, 4, stream), expected)
 
 

@@ -27,7 +27,8 @@ from refimpl.numerics.bits import bits_of, from_bits
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.compensated import kahan_update, merge, split
 from refimpl.numerics.formats import dtype_of
-from refimpl.numerics.stochastic import FIRST_OF_TENSORS, STREAMS, random_bits, stochastic_round
+from refimpl.numerics.philox import FIRST_OF_TENSORS, STREAMS, random_bits
+from refimpl.numerics.stochastic_rounding import stochastic_round
 from refimpl.optim.gradients import check_and_measure
 from refimpl.optim.loss_scale import make_loss_scale
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from refimpl.nn.norm import softmax, softmax_slope
+from refimpl.nn.softmax import softmax_slope, unrounded_softmax
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.context import Bound
@@ -92,7 +92,7 @@ def _attend_block(q: Array, k: Array, v: Array, queries: slice, p: Bound, fmt: s
     row = p["softmax"]
     z = row.wide(row.cast(S, "S"))
     hide_later(z, queries, p, -math.inf)
-    P = row.out(softmax(z, p), "P", S)
+    P = row.out(unrounded_softmax(z, p), "P", S)
     row = p["values"]
     O = row.round(row.gemm(row.cast(P, "P"), v), row.out_format(format_of(P), fmt), "O")  # noqa: E741
     return O, P

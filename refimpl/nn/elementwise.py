@@ -33,16 +33,11 @@ def add_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
 
 
 def fan_in_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
-    """The sum of two gradients of one tensor that was used twice, rounded to the tensor's format: what the tape adds with.
+    """Return a + b, two gradients of one tensor that is used twice. The tape calls this; it is not differentiated itself.
 
-    a, b (any shape), equal formats -> the same. PyTorch: the engine's accumulation of a gradient.
+    a, b (...) of one format -> (...) of that format. PyTorch: the engine's accumulation of gradients.
     """
     return p.map(lambda a, b: a + b, lambda z: p.out(z, "sum", a, b), a, b), None
-
-
-def fan_in_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
-    """da = db = dy."""
-    return dy, dy
 
 
 def relu_forward(x: Array, p: Bound) -> tuple[Array, Any]:

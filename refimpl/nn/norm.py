@@ -1,4 +1,4 @@
-"""Normalization over the last axis: layernorm, rmsnorm, softmax. Statistics and sums are in the accumulation format."""
+"""Layer norm and RMS norm over the last axis. Statistics and sums are in the accumulation format."""
 
 from __future__ import annotations
 
@@ -61,29 +61,3 @@ def rmsnorm_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[Array, 
     dx = (dh - h * (dh * h).mean(-1, keepdims=True)) * rrms
     dw = (dy * h).sum(tuple(range(dy.ndim - 1)))
     return p.grad(dx, "x", x_format), p.grad(dw, "w", format_of(w))
-
-
-def softmax(z: Array, p: Bound) -> Array:
-    """exp(z - max z) / sum(exp(z - max z)) over the last axis, without rounding; z is in the accumulation format."""
-    e = p.xp.exp(z - z.max(-1, keepdims=True))
-    e /= p.row_sum(e)
-    return e
-
-
-def softmax_slope(dy: Array, y: Array, p: Bound) -> Array:
-    """dz = y (dy - sum(dy y)) over the last axis; both in the accumulation format."""
-    dz = dy - p.row_dot(dy, y)
-    dz *= y
-    return dz
-
-
-def softmax_forward(x: Array, p: Bound) -> tuple[Array, Any]:
-    """y = softmax(x) over the last axis. x (..., N) -> y (..., N). PyTorch: torch.softmax(x, -1)."""
-    y = p.out(softmax(p.wide(p.cast(x, "x")), p), "y", x)
-    return y, (y, format_of(x))
-
-
-def softmax_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
-    """dx = y (dy - sum(dy y)), with the y that was stored."""
-    y, x_format = saved
-    return (p.grad(softmax_slope(p.wide(dy), p.wide(y), p), "x", x_format),)

@@ -17,11 +17,16 @@ from typing import Any
 from refimpl.numerics.arrays import Array
 
 
+def no_backward(*arrays: Any, **static: Any) -> tuple[Array | None, ...]:
+    """Refuse to differentiate an operation on gradients. Errors: TypeError."""
+    raise TypeError("this operation has no backward: gradients of gradients are not computed")
+
+
 @dataclass(frozen=True)
 class Op:
     """A named forward/backward pair. `params` maps a parameter's name in the model to its operand's name in the row."""
 
     name: str
     forward: Callable[..., tuple[Array, Any]]
-    backward: Callable[..., tuple[Array | None, ...]]
+    backward: Callable[..., tuple[Array | None, ...]] = no_backward
     params: tuple[tuple[str, str], ...] = ()

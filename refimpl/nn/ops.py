@@ -1,8 +1,7 @@
-"""All operations, in one table by name: forward/backward pairs of plain functions, see `ops.op`.
+"""The operations that models are made of, in one table by name. Each is a forward/backward pair of plain functions: `op.py`.
 
-`fused_attention` is no other operation: it runs in the place of `attention` where a policy says so.
-
-The models here use some of them; the others (matmul, rmsnorm, silu, ...) are for yours. `fan_in` adds gradients for the tape.
+The models here use some of them; the others (matmul, rmsnorm, silu, ...) are for your own. Two operations are not in the table:
+`fused_attention`, which replaces `attention` where a policy says so, and `fan_in`, with which the tape adds gradients.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from refimpl.nn.attention import attention_backward, attention_forward
 from refimpl.nn.elementwise import (
     add_backward,
     add_forward,
-    fan_in_backward,
     fan_in_forward,
     gelu_erf_backward,
     gelu_erf_forward,
@@ -26,14 +24,7 @@ from refimpl.nn.embedding import embedding_backward, embedding_forward
 from refimpl.nn.fused_attention import fused_attention_backward, fused_attention_forward
 from refimpl.nn.linear import linear_backward, linear_forward, matmul_backward, matmul_forward
 from refimpl.nn.loss import cross_entropy_backward, cross_entropy_forward
-from refimpl.nn.norm import (
-    layernorm_backward,
-    layernorm_forward,
-    rmsnorm_backward,
-    rmsnorm_forward,
-    softmax_backward,
-    softmax_forward,
-)
+from refimpl.nn.norm import layernorm_backward, layernorm_forward, rmsnorm_backward, rmsnorm_forward
 from refimpl.nn.op import Op
 from refimpl.nn.shape import (
     cast_backward,
@@ -45,6 +36,7 @@ from refimpl.nn.shape import (
     transpose_backward,
     transpose_forward,
 )
+from refimpl.nn.softmax import softmax_backward, softmax_forward
 
 linear = Op("linear", linear_forward, linear_backward, params=(("weight", "w"), ("bias", "b")))
 matmul = Op("matmul", matmul_forward, matmul_backward)
@@ -54,7 +46,7 @@ layernorm = Op("layernorm", layernorm_forward, layernorm_backward, params=(("wei
 rmsnorm = Op("rmsnorm", rmsnorm_forward, rmsnorm_backward, params=(("weight", "w"),))
 softmax_op = Op("softmax", softmax_forward, softmax_backward)
 add = Op("add", add_forward, add_backward)
-fan_in = Op("fan_in", fan_in_forward, fan_in_backward)
+fan_in = Op("fan_in", fan_in_forward)
 relu = Op("relu", relu_forward, relu_backward)
 silu = Op("silu", silu_forward, silu_backward)
 gelu_tanh = Op("gelu_tanh", gelu_tanh_forward, gelu_tanh_backward)

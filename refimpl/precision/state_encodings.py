@@ -30,7 +30,8 @@ from refimpl.numerics.bits import bits_of, from_bits
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.compensated import kahan_update, merge, split
 from refimpl.numerics.formats import FORMATS, dtype_of, is_float
-from refimpl.numerics.stochastic import STREAMS, random_bits, stochastic_round
+from refimpl.numerics.philox import STREAMS, random_bits
+from refimpl.numerics.stochastic_rounding import stochastic_round
 
 BufferSlices = Mapping[str, Array]
 Update = Callable[[Array], None]
@@ -75,7 +76,7 @@ class RandomKey(NamedTuple):
     t: Array  # the number of updates made before this one
     start: int  # index of the first value in the flat buffer
     xp: Any = np  # the array library of the values, and of t
-    kind: str = "weights"  # what is kept: each kind draws from a stream of its own, `stochastic.STREAMS`
+    kind: str = "weights"  # what is kept: each kind draws from a stream of its own, `philox.STREAMS`
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from refimpl.backends.cupy.launch import COLUMNS, FORMATS, LANES, THREADS, WARP,
 from refimpl.nn.linear import as_rows
 from refimpl.nn.loss import IGNORE_INDEX
 from refimpl.nn.norm import EPS
-from refimpl.nn.op import Op
+from refimpl.nn.op import Op, no_backward
 from refimpl.nn.ops import OPS, fan_in
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import widen
@@ -281,7 +281,7 @@ CUPY_OPS: Mapping[str, Op] = {
     op.name: op
     for op in (
         twin(OPS["add"], add_forward, OPS["add"].backward),
-        twin(fan_in, fan_in_forward, fan_in.backward),
+        twin(fan_in, fan_in_forward, no_backward),
         twin(OPS["gelu_tanh"], gelu_tanh_forward, gelu_tanh_backward),
         twin(OPS["layernorm"], layernorm_forward, layernorm_backward),
         twin(OPS["linear"], linear_forward, linear_backward),

@@ -25,7 +25,7 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of, from_bits
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
-from refimpl.numerics.stochastic import stochastic_round
+from refimpl.numerics.stochastic_rounding import stochastic_round
 
 
 @dataclass(frozen=True)

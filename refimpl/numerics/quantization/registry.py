@@ -16,13 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl.numerics.arrays import Array
+from refimpl.numerics.philox import random_bits, tensor_stream
 from refimpl.numerics.quantization.fp8 import DelayedScaling, quantize_blocks, quantize_rows, quantize_tensor, quantize_tiles
 from refimpl.numerics.quantization.mx import quantize_mx
 from refimpl.numerics.quantization.nvfp4 import quantize_nvfp4
 from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor
 from refimpl.numerics.quantization.rotation import BLOCK as ROTATED
 from refimpl.numerics.quantization.rotation import random_signs, rotate
-from refimpl.numerics.stochastic import random_bits, tensor_stream
 
 
 class Place(NamedTuple):

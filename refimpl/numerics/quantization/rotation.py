@@ -15,7 +15,7 @@ import numpy as np
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
-from refimpl.numerics.stochastic import STREAMS, random_bits
+from refimpl.numerics.philox import STREAMS, random_bits
 
 BLOCK = 16
 

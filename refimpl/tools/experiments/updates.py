@@ -11,7 +11,8 @@ import numpy as np
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.compensated import kahan_update
 from refimpl.numerics.formats import FORMATS
-from refimpl.numerics.stochastic import random_bits, stochastic_round
+from refimpl.numerics.philox import random_bits
+from refimpl.numerics.stochastic_rounding import stochastic_round
 from refimpl.tools.experiments.experiment import Experiment, Result
 
 _SOURCE = "Micikevicius et al. 2018, section 3.1"
