@@ -1,6 +1,59 @@
-"""refimpl: mixed-precision training of language models, written out in NumPy.
+'''refimpl: mixed-precision training of language models, written out in NumPy.
 
-Read `refimpl.step` first: it is the algorithm on one page.
-"""
+Read `refimpl.step` first: it is the algorithm on one page. This package gives the names that a training by hand needs. The
+example trains a small GPT for 20 steps in FP16, with FP32 masters and a dynamic loss scale:
+
+    import numpy as np
+    import refimpl as rf
+
+    model = rf.gpt_model(rf.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16))
+    backend, recipe, rule = rf.get_backend("numpy"), rf.get_recipe("fp16"), rf.AdamW()
+    state = rf.State(model, recipe.state_encodings(rule.moments), backend)
+    state.load_weights(model.initial_weights(np.random.default_rng(0)))
+    optimizer = rf.Optimizer(rule, rf.Schedule(lr=1e-2, min_lr=1e-3, warmup=2, steps=20))
+    loss_scale = rf.make_loss_scale(recipe.loss_scale, init_scale=2.0**18)  # too large: it halves
+    run = rf.Run(recipe.policy, backend)
+
+    text = np.frombuffer(b"The masters are FP32, the weights are FP16. " * 10, np.uint8)
+    windows = np.lib.stride_tricks.sliding_window_view(text, 17)[:64:8]
+    batch = windows[:, :-1], windows[:, 1:]
+    for step in range(20):
+        result = rf.train_step(model, [batch], state, optimizer, loss_scale, run, max_norm=1.0)
+        print(step, float(result.loss), float(result.loss_scale), bool(result.skipped))
+
+The names, by what they are for; `help(refimpl.State)` and so on say more:
+
+    gpt_model, GPTConfig, mlp_model, MLPConfig    the models, and their sizes
+    get_recipe                                    the formats of operations and states, by name: RECIPES holds all
+    get_backend, Run                              what computes; what the operations of a run share
+    State, Optimizer, AdamW, SGD, Schedule        weights, gradients, masters and moments, and how they are updated
+    make_loss_scale                               the loss scale: dynamic as PyTorch's, fixed, none, or another project's
+    train_step, forward_backward, StepResult      one step, its first half, and what it returns
+    cast, widen                                   round an array to a format; convert it to a wider one, exactly
+    UsageError, TrainingStopped                   what wrong input raises, and a training that had to stop
+
+The modules behind them are imported when a name is first used, so `import refimpl` alone takes no time.
+'''
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refimpl._library import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the library when one of its names is first used: a command must answer Ctrl-C before NumPy is imported."""
+    if not name.startswith("_"):
+        from refimpl import _library
+
+        if name in _library.__all__:
+            return getattr(_library, name)
+    raise AttributeError(f"module 'refimpl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from refimpl import _library
+
+    return sorted([*globals(), *_library.__all__])

@@ -60,7 +60,7 @@ def run(given: dict[str, Any]) -> int:
     if "gpu" in given:
         raise UsageError("--gpu belongs to --predict: a check runs on the GPU that is there")
     if not TESTS.is_dir():
-        raise UsageError("the tests of the kernels are not installed with the package: run scripts/gpu_check.py in a clone")
+        raise UsageError("the tests of the kernels are not installed with the package: run this in a clone of the project")
     arguments = {**DEFAULTS, **given}
     recipes, models = _checked(arguments.pop("recipes").split(",")), arguments.pop("models").split(",")
     return check(TESTS, recipes, models=models, **arguments)

@@ -1,0 +1,21 @@
+"""What `import refimpl` offers: the names that a training by hand needs."""
+
+from __future__ import annotations
+
+from refimpl.backends.base import get_backend
+from refimpl.errors import TrainingStopped, UsageError
+from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.mlp import MLPConfig, mlp_model
+from refimpl.numerics.casts import cast, widen
+from refimpl.optim.loss_scale import make_loss_scale
+from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
+from refimpl.optim.state import State
+from refimpl.precision.context import Run
+from refimpl.precision.recipes import RECIPES, get_recipe
+from refimpl.step import StepResult, forward_backward, train_step
+
+__all__ = [
+    "RECIPES", "SGD", "AdamW", "GPTConfig", "MLPConfig", "Optimizer", "Run", "Schedule", "State", "StepResult",
+    "TrainingStopped", "UsageError", "cast", "forward_backward", "get_backend", "get_recipe", "gpt_model", "make_loss_scale",
+    "mlp_model", "train_step", "widen",
+]  # fmt: skip
