@@ -237,7 +237,7 @@ def test_what_is_wrong_is_refused() -> None:
     with pytest.raises(TypeError, match="bit patterns of bf16 are uint16"):
         from_bits(np.zeros(2, np.uint32), "bf16")
     for other in (np.float32, np.int16, np.bool_):
-        with pytest.raises(TypeError, match="no type of unsigned integers"):
+        with pytest.raises(TypeError, match="not a type of unsigned integers"):
             resized(np.zeros(2, other), 2)
 
 

@@ -1,24 +1,25 @@
-"""Matrix products with the accumulators that hardware has: not only FP32.
+"""Matrix products with the accumulators of real hardware, not only FP32.
 
-An accumulator is named by how a partial sum is kept, and, after a slash, by how many products it takes before it is added
-to an outer sum (in FP32, unless a third part says otherwise):
+An accumulator is named by the format of its partial sums. After a slash may come the number of products that it sums before
+they are added to an outer sum, and after another slash the format of the outer sum (FP32 if not given):
 
-    fp32             the BLAS's sums, in its order: the reference
+    fp32             the sums of the BLAS, in its order
     fp16, bf16       every sum is rounded to the format, to nearest even
-    e8m13            every sum is cut to 13 fraction bits, 14 bits with the leading one, as an adder of that width does
+    e8m13            every sum is truncated to 13 fraction bits, as in an adder of 14 bits
     e8m13/128        the same, promoted to FP32 every 128 products: DeepSeek-V3
-    fp16/64/fp16     sums of 64 products, and the sum of those, in FP16: chunk-based accumulation
+    fp16/64/fp16     sums of 64 products, and the sum of those sums, in FP16: chunk-based accumulation
 
-A cut goes towards zero and loses half an ulp on average, each time. While the sum is in [2^k, 2^(k+1)), the ulp is 2^(k-f)
-for f fraction bits, and with products of one sign and of mean mu there are 2^k / mu additions. All binades together:
+Truncation goes towards zero and loses half an ulp on average. While the sum is in [2^k, 2^(k+1)) the ulp is 2^(k-f) for f
+fraction bits, and products of one sign with mean mu need 2^k / mu additions to leave that range. Over all ranges:
 
-    loss / sum = K 2^-f / 6         8.3 % for K = 4096 and f = 13, half of it for 14, a quarter for 15
+    loss / sum = K 2^-f / 6         8.3 % for K = 4096 and f = 13, half of that for 14, a quarter for 15
 
-and with promotion every N, N takes the place of K. (Less in FP8: its products end before the ulp while sums are small.)
+With promotion every N products, N takes the place of K. (FP8 loses less: while sums are small, its products have no bits below
+the ulp.)
 
 Source: DeepSeek-V3 2024, arXiv 2412.19437, sections 3.3.2 and 3.5.2: 'around 14 bits' on the tensor cores of an H800, an error
-of 'nearly 2 %' for K = 4096, promotion every 128. By the formula that error is f = 15's: the width is not settled, give any.
-Wang et al. 2018, arXiv 1812.08011: FP16 accumulation in chunks of 64.
+of 'nearly 2 %' for K = 4096, promotion every 128. By the formula that error means f = 15: the width is not settled, and can be
+chosen here. Wang et al. 2018, arXiv 1812.08011: FP16 accumulation in chunks of 64.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 
 _SUMS = 1 << 17
-"""Sums that are formed at a time: few enough for a cache, since each is read and written once for every product."""
+"""Sums formed at a time: few enough to fit a cache, since each is read and written once per product."""
 
 
 @dataclass(frozen=True)
 class Accumulator:
-    """How partial sums are kept (`inner`), for how many products (`every`, 0 for all), and how their sums are (`outer`)."""
+    """The format of partial sums (`inner`), how many products each takes (`every`, 0 for all), the format of the outer sum."""
 
     inner: str
     every: int = 0
@@ -48,7 +49,7 @@ class Accumulator:
 
 
 def accumulator(spec: str) -> Accumulator:
-    """'e8m13/128' -> Accumulator('e8m13', 128, 'fp32'). Errors: ValueError for a name that the table above does not have."""
+    """Parse a name: 'e8m13/128' -> Accumulator('e8m13', 128, 'fp32'). Errors: ValueError for another name."""
     parts = re.fullmatch(r"(\w+)(?:/([1-9]\d*)(?:/(\w+))?)?", spec, re.ASCII)
     inner, every, outer = parts.groups() if parts else ("", None, None)
     kind = Accumulator(inner, int(every or 0), outer or "fp32")
@@ -58,7 +59,7 @@ def accumulator(spec: str) -> Accumulator:
 
 
 def fraction_bits_kept(name: str) -> int | None:
-    """Fraction bits of a partial sum: 13 for e8m13, 10 for fp16; None for a name that is not an accumulator's."""
+    """Return the fraction bits of a partial sum: 13 for e8m13, 10 for fp16; None for a name that is not an accumulator's."""
     if name in ("fp32", "fp16", "bf16", "tf32"):
         return FORMATS[name].fraction_bits
     cut = re.fullmatch("e8m([0-9]+)", name)
@@ -66,17 +67,17 @@ def fraction_bits_kept(name: str) -> int | None:
 
 
 def matmul(a: Array, b: Array, acc: str = "fp32", multiply: Callable[[Array, Array], Array] = np.matmul) -> Array:
-    """a (..., M, K) @ b (..., K, N) -> fp32 (..., M, N), summed in the accumulator `acc`.
+    """Multiply a (..., M, K) and b (..., K, N) -> fp32 (..., M, N), summed in the accumulator `acc`, in the order of k.
 
-    a, b: formats that fp32 holds, their leading axes equal. Products of two values of 11 significant bits or fewer (fp16,
-    bf16, e4m3, ...) are exact in fp32; a sum is formed in fp32 and then rounded, or cut, to the accumulator. In the order of k.
-    multiply: what computes the products whose sums are FP32's: the BLAS, or a backend's gemm.
+    a, b: formats that fp32 holds, with equal leading axes. A product of two values of at most 11 significant bits (fp16, bf16,
+    e4m3, ...) is exact in fp32; each sum is formed in fp32 and then rounded, or truncated, to the accumulator.
+    multiply: what computes the products for 'fp32': the BLAS, or a backend's gemm, in its own order.
 
     Errors: ValueError for an unknown accumulator, or shapes that do not match.
-    PyTorch: torch.matmul, for 'fp32'; torch.backends.cuda.matmul.allow_fp16_accumulation is something like 'fp16'.
+    PyTorch: torch.matmul, for 'fp32'; torch.backends.cuda.matmul.allow_fp16_accumulation is similar to 'fp16'.
     Differs from the source: how the tensor cores of an H800 add is not published. DeepSeek-V3 3.5.2 says that 32 products are
-      shifted to the largest exponent among them, cut to 14 bits and added at once; here they are added one by one, each time
-      cut, which differs only where the sum changes its exponent within the 32 or its sign is not theirs.
+      aligned to the largest exponent among them, truncated to 14 bits and added at once. Here they are added one by one, and
+      truncated each time, which differs where the sum changes its exponent within the 32 or they have different signs.
     """
     kind = accumulator(acc)
     a, b = widen(a, "fp32"), widen(b, "fp32")
@@ -95,7 +96,7 @@ def matmul(a: Array, b: Array, acc: str = "fp32", multiply: Callable[[Array, Arr
 
 
 def _sum_products(a: Array, b: Array, inner: str, multiply: Callable[[Array, Array], Array]) -> Array:
-    """a @ b with all partial sums kept in `inner`, in pieces of rows that fit a cache."""
+    """Return a @ b with all partial sums kept in `inner`, computed in pieces of rows that fit a cache."""
     if inner == "fp32":
         return multiply(a, b)
     total = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
@@ -114,7 +115,7 @@ def _sum_products(a: Array, b: Array, inner: str, multiply: Callable[[Array, Arr
 
 
 def _keep(sums: Array, name: str) -> None:
-    """Round or cut fp32 sums in place to what the accumulator keeps of them; infinities and NaN stay."""
+    """Round or truncate fp32 sums in place to the format `name`; infinities and NaN do not change."""
     if name == "fp32":
         return
     if name in FORMATS:

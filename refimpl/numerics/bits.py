@@ -1,7 +1,6 @@
-"""Bit patterns: an array of floats seen as unsigned integers, and the way back. No value changes, nothing is copied.
+"""Bit patterns: views of floating-point arrays as unsigned integers, and of integers as floating-point arrays.
 
-Codes of the formats of 8 bits and fewer are stored so (no array library but ml_dtypes has types for them), and what is
-defined on bits is written on bits: stochastic rounding, and the 16-bit remainder of a master.
+Codes of 8 bits and fewer are stored as unsigned integers, since only ml_dtypes has array types for them.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ _UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint3
 
 
 def bits_of(x: Array) -> Array:
-    """The bit patterns of an array of floats, as unsigned integers of the same size: the same memory, the same shape.
+    """Return a view of an array of floats as unsigned integers of the same size.
 
     A format of 4 or 6 bits has its code in the low bits of a byte. Errors: TypeError for an array that holds no floats.
-    PyTorch: `x.view(torch.uint8)`.
+    PyTorch: `x.view(torch.uint16)`.
     """
     return x.view(_UNSIGNED[FORMATS[format_of(x)].itemsize])
 
 
 def from_bits(bits: Array, fmt: str) -> Array:
-    """The values of format `fmt` that have these bit patterns: the same memory, the same shape.
+    """Return a view of bit patterns as values of format `fmt`.
 
     Errors: TypeError for integers that are signed or of another size than the format's.
     PyTorch: `bits.view(torch.float8_e4m3fn)`.
@@ -39,19 +38,16 @@ def from_bits(bits: Array, fmt: str) -> Array:
 
 
 def resized(bits: Array, size: int) -> Array:
-    """Unsigned integers in a type of `size` bytes: exact where it is wider, their low bits where it is narrower.
-
-    The array library's own conversion, by a method that NumPy and CuPy share. Errors: TypeError for anything else.
-    """
+    """Convert unsigned integers to a type of `size` bytes; a narrower one keeps the low bits. Errors: TypeError for others."""
     if bits.dtype.kind != "u":
-        raise TypeError(f"resized: {bits.dtype} is no type of unsigned integers")
+        raise TypeError(f"resized: {bits.dtype} is not a type of unsigned integers")
     return bits.astype(_UNSIGNED[size], copy=False)
 
 
 def bytes_of(x: Array) -> Array:
-    """The bytes of a flat array, as a view: what ranks send to one another, whatever the format.
+    """Return a view of a flat array as bytes, which is what ranks exchange.
 
-    Errors: TypeError for an array of another shape or order, whose bytes do not lie one after the other.
+    Errors: TypeError for an array that is not 1-d and contiguous.
     """
     if x.ndim != 1 or not x.flags.c_contiguous:
         raise TypeError(f"bytes_of: a flat array in C order, not one of shape {x.shape}")
@@ -59,7 +55,7 @@ def bytes_of(x: Array) -> Array:
 
 
 def bit_string(x: Any) -> str:
-    """The bits of one value as sign|exponent|fraction, e.g. '0|01111|0000000000' for 1 in fp16.
+    """Return the bits of one value as sign|exponent|fraction, e.g. '0|01111|0000000000' for 1 in fp16.
 
     x: a 0-d array of any format that has an array type of its own (TF32, stored in fp32, shows as fp32).
     """

@@ -1,7 +1,7 @@
-"""The one door for rounding: no other file changes a floating-point format, but its fast twin `fast_cast.py` behind it.
+"""Conversions between number formats: `cast` rounds to nearest, `widen` is exact and refuses any other conversion.
 
-`cast` rounds (32 -> 16 bits), `widen` goes the exact way (16 -> 32 bits) and refuses any other. Because every rounding
-passes here, it can be counted, shown, injected and replaced in one place.
+All rounding to nearest on the host goes through `cast`, so it can be counted, shown, changed or replaced in one place. The
+package's docstring lists what rounds otherwise.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
 def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = None) -> Array:
     """Round every value of `x` to the nearest value of format `fmt`, ties to the even fraction.
 
-    x: an array of any format. out: an array of that format to write to; it may be `x` itself where nothing changes.
-    Where `x` has the format already it is returned as it is, not copied.
+    x: an array of any format. out: an array of format `fmt` to write to; it may be `x` itself where nothing changes.
+    Where `x` already has the format it is returned, not copied.
 
-    overflow: what becomes of a value beyond the format's largest after rounding.
-      'inf'       an infinity, NaN in a format that has no infinity, the largest value in one that has neither
+    overflow: what a value becomes whose rounded magnitude exceeds the format's largest.
+      'inf'       an infinity; NaN in a format without infinities; the largest value in a format without either
                   (IEEE 754, ml_dtypes; the default for 16 bits and more)
-      'saturate'  the largest finite value with the same sign, infinities included; NaN stays NaN
-    FP8 and narrower formats have no default: their users disagree, so the caller says which is meant.
+      'saturate'  the largest finite value of the same sign, also for infinities; NaN stays NaN
+    FP8 and narrower formats have no default, since libraries disagree.
 
-    Values above fp32 go to narrower formats by way of fp32, and are so rounded twice, as PyTorch does it.
-
-    Errors: TypeError when `overflow` is missing for a format of 8 bits or fewer, or `x` is not NumPy's for one of them.
-    Source: the note, step 1; IEEE 754-2019 section 4.3.1 (roundTiesToEven).
-    PyTorch: `x.to(torch.float16)`, bit for bit but for the payload of NaNs; `overflow='saturate'` is what
+    Errors: TypeError where `overflow` is missing for a format of 8 bits or fewer, or `x` is not NumPy's for one of them.
+    Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.1; IEEE 754-2019, section 4.3.1 (roundTiesToEven).
+    PyTorch: `x.to(torch.float16)`, bit for bit except for NaN payloads; `overflow='saturate'` is what
       `.to(torch.float8_e4m3fn)` does since 2.13.
     """
     target = FORMATS[fmt]
@@ -41,7 +39,7 @@ def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = No
         raise TypeError(f"cast to {fmt}: CuPy has no such arrays; formats of 8 bits and fewer are for NumPy's alone")
     _check_out(out, x, target.dtype)
     if x.dtype == np.float64 and target.itemsize < 4:
-        x = _convert(x, dtype_of("fp32"))
+        x = _convert(x, dtype_of("fp32"))  # fp64 is rounded twice, as PyTorch does
     if overflow == "saturate":
         x = _clip_to(x, fmt)
     if fmt == "tf32":
@@ -52,11 +50,10 @@ def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = No
 
 
 def widen(x: Array, fmt: str = "fp32", out: Array | None = None) -> Array:
-    """Convert `x` to a format that holds all its values: exact, nothing is rounded.
+    """Convert `x` to a format that holds all its values, exactly.
 
-    Where `x` has the format already it is returned as it is, not copied.
-    Errors: TypeError when `fmt` does not contain the format of `x`.
-    Source: the note, step 3.
+    Where `x` already has the format it is returned, not copied.
+    Errors: TypeError where `fmt` does not contain the format of `x`.
     """
     source = format_of(x)
     if not widens_to(source, fmt):
@@ -68,9 +65,9 @@ def widen(x: Array, fmt: str = "fp32", out: Array | None = None) -> Array:
 
 
 def _convert(x: Array, dtype: np.dtype, out: Array | None = None) -> Array:
-    """The array library's own conversion, which rounds to nearest even; an overflow is a result here, not a warning.
+    """Convert with the array library, which rounds to nearest even; FP32 <-> FP16 with `fast_cast`, to the same bits.
 
-    NumPy converts fp16 slowly; `fast_cast` does the same to the bit in a third of the time.
+    An overflow is a result here, not a warning.
     """
     if isinstance(x, np.ndarray) and x.size >= fast_cast.SMALL:
         fast = _FAST.get((x.dtype, dtype))
@@ -102,9 +99,9 @@ def _store(x: Array, out: Array | None) -> Array:
 
 
 def _round_to_tf32(x: Array) -> Array:
-    """Round fp32 to TF32's 10 fraction bits: add half of the last kept place, less one where it is even, and truncate.
+    """Round fp32 to TF32's 10 fraction bits: add half of the last kept place, minus one bit where it is even, and truncate.
 
-    The carry runs into the exponent by itself, up to infinity. NaNs are left alone, their payload could wrap to zero.
+    A carry runs into the exponent, up to infinity. NaNs are not changed, since their payload could wrap to zero.
     """
     x = x if x.dtype == np.float32 else cast(x, "fp32")
     dropped = FORMATS["fp32"].fraction_bits - FORMATS["tf32"].fraction_bits
@@ -115,10 +112,7 @@ def _round_to_tf32(x: Array) -> Array:
 
 
 def _clip_to(x: Array, fmt: str) -> Array:
-    """Clip to the largest values of `fmt`, in a format that holds both those and `x`; NaN stays NaN.
-
-    It has 32 bits at least: 16-bit arrays are storage, and of BF16 CuPy would make FP32 by itself.
-    """
+    """Clip to the largest values of `fmt`, in fp32 or fp64, which hold both them and `x`; NaN stays NaN."""
     own = format_of(x)
     wide = widen(x, "fp64" if "fp64" in (own, fmt) else "fp32")
     return wide.clip(-FORMATS[fmt].max, FORMATS[fmt].max)

@@ -1,10 +1,12 @@
-"""Floating-point formats as rows of facts.
+"""Floating-point formats as rows of a table.
 
-A format is fully described by four facts: how many exponent bits, how many fraction bits, the bias, and what the
-top exponent means. Everything else that a person asks for (largest value, smallest normal, eps) follows:
+A format is described by five facts: the numbers of sign, exponent and fraction bits, the bias, and what the codes with the
+largest exponent mean. Largest value, smallest normal value, eps and so on follow from these:
 
     value = (-1)^sign * 2^(exponent - bias) * (1 + fraction / 2^fraction_bits)      exponent > 0    (normal)
-    value = (-1)^sign * 2^(1 - bias)        * (0 + fraction / 2^fraction_bits)      exponent = 0    (subnormal)
+    value = (-1)^sign * 2^(1 - bias)        * (0 + fraction / 2^fraction_bits)      exponent = 0    (zero and subnormal)
+
+e8m0, the format of MX scales, has neither sign nor fraction. All its numbers are normal, also with exponent 0: it has no zero.
 
 Source: IEEE 754-2019 section 3.4 (fp64, fp32, fp16); the bfloat16 and TF32 white papers; Micikevicius et al. 2022,
 arXiv 2209.05433 (e4m3, e5m2); the OCP Microscaling Formats specification v1.0 (e3m2, e2m3, e2m1, e8m0).
@@ -25,10 +27,10 @@ import numpy as np
 class Format:
     """One floating-point format.
 
-    `specials` says what the codes with the largest exponent are:
-    `ieee`: infinities (fraction 0) and NaNs, so the largest exponent holds no number;
-    `one-nan`: numbers, but for the all-ones code, which is NaN; there is no infinity (e4m3, e8m0);
-    `none`: numbers only (e3m2, e2m3, e2m1).
+    specials: what the codes with the largest exponent mean.
+      'ieee'     infinities (fraction 0) and NaNs
+      'one-nan'  numbers, except for the all-ones code, which is NaN; no infinities (e4m3, e8m0)
+      'none'     numbers only (e3m2, e2m3, e2m1)
     """
 
     name: str
@@ -36,32 +38,32 @@ class Format:
     fraction_bits: int
     bias: int
     specials: str
-    dtype: np.dtype  # the array type that stores it; TF32 is stored in fp32 and shares its type
+    dtype: np.dtype  # the array type that holds it; TF32 is held in fp32 arrays
     sign_bits: int = 1
 
     @property
     def bits(self) -> int:
-        """Bits of information in one value (TF32 has 19, and is stored in 32)."""
+        """Return the bits of information in one value (19 for TF32, which is stored in 32)."""
         return self.sign_bits + self.exponent_bits + self.fraction_bits
 
     @property
     def itemsize(self) -> int:
-        """Bytes that one value takes in an array."""
+        """Return the bytes that one value takes in an array."""
         return int(self.dtype.itemsize)
 
     @property
     def has_inf(self) -> bool:
-        """Whether an overflow can become an infinity."""
+        """Return whether the format has infinities."""
         return self.specials == "ieee"
 
     @property
     def eps(self) -> float:
-        """Distance from 1 to the next larger value: 2^-fraction_bits."""
+        """Return the distance from 1 to the next larger value: 2^-fraction_bits."""
         return math.ldexp(1.0, -self.fraction_bits)
 
     @property
     def max(self) -> float:
-        """Largest finite value."""
+        """Return the largest finite value."""
         largest_exponent = 2**self.exponent_bits - 1
         significand = 2.0 - self.eps
         if self.specials == "ieee" or (self.specials == "one-nan" and self.fraction_bits == 0):
@@ -72,18 +74,18 @@ class Format:
 
     @property
     def min(self) -> float:
-        """Lowest value: -max, or the smallest positive value of the unsigned e8m0."""
+        """Return the lowest finite value: -max, or the smallest positive value of the unsigned e8m0."""
         return -self.max if self.sign_bits else self.smallest_normal
 
     @property
     def smallest_normal(self) -> float:
-        """Smallest value with full precision. e8m0 has no subnormals: its exponent 0 is a normal number."""
+        """Return the smallest positive value with full precision; in e8m0 its exponent is 0."""
         smallest_exponent = 1 if self.fraction_bits else 0
         return math.ldexp(1.0, smallest_exponent - self.bias)
 
     @property
     def smallest_subnormal(self) -> float:
-        """Smallest positive value: half of it, and all below, rounds to zero."""
+        """Return the smallest positive value. Half of it, and all below, rounds to zero."""
         return math.ldexp(self.smallest_normal, -self.fraction_bits)
 
 
@@ -108,17 +110,17 @@ FORMATS: dict[str, Format] = {
     )
 }
 
-# TF32 arrays are fp32 arrays whose last 13 fraction bits are zero, so their type says fp32.
+# A TF32 array is an fp32 array whose last 13 fraction bits are zero, so its type says fp32.
 _NAME_OF_DTYPE: dict[np.dtype, str] = {row.dtype: row.name for row in FORMATS.values() if row.name != "tf32"}
 
 
 def dtype_of(fmt: str) -> np.dtype:
-    """The array type that stores a format: `dtype_of('bf16')` is ml_dtypes' bfloat16."""
+    """Return the array type that holds a format: `dtype_of('bf16')` is ml_dtypes' bfloat16."""
     return FORMATS[fmt].dtype
 
 
 def format_of(x: Any) -> str:
-    """The format that an array is stored in: 'fp32', 'bf16', ... Raises TypeError for an array that holds no floats."""
+    """Return the format of an array: 'fp32', 'bf16', ... Errors: TypeError for an array that holds no floats."""
     try:
         return _NAME_OF_DTYPE[x.dtype]
     except KeyError:
@@ -126,13 +128,13 @@ def format_of(x: Any) -> str:
 
 
 def is_float(x: Any) -> bool:
-    """Whether the array holds one of the formats (token numbers and masks do not)."""
+    """Return whether an array holds one of the formats (tokens and masks do not)."""
     return x.dtype in _NAME_OF_DTYPE
 
 
 @functools.cache
 def widens_to(source: str, target: str) -> bool:
-    """Whether every value of `source` is a value of `target`, so that the conversion never rounds."""
+    """Return whether every value of `source` is a value of `target`, so that the conversion never rounds."""
     a, b = FORMATS[source], FORMATS[target]
     return (
         a.fraction_bits <= b.fraction_bits
@@ -144,7 +146,7 @@ def widens_to(source: str, target: str) -> bool:
 
 
 def widest(*fmts: str) -> str:
-    """The format that mixed operands promote to: the widest; fp32 for fp16 with bf16, which contain neither each other.
+    """Return the format that mixed operands promote to: the widest, and fp32 where none contains the other (fp16, bf16).
 
     PyTorch: torch.promote_types.
     """
@@ -158,17 +160,17 @@ def widest(*fmts: str) -> str:
 
 
 def digits(value: float, fmt: str) -> str:
-    """As many decimal digits as tell any two values of the format apart: 9 in fp32, 5 in fp16, 4 in bf16."""
+    """Write a value with enough decimal digits to tell any two of the format apart: 9 in fp32, 5 in fp16, 4 in bf16."""
     return f"{value:.{math.ceil(1 + (FORMATS[fmt].fraction_bits + 1) * math.log10(2))}g}"
 
 
 def ulp(fmt: str, value: float) -> float:
-    """The distance between neighboring values of a format around `value`.
+    """Return the distance between neighboring values of a format around `value`.
 
         2^(max(e, smallest normal exponent) - fraction_bits),  where  2^e <= |value| < 2^(e + 1)
 
-    So the error of one rounding to nearest is at most half an ulp, unless it overflows. NaN for Inf and NaN.
-    Source: Muller 2005, 'On the definition of ulp(x)', INRIA RR-5504: the one that he names after Goldberg.
+    The error of one rounding to nearest is at most half an ulp, unless it overflows. Inf and NaN give NaN.
+    Source: Muller 2005, 'On the definition of ulp(x)', INRIA RR-5504: there called Goldberg's definition.
     """
     if not math.isfinite(value):
         return math.nan

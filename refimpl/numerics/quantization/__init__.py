@@ -1,15 +1,15 @@
-"""Quantizers: what FP8, MX and NVFP4 recipes make of a tensor before a matrix product, and the product itself.
+"""FP8, MX and NVFP4: tensors as codes with scales, and the products of such tensors.
 
-    quantized.py   QuantizedTensor: codes, and one scale for each block of them
-    fp8.py         FP32 scales: per tensor (current, delayed), per row, DeepSeek-V3's 1x128 and 128x128
-    mx.py          blocks of 32 with a power of two as scale
-    nvfp4.py       blocks of 16 with an FP8 scale, and an FP32 scale for the tensor
-    hadamard.py    the rotation that spreads outliers before NVFP4
-    product.py     the product of two quantized matrices
-    schemes.py     all of these by the names that policies have for them, and what they remember in a run
+    quantized_tensor.py   QuantizedTensor: codes, and one scale for each block of them
+    fp8.py                FP32 scales: per tensor (current, delayed), per row, DeepSeek-V3's 1x128 and 128x128
+    mx.py                 blocks of 32 with a power of two as scale
+    nvfp4.py              blocks of 16 with an FP8 scale, and an FP32 scale for the tensor
+    rotation.py           the Hadamard rotation that spreads outliers before NVFP4
+    products.py           the product of two quantized matrices
+    registry.py           all schemes by the names that policies use, and what they remember during a run
 
-A matrix product needs both operands quantized along the axis that it sums over, each from the high-precision source: y = x w^T
-takes x and w along C, dx = dy w takes dy and w along F, dw = dy^T x takes dy and x along the tokens. So a tensor is
+A matrix product needs both operands quantized along the axis that it sums over, each from its unquantized source: y = x w^T
+takes x and w along C, dx = dy w takes dy and w along F, dw = dy^T x takes dy and x along the tokens. So each tensor is
 quantized twice, and a quantized tensor is never transposed to be summed over its other axis.
 """
 

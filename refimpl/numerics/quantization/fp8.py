@@ -1,16 +1,16 @@
 """FP8 with FP32 scales: per tensor (current or delayed), per row, and DeepSeek-V3's tiles and blocks.
 
-The scale that is kept is the one that decodes, value = element * scale. What a source calls its scale, amax -> max, is
-the factor that encodes; here `factor`. Both are FP32, scale = 1 / factor, each rounded.
+A QuantizedTensor holds the scale that decodes, value = element * scale. What most sources call the scale encodes, that is, maps
+amax to the format's largest value; here it is called `factor`. Both are FP32, scale = 1 / factor, and each is rounded.
 
     factor = max / amax      max = 448 (e4m3) or 57344 (e5m2)
 
-NaN and infinities: a block that holds one has the factor 1; its NaN stays NaN, its infinity becomes what `overflow` says:
+A block that holds a NaN or an infinity has the factor 1; NaN stays NaN, and an infinity becomes what `overflow` says:
 
     saturate   the largest value: Transformer Engine, and PyTorch's cast to e4m3 since 2.13
     inf        an infinity in e5m2, NaN in e4m3: ml_dtypes, and PyTorch's cast to e5m2
 
-Finite values overflow only under delayed scaling: the rounding of a current factor is less than the cast rounds off.
+Finite values overflow only under delayed scaling: the error of a current factor is too small for that.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, alon
 
 
 def scale_from_amax(amax: Array, fmt: str, power_of_two: bool = False, floor: float = 0.0) -> Array:
-    """The factor that takes the largest magnitude of a block to the largest value of `fmt`: fp32 -> fp32, of one shape.
+    """Return the factor that maps the largest magnitude of a block to the largest value of `fmt`: fp32 -> fp32, of one shape.
 
         factor = max / max(amax, floor);   1 where amax is 0, infinite or NaN;   fp32's largest where it would be infinite
 
-    power_of_two: the next power of two at or below it, so that scaling rounds nothing.
-    floor: below it amax is taken for it, so that noise is not blown up to full range; DeepSeek-V3's kernels have 1e-4.
+    power_of_two: round the factor down to a power of two, so that scaling is exact.
+    floor: the smallest amax that counts, so that noise is not scaled up to the full range; 1e-4 in DeepSeek-V3's kernels.
     Source: NVIDIA Transformer Engine, recipe_common.cuh, compute_scale_from_amax.
     """
     amax = np.where(amax < floor, constant(floor), amax)
@@ -46,7 +46,7 @@ def scale_from_amax(amax: Array, fmt: str, power_of_two: bool = False, floor: fl
 def quantize_tensor(
     x: Array, fmt: str, *, power_of_two: bool = False, overflow: str = "saturate", bits: Array | None = None
 ) -> QuantizedTensor:
-    """One scale for the whole tensor, from its own largest magnitude: current scaling.
+    """Quantize with one scale for the tensor, from its own largest magnitude: current scaling.
 
     Source: Micikevicius et al. 2022, arXiv 2209.05433; Transformer Engine, Float8CurrentScaling.
     """
@@ -56,7 +56,7 @@ def quantize_tensor(
 def quantize_rows(
     x: Array, fmt: str, axis: int = -1, *, power_of_two: bool = True, overflow: str = "saturate", bits: Array | None = None
 ) -> QuantizedTensor:
-    """One scale for each vector along `axis`, the axis that the product sums over: a token of x, a row of w.
+    """Quantize with one scale for each vector along `axis`, the axis that the product sums over: a token of x, a row of w.
 
     Source: torchao, float8 'rowwise' (power-of-two scales, rounded down).
     """
@@ -67,9 +67,9 @@ def quantize_tiles(
     x: Array, fmt: str, axis: int = -1, size: int = 128, *, power_of_two: bool = False, floor: float = 0.0,
     overflow: str = "saturate", bits: Array | None = None,
 ) -> QuantizedTensor:  # fmt: skip
-    """One scale for each 128 elements along `axis`, the axis that the product sums over: activations and their gradients.
+    """Quantize with one scale per 128 elements along `axis`, the axis that the product sums over: activations, gradients.
 
-    Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (1x128). Transformer Engine's Float8BlockScaling has powers of two.
+    Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (1x128). Transformer Engine's Float8BlockScaling takes powers of two.
     """
     return _quantize(x, fmt, along(axis, size, x.shape), power_of_two, floor, overflow, bits)
 
@@ -78,7 +78,7 @@ def quantize_blocks(
     x: Array, fmt: str, size: int = 128, *, power_of_two: bool = False, floor: float = 0.0,
     overflow: str = "saturate", bits: Array | None = None,
 ) -> QuantizedTensor:  # fmt: skip
-    """One scale for each square block: weights. The same codes serve the products that sum over either axis.
+    """Quantize with one scale per square block: weights. The same codes serve products that sum over either axis.
 
     x (M, K). Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (128x128).
     """
@@ -98,11 +98,12 @@ def _quantize(
 class DelayedScaling:
     """The state of delayed scaling for one tensor (x, w or dy of one layer): largest magnitudes of past steps, and the factor.
 
-    A step quantizes with the factor that it finds, and writes down the largest magnitude that it sees; `update`, once a
-    step, makes the factor of the next. So no pass over the tensor is needed before it is quantized.
+    A step quantizes with the factor of the past and records the largest magnitude that it sees; `update`, once per step, makes
+    the factor of the next step. So a tensor need not be read before it is quantized.
 
-    history_length, margin, amax_compute_algo: Transformer Engine's, with its defaults.
-    amax_history: fp32 (history_length,); place 0 is that of the step at hand. factor: fp32, 0-d: 'scale' there.
+    history_length, margin, amax_compute_algo: as in Transformer Engine, with its defaults.
+    amax_history: fp32 (history_length,); element 0 belongs to the current step. factor: fp32, 0-d; 'scale' in the source.
+    Errors: ValueError for another format or algorithm.
     Source: Transformer Engine, recipe/delayed_scaling.cu.
     """
 
@@ -123,14 +124,14 @@ class DelayedScaling:
             self.factor = np.ones((), np.float32)
 
     def arrays(self) -> dict[str, Array]:
-        """What a checkpoint keeps; a new object with these arrays goes on as this one would."""
+        """Return the arrays that a checkpoint keeps; a new object made with them continues as this one would."""
         return {"amax_history": self.amax_history, "factor": self.factor}
 
     def quantize(self, x: Array, overflow: str = "saturate", bits: Array | None = None) -> QuantizedTensor:
-        """Quantize with the factor of past steps, and write down x's largest magnitude; where it is larger than they
-        were, values saturate.
+        """Quantize with the factor of past steps, and record x's largest magnitude. Values beyond those of the past saturate.
 
-        A tensor that is quantized several times a step leaves the largest of all. NaN leaves nothing: it would hide the others.
+        Of a tensor that is quantized several times per step the largest magnitude is recorded. NaN is ignored: it would hide
+        the others.
         """
         x = widen(x, "fp32")
         block = tuple(max(1, n) for n in x.shape)
@@ -140,10 +141,10 @@ class DelayedScaling:
         return QuantizedTensor(encode(x, factors, block, self.fmt, overflow, bits), self.fmt, 1 / factors, "fp32", block)
 
     def update(self) -> None:
-        """Once a step: the next factor from the whole history, this step included; then a new place 0, and the oldest drops.
+        """Compute the next factor from the history, this step included; then drop the oldest element and begin a new one.
 
-            factor = (max / 2^margin) / amax,    kept as it is where amax is 0 or infinite
-            amax   = the largest of the history, or this step's
+            factor = (max / 2^margin) / amax,    unchanged where amax is 0 or infinite
+            amax   = the largest of the history, or that of this step
 
         Differs from the source: a factor that would be infinite becomes fp32's largest value, as in `scale_from_amax`.
         """
@@ -165,5 +166,5 @@ def _check_is_fp8(fmt: str) -> None:
 
 
 def _clear_fraction(x: Array) -> Array:
-    """The power of two at or below each positive value; 448 / amax is never subnormal."""
+    """Round each positive normal value down to a power of two; 448 / amax is never subnormal."""
     return from_bits(bits_of(x) & np.uint32(0xFF800000), "fp32")

@@ -1,15 +1,15 @@
-"""MX, microscaling: blocks of 32 elements along one axis that share a power of two.
+"""MX (microscaling): blocks of 32 elements along one axis that share a power of two as their scale.
 
     X = 2^e, stored as e8m0:  code e + 127, e in -127..127, code 255 is NaN
     element = v / X rounded to nearest even, saturated
 
-How e follows from the block's largest magnitude is where the sources disagree, see SCALE_RULES. With emax the exponent of the
-format's largest value (8 for e4m3: 448 = 1.75 * 2^8):
+The sources disagree on how e follows from the block's largest magnitude, amax: SCALE_RULES. With emax the exponent of the
+element format's largest value (8 for e4m3: 448 = 1.75 * 2^8):
 
-    floor   floor(log2 amax) - emax       the OCP text; the largest element saturates where amax / 2^floor(log2 amax) > 1.75
-    ceil    ceil(log2 amax) - emax        torchao's option; nothing saturates, 1.25 bits of range are lost on average
-    rceil   ceil(log2(amax / max))        cuBLAS, Transformer Engine; nothing saturates, half a bit is lost
-    even    floor(log2(amax + half an ulp of the element format)) - emax      torchao's option
+    floor   floor(log2 amax) - emax       the OCP text; elements saturate where amax / 2^floor(log2 amax) > 1.75 (e4m3)
+    ceil    ceil(log2 amax) - emax        an option of torchao; nothing saturates
+    rceil   ceil(log2(amax / max))        cuBLAS, Transformer Engine; nothing saturates, and less range is lost than with ceil
+    even    floor(log2(amax + half an ulp of the element format)) - emax      an option of torchao
 
 Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3; Rouhani et al. 2023, arXiv 2310.10537; torchao, mx_tensor.py.
 """
@@ -32,38 +32,38 @@ _NAN = constant(math.nan)
 
 
 def emax(fmt: str) -> int:
-    """The exponent of the largest value of a format: 8 for e4m3, 15 for e5m2, 4 for e3m2, 2 for e2m3 and e2m1."""
+    """Return the exponent of a format's largest value: 8 for e4m3, 15 for e5m2, 4 for e3m2, 2 for e2m3 and e2m1."""
     return int(np.frexp(FORMATS[fmt].max)[1]) - 1
 
 
-# Each rule: amax, finite and positive -> the exponent e, an integer array. frexp: amax = m 2^k with m in [1/2, 1), exact, so
-# floor(log2 amax) is k - 1 without a logarithm, whose rounding would be wrong beside powers of two.
+# Each rule maps amax, finite and positive, to the exponent e, an integer array. frexp gives amax = m 2^k with m in [1/2, 1),
+# exactly, so floor(log2 amax) is k - 1. A logarithm would round to the wrong side beside powers of two.
 
 
 def floor_rule(amax: Array, fmt: str) -> Array:
-    """floor(log2 amax) - emax."""
+    """Return floor(log2 amax) - emax."""
     _, k = np.frexp(amax)
     return k - 1 - emax(fmt)
 
 
 def ceil_rule(amax: Array, fmt: str) -> Array:
-    """ceil(log2 amax) - emax."""
+    """Return ceil(log2 amax) - emax."""
     m, k = np.frexp(amax)
     return k - 1 + (m > 0.5) - emax(fmt)
 
 
 def rceil_rule(amax: Array, fmt: str) -> Array:
-    """ceil(log2(amax / max)): the smallest power of two with which amax does not exceed the largest value.
+    """Return ceil(log2(amax / max)): the smallest exponent with which amax / 2^e does not exceed the largest value.
 
-    Differs from the source: torchao and Transformer Engine multiply amax by the rounded 1 / max. The exponent is the same
-    for every amax but those near the smallest scale, where that product is subnormal.
+    Differs from the source: torchao and Transformer Engine multiply amax by the rounded 1 / max. The exponent is the same,
+    except near the smallest scale, where that product is subnormal.
     """
     (m, k), (m_max, k_max) = np.frexp(amax), np.frexp(FORMATS[fmt].max)
     return k - k_max + (m > m_max)
 
 
 def even_rule(amax: Array, fmt: str) -> Array:
-    """floor(log2(amax rounded half up to the element's fraction bits)) - emax."""
+    """Return floor(log2 of amax rounded half up to the element's fraction bits) - emax."""
     m, k = np.frexp(amax)
     return k - 1 + (m + FORMATS[fmt].eps / 4 >= 1) - emax(fmt)
 
@@ -80,16 +80,16 @@ def quantize_mx(
     x: Array, fmt: str, axis: int = -1, rule: str = "floor", *, block: int = BLOCK, overflow: str = "saturate",
     bits: Array | None = None,
 ) -> QuantizedTensor:  # fmt: skip
-    """Blocks of 32 along `axis`, the axis that the product sums over, with e8m0 scales.
+    """Quantize in blocks of 32 along `axis`, the axis that the product sums over, with e8m0 scales.
 
-    x: fp32 or a format that it holds. fmt: e4m3, e5m2, e3m2, e2m3 or e2m1. rule: one of SCALE_RULES.
-    A block of zeros has the smallest scale, 2^-127. A block that holds a NaN or an infinity has the scale NaN, and so is NaN
-    as a whole: some element formats have neither.
-    overflow: what a value beyond the largest becomes under 'floor' and 'even'; the OCP text says 'saturate'.
-    Errors: KeyError for an unknown rule; ValueError for a format that is no element's.
+    x: fp32 or a format that fp32 holds. fmt: e4m3, e5m2, e3m2, e2m3 or e2m1. rule: one of SCALE_RULES.
+    A block of zeros has the smallest scale, 2^-127. A block with a NaN or an infinity has the scale NaN, so that all its values
+    are NaN: some element formats have neither.
+    overflow: what becomes of a value beyond the largest under 'floor' and 'even'; 'saturate' in the OCP text.
+    Errors: KeyError for an unknown rule; ValueError for a format that is not an element format.
     PyTorch: torchao.prototype.mx_formats.mx_tensor.to_mx, whose axis is the last.
-    Differs from the source: to_mx needs an axis that 32 divides; here the last block may be shorter. Its 'even' gives the scale
-      NaN to an amax that rounds up to 2^128; here that is an exponent like others.
+    Differs from the source: to_mx needs an axis that is a multiple of 32; here the last block may be shorter. Its 'even' gives
+      the scale NaN where amax rounds up to 2^128; here that is an exponent like others.
     """
     x, shape = widen(x, "fp32"), along(axis, block, x.shape)
     amax = block_amax(x, shape)
