@@ -1,9 +1,9 @@
 """Write down what the installed CuPy offers: names, parameters and the dtypes of each ufunc. It needs CuPy, but no GPU.
 
     pip install cupy-cuda13x==14.2.0 ml_dtypes
-    python scripts/freeze_cupy_api.py > tests/cupy_api.json
+    python scripts/freeze_cupy_api.py > tests/support/cupy_api.json
 
-The strict stand-in for CuPy (tests/strict_cupy.py) reads the result. One entry a line, so that `git diff` after a run with
+The strict stand-in for CuPy (strict_cupy.py) reads the result. One entry a line, so that `git diff` after a run with
 a newer CuPy shows what changed. Parameters are in order; `axis=` has a default, `*` and `**` take any number.
 """
 

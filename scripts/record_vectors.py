@@ -6,7 +6,7 @@
 Every result in the file is PyTorch's, on a CPU, with one thread: casts, operations with their gradients, optimizers, gradient
 scaler, clipping, and short training runs in all recipes. refimpl gives names, settings and facts about formats, no arithmetic.
 What an operation does under CUDA's lists of autocast is written out as casts; no GPU is needed to know them. On one machine
-equal versions write equal bytes. tests/test_recorded.py compares.
+equal versions write equal bytes. tests/parity/test_recorded.py compares.
 
 What the names in the file mean:
 

@@ -7,13 +7,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy loads its BLAS: a process for each core, a thread for each process
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from paths import ROOT, SUPPORT
 from strict_backend import BACKENDS
 from threadpoolctl import threadpool_info
 
@@ -21,11 +21,10 @@ from refimpl.backends.base import Backend
 from refimpl.backends.threads import workers
 from refimpl.training.data import _documentation
 
-TESTS = Path(__file__).parent
-DRAWN_TEXT = str(TESTS / "drawn_text")
+DRAWN_TEXT = str(SUPPORT / "drawn_text")
 sys.path.insert(0, DRAWN_TEXT)
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    dict.fromkeys([DRAWN_TEXT, str(TESTS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    dict.fromkeys([DRAWN_TEXT, str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
 )
 
 for name in ("SIGINT", "SIGHUP"):  # who starts tests in the background may have them ignore these
@@ -35,10 +34,10 @@ for name in ("SIGINT", "SIGHUP"):  # who starts tests in the background may have
 BLAS_TESTS = {
     f"test_{name}"
     for name in (
-        "accumulate", "checkpoint", "compare_recipes", "ddp", "experiments", "fused_attention", "gradients", "ignored_targets",
-        "inspect_precision", "mistakes", "models", "mpi", "numpy_ops", "ops_edges", "ops_formula", "ops_torch", "optim",
-        "parity_onnx", "parity_opinfo", "policy", "published", "quantization", "recorded", "same_bits", "schemes", "step",
-        "strict_backend", "tape", "trace", "train", "workers", "zero",
+        "accumulators", "autograd", "checkpoint", "compare_recipes", "ddp", "experiments", "fused_attention", "gradients",
+        "ignored_targets", "inspect_precision", "mistakes", "models", "mpi", "numpy_ops", "ops_edges", "ops_formula",
+        "onnx", "opinfo", "ops_torch", "optimizer", "policy", "published", "quantization", "quantized_linear", "recorded",
+        "run", "same_bits", "step", "strict_backend", "threads", "trace", "zero",
     )
 }  # fmt: skip
 """The files whose tests compare results of matrix products. They must hold on every BLAS, so .ci/run takes several kernels."""

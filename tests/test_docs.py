@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from script_loader import load_script
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKS = [(page, *found) for page in PAGES for found in re.findall(r"\[([^\]]+?)\]\((?!http)(.+?)\)", page.read_text())]
 

@@ -2,7 +2,7 @@
 
 Always `-m mpi4py`: a rank that raises then ends all of them; without it the others would wait for it for ever.
 
-MPI only moves bytes here. Its own sum of FP16 arrays rounds after each rank, to FP16: tests/test_mpi.py shows how many elements
+MPI only moves bytes here. Its own sum of FP16 arrays rounds after each rank, to FP16: test_mpi.py shows how many elements
 that changes. It has no BF16.
 """
 

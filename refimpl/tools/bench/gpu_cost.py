@@ -2,7 +2,7 @@
 
 Nothing here runs a model or needs a GPU. Each line of the ledger is a call that the CuPy backend makes in a step: a kernel
 with the arrays that it reads and writes, a product with its sizes, a copy. It follows backends/cupy_ops.py and
-cupy_passes.py line by line; tests/test_gpu_cost.py holds names, numbers and sizes of all calls against those that the real
+cupy_passes.py line by line; test_gpu_cost.py holds names, numbers and sizes of all calls against those that the real
 CuPy makes. The calls are facts. The times are a prediction, and no more than that.
 
     time of a call = max(FLOPs / peak, bytes / bandwidth) + the gap between two calls

@@ -1,0 +1,381 @@
+"""Mutants: take any one rounding away from an operation, or make it a wrong one, and a named test turns red.
+
+A mutant is (recipe, site, kind). A site is a place where an operation rounds, such as `attention.scores.S` or `linear.dw.dw`
+(`Bound.round` is the only function that does). Sites are not listed here: every case of test_ops_torch.py runs with a
+monitor that hears of each rounding. A rounding that changes no element of the data has no mutants, and a wrong rounding
+counts only if it is wrong for at least one element. The kinds:
+
+    removed     the rounding is left out, and the FP32 value flows on
+    disguised   the same, but the array goes on saying that it has the 16-bit format, so that only values can tell
+    truncated   rounds toward zero
+    twice       rounds by way of the other 16-bit format
+    rarely      rounds toward zero, but only every hundredth element
+
+(Ties are not among them: where they go is decided in one function, refimpl.numerics.casts, and test_casts.py tries every one.)
+
+Each is switched on inside `Bound.round`, by this test alone, while the checks of all cases that reach the site run: the
+checks that test_ops_torch.py makes of the same cases. A mutant is killed *by values* if a result is none that a correct
+evaluation can give, *by format* if the values pass and only the type of a result is wrong. Some that are `removed` are
+*made up for*: the same FP32 array is rounded a moment later, when the next operation casts its operands in, so that no bit
+of any result differs. Those are counted apart, and only if that later rounding was seen. The rest survives.
+
+    python -m pytest tests/nn/test_mutants.py -s                 a recipe of each kind
+    python -m pytest -m slow tests/nn/test_mutants.py -s         all recipes
+
+At the end, the classic mistakes of a whole step: each turns a named test of another file red.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import test_ops_torch as twins  # skips this file too where PyTorch is not installed
+import test_optimizer
+import test_state
+import test_step
+from test_ops_torch import CASES, DTYPE, LOW, Case, one_thread, wide
+
+from refimpl.backends.base import NUMPY
+from refimpl.numerics.casts import cast, widen
+from refimpl.numerics.formats import format_of, widens_to
+from refimpl.optim import gradients
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.state import State
+from refimpl.precision.context import Bound
+
+Array = np.ndarray
+KINDS = ["removed", "disguised", "truncated", "twice", "rarely"]
+ALL_CASES = [*CASES, *(Case("attention", f"math-{low}", (low,)) for low in LOW)]
+RECIPES = list(dict.fromkeys(case.recipe for case in ALL_CASES))
+
+__all__ = ["one_thread"]  # the fixture of test_ops_torch.py, here too
+
+
+# ------------------------------------------------------------------------------------------------------ wrong roundings
+
+
+class Disguised:
+    """FP32 values in an array that says that it has a 16-bit format. It can do what operations do with stored arrays."""
+
+    def __init__(self, values: Array, fmt: str) -> None:
+        self.values, self.fmt = values, fmt
+
+    dtype = property(lambda self: DTYPE[self.fmt])
+    shape = property(lambda self: self.values.shape)
+    size = property(lambda self: self.values.size)
+    ndim = property(lambda self: self.values.ndim)
+    flags = property(lambda self: self.values.flags)
+    T = property(lambda self: Disguised(self.values.T, self.fmt))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.asarray(self.values, dtype)
+
+    def __getitem__(self, key: Any) -> Disguised:
+        return Disguised(self.values[key], self.fmt)
+
+    def __setitem__(self, key: Any, x: Any) -> None:
+        self.values[key] = np.asarray(x)
+
+    def reshape(self, *shape: Any) -> Disguised:
+        return Disguised(self.values.reshape(*shape), self.fmt)
+
+    def transpose(self, *axes: Any) -> Disguised:
+        return Disguised(self.values.transpose(*axes), self.fmt)
+
+    def swapaxes(self, a: int, b: int) -> Disguised:
+        return Disguised(self.values.swapaxes(a, b), self.fmt)
+
+    def astype(self, dtype: Any) -> Array:
+        return self.values.astype(dtype)
+
+
+def toward_zero(x: Array, fmt: str) -> Array:
+    """Rounded to the neighbor of `x` that is nearer to zero: where rounding to nearest went up, one code back."""
+    y = np.asarray(cast(x, fmt))
+    up = np.abs(wide(y)) > np.abs(wide(x))
+    return (y.view(np.uint16) - up.astype(np.uint16)).view(y.dtype)
+
+
+def by_way_of_the_other(x: Array, fmt: str) -> Array:
+    """Rounded to the other 16-bit format first."""
+    return cast(cast(x, "bf16" if fmt == "fp16" else "fp16"), fmt)
+
+
+def one_in_a_hundred_toward_zero(x: Array, fmt: str) -> Array:
+    y = np.array(cast(x, fmt))
+    y.reshape(-1)[::100] = toward_zero(x, fmt).reshape(-1)[::100]
+    return y
+
+
+WRONG: dict[str, Callable[[Array, str], Any]] = {
+    "removed": lambda x, fmt: x,
+    "disguised": Disguised,
+    "truncated": toward_zero,
+    "twice": by_way_of_the_other,
+    "rarely": one_in_a_hundred_toward_zero,
+}
+
+
+def is_rounding(x: Any, fmt: str) -> bool:
+    return not widens_to(format_of(x), fmt)
+
+
+# -------------------------------------------------------------------------------------------------------------- mutants
+
+
+@dataclass(frozen=True)
+class Mutant:
+    recipe: str
+    site: str  # operation.site
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.recipe} {self.site} {self.kind}"
+
+
+@dataclass
+class Site:
+    """What one rounding does to the data of the cases: which cases reach it, and how many elements each kind changes."""
+
+    cases: list[Case] = field(default_factory=list)
+    changed: Counter[str] = field(default_factory=Counter)
+
+
+@functools.cache
+def sites(recipe: str) -> dict[str, Site]:
+    """All roundings of a recipe, as the monitor hears of them."""
+    found: dict[str, Site] = {}
+    for case in [case for case in ALL_CASES if case.recipe == recipe]:
+
+        def hear(name: str, x: Array, y: Array, case: Case = case) -> None:
+            site = found.setdefault(name.partition(":")[2], Site())
+            if case not in site.cases:
+                site.cases.append(case)
+            for kind in KINDS:
+                wrong = wide(WRONG[kind](x, format_of(y)))
+                site.changed[kind] += np.count_nonzero(wrong != wide(y))
+
+        twins.results(case, hear)
+    return found
+
+
+def mutants(recipe: str) -> Iterator[Mutant]:
+    for name, site in sites(recipe).items():
+        yield from (Mutant(recipe, name, kind) for kind in KINDS if site.changed[kind])
+
+
+GATHERED = {"attention.scores.dq", "attention.scores.dk", "attention.values.dv"}
+"""These are copied into one array that `Bound.empty` makes. It must have room for what was not rounded."""
+
+
+@dataclass
+class Switched:
+    """A mutant while it is switched on: what it left unrounded, and which other sites have rounded the same since."""
+
+    left_out: list[Array] = field(default_factory=list)
+    made_up_for: set[str] = field(default_factory=set)
+
+
+def same_values(a: Array, b: Array) -> bool:
+    """Whatever their axes."""
+    return a.size == b.size and np.array_equal(np.sort(a, axis=None), np.sort(b, axis=None))
+
+
+def switch_on(mutant: Mutant, patch: pytest.MonkeyPatch) -> Switched:
+    """Replace `Bound.round` by one that is wrong at the site of the mutant. A gradient that was not rounded to the format
+    that its operand was seen in is not rounded to the format that it is stored in either: those are two halves of one cast."""
+    right, right_empty, state = Bound.round, Bound.empty, Switched()
+    at = {mutant.site, mutant.site + ".stored"} if mutant.kind == "removed" else {mutant.site}
+
+    def wrong(self: Bound, x: Any, fmt: str, site: str) -> Any:
+        name = f"{self.op}.{site}"
+        if not is_rounding(x, fmt):
+            return right(self, x, fmt, site)
+        if name in at:
+            state.left_out.append(x)
+            return WRONG[mutant.kind](x, fmt)
+        if any(same_values(x, kept) for kept in state.left_out):
+            state.made_up_for.add(name)
+        return right(self, x, fmt, site)
+
+    def roomy(self: Bound, shape: tuple[int, ...], fmt: str) -> Any:
+        if mutant.site in GATHERED and mutant.kind in ("removed", "disguised") and fmt in LOW:
+            return WRONG[mutant.kind](np.empty(shape, np.float32), fmt)
+        return right_empty(self, shape, fmt)
+
+    patch.setattr(Bound, "round", wrong)
+    patch.setattr(Bound, "empty", roomy)
+    return state
+
+
+@functools.cache
+def right_results(case: Case) -> list[Array]:
+    return twins.results(case)
+
+
+def same_bits(case: Case, mutated: list[Any]) -> bool:
+    pairs = zip(mutated, right_results(case), strict=True)
+    return all(a.dtype == b.dtype and np.array_equal(wide(a), wide(b), equal_nan=True) for a, b in pairs)
+
+
+VERDICTS = ["values", "format", "made up for", "survived"]
+
+
+def verdict(mutant: Mutant) -> tuple[str, str]:
+    """What becomes of a mutant, and the case that says so. Each case is checked as test_ops_torch.py checks it."""
+    wrong_format, unchanged, redone = "", True, ""
+    for case in sites(mutant.recipe)[mutant.site].cases:
+        right_results(case)  # before anything is switched
+        formats: list[str] = []
+
+        def note(x: Array, fmt: str, name: str, formats: list[str] = formats) -> None:
+            if x.dtype != DTYPE[fmt]:
+                formats.append(name)
+
+        with pytest.MonkeyPatch.context() as patch:
+            state = switch_on(mutant, patch)
+            mutated = twins.results(case)
+            patch.setattr(twins, "results", lambda case, mutated=mutated: mutated)
+            patch.setattr(twins, "assert_format", note)
+            try:
+                twins.check(case)
+            except AssertionError as error:
+                return "values", f"{case}: {str(error).splitlines()[0]}"
+        wrong_format = wrong_format or (f"{case}: {', '.join(formats)}" if formats else "")
+        unchanged = unchanged and same_bits(case, mutated) and bool(state.made_up_for)
+        redone = ", ".join(sorted(state.made_up_for))
+    if wrong_format:
+        return "format", wrong_format
+    return ("made up for", f"at {redone}") if unchanged else ("survived", "")
+
+
+def run(recipes: list[str]) -> dict[Mutant, tuple[str, str]]:
+    return {mutant: verdict(mutant) for recipe in recipes for mutant in mutants(recipe)}
+
+
+def table(verdicts: dict[Mutant, tuple[str, str]]) -> str:
+    """A row for each recipe and kind, and what was not killed by values, by name."""
+    counts = Counter((m.recipe, m.kind, what) for m, (what, _) in verdicts.items())
+    lines = [f"{'recipe':14}{'kind':12}{'mutants':>9}" + "".join(f"{what:>13}" for what in VERDICTS) + f"{'killed':>9}"]
+    for recipe, kind in dict.fromkeys((m.recipe, m.kind) for m in verdicts):
+        row = [counts[recipe, kind, what] for what in VERDICTS]
+        counted = sum(row) - row[2]
+        lines.append(
+            f"{recipe:14}{kind:12}{sum(row):9}" + "".join(f"{n:13}" for n in row) + f"{100 * (row[0] + row[1]) / counted:8.1f}%"
+        )
+    rest = [f"{what}: {m}  {why}" for what in VERDICTS[1:] for m, (w, why) in verdicts.items() if w == what]
+    return "\n".join([*lines, *rest])
+
+
+Record = Callable[[str, object], None]
+
+
+def assert_killed(recipes: list[str], record: Record) -> None:
+    verdicts = run(recipes)
+    print("\n" + table(verdicts))
+    for mutant, (what, why) in verdicts.items():
+        record(str(mutant), f"{what}: {why}")
+    counted = [what for what, _ in verdicts.values() if what != "made up for"]
+    killed = sum(what in ("values", "format") for what in counted)
+    assert killed >= 0.95 * len(counted), table(verdicts)
+    # A rounding that is left out, or that goes the wrong way everywhere, has no excuse; and a disguise leaves values to tell.
+    missed = [str(m) for m, (what, _) in verdicts.items() if what == "survived" and m.kind in ("removed", "truncated")]
+    missed += [str(m) for m, (what, _) in verdicts.items() if what != "values" and m.kind == "disguised"]
+    assert not missed
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "amp-fp16"])
+def test_every_wrong_rounding_turns_a_test_red(recipe: str, record_property: Record) -> None:
+    assert_killed([recipe], record_property)
+
+
+@pytest.mark.slow
+def test_every_wrong_rounding_of_every_recipe_turns_a_test_red(record_property: Record) -> None:
+    assert_killed([recipe for recipe in RECIPES if recipe != "fp32"], record_property)
+
+
+def test_fp32_rounds_nowhere() -> None:
+    assert sites("fp32") == {}
+
+
+def test_every_operation_that_computes_is_heard_of() -> None:
+    # Those that only move values round nothing. relu rounds, but values that have the format already: no mutants there,
+    # but for `twice` in FP16, where BF16 has too few bits for them.
+    found = {site.partition(".")[0] for recipe in ("fp16", "amp-fp16") for site in sites(recipe)}
+    moving = {op for op, twin in twins.TWINS.items() if twin.formula is None}
+    assert found == {*twins.TWINS, "attention", "fan_in", "cast"} - moving, found
+
+
+# ----------------------------------------------------------------------------------------------- mistakes of a whole step
+
+
+def unscale_after_clip(patch: pytest.MonkeyPatch) -> None:
+    """The gradients are clipped by the norm that they have while they are still multiplied by S."""
+    scale: list[Any] = []
+
+    def inverse_of(S: Any) -> Any:
+        scale[:] = [S]
+        return gradients.inverse_of(S)
+
+    patch.setattr("refimpl.step.inverse_of", inverse_of)
+    patch.setattr("refimpl.step.clip_coefficient", lambda norm, most: gradients.clip_coefficient(norm * scale[0], most))
+
+
+def drop_the_masters(patch: pytest.MonkeyPatch) -> None:
+    """The update goes to the 16-bit weights: what it adds below their last place is lost."""
+    update = Optimizer.update
+
+    def update_weights(self: Optimizer, state: State, *arguments: Any) -> None:
+        update(self, state, *arguments)
+        widen(cast(state.master, state.formats["weights"]), state.master_format, out=state.master)
+
+    patch.setattr(Optimizer, "update", update_weights)
+
+
+def round_the_masters_too(patch: pytest.MonkeyPatch) -> None:
+    """Weights go down, and up again: the same loss a moment later, at the beginning of the next step."""
+    down = State.weights_down
+
+    def weights_down(self: State) -> None:
+        down(self)
+        widen(self.weights, self.master_format, out=self.master)
+
+    patch.setattr(State, "weights_down", weights_down)
+
+
+def never_find_inf(patch: pytest.MonkeyPatch) -> None:
+    def check_and_measure(state: State, inverse_scale: Any) -> tuple[Any, Any]:
+        return np.False_, gradients.check_and_measure(state, inverse_scale)[1]
+
+    patch.setattr("refimpl.step.check_and_measure", check_and_measure)
+
+
+STEP_MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[Callable[..., None], tuple[Any, ...]]] = {
+    unscale_after_clip: (
+        test_step.test_a_power_of_two_changes_no_bit_where_nothing_overflows_or_vanishes,
+        ("fp32", "mlp", NUMPY),
+    ),
+    drop_the_masters: (test_optimizer.test_small_updates_add_up_in_a_master_and_are_lost_without, (NUMPY,)),
+    round_the_masters_too: (test_state.test_weights_down_rounds_the_masters, ("fp16",)),
+    never_find_inf: (test_step.test_an_injected_inf_in_one_weight_gradient_is_enough, (NUMPY,)),
+}
+"""A mistake, the test that it turns red, and the arguments of that test."""
+
+
+@pytest.mark.parametrize("mistake", STEP_MUTANTS, ids=lambda mistake: mistake.__name__)
+def test_the_classic_mistakes_turn_a_test_red(mistake: Callable[[pytest.MonkeyPatch], None]) -> None:
+    test, arguments = STEP_MUTANTS[mistake]
+    test(*arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        mistake(patch)
+        with pytest.raises(AssertionError):
+            test(*arguments)

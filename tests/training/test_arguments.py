@@ -1,0 +1,85 @@
+"""Command lines that cannot be read: one line, exit code 2, and the flag that was meant."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+
+import pytest
+from paths import COMMANDS, SCRIPTS
+from script_loader import load_script
+
+from refimpl.errors import UsageError, one_line, unknown
+from refimpl.precision.recipes import get_recipe
+from refimpl.training.arguments import Parser
+
+BAD = [
+    ("train", "--seed x", "argument --seed: invalid int value: 'x'; see train.py --help"),
+    ("train", "--lr 1e", "argument --lr: invalid float value: '1e'; see train.py --help"),
+    ("train", "--batch_size 8", "unknown flag --batch_size; did you mean --batch-size? See train.py --help"),
+    ("train", "--batch_size=8", "unknown flag --batch_size=8; did you mean --batch-size? See train.py --help"),
+    ("train", "--zzz", "unknown flag --zzz; see train.py --help"),
+    ("train", "--steps", "argument --steps: expected one argument; see train.py --help"),
+    ("train", "now", "unexpected 'now'; see train.py --help"),
+    ("train", "--eval=1", "ambiguous option: --eval=1 could match --eval-every, --eval-batches; see train.py --help"),
+    ("convert", "exprt a b", "did you mean export? See convert.py --help"),
+    ("convert", "import a", "the following arguments are required: target; see convert.py import --help"),
+    ("convert", "import a b --n-haed 3", "unknown flag --n-haed; did you mean --n-head? See convert.py import --help"),
+    ("trace", "diff a b --n-layer 2", "unknown flag --n-layer; see trace.py diff --help"),
+    ("trace", "record --out o --n-layr 2", "unknown flag --n-layr; did you mean --n-layer? See trace.py record --help"),
+    ("generate", "", "the following arguments are required: checkpoint; see generate.py --help"),
+]
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-1E5", "-.5e2", "-inf", "-nan", "-3"])
+def test_a_negative_number_is_a_value_and_not_a_flag(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """argparse alone says 'expected one argument' of --lr -1e-3, and nothing of what is wrong with it."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    lr = load_script("train").parser().parse_args(["--lr", value]).lr
+    assert str(lr) == str(float(value))
+
+
+@pytest.mark.parametrize(("script", "line", "message"), BAD)
+def test_one_line_and_exit_code_2(
+    script: str, line: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [f"{script}.py"])
+    parser = load_script(script).parser()
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(line.split(" ") if line else [])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_every_script_has_this_parser() -> None:
+    """argparse's own prints its usage before an error. freeze_cupy_api.py runs where refimpl is not installed."""
+    commands = sorted(COMMANDS.glob("[!_]*.py"))
+    scripts = [path for path in sorted(SCRIPTS.glob("*.py")) if path.name not in {command.name for command in commands}]
+    for path in commands + scripts:
+        if path.name != "freeze_cupy_api.py":
+            names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+            assert "ArgumentParser" not in names and "Parser(" in path.read_text(), path.name
+
+
+def test_right_lines_are_read_as_argparse_reads_them() -> None:
+    ours, theirs = Parser(), argparse.ArgumentParser()
+    for parser in (ours, theirs):
+        parser.add_argument("names", nargs="*")
+        parser.add_argument("--n", type=int, default=3)
+    for line in ([], ["a", "--n", "4"], ["--n=5", "a", "b"]):
+        assert vars(ours.parse_args(line)) == vars(theirs.parse_args(line))
+        assert vars(ours.parse_intermixed_args(line)) == vars(theirs.parse_intermixed_args(line))
+
+
+def test_names_that_were_nearly_right() -> None:
+    with pytest.raises(UsageError, match=r"unknown recipe 'FP16': choose one of .*; did you mean fp16\?$"):
+        get_recipe("FP16")
+    assert unknown("model", "gtp", ["gpt", "mlp"]) == "unknown model 'gtp': choose one of gpt, mlp; did you mean gpt?"
+    assert unknown("model", "rnn", ["gpt", "mlp"]) == "unknown model 'rnn': choose one of gpt, mlp"
+
+
+def test_a_message_is_one_line_whatever_stands_in_it() -> None:
+    assert one_line("a\nb\x1b[1m\u2028ü") == "a\\nb\\x1b[1m\\u2028ü"
+    assert len(one_line("x" * 5000)) == 4000
+    assert str(UsageError("a\nb")) == "a\\nb"

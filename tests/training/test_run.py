@@ -1,0 +1,443 @@
+"""A run from the command line's arguments to its files: training, stopping, resuming bit for bit, refusing bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from overflow import overflow_always
+from paths import SCRIPTS
+from recipe_lists import MECHANISMS, others_slow
+
+from refimpl.errors import TrainingStopped, UsageError
+from refimpl.numerics.casts import widen
+from refimpl.numerics.quantization.registry import ScalingState
+from refimpl.precision.recipes import RECIPES
+from refimpl.training.checkpoint import load, save
+from refimpl.training.config import Config
+from refimpl.training.metrics import MetricsLog, plot_run, read_metrics
+from refimpl.training.run import train, warn
+from refimpl.training.trainer import Progress, Trainer, start
+
+TINY: dict[str, Any] = {
+    "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 8, "warmup": 2, "eval_every": 3,
+    "eval_batches": 2, "log_every": 2, "sample_bytes": 5, "lr": 1e-2, "growth_interval": 3, "init_scale": 2.0**22,
+}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+
+class NoBar:
+    """A progress bar that shows nothing; `stop_at` presses Ctrl-C when that many steps have been logged."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.steps, self.stop_at = 0, stop_at
+
+    def update(self, n: int) -> None:
+        self.steps += n
+        if self.stop_at is not None and self.steps >= self.stop_at:
+            self.stop_at = None
+            signal.raise_signal(signal.SIGINT)
+
+    def write(self, text: str) -> None:
+        pass
+
+    def set_postfix_str(self, text: str) -> None:
+        pass
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A small file of real structure, so that tests do not depend on the Python version's documentation."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i} times {i} is {i * i}; {'even' if i % 2 == 0 else 'odd'}.\n" for i in range(200)))
+    return str(path)
+
+
+def run(folder: Path, text: str, resume: bool = False, **flags: Any) -> int:
+    given = flags if resume else {**TINY, "data": text, **flags}
+    return train(given, folder, resume, False, None)
+
+
+def stop_at(folder: Path, text: str, step: int, **flags: Any) -> None:
+    """Run until Ctrl-C comes during the logging of `step`."""
+    from refimpl.training.run_folder import open_folder, prepare_folder
+
+    config, folder = prepare_folder({**TINY, "data": text, "log_every": 1, **flags}, folder, False, False)
+    trainer = Trainer(config, folder)
+    open_folder(config, folder)
+    assert not trainer.train(NoBar(stop_at=step))
+    assert trainer.progress.step == step
+
+
+def rows_without_timing(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+EARLIEST = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-bf16")
+STOPS = [(recipe, step) for recipe in RECIPES if recipe != "pure-fp16" for step in (1, 3, 5) if step == 3 or recipe in EARLIEST]
+STATELESS = ("fp64", "amp-fp16", "amp-bf16-cpu", "fp8-rows-dw-bf16", "mxfp8", "fp8-14bit-128", "fp16-sums-64")
+OF_EACH_KIND = [*((recipe, 3) for recipe in MECHANISMS if recipe not in STATELESS), ("fp16", 1), ("fp16", 5)]
+"""Of STOPS: each mechanism with a state of its own, between two evaluations; and one before and after that."""
+
+
+@pytest.mark.parametrize(("recipe", "step"), others_slow(STOPS, plain=OF_EACH_KIND))
+def test_resumed_run_equals_one_never_stopped(
+    recipe: str, step: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refimpl.training.trainer.FINAL_EVAL_BLOCKS", 4)
+    assert run(tmp_path / "whole", text, recipe=recipe) == 0
+    stop_at(tmp_path / "parts", text, step, recipe=recipe)
+    assert run(tmp_path / "parts", text, resume=True) == 0
+    whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    assert rows_without_timing(tmp_path / "whole") == rows_without_timing(tmp_path / "parts")
+
+
+def test_a_reader_who_has_gone_costs_no_checkpoint(text: str, tmp_path: Path) -> None:
+    """`train.py | head -1` ends at the first line that nobody reads; the checkpoint of that step is written before it."""
+    from refimpl.training.run_folder import open_folder, prepare_folder
+
+    class Gone(NoBar):
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+    config, folder = prepare_folder({**TINY, "data": text}, tmp_path, False, True)
+    trainer = Trainer(config, folder)
+    open_folder(config, folder)
+    with pytest.raises(BrokenPipeError):
+        trainer.train(Gone())
+    assert load(folder / "checkpoint.safetensors")[1]["progress"]["step"] == TINY["eval_every"]
+
+
+def test_resume_is_bitwise_with_skips_and_accumulation_and_sgd(text: str, tmp_path: Path) -> None:
+    flags = {"init_scale": 2.0**40, "grad_accum": 2, "optimizer": "sgd", "steps": 30, "recipe": "fp16"}
+    run(tmp_path / "whole", text, **flags)
+    stop_at(tmp_path / "parts", text, 7, **flags)
+    run(tmp_path / "parts", text, resume=True)
+    skipped = [row["skipped"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss" in row]
+    assert 0 < sum(skipped) < 30
+    whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_a_run_that_skipped_the_generator_state_would_be_seen(text: str, tmp_path: Path) -> None:
+    """Negative control of the resume test: batches from a fresh generator give another checkpoint."""
+    run(tmp_path / "whole", text)
+    stop_at(tmp_path / "parts", text, 3)
+    from refimpl.training.run_folder import prepare_folder
+
+    config, folder = prepare_folder({}, tmp_path / "parts", True, False)
+    trainer = Trainer(config, folder)
+    fresh = trainer.batches.bit_generator.state
+    trainer.restore()
+    trainer.batches.bit_generator.state = fresh
+    trainer.train(NoBar())
+    whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() != parts.read_bytes()
+
+
+LOAD_SCALES = ScalingState.load
+FORGETFUL: dict[str, Callable[[ScalingState, int, Any], None]] = {
+    "fp8-delayed": lambda scales, passes, arrays: LOAD_SCALES(scales, passes, {k: np.ones_like(x) for k, x in arrays.items()}),
+    "nvfp4": lambda scales, passes, arrays: None,
+}
+
+
+@pytest.mark.parametrize("recipe", FORGETFUL)
+def test_a_run_that_forgot_its_scales_or_its_draws_would_be_seen(
+    recipe: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control of the same test: delayed scaling without its history; random bits that begin again."""
+    run(tmp_path / "whole", text, recipe=recipe)
+    stop_at(tmp_path / "parts", text, 3, recipe=recipe)
+    monkeypatch.setattr(ScalingState, "load", FORGETFUL[recipe])
+    run(tmp_path / "parts", text, resume=True)
+    whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() != parts.read_bytes()
+
+
+def test_scales_of_past_steps_are_in_the_checkpoint(text: str, tmp_path: Path) -> None:
+    """A tensor for each operand of the layers that are quantized: its scale and its largest values."""
+    run(tmp_path / "r", text, recipe="fp8-delayed")
+    arrays = load(tmp_path / "r" / "checkpoint.safetensors")[0]
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    operands = ("x.e4m3", "w.e4m3", "dy.e5m2")
+    kept = [f"scales.transformer.h.0.{layer}.{operand}" for layer in layers for operand in operands]
+    assert {name.rpartition(".")[0] for name in arrays if name.startswith("scales.")} == set(kept)
+    for name in kept:
+        history = arrays[f"{name}.amax_history"]
+        assert np.count_nonzero(history) == 8 and history.dtype == np.float32  # eight steps
+
+
+@pytest.mark.parametrize("lost", ["scales.transformer.h.0.mlp.c_fc.x.e4m3.amax_history", "scales."])
+def test_a_file_without_half_or_all_of_the_scales_is_refused(lost: str, text: str, tmp_path: Path) -> None:
+    stop_at(tmp_path / "r", text, 3, recipe="fp8-delayed")
+    path = tmp_path / "r" / "checkpoint.safetensors"
+    arrays, header = load(path)
+    del header["version"]
+    save(path, {name: array for name, array in arrays.items() if not name.startswith(lost)}, header)
+    with pytest.raises(UsageError, match="damaged"):
+        run(tmp_path / "r", text, resume=True)
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "fp8-delayed", "nvfp4", "bf16-sr"])
+def test_evaluating_and_sampling_more_often_changes_no_weight(recipe: str, text: str, tmp_path: Path) -> None:
+    run(tmp_path / "a", text, recipe=recipe, eval_every=1, eval_batches=3, sample_bytes=50, log_every=1)
+    run(tmp_path / "b", text, recipe=recipe, eval_every=8)
+    a, b = (tmp_path / name / "checkpoint.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_files_of_a_run(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "r", text, recipe="fp16") == 0
+    rows = read_metrics(tmp_path / "r" / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert all(set(row) == {"step", "loss", "lr", "loss_scale", "grad_norm", "skipped", "tokens_per_s"} for row in steps)
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 8]
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["recipe"] == "fp16" and config["data"] == text
+    arrays, header = load(tmp_path / "r" / "checkpoint.safetensors")
+    assert header["progress"]["step"] == 8 and str(tmp_path) not in json.dumps(header)
+    assert arrays["weights.transformer.wte.weight"].dtype == np.float16
+    assert arrays["master.transformer.wte.weight"].dtype == np.float32
+    np.testing.assert_array_equal(arrays["weights.lm_head.weight" if False else "weights.transformer.wte.weight"],
+                                  arrays["master.transformer.wte.weight"].astype(np.float16))  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "= 16 bytes a parameter, as measured" in printed and "trigram" in printed and "a sample of 5 bytes" in printed
+
+
+@pytest.mark.parametrize(("flag", "rounded"), [(None, False), ("original", False), ("rounded", True)])
+def test_masters_start_from_what_the_flag_says(flag: str | None, rounded: bool, text: str) -> None:
+    """Without it from what the recipe says."""
+    of_bf16, of_megatron = (start(Config.of({**TINY, "data": text, "recipe": name, "masters_from": flag})).state
+                            for name in ("bf16", "megatron-bf16"))  # fmt: skip
+    assert (of_bf16.master == widen(of_bf16.weights)).all() == rounded
+    assert (of_megatron.master == widen(of_megatron.weights)).all() == (flag != "original")
+
+
+def test_a_mistake_is_said_at_both_ends_and_on_the_picture(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr("refimpl.training.run.plot_run", lambda folder, baselines, title: titles.append(title))
+    run(tmp_path / "r", text, mistake="scale-never-backs-off", init_scale=1e30)
+    lines = capsys.readouterr().out.splitlines()
+    said = "MISTAKE switched in: scale-never-backs-off: "
+    assert lines[1].startswith(said) and lines[-1].startswith(said)
+    assert lines[-2] == "WARNING: 8 of 8 steps (100 %) were skipped: they changed no weight"
+    assert "seed 0" in titles[0] and "MISTAKE switched in: scale-never-backs-off" in titles[0]
+
+
+@pytest.mark.parametrize(("skipped", "warned"), [(0, False), (2, False), (3, True)])
+def test_more_than_a_tenth_of_the_steps_skipped_is_a_warning(
+    skipped: int, warned: bool, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(Config.of({**TINY, "data": text}), tmp_path)
+    trainer.progress = Progress(step=20, skipped=skipped)
+    warn(trainer)
+    assert capsys.readouterr().out == "WARNING: 3 of 20 steps (15 %) were skipped: they changed no weight\n" * warned
+
+
+def test_the_picture_is_drawn_when_a_run_is_stopped(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a signal, by its numbers, and in the middle of its sample; without matplotlib that is said."""
+    drawn: list[Path] = []
+    monkeypatch.setattr("refimpl.training.run.plot_run", lambda folder, *_: drawn.append(folder))
+    with pytest.raises(TrainingStopped):
+        run(tmp_path / "a", text, recipe="pure-fp16", lr=1.0, steps=50)
+
+    write = MetricsLog.write
+
+    def interrupted(self: MetricsLog, rows: list[dict[str, Any]]) -> None:
+        write(self, rows)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", interrupted)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(tmp_path / "b", text) == 130
+    told = capsys.readouterr().out
+    assert drawn == [tmp_path / "a", tmp_path / "b"]
+    assert "stopped after step 2 of 8; go on with: --resume --out" in told and "that takes matplotlib" in told
+    assert load(tmp_path / "b" / "checkpoint.safetensors")[1]["progress"]["step"] == 2
+
+
+def test_accumulation_prints_its_bytes(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "r", text, grad_accum=2)
+    printed = capsys.readouterr().out
+    assert "grads 4 " in printed and "= 18 bytes a parameter" in printed and "summed over 2 micro-batches in FP32" in printed
+
+
+def test_first_loss_is_that_of_a_uniform_guess(text: str, tmp_path: Path) -> None:
+    run(tmp_path / "r", text, steps=1)
+    assert abs(read_metrics(tmp_path / "r" / "metrics.jsonl")[0]["loss"] - math.log(256)) < 0.1
+
+
+def test_init_from_takes_the_masters_of_another_recipe(text: str, tmp_path: Path) -> None:
+    run(tmp_path / "a", text, recipe="fp16")
+    source = tmp_path / "a" / "checkpoint.safetensors"
+    given = {**TINY, "data": text, "recipe": "fp32", "steps": 1, "lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}
+    assert train(given, tmp_path / "b", False, False, source) == 0
+    before, after = load(source)[0], load(tmp_path / "b" / "checkpoint.safetensors")[0]
+    np.testing.assert_array_equal(before["master.transformer.wpe.weight"], after["weights.transformer.wpe.weight"])
+    with pytest.raises(UsageError, match="sizes"):
+        train({**given, "n_embd": 32}, tmp_path / "c", False, False, source)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"recipe": "fp17"}, "unknown recipe"),
+        ({"model": "rnn"}, "unknown model"),
+        ({"backend": "jax"}, "unknown backend"),
+        ({"optimizer": "lion"}, "unknown optimizer"),
+        ({"loss_scale": "big"}, "loss scale 'big'"),
+        ({"loss_scale": "-1"}, "loss scale"),
+        ({"masters_from": "nowhere"}, "--masters-from is 'nowhere': choose original or rounded"),
+        ({"n_embd": 17}, "not a multiple"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"n_layer": -1}, "--n-layer is -1"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"lr": float("nan")}, "--lr is nan"),
+        ({"clip": -1.0}, "--clip is -1"),
+        ({"momentum": 1.0}, "--momentum"),
+        ({"init_scale": 0.0}, "--init-scale"),
+        ({"data": "/no/such/file"}, "no such file"),
+        ({"block_size": 100_000}, "block"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(flags: dict, message: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(tmp_path / "r", text, **flags)
+    assert not (tmp_path / "r").exists()
+
+
+def test_cupy_without_a_gpu_is_refused(text: str, tmp_path: Path) -> None:
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and cupy.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(UsageError, match="cupy"):
+        run(tmp_path / "r", text, backend="cupy")
+
+
+def test_a_folder_in_use_is_kept(text: str, tmp_path: Path) -> None:
+    run(tmp_path / "r", text)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    with pytest.raises(UsageError, match="holds a run"):
+        run(tmp_path / "r", text)
+    with pytest.raises(UsageError, match="recipe fp16, not bf16"):
+        run(tmp_path / "r", text, resume=True, recipe="bf16")
+    with pytest.raises(UsageError, match="is a file"):
+        run(Path(text), text)
+    with pytest.raises(UsageError, match="no run in"):
+        run(tmp_path / "empty", text, resume=True)
+    with pytest.raises(UsageError, match="contradict"):
+        train({}, tmp_path / "r", True, True, None)
+    with pytest.raises(UsageError, match="unknown recipe"):
+        train({**TINY, "data": text, "recipe": "no"}, tmp_path / "r", False, True, None)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    assert train({**TINY, "data": text, "steps": 2}, tmp_path / "r", False, True, None) == 0
+    assert len(read_metrics(tmp_path / "r" / "metrics.jsonl")) == 3  # two steps and the last evaluation
+
+
+def test_resume_refuses_other_data(text: str, tmp_path: Path) -> None:
+    stop_at(tmp_path / "r", text, 3)
+    with open(text, "a") as file:
+        file.write("one more line\n")
+    with pytest.raises(UsageError, match="other data"):
+        run(tmp_path / "r", text, resume=True)
+
+
+def test_nan_without_a_loss_scale_stops_and_names_the_step(text: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingStopped, match=r"step \d+: the loss is nan: .*No weight was changed by this step"):
+        run(tmp_path / "r", text, recipe="pure-fp16", lr=1.0, steps=50)
+    assert [r for r in read_metrics(tmp_path / "r" / "metrics.jsonl") if r.get("skipped")]
+
+
+def test_a_collapsed_scale_stops_the_run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is infinite whatever the scale: after 50 steps it is clear that the scale is not why."""
+    from refimpl.training.run_folder import open_folder, prepare_folder
+
+    config, folder = prepare_folder({**TINY, "data": text, "steps": 200, "eval_every": 200}, tmp_path / "r", False, False)
+    trainer = Trainer(config, folder)
+    open_folder(config, folder)
+    overflow_always(trainer.training)
+    with pytest.raises(TrainingStopped, match=r"50 steps in a row were skipped .* the gradient of the output of lm_head is"):
+        trainer.train(NoBar())
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert all(row["skipped"] for row in rows) and 50 <= len(rows) < 60
+    assert rows[-1]["loss_scale"] < 2.0**-14
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(tmp_path / "r", text, 3)
+    before = (tmp_path / "r" / "checkpoint.safetensors").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        run(tmp_path / "r", text, resume=True)
+    assert (tmp_path / "r" / "checkpoint.safetensors").read_bytes() == before
+    assert not list((tmp_path / "r").glob("*.tmp")) + list((tmp_path / "r").glob(".*"))
+
+
+def test_metrics_write_null_for_nan_and_drop_a_torn_line(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": float("inf")}])
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert read_metrics(log.path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": None}]
+    log.keep_up_to(2)
+    assert [row["step"] for row in read_metrics(log.path)] == [1, 2]
+
+
+def test_picture(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run(tmp_path / "r", text, init_scale=2.0**40)
+    (tmp_path / "r" / "loss.png").unlink(missing_ok=True)
+    path = plot_run(tmp_path / "r", {1: 3.0}, "title")
+    assert path is not None and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_config_fills_in_the_models_defaults() -> None:
+    config = Config.of({"model": "mlp"})
+    assert config.block_size == 16 and config.min_lr == pytest.approx(config.lr / 10) and config.loss_scale == "dynamic"
+    assert Config.of({"optimizer": "sgd"}).weight_decay == 0.0
+    assert Config.of({"recipe": "bf16"}).loss_scale == "none"
+
+
+def test_command_line(text: str, tmp_path: Path) -> None:
+    """Once through real processes: a run, exit codes, one line of error and no traceback."""
+    script = SCRIPTS / "train.py"
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+
+    def call(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), *flags, f"--data={text}", *more]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    good = call("--model=mlp")
+    assert good.returncode == 0 and (tmp_path / "runs" / "mlp-fp16" / "checkpoint.safetensors").exists(), good.stderr
+    bad = call("--recipe=fp99")
+    assert bad.returncode == 2 and bad.stderr.startswith("error: unknown recipe 'fp99'") and bad.stderr.count("\n") == 1
+    stopped = call("--recipe=pure-fp16", "--lr=1", "--steps=50", "--out=p")
+    assert stopped.returncode == 1 and "stopped: step" in stopped.stderr and "Traceback" not in stopped.stderr
+    generate = [sys.executable, str(script.with_name("generate.py")), "runs/mlp-fp16/checkpoint.safetensors"]
+    sampled = subprocess.run([*generate, "--bytes=9"], capture_output=True, cwd=tmp_path, check=False)
+    assert sampled.returncode == 0 and len(sampled.stdout) >= 10
+    measured = subprocess.run([*generate, f"--loss={text}"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "nats a byte" in measured.stdout
+    missing = subprocess.run([*generate[:2], "nothing"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert missing.returncode == 2 and missing.stderr == "error: no checkpoint at nothing\n"
