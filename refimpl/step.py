@@ -1,6 +1,6 @@
-"""One step of mixed-precision training: the algorithm, on one page.
+"""One step of mixed-precision training.
 
-What differs between recipes (formats, masters, loss scale) is data in `precision/recipes.py`; no line below asks which recipe
+What differs between recipes (formats, masters, loss scale) is data in `precision/recipes.py`: no line below asks which recipe
 runs.
 """
 
@@ -27,7 +27,7 @@ Batch = tuple[Array, Array]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What happened in a step: 0-d arrays, still on the device; read them when you log, not every step."""
+    """The outcome of a step as 0-d arrays. On a device, reading one waits for it: read them when you log, not every step."""
 
     loss: Array
     lr: Array
@@ -36,7 +36,7 @@ class StepResult:
     skipped: Array
 
 
-# In 16 bits an Inf or a NaN is a result that step 3 looks for, not a mistake to warn of.
+# In 16 bits, an Inf or NaN is a result that step 3 checks for. NumPy need not warn of it.
 @np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore")
 def train_step(
     model: Model,
@@ -47,27 +47,28 @@ def train_step(
     run: Run,
     max_norm: float = math.inf,
 ) -> StepResult:
-    """Train on `batches` (micro-batches of (tokens, targets), usually one), and update `state` in place.
+    """Train on `batches`, micro-batches of (tokens, targets) and usually one, and update `state` in place.
 
-    Source: the four steps of the note 'Mixed-precision training in LLM'. Lines marked (+) are what it leaves out:
-    Micikevicius et al. 2018, section 3.2, and for the way that S adapts PyTorch's GradScaler.
+    Source: Micikevicius et al. 2018, arXiv 1710.03740, sections 3.1 and 3.2. The four steps are numbered as in Raschka,
+    'Accelerating Large Language Models with Mixed-Precision Techniques' (2023), which leaves out the lines marked (+).
     PyTorch: scaler.scale(loss).backward(); scaler.unscale_(opt); clip_grad_norm_(...); scaler.step(opt); scaler.update().
     """
     # 1. Weights down: FP32 masters -> 16-bit model weights.
     state.weights_down()
 
     # 2. Forward and backward in 16 bits.
-    #    (+) Backward starts from the loss scale S instead of 1, so that small gradients do not vanish in 16 bits.
+    #    (+) Backward starts from the loss scale S instead of 1, so that small gradients do not underflow in 16 bits.
     S, lr = loss_scale.scale, optimizer.lr(state)
     loss = forward_backward(model, batches, state, S, run)
 
-    # 3. Gradients up: 16-bit gradients -> FP32, block by block; step 4 widens each block once more instead of keeping it.
-    #    (+) Is any of them Inf or NaN?  (+) Their norm is taken after the division by S.
+    # 3. Gradients up: 16-bit gradients -> FP32, block by block. Only recipes with `main_grads` store the result; for the others
+    #    step 4 widens each block again.
+    #    (+) Is any of them Inf or NaN?  (+) Their norm is computed after the division by S.
     inverse_scale = inverse_of(S)
     found_inf, norm = check_and_measure(state, inverse_scale)
 
     # 4. Update the FP32 masters, or skip.
-    #    (+) Clip by the norm of the unscaled gradients.  (+) Where found_inf is set nothing moves.  (+) S adapts.
+    #    (+) Clip by the norm of the unscaled gradients.  (+) If found_inf is set, nothing changes.  (+) S adapts.
     optimizer.update(state, inverse_scale, clip_coefficient(norm, max_norm), found_inf)
     loss_scale.update(found_inf)
 
@@ -77,7 +78,7 @@ def train_step(
 def forward_backward(model: Model, batches: Sequence[Batch], state: State, S: Array, run: Run) -> Array:
     """Run forward and backward over all micro-batches. Leave d(S L)/dw in `state.grads`, and return the mean loss L, 0-d.
 
-    Backward of a micro-batch that makes up 1/n of the mean starts from S/n, so that the gradients add up to that of the mean.
+    A micro-batch whose share of the mean is 1/n starts backward from S/n, so that the sum of the gradients is that of the mean.
     With several ranks, `reduce_gradients` sums them over ranks; on one host it does nothing.
     """
     total, xp = 0.0, run.backend.xp

@@ -30,7 +30,8 @@ from refimpl.backends.base import Backend
 from refimpl.distributed.collectives import Comm, Pending, share_size, shares_of
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import widen
-from refimpl.optim.state import GRAIN, HasParameters, Layout, Sink, State
+from refimpl.optim.layout import GRAIN, HasParameters, Layout
+from refimpl.optim.state import Sink, State
 from refimpl.precision.state_encodings import MAIN, buffer_name
 
 
@@ -114,7 +115,7 @@ class ShardedState(State):
 
     # -- step 3: gradients up -----------------------------------------------------------------------------------------
 
-    def of_all_ranks(self, *grains: Array) -> tuple[Array, ...]:
+    def gather_grains(self, *grains: Array) -> tuple[Array, ...]:
         """What each rank found in the grains of its share -> of all grains, in their order."""
         if self.stage == 0:
             return grains
@@ -122,22 +123,22 @@ class ShardedState(State):
         xp, count = self.backend.xp, shares[-1].stop
         return tuple(self.comm.all_gather(x, shares, xp.empty(count, x.dtype)) for x in grains)
 
-    def least_over_ranks(self, index: int) -> int:
+    def min_over_ranks(self, index: int) -> int:
         """The smallest of all ranks' numbers, by the largest of their opposites."""
         return -int(self.comm.on_host.largest(np.array([-index]))[0])
 
     # -- checkpoints: the same whatever the number of ranks -----------------------------------------------------------
 
-    def gathered(self, kind: str, part: str) -> Array:
+    def gather(self, kind: str, part: str) -> Array:
         """A buffer of all ranks together, which all must ask for."""
         if not self._divided(kind, part):
-            return super().gathered(kind, part)
+            return super().gather(kind, part)
         spec = self.encodings[kind].parts[part]
-        mine = self.parts(kind, self.local_slice)[part]
+        mine = self.buffer_slices(kind, self.local_slice)[part]
         shares = [spec.slice(share) for share in self.shares]
         return self.comm.all_gather(mine, shares, self.backend.xp.empty(spec.size(self.layout.size), spec.dtype))
 
-    def put_whole(self, kind: str, part: str, values: Array) -> None:
+    def load_gathered(self, kind: str, part: str, values: Array) -> None:
         """The way back: this rank takes its share."""
         held, spec = self.stored_slice(kind, part), self.encodings[kind].parts[part]
         mine = spec.slice(held)

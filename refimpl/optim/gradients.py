@@ -1,7 +1,7 @@
-"""Step 3, gradients up: 16-bit gradients of the scaled loss -> FP32, checked for Inf/NaN, unscaled, measured.
+"""Step 3, gradients up: check the gradients of the scaled loss for Inf and NaN, and compute the norm of the unscaled ones.
 
-It is a pass over the flat buffer in blocks, not an array: no FP32 copy of all gradients ever exists. The update widens
-and unscales each block once more (`optim`). Only recipes after Apex O2 and Megatron-LM keep that copy, as main_grads.
+This is a pass over the flat buffer in blocks: no FP32 copy of all gradients exists, and the update widens and unscales each
+block again (`optimizer.py`). Only recipes that follow Apex O2 and Megatron-LM store that copy, as main_grads.
 """
 
 from __future__ import annotations
@@ -12,36 +12,38 @@ import numpy as np
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
-from refimpl.optim.state import State, blocks, by_grain
+from refimpl.optim.layout import blocks, by_grain
+from refimpl.optim.state import State
 
 
 def inverse_of(scale: Array) -> Array:
-    """1/S as one fp32 number: divided in double precision, rounded once. PyTorch: GradScaler.unscale_."""
+    """Return 1/S in FP32: divided in double precision, rounded once. PyTorch: GradScaler.unscale_."""
     return cast(1.0 / widen(scale, "fp64"), "fp32")
 
 
 def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
-    """found_inf: whether any gradient is Inf or NaN, or 1/S is; norm: the L2 norm of all unscaled gradients. Both 0-d.
+    """Return found_inf, whether any gradient or 1/S is Inf or NaN, and the L2 norm of all unscaled gradients. Both are 0-d.
 
-    The check looks at the *scaled* gradients, before the multiplication. The norm is a sum of squares in FP32: sums over
-    fixed grains of the flat index, and then the sum of those, so that it depends on nothing but the values. Finite gradients
-    beyond 1e19, whose squares overflow FP32, make it infinite and the clip coefficient zero, as in PyTorch.
+    The check reads the *scaled* gradients, before the multiplication. The norm is a sum of squares in FP32, first over each
+    grain of the flat index and then over the grains, so that it depends on the values alone. Finite gradients above 1e19,
+    whose squares overflow FP32, make it infinite and the clip coefficient zero, as in PyTorch. Where the recipe has
+    main_grads, the unscaled gradients are stored there.
 
-    1/S is infinite for an S of 0, which a scale without a floor reaches, and below 2^-128. Every update would be NaN then.
-    Differs from the source: PyTorch makes that update; here such a step is skipped.
-
-    Source: Micikevicius et al. 2018, section 3.2. PyTorch: GradScaler.unscale_, then the norm that
-    torch.nn.utils.clip_grad_norm_ computes (there: of the norms of the tensors; equal but for rounding).
+    Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2.
+    PyTorch: GradScaler.unscale_, then the norm in torch.nn.utils.clip_grad_norm_ (the norm of the tensors' norms, which
+    differs by rounding only).
+    Differs from the source: 1/S is infinite for S = 0, which a scale without a floor reaches, and for S < 2^-128. PyTorch
+    then updates every weight to NaN; here the step is skipped.
     """
     passes, plain = state.backend.passes, state.math_format == "fp32" and "main_grads" not in state.stored
     squares, bad = (passes.get("measure", measure) if plain else measure)(state, inverse_scale)
-    squares, bad = state.of_all_ranks(squares, bad)
+    squares, bad = state.gather_grains(squares, bad)
     found_inf, norm = (passes.get("fold", fold) if plain else fold)(state, squares, bad)
     return found_inf, norm
 
 
 def measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
-    """Of each grain of the gradients: the sum of squares of the unscaled ones; whether a scaled one, or 1/S, is Inf or NaN."""
+    """Return, per grain: the sum of squares of the unscaled gradients; whether a scaled one, or 1/S, is Inf or NaN."""
     xp, fmt, keeps = state.backend.xp, state.math_format, "main_grads" in state.stored
     factor = widen(inverse_scale, fmt)
     no_inverse = ~xp.isfinite(factor)
@@ -54,27 +56,28 @@ def measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
         squares = by_grain(g * g, lambda x: x.sum(-1), xp)
         return squares, by_grain(~xp.isfinite(scaled), lambda x: x.any(-1), xp) | no_inverse
 
-    nothing = xp.zeros(0, factor.dtype), xp.zeros(0, np.bool_)  # what a rank finds that has no share
+    nothing = xp.zeros(0, factor.dtype), xp.zeros(0, np.bool_)  # for a rank whose share is empty
     squares, bad = zip(*(state.each_block(of_block) or [nothing]), strict=True)
     return xp.concatenate(squares), xp.concatenate(bad)
 
 
 def fold(state: State, squares: Array, bad: Array) -> tuple[Array, Array]:
-    """found_inf and the norm from what `measure` found in all grains."""
+    """Return found_inf and the norm, given what `measure` returned for all grains."""
     return bad.any(), state.backend.xp.sqrt(squares.sum())
 
 
 def unscaled(state: State, block: slice, inverse_scale: Array) -> Array:
-    """The FP32 gradients of a block, divided by S: made from the 16-bit ones, or a copy where the state keeps them."""
+    """Return the FP32 gradients of a block, divided by S: a copy of main_grads if there are any, else from the 16-bit ones."""
     if "main_grads" in state.stored:
         return state.block("main_grads", block).copy()
     return widen(state.block("grads", block), state.math_format) * widen(inverse_scale, state.math_format)
 
 
 def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
-    """min(1, max_norm / (norm + 1e-6)): what the unscaled gradients are multiplied by so that their norm is at most max_norm.
+    """Return min(1, max_norm / (norm + 1e-6)), which scales the unscaled gradients to a norm of at most max_norm.
 
-    max_norm = inf means no clipping. Clipping scaled gradients instead would clip almost every step.
+    max_norm = inf disables clipping. The norm must be that of the unscaled gradients: with S = 65536, that of the scaled ones
+    would exceed max_norm in almost every step.
     Source: Pascanu et al. 2013, arXiv 1211.5063. PyTorch: torch.nn.utils.clip_grad_norm_.
     """
     if math.isinf(max_norm):
@@ -84,7 +87,7 @@ def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
 
 
 def first_non_finite(state: State) -> str | None:
-    """The first parameter whose gradient holds an Inf or a NaN, for a message; waits for the device, and for all ranks."""
+    """Return the name of the first parameter whose gradient has an Inf or NaN, or None. Waits for the device and all ranks."""
     first = state.layout.size
     for block in blocks(state.local_slice):
         gradients = state.block("grads", block)
@@ -92,5 +95,5 @@ def first_non_finite(state: State) -> str | None:
         if bad.any():
             first = block.start + int(bad.argmax())
             break
-    first = state.least_over_ranks(first)
+    first = state.min_over_ranks(first)
     return state.layout.name_at(first) if first < state.layout.size else None

@@ -1,7 +1,8 @@
-"""What each micro-batch of a step makes up of the mean loss: gradient accumulation with unequal numbers of targets.
+"""Gradient accumulation over micro-batches with unequal numbers of targets: the share of each in the mean loss.
 
-The loss of one micro-batch is the mean over its own targets that are not ignored. The mean over all of them is no mean of those
-means, unless all are over as many: Hugging Face's trainer had that wrong until 2024 (transformers #34191).
+The loss of a micro-batch is the mean over its own targets, without ignored ones. The mean over the targets of all
+micro-batches is the mean of those means only if all have equally many: Hugging Face's trainer assumed so until 2024
+(transformers #34191).
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from refimpl.optim.state import State
 
 @np.errstate(divide="ignore", invalid="ignore")
 def divisors(model: Model, batches: Sequence[tuple[Array, Array]], state: State) -> list[Array]:
-    """By what to divide each micro-batch's loss, so that the sum over micro-batches and ranks is the mean over all targets.
+    """Return the divisor of each micro-batch's loss that makes the sum over micro-batches and ranks the mean over all targets.
 
-    With N_i targets that count in micro-batch i and N in all micro-batches of all ranks, it makes up N_i / N: the divisor is
-    N / N_i. Where all N_i are equal it is exactly the number of micro-batches, and that it is always for a mean of means
-    (`models.LOSS_MEANS`). It is Inf where N_i is 0, NaN where N is. Each is 0-d, where the batches lie, so that nothing waits
-    for a device.
-    PyTorch: a loop does this by hand: cross_entropy(..., reduction='sum') / N.
+    With N_i targets in micro-batch i (without ignored ones) and N in all micro-batches of all ranks, the divisor is N / N_i:
+    Inf if N_i is 0, NaN if N is 0, and exactly the number of micro-batches if all N_i are equal. For a mean of means
+    (`nn.models.model.LOSS_MEANS`) it is always that number. Each is a 0-d array on the device of the batches.
+    PyTorch: a training loop does this by hand: cross_entropy(..., reduction='sum') / N.
     """
     n = len(batches) * state.ranks
     if n == 1 or model.loss_mean == "micro-batches":
@@ -37,8 +37,9 @@ def divisors(model: Model, batches: Sequence[tuple[Array, Array]], state: State)
 
 
 def divided(x: Array, n: Array, xp: Any) -> Array:
-    """x / n, the loss scale or a loss by a divisor; 0 where n is Inf: a micro-batch without a target that counts adds nothing,
-    although its own loss, a mean of nothing, is NaN.
+    """Return x / n, for a loss or the loss scale x and a divisor n; 0 if n is Inf.
+
+    So a micro-batch without targets adds nothing, although its own loss, a mean over no values, is NaN.
     """
     if isinstance(n, int | float):
         return x / n

@@ -1,7 +1,7 @@
 """Optimizers: AdamW and SGD, in PyTorch's order of operations, on the flat buffers in blocks.
 
-A block is read as FP32, updated there, and written back as the states are kept (`storage`), which rounds nothing where they
-are FP32 already. No optimizer hides a master copy: what it updates is `state.master`.
+A block is decoded to FP32, updated, and encoded again, which rounds nothing if the states are FP32. No optimizer hides a copy
+of the masters: it updates `state.master`.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from refimpl.precision.state_encodings import replace_unless
 
 
 class Rule(Protocol):
-    """An update rule: the moments that it keeps, its table of per-update scalars, and the update of one block."""
+    """An update rule: the moments that it needs, the scalars of each update, and the update of one block."""
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """The kinds of state that it keeps beside the weights."""
+        """The kinds of state that the rule needs beside the weights."""
 
     def scalars(self, lr: float, t: int) -> tuple[float, ...]:
-        """What update number t (from 1) needs beside arrays, computed in double precision."""
+        """Return the scalars that update number t (from 1) needs, computed in double precision."""
 
     def decay(self, w: Array, g: Array, scalars: Array) -> None:
-        """Weight decay of a part of a block, in place, before its update; called for the parameters that decay."""
+        """Apply weight decay to a slice of a block, in place, before its update. Called for the parameters that decay."""
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
-        """Update w and the moments in place, all in one format, from the unscaled, clipped gradient g (overwritten)."""
+        """Update w and the moments in place, all in one format, from the unscaled, clipped gradient g, which is overwritten."""
 
 
 @dataclass(frozen=True)
 class AdamW:
     """Adam with decoupled weight decay.
 
-        w  = w (1 - lr wd)                        matrices only
+        w  = w (1 - lr wd)                        for matrices only
         m  = m + (1 - beta1) (g - m)
         v  = v beta2 + (1 - beta2) g g
         w  = w - (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
@@ -63,14 +63,14 @@ class AdamW:
         w *= scalars[0]
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
-        """The last three lines of the formula; `difference` and `g` are used again as soon as they have been read."""
+        """Compute the last three lines of the formula, in the memory of `difference` and `g` once they have been read."""
         (m, v), (beta1, beta2) = moments, self.betas
         _, step_size, root_correction = scalars
         difference = g - m
         difference *= 1 - beta1
         m += difference
         v *= beta2
-        square = difference  # the same memory, used again
+        square = difference  # the same memory
         xp.multiply(g, 1 - beta2, out=square)
         square *= g
         v += square
@@ -84,12 +84,12 @@ class AdamW:
 
 @dataclass(frozen=True)
 class SGD:
-    """Stochastic gradient descent, with momentum if it is not 0 and decoupled decay as AdamW has it.
+    """Stochastic gradient descent with momentum (unless it is 0) and decoupled weight decay, as in AdamW.
 
         w = w (1 - lr wd);   m = momentum m + g;   w = w - lr m
 
-    Differs from the source: torch.optim.SGD couples the decay (g + wd w); with weight_decay 0 they are the same.
-    PyTorch: torch.optim.SGD.
+    PyTorch: torch.optim.SGD with weight_decay=0.
+    Differs from the source: torch.optim.SGD adds the decay to the gradient, g + wd w.
     """
 
     momentum: float = 0.9
@@ -106,7 +106,7 @@ class SGD:
         w *= scalars[0]
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
-        """The formula but for the decay; g becomes the step."""
+        """Compute the last two formulas; g becomes the step."""
         if moments:
             (m,) = moments
             m *= self.momentum
@@ -122,7 +122,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each update: linear warm-up to lr, then a `shape` of SCHEDULES.
+    """The learning rate of each update: linear warm-up to lr, then the curve `shape`, one of SCHEDULES.
 
         update t = 0, 1, ...:  lr (t + 1) / (warmup + 1)  while t < warmup;  then, with p = (t - warmup) / (steps - warmup),
 
@@ -130,8 +130,7 @@ class Schedule:
         linear     min_lr + (lr - min_lr) (1 - p)
         constant   lr; min_lr is not used
 
-    The rate would be min_lr at update `steps`, one after the last. The schedule counts updates: a skipped step does not
-    advance it.
+    The rate would reach min_lr at update `steps`, one after the last. A skipped step does not advance the schedule.
     Source: cosine: Loshchilov and Hutter 2017, arXiv 1608.03983, with warm-up as in nanoGPT.
     PyTorch: torch.optim.lr_scheduler: LinearLR (warm-up), then CosineAnnealingLR, LinearLR or ConstantLR.
     """
@@ -153,10 +152,10 @@ class Schedule:
 
 
 class Optimizer:
-    """An update rule with its schedule: what step 4 calls.
+    """An update rule with its schedule.
 
-    The scalars of all updates are a table made beforehand in double precision and indexed by `state.t`, which lives where
-    the arrays live, so that no step asks the device how many updates there have been.
+    The scalars of all updates are computed in advance, in double precision, as a table on the device. `state.t`, also on the
+    device, is its index, so that no step waits for the device to learn the number of updates.
     """
 
     def __init__(self, rule: Rule, schedule: Schedule, xp: Any = np) -> None:
@@ -165,56 +164,57 @@ class Optimizer:
         self.use(rule)
 
     def use(self, rule: Rule) -> None:
-        """Update by this rule from now on."""
+        """Replace the update rule."""
         self.rule, schedule = rule, self.schedule
         self.scalars = self.xp.asarray(np.array([rule.scalars(schedule(t), t + 1) for t in range(schedule.steps)]))
 
     def lr(self, state: State) -> Array:
-        """The learning rate of the next update, 0-d. Errors: IndexError after as many updates as the schedule has steps."""
+        """Return the learning rate of the next update, 0-d. Errors: IndexError after the last update of the schedule."""
         return self.learning_rates[state.t]
 
     def update(self, state: State, inverse_scale: Array, clip: Array | float, found_inf: Array) -> None:
-        """Update masters and moments from the gradients of the scaled loss, or leave all as it is where found_inf is set.
+        """Update masters and moments from the gradients of the scaled loss, or leave them unchanged if found_inf is set.
 
-        Each block of gradients is widened, multiplied by 1/S and then by the clip coefficient. The update counter `t`
-        advances only with a real update.  Source: the note, steps 3 and 4.  PyTorch: GradScaler.step(optimizer).
+        Each block of gradients is widened, multiplied by 1/S and then by the clip coefficient. The update counter `t` does not
+        advance in a skipped step.
+        Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2. PyTorch: GradScaler.step(optimizer).
         """
-        if state.backend.on_host and found_inf:  # a look is free here; on a device it would wait, and nobody asks
+        if state.backend.on_host and found_inf:  # reading found_inf costs nothing on the host; on a device it would wait
             return
         scalars = cast(self.scalars[state.t], state.math_format)
-        twin = state.backend.passes.get(type(self.rule).__name__) if self._all_fp32(state) else None
-        if twin is not None:
-            twin(self.rule, state, inverse_scale, clip, scalars, found_inf)
+        fast = state.backend.passes.get(type(self.rule).__name__) if self._all_fp32(state) else None
+        if fast is not None:
+            fast(self.rule, state, inverse_scale, clip, scalars, found_inf)
         else:
             state.each_block(lambda block: self._update_block(state, block, inverse_scale, clip, scalars, found_inf))
         state.t = state.backend.xp.where(found_inf, state.t, state.t + 1)
 
-    def _kept(self, state: State) -> list[str]:
-        """The kinds of state that an update changes."""
+    def _updated(self, state: State) -> list[str]:
+        """Return the kinds of state that an update changes."""
         return [state.master_kind, *self.rule.moments]
 
     def _all_fp32(self, state: State) -> bool:
-        """Whether the states are kept in the format of the arithmetic, so that an update rounds nothing else."""
-        return {state.stored[kind] for kind in self._kept(state)} == {"fp32"} and "main_grads" not in state.stored
+        """Return whether the updated states are plain FP32 and gradients are read from `grads`: what fast passes support."""
+        return {state.stored[kind] for kind in self._updated(state)} == {"fp32"} and "main_grads" not in state.stored
 
     def _update_block(
         self, state: State, block: slice, inverse_scale: Array, clip: Array | float, scalars: Array, found_inf: Array
     ) -> None:
         fmt, xp = state.math_format, state.backend.xp
-        kept = {kind: state.parts(kind, block) for kind in self._kept(state)}
-        stored = kept
-        if not state.backend.on_host:  # an overflow is known only there: what is kept is written at the end, or left
-            stored = {kind: {name: x.copy() for name, x in parts.items()} for kind, parts in kept.items()}
-        w, *moments = (state.encodings[kind].read(parts, fmt) for kind, parts in stored.items())
+        buffers = {kind: state.buffer_slices(kind, block) for kind in self._updated(state)}
+        new = buffers
+        if not state.backend.on_host:  # found_inf is known to the device only: update a copy, then keep it or not
+            new = {kind: {part: x.copy() for part, x in slices.items()} for kind, slices in buffers.items()}
+        w, *moments = (state.encodings[kind].read(slices, fmt) for kind, slices in new.items())
         g = unscaled(state, block, inverse_scale)
         g *= clip if isinstance(clip, float) else widen(clip, fmt)
         for start, stop in state.layout.decayed:
-            part = slice(max(start - block.start, 0), max(stop - block.start, 0))
-            self.rule.decay(w[part], g[part], scalars)
-        storage = state.encodings[state.master_kind]
-        storage.change(stored[state.master_kind], w, lambda x: self.rule.update_block(x, g, moments, scalars, xp))
-        for (kind, parts), new in zip(stored.items(), (w, *moments), strict=True):
-            state.write(kind, parts, new, f"update.{kind}", block.start)
+            overlap = slice(max(start - block.start, 0), max(stop - block.start, 0))
+            self.rule.decay(w[overlap], g[overlap], scalars)
+        encoding = state.encodings[state.master_kind]
+        encoding.change(new[state.master_kind], w, lambda x: self.rule.update_block(x, g, moments, scalars, xp))
+        for (kind, slices), values in zip(new.items(), (w, *moments), strict=True):
+            state.write(kind, slices, values, f"update.{kind}", block.start)
         if not state.backend.on_host:
-            for kind, parts in kept.items():
-                replace_unless(found_inf, parts, stored[kind], xp)
+            for kind, slices in buffers.items():
+                replace_unless(found_inf, slices, new[kind], xp)

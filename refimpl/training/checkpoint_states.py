@@ -50,7 +50,7 @@ def state_arrays(state: State) -> dict[str, np.ndarray]:
     """All that is kept of the states, on the host; of all ranks, if they are divided, and all must ask."""
     arrays = {}
     for kind, part, spec in _buffers(state):
-        whole = state.backend.to_host(state.gathered(kind, part))
+        whole = state.backend.to_host(state.gather(kind, part))
         arrays.update(_tensors(buffer_name(kind, part), spec, whole, state))
     return arrays
 
@@ -86,7 +86,7 @@ def load_state_arrays(path: Path, arrays: dict[str, np.ndarray], state: State) -
     if surplus:
         raise UsageError(f"{path} has a tensor {min(surplus)} that this model and recipe do not: it is another run's")
     for (kind, part), (_, _, whole) in buffers.items():
-        state.put_whole(kind, part, state.backend.from_host(whole))
+        state.load_gathered(kind, part, state.backend.from_host(whole))
 
 
 # -- headers -----------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def find_origin(training: Training, batches: Sequence[Batch], S: Array) -> Origi
         run.observer = watch.of(i, skips_loss=counts[i] == 0)
         tape.backward(loss, divided(S, n, xp), watch.sink_of(i))
     none = len(watch.events)
-    first = state.least_over_ranks(none if watch.first is None else watch.first)
+    first = state.min_over_ranks(none if watch.first is None else watch.first)
     if first < none:
         return _told(watch, watch.events[first], tapes, first == watch.first, S)
     if sum(counts) == 0:

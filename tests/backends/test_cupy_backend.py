@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import storage_cases
 
-import refimpl.optim.state
+import refimpl.optim.layout
 from refimpl.backends.base import NUMPY, get_backend
 from refimpl.backends.cupy.launch import Kernels, source
 from refimpl.numerics.bits import bits_of, from_bits
@@ -288,7 +288,7 @@ def test_rounding_by_chance_and_the_two_halves_have_the_hosts_bits() -> None:
 def test_results_do_not_depend_on_the_blocks_of_a_device(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for block in (1 << 24, 1000, 333):
-        monkeypatch.setattr(refimpl.optim.state, "DEVICE_BLOCK", block)
+        monkeypatch.setattr(refimpl.optim.layout, "DEVICE_BLOCK", block)
         training = storage_cases.training_of(get_backend("cupy"), weights, "bf16", "adamw")
         list(storage_cases.trained(training, 3))
         ends.append(storage_cases.kept(training.state))

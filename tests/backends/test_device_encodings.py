@@ -18,8 +18,8 @@ from storage_cases import CASES, RECIPES, WEIGHTS, differences, kept, resumed, t
 from strict_backend import PLAIN, STRICT, on_host
 from strict_cupy import WaitError, counter, xp
 
+import refimpl.optim.layout
 import refimpl.optim.optimizer
-import refimpl.optim.state
 import refimpl.precision.state_encodings
 from refimpl.numerics.bits import from_bits
 from refimpl.numerics.compensated import merge, split
@@ -170,7 +170,7 @@ def test_results_do_not_depend_on_the_blocks_of_a_device(weights: str, monkeypat
     """A device takes all at once, up to 2^24; in pieces of any size the bits are the same."""
     ends, launches = [], []
     for block in (1 << 24, 3000, 999):
-        monkeypatch.setattr(refimpl.optim.state, "DEVICE_BLOCK", block)
+        monkeypatch.setattr(refimpl.optim.layout, "DEVICE_BLOCK", block)
         training = training_of(STRICT, weights, "bf16", "adamw")
         counter.reset()
         list(trained(training, 2))
@@ -219,7 +219,7 @@ def test_launches_of_an_update_do_not_grow_with_the_weights(weights: str, monkey
         training.optimizer.update(training.state, *numbers)
         return counter.launches
 
-    monkeypatch.setattr(refimpl.optim.state, "BLOCK", 1000)  # of the host's blocks there are many
+    monkeypatch.setattr(refimpl.optim.layout, "BLOCK", 1000)  # of the host's blocks there are many
     assert launches(16) == launches(64) < 250
 
 

@@ -21,7 +21,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 import refimpl.backends.base as backends
 from refimpl.backends.base import NUMPY, WHOLE, Backend, row_blocks
 from refimpl.backends.threads import Workers, workers
-from refimpl.optim import state
+from refimpl.optim import layout
 from refimpl.precision import context
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import RECIPES
@@ -336,7 +336,7 @@ def test_results_are_allocated_once_whoever_comes_first(monkeypatch: pytest.Monk
 def test_a_monitor_sees_whole_arrays_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "SHARED", 0)
     monkeypatch.setattr(context, "MAP_BLOCK", 1 << 6)
-    monkeypatch.setattr(state, "BLOCK", 1 << 6)
+    monkeypatch.setattr(layout, "BLOCK", 1 << 6)
     ours, seen = Ours(MODELS["smoke"], "pure-fp16"), list[tuple[str, int, int]]()
 
     def watch(site: str, before: np.ndarray, after: np.ndarray) -> None:

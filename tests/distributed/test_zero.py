@@ -26,7 +26,8 @@ from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.numerics.casts import cast, widen
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, first_non_finite
-from refimpl.optim.state import GRAIN, State
+from refimpl.optim.layout import GRAIN
+from refimpl.optim.state import State
 from refimpl.parity.pytorch import TRAJECTORY
 from refimpl.precision.recipes import RECIPES
 from refimpl.training.config import Config
@@ -170,7 +171,7 @@ def _in_16_bits(pieces: Any) -> Any:
 
 
 WRONG: dict[str, tuple[str, Any]] = {
-    "the norm of the own share": ("refimpl.distributed.zero.ShardedState.of_all_ranks", lambda self, *grains: grains),
+    "the norm of the own share": ("refimpl.distributed.zero.ShardedState.gather_grains", lambda self, *grains: grains),
     "weights that do not go round": ("refimpl.distributed.zero.ShardedState.weights_down", State.weights_down),
     "gradients that are not summed": ("refimpl.distributed.collectives.add_up", lambda pieces: pieces[0]),
     "gradients summed in 16 bits": ("refimpl.distributed.collectives.add_up", _in_16_bits),
@@ -233,7 +234,7 @@ def test_gradients_that_sum_exactly_give_the_same_bits_on_any_number_of_ranks(st
             found_inf, norm = check_and_measure(state, np.float32(0.25))
             optimizer.update(state, np.float32(0.25), clip_coefficient(norm, 1.0), found_inf)
             state.weights_down()
-        return [state.gathered(kind, "").tobytes() for kind in ("weights", "m", "v")]
+        return [state.gather(kind, "").tobytes() for kind in ("weights", "m", "v")]
 
     expected = updated(Serial())
     for ranks in (2, 3, 4):
@@ -429,7 +430,7 @@ def test_a_parameter_without_a_gradient_has_one_of_zero_at_any_stage() -> None:
         sink = state.gradient_sink(first=True)
         sink("transformer.ln_f.bias", cast(np.full(32, comm.rank + 1, np.float32), "bf16"))
         state.reduce_gradients(last=True)
-        return state.gathered("grads", "")
+        return state.gather("grads", "")
 
     for whole in run_ranks(3, gradients):
         start, stop, _ = made.make_training(made.make_backend()).state.layout.slots["transformer.ln_f.bias"]

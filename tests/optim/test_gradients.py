@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-import refimpl.optim.state
+import refimpl.optim.layout
 from refimpl.backends.base import NUMPY, SHARED, Backend
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.casts import cast, widen
@@ -51,7 +51,7 @@ def test_one_bad_gradient_at_either_end_of_any_block_is_found(
     recipe: str, bad: float, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, size in (("BLOCK", 8), ("DEVICE_BLOCK", 16), ("GRAIN", 4)):
-        monkeypatch.setattr(refimpl.optim.state, name, size)
+        monkeypatch.setattr(refimpl.optim.layout, name, size)
     state = state_of(backend, recipe, a=(5, 5), b=(10,))  # 35 elements: four blocks and a rest of three
     state.grads[:] = 0.5
     found, norm = measured(state)
@@ -70,7 +70,7 @@ def test_one_bad_gradient_at_either_end_of_any_block_is_found(
 
 @pytest.mark.parametrize("bad", BAD)
 def test_found_in_the_real_blocks(bad: float, backend: Backend) -> None:
-    block = refimpl.optim.state.BLOCK
+    block = refimpl.optim.layout.BLOCK
     state = state_of(backend, "fp16", a=(2 * block + 3,))
     for place in (0, block - 1, block, 2 * block - 1, 2 * block, 2 * block + 2):
         state.grads[place] = bad
@@ -101,7 +101,7 @@ def test_the_check_is_on_the_scaled_gradients(backend: Backend) -> None:
 
 @pytest.mark.parametrize("bad", BAD)
 def test_first_non_finite_names_the_parameter(bad: float, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refimpl.optim.state, "BLOCK", 4)
+    monkeypatch.setattr(refimpl.optim.layout, "BLOCK", 4)
     for recipe in ("fp16", "fp32"):
         state = state_of(backend, recipe, first=(3,), second=(5, 2), third=(1,))
         assert first_non_finite(state) is None
@@ -126,7 +126,7 @@ def test_norm_is_right(recipe: str, size: int, backend: Backend) -> None:
     # Squares are positive, so relative errors never grow in sums. A square: 1/S 1 u, unscaling 1 u, both twice by the
     # squaring, the product 1 u: 5 u. NumPy sums n values in pairs down to runs of 128 in 8 lanes: 16 + 3 additions, then
     # log2(n / 128), rounded up: of a grain, and of the sums of all grains. The root halves it all and adds 1.
-    grain = refimpl.optim.state.GRAIN
+    grain = refimpl.optim.layout.GRAIN
     additions = sum(19 + max(0, math.ceil(math.log2(n / 128))) for n in (grain, -(-size // grain)))
     bound = 1.001 * U * ((5 + additions) / 2 + 1)
     assert not found
@@ -160,17 +160,17 @@ def test_norm_does_not_depend_on_threads() -> None:
 
 
 def test_norm_does_not_depend_on_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    grain = refimpl.optim.state.GRAIN
+    grain = refimpl.optim.layout.GRAIN
     state = state_of(backend, "fp16", a=(40 * grain + 17,))
     put(state, np.random.default_rng(3).standard_normal(state.grads.size))
     norms = set()
     for block in (grain, 3 * grain, 16 * grain, 64 * grain):
         for name in ("BLOCK", "DEVICE_BLOCK"):
-            monkeypatch.setattr(refimpl.optim.state, name, block)
+            monkeypatch.setattr(refimpl.optim.layout, name, block)
         norms.add(measured(state)[1].tobytes())
     assert len(norms) == 1
     for other in (1, 2, 32, 64):  # other grains are other orders of the sum, of which some give another norm
-        monkeypatch.setattr(refimpl.optim.state, "GRAIN", other)
+        monkeypatch.setattr(refimpl.optim.layout, "GRAIN", other)
         norms.add(measured(state)[1].tobytes())
     assert len(norms) > 1
 

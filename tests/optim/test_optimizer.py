@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import refimpl.optim.state
+import refimpl.optim.layout
 from refimpl.backends.base import Backend
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.casts import cast, widen
@@ -194,7 +194,7 @@ def test_sgd_is_the_formula(recipe: str, momentum: float, backend: Backend) -> N
 @pytest.mark.parametrize("rule", [AdamW(weight_decay=0.5), SGD(weight_decay=0.5)], ids=["adamw", "sgd"])
 def test_decay_acts_on_matrices_only(rule: AdamW | SGD, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in (1, 5, 16, 1 << 16):
-        monkeypatch.setattr(refimpl.optim.state, "BLOCK", block)
+        monkeypatch.setattr(refimpl.optim.layout, "BLOCK", block)
         state = start_of(backend, toy(**MIXED), "fp32", rule)
         put(state, "weights", w := np.random.default_rng(0).standard_normal(state.layout.size).astype(np.float32))
         update(rule, constant(0.1), state)  # gradients and moments are zero
@@ -216,7 +216,7 @@ def test_results_do_not_depend_on_the_block_size(
     for block in (1, 7, 8, 64, 1000, 1 << 16):
         if block < least:
             continue
-        monkeypatch.setattr(refimpl.optim.state, "BLOCK", block)
+        monkeypatch.setattr(refimpl.optim.layout, "BLOCK", block)
         state = state_of(backend, model, recipe, rule, np.random.default_rng(9))
         update(rule, constant(1e-3), state, np.float32(0.7), np.float32(0.9), times=3)
         results.append(bits_of(state))

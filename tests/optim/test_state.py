@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-import refimpl.optim.state
+import refimpl.optim.layout
 from refimpl.backends.base import NUMPY
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
@@ -14,8 +14,9 @@ from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.bits import bits_of
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of, is_float
+from refimpl.optim.layout import Layout, blocks
 from refimpl.optim.optimizer import AdamW, Optimizer, Schedule
-from refimpl.optim.state import Layout, State, blocks
+from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES, get_recipe
 
 TINY_GPT = gpt_model(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=5, vocab_size=11))
@@ -104,7 +105,7 @@ def test_name_at_finds_the_parameter_of_every_index() -> None:
 
 @pytest.mark.parametrize(("size", "block"), [(0, 4), (1, 4), (4, 4), (5, 4), (1000, 7), (70_000, 1 << 16)])
 def test_blocks_cover_everything_once(size: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refimpl.optim.state, "BLOCK", block)
+    monkeypatch.setattr(refimpl.optim.layout, "BLOCK", block)
     parts = list(blocks(slice(0, size)))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(size))
     assert all(part.stop - part.start == block for part in parts[:-1])
@@ -249,7 +250,7 @@ def test_weights_down_rounds_the_masters(name: str) -> None:
 
 def test_a_monitor_hears_of_each_block_by_the_names_of_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     """An update goes block by block, and blocks end in the middle of parameters: all parts together are the parameters."""
-    monkeypatch.setattr(refimpl.optim.state, "BLOCK", 7)
+    monkeypatch.setattr(refimpl.optim.layout, "BLOCK", 7)
     state, heard = state_of(TINY_MLP, "pure-bf16"), dict[str, list[np.ndarray]]()
     state.monitor = lambda site, before, after: heard.setdefault(site, []).append(before)
     state.grads[...] = cast(np.random.default_rng(2).standard_normal(state.layout.size), "bf16")

@@ -158,7 +158,7 @@ def test_clipping_scaled_gradients_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_decay_too_many_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: decay that acts on all parameters departs at the masters, of exactly those it should spare."""
-    from refimpl.optim.state import Layout
+    from refimpl.optim.layout import Layout
 
     original = Layout.of.__func__  # type: ignore[attr-defined]
 

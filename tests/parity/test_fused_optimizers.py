@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import refimpl.optim.state
+import refimpl.optim.layout
 from refimpl.backends.base import NUMPY
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
@@ -385,7 +385,7 @@ def test_the_first_momentum_buffer_is_the_gradient_itself(torch: Any) -> None:
 @pytest.mark.parametrize("rule", [ExactAdamW(), ExactAdamW((0.9, 0.999), 1e-6, 0.01), ExactSGD(), ExactSGD(nesterov=True)])
 def test_the_rules_drop_into_optimizer(torch: Any, rule: ExactAdamW | ExactSGD, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model across two blocks, a schedule, decay on matrices only: the bits of torch with one group a kind of tensor."""
-    monkeypatch.setattr(refimpl.optim.state, "BLOCK", 1 << 16)
+    monkeypatch.setattr(refimpl.optim.layout, "BLOCK", 1 << 16)
     model, schedule = mlp_model(MLPConfig(n_layer=1, n_embd=32, block_size=8)), Schedule(1e-2, 1e-4, 5, 40)
     state = State(model, RECIPES["fp32"].state_encodings(rule.moments), NUMPY)
     assert state.layout.size > 1 << 16 and all((stop - start) % 8 == 0 for start, stop, _ in state.layout.slots.values())

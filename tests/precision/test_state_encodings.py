@@ -16,7 +16,7 @@ import pytest
 from fake_blas import FakeBlas
 
 import refimpl.backends.base
-import refimpl.optim.state
+import refimpl.optim.layout
 import refimpl.precision.state_encodings
 from refimpl.backends.base import NUMPY
 from refimpl.backends.threads import Workers
@@ -161,7 +161,7 @@ def test_no_two_kinds_of_state_draw_the_same_bits() -> None:
     state = State(toy(), {**dict.fromkeys(kinds, "bf16-stochastic"), "grads": "fp32"}, NUMPY)
     x = cast(np.full(SIZE, 1 + 2.0**-8), "fp32")
     for kind in kinds:
-        state.write(kind, state.parts(kind, slice(0, SIZE)), x, f"update.{kind}", 0)
+        state.write(kind, state.buffer_slices(kind, slice(0, SIZE)), x, f"update.{kind}", 0)
     assert len({state.buffers[kind].tobytes() for kind in kinds}) == len(kinds)
     assert set(STATE_KINDS) < set(STREAMS) and len(set(STREAMS.values())) == len(STREAMS) <= FIRST_OF_TENSORS
 
@@ -183,7 +183,7 @@ def test_results_depend_on_neither_blocks_nor_threads(weights: str, moments: str
     """Blocks of the cache's size, of any size where no scale is shared, and shared among threads."""
     whole = trained(weights, moments)
     for block in (7, 300, 256, 512):
-        monkeypatch.setattr(refimpl.optim.state, "BLOCK", block)
+        monkeypatch.setattr(refimpl.optim.layout, "BLOCK", block)
         if moments == "plain" or block % 256 == 0:
             assert trained(weights, moments) == whole, block
         else:
@@ -661,10 +661,10 @@ def test_who_knows_no_codes_says_so() -> None:
     for name, storage in ENCODINGS.items():
         state = State(toy(), {"weights": "bf16", "m": name}, NUMPY)
         if not isinstance(storage, Blockwise):
-            state.need_no_codes("this")
+            state.refuse_codes("this")
         else:
-            with pytest.raises(UsageError, match=f"^this knows states of 16 bits and more; .* keeps m as {name}$"):
-                state.need_no_codes("this")
+            with pytest.raises(UsageError, match=f"^this supports states of 16 bits and more; .* stores m as {name}$"):
+                state.refuse_codes("this")
         assert state.values("m").dtype == (dtype_of("fp32") if isinstance(storage, Blockwise | Remainder) else
                                            dtype_of(storage.fmt))  # fmt: skip
     assert {type(storage) for storage in ENCODINGS.values()} == {

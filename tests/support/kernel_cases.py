@@ -41,8 +41,9 @@ from refimpl.nn.softmax import unrounded_softmax
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of
 from refimpl.optim.gradients import check_and_measure
+from refimpl.optim.layout import GRAIN
 from refimpl.optim.optimizer import AdamW, Optimizer, Schedule
-from refimpl.optim.state import GRAIN, State
+from refimpl.optim.state import State
 from refimpl.precision.context import Bound, Run
 from refimpl.precision.recipes import get_recipe
 

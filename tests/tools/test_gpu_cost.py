@@ -26,7 +26,7 @@ from refimpl.backends.cupy.launch import Kernels
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.numerics.formats import dtype_of
-from refimpl.optim.state import GRAIN
+from refimpl.optim.layout import GRAIN
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.tools.bench.gpu_cost import (
     BATCH,

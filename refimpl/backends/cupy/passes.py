@@ -17,7 +17,7 @@ from refimpl.numerics.formats import format_of
 
 def measure(state: Any, inverse_scale: Array) -> tuple[Array, Array]:
     """Of each grain of the gradients the sum of squares, unscaled, and whether one of them, or 1/S, is Inf or NaN."""
-    xp, grads, grain = state.backend.xp, state.local("grads"), state.grain
+    xp, grads, grain = state.backend.xp, state.local("grads"), state.layout.grain
     count = -(-grads.size // grain)
     squares, bad = xp.empty(count, np.float32), xp.empty(count, np.bool_)
     sizes = np.int64(grads.size), np.int32(grain)

@@ -22,7 +22,7 @@ from refimpl.backends.cupy.launch import COLUMNS, FORMATS, THREADS, WARPS, eleme
 from refimpl.errors import UsageError, unknown
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.numerics.formats import dtype_of
-from refimpl.optim.state import GRAIN
+from refimpl.optim.layout import GRAIN
 from refimpl.precision.recipes import Recipe, get_recipe
 from refimpl.tools.bench.steps import MODELS
 from refimpl.training.activation_memory import gpt_activations, itemsize
