@@ -61,8 +61,7 @@ def train_step(
     S, lr = loss_scale.scale, optimizer.lr(state)
     loss = forward_backward(model, batches, state, S, run)
 
-    # 3. Gradients up: 16-bit gradients -> FP32, block by block. Only recipes with `main_grads` store the result; for the others
-    #    step 4 widens each block again.
+    # 3. Gradients up: 16-bit gradients -> FP32, block by block. Only recipes with `main_grads` store them; step 4 widens again.
     #    (+) Is any of them Inf or NaN?  (+) Their norm is computed after the division by S.
     inverse_scale = inverse_of(S)
     found_inf, norm = check_and_measure(state, inverse_scale)
