@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import line_links
 import pytest
 from paths import ROOT
 from script_loader import load_script
@@ -28,12 +29,23 @@ COMMANDS = sorted({(page.name, command) for page in PAGES for command in command
 
 @pytest.mark.parametrize(("page", "text", "target"), LINKS, ids=[f"{page.name}-{target}" for page, _, target in LINKS])
 def test_links_lead_somewhere(page: Path, text: str, target: str) -> None:
-    path, _, line = target.partition("#L")
-    path = path.partition("#")[0]
-    assert (page.parent / path).exists(), target
-    if line:
-        lines = (page.parent / path).read_text().splitlines()
-        assert text.strip("`") in lines[int(line) - 1], f"{target} is not {text}"
+    path, _, heading = target.partition("#")
+    assert (page.parent / path).exists(), f"{target}, for {text}"
+    if heading and path.endswith(".md"):
+        titles = re.findall(r"^#+ (.+)$", (page.parent / path).read_text(), re.M)
+        assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
+
+
+def test_links_to_lines_show_what_stands_there() -> None:
+    assert list(line_links.wrong()) == []
+
+
+def test_line_numbers_are_corrected(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("def f():\n    return g()\n\n\ndef h():\n    return g()\n")
+    page = "[`def h()`](code.py#L2) [return g()](code.py#L5) [`def f()`](code.py#L1) [`def i()`](code.py#L3) [h](code.py)"
+    better, lost = line_links.corrected(page, tmp_path)
+    assert better == page.replace("`](code.py#L2)", "`](code.py#L5)").replace("g()](code.py#L5)", "g()](code.py#L6)")
+    assert lost == ["[`def i()`](code.py#L3)"]
 
 
 def complaint(command: str) -> str | None:
