@@ -1,17 +1,11 @@
-"""How a kind of model state is kept: as plain numbers of one format, or in one of the ways that make fewer bits do.
+"""How each kind of model state is stored: as numbers of one format, or encoded in fewer bits.
 
-    read     what is kept -> FP32 values, for the update
-    change   let the update act on the values
-    write    FP32 values -> what is kept
+    read     stored -> FP32 values, for the update
+    change   apply the update to the values
+    write    FP32 values -> stored
 
-A storage has a main part, one element a parameter, and perhaps another: what rounding left over, or a scale for each 256
-values. Parts are slices of flat buffers, named by kind and part: 'weights', 'weights_compensation', 'm', 'm_scales'.
-
-    plain          fp64, fp32, fp16, bf16: rounded to nearest
-    stochastic     up or down by chance, so that the mean of many small updates is kept
-    kahan          what a rounding took away is kept in 16 bits and added to the next update
-    remainder      the lower half of an FP32 master, of which the BF16 weight is the upper half
-    blockwise      8-bit codes and an FP32 scale for each 256 values; perhaps FP32 for the embeddings, which lie first
+An encoding has a main buffer with one element per parameter, and may have another: rounding errors, or a scale per 256 values.
+Buffers are flat arrays, named by kind and part: 'weights', 'weights_compensation', 'm', 'm_scales'.
 """
 
 from __future__ import annotations
@@ -37,14 +31,14 @@ BufferSlices = Mapping[str, Array]
 Update = Callable[[Array], None]
 
 MAIN = ""
-"""The part that holds one element a parameter, in the storage's format."""
+"""The name of the part that holds one element per parameter."""
 
 
 @dataclass(frozen=True)
 class BufferSpec:
     """One buffer: the type of an element, and how many values share one.
 
-    first: how many parameters it holds, the first ones of the flat index, where it does not hold all.
+    first: the number of parameters that it holds, the first of the flat index; None for all.
     """
 
     dtype: np.dtype
@@ -53,16 +47,16 @@ class BufferSpec:
 
     @property
     def bytes_per_parameter(self) -> Fraction:
-        """Bytes a parameter; a scale for 256 values takes 4/256."""
+        """Return the bytes per parameter: 4/256 for an FP32 scale per 256 values."""
         return Fraction(self.dtype.itemsize, self.values)
 
     def size(self, n: int) -> int:
-        """Elements for n parameters; the last ones may be fewer than share an element."""
+        """Return the number of elements for n parameters, rounded up."""
         return -(-(n if self.first is None else min(n, self.first)) // self.values)
 
     def slice(self, block: slice) -> slice:
-        """The elements that belong to the parameters of a block. Errors: ValueError where it starts within an element's."""
-        if block.start >= block.stop:  # the share of a rank for which nothing is left
+        """Return the elements of a block of parameters. Errors: ValueError for a block that starts within an element."""
+        if block.start >= block.stop:  # a rank whose share is empty
             return slice(self.size(block.stop), self.size(block.stop))
         if block.start % self.values:
             raise ValueError(f"a block starts at {block.start}, within {self.values} values that share an element")
@@ -70,18 +64,18 @@ class BufferSpec:
 
 
 class RandomKey(NamedTuple):
-    """Where chance comes from: equal draws make equal bits, whatever the size of the blocks, and after a resume."""
+    """What random bits are a function of: they depend neither on the size of blocks nor on a resume."""
 
     seed: int
     t: Array  # the number of updates made before this one
     start: int  # index of the first value in the flat buffer
     xp: Any = np  # the array library of the values, and of t
-    kind: str = "weights"  # what is kept: each kind draws from a stream of its own, `philox.STREAMS`
+    kind: str = "weights"  # the kind of state; each has its own stream, `philox.STREAMS`
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Numbers of one format, rounded to nearest even."""
+    """Store numbers of one format, rounded to nearest even."""
 
     fmt: str
 
@@ -90,15 +84,15 @@ class Plain:
         return {MAIN: BufferSpec(dtype_of(self.fmt))}
 
     def of(self, embeddings: int) -> Encoding:
-        """The storage for a model whose first so many parameters are embeddings: the same for all."""
+        """Return the encoding for a model whose first `embeddings` parameters are embeddings: here, itself."""
         return self
 
     def read(self, parts: BufferSlices, fmt: str) -> Array:
-        """The values in the format `fmt`; where that is their own, the buffer itself."""
+        """Return the values in the format `fmt`; where that is the stored one, the buffer itself."""
         return widen(parts[MAIN], fmt)
 
     def values(self, parts: BufferSlices) -> Array:
-        """The values to look at, in the format that they are kept in."""
+        """Return the values in the format that they are stored in, read-only."""
         return parts[MAIN]
 
     def change(self, parts: BufferSlices, values: Array, update: Update) -> None:
@@ -106,17 +100,17 @@ class Plain:
         update(values)
 
     def write(self, parts: BufferSlices, values: Array, key: RandomKey) -> None:
-        """Keep the values."""
+        """Store the values."""
         cast(values, self.fmt, out=parts[MAIN])
 
     def start(self, parts: BufferSlices, values: Array) -> None:
-        """Keep the values that a run starts from, FP32: rounded to nearest, with nothing left over yet."""
+        """Store the FP32 values that a run starts from, rounded to nearest."""
         cast(values, self.fmt, out=parts[MAIN])
 
 
 @dataclass(frozen=True)
 class Stochastic(Plain):
-    """Rounded up or down by chance, up with a probability of the distance from below: right in the mean.
+    """Round stochastically, so that the mean of many small updates is kept.
 
     Source: Gupta et al. 2015, arXiv 1502.02551; llm.c, train_gpt2.cu -w 0; torchao, bf16_stochastic_round.
     Differs from the source: the random bits are a function of seed, update and index, not of a generator's history.
@@ -129,13 +123,13 @@ class Stochastic(Plain):
 
 @dataclass(frozen=True)
 class Kahan(Plain):
-    """Kahan's sum: c takes the update, w takes c, and what w could not take stays in c.
+    """Add updates with Kahan summation: a second 16-bit buffer c keeps the rounding error for the next update.
 
         c = R(c + update);   w' = R(w + c);   c = R(c + R(w - w'))
 
-    Weight decay multiplies w before that and is rounded by itself, so it can still be lost.
+    Weight decay multiplies w before that and is rounded separately, so it can still be lost.
     Source: Zamirai et al. 2020, arXiv 2010.06192; torchdistx, AnyPrecisionAdamW.
-    Differs from the source: moments are computed in FP32 and rounded once an update; there, after every operation.
+    Differs from the source: moments are computed in FP32 and rounded once per update; there, after every operation.
     """
 
     @property
@@ -151,9 +145,9 @@ class Kahan(Plain):
 
 @dataclass(frozen=True)
 class Remainder(Plain):
-    """An FP32 master in two halves: the BF16 weight, and 16 bits from which the whole is put together again exactly.
+    """Store an FP32 master in two halves: the BF16 weight, and the 16 bits that restore the master exactly.
 
-    The weight is the master rounded to nearest, but for ties, which go away from zero.
+    The weight is the master rounded to nearest, with ties away from zero.
     Source: TransformerEngine, multi_tensor/adam.cu; Megatron-LM, store_param_remainders.
     """
 
@@ -175,9 +169,9 @@ class Remainder(Plain):
 
 
 def replace_unless(keep: Array, parts: BufferSlices, new: BufferSlices, xp: Any) -> None:
-    """`parts` become `new`, in place, unless `keep` is set, a 0-d boolean of the device: nobody waits to see it.
+    """Overwrite `parts` with `new` unless `keep` is set, a 0-d boolean that stays on the device.
 
-    By their bits: `where` of CuPy makes FP32 of BF16, and no value may change on the way.
+    Values are moved as bits, since CuPy's `where` converts BF16 to FP32.
     """
     for name, part in parts.items():
         x, y = (bits_of(z) if is_float(z) else z for z in (part, new[name]))
@@ -185,18 +179,18 @@ def replace_unless(keep: Array, parts: BufferSlices, new: BufferSlices, xp: Any)
 
 
 SHARING = 256
-"""Values that share a scale. Source: Dettmers et al. 2022 (2048 there); bitsandbytes and torchao since: 256."""
+"""Values that share a scale: 256 as in bitsandbytes and torchao; 2048 in Dettmers et al. 2022."""
 SMALLEST_SCALE = 1e-12
 
 
 @dataclass(frozen=True)
 class Blockwise:
-    """8-bit codes of values divided by the largest of their block of 256, and that largest value in FP32.
+    """Store 8-bit codes, and an FP32 scale per block of 256 values.
 
-    fmt: the format of the codes; '' where they are numbers of a table, `codebook`, in order of their values.
+    fmt: the format of the codes; '' where they index a table of values in ascending order, `codebook`.
     Source: Dettmers et al. 2022, arXiv 2110.02861; torchao, optim/subclass_8bit.py and subclass_fp8.py.
-    Differs from the source: blocks are 256 neighbors in the flat buffer, whatever tensors they belong to; there blocks
-    end with their tensor, and tensors of fewer than 4096 elements stay FP32.
+    Differs from the source: blocks are 256 neighbors in the flat buffer, also across tensors. There blocks end with their
+      tensor, and tensors of fewer than 4096 elements stay FP32.
     """
 
     fmt: str
@@ -207,7 +201,7 @@ class Blockwise:
         return {MAIN: BufferSpec(np.dtype(np.uint8)), "scales": BufferSpec(dtype_of("fp32"), SHARING)}
 
     def of(self, embeddings: int) -> Encoding:
-        """The storage for a model whose first so many parameters are embeddings: the same for all."""
+        """Return the encoding for a model whose first `embeddings` parameters are embeddings: here, itself."""
         return self
 
     def read(self, parts: BufferSlices, fmt: str) -> Array:
@@ -216,7 +210,7 @@ class Blockwise:
         return values * parts["scales"].repeat(SHARING)[: codes.size]
 
     def values(self, parts: BufferSlices) -> Array:
-        """The same, to look at."""
+        """Return the decoded values, FP32."""
         return self.read(parts, "fp32")
 
     def change(self, parts: BufferSlices, values: Array, update: Update) -> None:
@@ -224,7 +218,7 @@ class Blockwise:
         update(values)
 
     def write(self, parts: BufferSlices, values: Array, key: RandomKey) -> None:
-        """Keep the values: the scale of each block, max |x| / largest code, and the codes nearest to x / scale."""
+        """Store scale = max |x| / largest code for each block, and the codes nearest to x / scale."""
         blocks = np.zeros((len(parts["scales"]), SHARING), values.dtype)
         blocks.reshape(-1)[: values.size] = values
         largest = self.codebook()[-1] if self.codebook else cast(np.array(FORMATS[self.fmt].max), "fp32")
@@ -236,16 +230,17 @@ class Blockwise:
         )
 
     def start(self, parts: BufferSlices, values: Array) -> None:
-        """Moments start at zero, which is all that this is for."""
+        """Store the values that a run starts from: moments of zero."""
         self.write(parts, values, RandomKey(0, 0, 0))
 
 
 @dataclass(frozen=True)
 class FP32Embeddings(Blockwise):
-    """Blockwise, but FP32 for the embeddings: a row that gets a gradient now and then needs small second moments to stay.
+    """Store embeddings in FP32 and all else blockwise: rows with rare gradients need their small second moments.
 
+    embeddings: the number of parameters that are embeddings; they come first.
     Source: Dettmers et al. 2022, arXiv 2110.02861, section 2.3; bitsandbytes, StableEmbedding and override_config.
-    Differs from the source: the embeddings' codes are there all the same, and zero: one byte in five that is not needed.
+    Differs from the source: embeddings have codes too, all zero, so that they take 5 bytes per parameter instead of 4.
     """
 
     embeddings: int = 0
@@ -271,7 +266,7 @@ class FP32Embeddings(Blockwise):
 
 
 def nearest(codebook: Array, values: Array) -> Array:
-    """The number of the nearest entry, of two equally near ones the lower; NaN gets the last. uint8."""
+    """Return the index of the nearest entry, the lower one of a tie; the last for NaN. uint8."""
     return np.asarray(np.searchsorted(_between(codebook.tobytes()), values), np.uint8)
 
 
@@ -283,11 +278,11 @@ def _between(codebook: bytes) -> Array:
 
 @cache
 def dynamic_codebook(signed: bool) -> Array:
-    """256 numbers from -1 (or 0) to 1 whose distances grow with their size: 0, 1, and seven decades down to 1e-7.
+    """Return 256 numbers from -1 (or 0, if not signed) to 1, denser near zero: 0, 1, and seven decades down to 1e-7.
 
-    In the decade 10^(i-7)..10^(i-6), i = 0..6, there are 2^i numbers (2^(i+1) without signs): the middles of so many
-    equal parts of it. Source: Dettmers 2016, arXiv 1511.04561; the dynamic map of bitsandbytes and torchao.
-    Differs from the source: formed in double precision and rounded once; there in FP32, which is up to 2 ulps away.
+    The decade 10^(i-7)..10^(i-6), i = 0..6, is cut into 2^i equal parts (2^(i+1) if not signed): their midpoints are entries.
+    Source: Dettmers 2016, arXiv 1511.04561; the dynamic map of bitsandbytes and torchao.
+    Differs from the source: computed in FP64 and rounded once; there in FP32, up to 2 ulps away.
     """
     entries = [0.0, 1.0]
     for i in range(7):
@@ -300,12 +295,12 @@ def dynamic_codebook(signed: bool) -> Array:
 
 
 def signed_codebook() -> Array:
-    """For first moments."""
+    """Return the codebook of first moments."""
     return dynamic_codebook(True)
 
 
 def unsigned_codebook() -> Array:
-    """For second moments, which are never negative."""
+    """Return the codebook of second moments, which are never negative."""
     return dynamic_codebook(False)
 
 
@@ -322,23 +317,23 @@ ENCODINGS: dict[str, Encoding] = {
     "int8-signed-embeddings-fp32": FP32Embeddings("", signed_codebook),
     "int8-unsigned-embeddings-fp32": FP32Embeddings("", unsigned_codebook),
 }
-"""What a recipe may write into its table of states."""
+"""Name in a recipe's table of states -> encoding."""
 
 
 def get_encoding(name: str) -> Encoding:
-    """The storage of that name. Errors: UsageError that lists the names."""
+    """Return the encoding of that name. Errors: UsageError that lists the names."""
     if name not in ENCODINGS:
-        raise UsageError(unknown("storage", name, ENCODINGS))
+        raise UsageError(unknown("state encoding", name, ENCODINGS))
     return ENCODINGS[name]
 
 
 def buffer_name(kind: str, part: str) -> str:
-    """What a part's buffer is called: its kind, and the part unless it is the main one."""
+    """Return the name of a buffer: its kind, followed by the part unless that is the main one."""
     return f"{kind}_{part}" if part else kind
 
 
 def buffers_of(stored: Mapping[str, str], embeddings: int = 0) -> dict[str, BufferSpec]:
-    """All buffers of a run by name, for a table kind -> storage and the number of parameters that are embeddings."""
+    """Return all buffers by name, for a table kind -> encoding and the number of parameters that are embeddings."""
     return {
         buffer_name(kind, part): spec
         for kind, name in stored.items() for part, spec in get_encoding(name).of(embeddings).parts.items()

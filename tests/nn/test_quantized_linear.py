@@ -512,7 +512,7 @@ def test_two_tensors_never_draw_the_same_bits() -> None:
     scales.random_bits("plumless", (4,))
     scales.random_bits("plumless", (4,))
     for frozen in (scales, scales.frozen()):
-        with pytest.raises(ValueError, match=r"^buckeroo and plumless would draw the same random bits"):
+        with pytest.raises(ValueError, match=r"^buckeroo and plumless would get the same random bits"):
             frozen.random_bits("buckeroo", (4,))
 
 

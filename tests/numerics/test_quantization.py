@@ -800,7 +800,7 @@ def test_an_outlier_is_spread_and_a_constant_needs_the_signs() -> None:
     ones = np.ones((1, 16), np.float32)
     assert np.abs(rotate(ones, np.ones(16, np.float32))).max() == 4  # one outlier of all the norm
     assert np.abs(rotate(ones, signs)).max() < 4
-    with pytest.raises(ValueError, match="no multiple of 16"):
+    with pytest.raises(ValueError, match="not a multiple of 16"):
         rotate(np.ones((2, 20), np.float32), signs)
     with pytest.raises(ValueError, match="power of two"):
         hadamard(12)

@@ -99,7 +99,7 @@ def updated(weights: str, w: Array, gradients: list[Array], seed: int = 0, lr: f
 
 def test_get_storage_finds_by_name_and_lists_all() -> None:
     assert get_encoding("bf16-kahan") is ENCODINGS["bf16-kahan"]
-    with pytest.raises(UsageError, match="unknown storage 'int4'") as caught:
+    with pytest.raises(UsageError, match="unknown state encoding 'int4'") as caught:
         get_encoding("int4")
     assert all(name in str(caught.value) for name in ENCODINGS)
 

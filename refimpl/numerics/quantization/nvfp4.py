@@ -5,8 +5,8 @@
     element = e2m1(v / (S_block / S_enc))
     value   = element * S_block * (1 / S_enc)
 
-An FP8 scale has 3 fraction bits, where a power of two has none: a block's largest value comes within 6 % of 6. What it lacks
-is range, and the tensor's own scale gives that.
+With an e4m3 scale, which has 3 fraction bits, a block's largest value is scaled to within 6 % of 6, the largest e2m1. The
+tensor's scale supplies the range that e4m3 lacks.
 
 Source: NVIDIA 2025, 'Pretraining Large Language Models with NVFP4', arXiv 2509.25149; Transformer Engine, core_nvfp4.cuh.
 """
@@ -27,17 +27,17 @@ BLOCK = 16
 
 
 def quantize_nvfp4(x: Array, axis: int = -1, *, square: bool = False, bits: Array | None = None) -> QuantizedTensor:
-    """Blocks of 16 along `axis`, the axis that the product sums over; or square blocks of 16 x 16, as weights have them.
+    """Quantize in blocks of 16 along `axis`, the axis that the product sums over; or, for weights, in blocks of 16 x 16.
 
-    Square blocks cost precision, but the same codes serve the products that sum over either axis, so that forward and backward
-    see one w. bits: random bits, 32 an element, for stochastic rounding (gradients). Elements saturate; block scales are
-    rounded to nearest, so that a block's largest value may be up to 6 % too large for its scale, and saturates.
+    square: blocks of 16 x 16. They cost precision, but the same codes serve products that sum over either axis, so that forward
+    and backward read one w. bits: 32 random bits per element, for stochastic rounding (gradients). Elements saturate: block
+    scales are rounded to nearest, so a block's largest value may be up to 6 % too large for its scale.
 
-    All roundings are Transformer Engine's, in FP32 and in its order: S_enc / 6 first. A tensor of zeros has S_enc = 1. A block
-    that is too small for its scale (S_block = 0) is zero. A block that holds a NaN or an infinity has the scale NaN, and so is
-    NaN as a whole.
-    Differs from the source: Transformer Engine ignores NaN where it looks for amax, and an infinity makes S_enc 1; torchao does
-      not let S_block fall below e4m3's smallest normal value, and divides by the product of the scales.
+    Roundings are Transformer Engine's, in FP32 and in its order: S_enc / 6 first. A tensor of zeros has S_enc = 1. A block too
+    small for its scale (S_block = 0) becomes zero. A block with a NaN or an infinity has the scale NaN, so that all its
+    values are NaN.
+    Differs from the source: Transformer Engine ignores NaN in amax, and an infinity makes S_enc 1; torchao does not let S_block
+      fall below e4m3's smallest normal value, and divides by the product of the scales.
     """
     x = widen(x, "fp32")
     block = tuple(max(1, min(BLOCK, n)) for n in x.shape) if square else along(axis, BLOCK, x.shape)
@@ -53,7 +53,7 @@ def quantize_nvfp4(x: Array, axis: int = -1, *, square: bool = False, bits: Arra
 
 
 def encode_scale(amax: Array) -> Array:
-    """S_enc = 448 * 6 / amax: fp32, 0-d; fp32's largest value where it would be infinite, 1 for amax 0."""
+    """Return S_enc = 448 * 6 / amax: fp32, 0-d; fp32's largest value where it would be infinite, 1 for amax 0."""
     amax = np.asarray(amax)
     if amax == 0:
         return np.ones((), np.float32)

@@ -2,12 +2,12 @@
 
     y_mn = sum over blocks B of K:  a's scale * b's scale * (sum of the products of codes, k in B)
 
-The inner sum runs in the accumulator that is asked for, the outer in FP32, so a block is where an FP32 scale promotes: with
-DeepSeek-V3's 1x128 tiles every 128 products.
+The inner sum is formed in the chosen accumulator, the outer in FP32. So FP32 scales promote at the end of each block: with
+DeepSeek-V3's 1x128 tiles, every 128 products.
 
-MX and NVFP4 differ: the tensor core itself multiplies by the block scales, whose products with the codes are exact (a power
-of two, or 4 significant bits times 2), and the accumulator runs on over the blocks. So here such a scale goes into the
-operand. NVFP4's tensor scales multiply the result.
+MX and NVFP4 differ: there the tensor core multiplies by the block scales, exactly (a scale is a power of two, or has 4
+significant bits), and the accumulator runs on over the blocks. So here their scales are multiplied into the operand. NVFP4's
+tensor scales multiply the result.
 
 Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2; OCP MX v1.0, section 6.2 (the dot product of two blocks).
 """
@@ -26,15 +26,15 @@ from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, spre
 def product(
     a: QuantizedTensor, b: QuantizedTensor, acc: str = "fp32", multiply: Callable[[Array, Array], Array] = np.matmul
 ) -> Array:
-    """a (M, K) @ b (K, N) -> fp32 (M, N), both quantized along K.
+    """Multiply a (M, K) and b (K, N) -> fp32 (M, N), both quantized along K.
 
-    acc: an accumulator of accumulate.py. With FP32 scales it is emptied at each block's end. multiply: as there.
-    y = x w^T, w (F, C) quantized along C:  product(x, w.T).
-    Errors: ValueError for operands that are no matrices or do not match, that have one scale for each k (quantized along the
-      other axis), or blocks of which the smaller does not divide the larger.
+    acc: an accumulator of accumulators.py; with FP32 scales it is emptied at the end of each block. multiply: as there.
+    y = x w^T with w (F, C) quantized along C is product(x, w.T).
+    Errors: ValueError for operands that are not matrices or do not match; that are quantized along the other axis, with one
+      scale for each k; or whose blocks do not divide each other.
     PyTorch: torch._scaled_mm.
-    Differs from the source: each block sum is multiplied by one scale, then by the other; DeepGEMM multiplies the scales first,
-      and adds with one rounding (an FMA) where here are two.
+    Differs from the source: each block's sum is multiplied by one scale, then by the other, and added. DeepGEMM multiplies the
+      scales first, and adds with an FMA, which rounds once less.
     """
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"product: the shapes {a.shape} and {b.shape} do not match")
@@ -61,16 +61,16 @@ def product(
 
 
 def _operand(q: QuantizedTensor, K: int, axis: int) -> tuple[Array, Array, int]:
-    """What is multiplied, (M, K) or (K, N) in fp32; the scales of its sums, one for each row (or column) and block; its block.
+    """Return the factor, (M, K) or (K, N) in fp32; its scales, one per row (column) and block of K; and the length of a block.
 
-    axis: that of K.
+    axis: the axis of K.
     """
     if q.scale_fmt != "fp32":
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             scaled = q.elements() * spread(q.scale_values(), q.block, q.shape)
         return scaled, np.ones((1, 1), np.float32), max(1, K)
     other = list(q.block)
-    other[axis] = 1  # spread over the rows, not over K
+    other[axis] = 1  # one scale per row, but still per block of K
     blocks = [-(-n // size) for n, size in zip(q.shape, q.block, strict=True)]
     blocks[1 - axis] = q.shape[1 - axis]
     return q.elements(), spread(q.scales, tuple(other), tuple(blocks)), q.block[axis]

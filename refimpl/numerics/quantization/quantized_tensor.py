@@ -1,6 +1,6 @@
 """A quantized tensor: codes of a small format, and a scale for each block of them.
 
-Every scheme is one picture. A block is a shape, and the scales are an array with one place for each block:
+Schemes differ in the shape of a block; the scales are an array with one element per block:
 
     block                scales for x (M, K)    scheme
     (M, K)               (1, 1)                 per tensor
@@ -10,8 +10,8 @@ Every scheme is one picture. A block is a shape, and the scales are an array wit
 
     value = element * scale (* tensor scale)
 
-Where a block does not divide an axis, the last one is shorter: as if the tensor were padded with zeros, which change no
-largest magnitude. An empty tensor has no blocks, and no scales.
+Where blocks do not divide an axis, the last one is shorter, as if the tensor were padded with zeros. An empty tensor has no
+blocks and no scales.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from refimpl.numerics.stochastic_rounding import stochastic_round
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes with their scales. A tensor of the shape (..., K), whatever its element format.
+    """Codes with their scales.
 
-    codes: uint8, of the tensor's shape. Here a code of 4 or 6 bits takes a byte; what a device takes is `nbytes_packed`.
+    codes: uint8, of the tensor's shape. A code of 4 or 6 bits takes a byte here; `nbytes_packed` is what a device needs.
     fmt: the element format: e4m3, e5m2, e3m2, e2m3, e2m1.
-    scales: of the shape ceil(shape / block); fp32, or the uint8 codes of `scale_fmt`.
+    scales: of the shape ceil(shape / block); fp32, or uint8 codes in `scale_fmt`.
     scale_fmt: fp32, e8m0 (MX) or e4m3 (NVFP4).
     block: the shape of a block.
-    tensor_scale: fp32, 0-d, or None: multiplies all scales (NVFP4).
+    tensor_scale: fp32, 0-d: multiplies all scales (NVFP4); or None.
     """
 
     codes: Array
@@ -49,43 +49,43 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor."""
+        """Return the shape of the tensor."""
         return tuple(int(n) for n in self.codes.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes here, a byte a code."""
+        """Return the bytes that it takes here, one per code."""
         return sum(int(x.nbytes) for x in (self.codes, self.scales, self.tensor_scale) if x is not None)
 
     @property
     def nbytes_packed(self) -> int:
-        """Bytes that it takes on a device: two codes of 4 bits share a byte, four of 6 bits share three."""
+        """Return the bytes that it takes on a device: two codes of 4 bits share a byte, four of 6 bits share three."""
         packed: int = -(-self.codes.size * FORMATS[self.fmt].bits // 8)
         return packed + self.nbytes - int(self.codes.nbytes)
 
     @property
     def bits_per_value(self) -> float:
-        """Bits a value, packed, scales included: 8.25 for MX with e4m3, 4.5 and a little for NVFP4. NaN if it is empty."""
+        """Return bits per value, packed, with scales: 8.25 for MX with e4m3, little more than 4.5 for NVFP4; NaN if empty."""
         return 8 * self.nbytes_packed / self.codes.size if self.codes.size else math.nan
 
     @property
     def T(self) -> QuantizedTensor:
-        """The transposed matrix, without a copy. Its blocks turn with it: what was quantized along K still is."""
+        """Return the transposed matrix, without a copy. Blocks are transposed too: it is still quantized along K."""
         return replace(self, codes=self.codes.T, scales=self.scales.T, block=self.block[::-1])
 
     def elements(self) -> Array:
-        """The values of the codes before scaling, fp32, exact."""
+        """Return the values of the codes before scaling: fp32, exact."""
         return widen(from_bits(self.codes, self.fmt), "fp32")
 
     def scale_values(self) -> Array:
-        """The values of the scales, fp32, exact, without the tensor scale; one for each block."""
+        """Return the values of the scales, one per block, without the tensor scale: fp32, exact."""
         return self.scales if self.scale_fmt == "fp32" else widen(from_bits(self.scales, self.scale_fmt), "fp32")
 
     def dequantize(self, fmt: str = "fp32") -> Array:
-        """The tensor that it stands for: element * scale * tensor scale, in `fmt`.
+        """Return element * scale * tensor scale, in `fmt`.
 
-        Exact under fp64; otherwise every product is rounded to fp32, and the last of them to `fmt`.
-        Codes times powers of two are exact in fp32, unless they are beyond its range: then infinite, or flushed to zero.
+        Exact for fp64; otherwise every product is rounded to fp32, and the result to `fmt`. Codes times powers of two are exact
+        in fp32 within its range.
         """
         wide = "fp64" if fmt == "fp64" else "fp32"
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
@@ -96,14 +96,14 @@ class QuantizedTensor:
 
 
 def constant(value: float) -> Array:
-    """A Python number as a 0-d fp32 array, rounded."""
+    """Round a Python number to a 0-d fp32 array."""
     return cast(np.array(value), "fp32")
 
 
 def along(axis: int, size: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a block that lies along one axis: along(-1, 32, (8, 64)) is (1, 32); no longer than the axis.
+    """Return the shape of a block along one axis, no longer than the axis: along(-1, 32, (8, 64)) is (1, 32).
 
-    Errors: IndexError for an axis that is not there.
+    Errors: IndexError for an axis that does not exist.
     """
     block = [1] * len(shape)
     block[axis] = max(1, min(size, shape[axis]))
@@ -111,10 +111,7 @@ def along(axis: int, size: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def block_amax(x: Array, block: tuple[int, ...]) -> Array:
-    """The largest magnitude of each block, NaN where it holds one: x fp32 -> fp32 of the shape ceil(x.shape / block).
-
-    The 'amax' of all papers and libraries.
-    """
+    """Return the largest magnitude of each block ('amax'), NaN where it holds one: x fp32 -> fp32, ceil(x.shape / block)."""
     for axis, size in enumerate(block):
         if x.shape[axis] and size > 1:
             x = np.maximum.reduceat(abs(x), range(0, x.shape[axis], size), axis=axis)
@@ -122,7 +119,7 @@ def block_amax(x: Array, block: tuple[int, ...]) -> Array:
 
 
 def spread(scales: Array, block: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """Each block's scale at the place of each of its elements: -> an array that broadcasts with `shape`."""
+    """Repeat each block's scale for its elements: -> an array that broadcasts with `shape`."""
     for axis, size in enumerate(block):
         if scales.shape[axis] > 1 and size > 1:
             scales = scales.repeat(size, axis)[(slice(None),) * axis + (slice(shape[axis]),)]
@@ -132,12 +129,12 @@ def spread(scales: Array, block: tuple[int, ...], shape: tuple[int, ...]) -> Arr
 def encode(
     x: Array, factors: Array, block: tuple[int, ...], fmt: str, overflow: str = "saturate", bits: Array | None = None
 ) -> Array:
-    """The codes of x times its block's factor, rounded to `fmt`: uint8, of x's shape.
+    """Return the codes of x times the factor of its block, rounded to `fmt`: uint8, of x's shape.
 
-    The product is formed in fp32: exact for a power of two, rounded for any other factor. To nearest, ties to even; or
-    stochastically, with 32 random bits for each element.
-    overflow: as in `cast`. NaN stays NaN where the format has one, and is zero where it has none.
-    Errors: ValueError for an element format of other than 4 to 8 bits with a sign.
+    The product is formed in fp32 (exactly, for a power of two), then rounded to nearest even or, given 32 random bits per
+    element, stochastically.
+    overflow: as in `cast`. NaN stays NaN where the format has one, and becomes zero where it has none.
+    Errors: ValueError for a format that is not an element format.
     """
     if FORMATS[fmt].bits > 8 or not FORMATS[fmt].sign_bits:
         raise ValueError(f"{fmt} is not an element format: it is e4m3, e5m2, e3m2, e2m3 or e2m1")

@@ -1,9 +1,9 @@
-"""Quantization as a recipe names it: what a row of a policy may say in the place of a format.
+"""Quantization schemes by name: what a row of a policy may say instead of a format.
 
     Precision({"x": "e4m3-tensor", "w": "e4m3-tensor"}, "fp32", "bf16")
 
-A scheme is a function (tensor, axis that the product sums over, Place) -> QuantizedTensor. What it remembers from step to step,
-and where its random bits come from, is in `ScalingState`: one for each run, with its state in the checkpoint.
+A scheme is a function (tensor, axis that the product sums over, Place) -> QuantizedTensor. What schemes remember from step to
+step, and where their random bits come from, is in `ScalingState`, one per run and kept in checkpoints.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from refimpl.numerics.quantization.rotation import random_signs, rotate
 
 
 class Place(NamedTuple):
-    """Where a tensor is quantized: the run's scales, and the tensor's name, e.g. 'transformer.h.0.mlp.c_fc.x'."""
+    """Where a tensor is quantized: the run's scaling state, and the tensor's name, e.g. 'transformer.h.0.mlp.c_fc.x'."""
 
     scales: ScalingState
     name: str
@@ -36,37 +36,37 @@ Scheme = Callable[[Array, int, Place], QuantizedTensor]
 
 
 def _tensor(fmt: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
-    """The scale of this tensor's own largest magnitude."""
+    """Take one scale for the tensor, from its own largest magnitude."""
     return quantize_tensor(x, fmt)
 
 
 def _delayed(fmt: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
-    """The scale of the largest magnitude of past steps."""
+    """Take one scale for the tensor, from its largest magnitude in past steps."""
     return place.scales.delayed_scaling(place.name, fmt).quantize(x)
 
 
 def _rows(fmt: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
-    """A scale for each row (column) that the product sums over."""
+    """Take a scale for each row (column) that the product sums over."""
     return quantize_rows(x, fmt, axis)
 
 
 def _tiles(fmt: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
-    """A scale for each 128 that the product sums over."""
+    """Take a scale for each 128 elements that the product sums over."""
     return quantize_tiles(x, fmt, axis)
 
 
 def _blocks(fmt: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
-    """A scale for each 128 x 128."""
+    """Take a scale for each 128 x 128 elements."""
     return quantize_blocks(x, fmt)
 
 
 def _mx(fmt: str, rule: str, x: Array, axis: int, place: Place) -> QuantizedTensor:
-    """A power of two for each 32."""
+    """Take a power of two for each 32 elements."""
     return quantize_mx(x, fmt, axis, rule)
 
 
 def _nvfp4(x: Array, axis: int, place: Place, square: bool = False, stochastic: bool = False) -> QuantizedTensor:
-    """An e4m3 scale for each 16 (or 16 x 16), and one for the tensor."""
+    """Take an e4m3 scale for each 16 (or 16 x 16) elements, and an FP32 scale for the tensor."""
     bits = place.scales.random_bits(place.name, x.shape) if stochastic else None
     return quantize_nvfp4(x, axis, square=square, bits=bits)
 
@@ -87,19 +87,19 @@ SCHEMES: Mapping[str, Scheme] = {
     "nvfp4-rotated": _nvfp4,
     "nvfp4-rotated-sr": partial(_nvfp4, stochastic=True),
 }  # fmt: skip
-"""By the name that a policy has for it. Sources: see the functions that they call."""
+"""Name in a policy -> scheme. The functions that they call name their sources."""
 
 ROTATING = frozenset({"nvfp4-rotated", "nvfp4-rotated-sr"})
-"""Schemes for both operands of a product, which are rotated alike before they are rounded, so that the rotation cancels."""
+"""Schemes that rotate a tensor first. Both operands of a product need one of them, so that the rotations cancel."""
 
 
 @dataclass
 class ScalingState:
-    """What quantization remembers in one run.
+    """What quantization remembers during one run.
 
-    seed: of all its random bits; passes: training passes made, of which each has its own. delayed: the state of delayed
-    scaling by the tensor's name and format. A frozen copy (for evaluation) uses the state and leaves it alone.
-    over_ranks: magnitudes of one rank -> the largest of all (`Comm.largest`), so that all have the same scales.
+    seed, passes: the random bits depend on the seed and on the number of training passes so far. delayed: the state of delayed
+    scaling, by tensor name and format. is_frozen: use the state but do not change it (evaluation).
+    over_ranks: maps the magnitudes of one rank to the largest of all ranks (`Comm.largest`), so that all have the same scales.
     """
 
     seed: int = 0
@@ -111,15 +111,15 @@ class ScalingState:
     _streams: dict[int, str] = field(default_factory=dict, repr=False)
 
     def quantize(self, scheme: str, x: Array, axis: int, name: str) -> QuantizedTensor:
-        """Quantize the tensor of that name. axis: the one that the product sums over."""
+        """Quantize the tensor of that name. axis: the axis that the product sums over."""
         return SCHEMES[scheme](self.source(scheme, x, axis), axis, Place(self, name))
 
     def source(self, scheme: str, x: Array, axis: int) -> Array:
-        """What a scheme rounds: x, rotated if it is of those that rotate and 16 divides what is summed over."""
+        """Return what a scheme rounds: x, rotated where the scheme rotates and the summed axis is a multiple of 16."""
         return rotate(x, random_signs(self.seed), axis) if scheme in ROTATING and x.shape[axis] % ROTATED == 0 else x
 
     def delayed_scaling(self, name: str, fmt: str) -> DelayedScaling:
-        """The state of one tensor in one format, new at its first use."""
+        """Return the state of one tensor in one format, new at its first use."""
         key = f"{name}.{fmt}"
         state = self.delayed.get(key) or DelayedScaling(fmt)
         if self.is_frozen:
@@ -128,19 +128,19 @@ class ScalingState:
         return state
 
     def random_bits(self, name: str, shape: tuple[int, ...]) -> Array:
-        """32 bits for each element: others for each tensor, each use of it in a pass, and each pass.
+        """Return 32 random bits per element, different for each tensor, each use of it in a pass, and each pass.
 
-        Errors: ValueError for a tensor whose name has the stream of another's, which would draw the same bits.
+        Errors: ValueError for a tensor whose name has the same stream as another's, and would get the same bits.
         """
         stream = tensor_stream(name)
         if self._streams.setdefault(stream, name) != name:
-            raise ValueError(f"{name} and {self._streams[stream]} would draw the same random bits: one needs another name")
+            raise ValueError(f"{name} and {self._streams[stream]} would get the same random bits: rename one of them")
         use = self._draws[name] = self._draws.get(name, -1) + 1
         n = int(np.prod(shape))
         return random_bits(self.seed, self.passes, use << 40, n, stream).reshape(shape)
 
     def after_pass(self) -> None:
-        """At the end of a training pass: largest magnitudes become the next pass's scales. Nothing, if frozen."""
+        """Make the scales of the next pass from the largest magnitudes of this one. Does nothing if frozen."""
         self._draws.clear()
         if self.is_frozen:
             return
@@ -153,15 +153,15 @@ class ScalingState:
         self.passes += 1
 
     def frozen(self) -> ScalingState:
-        """For passes that are no training: nothing that they see is remembered."""
+        """Return a copy for evaluation, which remembers nothing."""
         return replace(self, is_frozen=True, _draws={})
 
     def arrays(self) -> dict[str, Array]:
-        """What a checkpoint keeps beside `passes`: name.format.array -> array."""
+        """Return the arrays that a checkpoint keeps beside `passes`: name.format.array -> array."""
         return {f"{name}.{key}": array for name, state in self.delayed.items() for key, array in state.arrays().items()}
 
     def load(self, passes: int, arrays: Mapping[str, Array]) -> None:
-        """The way back. Errors: ValueError, before anything is changed, for what `arrays` does not make, or leaves out."""
+        """Restore `passes`, and what `arrays` returned. Errors: ValueError, before any change, for missing or wrong arrays."""
         kept: dict[str, dict[str, Array]] = {}
         for name, array in arrays.items():
             tensor, _, key = name.rpartition(".")
@@ -171,7 +171,7 @@ class ScalingState:
             name, _, fmt = tensor.rpartition(".")
             fresh = DelayedScaling(fmt)
             if not name or state.keys() != fresh.arrays().keys():
-                raise ValueError(f"{tensor} is not the whole state of a tensor: {', '.join(state)}")
+                raise ValueError(f"{tensor} is not the complete state of a tensor: {', '.join(state)}")
             for key, array in fresh.arrays().items():
                 if state[key].ndim != array.ndim or state[key].dtype != array.dtype or not state[key].size:
                     raise ValueError(f"{tensor}.{key} is {state[key].dtype} {state[key].shape}")

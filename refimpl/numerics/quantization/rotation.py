@@ -1,7 +1,7 @@
-"""The random Hadamard transform: a rotation of each 16 elements that spreads an outlier over all of them.
+"""The random Hadamard transform: a rotation of 16 elements at a time that spreads an outlier over all of them.
 
-NVFP4 training rotates both operands of the weight gradient, dw = dy^T x, along the tokens that it sums over. The rotation R is
-orthonormal, so (R dy)^T (R x) = dy^T x: it changes nothing but what quantization then sees.
+NVFP4 training rotates both operands of the weight gradient, dw = dy^T x, along the tokens, which the product sums over. The
+rotation R is orthonormal: (R dy)^T (R x) = dy^T x, so only the quantization error changes.
 
 Source: NVIDIA 2025, arXiv 2509.25149 (blocks of 16, weight gradients only); Tseng et al. 2024, arXiv 2402.04396.
 """
@@ -21,11 +21,11 @@ BLOCK = 16
 
 
 def hadamard(n: int = BLOCK) -> Array:
-    """The orthonormal Hadamard matrix, fp32 (n, n): entries +-1 / sqrt(n); symmetric, its own inverse.
+    """Return the orthonormal Hadamard matrix, fp32 (n, n): entries +-1 / sqrt(n); symmetric, and its own inverse.
 
         H(1) = 1,   H(2n) = [[H, H], [H, -H]] / sqrt(2)
 
-    For n = 16 its entries are +-1/4, exact. Errors: ValueError where n is not a power of two.
+    For n = 16 the entries are +-1/4, exactly. Errors: ValueError where n is not a power of two.
     """
     if n < 1 or n & (n - 1):
         raise ValueError(f"hadamard: {n} is not a power of two")
@@ -36,7 +36,7 @@ def hadamard(n: int = BLOCK) -> Array:
 
 
 def random_signs(seed: int, n: int = BLOCK) -> Array:
-    """n random signs, +1 or -1: fp32 (n,). One vector serves all blocks, layers and steps.
+    """Return n random signs, +1 or -1: fp32 (n,). One vector serves all blocks, layers and steps.
 
     Differs from the source: Transformer Engine has 16 fixed signs, +++-+------+-+--; `rotate` takes those as well.
     """
@@ -44,24 +44,24 @@ def random_signs(seed: int, n: int = BLOCK) -> Array:
 
 
 def rotate(x: Array, signs: Array, axis: int = -1) -> Array:
-    """Each block of len(signs) elements v along `axis` becomes H (signs v): fp32, of the shape of x.
+    """Replace each block v of len(signs) elements along `axis` by H (signs v): fp32, of the shape of x.
 
-    x: fp32 or a format that it holds. Without signs, a block of equal elements would become one outlier.
-    Errors: ValueError where the block does not divide the axis.
+    x: fp32 or a format that fp32 holds. Without signs a block of equal elements would become one outlier.
+    Errors: ValueError where the length of the axis is not a multiple of len(signs).
     Source: Transformer Engine, hadamard_transform.
     """
     return _by_block(x, axis, lambda v: _transform(v * signs), len(signs))
 
 
 def rotate_back(x: Array, signs: Array, axis: int = -1) -> Array:
-    """The inverse of `rotate`: signs (H v), since H is its own inverse. fp32, up to its rounding."""
+    """Undo `rotate`, up to rounding: signs (H v), since H is its own inverse. fp32."""
     return _by_block(x, axis, lambda v: _transform(v) * signs, len(signs))
 
 
 def _transform(v: Array) -> Array:
-    """v (..., n) H(n): sums and differences of its halves, of theirs, and so on, in FP32; then divided by sqrt(n).
+    """Return v (..., n) times H(n): sums and differences of the halves, of their halves, and so on, divided by sqrt(n); FP32.
 
-    For n = 16 this division is exact, so each result has log2(n) roundings, in an order that no BLAS chooses.
+    Unlike a matrix product its order of additions is fixed: log2(n) roundings, and for n = 16 an exact division.
     """
     n = v.shape[-1]
     half, sums = n // 2, v.reshape(-1, n)
@@ -75,6 +75,6 @@ def _transform(v: Array) -> Array:
 def _by_block(x: Array, axis: int, f: Any, size: int) -> Array:
     x = np.moveaxis(widen(x, "fp32"), axis, -1)
     if x.shape[-1] % size:
-        raise ValueError(f"rotate: the axis has {x.shape[-1]} elements, no multiple of {size}")
+        raise ValueError(f"rotate: the axis has {x.shape[-1]} elements, not a multiple of {size}")
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
     return np.moveaxis(f(blocks).reshape(x.shape), -1, axis)
