@@ -459,10 +459,10 @@ def run_inputs(model: str) -> tuple[dict[str, Array], list[tuple[Array, Array]]]
 
 def record_run(torch: Any, model: str, recipe: str) -> dict[str, Array]:
     """A few steps by `refimpl.parity.pytorch_model`, which is PyTorch throughout."""
-    from refimpl.parity.pytorch_model import Twin
+    from refimpl.parity.pytorch_model import PyTorchTraining
 
     weights, batches = run_inputs(model)
-    twin: Any = Twin(run_config(model, recipe), weights)
+    twin: Any = PyTorchTraining(run_config(model, recipe), weights)
     gradients: dict[str, Array] = {}  # of the scaled loss, as backward leaves them; they are unscaled and clipped in place
     for name, p in twin.model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: gradients.update({name: to_numpy(torch, p.grad)}))

@@ -1,10 +1,15 @@
 """Comparison with other people's training: traces, the judge, a PyTorch model, weights in and out.
 
-    trace.py               what a run computed, as named tensors in a file
-    judge.py               each step of a trace taken again from the trace's own values
-    tolerances.py          how far a correct run may be from ours: derived bounds
-    diff.py                two traces compared, and the verdict in words
-    pytorch.py             a PyTorch training beside ours; pytorch_model.py is its model
-    fused_optimizers.py    AdamW and SGD to the bit as PyTorch's fused CPU kernels compute them
+    trace.py               traces: what a run computed, as named tensors in a file
+    trace_checks.py, trace_settings.py    malformed traces refused; the settings that a trace states
+    judge.py               replays each step of a trace from the trace's own values and compares
+    operations.py, replay_start.py        what each tensor can be judged by; where a replay begins
+    findings.py, coverage.py              one tensor's comparison; which tensors were judged
+    tolerances.py          derived bounds: how far a correct run may differ from ours
+    other_kernels.py       fused attention as another correct kernel computes it
+    diff.py                compares two traces and prints the verdict
+    mistake_table.py       which known mistakes the judge finds, as a table
+    pytorch.py             trains with PyTorch and with refimpl side by side; pytorch_model.py is PyTorch's side
+    fused_optimizers.py    AdamW and SGD, equal to PyTorch's fused CPU kernels to the last bit
     state_dict.py          weights to and from PyTorch
 """

@@ -1,10 +1,10 @@
-"""Over what a verdict is: which tensors of a trace were judged, which were not, and why.
+"""Coverage of a verdict: which tensors of a trace were judged, which were not, and why.
 
-    AGREES          everything in the trace that could contradict was judged, and is within its bound
-    DEPARTS         something is outside its bound
-    PARTLY JUDGED   nothing is outside, but something could not be judged, or only by the weaker bound
+    AGREES          every tensor of the trace but its inputs was judged and is within its bound
+    DEPARTS         a tensor is outside its bound
+    PARTLY JUDGED   no tensor is outside its bound, but some were not judged, or only by the weaker bound
 
-What a replay starts from contradicts nothing: the states of step 0, tokens and targets. It is counted apart.
+Inputs are the states of step 0, tokens and targets. A replay starts from them, so they are not judged but counted apart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXIT_CODES = {"AGREES": 0, "DEPARTS": 1, "PARTLY JUDGED": 3}
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one point that have one thing in common."""
+    """Tensors of one point that share a reason, and the steps in which it applies."""
 
     point: str
     steps: tuple[int, ...]
@@ -32,7 +32,7 @@ class Group:
     reason: str
 
     def __str__(self) -> str:
-        """'steps 2 to 4, 3.unscaled of 12 parameters: ...'."""
+        """Return 'steps 2 to 4, 3.unscaled of 12 parameters: ...'."""
         return f"{steps_in_words(self.steps)}, {self.point}{_names(self.point, self.names)}: {self.reason}"
 
 
@@ -50,18 +50,18 @@ class Coverage:
 
     @property
     def complete(self) -> bool:
-        """Whether all of it was judged, and nothing by the weaker bound."""
+        """Return whether every tensor was judged, none by the weaker bound."""
         return not self.not_judged and not self.weakly
 
     @property
     def sentence(self) -> str:
-        """'judged 896 of 896 tensors, 100 % of the values'."""
+        """Return 'judged 896 of 896 tensors, 100 % of the values'."""
         share = _percent(self.judged_values, self.values)
-        inputs = f"; {self.inputs} more are what it starts from" if self.inputs else ""
+        inputs = f"; {self.inputs} more are inputs" if self.inputs else ""
         return f"judged {self.judged} of {self.tensors} tensors, {share} of the values{inputs}"
 
     def as_data(self) -> dict[str, Any]:
-        """What `--json` writes."""
+        """Return the coverage as `--json` writes it."""
         groups = {"not_judged": self.not_judged, "judged_by_the_weaker_bound": self.weakly}
         counts = {"judged": self.judged, "tensors": self.tensors, "judged_values": self.judged_values, "values": self.values}
         return {**counts, "inputs": self.inputs, **{name: [vars(group) for group in part] for name, part in groups.items()}}
@@ -70,7 +70,10 @@ class Coverage:
 def coverage_of(
     trace: Trace, findings: Iterable[Finding], reasons: Mapping[str, str], given: Collection[str] = ()
 ) -> Coverage:
-    """Return what was judged of a trace. reasons: name of a tensor -> why it was not. given: further points that are inputs."""
+    """Return which tensors of a trace were judged.
+
+    reasons: name of a tensor -> why it was not judged. given: further points that are inputs.
+    """
     found = {key(f.step, f.point, f.name): f for f in findings}
     own = {name: x.size for name, x in trace.tensors.items() if not is_input(name) and parse_key(name)[1] not in given}
     missed = [name for name in own if name not in found]
@@ -83,20 +86,20 @@ def coverage_of(
 
 
 def verdict(findings: Iterable[Finding], covered: Coverage) -> str:
-    """Return one of EXIT_CODES."""
+    """Return the verdict: a key of EXIT_CODES."""
     if any(finding.departs for finding in findings):
         return "DEPARTS"
     return "AGREES" if covered.complete else "PARTLY JUDGED"
 
 
 def is_input(name: str) -> bool:
-    """Whether a tensor is what a replay starts from."""
+    """Return whether a replay starts from a tensor."""
     step, point, _ = parse_key(name)
     return step == 0 or point in BATCH
 
 
 def _groups(reasons: Mapping[str, str], sizes: Mapping[str, int]) -> list[Group]:
-    """Tensors with one point, reason and set of steps together, in the order of points."""
+    """Return tensors grouped by point and reason, in the order of points."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for name, reason in reasons.items():
         by_reason.setdefault((parse_key(name)[1], reason), []).append(name)
@@ -109,7 +112,7 @@ def _groups(reasons: Mapping[str, str], sizes: Mapping[str, int]) -> list[Group]
 
 
 def steps_in_words(steps: Sequence[int]) -> str:
-    """'step 2', 'steps 1 to 4', 'steps 1, 3'."""
+    """Return steps in words: 'step 2', 'steps 1 to 4', 'steps 1, 3'."""
     if len(steps) == 1:
         return f"step {steps[0]}"
     if list(steps) == list(range(steps[0], steps[-1] + 1)):
@@ -118,7 +121,7 @@ def steps_in_words(steps: Sequence[int]) -> str:
 
 
 def _names(point: str, names: Collection[str]) -> str:
-    """' of transformer.wte.weight', ' of 12 parameters', or nothing."""
+    """Return ' of transformer.wte.weight', ' of 12 parameters', or '' for a point that has one tensor."""
     if point not in BY_PARAMETER and point not in BY_PLACE:
         return ""
     if len(names) == 1:
@@ -127,7 +130,7 @@ def _names(point: str, names: Collection[str]) -> str:
 
 
 def _percent(part: int, whole: int) -> str:
-    """'100 %' of all and '0 %' of nothing only; one decimal between."""
+    """Return a percentage with one decimal; '100 %' only of all and '0 %' only of none."""
     if part in (0, whole):
         return "100 %" if part else "0 %"
     return f"{min(max(100 * part / whole, 0.1), 99.9):.1f} %"

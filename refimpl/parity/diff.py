@@ -1,4 +1,4 @@
-"""Two traces held against each other: where the second departs from the recipe of the first, by how much, and why."""
+"""Comparison of two traces: where the second departs from the recipe of the first, by how much, and why."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from refimpl.training.console import table
 from refimpl.training.mistakes import MISTAKES
 
 GROUPS = 12
-"""Reasons that are printed; `--json` has all."""
+"""The number of reasons that are printed; `--json` has all."""
 
 
 def diff_traces(a: Trace, b: Trace) -> dict[str, Any]:
     """Print how trace `b` compares with the recipe that `a` was made with; return the verdict as `--json` writes it.
 
-    One of the two must be a trace of refimpl, whose header holds the configuration; if only `b` is, `a` is judged. What the
-    judged one lacks of the start and of the batches is taken from the other. Errors: UsageError.
+    One of the two must be a trace of refimpl, whose header holds the configuration; if only `b` is, `a` is judged. Initial
+    states and batches that the judged trace lacks are taken from the other. Errors: UsageError.
     """
     if not a.config and not b.config:
-        raise UsageError("neither file says how it was made: one of the two must come from `scripts/trace.py record`")
+        raise UsageError("neither file holds a configuration: one of the two must come from `scripts/trace.py record`")
     reference, theirs = (a, b) if a.config else (b, a)
     config = replace(config_from(reference.config), mistake="none")
     model = stated(config, theirs.settings)[0].make_model()
@@ -44,7 +44,7 @@ def diff_traces(a: Trace, b: Trace) -> dict[str, Any]:
     findings = list(judge.findings())
     covered = coverage_of(theirs, findings, judge.reasons, ("4.lr",) if judge.own_rates else ())
     if not covered.tensors:
-        raise UsageError("nothing in this trace can be judged: it holds a start and batches at most")
+        raise UsageError("nothing in this trace can be judged: it holds at most initial states and batches")
     first = next((finding for finding in findings if finding.departs), None)
     reasons = explanations(config, judge.theirs, first) if first else []
     judge.notes = [*mapped, *judge.notes, *(f"the batch of {steps_in_words(taken)} is the reference's" for _ in taken[:1])]
@@ -59,10 +59,10 @@ def diff_traces(a: Trace, b: Trace) -> dict[str, Any]:
 
 
 def with_inputs_of(reference: Trace, theirs: Trace) -> Trace:
-    """Return the judged trace with what it lacks of batches, and of the start, taken from the reference.
+    """Return the judged trace, with the batches and initial states that it lacks taken from the reference.
 
-    A trace with another start than the reference's, weights, moments or number of updates, takes nothing of it; one with
-    another batch in any step takes no batch.
+    If its weights, moments or number of updates at step 0 differ from the reference's, no initial state is taken; if its
+    batch of any step differs, no batch is.
     """
     starts = {name: x for name, x in reference.tensors.items() if name.startswith("0/4.")}
     marks = [name for name in starts if name.startswith(("0/4.m", "0/4.v", "0/4.t")) and name in theirs.tensors]
@@ -74,7 +74,7 @@ def with_inputs_of(reference: Trace, theirs: Trace) -> Trace:
 
 
 def has_biases(trace: Trace) -> bool:
-    """Whether a trace that holds parameters holds any bias; True where it holds none."""
+    """Return whether a trace holds any bias, or no parameter at all."""
     names = [name for _, point, name in map(parse_key, trace.tensors) if point in BY_PARAMETER]
     return not names or any(name.endswith(".bias") for name in names)
 
@@ -82,12 +82,12 @@ def has_biases(trace: Trace) -> bool:
 def report(
     reference: Trace, judge: Judge, findings: Sequence[Finding], covered: Coverage, reasons: Sequence[str]
 ) -> str:
-    """What a person reads: the two runs side by side, each point, what was judged, the first departure, what explains it."""
+    """Return the printed report: both runs, each point, what was judged, the first departure and what explains it."""
     config = config_from(reference.config)
     lines = [f"recipe {config.recipe}, {config.model}", *judge.notes]
     lines += [_trajectory(reference, judge.theirs), ""]
     if findings:
-        lines += ["each step taken again from the trace's own values:", shares(findings), ""]
+        lines += ["each step replayed from the trace's own values:", shares(findings), ""]
     lines += [covered.sentence]
     for title, groups in (("not judged", covered.not_judged), ("by the weaker bound", covered.weakly)):
         lines += [f"  {title}: {group}" for group in groups[:GROUPS]]
@@ -98,42 +98,42 @@ def report(
     if first is not None:
         return "\n".join([*lines, *_departure(first, findings, reasons, judge)])
     if not findings:
-        return "\n".join([*lines, "PARTLY JUDGED: nothing of it could be judged"])
+        return "\n".join([*lines, "PARTLY JUDGED: none of it could be judged"])
     worst = max(findings, key=lambda f: f.error)
-    near = f"nearest to its bound is {worst.where}, at {worst.error:.2f} of it"
+    near = f"closest to its bound is {worst.where}, at {worst.error:.2f} of it"
     if covered.complete:
         return "\n".join([*lines, f"AGREES: {near}"])
     what = [f"{covered.tensors - covered.judged} tensors were not judged"] if covered.not_judged else []
     weakly = sum(group.tensors for group in covered.weakly)
-    what += [f"{weakly} only by the weaker bound, which known mistakes pass"] if weakly else []
+    what += [f"{weakly} were judged only by the weaker bound, which misses some known mistakes"] if weakly else []
     return "\n".join([*lines, f"PARTLY JUDGED: nothing departs, but {' and '.join(what)}; {near}"])
 
 
 def _departure(first: Finding, findings: Sequence[Finding], reasons: Sequence[str], judge: Judge) -> list[str]:
-    """The first tensor that departs, what else does in that step, and what explains it."""
+    """Return lines on the first tensor that departs, the other points that depart in that step, and what explains it."""
     note = f"; {first.note}" if first.note else ""
     later = dict.fromkeys(f.point for f in findings if f.departs and f.step == first.step)
     lines = [
-        f"DEPARTS first at {first.where}: {first.error:.3g} times its bound, {first.ulps:.3g} ulps at most "
-        f"(at the largest element), {first.identical:.1%} of {first.elements} elements identical{note}",
-        f"in that step outside their bounds: {', '.join(later)}",
+        f"DEPARTS first at {first.where}: {first.error:.3g} times its bound, at most {first.ulps:.3g} ulps "
+        f"(of the largest element), {first.identical:.1%} of {first.elements} elements identical{note}",
+        f"outside their bounds in that step: {', '.join(later)}",
     ]
     ours, theirs = (fmt_in(trace, first) for trace in (judge.ours, judge.theirs))
     if theirs in FORMATS and FORMATS[theirs].bits <= 16 and FORMATS.get(ours, FORMATS[theirs]).bits > 16:
-        lines.append(f"the trace holds it in {theirs}, refimpl in {ours}: was it only written down in fewer bits than it has?")
+        lines.append(f"the trace holds it in {theirs}, refimpl in {ours}: did the recorder round it?")
     lines += under_another_name(first, judge)
     for name in reasons:
         if name in MISTAKES:
             lines.append(f"explained by --mistake {name}: {MISTAKES[name].what}")
         else:
-            lines.append(f"explained by {name}: no mistake, if attention is meant to be so; then record with that flag")
+            lines.append(f"explained by {name}: if that is intended, it is no mistake; record the reference with that flag")
     return lines if reasons else [*lines, "none of the known mistakes (python scripts/mistakes.py) explains it"]
 
 
 def under_another_name(finding: Finding, judge: Judge) -> list[str]:
-    """Return in a sentence which other name of its point has a departing tensor's values, or those that it should have; or [].
+    """Return a sentence if another name of the same point holds a departing tensor's values, or the expected ones; else [].
 
-    Values that are all equal, as biases have them at first, tell nothing.
+    Tensors whose values are all equal, as biases are at first, are not considered.
     """
     step, point, here = finding.step, finding.point, finding.name
     theirs, ours = (trace.get(step, point, here) for trace in (judge.theirs, judge.ours))
@@ -142,20 +142,20 @@ def under_another_name(finding: Finding, judge: Judge) -> list[str]:
     others = {name: fp64(x) for name, x in judge.theirs.at(step, point).items() if name != here and np.ptp(fp64(x)) != 0}
     for name, x in others.items():
         if np.array_equal(x, fp64(theirs)):
-            return [f"it has exactly the values of {point} of {name}: was that written down under both names?"]
+            return [f"it has exactly the values of {point} of {name}: was one tensor recorded under both names?"]
         if np.array_equal(x, fp64(ours)):
-            return [f"what belongs there stands in the trace as {point} of {name}: are the names mixed up?"]
+            return [f"the expected values are recorded as {point} of {name}: are the names mixed up?"]
     return []
 
 
 def fmt_in(trace: Trace, finding: Finding) -> str:
-    """The format of a tensor in a trace; '' for integers and for what it does not hold."""
+    """Return the format of a tensor in a trace; '' for integers and for a tensor that it does not hold."""
     array = trace.get(finding.step, finding.point, finding.name)
     return format_of(array) if array is not None and is_float(array) else ""
 
 
 def _trajectory(a: Trace, b: Trace) -> str:
-    """Losses, scales and skipped steps of the two free runs, as far as they hold them."""
+    """Return a table of the losses, loss scales and skipped steps that the two traces hold."""
 
     def cell(trace: Trace, step: int, point: str) -> str:
         x = trace.get(step, point)
@@ -168,7 +168,7 @@ def _trajectory(a: Trace, b: Trace) -> str:
 
 
 def shares(findings: Sequence[Finding]) -> str:
-    """A line a point: tensors, the share of identical elements, and the finding that is nearest to its bound."""
+    """Return a table with one line per point: tensors, share of identical elements, and the finding closest to its bound."""
     rows = []
     for point in POINTS:
         here = [f for f in findings if f.point == point]

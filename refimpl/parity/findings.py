@@ -1,4 +1,4 @@
-"""What a judge finds: one tensor of a trace beside ours, held against its bound."""
+"""Findings of the judge: one tensor of a trace compared with ours, and the difference with its bound."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refimpl.parity.tolerances import fp64
 
 @dataclass(frozen=True)
 class Finding:
-    """One tensor of a trace beside ours: how it compares, and whether it is within its bound."""
+    """One tensor of a trace compared with ours."""
 
     step: int
     point: str
@@ -23,24 +23,24 @@ class Finding:
     error: float  # the L2 of the difference as a multiple of its bound: above 1 departs
     ulps: float  # the largest difference in ulps of the tensor's format at its largest element
     elements: int
-    weak: str = ""  # what the trace lacks, so that only the weaker bound could be used
+    weak: str = ""  # the tensor that the trace lacks, so that only the weaker bound could be used
     note: str = ""  # what is wrong with the format of its values
 
     @property
     def departs(self) -> bool:
-        """Whether it is outside its bound, or its values have another format."""
+        """Return whether the tensor is outside its bound, or its values have another format."""
         return bool(self.note) or not self.error <= 1
 
     @property
     def where(self) -> str:
-        """For a message: 'step 3, 2.grads of transformer.wte.weight'."""
+        """Return the tensor's place in words: 'step 3, 2.grads of transformer.wte.weight'."""
         return f"step {self.step}, {self.point}" + (f" of {self.name}" if self.name else "")
 
 
 def find(
     step: int, point: str, name: str, ours: Array, theirs: Array, bound: float, weak: str = "", note: str = ""
 ) -> Finding:
-    """Hold two tensors against a bound of the L2 of their difference. A different shape, Inf or NaN departs."""
+    """Compare two tensors: the L2 norm of their difference with `bound`. A different shape, Inf or NaN departs."""
     if np.shape(ours) != np.shape(theirs):
         return Finding(step, point, name, 0.0, math.inf, math.inf, max(1, np.size(theirs)))
     a, b = fp64(ours), fp64(theirs)
@@ -55,10 +55,10 @@ def find(
 
 
 def without_overflows(a: np.ndarray, b: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return two gradients of a step that overflowed, with 0 where both are Inf or NaN, and where one is and need not be.
+    """Return two gradients of a step that overflowed, with their Inf and NaN elements set to 0 where they may differ.
 
-    The order of a sum decides only whether a result near the largest number of its format overflows: where one of the two is
-    finite it must be at least `least`, or the other is wrong (0 where nothing is known of what the sums were made of).
+    These are the elements where both are Inf or NaN, and those where one is and the other is at least `least` in magnitude:
+    the order of a sum decides only whether a result near the largest number of its format overflows. least = 0 accepts all.
     """
     if a.shape != b.shape:
         return a, b

@@ -1,17 +1,17 @@
-"""The second arithmetic of the optimizers: FMA in place of separate products and sums, for the bits of PyTorch on a CPU.
+"""AdamW and SGD equal to PyTorch's CPU kernels to the last bit.
 
-`optim.py` computes its formulas in plain FP32, each operation rounded on its own; that is what a reader expects and what
-runs are trained with. PyTorch's CPU kernels fuse some products with the sum that follows, and so round once where plain
-FP32 rounds twice. Here stand the same formulas with those fusions: `ExactAdamW` and `ExactSGD` go where AdamW and SGD go,
-`adamw_step` and `sgd_step` have all of PyTorch's options, and the results are equal to the last bit (tested for up to
-1000 steps against torch 2.13 on x86-64 with FMA, AVX2 or AVX512, one thread). For NumPy arrays.
+`optim/optimizer.py`, which trains, computes its formulas in plain FP32 and rounds each operation. PyTorch's CPU kernels fuse
+some products with the sum that follows (FMA), and so round once where plain FP32 rounds twice. This module has the same
+formulas with those fusions, for NumPy arrays. `ExactAdamW` and `ExactSGD` replace AdamW and SGD; `adamw_step` and `sgd_step`
+have all of PyTorch's options. Equality is tested for up to 1000 steps against torch 2.13 on x86-64 with FMA, AVX2 or AVX512,
+with one thread.
 
-A fused kernel takes 8 elements at a time and the last numel % 8 elements of a *tensor* one by one, in code where the
-compiler fused another pair of the same formula: the tail rule. The flat buffers here have no tensor boundaries, so
-the number of such elements is an argument, `tail`. `Optimizer` hands over blocks of 65,536, a multiple of 8, so only the
-last block can have a tail; `ExactAdamW` treats the last size % 8 elements of its block so. That is PyTorch's result for
-one flat parameter, and for separate ones where each but the last has a multiple of 8 elements. Elsewhere up to 7
-elements of a tensor differ, in the last bits of v.
+The tail rule: a fused kernel takes 8 elements at a time and the last numel % 8 elements of a *tensor* one by one, in code
+where the compiler fused another pair of the same formula. The flat buffers here have no tensor boundaries, so the number of
+such elements is an argument, `tail`. The blocks of `Optimizer` (`optim.state.BLOCK` elements) are a multiple of 8, so only the
+last can have a tail, and `ExactAdamW` applies the rule to the last size % 8 elements of its block. That is PyTorch's result for
+one flat parameter, and for several if each but the last has a multiple of 8 elements. Elsewhere up to 7 elements per tensor
+differ, in the last bits of v.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from refimpl.numerics.formats import format_of
 from refimpl.optim.gradients import clip_coefficient
 from refimpl.optim.optimizer import SGD, AdamW
 
-Number = Any  # an fp32 array, or a Python float, which counts as the nearest fp32 number, as in PyTorch
+Number = Any  # an fp32 array, or a Python float, which stands for the nearest fp32 number, as in PyTorch
 
 LANES = 8  # fp32 numbers that PyTorch's kernels for norms and fused optimizers handle at once
 
 
 def fma32(a: Number, b: Number, c: Number) -> Array:
-    """a b + c, rounded once to fp32: what a fused multiply-add instruction gives, infinities, NaNs and subnormals included.
+    """Return a b + c rounded once to fp32, as a fused multiply-add instruction does, also for infinities, NaNs and subnormals.
 
         p = a b             exact: 24 + 24 bits of significand fit the 53 of fp64, and the exponents fit too
         s = p + c           rounded to fp64
@@ -64,13 +64,13 @@ _SPLIT = 2.0**28 + 1  # 28 = 53 - 25
 
 
 def _error_of_sum(s: Array, p: Array, c: Array) -> Array:
-    """p + c - s, exactly, for s = p + c rounded: Knuth's TwoSum."""
+    """Return p + c - s exactly, for s = p + c rounded: Knuth's TwoSum."""
     t = s - p
     return (p - (s - t)) + (c - t)
 
 
 def _double(x: Number) -> Array:
-    """An fp32 number in fp64."""
+    """Widen an fp32 number to fp64. Errors: TypeError for another format."""
     if isinstance(x, float):
         x = _fp32(x)
     if format_of(x) != "fp32":
@@ -79,12 +79,12 @@ def _double(x: Number) -> Array:
 
 
 def _fp32(x: float) -> Array:
-    """The fp32 number nearest to a Python float."""
+    """Return the fp32 number nearest to a Python float."""
     return cast(np.float64(x), "fp32")
 
 
 def lerp32(x: Array, y: Array, weight: float) -> Array:
-    """x + weight (y - x), with one FMA, starting from the nearer end. PyTorch: torch.lerp."""
+    """Return x + weight (y - x) with one FMA, starting from the nearer end. PyTorch: torch.lerp."""
     w = _fp32(weight)
     return fma32(w, y - x, x) if abs(w) < 0.5 else fma32(w - 1, y - x, y)
 
@@ -106,12 +106,12 @@ def adamw_step(
     tail: int = 0,
     sqrt: Callable[[Array], Array] = np.sqrt,
 ) -> None:
-    """Update number t (from 1) of the parameters p and the moments, in place; flat fp32 arrays of one length.
+    """Make update number t (from 1) of the parameters p and the moments, in place; flat fp32 arrays of one length.
 
     decoupled: AdamW's decay, p (1 - lr wd); otherwise Adam's, g + wd p. vmax: the largest v so far, for amsgrad.
     tail: how many of the last elements follow the tail rule: numel % 8 for a whole tensor under `fused=True`, else 0.
-    sqrt: correctly rounded in the fused kernel. The others call torch.sqrt, which on a CPU may be 1 ulp off; to have
-      their bits, hand that function in.
+    sqrt: correctly rounded in the fused kernel. The others call torch.sqrt, which on a CPU may be 1 ulp off; pass that
+      function for their bits.
     PyTorch: torch.optim.AdamW and torch.optim.Adam (`fused=True`; foreach and single-tensor with their own sqrt).
     """
     rule = AdamW(betas, eps, weight_decay)
@@ -134,7 +134,7 @@ def _adam_update(
     coupled: float = 0.0,
     sqrt: Callable[[Array], Array] = np.sqrt,
 ) -> None:
-    """Adam's change after a decoupled decay. arrays: p, g, m, v and vmax or None. The change of p itself has no FMA."""
+    """Make Adam's update after a decoupled decay. arrays: p, g, m, v and vmax or None. The update of p itself has no FMA."""
     (p, g, m, v, vmax), (beta1, beta2) = arrays, rule.betas
     if coupled:
         g = fma32(coupled, p, g)
@@ -162,12 +162,12 @@ def sgd_step(
     maximize: bool = False,
     tail: int = 0,
 ) -> None:
-    """One update of the parameters p and the momentum buffer, in place; flat fp32 arrays of one length.
+    """Update the parameters p and the momentum buffer once, in place; flat fp32 arrays of one length.
 
         g = g + wd p;   buf = g at the first update, then momentum buf + (1 - dampening) g
         g = g + momentum buf with Nesterov's momentum, else buf;   p = p - lr g
 
-    weight_decay: coupled, as PyTorch has it. buf: None where momentum is 0.
+    weight_decay: coupled, as in PyTorch. buf: None where momentum is 0.
     tail: as for `adamw_step`. Only `fused=True` has one; foreach and single-tensor kernels treat all elements alike.
     PyTorch: torch.optim.SGD.
     """
@@ -186,14 +186,14 @@ def sgd_step(
         w[...] = fma32(-lr, d, w)
 
 
-PIECE = 8192  # elements: the fp64 temporaries of fma32 stay in the cache; measured, four times as fast as 100,000
+PIECE = 8192  # elements; the fp64 temporaries of fma32 then stay in the cache: four times as fast as 100,000, measured
 
 
 def _pieces(tail: int, *arrays: Array) -> Iterator[tuple[list[Array], slice]]:
-    """PIECE elements of each array (views; None stays None), and which of them belong to the last `tail` elements."""
+    """Yield PIECE elements of each array (views; None stays None), and which of them belong to the last `tail` elements."""
     size = arrays[0].size
     if any(x is not None and x.shape != (size,) for x in arrays):
-        raise ValueError(f"flat arrays of one length are updated, not {[np.shape(x) for x in arrays if x is not None]}")
+        raise ValueError(f"expected flat arrays of one length, not {[np.shape(x) for x in arrays if x is not None]}")
     for start in range(0, size, PIECE):
         stop = min(start + PIECE, size)
         rest = slice(min(max(size - tail - start, 0), stop - start), stop - start)
@@ -202,7 +202,7 @@ def _pieces(tail: int, *arrays: Array) -> Iterator[tuple[list[Array], slice]]:
 
 @dataclass(frozen=True)
 class ExactAdamW(AdamW):
-    """AdamW to the bits of torch.optim.AdamW(fused=True), in fp32; see the head of this file for tails."""
+    """AdamW with the bits of torch.optim.AdamW(fused=True), in fp32; for tails see the docstring of this module."""
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
         for pieces, rest in _pieces(w.size % LANES, w, g, *moments, None):
@@ -211,9 +211,9 @@ class ExactAdamW(AdamW):
 
 @dataclass(frozen=True)
 class ExactSGD(SGD):
-    """SGD to the bits of torch.optim.SGD (foreach or not, but not fused) with weight_decay 0 there, in fp32.
+    """SGD with the bits of torch.optim.SGD (foreach or not, but not fused) with weight_decay=0, in fp32.
 
-    The decay stays decoupled, as in SGD; `sgd_step` has the coupled one.
+    Its own weight decay is decoupled, as in `SGD`; that of `sgd_step` is coupled.
     """
 
     dampening: float = 0.0
@@ -229,11 +229,10 @@ class ExactSGD(SGD):
 
 
 def norm_like_torch(x: Array) -> Array:
-    """The L2 norm of an fp32 array in PyTorch's order, 0-d: 8 running sums, added up, then the elements left over.
+    """Return the L2 norm of an fp32 array in PyTorch's order, 0-d: 8 running sums, added up, then the elements left over.
 
-    A plain running sum of n/8 squares a lane, so its relative error can reach (n/8 + 10) 2^-25: the norm of `gradients`,
-    with partial sums over blocks, is the better number, this is the same one.
-    PyTorch: torch.linalg.vector_norm, one thread.
+    Each lane is a running sum of n/8 squares, so the relative error can reach (n/8 + 10) 2^-25. The norm of
+    `optim/gradients.py`, with partial sums over blocks, is more accurate. PyTorch: torch.linalg.vector_norm, one thread.
     """
     x = x.reshape(-1)
     whole, quads = x.size - x.size % LANES, x.size - x.size % 4
@@ -253,9 +252,9 @@ def norm_like_torch(x: Array) -> Array:
 
 
 def clip_coefficient_like_torch(norms: Sequence[Array], max_norm: float) -> Array:
-    """min(1, max_norm / (total + 1e-6)) from the norms of the parameters' gradients, in their order.
+    """Return min(1, max_norm / (total + 1e-6)) from the norms of the parameters' gradients, in their order.
 
-    The formula is `gradients.clip_coefficient`; what differs is the norm, which PyTorch takes of the tensors' norms.
+    The formula is `gradients.clip_coefficient`; the total is the norm of the tensors' norms.
     PyTorch: torch.nn.utils.clip_grad_norm_.
     """
     return clip_coefficient(norm_like_torch(np.array(norms)), max_norm)

@@ -1,12 +1,12 @@
-"""Judging a trace: is each step of somebody's run what the recipe says, and if not, where does it depart, and why?
+"""The judge: does each step of a trace follow the recipe, and if not, where does it depart, and why?
 
-Every step of the trace is taken once more by our code *from the trace's own values*: from its masters and moments before
-the step, on its batch, and after each stage its tensors replace ours. So no difference is carried on, and each point is
-bounded by what it can do by itself (`bounds.py`). Parameters and operations are judged one by one: what the trace lacks of
-one leaves the others as they are. What cannot be judged is listed with the reason (`coverage.py`).
+Our code replays every step *from the trace's own values*: it starts from the trace's masters and moments before the step, on
+the trace's batch, and after each stage the trace's tensors replace ours. So no difference accumulates, and the bound of each
+point covers that point alone (`tolerances.py`). Parameters and operations are judged one by one: a tensor that is missing
+affects only those that depend on it. Tensors that cannot be judged are listed with the reason (`coverage.py`).
 
-A trace that departs is explained by trying the known mistakes (`mistakes.py`): the same replay with a mistake switched
-in; those with which everything up to there is within its bounds are named.
+A departure is explained by replaying with each known mistake (`training/mistakes.py`): the mistakes with which everything up
+to the departure is within its bounds are named.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from refimpl.training.setup import plain_optimizer
 JUDGED = tuple(
     name for name, recipe in RECIPES.items() if recipe.policy.in_formats and {*recipe.state_encodings().values()} <= {*FORMATS}
 )
-"""Recipes whose every rounding is to nearest, to a format, and whose sums are in FP32: what the bounds are derived for."""
+"""Recipes that the bounds are derived for: every rounding is to nearest, to a format, and sums are in FP32."""
 
 
-# -- one step, from the trace's own values -----------------------------------------------------------------------------
+# -- the replay of a step ----------------------------------------------------------------------------------------------
 
 
 class ByUpdate:
-    """A table by the number of updates made, as an optimizer has it, without an end: a row is computed when it is read."""
+    """A table of any length, indexed by the number of updates made: a row is computed when it is read."""
 
     def __init__(self, row: Callable[[int], Any]) -> None:
         self.row, self.changed = row, dict[int, Any]()
@@ -61,14 +61,14 @@ class ByUpdate:
 
 
 class Judge:
-    """Replays the steps of a trace under one configuration, with or without a mistake, and yields a finding a tensor.
+    """Replays the steps of a trace under one configuration, with or without a mistake, and yields one finding per tensor.
 
-    `training` keeps what goes on from step to step: the number of updates, the loss scale with its counters, and whatever else
-    a mistake forgets to renew. `lost` says why number and scale are not known; it is '' while they are.
-    `reasons` tells of each tensor that was not judged why, once all findings have been asked for.
+    `training` carries state from step to step: the number of updates, the loss scale with its counters, and whatever a mistake
+    fails to reset. `lost` says why the number of updates and the loss scale are not known; it is '' while they are.
+    `reasons` says of each tensor that was not judged why; it is complete when all findings have been read.
 
-    What the trace states of its optimizer, schedule and loss scale takes the place of the configuration's, and so does the
-    number of its micro-batches. `notes` says so, and which names were mapped.
+    The optimizer, schedule and loss scale that a trace states, and its number of micro-batches, replace the configuration's.
+    `notes` lists these changes and the names that were mapped.
 
     Errors: UsageError for a recipe that no bounds are derived for, and for anything malformed in the trace.
     """
@@ -80,7 +80,7 @@ class Judge:
         model = config.make_model()
         self.theirs, mapped = checked(theirs, model)
         self.operations: list[Operation] = operations_of(model)
-        # What attention reads: its gradient is rounded on the way, so that it can overflow without being large.
+        # Inputs of attention: their gradients are rounded on the way, so that they can overflow without being large.
         self._inside = {place for op in self.operations if op.kind == "attention" for place in op.inputs}
         n = max((len(self.theirs.inputs(step) or ()) for step in self.theirs.steps), default=0)
         if n and n != config.grad_accum:
@@ -95,11 +95,11 @@ class Judge:
         self.reasons: dict[str, str] = {}
 
     def findings(self) -> Iterator[Finding]:
-        """All tensors of all steps, in the order in which a step computes them."""
+        """Yield a finding for each tensor of each step, in the order in which a step computes them."""
         previous = 0
         for step in self.theirs.steps:
             if step != previous + 1:
-                self.lost = f"nothing is there of step {previous + 1}"
+                self.lost = f"step {previous + 1} is missing"
             self.recorder.step = previous = step
             with np.errstate(all="ignore"):
                 yield from self._step(step)
@@ -123,7 +123,7 @@ class Judge:
         yield from self._counters(step, found)
 
     def _put_states(self, step: int) -> dict[tuple[str, str], str]:
-        """Our masters and moments become theirs after a step. Returns what is missing: (kind, parameter) -> in words."""
+        """Set our masters and moments to the trace's after a step. Return (kind, parameter) -> message for those missing."""
         state, unknown = self.training.state, dict[tuple[str, str], str]()
         for kind in ("m", "v", "master"):
             buffer = state.master if kind == "master" else state.buffers.get(kind)
@@ -135,7 +135,7 @@ class Judge:
         return unknown
 
     def _weights(self, step: int) -> Iterator[Finding]:
-        """Stage 1. `_unread` are then the parameters whose weights nobody knows."""
+        """Judge stage 1, and set `_unread` to the parameters whose weights are not known."""
         state = self.training.state
         masters = self.theirs.at(step - 1, "4.master").keys() & state.layout.slots.keys()
         if masters:
@@ -150,14 +150,14 @@ class Judge:
             self._give_reason(step, "1.weights", f"4.master of {name} after step {step - 1} is missing", name)
 
     def _take(self, step: int, point: str, views: Mapping[str, Array]) -> set[str]:
-        """Our arrays become theirs, as far as they are there. Returns their names."""
+        """Set our arrays to the trace's where it has them. Return their names."""
         tensors = self.theirs.at(step, point)
         for name, tensor in tensors.items():
             views[name][...] = like(tensor, views[name], f"{point} of {name}")
         return set(tensors)
 
     def _pairs(self, step: int, point: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(name, ours, theirs) of a point, in our order, as far as both have it."""
+        """Yield (name, ours, theirs) for the tensors of a point that both traces hold, in our order."""
         ours = self.ours.at(step, point)
         single = self.ours.get(step, point)
         for name, array in (ours if single is None else {"": single}).items():
@@ -170,7 +170,7 @@ class Judge:
             yield find(step, point, name, ours, theirs, 0.0)
 
     def _give_reason(self, step: int, point: str, reason: str, name: str | None = None) -> None:
-        """Note why a tensor was not judged, or none of a point, unless there is no reason."""
+        """Record why a tensor was not judged, or all tensors of a point (name None); do nothing if reason is ''."""
         if reason:
             names = (list(self.theirs.at(step, point)) or [""]) if name is None else [name]
             for each in names:
@@ -179,7 +179,7 @@ class Judge:
     # -- stage 2 ----------------------------------------------------------------------------------------------------
 
     def _through(self, step: int, S: Array, unread: Mapping[str, str], no_scale: str) -> Iterator[Finding]:
-        """Forward and backward. See `Bounds` for the two judges."""
+        """Judge forward and backward. See `Bounds` for the two bounds."""
         training, theirs, points = self.training, self.theirs, ("2.activations", "2.loss", "2.activation_grads", "2.grads")
         if not any(theirs.at(step, point) or theirs.get(step, point) is not None for point in points):
             return
@@ -213,7 +213,7 @@ class Judge:
                     self._give_reason(step, point, f"the batch of the step has {len(batches)} micro-batches", name)
 
     def _bases(self, step: int, n: int, unread: Mapping[str, str], no_scale: str) -> dict[tuple[str, str], Basis]:
-        """What each tensor of stage 2 is judged by, all micro-batches together."""
+        """Return the basis of each tensor of stage 2, for all micro-batches."""
         traced = {point: self.theirs.at(step, point).keys() for point in BY_PLACE}
         batches = [bases(self.operations, i, traced, unread, no_scale) for i in range(1, n + 1)]
         result = {("2.loss", ""): together(batch.loss for batch in batches)}
@@ -228,14 +228,16 @@ class Judge:
     # -- stages 3 and 4 ---------------------------------------------------------------------------------------------
 
     def _update(self, step: int, S: Array, no_scale: str, unknown: Mapping[tuple[str, str], str]) -> Any:
-        """From their gradients on, parameter by parameter. A generator that returns whether the step was skipped, or None
-        where that is not known."""
+        """Judge stages 3 and 4, from the trace's gradients, parameter by parameter.
+
+        The generator's return value is whether the step was skipped, or None if that is not known.
+        """
         training, state, relative = self.training, self.training.state, norm_error(self.training.state.layout.size)
         state.grads[...] = 0
         given = self._take(step, "2.grads", state.grad_views)
         absent = {name: f"2.grads of {name} is missing" for name in state.layout.slots if name not in given}
         skipped = self._skipped(step, given, absent)
-        if not given or no_scale:  # nothing to update from: time goes on all the same
+        if not given or no_scale:  # nothing to update from, but the update still counts
             self._no_update(step, "2.grads of all parameters are missing" if not given else no_scale)
             state.t = state.t + (not skipped)
             return skipped
@@ -254,11 +256,11 @@ class Judge:
         yield from self._norm(step, relative, next(iter(absent.values()), ""))
         if not self.lost and not no_rate:
             for name, a, b in self._pairs(step, "4.lr"):
-                yield find(step, "4.lr", name, a, b, 4 * U * l2(a))  # computed in double precision, perhaps kept in FP32
+                yield find(step, "4.lr", name, a, b, 4 * U * l2(a))  # computed in FP64, perhaps stored in FP32
         self._give_reason(step, "4.lr", self.lost or no_rate)
         reason = "" if skipped else self.lost or no_clip or (no_rate if self.theirs.get(step, "4.lr") is None else "")
         if skipped is None:
-            reason = "3.found_inf is missing: nobody knows whether the step was skipped"
+            reason = "3.found_inf is missing: it is not known whether the step was skipped"
         for kind in ("4.m", "4.v", "4.master"):
             self._give_reason(step, kind, reason)
         if not reason:
@@ -266,24 +268,24 @@ class Judge:
         return skipped
 
     def _skipped(self, step: int, given: set[str], absent: Mapping[str, str]) -> bool | None:
-        """Whether a step was skipped, by its gradients or by what the trace says; None where neither tells."""
-        views, told = self.training.state.grad_views, self.theirs.get(step, "3.found_inf")
+        """Return whether a step was skipped, by its gradients or by 3.found_inf; None if neither decides it."""
+        views, found_inf = self.training.state.grad_views, self.theirs.get(step, "3.found_inf")
         if any(not np.isfinite(fp64(views[name])).all() for name in given):
             return True
         scale = self.training.loss_scale
-        if absent and told is None and (scale.adapts or float(scale.scale) != 1):
+        if absent and found_inf is None and (scale.adapts or float(scale.scale) != 1):
             return None
-        return bool(absent and told)
+        return bool(absent and found_inf)
 
     def _no_update(self, step: int, reason: str) -> None:
-        """Note that nothing of stages 3 and 4 can be judged but the loss scale."""
+        """Record that nothing of stages 3 and 4 but the loss scale can be judged."""
         for point in ("3.unscaled", "3.found_inf", "3.norm", "4.clip", "4.lr", "4.m", "4.v", "4.master"):
             self._give_reason(step, point, reason)
 
     def _their_clip(self, step: int, absent: str) -> tuple[Array | float, str]:
-        """The clip coefficient where our norm is not that of all gradients: by the trace's own norm, or as the trace has it.
+        """Return the clip coefficient when some gradients are missing, and why it is not known, or ''.
 
-        Returns it, and why it is not known, or ''.
+        It is computed from the trace's norm, or else taken from the trace.
         """
         norm, clip = self.theirs.get(step, "3.norm"), self.theirs.get(step, "4.clip")
         if math.isinf(self.training.max_norm):
@@ -295,9 +297,9 @@ class Judge:
         return 1.0, f"{absent}, and so are 3.norm and 4.clip"
 
     def _plan(self, step: int) -> str:
-        """Update by the trace's own learning rate, where it has one that is not the schedule's.
+        """Use the trace's learning rate if it differs from the schedule's.
 
-        Returns why the schedule has no rate for this step, or ''.
+        Return why the schedule has no rate for this step, or ''.
         """
         optimizer = plain_optimizer(self.training.optimizer)
         schedule, rule, now = optimizer.schedule, optimizer.rule, int(self.training.state.t)
@@ -308,7 +310,7 @@ class Judge:
         optimizer.scalars = ByUpdate(lambda t: rule.scalars(schedule(t), t + 1))
         optimizer.scalars[now] = rule.scalars(rate, now + 1)
         if self.own_rates:
-            return "the trace's rates are its own"
+            return "the trace states its own learning rates"
         return f"the schedule ends after {schedule.steps} updates" if now >= schedule.steps else ""
 
     def _unscaled(self, step: int, inverse: Array, relative: float, absent: Mapping[str, str]) -> Iterator[Finding]:
@@ -317,13 +319,13 @@ class Judge:
             self._give_reason(step, "3.unscaled", reason, name)
         for name, a, b in self._pairs(step, "3.unscaled"):
             if name not in absent:
-                # Exact, but for a mistake that has a clip coefficient in it already.
+                # Exact, unless a mistake has multiplied a clip coefficient into it.
                 plain = widen(state.grad_views[name], state.math_format) * inverse
                 exact = np.array_equal(a, plain, equal_nan=True)
                 yield find(step, "3.unscaled", name, a, b, 0.0 if exact else relative * l2(a))
 
     def _norm(self, step: int, relative: float, absent: str) -> Iterator[Finding]:
-        """found_inf, norm and clip coefficient: what all gradients together make."""
+        """Judge the results that depend on all gradients: found_inf, the norm and the clip coefficient."""
         overflow = any(not np.isfinite(fp64(g)).all() for g in self.theirs.at(step, "2.grads").values())
         if overflow or not absent:
             yield from self._equal(step, "3.found_inf")
@@ -340,7 +342,7 @@ class Judge:
         self, step: int, before: dict[str, Array], norm_relative: float, absent: Mapping[str, str],
         unknown: Mapping[tuple[str, str], str],
     ) -> Iterator[Finding]:  # fmt: skip
-        """A moment is made from itself and the gradient; the masters from all."""
+        """Judge moments, each computed from itself and the gradient, and masters, computed from all of these."""
         state, kinds = self.training.state, ("m", "v", "master")
         clipped = float(self.ours.tensors.get(f"{step}/4.clip", np.array(1.0))) < 1
         relative = (norm_relative if clipped else 0.0) + 16 * U
@@ -356,10 +358,10 @@ class Judge:
                     yield find(step, f"4.{kind}", name, a, b, update_bound(a, starts[name], relative, state.formats[stored]))
 
     def _counters(self, step: int, skipped: bool | None) -> Iterator[Finding]:
-        """The loss scale and the number of updates after the step; where nobody knows them, the trace's own from here on."""
+        """Judge the loss scale and the number of updates after the step; if they are not known, go on with the trace's."""
         training, points = self.training, (*SCALE_STATE, "4.t")
         if skipped is None:
-            self.lost = self.lost or f"nothing tells whether step {step} was skipped (3.found_inf)"
+            self.lost = self.lost or f"it is not known whether step {step} was skipped (3.found_inf is missing)"
         training.loss_scale.update(np.bool_(skipped))
         self.recorder.counters(training)
         for point in points:
@@ -374,7 +376,7 @@ class Judge:
 
 
 def judge_trace(config: Config, theirs: Trace, mistake: str = "none") -> list[Finding]:
-    """All findings on a trace. Errors: UsageError when it is another model's or recipe's, or leaves nothing to judge."""
+    """Return all findings on a trace. Errors: UsageError if it is of another model or recipe, or nothing can be judged."""
     found = list(Judge(config, theirs, mistake).findings())
     if not found:
         raise UsageError("nothing in this trace can be judged: see docs/traces.md for what each point needs beside it")
@@ -382,17 +384,17 @@ def judge_trace(config: Config, theirs: Trace, mistake: str = "none") -> list[Fi
 
 
 def explanations(config: Config, theirs: Trace, first: Finding) -> list[str]:
-    """Return the names of the known mistakes that explain a departure, those alone that explain the most.
+    """Return the names of the known mistakes that explain a departure best.
 
-    A mistake explains it if the tensor that departs, and all up to it, are within their bounds once it is switched into the
-    replay; it explains more, the later the trace departs from it too. Another way to compute attention, '--attention fused',
-    is no mistake: it is named, and alone, where that tensor is nearer to it than to what any mistake makes.
+    A mistake explains it if the departing tensor, and all before it, are within their bounds when the replay makes the same
+    mistake. The best ones are those whose replay stays within the bounds longest. Another way to compute attention
+    ('--attention fused') is not a mistake; it is returned, alone, if its replay comes closest to the departing tensor.
     """
     reach: dict[str, tuple[tuple[float, int], float]] = {}
     order, in_attention = list(POINTS), first.point.startswith("2.") and config.model == "gpt"
     others = [kind for kind in ATTENTION if kind != config.attention and in_attention]
-    # All of a step comes from the trace's own values, so a mistake changes nothing before the point where it shows, but for
-    # what goes on from step to step by itself.
+    # A step starts from the trace's own values, so a mistake changes nothing before the point where it shows, except for
+    # the counters that the replay carries from step to step.
     carried = first.point in ("2.loss_scale", "4.lr", "4.t", *SCALE_STATE)
     tried = [m.name for m in MISTAKES.values() if carried or order.index(m.departs) <= order.index(first.point)]
     ways = {f"--attention {kind}": (replace(config, attention=kind), "none") for kind in others}

@@ -1,7 +1,7 @@
-"""Which known mistakes the judge finds and names, in which settings: the table of docs/traces.md.
+"""The table of docs/traces.md: which known mistakes the judge finds and names, in which settings.
 
-Each mistake is made in a small run of its own settings, with one micro-batch and with three, with our betas and with PyTorch's.
-The trace is judged as it is, then without the one activation in which the mistake shows first, then without any.
+Each mistake is made in a small run with settings of its own, with one and with three micro-batches, with our betas and with
+PyTorch's. Its trace is judged with all activations, without the one in which the mistake shows first, and without any.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "norm-in-16-bits": {"recipe": "amp-bf16"},
-    "gradients-not-zeroed": {"recipe": "amp-bf16"},  # a loss scale makes what is left 65536 times smaller than what is added
+    "gradients-not-zeroed": {"recipe": "amp-bf16"},  # with a loss scale, leftovers are 65536 times smaller than new gradients
     "mean-of-means": {"examples": "lines"},
     "unscale-by-updated-scale": {"init_scale": 256, "growth_interval": 1},
     "ignore-inf": {"init_scale": 2**24},
@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "scheduler-steps-on-skip": {"init_scale": 2**24},
     "scaler-not-restored": {"init_scale": 2**20},
 }
-"""What a mistake needs beside the sizes in order to show: a recipe, a scale that overflows or grows, unequal micro-batches."""
+"""Settings beside SIZES in which a mistake shows: a recipe, a scale that overflows or grows, unequal micro-batches."""
 
 MICRO_BATCHES = (1, 3)
 BETAS: tuple[dict[str, Any], ...] = ({}, {"beta2": 0.999})
@@ -42,20 +42,20 @@ NEEDS_SEVERAL = ("accumulate-in-16-bits", "loss-not-averaged", "mean-of-means", 
 
 
 def config_for(name: str, **more: Any) -> Config:
-    """The run in which a mistake shows."""
+    """Return the configuration of a run in which a mistake shows."""
     return Config.of({**SIZES, **SETTINGS.get(name, {}), **more})
 
 
 def trace_with(name: str, **more: Any) -> Trace:
-    """A trace of a run with the mistake in it."""
+    """Return the trace of a run with the mistake in it."""
     wrong = config_for(name, **more, mistake=name)
     return resumed(wrong) if name == "scaler-not-restored" else record(wrong)
 
 
 def resumed(config: Config, after: int = 1) -> Trace:
-    """A trace of a run's later steps, from a checkpoint after the first few on; there the mistake is made.
+    """Return the trace of a run that is resumed, with the mistake, from a checkpoint after step `after`.
 
-    What a checkpoint holds stands at step 0: masters, moments, number of updates, and the loss scale with its counters.
+    Step 0 holds the states of the checkpoint: masters, moments, number of updates, and the loss scale with its counters.
     """
     right = record(replace(config, mistake="none"))
     start = {key(0, point, name): x for k, x in right.tensors.items() for step, point, name in [parse_key(k)]
@@ -72,7 +72,7 @@ def resumed(config: Config, after: int = 1) -> Trace:
 
 
 def without(trace: Trace, places: Iterable[str] | None) -> Trace:
-    """A trace without activations and their gradients: those of some places, or all (None)."""
+    """Return a trace without the activations, and their gradients, of some places; of all places if None."""
 
     def kept(text: str) -> bool:
         _, point, name = parse_key(text)
@@ -82,9 +82,9 @@ def without(trace: Trace, places: Iterable[str] | None) -> Trace:
 
 
 def outcome(config: Config, trace: Trace, name: str) -> tuple[str, str]:
-    """Return 'named', 'found' or 'not judged', and the place where the trace departs first ('' elsewhere).
+    """Return 'named', 'found' or 'not judged', and the place of the first departure ('' if that is not an activation).
 
-    'named' means the mistake's own name and no other; 'AGREES' would be the judge's failure.
+    'named': the judge explains the departure by this mistake and no other. 'AGREES' would be a failure of the judge.
     """
     judge = Judge(config, trace)
     findings = list(judge.findings())
@@ -97,7 +97,7 @@ def outcome(config: Config, trace: Trace, name: str) -> tuple[str, str]:
 
 
 def row(name: str) -> list[str]:
-    """Return the table's line of a mistake: its settings, then the outcome for each number of micro-batches and each trace."""
+    """Return a mistake's row of the table: settings, then the outcome for each number of micro-batches and each trace."""
     cells = [f"`{name}`", flags(SETTINGS.get(name, {}))]
     for n in MICRO_BATCHES:
         if n == 1 and name in NEEDS_SEVERAL:
@@ -109,7 +109,7 @@ def row(name: str) -> list[str]:
 
 
 def outcomes(name: str, more: dict[str, Any]) -> list[str]:
-    """The outcome with all activations, without the one in which the mistake shows first, and without any."""
+    """Return the outcomes with all activations, without the one in which the mistake shows first, and without any."""
     config, trace = config_for(name, **more), trace_with(name, **more)
     whole, place = outcome(config, trace, name)
     others = (without(trace, [place or "transformer.wpe"]), without(trace, None))
@@ -117,7 +117,7 @@ def outcomes(name: str, more: dict[str, Any]) -> list[str]:
 
 
 def flags(settings: dict[str, Any]) -> str:
-    """Settings as flags of `scripts/trace.py record`."""
+    """Return settings as flags of `scripts/trace.py record`."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
 
 
@@ -125,7 +125,7 @@ HEADER = ("mistake", "settings", "1: all", "but one", "none", "3: all", "but one
 
 
 def table(names: Iterable[str] = MISTAKES, done: Callable[[str], None] = lambda line: None) -> str:
-    """Return the table in Markdown, and tell `done` of each line as soon as it is there."""
+    """Return the table in Markdown, and call `done` with each line as soon as it is computed."""
     lines = [_line(HEADER), _line(["---"] * len(HEADER))]
     for text in lines:
         done(text)

@@ -1,8 +1,8 @@
-"""How the operations of a model hang together, and so what each tensor of a trace can be judged by.
+"""The graph of a model's operations, and what it implies: from which tensors each tensor of a trace can be judged.
 
-An operation's output is computed from the outputs before it and its parameters; the gradient of an output from the
-gradients and inputs of all that read it; a parameter's gradient from those of the operations that use it. Each of these
-stands in the trace, or is computed here from what does, or cannot be known.
+An output is computed from earlier outputs and parameters; the gradient of an output, from the gradients and inputs of the
+operations that read it; the gradient of a parameter, from those of the operations that use it. Each of these is in the trace,
+or is recomputed from tensors of the trace, or is unknown.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 
 SAME_BITS = ("add", "embedding", "relu", "reshape")
-"""Operations whose outputs have the same bits however they are computed: they copy, or add two numbers and round once."""
+"""Operations whose outputs have the same bits in every implementation: they copy, or add two numbers and round once."""
 
 LINEAR_IN_INPUTS = ("add", "linear", "reshape")
-"""Operations whose gradients of their inputs do not depend on these inputs."""
+"""Operations whose input gradients do not depend on the inputs."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Operation:
 
 
 def operations_of(model: Model) -> list[Operation]:
-    """Return a model's operations in the order in which they run, the loss last; its tape tells."""
+    """Return a model's operations in the order in which they run, the loss last, as its tape records them."""
     weights = {name: np.zeros(spec.shape, np.float32) for name, spec in model.parameters.items()}
     tape = Tape(Run(get_recipe("fp32").policy, NUMPY), weights, model.tied)
     tokens = np.zeros((1, model.config["block_size"]), np.int64)
@@ -55,10 +55,10 @@ def operations_of(model: Model) -> list[Operation]:
 
 @dataclass(frozen=True)
 class Basis:
-    """What a tensor is judged by.
+    """What a tensor is computed from when it is judged.
 
-    recomputed: outputs or gradients between it and the trace that were computed here, since the trace does not hold them; the
-    tensor is then judged by the weaker bound. missing: what it cannot be judged without; '' where it can.
+    recomputed: outputs or gradients that the trace does not hold and the replay computed; the tensor is then judged by the
+    weaker bound. missing: a tensor without which it cannot be judged, and why; '' if it can.
     """
 
     recomputed: tuple[str, ...] = ()
@@ -66,12 +66,12 @@ class Basis:
 
     @property
     def weak(self) -> bool:
-        """Whether only the weaker bound can be used."""
+        """Return whether only the weaker bound can be used."""
         return bool(self.recomputed)
 
 
 def together(parts: Iterable[Basis]) -> Basis:
-    """Return what a tensor is judged by that is computed from several."""
+    """Return the basis of a tensor that is computed from several others."""
     recomputed: dict[str, None] = {}
     for part in parts:
         if part.missing:
@@ -85,7 +85,7 @@ IN_TRACE = Basis()
 
 @dataclass
 class Bases:
-    """What each tensor of stage 2 is judged by in one micro-batch: an output, the gradient of one, a parameter's share."""
+    """The basis of each tensor of stage 2 in one micro-batch: outputs, their gradients, and each parameter's gradient."""
 
     activations: dict[str, Basis] = field(default_factory=dict)
     activation_grads: dict[str, Basis] = field(default_factory=dict)
@@ -96,9 +96,9 @@ class Bases:
 def bases(
     operations: list[Operation], batch: int, traced: Mapping[str, Collection[str]], unknown: Mapping[str, str], scale: str = ""
 ) -> Bases:
-    """Return what each tensor of a micro-batch is judged by.
+    """Return the basis of each tensor of a micro-batch.
 
-    traced: point -> the names in the trace. unknown: a parameter that forward reads and nobody knows -> why.
+    traced: point -> the names in the trace. unknown: parameter whose weights are not known -> why.
     scale: why S is not known, or ''.
     """
     result = Bases()
@@ -106,7 +106,7 @@ def bases(
     into: dict[str, Basis] = {}  # what an operation is computed from, in forward
 
     def kept(point: str, place: str, computed: Basis, exact: bool = False) -> Basis:
-        """What its readers are computed from: the trace's tensor, or ours, which is as good where it has the same bits."""
+        """Return the basis for the readers of a tensor: the trace's tensor, or ours, which is equivalent if `exact`."""
         name = in_batch(place, batch)
         if name in traced[point]:
             return IN_TRACE

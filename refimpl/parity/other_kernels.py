@@ -1,16 +1,16 @@
-"""Fused attention as another correct kernel may compute it: what the judge's bound of fused attention is made of.
+"""Fused attention as another correct kernel may compute it: the source of the judge's bound of fused attention.
 
-Correct kernels have one formula and round the same things, E = exp(S - max) and, backward, P and dS, yet a few of their
-results differ from ours by more than an order of sums explains:
+Correct kernels have one formula and round the same tensors, E = exp(S - max) and, backward, P and dS. Yet some of their
+results differ from ours by more than the order of sums explains:
 
-1. Their exp is a quicker one. PyTorch's on the CPU, for results in 16 bits, errs by 5e-5 in the mean and 1.2e-4 at most; that
-   of GPUs (exp2) by 2^-22. An E or a P that lies so near to the middle between two 16-bit numbers is rounded to the other one.
-2. They take the keys in blocks, and what they subtract is the largest score *so far*. E is then rounded at another distance
-   from a power of two, so that the roundings of E are others altogether, each as large as ours.
-3. They take the queries in blocks, and PyTorch's kernel for the CPU adds up dk and dv in 16 bits, a rounding per 32 queries.
+1. Their exp is faster and less accurate. The error of PyTorch's on the CPU, for results in 16 bits, is 5e-5 in the mean and at
+   most 1.2e-4; that of GPUs (exp2) is 2^-22. An E or P that is this close to a tie is rounded to the other neighbor.
+2. They take the keys in blocks and subtract the largest score *so far*. E is then rounded at another distance from a power
+   of two, so that all roundings of E differ, each as large as ours.
+3. They take the queries in blocks, and PyTorch's kernel for the CPU adds up dk and dv in 16 bits, one rounding per 32 queries.
 
-This kernel does all three: it multiplies E and P by a factor before they are rounded (and the sum of E too, so that it has no
-effect but on the roundings), and sums dk and dv as in 3. Its distance from ours is that of two correct kernels.
+This kernel does all three: it multiplies E and P by a factor before they are rounded (and the sum of E too, so that only the
+roundings change), and sums dk and dv as in 3. Its distance from ours is that of two correct kernels.
 
 Roundings that are not in the list are no part of it. In BF16, whose spacing is much wider than the errors of 1, they are found:
 P rounded instead of E is twice the bound where all keys are one block. In FP16 that is as small as 1 and is not found; a
@@ -30,19 +30,20 @@ from refimpl.numerics.formats import format_of
 from refimpl.precision.context import Bound
 
 EXP_ERROR = 6e-5
-"""A constant relative error that moves as many roundings as the quickest exp among the kernels does: PyTorch 2.13's for 16 bits
-on the CPU, measured from its log(1 + 31 exp(-x)). How many is said by its mean absolute error, 4.7e-5."""
+"""A constant relative error of E that changes as many roundings as the least accurate exp of these kernels does.
+
+That is PyTorch 2.13's for 16 bits on the CPU, whose mean absolute error, 4.7e-5, was measured from its log(1 + 31 exp(-x))."""
 
 KEYS = 64
-"""Keys in the smallest block of the kernels (FlashAttention-2; PyTorch's on the CPU has 512): up to here the maximum is the
-row's own."""
+"""Keys in the smallest block of the kernels (FlashAttention-2; PyTorch's on the CPU has 512). Up to this many keys, the maximum
+that is subtracted is that of the whole row."""
 
 QUERIES = 32
-"""Queries in a block of PyTorch's CPU kernel where there are less than 192 of them: the most roundings of dk and dv."""
+"""Queries per block of PyTorch's CPU kernel for fewer than 192 queries: the case with the most roundings of dk and dv."""
 
 
 def forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
-    """As `fused_attention`, with E rounded in other places."""
+    """Compute `fused_attention` with other roundings of E."""
     q, k, v = split_heads(qkv, n_head)
     S, values = scores_of(q, k, p), p["values"]
     top = S.max(-1, keepdims=True)
@@ -56,7 +57,7 @@ def forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
 
 
 def backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
-    """As `fused_attention`, with P a little larger, and dk and dv rounded after each block of queries."""
+    """Compute the gradients of `fused_attention` with P slightly larger, and dk and dv rounded after each block of queries."""
     qkv, O, lse = saved  # noqa: E741
     fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
     scores, values = p["scores"], p["values"]

@@ -1,17 +1,17 @@
-"""refimpl against PyTorch: the same training side by side, and where it departs.
+"""Comparison with PyTorch: the same training in refimpl and in PyTorch, side by side.
 
-Two questions are asked, each with its own rule.
+Two things are compared:
 
 *Trajectories.* Both sides run freely from the same weights on the same batches. Rounding differences grow from step to
-step, so what is bounded is their size relative to the distance that the weights have moved (`TRAJECTORY`): the bars are
-what PyTorch shows against itself when only its instruction set or its number of threads changes, with some room.
-Those bars are for smooth functions. Where the input of a ReLU is within rounding of zero, two correct runs may take
-different branches, and from there part by a finite amount: PyTorch with its hidden units in another order parts from
-itself by up to 5e-3 in FP32. So our ReLUs take PyTorch's branches, and where they would have taken the other one, the input
-must be as near to zero as the bar of the weights allows (`Branches`).
+step, so their size relative to the distance that the weights have moved is bounded (`TRAJECTORY`). The limits are the
+differences between two runs of PyTorch when only its instruction set or its number of threads changes, with some room.
+They hold for smooth functions. If the input of a ReLU is within rounding of zero, two correct runs may take different
+branches, and then differ by a finite amount: up to 5e-3 in FP32 between two runs of PyTorch whose hidden units are in another
+order. So our ReLUs take PyTorch's branches, and where they would have taken the other one, the input must be as near to zero
+as the limit of the weights (`Branches`).
 
-*Stages.* PyTorch's first steps are written down as a trace, and each is judged by itself, from PyTorch's own values
-(`judge.py`): weights, loss, gradients, unscaled gradients, norm, moments, masters and loss scale.
+*Stages.* PyTorch's first steps are recorded as a trace, and each is judged from PyTorch's own values (`judge.py`): weights,
+loss, gradients, unscaled gradients, norm, moments, masters and loss scale.
 """
 
 from __future__ import annotations
@@ -40,49 +40,50 @@ from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.memory_limits import need, require_memory
 
 if TYPE_CHECKING:
-    from refimpl.parity.pytorch_model import Twin
+    from refimpl.parity.pytorch_model import PyTorchTraining
 
 Tensors = Mapping[str, np.ndarray]
 
 RECIPES = ("fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu")
 TRAJECTORY = {"fp32": (1e-5, 1e-3), "16 bits": (1e-3, 5e-2)}
-"""Bars of a 50-step trajectory: (median over its steps of the absolute difference of the loss, relative L2 of the weights'
-difference to their move).
+"""Limits of a 50-step trajectory: (median over its steps of the absolute loss difference, L2 norm of the weights' difference
+divided by that of their change since the start).
 
-PyTorch's AVX2 build parts from its AVX512 build by 5.4e-4 of the move in FP32 and 2.6e-2 in 16 bits. Runs of our own that add
-the products of a sum in the opposite order have medians up to 1.3e-4 in BF16 and 4.9e-5 in FP16 (40 seeds each). The largest
-difference of a step would be no use: 2 of those 40 pairs in BF16 pass 5e-3 at a single step, whose batch is an odd one.
+The second is 5.4e-4 in FP32 and 2.6e-2 in 16 bits between PyTorch's AVX2 and AVX512 builds. The first is at most 1.3e-4 in
+BF16 and 4.9e-5 in FP16 between two runs of refimpl that add the products of a sum in opposite orders (40 seeds each). The
+maximum over steps would be less useful: in 2 of those 40 pairs in BF16 a single unusual batch makes it exceed 5e-3.
 """
 TRAJECTORY_ROWS = 256
-"""Predictions a batch in those figures. Loss and gradient are means over them, and rounding errors of different rows are
-independent: over fewer rows both bars are wider by the square root."""
+"""Predictions per batch in these figures. Loss and gradients are means over them, and rounding errors of different rows are
+independent, so for fewer rows both limits are larger by the square root of the ratio."""
 STAGE_STEPS = 3
 
 
 @dataclass
 class Comparison:
-    """All that a comparison found."""
+    """The results of a comparison."""
 
     recipe: str
-    predictions: int  # of which a step's loss is the mean
+    predictions: int  # per step; the loss is their mean
     rows: list[dict[str, Any]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     spread: dict[str, float] = field(default_factory=dict)
     branches: Branches = field(default_factory=lambda: Branches())
 
     @property
-    def bars(self) -> tuple[float, float]:
+    def limits(self) -> tuple[float, float]:
+        """Return the limits of the loss difference and of the drift."""
         loss, drift = TRAJECTORY["fp32" if self.recipe == "fp32" else "16 bits"]
         fewer_rows = math.sqrt(max(1.0, TRAJECTORY_ROWS / self.predictions))
         return loss * fewer_rows, drift * fewer_rows
 
     @property
     def first_departure(self) -> Finding | None:
-        """The first tensor outside its bound, in the order in which a step computes."""
+        """Return the finding on the first tensor outside its bound, in the order in which a step computes, or None."""
         return next((finding for finding in self.findings if finding.departs), None)
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the verdict, as `--json` writes them."""
+        """Return the figures of the verdict, as `--json` writes them."""
         finite = [row for row in self.rows if not row["skipped"]]
         apart = [abs(row["loss"] - row["loss_torch"]) for row in finite]
         counts: dict[str, list[float]] = {}
@@ -106,14 +107,14 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether everything is within its bound."""
-        s, (loss_bar, drift_bar) = self.summary(), self.bars
-        close = s["median_abs_loss_diff"] <= loss_bar and max(s["rel_l2_drift"], self.branches.farthest) <= drift_bar
+        """Return whether everything is within its bound."""
+        s, (loss_limit, drift_limit) = self.summary(), self.limits
+        close = s["median_abs_loss_diff"] <= loss_limit and max(s["rel_l2_drift"], self.branches.farthest) <= drift_limit
         return close and s["scales_equal"] and s["skips_equal"] and self.first_departure is None
 
 
 class OverflowingState(State):
-    """A state whose next backward leaves an Inf in the first parameter's gradient, when `overflow` is set."""
+    """A state in which backward leaves an Inf in the first parameter's gradient while `overflow` is set."""
 
     overflow = False
 
@@ -129,12 +130,12 @@ class OverflowingState(State):
 
 
 class Branches:
-    """ReLU on given branches: y = x where PyTorch's input was positive, else 0. Counts where ours would have differed."""
+    """ReLU on PyTorch's branches: y = x where PyTorch's input was positive, else 0. Counts where ours differ."""
 
     def __init__(self) -> None:
         self.given: dict[str, np.ndarray] = {}
         self.other, self.all = 0, 0
-        self.farthest = 0.0  # the largest input on the other side of zero, relative to the layer's root mean square
+        self.farthest = 0.0  # the largest |input| with another sign than PyTorch's, relative to the layer's root mean square
         self.op = Op("relu", self._forward, self._backward)
 
     def _forward(self, x: Array, p: Bound) -> tuple[Array, Any]:
@@ -152,7 +153,7 @@ class Branches:
 
 
 class Side:
-    """Our run: what a training run has, without its folder, and with the branches of its ReLUs given."""
+    """refimpl's side: a training run without a folder, whose ReLUs take given branches."""
 
     def __init__(self, config: Config, weights: Tensors) -> None:
         self.training = config.make_training(NUMPY)
@@ -165,44 +166,44 @@ class Side:
     def step(
         self, tokens: np.ndarray, targets: np.ndarray, overflow: bool, branches: dict[str, np.ndarray]
     ) -> dict[str, Any]:
-        """One step; overflow: with an Inf put into the first parameter's gradient."""
+        """Train for one step and return its figures. overflow: put an Inf into the first parameter's gradient."""
         self.state.overflow, self.branches.given = overflow, branches
         r = self.training.step([(tokens, targets)])
         return {"loss": float(r.loss), "loss_scale": float(r.loss_scale), "skipped": bool(r.skipped)}
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Copies of the masters by name."""
+        """Return copies of the masters by name."""
         return {name: view.copy() for name, view in self.state.layout.views(self.state.master).items()}
 
 
 def compare(config: Config, spread: bool = True, device: str = "cpu") -> Comparison:
     """Train with refimpl (on the host) and with PyTorch (on `device`) side by side.
 
-    On 'cuda' the amp recipes run under torch.autocast('cuda'); on the CPU a twin spells its op lists out.
-    Errors: UsageError without torch or that device, or for a recipe that has no twin there.
+    On 'cuda' the amp recipes run under torch.autocast('cuda'); on the CPU the PyTorch model makes the casts of CUDA's op lists
+    explicitly. Errors: UsageError without torch or that device, or for a recipe that has no PyTorch model there.
     """
     if config.recipe not in RECIPES:
-        raise UsageError(f"recipe {config.recipe} has no twin in PyTorch: choose one of {', '.join(RECIPES)}")
+        raise UsageError(f"recipe {config.recipe} has no PyTorch model: choose one of {', '.join(RECIPES)}")
     if config.grad_accum > 1 or (config.optimizer == "sgd" and config.weight_decay):
-        raise UsageError("the twin in PyTorch takes one micro-batch a step, and SGD without weight decay")
+        raise UsageError("the PyTorch model takes one micro-batch per step, and SGD without weight decay")
     if config.loss_scale not in ("dynamic", "none") or config.masters_from == "rounded":
-        raise UsageError("the twin in PyTorch has a GradScaler (dynamic) or no loss scale, and masters of the original weights")
+        raise UsageError("the PyTorch model has a GradScaler (dynamic) or no loss scale, and masters of the original weights")
     require_memory([need(config)])
     torch = import_torch()
     if device not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {device!r}: choose cpu or cuda")
     if device == "cuda" and config.recipe.endswith("-cpu"):
-        raise UsageError(f"recipe {config.recipe} is autocast's op lists on the CPU: compare it with --device cpu")
+        raise UsageError(f"recipe {config.recipe} has the op lists of CPU autocast: compare it with --device cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("PyTorch finds no GPU: leave --device at cpu")
-    from refimpl.parity.pytorch_model import Twin
+    from refimpl.parity.pytorch_model import PyTorchTraining
 
     weights = config.make_model().initial_weights(np.random.default_rng(config.seed))
     batches = list(_batches(config))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        theirs = Twin(config, weights, device)
+        theirs = PyTorchTraining(config, weights, device)
         result = _side_by_side(config, weights, batches, theirs)
         if spread and device == "cpu":
             result.spread = _own_spread(config, weights, batches, theirs, torch)
@@ -212,7 +213,7 @@ def compare(config: Config, spread: bool = True, device: str = "cpu") -> Compari
 
 
 def import_torch() -> Any:
-    """PyTorch. Errors: UsageError where it is not installed."""
+    """Import and return torch. Errors: UsageError if it is not installed."""
     try:
         import torch
     except ImportError:
@@ -221,7 +222,7 @@ def import_torch() -> Any:
 
 
 def _batches(config: Config) -> Any:
-    """The batches, and whether to put an Inf into each one's gradients: twice, in recipes that have a loss scale."""
+    """Yield (tokens, targets, overflow) per step; overflow, true twice if S is dynamic: put an Inf into the gradients."""
     assert config.block_size and config.batch_size and config.steps
     corpus, rng = load_corpus(config.data, config.block_size), np.random.default_rng(config.seed + 1)
     injected = {config.steps // 7, config.steps // 2} if config.loss_scale == "dynamic" and config.steps >= 7 else set()
@@ -230,7 +231,7 @@ def _batches(config: Config) -> Any:
         yield (*sample_batch(corpus.train, *sizes, rng, config.no_target), i in injected)
 
 
-def _side_by_side(config: Config, weights: Tensors, batches: list[Any], theirs: Twin) -> Comparison:
+def _side_by_side(config: Config, weights: Tensors, batches: list[Any], theirs: PyTorchTraining) -> Comparison:
     assert config.batch_size and config.block_size
     predictions = config.batch_size * (config.block_size if config.model == "gpt" else 1)
     ours, result, trace = Side(config, weights), Comparison(config.recipe, predictions), Trace()
@@ -246,7 +247,7 @@ def _side_by_side(config: Config, weights: Tensors, batches: list[Any], theirs: 
 
 
 def _drift(a: Tensors, b: Tensors, start: Tensors) -> float:
-    """|a - b| / |a - start| over all weights: the difference relative to the way that they have gone."""
+    """Return |a - b| / |a - start| over all weights: the difference relative to the distance that they have moved."""
     apart = math.sqrt(sum(_square(a[name], b[name]) for name in start))
     moved = math.sqrt(sum(_square(a[name], start[name]) for name in start))
     return apart / moved if moved else 0.0
@@ -257,25 +258,25 @@ def _square(a: np.ndarray, b: np.ndarray) -> float:
     return float((difference * difference).sum())
 
 
-def _own_spread(config: Config, weights: Tensors, batches: list[Any], one: Twin, torch: Any) -> dict[str, float]:
-    """The same run in PyTorch with two threads against the one with one: its own spread, for comparison."""
-    from refimpl.parity.pytorch_model import Twin
+def _own_spread(config: Config, weights: Tensors, batches: list[Any], one: PyTorchTraining, torch: Any) -> dict[str, float]:
+    """Return the differences between PyTorch's run with two threads and with one."""
+    from refimpl.parity.pytorch_model import PyTorchTraining
 
     torch.set_num_threads(2)
-    two = Twin(config, weights)
+    two = PyTorchTraining(config, weights)
     losses = [two.step(*batch)["loss"] for batch in batches]
     torch.set_num_threads(1)
-    again = Twin(config, weights)
+    again = PyTorchTraining(config, weights)
     reference = [again.step(*batch)["loss"] for batch in batches]
     differences = [abs(x - y) for x, y in zip(losses, reference, strict=True) if math.isfinite(x) and math.isfinite(y)]
     return {"max_abs_loss_diff": max(differences, default=0.0), "rel_l2_drift": _drift(two.weights(), one.weights(), weights)}
 
 
-# -- what a person sees -----------------------------------------------------------------------------------------------
+# -- the printed report -----------------------------------------------------------------------------------------------
 
 
 def report(result: Comparison, every: int = 5) -> str:
-    """The table, the first departure, PyTorch's own spread, and the verdict."""
+    """Return the printed report: the table, the first departure, PyTorch's own spread, and the verdict."""
     lines = [f"{'step':>5} {'loss':>11} {'loss torch':>11} {'scale':>9} {'torch':>9} {'skip':>5} {'torch':>5} {'drift':>9}"]
     for row in result.rows:
         odd = row["skipped"] or row["skipped_torch"] or row["loss_scale"] != row["loss_scale_torch"]
@@ -284,12 +285,12 @@ def report(result: Comparison, every: int = 5) -> str:
                 f"{row['step']:5} {row['loss']:11.6f} {row['loss_torch']:11.6f} {row['loss_scale']:9g} "
                 f"{row['loss_scale_torch']:9g} {row['skipped']!s:>5} {row['skipped_torch']!s:>5} {row['drift']:9.2e}"
             )
-    s, (loss_bar, drift_bar) = result.summary(), result.bars
-    lines.append("\nidentical elements, each step taken from PyTorch's own state:")
+    s, (loss_limit, drift_limit) = result.summary(), result.limits
+    lines.append("\nidentical elements, each step replayed from PyTorch's own state:")
     lines += [f"  {name:<18} {share:8.2%}" for name, share in s["identical_share_by_stage"].items()]
     worst = max(result.findings, key=lambda f: f.error, default=None)
     if worst:
-        lines.append(f"  nearest to its bound: {worst.where}, at {worst.error:.2f} of it")
+        lines.append(f"  closest to its bound: {worst.where}, at {worst.error:.2f} of it")
     if result.spread:
         own = result.spread
         lines.append(
@@ -297,12 +298,12 @@ def report(result: Comparison, every: int = 5) -> str:
         )
     lines.append(
         f"refimpl against PyTorch:              loss {s['max_abs_loss_diff']:.1e}, median of the steps "
-        f"{s['median_abs_loss_diff']:.1e} (bar {loss_bar:.1g}), drift {s['rel_l2_drift']:.1e} (bar {drift_bar:.1g})"
+        f"{s['median_abs_loss_diff']:.1e} (limit {loss_limit:.1g}), drift {s['rel_l2_drift']:.1e} (limit {drift_limit:.1g})"
     )
     if result.branches.all:
         lines.append(
             f"ReLUs that would have taken the other branch: {result.branches.other} of {result.branches.all}, "
-            f"inputs up to {result.branches.farthest:.1e} of their layer's rms (bar {drift_bar:.1g})"
+            f"inputs up to {result.branches.farthest:.1e} of their layer's rms (limit {drift_limit:.1g})"
         )
     first = result.first_departure
     if first:

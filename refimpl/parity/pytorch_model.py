@@ -1,8 +1,8 @@
-"""The same training in PyTorch, built independently: torch.nn, torch.optim, torch.amp and no arithmetic of ours.
+"""The models and the training of refimpl in PyTorch, built independently: torch.nn, torch.optim and torch.amp alone.
 
-It is what `scripts/compare_pytorch.py` holds refimpl against. Attention is written out, so that both sides round at the same
-places, unless --attention asks for one of PyTorch's kernels. The op lists of CPU autocast are torch.autocast's own; those of
-CUDA autocast run on the CPU by a twin that spells its casts out, since no GPU is needed to know them.
+`scripts/compare_pytorch.py` compares refimpl with it. Attention is written out, so that both sides round at the same places,
+unless --attention asks for one of PyTorch's kernels. The op lists of CPU autocast are torch.autocast's own; those of CUDA
+autocast are applied on the CPU by explicit casts, so that no GPU is needed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ KERNELS = {"fused": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 
 
 class Casts:
-    """Where values change their type: nowhere by default (plain models, and torch.autocast, which does it unseen).
+    """Operations with the casts that they need: none here, for plain models and for torch.autocast, which casts by itself.
 
-    `seen` collects the outputs of all operations by refimpl's names, for a trace; without it nothing is kept.
+    `seen` collects the outputs of all operations by refimpl's names, for a trace; with None nothing is kept.
     """
 
     seen: dict[str, Tensor] | None = None
     ignore_index = -100
 
     def __init__(self) -> None:
-        self.branches: dict[str, np.ndarray] = {}  # where each ReLU lets its input through
+        self.branches: dict[str, np.ndarray] = {}  # where the input of each ReLU is positive
 
     def see(self, name: str, y: Tensor) -> Tensor:
         """Keep an output, and its gradient once backward has run."""
@@ -65,7 +65,7 @@ class Casts:
 
 
 class HalfModel(Casts):
-    """A 16-bit model, with the two sums over rows that PyTorch's CPU kernels make in 16 bits made in FP32, as CUDA does.
+    """A 16-bit model whose two sums over rows that PyTorch's CPU kernels compute in 16 bits are computed in FP32, as on CUDA.
 
     On the CPU the gradients of a 16-bit layer norm's weight and bias and of a 16-bit embedding are rounded after every row,
     and the row statistics are rounded before backward. That is a property of those kernels, not of the algorithm.
@@ -81,7 +81,7 @@ class HalfModel(Casts):
 
 
 class CudaAutocast(Casts):
-    """The lists of torch.autocast('cuda') spelled out: products low, norms, softmax and loss FP32, others as they come."""
+    """The lists of torch.autocast('cuda') as explicit casts: products in 16 bits; norms, softmax and loss in FP32."""
 
     def __init__(self, low: torch.dtype) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class CudaAutocast(Casts):
         self.cache: dict[int, Tensor] = {}
 
     def cached(self, w: Tensor) -> Tensor:
-        """A parameter is cast once a step, and its uses share the copy."""
+        """Return a parameter in 16 bits; it is cast once per step, and its uses share the copy."""
         return self.cache.setdefault(id(w), w.to(self.low))
 
     def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
@@ -107,7 +107,7 @@ class CudaAutocast(Casts):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, one operation a line, or by one of PyTorch's own kernels."""
+    """Causal self-attention, one operation per line, or by one of PyTorch's own kernels."""
 
     def __init__(self, width: int, n_head: int, bias: bool, kind: str = "unfused") -> None:
         """kind: one of `policy.ATTENTION`."""
@@ -199,7 +199,7 @@ class Hidden(nn.Module):
 
 
 class ByteMLP(nn.Module):
-    """Bengio's model: the embeddings of a block of bytes, joined, through hidden layers with ReLU."""
+    """The model of Bengio et al. 2003: the embeddings of a block of bytes, joined, then hidden layers with ReLU."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -220,8 +220,8 @@ class ByteMLP(nn.Module):
         return casts.loss(casts.see("lm_head", casts.linear(x, self.lm_head)), targets[:, -1])
 
 
-class Twin:
-    """One training run in PyTorch. `step` does a step and returns what happened; tensors are read by name between steps.
+class PyTorchTraining:
+    """A training run in PyTorch. `step` makes a step and returns its figures; tensors are read by name between steps.
 
     The fp16 and bf16 recipes are a 16-bit model beside FP32 masters that the optimizer owns; the others train the model's
     own FP32 weights.
@@ -232,7 +232,7 @@ class Twin:
         self.model: nn.Module = GPT(config) if config.model == "gpt" else ByteMLP(config)
         self.model.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()}, strict=False)
         self.model.to(device)
-        if device == "cuda":  # where PyTorch may reduce products in 16 bits unless it is told to sum in FP32, as the recipes do
+        if device == "cuda":  # by default PyTorch may reduce products in 16 bits there; the recipes sum in FP32
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.low = LOW.get(config.recipe.removeprefix("amp-").removesuffix("-cpu"))
@@ -265,7 +265,7 @@ class Twin:
         return torch.optim.AdamW(groups, config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
     def _lr(self) -> float:
-        """The learning rate by the number of updates made: linear warm-up, then constant, or down a line or a cosine."""
+        """Return the learning rate after `updates` updates: linear warm-up, then constant, or linear or cosine decay."""
         c, t = self.config, self.updates
         assert c.lr is not None and c.min_lr is not None and c.steps is not None
         if t < c.warmup:
@@ -279,7 +279,7 @@ class Twin:
 
     @property
     def _autocast(self) -> bool:
-        """Whether torch.autocast itself casts: where its device's op lists are the recipe's."""
+        """Return whether torch.autocast casts: if the op lists of its device are the recipe's."""
         return self.amp and self.config.recipe.endswith("-cpu") == (self.device == "cpu")
 
     def _casts(self) -> Casts:
@@ -290,9 +290,9 @@ class Twin:
     def step(
         self, tokens: np.ndarray, targets: np.ndarray, overflow: bool = False, trace: Trace | None = None
     ) -> dict[str, Any]:
-        """One step. overflow: put an Inf into the first parameter's gradient, for a test of skipping.
+        """Train for one step and return its figures. overflow: put an Inf into the first parameter's gradient.
 
-        trace: where to write the step down. Where an overflow was put in, gradients are not: no operation has made them.
+        trace: where to record the step, without activations and gradients if overflow is set: no operation computed the Inf.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
@@ -336,7 +336,7 @@ class Twin:
     def _write_down(
         self, trace: Trace, step: int, batch: tuple[np.ndarray, np.ndarray], result: dict[str, Any], weights: dict[str, Any]
     ) -> None:
-        """All of a step but activations and gradients."""
+        """Record a step without its activations and gradients."""
         for point, x in (("0.tokens", batch[0]), ("0.targets", batch[1]), ("2.loss", np.float32(result["loss"])),
                          ("2.loss_scale", np.float32(result["loss_scale"])), ("3.found_inf", np.uint8(result["skipped"])),
                          ("4.lr", np.float64(self._lr()))):  # fmt: skip
@@ -346,7 +346,7 @@ class Twin:
         self.write_states(trace, step)
 
     def write_states(self, trace: Trace, step: int) -> None:
-        """Masters, moments and loss scale, as they are now."""
+        """Record the present masters, moments and loss scale."""
         for kind, tensors in (*self.moments().items(), ("master", self.weights())):
             for name, x in tensors.items():
                 trace.put(step, f"4.{kind}", name, x)
@@ -365,11 +365,11 @@ class Twin:
         trace.put(step, "3.norm", "", _numpy(norm))
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The FP32 weights (the masters) by name."""
+        """Return the FP32 weights (the masters) by name."""
         return {name: _numpy(p) for name, p in self.masters.items()}
 
     def moments(self) -> dict[str, dict[str, np.ndarray]]:
-        """m and v (SGD: m) by parameter name."""
+        """Return m and v (for SGD m) by parameter name."""
         kinds: Callable[[str], str] = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m"}.get  # type: ignore[assignment]
         result: dict[str, dict[str, np.ndarray]] = {"m": {}, "v": {}}
         for name, p in self.masters.items():
@@ -380,5 +380,5 @@ class Twin:
 
 
 def _numpy(x: Any) -> np.ndarray:
-    """A copy in FP32, which holds every 16-bit value."""
+    """Return a copy in FP32, which holds every 16-bit value."""
     return np.array(x.detach().float().cpu().numpy())

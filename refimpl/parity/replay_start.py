@@ -1,4 +1,4 @@
-"""Where a replay begins: the number of updates made before, and the loss scale with its counters, as a trace states them."""
+"""The start of a replay: the number of updates made before, and the loss scale with its counters, as a trace states them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from refimpl.training.setup import Training
 
 
 def start_from(trace: Trace, training: Training) -> None:
-    """Set the number of updates and the loss scale of a run to what the trace states of its start, step 0.
+    """Set the number of updates and the loss scale of a run to those that the trace holds at step 0.
 
-    A trace that states nothing begins where a run begins. Errors: UsageError that asks for what is missing in one that begins
-    in the middle: its moments at step 0 are not zero, or it says how many updates there were.
+    A trace that holds neither begins at the start of a run. One whose moments at step 0 are not zero, or whose 0/4.t is not
+    zero, begins in the middle. Errors: UsageError that names what such a trace lacks.
     """
     moments = any(np.any(array != 0) for kind in ("4.m", "4.v") for array in trace.at(0, kind).values())
     t = trace.get(0, "4.t")
@@ -38,22 +38,22 @@ def start_from(trace: Trace, training: Training) -> None:
 
 
 def _start_scale(trace: Trace, training: Training, t: int) -> None:
-    """The loss scale of step 0. One that is not finite is no state of a run: it is the mistake of a trace, and stays unused."""
-    told = {name: trace.get(0, point) for point, name in SCALE_STATE.items()}
+    """Set the loss scale to that of step 0, unless it is not positive and finite: no run begins with such a scale."""
+    stated = {name: trace.get(0, point) for point, name in SCALE_STATE.items()}
     state = training.loss_scale.state_dict()
     needs = f"0/4.t is {t}, so the trace begins in the middle of a run: it needs 0/"
     scales = any(trace.get(step, point) is not None for step in trace.steps for point in ("2.loss_scale", "4.scale"))
-    if t and told["scale"] is None and scales:
-        raise UsageError(f"{needs}4.scale, the loss scale then")
-    # Of t updates at most t were good steps in a row: where that many and the trace's own are too few, S cannot grow.
+    if t and stated["scale"] is None and scales:
+        raise UsageError(f"{needs}4.scale, the loss scale at that point")
+    # At most t good steps in a row came before: if t and the trace's own steps are too few, S cannot grow.
     can_grow = t + len(trace.steps) >= int(state["growth_interval"])
-    if t and told["_growth_tracker"] is None and can_grow:
+    if t and stated["_growth_tracker"] is None and can_grow:
         after = f"of {state['growth_interval']} after which it grows"
         raise UsageError(f"{needs}4.growth_tracker, the good steps since the loss scale last changed, {after}")
     overflows = any(trace.get(step, "3.found_inf") for step in trace.steps)
-    if t and told["_hysteresis_tracker"] is None and "_hysteresis_tracker" in state and overflows:
-        raise UsageError(f"{needs}4.hysteresis_tracker, the overflows that were still borne")
-    values = {name: float(array) for name, array in told.items() if array is not None and name in state}
+    if t and stated["_hysteresis_tracker"] is None and "_hysteresis_tracker" in state and overflows:
+        raise UsageError(f"{needs}4.hysteresis_tracker, the number of overflows until the loss scale is reduced")
+    values = {name: float(array) for name, array in stated.items() if array is not None and name in state}
     if not 0 < values.get("scale", 1.0) < math.inf:
         del values["scale"]
     whole = {name: value if name == "scale" else int(value) for name, value in values.items()}
@@ -61,7 +61,7 @@ def _start_scale(trace: Trace, training: Training, t: int) -> None:
 
 
 def resume_from(trace: Trace, training: Training, step: int) -> bool:
-    """Take up number of updates and loss scale where a trace states them after a step; return whether it states them all."""
+    """Set the number of updates and the loss scale to those after a step of a trace; return whether it holds all of them."""
     state = training.loss_scale.state_dict()
     points = [point for point, name in SCALE_STATE.items() if name in state and training.loss_scale.adapts]
     if any(trace.get(step, point) is None for point in (*points, "4.t")):

@@ -1,6 +1,6 @@
-"""Weights to and from PyTorch: a checkpoint becomes a state_dict under nanoGPT's names, and the way back.
+"""Weights to and from PyTorch: conversion between a checkpoint and a state_dict under nanoGPT's names.
 
-The state_dict is written as a safetensors file: `safetensors.torch.load_file` reads it, and nothing is ever unpickled.
+A state_dict is a safetensors file, which `safetensors.torch.load_file` reads; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from refimpl.training.generate import BYTES, check_has_bytes
 from refimpl.training.non_finite import contents
 
 MASKS = (".attn.bias", ".attn.masked_bias")
-"""How the names of buffers end that are saved beside weights and are none."""
+"""Endings of the names of buffers that are saved beside weights and are not parameters."""
 
 
 def to_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """The FP32 weights of a checkpoint by nanoGPT's names: the masters where it has them; a tied weight under both names.
+    """Return the FP32 weights of a checkpoint (its masters, if it has any) by nanoGPT's names, tied ones under both names.
 
     PyTorch: model.load_state_dict(safetensors.torch.load_file(...)). Errors: UsageError.
     """
@@ -38,12 +38,12 @@ def to_state_dict(path: Path) -> dict[str, np.ndarray]:
 
 
 def from_state_dict(weights: Mapping[str, np.ndarray], n_head: int) -> tuple[Model, dict[str, np.ndarray]]:
-    """The model that a state_dict belongs to, and its parameters in FP32.
+    """Return the model that a state_dict belongs to, and its parameters in FP32.
 
     Names may have the prefixes of DistributedDataParallel, torch.compile and Lightning, in any order, and a tied weight may
-    stand under one of its names or under both. Sizes are read off the shapes, and whether there are biases off the names;
-    n_head cannot be (GPT only). nanoGPT's attention masks (`attn.bias` beside `attn.c_attn`) are no weights and are left
-    out. Errors: UsageError that names the first tensor that is missing, surplus or misshapen, or whose names these are.
+    have one of its names or both. Sizes follow from the shapes, and whether there are biases from the names; n_head (GPT
+    only) follows from neither. nanoGPT's attention masks (`attn.bias` beside `attn.c_attn`) are not weights and are left out.
+    Errors: UsageError that names the first tensor that is missing, unexpected or of another shape.
     """
     given = {name: array for name, array in weights.items() if not unwrapped(name).endswith(MASKS)}
     plain = {unwrapped(name): array for name, array in given.items()}
@@ -66,7 +66,7 @@ def from_state_dict(weights: Mapping[str, np.ndarray], n_head: int) -> tuple[Mod
 
 
 def _model_for(weights: Mapping[str, np.ndarray], n_head: int) -> Model:
-    """The model whose sizes these shapes have."""
+    """Return the model whose sizes these shapes have. Errors: UsageError if there is none."""
     _refuse_hugging_face(weights)
     try:
         if "transformer.wpe.weight" in weights:
@@ -88,7 +88,7 @@ def _model_for(weights: Mapping[str, np.ndarray], n_head: int) -> Model:
 
 
 def _refuse_hugging_face(weights: Mapping[str, np.ndarray]) -> None:
-    """Errors: UsageError for Hugging Face's GPT-2, whose names differ by a prefix and whose linear layers lie transposed."""
+    """Raise UsageError for Hugging Face's GPT-2, whose names differ by a prefix and whose linear layers are transposed."""
     layer = next((name for name in weights if name.removeprefix("transformer.") == "h.0.attn.c_attn.weight"), None)
     if layer is None:
         return
@@ -101,7 +101,7 @@ def _refuse_hugging_face(weights: Mapping[str, np.ndarray]) -> None:
 
 
 def export(source: Path, target: Path) -> None:
-    """What `scripts/convert.py export` does: checkpoint -> state_dict. Errors: UsageError."""
+    """Convert a checkpoint to a state_dict, for `scripts/convert.py export`. Errors: UsageError."""
     weights = to_state_dict(source)
     _refuse_to_overwrite(target)
     checkpoint.write_tensors(target, weights, {"format": "pt"})
@@ -109,7 +109,7 @@ def export(source: Path, target: Path) -> None:
 
 
 def import_(source: Path, target: Path, n_head: int) -> None:
-    """What `scripts/convert.py import` does: state_dict -> a file for train.py --init-from and generate.py."""
+    """Convert a state_dict to a file for train.py --init-from and generate.py, for `scripts/convert.py import`."""
     weights, metadata = checkpoint.read_tensors(source, "state_dict")
     if checkpoint.KEY in metadata:
         raise UsageError(f"{source} is a checkpoint of refimpl already: train.py --init-from and generate.py take it as it is")
@@ -123,13 +123,13 @@ def import_(source: Path, target: Path, n_head: int) -> None:
     if held:
         first, found = next(iter(held.items()))
         more = f", and {len(held) - 1} more tensors are not finite" if len(held) > 1 else ""
-        print(f"{target}: {what}; in FP32 {first} holds {found}{more}: no training or text can come of it")
+        print(f"{target}: {what}; in FP32 {first} holds {found}{more}: it can neither be trained nor generate text")
         return
     print(f"{target}: {what}; use it with train.py --init-from, or generate.py")
 
 
 def _about(model: Model) -> str:
-    """What is unusual about a model, for the line that says that it was imported."""
+    """Return the unusual properties of an imported model, for the printed line."""
     words = [] if model.config.get("bias", True) else ["without biases"]
     if model.config["vocab_size"] > BYTES:
         words.append(f"with {model.config['vocab_size']} token ids, of which those above 255 are no bytes and stay unused")

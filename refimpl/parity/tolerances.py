@@ -1,4 +1,4 @@
-"""How far a correct run may be from ours at each point of a step: derived, not tuned."""
+"""Derived bounds: how far a correct run may differ from ours at each point of a step."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ U = 2.0**-24
 
 
 def fp64(x: Array) -> np.ndarray:
-    """Any array in double precision."""
+    """Return any array in FP64."""
     x = np.asarray(x)
     return np.asarray(widen(x, "fp64")) if is_float(x) else np.array(x, float)
 
 
 def _finite(x: Array) -> np.ndarray:
-    """In double precision, with 0 for what is Inf or NaN: bounds are made of finite numbers."""
+    """Return an array in FP64, with 0 for Inf and NaN: bounds are computed from finite numbers."""
     x = fp64(x)
     return np.where(np.isfinite(x), x, 0.0)
 
 
 def l2(x: Array) -> float:
-    """The L2 norm of what is finite in an array."""
+    """Return the L2 norm of the finite elements of an array."""
     return float(np.linalg.norm(_finite(x)))
 
 
 def distance(a: Array, b: Array) -> float:
-    """The L2 of the difference of two tensors, where both are finite."""
+    """Return the L2 norm of the difference of two tensors, over elements where both are finite."""
     return l2(fp64(a) - fp64(b))
 
 
 def update_bound(after: Array, before: Array, relative: float, fmt: str) -> float:
-    """How far two orders of the same FP32 operations may end apart, in L2.
+    """Return the bound, in L2, of the difference of an updated state between two orders of the same FP32 operations.
 
     Moments and masters are old + change. The change is a chain of at most 16 operations, each within u of its result and
-    none a cancelling difference but the last sum, times a clip coefficient as exact as its norm: `relative` of the change.
+    without cancellation but for the last sum, times a clip coefficient as accurate as its norm: `relative` of the change.
     Decay and the last sum round once each, within u of the value (of its format): 2 u of the value on each side.
     """
     u = FORMATS[fmt].eps / 2
@@ -60,23 +60,23 @@ def update_bound(after: Array, before: Array, relative: float, fmt: str) -> floa
 
 
 def _free(fmt: str, exact: Array) -> float:
-    """Return the L2 of three results on the other side of a rounding, each an ulp of the largest element away."""
+    """Return the L2 norm of three results rounded the other way, each off by one ulp of the largest element."""
     return math.sqrt(3) * ulp(fmt, float(np.abs(_finite(exact)).max(initial=0.0)))
 
 
 def _unfit(x: Array, fmt: str) -> int:
-    """How many finite values of an array are no values of a format."""
+    """Return how many finite values of an array a format does not hold."""
     values = _finite(x)
     return int(np.count_nonzero(fp64(cast(values, fmt)) != values))
 
 
 def norm_error(size: int) -> float:
-    """Relative error of PyTorch's norm: a running FP32 sum in 8 lanes, (n/8 + 8) u, halved by the root; plus ours."""
+    """Return the relative error of PyTorch's norm, a running FP32 sum in 8 lanes (n/8 + 8) u, halved by the root; plus ours."""
     return (size / 8 + 16) * U
 
 
 class Addends(State):
-    """A state that keeps each micro-batch's gradients beside their sum."""
+    """A state that keeps the gradients of each micro-batch beside their sum."""
 
     addends: dict[str, list[Array]]
 
@@ -93,32 +93,33 @@ class Addends(State):
 class Bounds:
     """Bounds of forward and backward, in L2, for one step.
 
-    *As a whole*: both sides are roundings of one true value, which a run in FP64 gives. With e the smaller of the two
-    distances from it, and the other side at most half as accurate (2 e), the two are within 3 e of each other. The loss is
-    one number, near the truth by luck at times: its e is the mean over rows of each row's. This is the weaker bound: it lets
-    a rounding too many or too few pass.
+    *As a whole* (the weaker bound): both sides approximate one true value, which a run in FP64 gives. With e the smaller of
+    their two distances from it, and the other side at most twice as far (2 e), the two are within 3 e of each other. The loss
+    is one number and may be close to the true one by chance, so its e is the mean of the rows' errors. This bound can miss a
+    single extra or missing rounding.
 
-    *Operation by operation*, where the trace holds all that an operation is computed from: it computes from the trace's own
-    values, so that the two sides differ by the order of its sums alone. The judge is the same operation with the same rounding
-    points and its sums in FP64. With e the distance of ours from it, theirs may be 3 e away: a few times as many results that
-    fall on the other side of a rounding. Three such results, an ulp of the largest element each, are free. This finds a single
-    rounding too many or too few. Values that are FP32 to the last bit have no such rounding, and their e is the luck of an
-    order of summation: for them the larger of the two bounds holds.
+    *Operation by operation*, if the trace holds every input of an operation: our operation computes from the trace's values,
+    so the two sides differ only by the order of its sums. The reference is the same operation with the same roundings and its
+    sums in FP64. With e our distance from it, theirs may be 3 e away: a few times as many results that are rounded the other
+    way. Three such results, one ulp of the largest element each, are allowed in addition. This bound finds a single extra or
+    missing rounding. FP32 results have no such rounding, and their e depends on the order of summation by chance: for them the
+    larger of the two bounds holds.
 
-    In fused attention correct kernels differ by more than sums: 5/4 of the distance to another correct one (`other_kernels`)
-    is added. That one comes of n roundings that went the other way; as many others have an L2 within 1 / (2 sqrt(n)) of it (one
-    standard deviation): a quarter is five of them at n = 100, below which those that are free add as much.
+    In fused attention correct kernels differ by more than the order of sums, so 5/4 of the distance to another correct kernel
+    (`other_kernels`) is added. That distance comes from n results that are rounded the other way; n results of a third kernel
+    have an L2 norm within 1 / (2 sqrt(n)) of it (one standard deviation). The quarter is five of these at n = 100; for smaller
+    n the allowance of three results is as large.
 
-    The gradient of a parameter over n micro-batches is a sum of n such results, each with a few free ones of its own, and of
-    the FP32 roundings of n - 1 additions on either side, each within u of a partial sum that no order makes larger than the
-    sum of the addends' norms.
+    The gradient of a parameter over n micro-batches is a sum of n such results, each with its own allowance, plus the FP32
+    roundings of n - 1 additions on either side, each within u of a partial sum, which in no order exceeds the sum of the
+    addends' norms.
 
-    *Formats*: where our values all fit 16 bits, theirs must, and where ours do not, theirs must not either; what an
-    FP32 operation or sum leaves does not fit 16 bits by chance. A 16-bit value may be stored in a wider format.
+    *Formats*: if all our values fit 16 bits, theirs must too; if ours do not, theirs must not either, since results of an FP32
+    operation or sum do not all fit 16 bits by chance. A 16-bit value may be stored in a wider format.
     """
 
     def __init__(self, training: Training, ours: Trace, theirs: Trace, step: int, batches: list[Batch], S: Array) -> None:
-        """training: what `ours` was computed with; its weights are the trace's."""
+        """training: the objects that `ours` was computed with; their weights are the trace's."""
         self.training, self.ours, self.theirs = training, ours, theirs
         self.step, self.batches, self.S = step, batches, S
         self._exact_sums: Trace | None = None
@@ -127,7 +128,7 @@ class Bounds:
         self._addends: dict[str, list[Array]] = {}
 
     def of(self, point: str, name: str, ours: Array, theirs: Array, weak: bool) -> float:
-        """Return the bound of a tensor's difference. weak: it was not computed from the trace's own values alone."""
+        """Return the bound of a tensor's difference. weak: ours was not computed from the trace's own values alone."""
         if point == "2.loss":
             return self._of_loss(ours, weak)
         if weak:
@@ -145,28 +146,28 @@ class Bounds:
         return by_operation if fmt != "fp32" else max(by_operation, self._as_a_whole(point, name, ours, theirs))
 
     def wrong_format(self, ours: Array, theirs: Array) -> str:
-        """Return what is wrong with the format of their values beside ours, in words; '' where nothing is.
+        """Return a message if their values have another format than ours, else ''.
 
-        Eight values that do not fit 16 bits are no accident, nor is one beside eight or more that all fit.
+        Eight values that do not fit 16 bits are not chance, nor is one if all our values, eight or more, fit.
         """
         low = self._low
         if FORMATS[low].bits > 16 or np.shape(ours) != np.shape(theirs):
             return ""
         (a, b), present = (_unfit(x, low) for x in (ours, theirs)), np.count_nonzero(_finite(ours))
         if a >= 8 and b == 0:
-            return f"all values fit {low}: they should have been kept in more bits"
+            return f"all values fit {low}: they should have more bits"
         if a == 0 and b > 0 and present >= 8:
             return f"{b} values do not fit {low}: they should have been rounded to it"
         return ""
 
     def _of_loss(self, ours: Array, weak: bool) -> float:
-        """Both rules for the one number that is kept in FP32 always, plus its sum over rows in some order."""
+        """Return the bound of the loss by either rule, plus the error of its FP32 sum over rows in some order."""
         rows = sum(int(self.training.model.n_targets(targets)) for _, targets in self.batches)
         e = self._row_error() if weak else distance(ours, self.exact_sums.tensors[f"{self.step}/2.loss"])
         return 3 * e + 2 * math.sqrt(rows) * U * l2(ours)  # each addition errs by u at most, in a random direction
 
     def _of_sum(self, name: str) -> tuple[float, str]:
-        """What micro-batches add to the bound of a gradient, and the format that each one's gradient was rounded to."""
+        """Return the part of a gradient's bound due to micro-batches, and the format that their gradients were rounded to."""
         addends = self._addends[name]
         fmt = max((self._rounded_to(x) for x in addends), key=lambda fmt: FORMATS[fmt].bits)
         sums = 2 * (len(addends) - 1) * U * sum(l2(x) for x in addends)
@@ -180,22 +181,22 @@ class Bounds:
 
     @property
     def overflow(self) -> float:
-        """The largest number of the format that products leave."""
+        """Return the largest number of the format of products."""
         return FORMATS[self._low].max
 
     @property
     def _low(self) -> str:
-        """The format that products read: 16 bits, but in fp32."""
+        """Return the format that products read: 16 bits in every recipe but fp32."""
         low = self.training.run.policy.row("linear.y").input("x")
         return low if low in FORMATS else self.training.state.formats["grads"]
 
     def _rounded_to(self, x: Array) -> str:
-        """The format that a tensor's values really have: under autocast many an FP32 tensor holds 16-bit values."""
+        """Return the format of products if it holds the values, as of many FP32 tensors under autocast; else the tensor's."""
         return self._low if np.array_equal(fp64(cast(x, self._low)), fp64(x), equal_nan=True) else format_of(x)
 
     @property
     def exact_sums(self) -> Trace:
-        """Our step with the sums of all operations in FP64, from the trace's values."""
+        """Return our step, from the trace's values, with all sums in FP64."""
         if self._exact_sums is None:
             run = self.training.run
             rows = {key: replace(row, acc="fp64") if row.acc == "fp32" else row for key, row in run.policy.rows.items()}
@@ -205,7 +206,7 @@ class Bounds:
 
     @property
     def other_kernel(self) -> Trace:
-        """Our step with fused attention as another correct kernel computes it, from the trace's values."""
+        """Return our step, from the trace's values, with fused attention as another correct kernel computes it."""
         if self._other_kernel is None:
             run = self.training.run
             other = Run(run.policy, NUMPY, overrides={**run.overrides, "attention": other_kernel})
@@ -214,7 +215,7 @@ class Bounds:
 
     @property
     def truth(self) -> Trace:
-        """The step in FP64 from the weights of the trace."""
+        """Return the step in FP64, from the weights of the trace."""
         if self._truth is None:
             recipe, training = get_recipe("fp64"), self.training
             exact = State(training.model, recipe.state_encodings(()), NUMPY)
@@ -223,7 +224,7 @@ class Bounds:
         return self._truth
 
     def _same_weights(self) -> Addends:
-        """Our state with gradients of its own. It is of our state's kind, so that a mistake in that is in both."""
+        """Return our state with its own gradients. It has the class of our state, so that a mistake in the state is in both."""
         other: Any = copy.copy(self.training.state)
         other.__class__ = type("Exact", (Addends, type(other)), {})
         other.buffers = {**other.buffers, "grads": np.zeros_like(other.grads)}
@@ -241,7 +242,7 @@ class Bounds:
         return trace
 
     def _row_error(self) -> float:
-        """The mean over rows of |our loss of the row - the true one|, from the logits as each run has them."""
+        """Return the mean over rows of |our loss - the true loss|, computed from the logits of each run."""
         model, errors = self.training.model, []
         for i, (_, targets) in enumerate(self.batches, 1):
             ours, truth = (trace.get(self.step, "2.activations", in_batch("lm_head", i)) for trace in (self.ours, self.truth))
@@ -256,7 +257,7 @@ class Bounds:
 
 
 def _row_losses(logits: Array, target: Array) -> np.ndarray:
-    """-log softmax(logits)[target] of each row, in FP64 from the logits as they are stored."""
+    """Return -log softmax(logits)[target] of each row, in FP64, from the stored logits."""
     z = fp64(logits).reshape(target.size, -1)
     top = z.max(-1)
     losses: np.ndarray = np.log(np.exp(z - top[:, None]).sum(-1)) + top - z[np.arange(target.size), target]

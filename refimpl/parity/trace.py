@@ -1,9 +1,9 @@
 """Traces: what a training run computed, step by step, as named tensors in a safetensors file.
 
-A tensor's name is `step/point` or `step/point/name`, for example `3/2.grads/transformer.wte.weight`. Step 0 is the start:
-the states before the first step. docs/traces.md lists the points and how each is meant; a trace may hold any of them. Of
-micro-batches after the first, the name begins with their number: `3/2.activations/2:lm_head`. The header (metadata key
-`refimpl-trace`) is JSON: `version`, `settings` of whoever wrote it, and `config` where refimpl did.
+A tensor's name is `step/point` or `step/point/name`, for example `3/2.grads/transformer.wte.weight`. Step 0 holds the states
+before the first step. docs/traces.md describes the points; a trace may hold any of them. In micro-batches after the first,
+the name begins with their number: `3/2.activations/2:lm_head`. The header (metadata key `refimpl-trace`) is JSON: `version`,
+`order` of the tensors, `settings` that the writer states, and `config` if refimpl wrote the trace.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ HEADER = Table(optional={"version": Integer(), "order": Words(), "config": Table
 _KEY = "refimpl-trace"
 
 POINTS = {
-    "0.tokens": "what the model reads: (B, T) integers; with n micro-batches (n, B, T)",
-    "0.targets": "what it is to predict, in the same shape",
+    "0.tokens": "the tokens that the model reads: (B, T) integers; with n micro-batches (n, B, T)",
+    "0.targets": "the tokens that it must predict, in the same shape",
     "1.weights": "a parameter as the forward pass reads it, in its own format",
     "2.loss_scale": "S, which backward starts from",
     "2.activations": "the output of an operation, by its place in the model",
     "2.loss": "the mean loss, not scaled",
-    "2.activation_grads": "the gradient of S times the loss by that output",
-    "2.grads": "the gradient of S times the loss by a parameter, in the format that it is stored in",
-    "3.unscaled": "the same in FP32, divided by S, not yet clipped",
+    "2.activation_grads": "the gradient of S times the loss with respect to that output",
+    "2.grads": "the gradient of S times the loss with respect to a parameter, in the format that it is stored in",
+    "3.unscaled": "this gradient in FP32, divided by S, not yet clipped",
     "3.found_inf": "whether the step is skipped: 0 or 1",
     "3.norm": "the L2 norm of all unscaled gradients, before clipping",
     "4.clip": "the coefficient that the unscaled gradients are multiplied by: 1 where nothing is clipped",
@@ -52,11 +52,11 @@ POINTS = {
     "4.master": "the FP32 weights after the step",
     "4.scale": "the loss scale after the step",
     "4.growth_tracker": "good steps since the loss scale last changed, after the step",
-    "4.hysteresis_tracker": "overflows that are still borne, after the step, where the loss scale has hysteresis",
-    "4.overflowed": "1 once there has been an overflow, where the loss scale grows gradually until then",
+    "4.hysteresis_tracker": "overflows until the loss scale is reduced, after the step, if it has hysteresis",
+    "4.overflowed": "1 once there has been an overflow, if the loss scale grows gradually until then",
     "4.t": "the number of updates made, skipped steps not counted, after the step",
 }
-"""The points of a step in the order in which it computes them, and what stands there."""
+"""The points of a step, in the order in which it computes them, and what each holds."""
 
 BY_PARAMETER = ("1.weights", "2.grads", "3.unscaled", "4.m", "4.v", "4.master")
 BY_PLACE = ("2.activations", "2.activation_grads")
@@ -65,14 +65,14 @@ SCALE_STATE = {
     "4.scale": "scale", "4.growth_tracker": "_growth_tracker", "4.hysteresis_tracker": "_hysteresis_tracker",
     "4.overflowed": "overflowed",
 }  # fmt: skip
-"""Points of the loss scale -> what `LossScale.state_dict` calls it."""
+"""Points of the loss scale -> keys of `LossScale.state_dict`."""
 
 
 @dataclass
 class Trace:
     """Named tensors of some steps, in memory.
 
-    config: all fields of the `Config` that refimpl made the run with, else empty. settings: those that somebody else states.
+    config: all fields of the `Config` of a run of refimpl, else empty. settings: those that another writer states.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -80,25 +80,25 @@ class Trace:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def put(self, step: int, point: str, name: str, array: Array) -> None:
-        """Keep a copy of a tensor; name is '' where a point has only one."""
+        """Add a copy of a tensor; name is '' if the point has only one."""
         self.tensors[key(step, point, name)] = np.array(array)
 
     def get(self, step: int, point: str, name: str = "") -> np.ndarray | None:
-        """A tensor, or None where the trace does not hold it."""
+        """Return a tensor, or None if the trace does not hold it."""
         return self.tensors.get(key(step, point, name))
 
     def at(self, step: int, point: str) -> dict[str, np.ndarray]:
-        """All tensors of a point, by name, in the order in which they were put."""
+        """Return all tensors of a point by name, in the order in which they were added."""
         prefix = f"{step}/{point}/"
         return {k.removeprefix(prefix): array for k, array in self.tensors.items() if k.startswith(prefix)}
 
     @property
     def steps(self) -> list[int]:
-        """The steps that the trace holds anything of, without the start, in order."""
+        """Return the steps that the trace holds tensors of, in order, without step 0."""
         return sorted({int(k.partition("/")[0]) for k in self.tensors} - {0})
 
     def inputs(self, step: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
-        """The micro-batches of a step, or None."""
+        """Return the micro-batches of a step, or None if tokens or targets are missing."""
         tokens, targets = self.get(step, "0.tokens"), self.get(step, "0.targets")
         if tokens is None or targets is None:
             return None
@@ -106,12 +106,12 @@ class Trace:
 
 
 def key(step: int, point: str, name: str = "") -> str:
-    """The name of a tensor in the file."""
+    """Return the name of a tensor in the file."""
     return f"{step}/{point}/{name}" if name else f"{step}/{point}"
 
 
 def parse_key(text: str) -> tuple[int, str, str]:
-    """Return step, point and name ('' without one) of a tensor. Errors: ValueError where it is not named as a trace's are."""
+    """Return step, point and name ('' without one) from a tensor's name. Errors: ValueError if a trace has no such name."""
     step, _, rest = text.partition("/")
     point, slash, name = rest.partition("/")
     named = point in BY_PARAMETER or point in BY_PLACE
@@ -145,9 +145,9 @@ def save(path: Path, trace: Trace) -> None:
 
 
 def load(path: Path) -> Trace:
-    """Read a trace of ours or of somebody else's.
+    """Read a trace, written by refimpl or by another program.
 
-    A file without our header is taken for a trace without a configuration, if its tensors are named as a trace's are.
+    A file without our header is a trace without a configuration, if its tensors have a trace's names.
     Errors: UsageError that says what is wrong with the file.
     """
     tensors, metadata = read_tensors(path, "trace")
@@ -162,7 +162,7 @@ def load(path: Path) -> Trace:
         try:
             parse_key(name)
         except ValueError:
-            what = f"{name!r} is no tensor of a trace (step/point or step/point/name)"
+            what = f"{name!r} is not a tensor of a trace (step/point or step/point/name)"
             raise UsageError(f"{path}: {what}; points are {', '.join(POINTS)}") from None
     return Trace(header.get("config", {}), tensors, header.get("settings", {}))
 
@@ -171,11 +171,11 @@ def load(path: Path) -> Trace:
 
 
 class Recorder:
-    """Writes a run into a trace, step by step; what is written first under a name stays.
+    """Records a run in a trace, step by step; the first array recorded under a name stays.
 
-    Attach it before a mistake is injected into the training: it has to see the update as the rule sees it.
-    follow: another trace whose activations and their gradients replace the run's own, each after it is written down, so
-    that every operation computes from that trace's values and no difference is carried from one to the next.
+    Attach it before a mistake is injected, so that it records the update that the optimizer's rule sees.
+    follow: another trace whose activations and their gradients replace the run's own after each is recorded, so that every
+    operation computes from that trace's values and no difference is carried from one to the next.
     """
 
     def __init__(self, training: Training, trace: Trace, follow: Trace | None = None) -> None:
@@ -186,7 +186,7 @@ class Recorder:
 
     @property
     def step(self) -> int:
-        """The step that is written down; setting it begins another one, with its first micro-batch."""
+        """Return the step that is being recorded; setting it begins a step, with its first micro-batch."""
         return self._step
 
     @step.setter
@@ -194,15 +194,15 @@ class Recorder:
         self._step, self._batch, self._seen = step, 1, set[str]()
 
     def put(self, point: str, name: str, array: Array) -> None:
-        """Write an array down, if nothing is written there yet."""
+        """Record an array, unless there is one already."""
         if key(self.step, point, name) not in self.trace.tensors:
             self.trace.put(self.step, point, name, self._to_host(array))
 
     def _observe(self, point: str, place: str, array: Array) -> Array:
         if array.ndim == 0:
-            return array  # the loss, which has a point of its own
+            return array  # the loss is recorded under 2.loss
         if point == "activations":
-            if place in self._seen:  # a place that comes again: the next micro-batch has begun
+            if place in self._seen:  # the next micro-batch has begun
                 self._batch, self._seen = self._batch + 1, set()
             self._seen.add(place)
         name = in_batch(place, self._batch)
@@ -211,17 +211,17 @@ class Recorder:
         return array if theirs is None else like(theirs, array, f"2.{point} of {name}")
 
     def weights(self, state: State) -> None:
-        """The weights that forward reads."""
+        """Record the weights that forward reads."""
         for name, view in state.weight_views.items():
             self.put("1.weights", name, view)
 
     def grads(self, state: State) -> None:
-        """What backward has left."""
+        """Record the gradients that backward has left."""
         for name, view in state.grad_views.items():
             self.put("2.grads", name, view)
 
     def _before_update(self, state: State, inverse: Array, clip: Array | float, found: Array) -> UpdateArguments:
-        self.weights(state)  # they are still those that forward has read
+        self.weights(state)  # still those that forward has read
         self.grads(state)
         with np.errstate(all="ignore"):
             for name, view in state.grad_views.items():
@@ -233,7 +233,7 @@ class Recorder:
         return inverse, clip, found
 
     def states(self, training: Training) -> None:
-        """Masters and moments as they are now."""
+        """Record the present masters and moments."""
         state = training.state
         for kind in ("m", "v", "master"):
             own = state.master_kind if kind == "master" else kind
@@ -242,7 +242,7 @@ class Recorder:
                     self.put(f"4.{kind}", name, view)
 
     def counters(self, training: Training) -> None:
-        """The loss scale, its counters, and the number of updates, as they are now."""
+        """Record the present loss scale, its counters, and the number of updates."""
         self.put("4.scale", "", training.loss_scale.scale)
         counters = training.loss_scale.state_dict()
         for point, name in SCALE_STATE.items():
@@ -252,7 +252,7 @@ class Recorder:
 
 
 def like(theirs: np.ndarray, ours: Array, what: str) -> np.ndarray:
-    """Their tensor in our format, rounded where theirs is wider. Errors: UsageError when the shapes differ."""
+    """Return their tensor in our format, rounded if theirs is wider. Errors: UsageError if the shapes differ."""
     if theirs.shape != ours.shape:
         raise UsageError(f"{what} has the shape {theirs.shape} in the trace; in this model it has {ours.shape}")
     result: np.ndarray = cast(theirs, format_of(ours))
@@ -260,9 +260,9 @@ def like(theirs: np.ndarray, ours: Array, what: str) -> np.ndarray:
 
 
 def record(config: Config, source: Trace | None = None) -> Trace:
-    """Train for `config.steps` steps and write everything down.
+    """Train for `config.steps` steps and return the trace.
 
-    source: another trace, whose start and batches are used. Errors: UsageError when it lacks them.
+    source: another trace, whose initial weights and batches are used. Errors: UsageError if it lacks them.
     """
     training, trace = config.make_training(config.make_backend()), Trace(asdict(config))
     recorder = Recorder(training, trace)
@@ -277,7 +277,7 @@ def record(config: Config, source: Trace | None = None) -> Trace:
 
 
 def write_down(recorder: Recorder, training: Training, steps: Iterable[list[tuple[np.ndarray, np.ndarray]]]) -> None:
-    """Train on the batches of some steps and write down what they compute."""
+    """Train on the batches of some steps and record what they compute."""
     for recorder.step, batches in enumerate(steps, 1):
         for point, i in (("0.tokens", 0), ("0.targets", 1)):
             arrays = [batch[i] for batch in batches]
@@ -291,7 +291,7 @@ def write_down(recorder: Recorder, training: Training, steps: Iterable[list[tupl
 
 
 def checked_start(start: Mapping[str, np.ndarray], training: Training) -> Mapping[str, np.ndarray]:
-    """The weights of a start, if they are this model's. Errors: UsageError that names the first that is not."""
+    """Return initial weights if they fit this model. Errors: UsageError that names the first that does not."""
     for name, spec in training.model.parameters.items():
         if name not in start or start[name].shape != spec.shape:
             there = f"{start[name].shape}" if name in start else "missing"
@@ -300,7 +300,7 @@ def checked_start(start: Mapping[str, np.ndarray], training: Training) -> Mappin
 
 
 def batches_of(config: Config, source: Trace | None) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """The batches of `config.steps` steps: those of a trace, or drawn as the trainer draws them. Errors: UsageError."""
+    """Yield the batches of `config.steps` steps, from a trace or sampled as the trainer does. Errors: UsageError."""
     assert config.block_size and config.batch_size and config.steps
     if source is not None:
         for step in source.steps[: config.steps]:

@@ -1,6 +1,6 @@
-"""What a trace of somebody else's must be before it is judged: names that the model has, shapes and types that fit.
+"""Checks of a trace before it is judged: names that the model has, shapes and types that fit.
 
-Whatever is wrong is one line (UsageError) that names the tensor. Names of wrapped models are mapped (`names.rename`).
+An error is one line (UsageError) that names the tensor. Names of wrapped models are mapped (`nn.names.rename`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOT_NAN = ("2.loss_scale", "4.scale", "4.lr")
 
 
 def checked(trace: Trace, model: Model) -> tuple[Trace, list[str]]:
-    """Return the trace under the model's own names, with scalars that are 0-d, and what was mapped, in words.
+    """Return the trace under the model's own names, with 0-d scalars, and notes on the names that were mapped.
 
     Errors: UsageError for anything malformed.
     """
@@ -34,9 +34,9 @@ def checked(trace: Trace, model: Model) -> tuple[Trace, list[str]]:
         try:
             step, point, name = parse_key(text)
         except ValueError:
-            raise UsageError(f"{text!r} is no tensor of a trace: see docs/traces.md") from None
+            raise UsageError(f"{text!r} is not a tensor of a trace: see docs/traces.md") from None
         if step == 0 and point not in STARTS:
-            raise UsageError(f"{text!r}: step 0 is the start, of which a trace has {', '.join(STARTS)}")
+            raise UsageError(f"{text!r}: step 0 holds initial states, which are {', '.join(STARTS)}")
         groups.setdefault((step, point), {})[name] = array
     tensors: dict[str, np.ndarray] = {}
     notes: dict[str, None] = {}
@@ -61,14 +61,14 @@ def checked(trace: Trace, model: Model) -> tuple[Trace, list[str]]:
 
 
 def _rename_places(arrays: Mapping[str, np.ndarray], places: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The same for places, micro-batch by micro-batch."""
+    """Return activations by the model's own places, and notes on the mapped names, for each micro-batch separately."""
     by_batch: dict[int, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
         place, number = split_batch(name)
         if number < 1:
             raise UsageError(f"{name!r}: micro-batches are counted from 1")
         if place in by_batch.setdefault(number, {}):
-            raise UsageError(f"{place!r} and '1:{place}' are both that place in the first micro-batch: keep one of them")
+            raise UsageError(f"{place!r} and '1:{place}' are the same place in the first micro-batch: keep one of them")
         by_batch[number][place] = array
     result: dict[str, np.ndarray] = {}
     notes: dict[str, None] = {}
@@ -80,7 +80,7 @@ def _rename_places(arrays: Mapping[str, np.ndarray], places: Collection[str]) ->
 
 
 def scalar(name: str, array: np.ndarray) -> np.ndarray:
-    """Return the one number of a scalar point as a 0-d array, also that of shape (1,). Errors: UsageError for anything else."""
+    """Return the number of a scalar point, of shape () or (1,), as a 0-d array. Errors: UsageError for anything else."""
     point = parse_key(name)[1]
     if array.size != 1 or (array.dtype.kind not in "fiub" and not is_float(array)):
         raise UsageError(f"{name} is {array.dtype} {array.shape}; it must be one number")
@@ -96,7 +96,7 @@ def scalar(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _check_values(name: str, array: np.ndarray, shape: tuple[int, ...] | None) -> None:
-    """Errors: UsageError for a tensor of another shape than the parameter has, or of no format of 16 bits or more."""
+    """Check a tensor's format, at least 16 bits, and its shape. Errors: UsageError."""
     if not is_float(array) or FORMATS[format_of(array)].bits < 16:
         raise UsageError(f"{name} is {array.dtype}; it must be in FP16, BF16, FP32 or FP64")
     if shape is not None and array.shape != shape:
@@ -106,10 +106,9 @@ def _check_values(name: str, array: np.ndarray, shape: tuple[int, ...] | None) -
 
 
 def check_batch(trace: Trace, step: int, model: Model) -> None:
-    """Check tokens and targets of a step against the sizes of a model.
+    """Check tokens and targets of a step: integers (B, T) or (n, B, T) that are tokens of the model.
 
-    Errors: UsageError for another type or shape than integers (B, T) or (n, B, T), and for a number that is no token; as a
-    target the model's `ignore_index` is none, and is welcome.
+    A target may also be the model's `ignore_index`. Errors: UsageError.
     """
     positions, known = model.config["block_size"], model.config["vocab_size"]
     arrays = {point: trace.get(step, point) for point in BATCH}

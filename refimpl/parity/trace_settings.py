@@ -1,9 +1,9 @@
-"""What a trace says of the run that it was made by: all of a configuration, or the settings that somebody else states.
+"""Settings in a trace's header: a whole configuration, or some settings that another program states.
 
     "settings": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "lr": 3e-4, "schedule": "constant"}
 
-The names are the fields of `Config`, those of the flags of scripts/train.py. Model, recipe and data are not among them: by
-which recipe a trace is judged is for the judge to say.
+The names are fields of `Config`, as in the flags of scripts/train.py. Model, recipe and data are not among them: the recipe
+that a trace is judged by is that of the reference.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ SETTINGS = tuple(f.name for f in fields(Config) if f.name not in NOT_STATED)
 """Settings that a trace can state."""
 
 OWN_RATES = "trace"
-"""The schedule of a trace whose learning rates nobody planned: they are what stands at 4.lr."""
+"""The value of `schedule` in a trace whose learning rates follow no schedule of ours: they are read from 4.lr."""
 
 FOLLOWING = {
     "lr": ("min_lr",), "schedule": ("min_lr",), "optimizer": ("momentum", "beta1", "beta2", "eps", "weight_decay"),
     "loss_scale": ("init_scale", "growth_interval", "hysteresis", "growth_factor", "backoff_factor", "scale_floor"),
 }  # fmt: skip
-"""Settings whose defaults depend on another one: where that is stated and they are not, they take its defaults."""
+"""Setting -> settings whose defaults depend on it; if it is stated and they are not, they take these defaults."""
 
 
 def config_from(given: Mapping[str, Any]) -> Config:
-    """The configuration that a file holds. Errors: UsageError where it is none."""
+    """Return the configuration that a file holds. Errors: UsageError if it is damaged."""
     try:
         return Config.of(given)
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, AssertionError) as error:
@@ -41,9 +41,9 @@ def config_from(given: Mapping[str, Any]) -> Config:
 
 
 def stated(config: Config, settings: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """Return the configuration with what a trace states in the place of its own, and what that changes, in words.
+    """Return the configuration with the settings that a trace states, and a note on what they change.
 
-    Errors: UsageError for a setting that there is not, showing the nearest, or that cannot be or has no value.
+    Errors: UsageError for an unknown setting (with the nearest name), a null, or an invalid value.
     """
     for name in settings:
         if name not in SETTINGS:

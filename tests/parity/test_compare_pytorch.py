@@ -23,7 +23,7 @@ from refimpl.backends.base import NUMPY  # noqa: E402
 from refimpl.optim.gradients import clip_coefficient  # noqa: E402
 from refimpl.parity import pytorch as compare_pytorch  # noqa: E402
 from refimpl.parity.pytorch import RECIPES, Comparison, compare, report  # noqa: E402
-from refimpl.parity.pytorch_model import Twin  # noqa: E402
+from refimpl.parity.pytorch_model import PyTorchTraining  # noqa: E402
 from refimpl.parity.trace import record  # noqa: E402
 from refimpl.precision.context import Run  # noqa: E402
 from refimpl.precision.policy import Policy, Precision  # noqa: E402
@@ -69,7 +69,7 @@ def test_types_at_every_point_are_pytorchs(recipe: str, model: str) -> None:
     """Outputs of all operations, their gradients, and the gradients of all parameters."""
     config = Config.of({**ODD, "recipe": recipe, "model": model, "steps": 1, "init_scale": 256.0})
     ours = record(config)
-    twin = Twin(config, ours.at(0, "4.master"))
+    twin = PyTorchTraining(config, ours.at(0, "4.master"))
     casts = twin._casts()
     casts.seen = {}
     tokens, targets = (torch.from_numpy(ours.tensors[f"1/0.{name}"]) for name in ("tokens", "targets"))
@@ -199,12 +199,12 @@ def test_a_setting_that_one_side_lacks_departs(name: str, monkeypatch: pytest.Mo
     first = {"beta1": "4.m", "beta2": "4.v", "eps": "4.master", "schedule": "4.lr"}[name]
     settings = {"beta1": 0.8, "beta2": 0.999, "eps": 1e-3, "schedule": "linear", "warmup": 0}
     default = getattr(Config, name)
-    original = Twin.__init__
+    original = PyTorchTraining.__init__
 
-    def without(self: Twin, config: Config, weights: Any, device: str = "cpu") -> None:
+    def without(self: PyTorchTraining, config: Config, weights: Any, device: str = "cpu") -> None:
         original(self, replace(config, **{name: default}), weights, device)
 
-    monkeypatch.setattr(Twin, "__init__", without)
+    monkeypatch.setattr(PyTorchTraining, "__init__", without)
     found = run("fp32", {**ODD, "steps": 3}, **settings).first_departure
     assert found is not None and found.point == first
 
@@ -218,7 +218,7 @@ def test_recipes_without_a_twin_are_refused() -> None:
 
 @pytest.mark.parametrize("recipe", sorted({*EVERY_RECIPE} - {*RECIPES}))
 def test_every_other_recipe_is_refused_by_name(recipe: str) -> None:
-    with pytest.raises(UsageError, match=f"recipe {recipe} has no twin in PyTorch: choose one of fp32"):
+    with pytest.raises(UsageError, match=f"recipe {recipe} has no PyTorch model: choose one of fp32"):
         run(recipe)
 
 

@@ -108,7 +108,7 @@ def test_a_scale_is_judged_until_nobody_knows_whether_a_step_was_skipped() -> No
     few.tensors["3/4.scale"] = np.float32(1.0)  # nobody can say that it is wrong, and that is said
     said, covered, _ = judged(few, steps=3)
     reasons = {group.reason for group in covered.not_judged if group.point == "4.scale"}
-    assert said == "PARTLY JUDGED" and reasons == {"nothing tells whether step 2 was skipped (3.found_inf)"}
+    assert said == "PARTLY JUDGED" and reasons == {"it is not known whether step 2 was skipped (3.found_inf is missing)"}
     few.tensors["1/4.scale"] = np.float32(1.0)  # but of this one everybody can
     assert departs_at(few, steps=3) == "4.scale"
 
@@ -281,7 +281,7 @@ def test_a_gradient_in_another_format_departs_whatever_its_size() -> None:
     sums = Trace({}, dict(run(grad_accum=2).tensors))
     sums.tensors[name] = cast(sums.tensors[name], "fp16")
     first = next(f for f in judged(sums, grad_accum=2)[2] if f.departs)
-    assert first.point == "2.grads" and first.note == "all values fit fp16: they should have been kept in more bits"
+    assert first.point == "2.grads" and first.note == "all values fit fp16: they should have more bits"
     one = Trace({}, dict(run().tensors))
     one.tensors[name] = np.array(one.tensors[name], np.float32) * np.float32(1 + 2**-20)
     first = next(f for f in judged(one)[2] if f.departs)
@@ -408,7 +408,7 @@ def test_a_tensor_under_another_name_is_told(capsys: pytest.CaptureFixture[str])
     theirs = like(run())
     theirs.tensors[attn], theirs.tensors[proj] = theirs.tensors[proj], theirs.tensors[attn]
     diff_traces(run(), theirs)
-    assert "there stands in the trace as 2.activations of transformer.h.0.attn.c_proj: are the" in capsys.readouterr().out
+    assert "are recorded as 2.activations of transformer.h.0.attn.c_proj: are the" in capsys.readouterr().out
     theirs = like(run())
     theirs.tensors[attn] = theirs.tensors[attn] * 2
     diff_traces(run(), theirs)

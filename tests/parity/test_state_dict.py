@@ -236,7 +236,7 @@ def test_weights_that_are_not_finite_are_told(
     save_file(weights, tmp_path / "w")
     import_(tmp_path / "w", tmp_path / "start", MODELS["gpt"].config["n_head"])
     said = capsys.readouterr().out
-    assert f"transformer.h.0.mlp.c_fc.weight holds {found}: no training" in said and "use it" not in said
+    assert f"transformer.h.0.mlp.c_fc.weight holds {found}: it can neither" in said and "use it" not in said
     generate_text(tmp_path / "start", "x", 5, 0.8, 0, None)
     out, err = capsys.readouterr()
     assert out == "x\n" and "not finite after 0 bytes" in err

@@ -131,7 +131,7 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a whole safetensors file"):
         load(path)
     save_file({"wte.weight": np.zeros(3, np.float32)}, path)
-    with pytest.raises(UsageError, match=r"'wte.weight' is no tensor of a trace"):
+    with pytest.raises(UsageError, match=r"'wte.weight' is not a tensor of a trace"):
         load(path)
     save_file({"1/2.loss": np.zeros((), np.float32)}, path, metadata={"refimpl-trace": '{"version": 99}'})
     with pytest.raises(UsageError, match="reads version 1"):
@@ -179,7 +179,7 @@ def test_diff_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "DEPARTS first at step 2, 4.v of transformer.ln_f.bias" in text and "none of the known mistakes" in text
     assert diff_traces(theirs, ours)["first_departure"]["point"] == "4.v"  # the reference has a configuration
-    with pytest.raises(UsageError, match="neither file says how it was made"):
+    with pytest.raises(UsageError, match="neither file holds a configuration"):
         diff_traces(theirs, theirs)
 
 

@@ -78,11 +78,11 @@ TOKENS = np.zeros((2, 4), np.int64)
         ({"4_master/transformer.ln_f.bias": np.zeros(8, np.int64)}, "is int64; it must be in FP16, BF16, FP32 or FP64"),
         ({"4_master/transformer.ln_f.bias": np.zeros(8, np.complex64)}, "is complex64; it must be"),
         ({"2_activations/lm_head": np.zeros((0, 4), np.float32)}, "1/2.activations/lm_head is empty"),
-        ({"2_activations/1:lm_head": np.zeros((1,), np.float32)}, "are both that place in the first micro-batch"),
+        ({"2_activations/1:lm_head": np.zeros((1,), np.float32)}, "are the same place in the first micro-batch"),
         ({"2_activations/0:lm_head": np.zeros((1,), np.float32)}, "micro-batches are counted from 1"),
-        ({"2_activations": np.zeros((1,), np.float32)}, "'1/2.activations' is no tensor of a trace"),
-        ({"2_loss/lm_head": np.zeros((1,), np.float32)}, "'1/2.loss/lm_head' is no tensor of a trace"),
-        ({"9_loss": np.zeros((1,), np.float32)}, "'1/9.loss' is no tensor of a trace"),
+        ({"2_activations": np.zeros((1,), np.float32)}, "'1/2.activations' is not a tensor of a trace"),
+        ({"2_loss/lm_head": np.zeros((1,), np.float32)}, "'1/2.loss/lm_head' is not a tensor of a trace"),
+        ({"9_loss": np.zeros((1,), np.float32)}, "'1/9.loss' is not a tensor of a trace"),
     ],
 )  # fmt: skip
 def test_what_is_malformed_is_named_in_one_line(tensors: dict[str, Any], words: str) -> None:
@@ -111,7 +111,7 @@ def refusal_under(trace: Trace, **more: Any) -> str:
 
 
 def test_step_0_is_a_start() -> None:
-    assert "step 0 is the start" in refusal(Trace({}, {**run().tensors, "0/2.loss": np.float32(1)}))
+    assert "step 0 holds initial states" in refusal(Trace({}, {**run().tensors, "0/2.loss": np.float32(1)}))
 
 
 @pytest.mark.parametrize("name", ["1/2.loss", "12/2.activations/2:lm_head", "0/4.master/a.b"])
@@ -127,7 +127,7 @@ def test_names_that_are_none(name: str, tmp_path: Path) -> None:
         parse_key(name)
     if name:
         save_file({name: np.zeros(1, np.float32)}, tmp_path / "x")
-        with pytest.raises(UsageError, match="is no tensor of a trace"):
+        with pytest.raises(UsageError, match="is not a tensor of a trace"):
             load(tmp_path / "x")
 
 

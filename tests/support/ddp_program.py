@@ -16,7 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from refimpl.distributed.collectives import shares_of
-from refimpl.parity.pytorch_model import Twin
+from refimpl.parity.pytorch_model import PyTorchTraining
 from refimpl.parity.trace import batches_of
 from refimpl.training.config import Config
 from refimpl.training.trainer import INIT, generator
@@ -33,7 +33,7 @@ def main(config: Config, rank: int, ranks: int, place: str, out: Path) -> None:
     """Train, and write losses and weights."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=ranks)
-    twin = Twin(config, config.make_model().initial_weights(generator(config.seed, INIT)))
+    twin = PyTorchTraining(config, config.make_model().initial_weights(generator(config.seed, INIT)))
     twin.model = Parallel(twin.model)
     rows = shares_of(config.batch_size or 0, ranks)[rank]
     results = [twin.step(x[rows], y[rows]) for ((x, y),) in batches_of(config, None)]
