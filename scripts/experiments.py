@@ -1,4 +1,4 @@
-"""Toy experiments on what 16 bits do to training: each answers one question in seconds, with a table and a picture.
+"""Run toy experiments on training in 16 bits: each answers one question in seconds, with a table and a picture.
 
 `python scripts/experiments.py --help` shows how to use it; the code is refimpl/tools/commands/experiments.py.
 """

@@ -1,4 +1,4 @@
-"""Show the floating-point formats, and what becomes of a number in each of them.
+"""Show the floating-point formats, and how each stores a given number.
 
 `python scripts/formats.py --help` shows how to use it; the code is refimpl/tools/commands/formats.py.
 """

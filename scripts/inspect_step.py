@@ -1,4 +1,4 @@
-"""Follow one weight through one training step: its values, formats and bits, and the functions that make them.
+"""Follow one weight through one training step: its values, formats and bits, and the functions that compute them.
 
 `python scripts/inspect_step.py --help` shows how to use it; the code is refimpl/tools/commands/inspect_step.py.
 """

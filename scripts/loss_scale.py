@@ -1,4 +1,4 @@
-"""Follow a loss scale: what a project's rules make of a pattern of overflows, step by step.
+"""Follow a loss scale step by step through a pattern of overflows, by the rules of a given project.
 
 `python scripts/loss_scale.py --help` shows how to use it; the code is refimpl/tools/commands/loss_scale.py.
 """

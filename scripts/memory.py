@@ -1,4 +1,4 @@
-"""Count the memory of training: model states, activations, and what ZeRO leaves of them on each rank.
+"""Count the memory of training: model states, activations, and each rank's share of them under ZeRO.
 
 `python scripts/memory.py --help` shows how to use it; the code is refimpl/tools/commands/memory.py.
 """

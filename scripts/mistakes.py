@@ -1,4 +1,4 @@
-"""List the known mistakes that `--mistake` switches into a run.
+"""List the known mistakes that `--mistake` injects into a run.
 
 `python scripts/mistakes.py --help` shows how to use it; the code is refimpl/tools/commands/mistakes.py.
 """

@@ -131,7 +131,7 @@ def settings_of(given: dict[str, Any], like: Path, attention: str | None) -> Con
 
 
 def parser() -> Parser:
-    """The flags of this script."""
+    """Return the parser of the flags."""
     result = Parser(description=__doc__)
     result.add_argument("--like", type=Path, required=True, metavar="TRACE", help="a trace of refimpl to follow")
     result.add_argument("--out", type=Path, required=True)

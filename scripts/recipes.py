@@ -1,4 +1,4 @@
-"""Print the recipes and the policies: which formats each way to train uses, and where.
+"""Print the recipes and policies: which formats each uses, and where.
 
 `python scripts/recipes.py --help` shows how to use it; the code is refimpl/tools/commands/recipes.py.
 """

@@ -462,21 +462,21 @@ def record_run(torch: Any, model: str, recipe: str) -> dict[str, Array]:
     from refimpl.parity.pytorch_model import PyTorchTraining
 
     weights, batches = run_inputs(model)
-    twin: Any = PyTorchTraining(run_config(model, recipe), weights)
+    theirs: Any = PyTorchTraining(run_config(model, recipe), weights)
     gradients: dict[str, Array] = {}  # of the scaled loss, as backward leaves them; they are unscaled and clipped in place
-    for name, p in twin.model.named_parameters():
+    for name, p in theirs.model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: gradients.update({name: to_numpy(torch, p.grad)}))
     rows: list[dict[str, Any]] = []
     first: dict[str, Array] = {}
     for tokens, targets in batches:
-        rows.append(twin.step(tokens, targets))
+        rows.append(theirs.step(tokens, targets))
         if not first and not rows[-1]["skipped"]:
             first["scaled"] = np.concatenate([gradients[name].ravel() for name in weights])
-            after = {**twin.moments(), "weights": twin.weights()}
+            after = {**theirs.moments(), "weights": theirs.weights()}
             first |= {f"{kind}.crc": np.array([crc(x[name]) for name in weights], np.uint32) for kind, x in after.items()}
     found = {key: np.array([row[key] for row in rows], np.float32) for key in ("loss", "loss_scale", "grad_norm")}
     found["skipped"] = np.array([row["skipped"] for row in rows])
-    found |= first | {"weights": np.concatenate([twin.weights()[name].ravel() for name in weights])[::STRIDE]}
+    found |= first | {"weights": np.concatenate([theirs.weights()[name].ravel() for name in weights])[::STRIDE]}
     return {f"run.{model}.{recipe}.{key}": x for key, x in found.items()}
 
 
@@ -536,7 +536,7 @@ def run(out: Path) -> None:
 
 
 def parser() -> Parser:
-    """The flag of this script."""
+    """Return the parser of the flags."""
     result = Parser(description=__doc__)
     result.add_argument("--out", type=Path, default=TARGET, help="file to write (tests/vectors/pytorch.safetensors)")
     return result

@@ -1,4 +1,4 @@
-"""Write down what a training run computes, and find where another run departs from it, and why.
+"""Record what a training run computes, and find where another run departs from it, and why.
 
 `python scripts/trace.py --help` shows how to use it; the code is refimpl/tools/commands/trace.py.
 """

@@ -1,12 +1,14 @@
-"""Reports, benchmarks and experiments. They import everything else; nothing imports them.
+"""Commands, reports, benchmarks and experiments. This package imports the others; none of them imports it.
 
-    step_inspector.py      one weight through the four steps, with its bits
-    precision_report/      what every cast of a training run did, as a page
-    formats/               what each format makes of a number
-    loss_scale.py          how ten projects adapt the loss scale, step by step
-    memory/                what training costs in memory, predicted and measured
-    compare_recipes/       recipes side by side
+    commands/              the flags of each command
+    step_inspector.py      follows one weight through a training step, with its bits
+    precision_report/      what every cast of a training run did, as an HTML page
+    formats/               the number formats, and how each stores a number
+    recipes_table.py       the recipes and policies as tables
+    loss_scale.py          the loss scales of ten projects for the same overflows
+    memory/                memory of training, predicted and measured
+    compare_recipes/       trains under several recipes and compares them
     experiments/           toy experiments
     bench/                 step times, scaling over ranks, checks on a GPU
-    html/, text.py         page parts, tables
+    html/                  parts of HTML pages
 """

@@ -1,11 +1,11 @@
 """Time training steps: against PyTorch, against their own matrix products, by operation, and as sizes grow.
 
-    python scripts/bench.py                                      the small and the medium GPT in FP32, BF16, FP16
-    python scripts/bench.py --against torch                      beside PyTorch, alternating, with peak memory
+    python scripts/bench.py                                      the small and the medium GPT in FP32, BF16 and FP16
+    python scripts/bench.py --against torch                      against PyTorch, in turn, with peak memory
     python scripts/bench.py --profile --models small --recipes fp16
     python scripts/bench.py --scaling --recipes fp32
-    python scripts/bench.py --ranks 2 --models medium            on several ranks, and what 1024 GPUs should give
-    python scripts/bench.py --smoke                              runs everything once at a toy size: correct, not timed
+    python scripts/bench.py --ranks 2 --models medium            on 1 and 2 ranks, and a prediction for up to 1024 GPUs
+    python scripts/bench.py --smoke                              a toy size and two steps, as a test
 """
 
 from refimpl.training.cli import main as run_program
@@ -19,12 +19,12 @@ from refimpl.training.console import json_text
 
 
 def parser() -> Parser:
-    """The flags of this script."""
+    """Return the parser of the flags."""
     result = Parser(description=__doc__)
     kind = result.add_mutually_exclusive_group()
-    kind.add_argument("--against", choices=("torch",), help="time PyTorch beside it (pip install torch==2.13.0)")
-    kind.add_argument("--profile", action="store_true", help="the time of each operation, for the first model and recipe")
-    kind.add_argument("--scaling", action="store_true", help="time a token as batch, block and layers grow")
+    kind.add_argument("--against", choices=("torch",), help="time PyTorch too (pip install torch==2.13.0)")
+    kind.add_argument("--profile", action="store_true", help="time per operation, for the first model and recipe")
+    kind.add_argument("--scaling", action="store_true", help="time per token as batch, block and number of layers grow")
     kind.add_argument("--ranks", type=int, metavar="N", help="weak scaling on up to N processes (pip install '.[mpi]')")
     kind.add_argument("--smoke", action="store_true", help="a toy size and two steps, for tests")
     result.add_argument("--models", default="small,medium", help=f"{', '.join(MODELS)} (small,medium)")
@@ -35,7 +35,7 @@ def parser() -> Parser:
 
 
 def run(arguments: dict[str, Any]) -> None:
-    """Choose what is timed."""
+    """Run the benchmark that the flags choose."""
     kinds = {"torch": arguments.pop("against"), "profile": arguments.pop("profile"), "scaling": arguments.pop("scaling")}
     ranks = arguments.pop("ranks")
     if ranks is not None:

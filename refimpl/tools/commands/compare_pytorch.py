@@ -1,9 +1,9 @@
-"""Train with refimpl and with PyTorch side by side, and say whether and where they part.
+"""Train with refimpl and with PyTorch side by side, and report whether and where they differ.
 
     pip install torch==2.13.0
     python scripts/compare_pytorch.py --recipe fp16 --steps 50
 
-Exit code 0 when everything is within its bound, 1 when not.
+Exit code: 0 if everything is within its bound, 1 if not.
 """
 
 from refimpl.training.cli import main as run_program
@@ -20,7 +20,7 @@ from refimpl.training.flags import add_config_flags
 from refimpl.training.outputs import target
 
 DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "lr": 1e-3}
-"""A model small enough for seconds; the loss scale starts where it overflows by itself once or twice."""
+"""A model that trains in seconds. With the initial loss scale below, FP16 overflows once or twice."""
 CONFIG_FLAGS = (
     "examples", "ignore_index", "weight_decay", "momentum", "beta1", "beta2", "eps", "min_lr", "schedule", "growth_factor",
     "backoff_factor", "attention",
@@ -28,7 +28,7 @@ CONFIG_FLAGS = (
 
 
 def parser() -> Parser:
-    """The flags of this script: those of train.py that matter here."""
+    """Return the parser of the flags: those of train.py that apply here."""
     result = Parser(description=__doc__)
     add = result.add_argument
     add("--recipe", default="fp16", help=", ".join(RECIPES))
@@ -37,7 +37,7 @@ def parser() -> Parser:
     add("--seed", type=int, default=0)
     for name, value in DEFAULTS.items():
         add(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    add("--batch-size", type=int, default=argparse.SUPPRESS, help="8 for gpt, 256 for mlp: 256 predictions a step")
+    add("--batch-size", type=int, default=argparse.SUPPRESS, help="8 for gpt, 256 for mlp: 256 predictions per step")
     add("--warmup", type=int, default=10)
     add("--optimizer", default="adamw", help="adamw or sgd")
     add_config_flags(result, CONFIG_FLAGS)
@@ -47,12 +47,12 @@ def parser() -> Parser:
     add("--data", default="pydoc")
     add("--device", default="cpu", help="where PyTorch runs: cpu, or cuda with torch.autocast('cuda')")
     add("--json", type=Path, metavar="FILE", help="write the figures of the verdict")
-    add("--overwrite", action="store_true", help="replace the figures that are there")
+    add("--overwrite", action="store_true", help="replace an existing FILE")
     return result
 
 
 def run(arguments: dict[str, Any]) -> int:
-    """Compare, print, write; 0 within the bounds, 1 outside."""
+    """Compare, print the report and write the figures. Return the exit code."""
     path, overwrite, device = arguments.pop("json"), arguments.pop("overwrite"), arguments.pop("device")
     figures = target("--json", path, path, overwrite) if path else None
     arguments.setdefault("batch_size", 256 if arguments["model"] == "mlp" else 8)

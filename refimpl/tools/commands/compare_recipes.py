@@ -1,10 +1,10 @@
 """Train the same model from the same weights on the same batches under several recipes, and compare them.
 
     python scripts/compare_recipes.py                                ten recipes: a table, and runs/recipes.html
-    python scripts/compare_recipes.py --recipes all                  all but those that imitate accumulators, in ten minutes
+    python scripts/compare_recipes.py --recipes all                  all that do not emulate accumulators, in ten minutes
     python scripts/compare_recipes.py --recipes bf16,fp8,fp8-delayed --steps 500 --lr 1e-3
 
-`python scripts/recipes.py` says what each recipe is. The page is one HTML file and needs matplotlib.
+`python scripts/recipes.py` describes the recipes. The page is one HTML file and needs matplotlib.
 """
 
 from refimpl.training.cli import main as run_program
@@ -29,25 +29,25 @@ OWN_FLAGS = ("recipes", "seeds", "perturbations", "out", "no_page", "json_file",
 
 
 def parser() -> Parser:
-    """Flags of Config, and those of this script."""
+    """Return the parser of the flags: fields of Config, and those of this command."""
     result = Parser(description=__doc__)
     result.add_argument("--recipes", default=",".join(DEFAULT), metavar="NAME,...", help=f"all, or some ({','.join(DEFAULT)})")
     steps = f"training steps ({STEPS}; with all recipes {STEPS_OF_ALL})"
     result.add_argument("--steps", type=int, default=argparse.SUPPRESS, help=steps)
     result.add_argument("--warmup", type=int, default=argparse.SUPPRESS, help=f"updates of linear warm-up ({WARMUP})")
-    result.add_argument("--seeds", type=int, default=3, help="seeds that FP32 trains with, the compared one among them (3)")
-    changed = f"FP32 runs on the same batches, from weights changed in their last bit ({PERTURBATIONS})"
+    result.add_argument("--seeds", type=int, default=3, help="seeds of the FP32 runs, that of the comparison included (3)")
+    changed = f"FP32 runs on the same batches from weights changed in their last bit ({PERTURBATIONS})"
     result.add_argument("--perturbations", type=int, default=PERTURBATIONS, metavar="N", help=changed)
-    result.add_argument("--out", type=Path, metavar="FILE", help=f"the page (a new one: {PAGE}, or with a number)")
-    result.add_argument("--no-page", action="store_true", help="no page; does without matplotlib")
-    result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="write all the data too")
-    result.add_argument("--overwrite", action="store_true", help="replace the page and the data that are there")
+    result.add_argument("--out", type=Path, metavar="FILE", help=f"the page ({PAGE}, with a number if it exists)")
+    result.add_argument("--no-page", action="store_true", help="write no page; needs no matplotlib")
+    result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
+    result.add_argument("--overwrite", action="store_true", help="replace an existing page and data")
     add_config_flags(result, CONFIG_FLAGS)
     return result
 
 
 def run() -> None:
-    """Compare as the command line says."""
+    """Run the comparison that the command line describes."""
     arguments = vars(parser().parse_args())
     own = {name: arguments.pop(name) for name in OWN_FLAGS}
     compare_recipes(arguments, **own, command=as_called(shlex.join(["python", "scripts/compare_recipes.py", *sys.argv[1:]])))

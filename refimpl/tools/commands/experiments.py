@@ -1,4 +1,4 @@
-"""Toy experiments on what 16 bits do to training: each answers one question in seconds, with a table and a picture.
+"""Run toy experiments on training in 16 bits: each answers one question in seconds, with a table and a picture.
 
     python scripts/experiments.py                        the list
     python scripts/experiments.py flush
@@ -15,11 +15,11 @@ from refimpl.training.arguments import Parser
 
 
 def parser() -> Parser:
-    """The flags of this script."""
+    """Return the parser of the flags."""
     result = Parser(description=__doc__)
     result.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}, or all")
     result.add_argument("--out", type=Path, default=Path("runs/experiments"), help="folder for the pictures (runs/experiments)")
-    result.add_argument("--seed", type=int, default=0, help="of everything drawn by chance (0)")
+    result.add_argument("--seed", type=int, default=0, help="seed of all random numbers (0)")
     return result
 
 

@@ -1,10 +1,10 @@
-"""Show the floating-point formats, and what becomes of a number in each of them.
+"""Show the floating-point formats, and how each stores a given number.
 
-    python scripts/formats.py                                    the facts: bits, largest and smallest values, eps
+    python scripts/formats.py                                    bits, largest and smallest values, eps of each format
     python scripts/formats.py 0.1 65519.99 65520 6e-8 1e-3       each number in the common formats: bits, error, what happened
     python scripts/formats.py 1+2^-11+2^-30 --format fp16,bf16   rounded twice, as PyTorch rounds FP64 to 16 bits
     python scripts/formats.py 448 464.1 -inf --format e4m3 --overflow inf
-    python scripts/formats.py --plot                             two pictures: distances and ranges, in formats.png
+    python scripts/formats.py --plot                             spacing and ranges, drawn in formats.png
 """
 
 from refimpl.training.cli import main as run_program
@@ -21,29 +21,29 @@ from refimpl.training.arguments import Parser
 
 
 def parser() -> Parser:
-    """The flags of this script."""
+    """Return the parser of the flags."""
     result = Parser(description=__doc__)
     result.add_argument(
         "values", nargs="*", type=str.strip, metavar="NUMBER", help="0.1, -1e-8, 0x1p-24, 2^-24, 1+2^-11, inf, nan, ..."
     )
     result.add_argument(
         "--format", metavar="NAME,...", dest="formats",
-        help=f"of {', '.join(FORMATS)} (facts: all; numbers: {','.join(COMMON)})",
+        help=f"formats, of {', '.join(FORMATS)} (all; for numbers {','.join(COMMON)})",
     )  # fmt: skip
     result.add_argument(
         "--overflow", choices=("saturate", "inf"), default="saturate",
-        help="what is too large for formats of 8 bits and fewer becomes the largest value, or inf or NaN (saturate)",
+        help="in formats of 8 bits and fewer, numbers that are too large become the largest value, or Inf or NaN (saturate)",
     )  # fmt: skip
     result.add_argument(
-        "--plot", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"draw the formats too (a new {PICTURE})"
+        "--plot", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"also draw the formats (a new {PICTURE})"
     )
-    result.add_argument("--overwrite", action="store_true", help="replace the picture that is there")
-    result.add_argument("--json", action="store_true", dest="as_json", help="print it as data")
+    result.add_argument("--overwrite", action="store_true", help="replace an existing picture")
+    result.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")
     return result
 
 
 def arguments(words: Sequence[str]) -> Any:
-    """Parse the command line, in which flags may stand between the numbers."""
+    """Parse the command line; flags may come between the numbers."""
     return parser().parse_intermixed_args(words)
 
 

@@ -13,14 +13,14 @@ from refimpl.training.generate import generate_text
 
 
 def parser() -> Parser:
-    """The flags of this script."""
+    """Return the parser of the flags."""
     result = Parser(description=__doc__)
     result.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a run")
-    result.add_argument("--prompt", default="\n", help="text to go on from")
+    result.add_argument("--prompt", default="\n", help="beginning of the text")
     result.add_argument("--bytes", type=int, default=500, dest="n_bytes", help="bytes to generate (500)")
-    result.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte each time (0.8)")
+    result.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely byte (0.8)")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--loss", type=Path, metavar="FILE", help="print the loss of this file instead, in nats a byte")
+    result.add_argument("--loss", type=Path, metavar="FILE", help="print the loss of this file instead, in nats per byte")
     return result
 
 

@@ -3,12 +3,12 @@
     pip install -e '.[cuda13,test]'                                   or cuda12, by your driver
     python scripts/gpu_check.py
 
-Every kernel runs against its twin in NumPy, every recipe trains beside the numpy backend, and steps are timed, beside
-PyTorch's if it is installed. Exit code 0 when everything holds, 1 when not.
+Every kernel is compared with its NumPy definition, every recipe trains on both backends, and steps are timed, also PyTorch's
+if it is installed. Exit code: 0 if everything passes, 1 if not.
 
     python scripts/gpu_check.py --predict
 
-needs no GPU: it prints what a training step of GPT-2 should cost on an H100, by arithmetic.
+needs no GPU: it prints the predicted cost of a training step of GPT-2 on an H100.
 """
 
 from refimpl.training.cli import main as run_program
@@ -30,15 +30,15 @@ DEFAULTS: dict[str, Any] = {"recipes": ",".join(RECIPES), "steps": 50, "models":
 
 
 def parser() -> Parser:
-    """The flags of this script."""
+    """Return the parser of the flags."""
     result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     recipes = f"with commas between them ({DEFAULTS['recipes']}; with --predict bf16)"
     result.add_argument("--recipes", help=recipes)
-    result.add_argument("--steps", type=int, help="steps that each recipe trains (50)")
+    result.add_argument("--steps", type=int, help="training steps per recipe (50)")
     result.add_argument("--models", help=f"sizes to time: {', '.join(MODELS)} ({DEFAULTS['models']})")
     result.add_argument("--rounds", type=int, help="steps timed (15)")
     result.add_argument("--predict", action="store_true", help="print the predicted cost of a step instead; needs no GPU")
-    result.add_argument("--gpu", help=f"with --predict, on which: {' or '.join(GPUS)} (h100)")
+    result.add_argument("--gpu", help=f"GPU of the prediction: {' or '.join(GPUS)} (h100)")
     return result
 
 
@@ -51,7 +51,7 @@ def _checked(recipes: list[str]) -> list[str]:
 
 
 def run(given: dict[str, Any]) -> int:
-    """Check and print, or predict. Errors: UsageError where a flag does not belong to a prediction."""
+    """Check the GPU, or predict. Return the exit code. Errors: UsageError for flags that do not go together."""
     if given.pop("predict", False):
         for name in given:
             if name not in ("recipes", "gpu"):

@@ -2,11 +2,11 @@
 
     python scripts/inspect_precision.py                                200 steps of the small GPT in FP16: runs/report-fp16.html
     python scripts/inspect_precision.py --recipe bf16 --steps 50 --every 5
-    python scripts/inspect_precision.py --what-if e4m3,bf16              what other formats would have done to the same values
-    python scripts/inspect_precision.py --run runs/gpt-fp16 --steps 20   go on from the checkpoint of a run of train.py
+    python scripts/inspect_precision.py --what-if e4m3,bf16              also round the same values to other formats
+    python scripts/inspect_precision.py --run runs/gpt-fp16 --steps 20   continue from the checkpoint of a run of train.py
     python scripts/inspect_precision.py --trace ours.safetensors --no-page --json precision.json
 
-The terminal gets a summary; the page is one HTML file with figures and all tables, and needs matplotlib.
+A summary is printed; the page is one HTML file with figures and all tables, and needs matplotlib.
 """
 
 from refimpl.training.cli import main as run_program
@@ -28,25 +28,25 @@ OWN_FLAGS = ("run", "trace", "every", "what_if", "out", "no_page", "json_file", 
 
 
 def parser() -> Parser:
-    """Flags of Config for a fresh run, and those of this script."""
+    """Return the parser of the flags: fields of Config for a new run, and those of this command."""
     result = Parser(description=__doc__)
     add_config_flags(result, CONFIG_FLAGS)
     result.add_argument(
         "--steps", type=int, default=argparse.SUPPRESS, help=f"training steps ({STEPS}; with --run {MORE_STEPS} more)"
     )
-    result.add_argument("--run", type=Path, metavar="DIR", help="go on with a run of train.py; its folder is only read")
-    result.add_argument("--trace", type=Path, metavar="FILE", help="take the run of a trace again")
-    result.add_argument("--every", type=int, default=10, metavar="N", help="look at every N-th step and the ends (10)")
-    result.add_argument("--what-if", default="", metavar="FORMAT,...", help="other formats to try on the same values")
+    result.add_argument("--run", type=Path, metavar="DIR", help="continue a run of train.py; its folder is only read")
+    result.add_argument("--trace", type=Path, metavar="FILE", help="repeat the run of a trace")
+    result.add_argument("--every", type=int, default=10, metavar="N", help="inspect every N-th step, and both ends (10)")
+    result.add_argument("--what-if", default="", metavar="FORMAT,...", help="also round the same values to these formats")
     result.add_argument("--out", type=Path, metavar="FILE", help="the page (a new one, such as runs/report-fp16.html)")
-    result.add_argument("--no-page", action="store_true", help="no page; does without matplotlib")
-    result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="write all the data too")
-    result.add_argument("--overwrite", action="store_true", help="replace the page and the data that are there")
+    result.add_argument("--no-page", action="store_true", help="write no page; needs no matplotlib")
+    result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
+    result.add_argument("--overwrite", action="store_true", help="replace an existing page and data")
     return result
 
 
 def run() -> None:
-    """Inspect as the command line says."""
+    """Inspect the run that the command line describes."""
     arguments = vars(parser().parse_args())
     own = {name: arguments.pop(name) for name in OWN_FLAGS}
     inspect_precision(arguments, **own)

@@ -1,12 +1,12 @@
-"""Count the memory of training: model states, activations, and what ZeRO leaves of them on each rank.
+"""Count the memory of training: model states, activations, and each rank's share of them under ZeRO.
 
-    python scripts/memory.py                                     the note's example: 7 billion parameters with Adam, 112 GB
+    python scripts/memory.py                                     7 billion parameters with Adam: 112 GB
     python scripts/memory.py --preset gpt2-xl --batch-size 32 --checkpointing full
     python scripts/memory.py --params 7e9 --convention megatron-bf16 --zero 1 --ranks 64
     python scripts/memory.py --model gpt --n-layer 12 --n-head 12 --n-embd 768 --block-size 1024 --recipe bf16
-    python scripts/memory.py --conventions                       12, 16, 18 or 20 bytes: who counts what
+    python scripts/memory.py --conventions                       6 to 20 bytes per parameter: what each project counts
     python scripts/memory.py --zero-table
-    python scripts/memory.py --measure --recipe amp-fp16         trains a small model and weighs it, byte for byte
+    python scripts/memory.py --measure --recipe amp-fp16         trains a small model and measures its arrays
 """
 
 from refimpl.training.cli import main as run_program
@@ -27,9 +27,9 @@ SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")
 def parser() -> Parser:
     """The flags of this script; one that is not given is left to `memory_report.choose` or to the measured run."""
     result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
-    result.add_argument("--params", type=float, metavar="N", help="number of parameters (7e9, the note's example)")
+    result.add_argument("--params", type=float, metavar="N", help="number of parameters (7e9)")
     result.add_argument("--preset", help=", ".join(PRESETS))
-    result.add_argument("--model", help="gpt, of the sizes below; with --measure also mlp")
+    result.add_argument("--model", help="gpt, with the sizes below; with --measure also mlp")
     result.add_argument("--n-layer", type=int, help="layers (4)")
     result.add_argument("--n-head", type=int, help="attention heads (4)")
     result.add_argument("--n-embd", type=int, help="width (128)")
@@ -37,26 +37,26 @@ def parser() -> Parser:
     result.add_argument("--recipe", help=f"{', '.join(RECIPES)} (fp16)")
     result.add_argument("--convention", help=f"instead of a recipe: {', '.join(CONVENTIONS)}")
     result.add_argument("--optimizer", help="adamw or sgd (adamw)")
-    result.add_argument("--momentum", type=float, help="of sgd; 0 keeps no m (0.9)")
-    result.add_argument("--grad-accum", type=int, help="micro-batches a step, their gradients summed in FP32 (1)")
-    result.add_argument("--zero", type=int, metavar="STAGE", help="0, 1, 2 or 3: what is divided among the ranks (0)")
+    result.add_argument("--momentum", type=float, help="momentum of sgd; with 0 there is no m (0.9)")
+    result.add_argument("--grad-accum", type=int, help="micro-batches per step, their gradients summed in FP32 (1)")
+    result.add_argument("--zero", type=int, metavar="STAGE", help="ZeRO stage, 0 to 3: which states are divided (0)")
     result.add_argument("--ranks", type=int, metavar="N", help="data-parallel ranks (1)")
     result.add_argument("--batch-size", type=int, help="sequences (1)")
-    result.add_argument("--block-size", type=int, help="tokens a sequence (the model's)")
+    result.add_argument("--block-size", type=int, help="tokens per sequence (the model's)")
     result.add_argument("--checkpointing", help=f"{', '.join(CHECKPOINTING)} (none)")
-    result.add_argument("--conventions", action="store_true", help="print the published ways to count model states")
-    result.add_argument("--zero-table", action="store_true", help="print ZeRO's table")
-    result.add_argument("--measure", action="store_true", help="train a small model and hold the formulas against its arrays")
-    result.add_argument("--json", action="store_true", dest="as_json", help="print it as data")
+    result.add_argument("--conventions", action="store_true", help="print published ways to count model states")
+    result.add_argument("--zero-table", action="store_true", help="print table 1 of the ZeRO paper")
+    result.add_argument("--measure", action="store_true", help="train a small model and compare its arrays with the formulas")
+    result.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")
     return result
 
 
 def run(arguments: dict[str, Any]) -> int:
-    """Do the one thing that is asked for. Errors: UsageError where flags do not belong to it."""
+    """Print what the flags ask for. Return the exit code. Errors: UsageError for flags that do not go together."""
     as_json = arguments.pop("as_json", False)
     asked = [name for name in ("conventions", "zero_table", "measure") if arguments.pop(name, False)]
     if len(asked) > 1:
-        raise UsageError(f"--{asked[0].replace('_', '-')} and --{asked[1].replace('_', '-')}: give one")
+        raise UsageError(f"--{asked[0].replace('_', '-')} and --{asked[1].replace('_', '-')} exclude each other: give one")
     if asked == ["measure"]:
         for name in ("params", "preset", "convention", "zero", "ranks", "checkpointing", "vocab_size"):
             if name in arguments:

@@ -1,8 +1,8 @@
-"""List the known mistakes that `--mistake` switches into a run.
+"""List the known mistakes that `--mistake` injects into a run.
 
     python scripts/mistakes.py
     python scripts/mistakes.py --table                             which of them the judge of traces finds and names
-    python scripts/mistakes.py --table ignore-inf cast-twice       these lines of it
+    python scripts/mistakes.py --table ignore-inf cast-twice       only these rows of the table
     python scripts/train.py --mistake scale-never-backs-off --init-scale 1e9 --steps 50
 """
 
@@ -14,7 +14,7 @@ from refimpl.training.mistakes import MISTAKES, listing
 
 
 def run(names: list[str] | None) -> None:
-    """Print the list, or the table of some mistakes or all. Errors: UsageError for an unknown name."""
+    """Print the list, or the table of some mistakes or of all. Errors: UsageError for an unknown name."""
     if names is None:
         print(listing())
         return
@@ -27,9 +27,9 @@ def run(names: list[str] | None) -> None:
 
 
 def parser() -> Parser:
-    """The flags of this script."""
+    """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("--table", nargs="*", metavar="NAME", help="judge runs with mistakes in them: ten minutes for all")
+    result.add_argument("--table", nargs="*", metavar="NAME", help="judge runs with these mistakes, or all: ten minutes")
     return result
 
 

@@ -1,4 +1,4 @@
-"""Print the recipes and the policies: which formats each way to train uses, and where.
+"""Print the recipes and policies: which formats each uses, and where.
 
     python scripts/recipes.py
     python scripts/recipes.py --recipe amp-fp16
@@ -12,10 +12,10 @@ from refimpl.training.arguments import Parser
 
 
 def parser() -> Parser:
-    """The flags of this script."""
+    """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("--recipe", metavar="NAME", dest="name", help="only this one, in detail")
-    result.add_argument("--json", action="store_true", dest="as_json", help="print it as data")
+    result.add_argument("--recipe", metavar="NAME", dest="name", help="print one recipe in detail")
+    result.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")
     return result
 
 

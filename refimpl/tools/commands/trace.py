@@ -1,11 +1,11 @@
-"""Write down what a training run computes, and find where another run departs from it, and why.
+"""Record what a training run computes, and find where another run departs from it, and why.
 
     python scripts/trace.py record --recipe fp16 --out ours.safetensors
     python scripts/trace.py record --recipe fp16 --mistake unscale-after-clip --out theirs.safetensors
     python scripts/trace.py diff ours.safetensors theirs.safetensors
-    python scripts/trace.py record --recipe fp16 --like theirs.safetensors --out ours.safetensors   their start, their batches
+    python scripts/trace.py record --recipe fp16 --like theirs.safetensors --out ours.safetensors   on their batches
 
-docs/traces.md says what a trace holds; scripts/pytorch_trace.py dumps one from a training loop in PyTorch.
+docs/traces.md describes traces; scripts/pytorch_trace.py records one from a training loop in PyTorch.
 Exit code of diff: 0 AGREES, 1 DEPARTS, 2 bad usage, 3 PARTLY JUDGED (nothing departs, but not everything could be judged).
 """
 
@@ -31,23 +31,23 @@ FOR_LONG_RUNS = ("backend", "eval_every", "eval_batches", "log_every", "sample_b
 
 
 def parser() -> Parser:
-    """The flags of train.py that matter here, for a small model and a few steps."""
+    """Return the parser of the flags: those of train.py that apply to a small model and a few steps."""
     result = Parser(description=__doc__)
     commands = result.add_subparsers(dest="command", required=True)
-    recording = commands.add_parser("record", help="train a few steps and write everything down")
+    recording = commands.add_parser("record", help="train a few steps and record everything")
     add_config_flags(recording, [name for name in HELP if name not in FOR_LONG_RUNS], DEFAULTS)
-    recording.add_argument("--like", type=Path, metavar="TRACE", help="start from the weights and take the batches of TRACE")
+    recording.add_argument("--like", type=Path, metavar="TRACE", help="use the initial weights and the batches of TRACE")
     recording.add_argument("--out", type=Path, required=True)
     difference = commands.add_parser("diff", help="judge trace B by the recipe of trace A")
     difference.add_argument("a", type=Path)
     difference.add_argument("b", type=Path)
     difference.add_argument("--json", type=Path, metavar="FILE", help="write the verdict")
-    difference.add_argument("--overwrite", action="store_true", help="replace the verdict that is there")
+    difference.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
     return result
 
 
 def run(arguments: dict[str, Any]) -> int:
-    """Record, or compare."""
+    """Record a trace, or compare two. Return the exit code."""
     if arguments.pop("command") == "diff":
         path = arguments["json"]
         file = target("--json", path, path, arguments["overwrite"]) if path else None

@@ -1,6 +1,6 @@
 """Train a model on real text in mixed precision.
 
-    python scripts/train.py                              a small GPT, FP16 with FP32 masters, on Python's own manual
+    python scripts/train.py                              a small GPT, FP16 with FP32 masters, on Python's manual
     python scripts/train.py --recipe bf16 --steps 300
     python scripts/train.py --model mlp --data FILE --out runs/mine
     python scripts/train.py --resume --out runs/mine
@@ -16,18 +16,18 @@ from refimpl.training.run import train
 
 
 def parser() -> Parser:
-    """One flag for each field of Config; a flag that is not given is left to it, or to the run that is resumed."""
+    """Return the parser of the flags, one per field of Config; defaults are Config's, or those of the run that is resumed."""
     result = Parser(description=__doc__)
     add_config_flags(result)
     result.add_argument("--out", type=Path, help="folder for log, checkpoint and picture (default: a new one under runs/)")
     result.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    result.add_argument("--resume", action="store_true", help="go on with the run in --out, bit for bit")
+    result.add_argument("--resume", action="store_true", help="continue the run in --out, bit for bit")
     result.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights and sizes of a checkpoint")
     return result
 
 
 def run() -> int:
-    """Train as the command line says."""
+    """Run the training that the command line describes. Return the exit code."""
     arguments = vars(parser().parse_args())
     special = {name: arguments.pop(name) for name in ("out", "resume", "overwrite", "init_from")}
     return train(arguments, **special)

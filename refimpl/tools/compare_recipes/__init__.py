@@ -1,1 +1,1 @@
-"""Recipes side by side: a table and a page."""
+"""Comparison of recipes: the same training under each, as a table and an HTML page."""

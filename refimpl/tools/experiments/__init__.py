@@ -1,1 +1,1 @@
-"""Toy experiments, each with a table, a picture and a conclusion of one line."""
+"""Toy experiments, each with a table, a picture and a conclusion."""

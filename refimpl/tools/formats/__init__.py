@@ -1,1 +1,1 @@
-"""Number formats shown: what each makes of a number."""
+"""The number formats as tables and pictures, and how each stores a number."""

@@ -1,1 +1,1 @@
-"""The precision page: what every cast of a training run did."""
+"""The precision report: what every cast of a training run did."""
