@@ -2,7 +2,10 @@
 
     autograd.py     the tape: it records operations and replays them backwards; it does no arithmetic
     op.py           what an operation is: a pair of plain functions
-    ops.py          the table of all operations
-    linear.py, attention.py, norm.py, elementwise.py, embedding.py, loss.py, shape.py    operations, forward beside backward
+    ops.py          the table of operations by name
+    linear.py, attention.py, fused_attention.py, norm.py, softmax.py, elementwise.py, embedding.py, loss.py, shape.py
+                    the operations, forward beside backward
+    indices.py      checks of tokens and targets
+    names.py        names of parameters in other programs, mapped to ours
     models/         GPT-2 and an MLP, one line per operation
 """

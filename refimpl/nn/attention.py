@@ -1,10 +1,10 @@
-"""Causal self-attention, written out: it rounds where autocast rounds when no fused kernel runs.
+"""Causal self-attention, operation by operation: it rounds where autocast rounds without a fused kernel.
 
     S = R(q k^T)   S' = R(S / sqrt(D))   P = R(softmax(S'))   O = R(P v)
 
-Each of the four has its own row: `attention.scores`, `.scale`, `.softmax`, `.values`. 'All FP32 and one rounding at the
-end', which is what PyTorch's SDPBackend.MATH does, is four other rows and no other code (`--attention math`). A fused kernel
-rounds in places that this order of operations does not have: `fused_attention`.
+Each of the four has its own row: `attention.scores`, `.scale`, `.softmax`, `.values`. With other rows everything is FP32 and
+rounded once at the end, as PyTorch's SDPBackend.MATH does (`--attention math`). A fused kernel rounds at other places:
+`fused_attention.py`.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from refimpl.precision.context import Bound
 
 
 def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
-    """(B, T, 3C) -> q, k, v, each a view (B, H, T, D) with D = C/H."""
+    """Split (B, T, 3C) into q, k, v, each a view (B, H, T, D) with D = C/H."""
     B, T, C3 = qkv.shape
     q, k, v = qkv.reshape(B, T, 3, n_head, C3 // 3 // n_head).transpose(2, 0, 3, 1, 4)
     return q, k, v
 
 
 def merge_heads(x: Array) -> Array:
-    """(B, H, T, D) -> (B, T, C)."""
+    """Join the heads: (B, H, T, D) -> (B, T, C)."""
     B, H, T, D = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
 
 
 QUERIES = 64
-"""Positions whose attention is computed at a time. What follows the last of them is hidden from all: it costs nothing."""
+"""Queries per block. Keys after the last query of a block are hidden from all of them, and are not computed."""
 
 
 def query_blocks(T: int) -> list[slice]:
-    """Slices of QUERIES positions that cover 0..T."""
+    """Return slices of QUERIES positions that cover 0..T."""
     return [slice(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
 
 
 def hide_later(z: Array, queries: slice, p: Bound, fill: float) -> None:
-    """z (..., queries, keys up to the last query): `fill` where a key comes after the query, in place.
+    """Set z to `fill` where a key comes after the query, in place. z (..., queries, keys up to the last query).
 
-    It is a choice between values, not an addition of a large negative number, which could overflow, nor a product with
-    zero, which an infinity would make NaN. Only the last square of z has such places.
+    Values are replaced: adding a large negative number could overflow, and 0 * Inf would be NaN.
     """
+    # Only the last square of z has keys after their query.
     position, square = p.xp.arange(queries.stop - queries.start), z[..., queries.start :]
     square[...] = p.xp.where(position[:, None] >= position, square, p.xp.full((), fill, z.dtype))
 
 
 def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
-    """O = softmax(mask(q k^T / sqrt(D))) v, each position looking at itself and those before.
+    """Return O = softmax(mask(q k^T / sqrt(D))) v, where each position attends to itself and earlier positions.
 
-    qkv (B, T, 3C), as one linear layer makes it -> O (B, T, C). Saved: qkv and P (B, H, T, T).
+    qkv (B, T, 3C), the output of one linear layer -> O (B, T, C). Saved: qkv and P (B, H, T, T).
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1. PyTorch: the four operations one after the other.
-    Differs from the source: a position is not multiplied with those that its whole block does not see, so an Inf or NaN in
-    their v does not reach it as 0 * Inf = NaN.
+    Differs from the source: keys after the last query of a block are left out, so an Inf or NaN in their v does not reach O as
+      0 * Inf = NaN.
     """
     B, T, _ = qkv.shape
     O, P = p.by_example(lambda part: _attend(part, p, n_head), B * n_head * T * T, qkv)  # noqa: E741
@@ -64,7 +64,7 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
 
 
 def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
-    """O and P of all positions: block after block, or the one block there is."""
+    """Return O and P of all positions, computed block by block."""
     q, k, v = split_heads(qkv, n_head)
     T = q.shape[-2]
     k = p["scores"].wide(p["scores"].cast(k, "k"))
@@ -82,7 +82,7 @@ def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
 
 
 def _attend_block(q: Array, k: Array, v: Array, queries: slice, p: Bound, fmt: str) -> tuple[Array, Array]:
-    """O and P of some positions, step by step. k, v: of all positions up to the last of them, cast and wide; fmt: of qkv."""
+    """Return O and P of some queries. k, v: cast and widened, of all positions up to the last query. fmt: the format of qkv."""
     row = p["scores"]
     S = row.round(row.gemm(row.cast(q, "q"), k.swapaxes(-1, -2)), row.out_format(fmt, fmt), "S")
     row = p["scale"]
@@ -99,9 +99,11 @@ def _attend_block(q: Array, k: Array, v: Array, queries: slice, p: Bound, fmt: s
 
 
 def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
-    """dP = dO v^T,  dv = P^T dO,  dS' = P (dP - sum(dP P)),  dS = dS' / sqrt(D),  dq = dS k,  dk = dS^T q.
+    """Return the gradient of qkv:
 
-    dk and dv are sums over blocks of queries, in `acc` and from the last block to the first; rounded once.
+        dP = dO v^T     dv = P^T dO     dS' = P (dP - sum(dP P))     dS = dS' / sqrt(D)     dq = dS k     dk = dS^T q
+
+    dk and dv are summed over blocks of queries, in `acc` and from the last block to the first, and rounded once.
     """
     qkv, P = saved
     (dqkv,) = p.by_example(lambda dO, qkv, P: (_attend_backward(dO, qkv, P, p, n_head),), P.size, dO, qkv, P)
@@ -109,7 +111,7 @@ def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Ar
 
 
 def _attend_backward(dO: Array, qkv: Array, P: Array, p: Bound, n_head: int) -> Array:
-    """The gradient of qkv. The last block of queries sees all keys: to its dk and dv those of the others are added."""
+    """Return the gradient of qkv. The last block sees all keys, so the dk and dv of the others are added to its own."""
     fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
     B, H, T, D = q.shape
     scores, values = p["scores"], p["values"]
@@ -137,7 +139,7 @@ def _attend_backward(dO: Array, qkv: Array, P: Array, p: Bound, n_head: int) -> 
 
 
 def _scores_gradient(dO: Array, v: Array, P: Array, queries: slice, p: Bound, fmt: str, D: int) -> Array:
-    """dS of a block of queries, from dP to dS' to dS. dO (..., queries, D), v (..., keys, D), P (..., queries, keys)."""
+    """Return dS of a block of queries. dO (..., queries, D), v (..., keys, D), P (..., queries, keys)."""
     unscaled_format = p["scores"].out_format(fmt)
     row = p["values"]
     dP = row.grad(row.gemm(dO, v.swapaxes(-1, -2)), "P", format_of(P))

@@ -1,13 +1,13 @@
 """The tape: reverse-mode differentiation that does no arithmetic.
 
-It writes down every operation that runs (the operation, its inputs, its output, what it saved) and replays the list
-backwards. Formats, rounding and devices are the operations' business; how gradients of one tensor add up is `fan_in`'s.
+It records every operation that runs (the operation, its inputs, its output, what it saved) and replays the list backwards.
+Formats and rounding are the operations' business; the operation `fan_in` adds gradients of one tensor.
 
-A model reads one line an operation:
+A model calls one operation per line:
 
     x = t(linear, "mlp.c_fc", x)           # operation, name in the model, inputs
 
-The name finds the parameters (`mlp.c_fc.weight`, `mlp.c_fc.bias`) and is what sites, traces and messages are called by.
+The name finds the parameters (`mlp.c_fc.weight`, `mlp.c_fc.bias`) and appears in sites, traces and messages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Sink = Callable[[str, Array], None]
 
 @dataclass(eq=False)
 class Node:
-    """A tensor's place on the tape: its stable name, how many gradients it still waits for, and their sum so far."""
+    """A tensor on the tape: its name, how many gradients are still missing, and the sum of those that are there."""
 
     name: str
     uses: int = 0
@@ -36,9 +36,9 @@ class Node:
 
 @dataclass(eq=False)
 class Value:
-    """What a model handles: an array and its node. The tape keeps the node only, so that the array can be freed.
+    """What a model computes with: an array and its node. The tape keeps only the node, so that the array can be freed.
 
-    The array of a parameter is None: it is looked up in `weights` each time that it is needed.
+    The array of a parameter is None: it is looked up in `weights` whenever it is needed.
     """
 
     array: Array
@@ -47,7 +47,7 @@ class Value:
 
 @dataclass
 class Entry:
-    """One line of the tape. Of the inputs it keeps no array: what backward needs of them is in `saved`."""
+    """One recorded operation. It keeps no input arrays: what backward needs is in `saved`."""
 
     op: Op
     p: Bound
@@ -61,7 +61,7 @@ class Entry:
 class Tape:
     """Records operations on the parameters of one model, in one run.
 
-    weights: name -> array; a name in `tied` stands for another one (the tied embedding). record=False: forward only.
+    weights: name -> array. tied: name -> the name of the parameter that it shares. record=False: forward only.
     """
 
     def __init__(self, run: Run, weights: Mapping[str, Array], tied: Mapping[str, str] | None = None, record: bool = True):
@@ -73,7 +73,7 @@ class Tape:
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Prefix all names inside: `with t.scope('transformer.h.0')`."""
+        """Put a prefix before all names inside: `with t.scope('transformer.h.0')`."""
         outer, self._prefix = self._prefix, f"{self._prefix}{name}."
         try:
             yield
@@ -81,7 +81,7 @@ class Tape:
             self._prefix = outer
 
     def __call__(self, op: Op, name: str, *inputs: Any, **static: Any) -> Value:
-        """Run one operation and write it down. Inputs are Values, or plain arrays (tokens) that have no gradient."""
+        """Run one operation and record it. Inputs are Values, or plain arrays without a gradient (tokens)."""
         place = self._prefix + name
         op = self.run.op(op)
         p = self.run.bind(op.name, place)
@@ -106,7 +106,10 @@ class Tape:
         return Value(y, output)
 
     def _parameter(self, name: str, operand: str, p: Bound) -> Value | None:
-        """The leaf of that name, or its shared 16-bit copy where the policy casts it (a recorded operation of its own)."""
+        """Return a parameter, or its 16-bit copy that all uses share where the policy casts it; None if the model has none.
+
+        The cast is a recorded operation, whose backward widens the sum of all gradients of the copy.
+        """
         name = self.tied.get(name, name)
         if name not in self.weights:
             return None
@@ -123,15 +126,15 @@ class Tape:
         return self._casts[name, fmt]
 
     def _fetch(self, w: Value | None) -> Array | None:
-        """The array of a parameter: a leaf is looked up each time it is needed, a shared cast is kept for the step."""
+        """Return the array of a parameter: looked up in `weights`, or the shared copy, which lives as long as the tape."""
         if w is None:
             return None
         return self.weights[w.node.name] if w.array is None else w.array
 
     def backward(self, loss: Value, grad_output: Array, sink: Sink) -> None:
-        """Replay the tape in reverse from d(loss) = grad_output; hand each parameter's gradient to `sink` once it is complete.
+        """Replay the tape in reverse from d(loss) = grad_output, and call `sink` with each parameter's gradient once complete.
 
-        What an entry saved is released as soon as it is used, so activations shrink while gradients appear.
+        What an entry saved is freed as soon as it is used.
         """
         loss.node.grad = grad_output
         while self.entries:
@@ -149,7 +152,7 @@ class Tape:
                     self._receive(node, gradient, sink)
 
     def _receive(self, node: Node, gradient: Array | None, sink: Sink) -> None:
-        """Add one use's gradient to a tensor's; a parameter whose last use this was is finished."""
+        """Add the gradient of one use to that of the tensor. After its last use a parameter's gradient goes to `sink`."""
         if gradient is not None and node.grad is not None:
             p = self.run.bind(fan_in.name, f"{node.name}.grad")
             node.grad, _ = self.run.op(fan_in).forward(node.grad, gradient, p=p)

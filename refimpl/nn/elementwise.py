@@ -1,4 +1,4 @@
-"""Elementwise operations: add, the activations, and the fan-in of gradients."""
+"""Elementwise operations: add, the activation functions, and the sum of two gradients."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from refimpl.precision.context import Bound
 
 
 def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
-    """y = a + b. b may lack leading axes of a (the position embedding): it is repeated along them.
+    """Return y = a + b. Leading axes of a that b lacks are broadcast (the position embedding).
 
-    a (..., S), b (S) -> y (..., S); mixed formats promote to the wider. PyTorch: torch.add.
+    a (..., S), b (S) -> y (..., S); mixed formats are promoted to the wider one. PyTorch: torch.add.
     """
     ac, bc = p.cast(a, "a"), p.cast(b, "b")
     if a.shape == b.shape:
@@ -26,7 +26,7 @@ def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def add_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
-    """da = dy,  db = dy summed over the axes along which b was repeated."""
+    """Return da = dy,  db = dy summed over the axes along which b was broadcast."""
     a_format, b_shape, b_format = saved
     db = dy if dy.shape == b_shape else p.wide(dy).reshape(-1, *b_shape).sum(0)
     return p.grad(dy, "a", a_format), p.grad(db, "b", b_format)
@@ -41,19 +41,19 @@ def fan_in_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def relu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
-    """y = max(x, 0); NaN stays NaN. PyTorch: torch.relu."""
+    """Return y = max(x, 0); NaN stays NaN. PyTorch: torch.relu."""
     y = p.map(lambda z: p.xp.maximum(z, 0), lambda z: p.out(z, "y", x), p.cast(x, "x"))
     return y, (y, format_of(x))
 
 
 def relu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
-    """dx = dy where y > 0 or y is NaN, else 0 (also at x = 0)."""
+    """Return dx = dy where y > 0 or y is NaN, else 0 (also at x = 0)."""
     y, x_format = saved
     return (p.map(lambda d, z: p.xp.where(z <= 0, 0, d), lambda d: p.grad(d, "x", x_format), dy, y),)
 
 
 def silu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
-    """y = x sigmoid(x) = x / (1 + exp(-x)).
+    """Return y = x sigmoid(x) = x / (1 + exp(-x)).
 
     Source: Elfwing et al. 2017, arXiv 1702.03118. PyTorch: torch.nn.functional.silu.
     """
@@ -62,7 +62,7 @@ def silu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def silu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
-    """dx = dy s (1 + x (1 - s)),  s = sigmoid(x)."""
+    """Return dx = dy s (1 + x (1 - s)),  s = sigmoid(x)."""
     x, x_format = saved
 
     def slope(d: Array, z: Array) -> Array:
@@ -77,7 +77,7 @@ KAPPA = 0.044715
 
 
 def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
-    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GPT-2's GELU.
+    """Return y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the GELU of GPT-2.
 
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu(x, approximate='tanh').
     """
@@ -90,7 +90,7 @@ def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
-    """dx = dy ((1 + t)/2 + x/2 (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2)); the tanh t is computed again, not kept."""
+    """Return dx = dy ((1 + t)/2 + x/2 (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2)), with the tanh t computed again."""
     x, x_format = saved
 
     def formula(d: Array, z: Array) -> Array:
@@ -105,7 +105,7 @@ _math_erf = np.frompyfunc(math.erf, 1, 1)
 
 
 def erf(z: Array, p: Bound) -> Array:
-    """The error function. In fp64 from the C library; in fp32 by a polynomial with absolute error below 1.5e-7.
+    """Return the error function: in fp64 from the C library, in fp32 by a polynomial with absolute error below 1.5e-7.
 
     Source: Abramowitz and Stegun 1964, formula 7.1.26; PyTorch's vectorized CPU kernel uses the same.
     """
@@ -121,7 +121,7 @@ def erf(z: Array, p: Bound) -> Array:
 
 
 def gelu_erf_forward(x: Array, p: Bound) -> tuple[Array, Any]:
-    """y = x Phi(x) = x/2 (1 + erf(x / sqrt 2)).
+    """Return y = x Phi(x) = x/2 (1 + erf(x / sqrt 2)).
 
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu.
     """
@@ -134,7 +134,7 @@ def gelu_erf_forward(x: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def gelu_erf_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
-    """dx = dy (Phi(x) + x phi(x)),  phi(x) = exp(-x^2/2) / sqrt(2 pi)."""
+    """Return dx = dy (Phi(x) + x phi(x)),  phi(x) = exp(-x^2/2) / sqrt(2 pi)."""
     x, x_format = saved
 
     def slope(d: Array, z: Array) -> Array:

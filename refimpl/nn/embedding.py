@@ -1,4 +1,4 @@
-"""Embedding: a row of the table for each token."""
+"""Embedding: one row of a table for each token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from refimpl.precision.context import Bound
 
 
 def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any]:
-    """y[i] = w[tokens[i]]. tokens (...) integers, w (V, C) -> y (..., C).
+    """Return y[i] = w[tokens[i]]. tokens (...) integers, w (V, C) -> y (..., C).
 
-    Errors: UsageError for a token that is not 0 to V - 1 (on the host: see `check_indices`).
+    Errors: UsageError for a token outside 0 to V - 1 (on the host only: see `check_indices`).
     PyTorch: torch.nn.functional.embedding.
     """
     check_indices(tokens, len(w), "index", p)
@@ -21,9 +21,9 @@ def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array]:
-    """dw[r] = the sum of dy over all places where token r stood; summed in `acc`, in a fixed order, rounded once.
+    """Return dw[r] = the sum of dy over all positions of token r: summed in `acc`, in a fixed order, and rounded once.
 
-    Differs from the source: PyTorch on the CPU rounds a 16-bit gradient after every addition; on CUDA it does not.
+    Differs from PyTorch, which on the CPU rounds a 16-bit gradient after every addition; on CUDA it does not.
     """
     tokens = saved.reshape(-1)
     rows = p.wide(dy).reshape(tokens.size, w.shape[-1])

@@ -1,10 +1,10 @@
-"""Causal self-attention as one kernel computes it (FlashAttention): the scores never leave the accumulator.
+"""Causal self-attention as one kernel computes it (FlashAttention): the scores stay in the accumulation format.
 
     S = q k^T / sqrt(D)   E = exp(S - max S)   O = R(R(E) v / sum(E))        S, E and the sum in `acc`
 
-It rounds fewer times than `attention`, and elsewhere: of S and P nothing is stored. E is rounded, since the second product
-reads 16 bits, before it is divided by its sum, which is of the E that are not rounded. Backward computes P once more.
-The rows are those of `attention`; `precision.policy.with_attention` says which.
+It rounds fewer times than `attention`, and at other places: neither S nor P is stored. E is rounded, since the second product
+reads 16 bits, and the product is divided by the sum of the unrounded E. Backward computes P again. Rows have the names of
+those of `attention`; `precision.policy.with_attention` makes them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from refimpl.precision.context import Bound
 
 
 def fused_attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
-    """O = softmax(mask(q k^T / sqrt(D))) v, each position looking at itself and those before.
+    """Return O = softmax(mask(q k^T / sqrt(D))) v, where each position attends to itself and earlier positions.
 
-    qkv (B, T, 3C) -> O (B, T, C). Saved: qkv, O, and log(sum(exp S)) (B, H, T, 1) in `acc`; no array has T x T elements.
-    Source: Dao et al. 2022, arXiv 2205.14135, algorithm 1. Differs from the source: all keys are one block, so that the
-    maximum is the row's own from the start. A kernel with several blocks subtracts the largest score so far, rounds E / exp(max
-    so far - max), and multiplies what it has summed when a larger score comes: the same formula, other elements rounded up.
+    qkv (B, T, 3C) -> O (B, T, C). Saved: qkv, O, and log(sum(exp S)) (B, H, T, 1) in `acc`, nothing with T x T elements.
+    Source: Dao et al. 2022, arXiv 2205.14135, algorithm 1. Differs from the source: all keys are one block, so E uses the row's
+    maximum from the start. A kernel with several blocks uses the largest score so far, and rescales its sums when a larger one
+    comes: the same formula, with different roundings of E.
     PyTorch: F.scaled_dot_product_attention(q, k, v, is_causal=True) under SDPBackend.FLASH_ATTENTION.
     """
     B, T, _ = qkv.shape
@@ -33,7 +33,7 @@ def fused_attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, A
 
 
 def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
-    """O and log(sum(exp S))."""
+    """Return O and log(sum(exp S))."""
     q, k, v = split_heads(qkv, n_head)                                      # (B, H, T, D)
     S, values = scores_of(q, k, p), p["values"]                               # (B, H, T, T)
     top = S.max(-1, keepdims=True)
@@ -45,7 +45,7 @@ def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
 
 
 def scores_of(q: Array, k: Array, p: Bound) -> Array:
-    """q k^T / sqrt(D), -Inf where the key comes after the query; in `acc`."""
+    """Return q k^T / sqrt(D) in `acc`, -Inf where the key comes after the query."""
     row = p["scores"]
     S = row.gemm(row.cast(q, "q"), row.cast(k, "k").swapaxes(-1, -2))
     S *= 1 / math.sqrt(q.shape[-1])
@@ -54,11 +54,13 @@ def scores_of(q: Array, k: Array, p: Bound) -> Array:
 
 
 def fused_attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array, ...]:
-    """P = exp(S - log(sum(exp S))),  dv = R(P)^T dO,  dP = dO v^T,  dS = R(P (dP - sum(dO O))),  dq = dS k / sqrt(D),
-    dk = dS^T q / sqrt(D).
+    """Return the gradient of qkv:
 
-    sum(dO O) over D equals sum(dP P) over the keys, and takes the O that was stored. Each of dq, dk, dv is rounded once.
-    Source: Dao et al. 2022, algorithm 4. Differs from PyTorch on the CPU: its kernel rounds dk and dv after each 32 queries.
+        P = exp(S - log(sum(exp S)))      dv = R(P)^T dO     dP = dO v^T     dS = R(P (dP - sum(dO O)))
+        dq = dS k / sqrt(D)     dk = dS^T q / sqrt(D)
+
+    sum(dO O) over D equals sum(dP P) over the keys, but for the rounding of the stored O. Each of dq, dk, dv is rounded once.
+    Source: Dao et al. 2022, algorithm 4. Differs from PyTorch: its CPU kernel rounds dk and dv after each 32 queries.
     """
     qkv, O, lse = saved  # noqa: E741
     size = dO.shape[0] * n_head * dO.shape[1] ** 2
@@ -66,7 +68,7 @@ def fused_attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tu
 
 
 def _attend_backward(dO: Array, qkv: Array, O: Array, lse: Array, *, p: Bound, n_head: int) -> Array:  # noqa: E741
-    """The gradient of qkv."""
+    """Return the gradient of qkv."""
     fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
     scores, values = p["scores"], p["values"]
     B, H, T, D = q.shape

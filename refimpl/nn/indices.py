@@ -1,4 +1,4 @@
-"""Indices that an array library would take without a word: -1 is the last row to NumPy, and CuPy wraps any number."""
+"""Checks of indices that array libraries accept silently: NumPy takes -1 as the last row, CuPy wraps any number."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from refimpl.precision.context import Bound
 
 
 def check_indices(index: Array, size: int, what: str, p: Bound, ignored: int | None = None) -> None:
-    """Refuse an index that is not in 0 to size - 1, nor the one that stands for 'none'.
+    """Raise an error for an index outside 0 to size - 1 that is not `ignored`.
 
-    Only on the host. A device would have to be waited for: `Model.batch_on` looks at its batches before they are copied there,
-    and the kernels read nothing out of bounds (a target out of range makes the loss NaN).
-    Errors: UsageError that names the operation's place, the first such index, where it stands, and the range.
+    Only the host checks, since a device would have to be waited for. `Model.batch_on` checks a batch before it copies it to a
+    device, and kernels read nothing out of bounds (a target out of range makes the loss NaN).
+    Errors: UsageError that names the operation's place, the first such index, its position, and the range.
     """
     if p.run.backend.on_host:
         refuse_outside(index, size, f"{p.place}: {what}", ignored)
 
 
 def refuse_outside(index: Array, size: int, what: str, ignored: int | None = None) -> None:
-    """The same for any array on the host. Errors: UsageError."""
+    """Raise an error as `check_indices` does, for any array on the host. Errors: UsageError."""
     if index.dtype.kind not in "iu":
         raise UsageError(f"{what} is {index.dtype}: it must be an integer, 0 to {size - 1}")
     outside = (index < 0) | (index >= size)

@@ -1,4 +1,4 @@
-"""Matrix products: linear (three products, each with its own row) and batched matmul."""
+"""Matrix products: linear, whose three products each have a row of the policy, and batched matmul."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from refimpl.precision.context import Bound
 
 
 def as_rows(x: Array) -> Array:
-    """(..., K) -> (M, K): one 2-D product instead of many small ones."""
+    """Reshape (..., K) to (M, K), for one large product instead of many small ones."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
-    """y = x w^T + b, the bias added before the one rounding.
+    """Return y = x w^T + b, rounded once, after the bias is added.
 
     x (..., K), w (F, K), b (F,) or None -> y (..., F).
-    Source: the note, step 2. PyTorch: torch.nn.functional.linear.
+    Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.3. PyTorch: torch.nn.functional.linear.
     """
     y = p["y"]
     xc, wc = y.cast(as_rows(x), "x", axis=1), y.cast(w, "w", axis=1)
@@ -32,16 +32,16 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
         return y.out(z, "y", x, w)
 
     result = y.gemm_then(finish, y.out_format(format_of(x), format_of(w)), xc, wc.T)
-    # dw = dy^T x reads x again. Keep the copy that was cast here, if linear.dw reads the same format; else x as it came,
-    # and where it is quantized too: dw sums over its other axis.
+    # dw = dy^T x reads x again: save the cast copy if linear.dw reads the same format, else x itself. A quantized x cannot be
+    # reused, since dw sums over its other axis.
     same = p["dw"].row.input("x") == y.row.input("x") and not isinstance(xc, QuantizedTensor)
     return result.reshape(*x.shape[:-1], len(w)), (xc if same else x, x.shape, format_of(x))
 
 
 def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
-    """dx = dy w,  dw = dy^T x,  db = the rows of dy summed; each rounded once.
+    """Return dx = dy w,  dw = dy^T x,  db = the sum of the rows of dy, each rounded once.
 
-    Each product reads dy and the other operand by its own row. dx sums over F, dw over the rows.
+    Each product casts dy and its other operand as its own row says. dx sums over F, dw over the rows.
     """
     x, x_shape, x_format = saved
     dy, x_row, w_row, b_row = as_rows(dy), p["dx"], p["dw"], p["db"]
@@ -53,7 +53,7 @@ def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) 
         return w_row.grad(dw, "w", format_of(w), rounded=w_row.row.out)
 
     dy_x, dy_w, dy_b = x_row.cast(dy, "dy", axis=1), w_row.cast(dy, "dy", axis=0), b_row.cast(dy, "dy")
-    one = dy_x is dy_w is dy_b and x_row.math == w_row.math == b_row.math  # then it is widened once for all three
+    one = dy_x is dy_w is dy_b and x_row.math == w_row.math == b_row.math  # then dy is widened once for all three
     dy_x = x_row.wide(dy_x)
     dy_w, dy_b = (dy_x, dy_x) if one else (w_row.wide(dy_w), b_row.wide(dy_b))
     dx = x_row.gemm_then(finish_dx, x_format, dy_x, x_row.cast(w, "w", axis=0))
@@ -63,7 +63,7 @@ def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) 
 
 
 def matmul_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
-    """y = a b over the last two axes; the leading axes are equal.
+    """Return y = a b over the last two axes; the leading axes are equal.
 
     a (..., M, K), b (..., K, N) -> y (..., M, N). PyTorch: torch.matmul without broadcasting.
     """
@@ -72,7 +72,7 @@ def matmul_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def matmul_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
-    """da = dy b^T,  db = a^T dy."""
+    """Return da = dy b^T,  db = a^T dy."""
     a, b, a_format, b_format = saved
     da = p.gemm(dy, b.swapaxes(-1, -2))
     db = p.gemm(a.swapaxes(-1, -2), dy)

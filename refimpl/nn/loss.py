@@ -1,4 +1,4 @@
-"""The loss: mean cross-entropy of the next token, over the targets that are not to be ignored."""
+"""The loss: mean cross-entropy of the next token, over all targets that are not ignored."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from refimpl.numerics.formats import format_of
 from refimpl.precision.context import Bound
 
 IGNORE_INDEX = -100
-"""The target that stands for 'no target', unless another is named: PyTorch's default."""
+"""The target that is ignored by default, as in PyTorch."""
 
 
 def cross_entropy_forward(logits: Array, targets: Array, p: Bound, ignore_index: int = IGNORE_INDEX) -> tuple[Array, Any]:
-    """loss = mean over the rows that count of  log(sum exp(z)) - z[target],  the largest logit subtracted first.
+    """Return the mean of log(sum exp(z)) - z[target] over all rows whose target is not ignore_index.
 
-    logits (..., V), targets (...) integers -> a 0-d loss. Rows whose target is ignore_index do not count; where none does, the
-    loss is the mean of nothing: NaN. Saved: the logits as stored, a log-sum per row and the number of rows that count, so that
-    no second array of the size of the logits is kept.
-    Errors: UsageError for a target that is neither a class, 0 to V - 1, nor ignored (on the host: see `check_indices`).
+    logits (..., V), targets (...) integers -> a 0-d loss, NaN where all targets are ignored. The largest logit of each row is
+    subtracted first. Saved: the logits as stored, two numbers per row and the number of rows that count, but no second array of
+    the size of the logits.
+    Errors: UsageError for a target that is neither in 0 to V - 1 nor ignored (on the host only: see `check_indices`).
     PyTorch: torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=ignore_index).
     """
     check_indices(targets, logits.shape[-1], "target", p, ignore_index)
@@ -38,10 +38,10 @@ def cross_entropy_forward(logits: Array, targets: Array, p: Bound, ignore_index:
 
 
 def cross_entropy_backward(dloss: Array, saved: Any, p: Bound, ignore_index: int = IGNORE_INDEX) -> tuple[Array, None]:
-    """dz = (softmax(z) - onehot(target)) dloss / n in the n rows that count, 0 in the others.
+    """Return dz = (softmax(z) - onehot(target)) dloss / n in the n rows that count, 0 in the others.
 
-    dloss is the loss scale S, or this micro-batch's part of it: here it enters. With all targets ignored dz is 0, as PyTorch's
-    is, although the loss is NaN. As there, a row of logits that holds a NaN has a gradient of NaN, ignored or not.
+    dloss is the loss scale S, or this micro-batch's share of it. As in PyTorch, dz is 0 where all targets are ignored, although
+    the loss is NaN, and a row of logits with a NaN has a gradient of NaN, ignored or not.
     """
     logits, largest, log_sum, target, n, shape, logits_format = saved
     z = p.wide(p.cast(logits, "logits").reshape(-1, shape[-1]))

@@ -1,13 +1,13 @@
-"""Names of parameters and operations as other people's programs write them, mapped to the model's own.
+"""Names of parameters and operations in other programs, mapped to the model's own.
 
-What wraps a module puts a word of its own before its names, or in their middle where a part of the model was wrapped:
+Wrappers of a module add a word before its names, or in their middle where they wrap a part of the model:
 
     module.transformer.wte.weight                      DistributedDataParallel
     _orig_mod.transformer.wte.weight                   torch.compile
     model._orig_mod.module.transformer.wte.weight      Lightning, torch.compile and DistributedDataParallel
     transformer.h.0._orig_mod.attn.c_attn.weight       torch.compile on one block
 
-A tied weight may stand under any of its names, or under several with equal values.
+A tied weight may have any of its names, or several with equal values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WRAPPERS = {
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
-"""Components of a name that belong to a wrapper and not to the model -> whose they are."""
+"""Component of a name that is not the model's -> the wrapper that adds it."""
 
 
 def unwrapped(name: str) -> str:
@@ -40,7 +40,7 @@ def unwrapped(name: str) -> str:
 def own_name(name: str, known: Collection[str], tied: Mapping[str, str] | None = None) -> str | None:
     """Return the model's own name for `name`, or None where it has no such name.
 
-    known: the model's names. tied: further name -> the known one that it stands for (`Model.tied`).
+    known: the model's names. tied: further name -> the known name of the same parameter (`Model.tied`).
     """
     tied = tied or {}
     for candidate in (name, unwrapped(name)):
@@ -57,10 +57,10 @@ def nearest(name: str, known: Collection[str]) -> str:
 def rename(
     arrays: Mapping[str, np.ndarray], known: Collection[str], tied: Mapping[str, str] | None = None, what: str = "parameter"
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the arrays under the model's own names, in the same order, and what was mapped, in words.
+    """Return the arrays under the model's own names, in the same order, and sentences that say what was renamed.
 
-    Errors: UsageError for a name that is not the model's, showing the nearest one that is, and for two names of one
-    `what` whose values differ.
+    Errors: UsageError for a name that the model does not have, with the nearest one, and for two names of one `what` whose
+    values differ.
     """
     result: dict[str, np.ndarray] = {}
     first: dict[str, str] = {}
@@ -68,7 +68,7 @@ def rename(
     for name, array in arrays.items():
         own = own_name(name, known, tied)
         if own is None:
-            raise UsageError(f"{name!r} is no {what} of this model; the nearest name is {nearest(name, known)!r}")
+            raise UsageError(f"this model has no {what} {name!r}; the nearest name is {nearest(name, known)!r}")
         if own in result and not _same(array, result[own]):
             raise UsageError(f"{name!r} and {first[own]!r} are both the {what} {own!r}, and their values differ")
         result.setdefault(own, array)
@@ -78,7 +78,7 @@ def rename(
 
 
 def _notes(name: str, own: str, known: Collection[str]) -> list[str]:
-    """What happened to a name, in words that are the same for all names to which the same happened."""
+    """Say how a name was changed, in the same words for all names that are changed alike."""
     notes = []
     if name not in known and unwrapped(name) != name:
         words = [part for part in name.split(".") if part in WRAPPERS]
@@ -89,7 +89,7 @@ def _notes(name: str, own: str, known: Collection[str]) -> list[str]:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays have equal shapes and values; one may be stored in a wider format."""
+    """Return whether two arrays have equal shapes and values, in formats that may differ."""
     if a.shape != b.shape or not (is_float(a) and is_float(b)):
         return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
     return np.array_equal(widen(a, "fp64"), widen(b, "fp64"), equal_nan=True)

@@ -12,9 +12,9 @@ EPS = 1e-5  # PyTorch's default for both norms here; GPT-2's too
 
 
 def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
-    """y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + 1e-5).
+    """Return y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + 1e-5).
 
-    x (..., C), w (C,), b (C,) or None -> y (..., C). Saved: x as stored, mean and rstd (a value a row) in `acc`.
+    x (..., C), w (C,), b (C,) or None -> y (..., C). Saved: x after its cast, and mean and rstd of each row in `acc`.
     Source: Ba et al. 2016, arXiv 1607.06450. PyTorch: torch.nn.functional.layer_norm.
     """
     xc, C = p.cast(x, "x"), x.shape[-1]
@@ -28,7 +28,7 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
 
 
 def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
-    """With h = (x - mean) rstd and dh = dy w:  dx = rstd (dh - mean(dh) - h mean(dh h)),  dw = sum(dy h),  db = sum(dy)."""
+    """Return dx = rstd (dh - mean(dh) - h mean(dh h)),  dw = sum(dy h),  db = sum(dy), with h = (x - mean) rstd, dh = dy w."""
     x, mean, rstd, x_format = saved
     C, dy = x.shape[-1], p.wide(dy)
     h = (p.wide(x) - mean) * rstd
@@ -41,7 +41,7 @@ def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Boun
 
 
 def rmsnorm_forward(x: Array, w: Array, p: Bound) -> tuple[Array, Any]:
-    """y = x rrms w,  rrms = 1 / sqrt(mean(x^2) + 1e-5).
+    """Return y = x rrms w,  rrms = 1 / sqrt(mean(x^2) + 1e-5).
 
     x (..., C), w (C,) -> y (..., C).
     Source: Zhang and Sennrich 2019, arXiv 1910.07467. PyTorch: torch.nn.functional.rms_norm(x, (C,), w, eps=1e-5).
@@ -53,7 +53,7 @@ def rmsnorm_forward(x: Array, w: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def rmsnorm_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[Array, Array]:
-    """With h = x rrms and dh = dy w:  dx = rrms (dh - h mean(dh h)),  dw = sum(dy h)."""
+    """Return dx = rrms (dh - h mean(dh h)),  dw = sum(dy h), with h = x rrms, dh = dy w."""
     x, rrms, x_format = saved
     dy = p.wide(dy)
     h = p.wide(x) * rrms

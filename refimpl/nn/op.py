@@ -1,11 +1,11 @@
 """What an operation is: a pair of plain functions over arrays, and the names of its parameters.
 
     forward(*inputs, *params, p, **static)         -> (y, saved)
-    backward(dy, saved, *params, p, **static)      -> one gradient for each input, then for each parameter
+    backward(dy, saved, *params, p, **static)      -> one gradient per input, then one per parameter
 
-`p` is the precision that the operation is handed (see `context.Bound`). The body of each function has one rhythm: cast
-in, compute in the accumulation format, round out once. `saved` holds what backward needs of the activations, in the
-format that they are stored in, and never a parameter: those are handed in again.
+`p` holds the formats (see `context.Bound`). Each function casts its operands, computes in the accumulation format, and rounds
+its result once. `saved` holds the activations that backward needs, in the format that they are stored in. It never holds a
+parameter: those are arguments of backward too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def no_backward(*arrays: Any, **static: Any) -> tuple[Array | None, ...]:
 
 @dataclass(frozen=True)
 class Op:
-    """A named forward/backward pair. `params` maps a parameter's name in the model to its operand's name in the row."""
+    """A named forward/backward pair. `params`: (name of a parameter in the model, name of its operand in the policy's row)."""
 
     name: str
     forward: Callable[..., tuple[Array, Any]]

@@ -1,4 +1,4 @@
-"""Operations that move values and change none: reshape, transpose, split, and the recorded cast of a parameter."""
+"""Operations without arithmetic: reshape, transpose, split, and the recorded cast of a parameter."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from refimpl.precision.context import Bound
 
 
 def reshape_forward(x: Array, p: Bound, shape: tuple[int, ...]) -> tuple[Array, Any]:
-    """The same values in another shape. PyTorch: torch.reshape."""
+    """Return x in another shape. PyTorch: torch.reshape."""
     return x.reshape(shape), x.shape
 
 
 def reshape_backward(dy: Array, saved: Any, p: Bound, shape: tuple[int, ...]) -> tuple[Array]:
-    """The shape back."""
+    """Return dy in the shape of x."""
     return (dy.reshape(saved),)
 
 
 def transpose_forward(x: Array, p: Bound, axes: tuple[int, ...]) -> tuple[Array, Any]:
-    """The axes in another order. PyTorch: torch.permute."""
+    """Return x with its axes in another order. PyTorch: torch.permute."""
     return x.transpose(axes), None
 
 
 def transpose_backward(dy: Array, saved: Any, p: Bound, axes: tuple[int, ...]) -> tuple[Array]:
-    """The order back."""
+    """Return dy with its axes in the order of x."""
     return (dy.transpose([axes.index(i) for i in range(len(axes))]),)
 
 
 def split_forward(x: Array, p: Bound, start: int, stop: int) -> tuple[Array, Any]:
-    """The slice start:stop of the last axis. PyTorch: one part of torch.split(x, ..., dim=-1)."""
+    """Return the slice start:stop of the last axis. PyTorch: one part of torch.split(x, ..., dim=-1)."""
     return x[..., start:stop], x.shape
 
 
 def split_backward(dy: Array, saved: Any, p: Bound, start: int, stop: int) -> tuple[Array]:
-    """Zero outside the slice."""
+    """Return dx = dy in the slice, and zero outside."""
     dx = p.xp.zeros(saved, dy.dtype)
     dx[..., start:stop] = dy
     return (dx,)
 
 
 def cast_forward(w: Array, p: Bound, fmt: str) -> tuple[Array, Any]:
-    """R(w): the 16-bit copy of a parameter that all its uses in a step share. PyTorch: autocast's cached cast."""
+    """Return R(w), the 16-bit copy of a parameter that all its uses in a step share. PyTorch: autocast's cached cast."""
     return p.round(w, fmt, "w"), None
 
 
 def cast_backward(dy: Array, saved: Any, w: Array, p: Bound, fmt: str) -> tuple[Array]:
-    """The gradient of the copy, widened to the format of the parameter."""
+    """Return the gradient of the copy, widened to the format of the parameter."""
     return (p.grad(dy, "w", format_of(w), rounded=fmt),)

@@ -72,7 +72,7 @@ def test_two_names_of_one_parameter_must_have_equal_values() -> None:
 )
 def test_an_unknown_name_shows_the_nearest(wrong: str, near: str) -> None:
     assert nearest(wrong, KNOWN) == near
-    with pytest.raises(UsageError, match=f"{wrong!r} is no parameter of this model; the nearest name is {near!r}"):
+    with pytest.raises(UsageError, match=f"this model has no parameter {wrong!r}; the nearest name is {near!r}"):
         rename({wrong: np.zeros(1)}, KNOWN, MODEL.tied)
     assert nearest("x", KNOWN) in KNOWN  # however far it is
 

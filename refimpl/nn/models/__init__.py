@@ -1,4 +1,9 @@
-"""Models: a table of parameters and a forward pass of one line an operation. See `models.model`."""
+"""Models: a table of parameters, and a forward pass with one line per operation.
+
+    model.py   what a model is
+    gpt.py     GPT-2
+    mlp.py     a byte language model of a few layers
+"""
 
 from __future__ import annotations
 

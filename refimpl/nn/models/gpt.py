@@ -1,4 +1,4 @@
-"""GPT-2: nanoGPT's parameter names, shapes and initialization, so that weights compare with PyTorch by name."""
+"""GPT-2 with nanoGPT's parameter names, shapes and initialization, so that weights can be compared by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from refimpl.numerics.arrays import Array
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes, in nanoGPT's words. bias: whether linear layers (but the last) and layer norms have one; GPT-2 has."""
+    """The sizes, named as in nanoGPT. bias: whether layer norms and all linear layers but the last have one, as in GPT-2."""
 
     n_layer: int = 4
     n_head: int = 4
@@ -46,7 +46,7 @@ def _block(t: Tape, x: Value, n_head: int) -> Value:
 
 
 def _logits(t: Tape, tokens: Array, config: GPTConfig) -> Value:
-    if tokens.shape[1] > config.block_size:  # said here, since on a device the lookup below would not notice
+    if tokens.shape[1] > config.block_size:  # on a device the lookup below would not fail
         raise UsageError(f"{tokens.shape[1]} tokens per sequence are too many: the model has {config.block_size} positions")
     positions = t.run.backend.xp.arange(tokens.shape[1])
     x = t(embedding, "transformer.wte", tokens)       # (B, T, C)
@@ -68,7 +68,7 @@ def _layernorm(name: str, width: int) -> dict[str, Parameter]:
 
 
 def _parameters(config: GPTConfig) -> dict[str, Parameter]:
-    """Weights N(0, 0.02^2); the two projections into the residual stream scaled down by sqrt(2 n_layer)."""
+    """Return the table: weights N(0, 0.02^2), the two projections into the residual stream divided by sqrt(2 n_layer)."""
     C, std = config.n_embd, 0.02
     residual_std = std / math.sqrt(2 * config.n_layer)
     table = {
@@ -88,9 +88,9 @@ def _parameters(config: GPTConfig) -> dict[str, Parameter]:
 
 
 def gpt_model(config: GPTConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
-    """GPT-2 with GELU (tanh), without dropout; the last linear layer has no bias and is tied to the token embedding.
+    """Return GPT-2 with GELU (tanh), without dropout; the last linear layer has no bias and is tied to the token embedding.
 
-    tokens (B, T) with T <= block_size -> logits (B, T, V). Targets that are ignore_index have no part in the loss.
+    tokens (B, T) with T <= block_size -> logits (B, T, V). Targets equal to ignore_index do not count in the loss.
     Source: Radford et al. 2019; initialization and names as in nanoGPT.
     """
 
@@ -101,5 +101,5 @@ def gpt_model(config: GPTConfig, ignore_index: int = IGNORE_INDEX, loss_mean: st
         return t(cross_entropy, "loss", logits(t, tokens), targets, ignore_index=ignore_index)
 
     tied = {"lm_head.weight": "transformer.wte.weight"}
-    sizes = {name: size for name, size in asdict(config).items() if name != "bias" or not size}  # said where it is not GPT-2's
+    sizes = {name: size for name, size in asdict(config).items() if name != "bias" or not size}  # only where not GPT-2's
     return Model("gpt", sizes, _parameters(config), tied, logits, loss, ignore_index=ignore_index, loss_mean=loss_mean)

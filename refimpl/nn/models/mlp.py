@@ -1,4 +1,4 @@
-"""A byte language model in the manner of Bengio et al.: embed the last k bytes, join them, feed them forward."""
+"""A byte language model after Bengio et al. 2003: embed the last k bytes, concatenate them, apply an MLP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refimpl.numerics.arrays import Array
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """The sizes: block_size bytes of context, n_embd numbers for each, n_layer hidden layers of 4 n_embd."""
+    """The sizes: block_size bytes of context, n_embd features per byte, n_layer hidden layers of 4 n_embd features."""
 
     n_layer: int = 2
     n_embd: int = 64
@@ -37,7 +37,7 @@ def _logits(t: Tape, tokens: Array, config: MLPConfig) -> Value:
 
 
 def _parameters(config: MLPConfig) -> dict[str, Parameter]:
-    """Hidden layers N(0, 2/n_in), which keeps the variance through a ReLU; a small output layer."""
+    """Return the table: hidden weights N(0, 2/n_in), which keeps the variance through ReLU, and a small output layer."""
     C, width = config.n_embd, 4 * config.n_embd
     table = {"wte.weight": Parameter((config.vocab_size, C), std=0.5)}
     n_in = config.block_size * C
@@ -51,10 +51,9 @@ def _parameters(config: MLPConfig) -> dict[str, Parameter]:
 
 
 def mlp_model(config: MLPConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
-    """The model predicts one byte from a whole block: tokens (B, k) with k = block_size -> logits (B, V).
+    """Return a model that predicts one byte from a whole block: tokens (B, k) with k = block_size -> logits (B, V).
 
-    Of `targets` (B, k), the bytes that follow each position, the last column is the one it is trained on.
-    Targets that are ignore_index have no part in the loss.
+    Of `targets` (B, k), the bytes after each position, only the last column counts. Targets equal to ignore_index do not.
     Source: Bengio et al. 2003, 'A neural probabilistic language model', with ReLU for tanh (He et al. 2015).
     """
 

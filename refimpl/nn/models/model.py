@@ -16,18 +16,18 @@ from refimpl.nn.loss import IGNORE_INDEX
 from refimpl.numerics.arrays import Array
 
 LOSS_MEANS = {
-    "tokens": "the mean over all targets that count, in whichever micro-batch or rank they are",
-    "micro-batches": "the mean of the micro-batches' means, so that a target counts for more the fewer there are beside it",
+    "tokens": "the mean over all targets that count, in all micro-batches and ranks",
+    "micro-batches": "the mean of the micro-batches' means, so that a target weighs more in a micro-batch with fewer of them",
 }
-"""What the loss of several micro-batches can be. Where all have as many targets that count, the two are the same to the bit."""
+"""What the loss of several micro-batches can be. Both are equal to the bit where all have equally many targets that count."""
 
 
 LARGEST_SIZE = 2**31 - 1
-"""Larger ones are no sizes of arrays; what the memory can hold is another matter."""
+"""The largest size that is accepted, whether or not it fits into memory."""
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
-    """Errors: UsageError for a size that no model can have."""
+    """Check the sizes of a model. Errors: UsageError for one outside 1 to LARGEST_SIZE."""
     for name, size in sizes.items():
         if not 1 <= size <= LARGEST_SIZE:
             raise UsageError(f"{name} is {size}: it must be {f'at most {LARGEST_SIZE}' if size > 1 else 'at least 1'}")
@@ -37,7 +37,7 @@ def check_sizes(sizes: Mapping[str, int]) -> None:
 class Parameter:
     """Shape and initial values of one parameter: N(0, std^2), or the constant `fill` where std is 0.
 
-    `decay`: whether weight decay acts on it (matrices and embeddings, not biases and norms).
+    decay: whether weight decay applies to it (matrices and embeddings, not biases and norms).
     """
 
     shape: tuple[int, ...]
@@ -53,10 +53,10 @@ class Parameter:
 class Model:
     """A model, without its weights.
 
-    parameters: name -> Parameter, in state_dict order. tied: a second name of a parameter -> its first.
-    logits(t, tokens) -> logits of the next byte; loss(t, tokens, targets) -> the mean loss. Neither ever casts.
-    predicted(targets) -> those of the targets that the loss looks at. ignore_index: the target that stands for 'none'.
-    loss_mean: over what a step of several micro-batches has the mean, `LOSS_MEANS`.
+    parameters: name -> Parameter, in state_dict order. tied: second name of a parameter -> its first.
+    logits(t, tokens) -> logits of the next byte; loss(t, tokens, targets) -> the mean loss. Neither casts anything.
+    predicted(targets) -> the targets that enter the loss. ignore_index: the target that does not count.
+    loss_mean: the loss of several micro-batches, one of LOSS_MEANS.
     """
 
     name: str
@@ -71,18 +71,18 @@ class Model:
 
     @property
     def n_params(self) -> int:
-        """Number of parameters; a tied one counts once."""
+        """Return the number of parameters; a tied one counts once."""
         return sum(math.prod(spec.shape) for spec in self.parameters.values())  # Python's integers do not overflow
 
     def n_targets(self, targets: Array) -> Array:
-        """How many of a batch's targets its loss is the mean over: 0-d, where the targets lie."""
+        """Return how many targets of a batch count in its loss: 0-d, on the device of the targets."""
         return (self.predicted(targets) != self.ignore_index).sum()
 
     def batch_on(self, backend: Any, tokens: np.ndarray, targets: np.ndarray) -> tuple[Array, Array]:
-        """Copy a batch to where a backend computes.
+        """Copy a batch to the memory of a backend.
 
-        On a device no operation can stop for a token or target that is out of range, so the batch is looked at here, on the
-        host. Errors: UsageError that names the first one, where it stands, and the range.
+        Operations on a device cannot stop for a token or target out of range, so these are checked here, on the host.
+        Errors: UsageError that names the first such one, its position, and the range.
         """
         if not backend.on_host:
             refuse_outside(tokens, self.config["vocab_size"], "token")
@@ -90,7 +90,7 @@ class Model:
         return backend.from_host(tokens), backend.from_host(targets)
 
     def initial_weights(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Fresh FP32 weights, drawn in the order of the table."""
+        """Return new FP32 weights, sampled in the order of the table."""
         weights = {}
         for name, spec in self.parameters.items():
             value = np.full(spec.shape, spec.fill, np.float32)
