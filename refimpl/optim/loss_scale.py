@@ -1,8 +1,7 @@
-"""Loss scales: what the loss is multiplied by, so that small gradients survive in 16 bits.
+"""Loss scales: the factor S of the loss that keeps small gradients from underflowing in 16 bits.
 
-`scaler_rules.SCALERS` is a table of how PyTorch and others adapt theirs. One class computes them all, but for the one that
-grows gradually.
-The scale and its counters are 0-d arrays of the backend and change by `where`: nothing waits for the device.
+`scaler_rules.SCALERS` is a table of the rules by which PyTorch and other projects adapt S. DynamicLossScale computes all of
+them but Chainer's, which GradualLossScale does.
 """
 
 from __future__ import annotations
@@ -25,38 +24,32 @@ _FP32 = FORMATS["fp32"]
 
 
 class LossScale(Protocol):
-    """S, and how it adapts. `adapts`: whether it changes after an overflow; a run whose scale cannot is given other advice."""
+    """The scale S and the rule by which it adapts. adapts: whether it changes after an overflow."""
 
     adapts: bool
 
     @property
     def scale(self) -> Array:
-        """S, 0-d."""
+        """S in FP32, 0-d."""
 
     def update(self, found_inf: Array) -> None:
-        """Adapt after a step, given whether its gradients held an Inf or a NaN."""
-
-    def explain(self, before: float, found_inf: bool) -> str:
-        """What `update` has just made of the scale `before`, and what it waits for, in words; waits for the device."""
+        """Adapt S after a step. found_inf: whether its gradients had an Inf or NaN."""
 
     def state_dict(self) -> dict[str, float | int]:
-        """What a checkpoint keeps; waits for the device."""
+        """Return the state for a checkpoint. Waits for the device."""
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Go on from what `state_dict` returned. Errors: ValueError for anything that it cannot have returned."""
-
-
-# ------------------------------------------------------------------------------------------------------- how they are computed
+        """Load what `state_dict` returned. Errors: ValueError for anything that it cannot have returned."""
 
 
 def _check_scale(name: str, scale: float) -> None:
-    """A scale must still be positive and finite as an fp32 number."""
+    """Raise UsageError unless the scale is positive and finite when rounded to FP32."""
     if not _FP32.smallest_subnormal / 2 < scale <= _FP32.max:
         raise UsageError(f"{name} {scale}: it must be positive and finite in FP32")
 
 
 class Saved:
-    """A `state_dict` that is read back, number by number. Errors: ValueError where it cannot be one, in one line."""
+    """A `state_dict` of a loss scale, checked number by number as it is read. Errors: ValueError, in one line."""
 
     def __init__(self, state: object, keys: Collection[str]) -> None:
         if not isinstance(state, Mapping):
@@ -68,18 +61,18 @@ class Saved:
         self.state = state
 
     def number(self, name: str, fits: Callable[[Any], bool], must: str, kind: Any = numbers.Real) -> float:
-        """The number of that name. `must` says in words what `fits` asks of it."""
+        """Return the number of that name. must: the condition `fits`, in words."""
         x: Any = self.state[name]
         if not isinstance(x, kind) or isinstance(x, bool) or not fits(x):
             raise ValueError(f"the state of a loss scale has {name} {_shown(x)}: it must be {must}")
         return float(x)
 
     def count(self, name: str, least: int, most: int = 2**31 - 1) -> int:
-        """The whole number of that name."""
+        """Return the integer of that name, from `least` to `most`."""
         return int(self.number(name, lambda x: least <= x <= most, f"a whole number from {least} to {most}", numbers.Integral))
 
     def scale(self, name: str, least: float, most: float, fmt: str) -> float:
-        """The scale of that name: a number of the format that it is kept in."""
+        """Return the scale of that name, which must be exact in `fmt`."""
         with np.errstate(over="ignore"):
             must = f"a number of {fmt.upper()} from {least:g} to {most:g}"
             return self.number(name, lambda x: least <= x <= most and float(cast(np.float64(x), fmt)) == x, must)
@@ -90,37 +83,39 @@ def _shown(x: object) -> str:
 
 
 class DynamicLossScale:
-    """Back off when a gradient overflows, grow after `growth_interval` good steps in a row; by default PyTorch's way.
+    """Back off when a gradient overflows, and grow after `growth_interval` good steps in a row. By default, PyTorch's rule:
 
         found_inf:  S = S * backoff_factor;  good_steps = 0
         else:       good_steps += 1;  at growth_interval:  S = S * growth_factor if that is finite;  good_steps = 0
 
-    A `scaler` changes this:
+    The fields of `scaler` change this rule:
 
-        late              'always': growth at growth_interval + 1;  'first': the same, but then good_steps = 1
+        late              'always': growth at growth_interval + 1;  'first': the same, and good_steps restarts from 1
         floor, ceiling    S = max(S * backoff_factor, floor);  S = min(S * growth_factor, ceiling)
-        unbounded         S grows also to what is not finite
+        unbounded         S may grow to infinity
         hysteresis        found_inf: left -= 1, and S stays while left > 0;  refill: left = hysteresis
-        tolerance         found_inf: overflows += 1, and S stays while overflows / steps < tolerance, with the steps since S
-                          changed, this one among them;  overflows = 0 where S backs off
-        stops             sets `exhausted`, and whoever trains should stop; 'at the floor': where an overflow should take S down
-                          from its floor;  'to the floor': where it would make S <= floor, and S stays
+        tolerance         found_inf: overflows += 1, and S stays while overflows / steps < tolerance, with `steps` the number
+                          of steps since S changed, including this one;  overflows = 0 when S backs off
+        stops             sets `exhausted`, at which training should stop;  'at the floor': at an overflow while S is at its
+                          floor;  'to the floor': at an overflow that would make S <= floor, and S stays
 
-    Products are made in double precision and rounded once to the format that the project keeps S in. `scale` is S in FP32.
-    A setting that is None is the project's own: factors 2 and 1/2, or 1/growth_factor where the project has one factor.
+    Products are computed in double precision and rounded once to the format in which the project stores S (`Scaler.kept`).
+    A setting of None means the project's own value: factors 2 and 1/2, or 1/growth_factor if the project has one factor.
+    S and its counters are 0-d arrays of the backend and change by `where`, so that nothing waits for the device.
 
     Errors: UsageError for a growth factor <= 1, a backoff factor >= 1, an interval or a hysteresis below 1, a scale <= 0 or
-    below the floor, a floor that is no normal FP32 number, and a setting that the project lets nobody choose (`Scaler.knobs`).
-    Source: Micikevicius et al. 2018 name the idea; constants and timing are each project's (`Scaler.source`). Flax compares
-      its count of good steps before it adds to it, hence 'always'; DeepSpeed does not count the first one, hence 'first'.
+    below the floor, a floor that is not a normal FP32 number, and a setting that the project does not have (`Scaler.knobs`).
+    Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2, for the idea; `Scaler.source` for each project's constants
+      and timing. Flax compares its count of good steps before incrementing it, hence 'always'; DeepSpeed does not count the
+      first good step, hence 'first'.
     PyTorch: torch.amp.GradScaler.
-    Differs from the source: `left` ends at 0; Megatron and the kernel of Apex count on below it and DeepSpeed ends at 1, which
-      changes no scale. An init_scale above the ceiling becomes it, as in Apex amp; one below the floor is refused, as in
-      Megatron. DeepSpeed and fairseq raise an exception where `exhausted` is set. fairseq saves its scale and no counter. jmp
-      loses its floor under jit, here it stays. Factors that are no powers of two give other last bits than the projects that
-      multiply in FP32 (Megatron) or divide (those with one factor); all but Chainer's take 2 and 1/2.
-      What counts as an overflow is for the step to say: some projects test sums or norms of gradients, and Flax tests after
-      dividing. CuPy's kernels flush subnormal FP32 numbers: there an FP32 scale is 0 below 2^-126.
+    Differs from the source: `left` stops at 0; Megatron and Apex's kernel count below it and DeepSpeed stops at 1, which
+      changes no scale. An init_scale above the ceiling is replaced by the ceiling, as in Apex amp; one below the floor is an
+      error, as in Megatron. DeepSpeed and fairseq raise an exception when `exhausted` is set. fairseq saves the scale but no
+      counters. jmp loses its floor under jit; here it holds. Factors that are not powers of two give other last bits than in
+      projects that multiply in FP32 (Megatron) or divide (those with one factor); all but Chainer use 2 and 1/2 by default.
+      The step decides what an overflow is: some projects test sums or norms of gradients, and Flax tests after dividing.
+      CuPy's kernels flush subnormal FP32 numbers, so with CuPy an FP32 scale below 2^-126 is 0.
     """
 
     adapts = True
@@ -155,16 +150,16 @@ class DynamicLossScale:
         self.exhausted = xp.asarray(np.bool_(False))
 
     def _start(self, init_scale: float) -> None:
-        """S becomes a number that the host knows."""
+        """Set S to a number."""
         self.value = self.xp.asarray(np.float32(init_scale) if self.scaler.kept == "fp32" else np.float64(init_scale))
 
     @property
     def scale(self) -> Array:
-        """S, in FP32."""
+        """S in FP32, 0-d."""
         return cast(self.value, "fp32")
 
     def update(self, found_inf: Array) -> None:
-        """Every outcome is computed and one chosen by `where`: only the device knows whether there was an Inf."""
+        """Compute every outcome and choose one by `where`: only the device knows found_inf."""
         xp, scaler, exact = self.xp, self.scaler, widen(self.value, "fp64")
         smaller = cast(exact * self.backoff_factor, scaler.kept)
         larger = cast(exact * self.growth_factor, scaler.kept)
@@ -179,7 +174,7 @@ class DynamicLossScale:
             backs_off = self._out_of_hysteresis(found_inf, grow)
         if scaler.tolerance:
             backs_off = self._too_often(found_inf, grow)
-        if backs_off is not found_inf:  # an overflow may leave S as it is
+        if backs_off is not found_inf:  # an overflow may leave S unchanged
             smaller = xp.where(backs_off, smaller, self.value)
         if scaler.stops:
             smaller = self._kept_where_it_stops(smaller, found_inf, backs_off)
@@ -191,7 +186,7 @@ class DynamicLossScale:
         self.growth_tracker = xp.where(found_inf | grow, restart, good_steps)
 
     def _out_of_hysteresis(self, found_inf: Array, grow: Array) -> Array:
-        """Count this overflow, or refill; whether there is one, and none left to be borne."""
+        """Count this overflow, or refill the count. Return whether S backs off: at an overflow with none left."""
         xp, left = self.xp, self.xp.maximum(self.hysteresis_tracker - 1, 0)
         full = xp.full_like(left, self.hysteresis)
         refilled = full if self.scaler.refill == "good step" else xp.where(grow, full, self.hysteresis_tracker)
@@ -199,7 +194,7 @@ class DynamicLossScale:
         return found_inf & (left == 0)
 
     def _too_often(self, found_inf: Array, grow: Array) -> Array:
-        """Count this step; whether it overflows, and overflows make up the tolerated share of the steps since S changed."""
+        """Count this step. Return whether S backs off: at an overflow when their share of the steps reaches the tolerance."""
         xp, steps, overflows = self.xp, self.steps_since_change + 1, self.overflows + found_inf
         backs_off = found_inf & (overflows / steps >= self.scaler.tolerance)
         self.steps_since_change = xp.where(backs_off | (grow & ~found_inf), 0, steps)
@@ -207,45 +202,13 @@ class DynamicLossScale:
         return backs_off
 
     def _kept_where_it_stops(self, smaller: Array, found_inf: Array, backs_off: Array) -> Array:
-        """Set `exhausted` where the run should end; what S becomes at an overflow."""
+        """Set `exhausted` if the run should end. Return S after an overflow."""
         if self.scaler.stops == "at the floor":
             ends = backs_off & (self.value == self.scaler.floor)
         else:
             ends = found_inf & (smaller <= self.scaler.floor)
         self.exhausted = self.exhausted | ends
         return self.xp.where(ends, self.value, smaller)
-
-    def explain(self, before: float, found_inf: bool) -> str:
-        """What `update` has just done with S, which was `before`, in words; waits for the device."""
-        scaler, left = self.scaler, int(self.hysteresis_tracker)
-        if math.isinf(self.scale):
-            return "infinite in FP32"
-        if not found_inf:
-            return self._explain_growth(before)
-        if scaler.stops == "at the floor" and bool(self.exhausted) and before <= scaler.floor:
-            return f"an overflow at its floor, {scaler.floor:g}: ends the run"
-        if scaler.stops == "to the floor" and bool(self.exhausted) and before * self.backoff_factor <= scaler.floor:
-            return f"stays: {before:g} * {self.backoff_factor:g} is not above its floor, {scaler.floor:g}: ends the run"
-        if scaler.hysteresis > 1 and left:
-            return f"an overflow that is borne: backs off at {'the next one' if left == 1 else f'number {left} from here'}"
-        if int(self.overflows):
-            return f"an overflow that is borne: below {scaler.tolerance:.0%} of the steps since it changed"
-        if before * self.backoff_factor < scaler.floor:
-            return f"{'stays at' if before <= scaler.floor else 'backs off to'} {scaler.floor:g}, its floor"
-        if before * self.backoff_factor > scaler.ceiling:
-            return f"backs off to {scaler.ceiling:g}, its ceiling"
-        return f"{before:g} * {self.backoff_factor:g}: backs off"
-
-    def _explain_growth(self, before: float) -> str:
-        scaler, after = self.scaler, float(self.scale)
-        if after > before:
-            to_the_end = before * self.growth_factor > scaler.ceiling
-            return f"grows to {scaler.ceiling:g}, its ceiling" if to_the_end else f"{before:g} * {self.growth_factor:g}: grows"
-        if not int(self.growth_tracker):  # it was time to grow
-            at_ceiling = before >= scaler.ceiling
-            return f"stays at {scaler.ceiling:g}, its ceiling" if at_ceiling else "stays: larger, it would be infinite in FP32"
-        n = self.growth_interval - int(self.growth_tracker) + (scaler.late != "")
-        return f"grows after {n} more good {'step' if n == 1 else 'steps in a row'}"
 
     def state_dict(self) -> dict[str, float | int]:
         state: dict[str, float | int] = {
@@ -264,11 +227,10 @@ class DynamicLossScale:
         return state
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Go on from a state. It is checked whole before anything changes.
+        """Load a state. All of it is checked before anything changes.
 
-        Errors: ValueError for what `state_dict` does not return: a key too many or too few, a scale that is 0, subnormal,
-        not finite, not of the format that it is kept in, below the floor or above the ceiling, a count that is negative,
-        no whole number or higher than it can get.
+        Errors: ValueError for a missing or unknown key; for a scale that is 0, subnormal, not finite, not exact in its format,
+        below the floor or above the ceiling; for a count that is negative, not an integer or too high.
         """
         new, scaler = Saved(state, self.state_dict().keys()), self.scaler
         scale = new.scale("scale", *self._range(), scaler.kept)
@@ -294,24 +256,24 @@ class DynamicLossScale:
         self.exhausted = self.xp.asarray(np.bool_(exhausted))
 
     def _range(self) -> tuple[float, float]:
-        """The least and the largest S that a run can go on with."""
+        """Return the smallest and the largest S that `load_state_dict` accepts."""
         scaler = self.scaler
         largest = sys.float_info.max if scaler.kept == "fp64" and scaler.unbounded else _FP32.max
         return max(scaler.floor, _FP32.smallest_normal), largest if scaler.gradual else min(largest, scaler.ceiling)
 
     def _load_more(self, new: Saved) -> None:
-        """Load what only a subclass keeps."""
+        """Load the entries that only a subclass has."""
 
 
 class GradualLossScale(DynamicLossScale):
-    """Double in every step until the first overflow; from then on grow by a little in every good step, and halve in a bad one.
+    """Double in every step until the first overflow; after it, grow a little in every good step and halve in a bad one.
 
         found_inf:  S = S * backoff_factor
         else:       S = S * 2^(1/growth_interval),  and before any overflow  S * growth_factor
         always:     S = max(floor, min(ceiling, S))
 
     Source: Chainer 7, chainer/optimizer.py: Optimizer.loss_scaling, check_nan_in_grads, update_loss_scale.
-    Differs from the source: Chainer always starts at 1, here that is the default; a start below the floor is refused.
+    Differs from the source: Chainer always starts at 1; here that is the default, and a start below the floor is an error.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -319,19 +281,12 @@ class GradualLossScale(DynamicLossScale):
         self.overflowed = self.xp.asarray(np.bool_(False))
 
     def update(self, found_inf: Array) -> None:
-        """All three products, one of them chosen."""
+        """Compute all three products, and choose one by `where`."""
         xp, S = self.xp, self.value
         self.overflowed = self.overflowed | found_inf
         grown = xp.where(self.overflowed, S * 2.0 ** (1 / self.growth_interval), S * self.growth_factor)
         S = xp.where(found_inf, S * self.backoff_factor, grown)
         self.value = xp.maximum(xp.minimum(S, self.scaler.ceiling), self.scaler.floor)
-
-    def _explain_growth(self, before: float) -> str:
-        if float(self.value) >= self.scaler.ceiling:
-            return f"at {self.scaler.ceiling:g}, its ceiling"
-        if bool(self.overflowed):
-            return f"{before:g} * 2^(1/{self.growth_interval}): grows a little in every good step"
-        return f"{before:g} * {self.growth_factor:g}: grows in every step until the first overflow"
 
     def state_dict(self) -> dict[str, float | int]:
         return super().state_dict() | {"overflowed": int(self.overflowed)}
@@ -341,10 +296,10 @@ class GradualLossScale(DynamicLossScale):
 
 
 class StaticLossScale:
-    """A scale that never changes; 1 is no loss scale at all.
+    """A constant scale; 1 means no loss scaling.
 
-    An overflow under a static scale is skipped like any other, but nothing makes the next one less likely.
-    Source: Micikevicius et al. 2018, section 3.2 (constants 8 to 32K).
+    A step that overflows is skipped as with a dynamic scale, but nothing makes the next overflow less likely.
+    Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2 (constants from 8 to 32K).
     """
 
     def __init__(self, scale: float, xp: Any = np) -> None:
@@ -356,19 +311,13 @@ class StaticLossScale:
     def update(self, found_inf: Array) -> None:
         pass
 
-    def explain(self, before: float, found_inf: bool) -> str:
-        return "does not adapt"
-
     def state_dict(self) -> dict[str, float | int]:
         return {"scale": float(self.scale)}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Go on with a scale. Errors: ValueError for anything but a normal FP32 number."""
+        """Load a scale. Errors: ValueError for anything but a normal FP32 number."""
         scale = Saved(state, self.state_dict().keys()).scale("scale", _FP32.smallest_normal, _FP32.max, "fp32")
         self.scale = self.xp.asarray(np.float32(scale))
-
-
-# ------------------------------------------------------------------------------------------------------- which one it is
 
 
 def make_loss_scale(
@@ -381,10 +330,10 @@ def make_loss_scale(
     backoff_factor: float | None = None,
     scale_floor: float | None = None,
 ) -> LossScale:
-    """The loss scale for a name in SCALERS, 'dynamic' (PyTorch's), 'none', or a number.
+    """Return the loss scale for a name in SCALERS, 'dynamic' (PyTorch's), 'none', or a number.
 
-    All but kind and xp: of one that adapts; None takes the project's own. Errors: UsageError for any other name, and for a
-    setting that the scale does not have.
+    The settings apply to a scale that adapts; None means the project's own value. Errors: UsageError for any other name, and
+    for a setting that the scale does not have.
     """
     scaler = find_scaler(kind)
     knobs: dict[str, Any] = {"growth_factor": growth_factor, "backoff_factor": backoff_factor, "scale_floor": scale_floor,

@@ -1,4 +1,4 @@
-"""How projects adapt their loss scales: a table of rules, which `loss_scale` computes."""
+"""The rules by which projects adapt their loss scales, as a table; `loss_scale.py` computes them."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from refimpl.numerics.formats import FORMATS
 
 @dataclass(frozen=True)
 class Scaler:
-    """The rules of one project. What is not said is as in PyTorch, so a row of SCALERS shows how it differs from it."""
+    """The rules of one project. The defaults are PyTorch's, so a row of SCALERS shows only how the project differs from it."""
 
     name: str
     source: str
 
     init_scale: float = 2.0**16
     growth_interval: int = 2000
-    late: str = ""  # S grows one step later than growth_interval says: 'always', or the 'first' time after an overflow
-    gradual: bool = False  # doubles in every step until the first overflow, from then on by 2^(1/growth_interval) a step
+    late: str = ""  # S grows one step later than growth_interval: 'always', or the 'first' time after an overflow
+    gradual: bool = False  # grows by 2 per step until the first overflow, then by 2^(1/growth_interval) per step
 
-    floor: float = 0.0  # backing off ends here
-    stops: str = ""  # an overflow ends the run that finds S 'at the floor', or that would take it 'to the floor': S stays
-    ceiling: float = math.inf  # growth ends here
-    unbounded: bool = False  # S may grow beyond FP32's largest number; otherwise a growth that would is left out
+    floor: float = 0.0  # the smallest S
+    stops: str = ""  # an overflow ends the run: 'at the floor', if S is there; 'to the floor', if S would get there
+    ceiling: float = math.inf  # the largest S
+    unbounded: bool = False  # S may grow beyond FP32's largest number; otherwise S stays instead
 
-    hysteresis: int = 1  # overflows that it takes to back off
-    refill: str = "growth"  # what gives all of them back: 'growth', or any 'good step'
+    hysteresis: int = 1  # overflows needed to back off
+    refill: str = "growth"  # what resets their count: 'growth', or any 'good step'
 
-    tolerance: float = 0.0  # backs off once overflows make up this share of the steps since S changed
+    tolerance: float = 0.0  # S backs off when this share of the steps since its last change overflowed
 
-    kept: str = "fp32"  # the format that the project keeps S in; 'fp64' is a number of Python
-    knobs: tuple[str, ...] = ("growth_factor", "backoff_factor")  # what can be chosen beside start and interval
+    kept: str = "fp32"  # the format in which the project stores S; 'fp64' is a Python float
+    knobs: tuple[str, ...] = ("growth_factor", "backoff_factor")  # the settings beside init_scale and growth_interval
 
 
 _FP32 = FORMATS["fp32"]
@@ -79,21 +79,21 @@ SCALERS: dict[str, Scaler] = {
 
 
 def find_scaler(kind: str) -> Scaler | None:
-    """The row of SCALERS behind a name; 'dynamic' is PyTorch's. None for 'none', a number, or what is no name at all."""
+    """Return the row of SCALERS of that name, PyTorch's for 'dynamic', or None for 'none', a number and any other text."""
     return SCALERS.get("torch" if kind == "dynamic" else kind)
 
 
 def words(name: str) -> str:
-    """A setting's name for a message."""
+    """Return a setting's name for a message."""
     return name.replace("_", " ")
 
 
 def chosen(scaler: Scaler, given: Mapping[str, float | None]) -> Scaler:
-    """The rules with what was chosen of them, all of it checked. Errors: UsageError."""
+    """Return the rules with the given settings, checked. Errors: UsageError for an impossible setting."""
     for name, value in given.items():
         if value is not None and name not in scaler.knobs:
             those = ", ".join(other.name for other in SCALERS.values() if name in other.knobs)
-            raise UsageError(f"{words(name)} {value} with {scaler.name}, which has none to choose: only for {those}")
+            raise UsageError(f"{words(name)} {value} with {scaler.name}, which has no such setting; it is only for {those}")
     growth, backoff, floor, hysteresis = (given[x] for x in ("growth_factor", "backoff_factor", "scale_floor", "hysteresis"))
     if growth is not None and not 1 < growth <= _FP32.max:
         raise UsageError(f"growth factor {growth}: it must be above 1 and finite in FP32")

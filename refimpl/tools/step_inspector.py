@@ -26,6 +26,7 @@ from refimpl.optim.scaler_rules import find_scaler
 from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import StepResult, forward_backward
+from refimpl.tools.scale_remarks import explain
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.data import load_corpus, sample_batch
@@ -416,7 +417,7 @@ class _Element:
 
     def _scale_line(self) -> Line:
         scale = self.watched.loss_scale
-        remark = scale.explain(float(self.watched.scale_before), self.skipped)
+        remark = explain(scale, float(self.watched.scale_before), self.skipped)
         if self.skipped and self.watched.config.loss_scale == "none":
             remark += ": scripts/train.py stops here"
         return _of("scale_after", "S of the next step", scale.scale, remark)

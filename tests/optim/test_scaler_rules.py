@@ -34,6 +34,7 @@ from refimpl.optim import loss_scale as module
 from refimpl.optim.loss_scale import DynamicLossScale, StaticLossScale, make_loss_scale
 from refimpl.optim.scaler_rules import SCALERS, Scaler
 from refimpl.tools.loss_scale import number_text, show_loss_scale, trace
+from refimpl.tools.scale_remarks import explain
 from refimpl.training.checkpoint import load, save
 from refimpl.training.config import Config
 from refimpl.training.run_folder import open_folder, prepare_folder
@@ -594,12 +595,12 @@ def test_what_a_scale_says_of_itself_is_what_it_does(name: str, hysteresis: int 
 
 def _held_to_its_word(scale: DynamicLossScale, before: float, bad: bool) -> str:
     """Check what a scale says after an update; the kind of sentence that it was."""
-    text, after, scaler = scale.explain(before, bad), float(scale.scale), scale.scaler
+    text, after, scaler = explain(scale, before, bad), float(scale.scale), scale.scaler
     if match := re.fullmatch(r"grows after (\d+) more good steps?( in a row)?", text):
         assert not bad and after == before
         assert _steps_until_it_changes(scale, False, int(match[1])) in (int(match[1]), None)
         return "grows later"
-    if match := re.fullmatch(r"an overflow that is borne: backs off at (the next one|number (\d+) from here)", text):
+    if match := re.fullmatch(r"an overflow that is tolerated: backs off at (the next one|number (\d+) from here)", text):
         assert bad and after == before
         assert _steps_until_it_changes(scale, True, int(match[2] or 1)) in (int(match[2] or 1), None)
         return "borne"
@@ -620,7 +621,7 @@ def _held_to_its_word(scale: DynamicLossScale, before: float, bad: bool) -> str:
     if text.endswith("ends the run"):
         assert bool(scale.exhausted) and (after == scaler.floor or (before == after and after / 2 <= scaler.floor))
         return "ends"
-    if text == "an overflow that is borne: below 5% of the steps since it changed":
+    if text == "an overflow that is tolerated: below 5% of the steps since it changed":
         assert bad and after == before and int(scale.overflows) / int(scale.steps_since_change) < 0.05
         return "tolerated"
     assert text == "stays: larger, it would be infinite in FP32" and after == before and before * 2 > FP32_MAX and not bad
@@ -658,7 +659,7 @@ def test_knobs(knob: str) -> None:
             before, after = (follow(make_loss_scale(name, 64.0, 2, **{knob: x}), "1110001111") for x in (None, value))
             assert before != after, name
         else:
-            with pytest.raises(UsageError, match=f"{knob.replace('_', ' ')} {value} with {name}, which has none to choose: "):
+            with pytest.raises(UsageError, match=f"{knob.replace('_', ' ')} {value} with {name}, which has no such setting; "):
                 make_loss_scale(name, 64.0, 2, **{knob: value})
     for kind in ("none", "128"):
         with pytest.raises(UsageError, match=f"{knob.replace('_', ' ')} {value} with loss scale {kind}: only one that adapts"):
@@ -713,8 +714,8 @@ def test_rows_without_hysteresis_end_runs_too(monkeypatch: pytest.MonkeyPatch, b
         ("torch", {"backoff_factor": 1.0}, "backoff factor 1.0: it must be between 0 and 1"),
         ("torch", {"backoff_factor": 0.0}, "backoff factor 0.0: it must be"),
         ("torch", {"backoff_factor": -0.5}, "backoff factor -0.5: it must be"),
-        ("torch", {"scale_floor": 1.0}, "scale floor 1.0 with torch, which has none to choose: only for apex-amp, megatron"),
-        ("deepspeed", {"backoff_factor": 0.25}, "backoff factor 0.25 with deepspeed, which has none to choose: only for torch"),
+        ("torch", {"scale_floor": 1.0}, "scale floor 1.0 with torch, which has no such setting; it is only for"),
+        ("deepspeed", {"backoff_factor": 0.25}, "backoff factor 0.25 with deepspeed, which has no such setting; it is only"),
         ("chainer", {"growth_factor": 4.0}, "growth factor 4.0 with chainer"),
         ("megatron", {"scale_floor": 128.0}, "init scale 64.0: it must be at least 128, the floor of megatron"),
         ("megatron", {"scale_floor": 0.0}, "scale floor 0.0: it must be from 1.18e-38"),

@@ -335,8 +335,8 @@ def test_a_static_scale_and_a_dynamic_one_can_be_asked_for() -> None:
     ("scaler", "remarks"),
     [
         ("dynamic", ["1e+09 * 0.5: backs off", "5e+08 * 0.5: backs off"]),
-        ("megatron", ["an overflow that is borne: backs off at the next one", "1e+09 * 0.5: backs off"]),
-        ("apex-kernel", ["an overflow that is borne: backs off at the next one", "1e+09 * 0.5: backs off"]),
+        ("megatron", ["an overflow that is tolerated: backs off at the next one", "1e+09 * 0.5: backs off"]),
+        ("apex-kernel", ["an overflow that is tolerated: backs off at the next one", "1e+09 * 0.5: backs off"]),
         ("chainer", ["backs off to 65504, its ceiling", "at 65504, its ceiling"]),
     ],
 )
