@@ -1,22 +1,24 @@
-"""How ranks exchange flat arrays: six calls, the same on every engine.
+"""Collectives: the calls by which ranks exchange flat arrays, the same for every transport.
 
     all_reduce(x)                    every rank gets the sum of all x
-    reduce_scatter(x, shares)        each rank gets the sum of its share of all x; begins, and the caller waits when it must
-    all_gather(own, shares, out)     every rank gets the shares of all, one after the other
+    reduce_scatter(x, shares)        each rank gets the sum of its share of all x; returns at once, the caller waits later
+    all_gather(own, shares, out)     every rank gets the shares of all ranks, concatenated
+    largest(x)                       every rank gets the largest of all x, element by element
     broadcast(x)                     every rank gets rank 0's x
-    any(flag)                        whether one of the ranks says yes
-    barrier()                        nobody goes on before all have come
+    any(flag)                        every rank gets whether one of the flags is set
+    barrier()                        no rank continues before all have arrived
 
-Engines only move bytes. Sums are taken here: in FP32 (FP64 of FP64), rank 0 first and the last rank last, and rounded once, so
-that they are the same on every engine and on every rank. A 16-bit array travels as its 16 bits and is never summed in 16 bits.
+Transports only move bytes. Sums are computed here: in FP32 (FP64 for FP64 arrays), from rank 0 to the last rank, rounded once.
+So they are the same with every transport and on every rank, and 16-bit arrays are never summed in 16 bits.
 
-    Serial          here       one rank
-    ThreadComm      threads.py ranks as threads of one process, for tests
-    MpiComm         mpi.py     processes, by mpi4py
-    NcclComm        nccl.py    GPUs, by NCCL
+    Serial       one rank
+    ThreadComm   threads.py   ranks as threads of one process, for tests
+    MpiComm      mpi.py       ranks as processes, with mpi4py
+    NcclComm     nccl.py      ranks with a GPU each, with NCCL
 
-Source: the collectives of MPI, and what ZeRO makes of them (arXiv 1910.02054). PyTorch: torch.distributed's functions of the
-same names; its all_reduce of 16-bit tensors sums in 16 bits on gloo, and in an order of its own.
+Source: the collectives of MPI, and their use in ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054).
+PyTorch: the functions of the same names in torch.distributed, whose all_reduce of 16-bit tensors sums in 16 bits on gloo, and
+in an order of its own.
 """
 
 from __future__ import annotations
@@ -32,28 +34,28 @@ from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of
 
 Shares = Sequence[slice]
-"""The share of each rank in a flat array: slices that follow one another and cover it. Some may be empty."""
+"""The share of each rank in a flat array: consecutive slices that cover it, of which some may be empty."""
 Pending = Callable[[], Array]
-"""A call that has begun: call it to wait for its result."""
+"""The result of a call that has begun: call it to wait for the array."""
 
 
 def shares_of(size: int, ranks: int, grain: int = 1) -> list[slice]:
-    """`size` elements divided among ranks: shares of one size, a multiple of `grain`, until nothing is left.
+    """Return the shares of `size` elements among ranks: each a multiple of `grain`, all of one size until none are left.
 
-    One rank has all. So the last ranks may have less, or nothing.
+    So the last ranks may have fewer elements, or none. A single rank has all of them.
     """
     share = share_size(size, ranks, grain)
     return [slice(min(rank * share, size), min((rank + 1) * share, size)) for rank in range(ranks)]
 
 
 def share_size(size: int, ranks: int, grain: int = 1) -> int:
-    """The elements of a full share: ceil(ceil(size / grain) / ranks) grain, or all of one rank."""
+    """Return the elements of a full share: ceil(ceil(size / grain) / ranks) grain, or `size` for a single rank."""
     grains = -(-size // grain)
     return size if ranks == 1 else -(-grains // ranks) * grain
 
 
 def add_up(pieces: Sequence[Array]) -> Array:
-    """The sum of arrays of one format, first to last, in FP32 (FP64 of FP64), rounded once to that format."""
+    """Return the sum of arrays of one format, first to last, in FP32 (FP64 for FP64), rounded once to that format."""
     fmt = format_of(pieces[0])
     wide = "fp64" if fmt == "fp64" else "fp32"
     total = widen(pieces[0], wide)
@@ -63,10 +65,10 @@ def add_up(pieces: Sequence[Array]) -> Array:
 
 
 class Comm:
-    """One rank among `size`. An engine provides `_swap`, `_all_gather`, `broadcast`, `any` and `barrier`.
+    """One rank among `size`. A transport implements `_swap`, `_all_gather`, `broadcast`, `any` and `barrier`.
 
-    received: bytes that came from other ranks, by call; what a rank sends is as much in all. on_machine: ranks that share
-    this machine's processor.
+    received: bytes that came from other ranks, by call; in total, a rank sends as many. on_machine: the number of ranks on
+    this machine.
     """
 
     rank: int = 0
@@ -78,13 +80,13 @@ class Comm:
 
     @property
     def on_host(self) -> Comm:
-        """The same ranks, for arrays on the host."""
+        """The communicator of the same ranks for arrays on the host."""
         return self
 
     # -- sums -------------------------------------------------------------------------------------------------------
 
     def all_reduce(self, x: Array) -> Array:
-        """The sum over ranks of x (n,), in its format. -> (n,)"""
+        """Return the sum over ranks of x (n,), in its format."""
         if self.size == 1:
             return x
         shares = shares_of(x.size, self.size)
@@ -92,9 +94,9 @@ class Comm:
         return self.all_gather(own, shares, x.copy())
 
     def reduce_scatter(self, x: Array, shares: Shares) -> Pending:
-        """Begin to sum x (n,) over ranks, each rank its share. The result of the wait: (share,), in the format of x.
+        """Begin to sum x (n,) over ranks. Return a call that waits for this rank's share of the sum, in the format of x.
 
-        x must not be written to before that.
+        x must not be written to before that call returns.
         """
         if self.size == 1:
             return lambda: x[shares[0]]
@@ -106,7 +108,7 @@ class Comm:
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def all_gather(self, own: Array, shares: Shares, out: Array) -> Array:
-        """`out` (n,) becomes the shares of all ranks, of which `own` is this one's. -> out"""
+        """Fill `out` (n,) with the shares of all ranks, of which `own` is this rank's, and return it."""
         out[shares[self.rank]] = own
         if self.size > 1:
             self.received["all_gather"] += out.nbytes - own.nbytes
@@ -114,7 +116,7 @@ class Comm:
         return out
 
     def largest(self, x: Array) -> Array:
-        """The largest of all ranks, element by element, NaN left aside: an all_gather of an array on the host."""
+        """Return the largest of the ranks' x, element by element, ignoring NaN. x must be on the host."""
         if self.size == 1:
             return x
         shares = [slice(rank * x.size, (rank + 1) * x.size) for rank in range(self.size)]
@@ -123,26 +125,26 @@ class Comm:
         return largest
 
     def broadcast(self, x: Array) -> Array:
-        """x, in place, becomes rank 0's. -> x"""
+        """Overwrite x with rank 0's, and return it."""
         return x
 
-    # -- one bit, or none -------------------------------------------------------------------------------------------
+    # -- flags -------------------------------------------------------------------------------------------------------
 
     def any(self, flag: bool) -> bool:
-        """Whether a rank's flag is set."""
+        """Return whether the flag of any rank is set."""
         return flag
 
     def barrier(self) -> None:
         """Wait for all ranks."""
 
-    # -- what an engine provides ------------------------------------------------------------------------------------
+    # -- to be implemented by a transport ----------------------------------------------------------------------------------
 
     def _swap(self, x: Array, shares: Shares) -> Callable[[], Sequence[Array]]:
-        """Begin to send x[shares[r]] to each rank r; the wait gives what every rank sent here, in the order of ranks."""
+        """Begin to send x[shares[r]] to each rank r. Return a call that waits for what each rank sent here, in rank order."""
         raise NotImplementedError
 
     def _all_gather(self, shares: Shares, out: Array) -> None:
-        """Fill in `out`, of which this rank's share is there, what the other ranks have."""
+        """Fill `out`, which has this rank's share already, with the shares of the other ranks."""
         raise NotImplementedError
 
 

@@ -1,9 +1,8 @@
-"""Ranks as processes, by MPI: mpiexec -n 4 python -m mpi4py scripts/train.py --zero 1
+"""Ranks as processes, with MPI: mpiexec -n 4 python -m mpi4py scripts/train.py --zero 1
 
-Always `-m mpi4py`: a rank that raises then ends all of them; without it the others would wait for it for ever.
+`-m mpi4py` is needed: it makes a rank that raises end all of them. Without it the others would wait for that rank forever.
 
-MPI only moves bytes here. Its own sum of FP16 arrays rounds after each rank, to FP16: test_mpi.py shows how many elements
-that changes. It has no BF16.
+MPI only moves bytes here. Its own sum of FP16 arrays rounds to FP16 after each rank, and it has no BF16.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from refimpl.numerics.bits import bytes_of
 
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
 SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
-"""What MPICH's mpiexec, and Open MPI's, tell the processes that they start."""
+"""The environment variables that MPICH's and Open MPI's mpiexec set in the processes that they start."""
 
 
 class MpiComm(Comm):
-    """A rank that is a process. Arrays are NumPy's."""
+    """A rank that is a process, with NumPy arrays."""
 
     def __init__(self, mpi: Any) -> None:
-        """mpi: the module mpi4py.MPI, whose import starts MPI."""
+        """Join the ranks of MPI's world. mpi: the module mpi4py.MPI, whose import starts MPI."""
         super().__init__()
-        self.mpi, self.world = mpi, mpi.COMM_WORLD.Dup()  # a space of our own for messages
+        self.mpi, self.world = mpi, mpi.COMM_WORLD.Dup()  # so that messages of other libraries cannot interfere
         self.rank, self.size = self.world.Get_rank(), self.world.Get_size()
         self.on_machine = self.world.Split_type(mpi.COMM_TYPE_SHARED).Get_size()
 
     def _layout(self, shares: Shares, itemsize: int) -> tuple[list[int], list[int]]:
-        """Counts and beginnings of shares in bytes."""
+        """Return the sizes and the starts of shares in bytes."""
         return [(s.stop - s.start) * itemsize for s in shares], [s.start * itemsize for s in shares]
 
     def _swap(self, x: Array, shares: Shares) -> Callable[[], Sequence[Array]]:
@@ -50,7 +49,7 @@ class MpiComm(Comm):
 
         def wait() -> Array:
             request.Wait()
-            assert x is not None  # kept until here: MPI reads it
+            assert x is not None  # this reference keeps x alive until MPI has read it
             return arrived
 
         return wait
@@ -72,13 +71,13 @@ class MpiComm(Comm):
 
 
 def launched() -> tuple[int, int]:
-    """(rank, number) of the processes that an mpiexec has started with this one, before MPI starts; (0, 1) without one."""
+    """Return this process's rank and the number of ranks as mpiexec set them, without starting MPI; (0, 1) without mpiexec."""
     rank, size = (next((int(os.environ[n]) for n in names if n in os.environ), None) for names in (RANK, SIZE))
     return rank or 0, size or 1
 
 
 def mpi_comm() -> Comm:
-    """The rank that this process is. Errors: UsageError where mpi4py, or an MPI for it, is missing."""
+    """Return this process's rank. Errors: UsageError if mpi4py, or an MPI for it, is missing."""
     try:
         mpi = importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:

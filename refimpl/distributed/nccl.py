@@ -1,7 +1,7 @@
-"""Ranks that have a GPU each, by NCCL: mpiexec -n 4 python -m mpi4py scripts/train.py --backend cupy --zero 1
+"""Ranks with a GPU each, with NCCL: mpiexec -n 4 python -m mpi4py scripts/train.py --backend cupy --zero 1
 
-MPI brings the ranks together and carries what lies on the host (flags, barriers); NCCL moves the arrays on the devices. It
-moves bytes: sums are `Comm`'s, in the order of the ranks, which NCCL's own are not. So no NCCL type of BF16 is needed.
+MPI connects the ranks and exchanges flags and other host data; NCCL moves the arrays on the devices, as bytes. Sums are those
+of `Comm`, in rank order, which NCCL's own sums are not. So no NCCL type for BF16 is needed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from refimpl.numerics.bits import bytes_of
 
 
 class NcclComm(Comm):
-    """A rank whose arrays are CuPy's, on the device that is current when it is made."""
+    """A rank with CuPy arrays, on the device that is current when it is created."""
 
     def __init__(self, host: Comm, nccl: Any, cupy: Any) -> None:
-        """host: the same ranks on the host, by which they meet."""
+        """Connect the ranks. host: the communicator of the same ranks for arrays on the host."""
         super().__init__()
         self.host, self.nccl, self.cupy = host, nccl, cupy
         self.rank, self.size = host.rank, host.size
-        name = np.frombuffer(nccl.get_unique_id(), np.uint8).copy()  # rank 0's, in a moment
+        name = np.frombuffer(nccl.get_unique_id(), np.uint8).copy()  # replaced by rank 0's in the next line but one
         self.world = nccl.NcclCommunicator(host.size, bytes(host.broadcast(name)), host.rank)
 
     @property
@@ -54,7 +54,7 @@ class NcclComm(Comm):
             self._send(bytes_of(x[shares[rank]]), rank)
             self._receive(bytes_of(arrived[rank]), rank)
         self.nccl.groupEnd()
-        return lambda: arrived  # in the order of the stream, like all that reads it
+        return lambda: arrived  # no wait: what reads it is queued behind it on the same stream
 
     def _all_gather(self, shares: Shares, out: Array) -> None:
         self.nccl.groupStart()
@@ -65,8 +65,8 @@ class NcclComm(Comm):
         self.nccl.groupEnd()
 
     def broadcast(self, x: Array) -> Array:
-        part = bytes_of(x)
-        self.world.broadcast(part.data.ptr, part.data.ptr, part.size, self.nccl.NCCL_UINT8, 0, self._stream)
+        raw = bytes_of(x)
+        self.world.broadcast(raw.data.ptr, raw.data.ptr, raw.size, self.nccl.NCCL_UINT8, 0, self._stream)
         return x
 
     def any(self, flag: bool) -> bool:
@@ -77,7 +77,7 @@ class NcclComm(Comm):
 
 
 def nccl_comm(host: Comm) -> Comm:
-    """The rank on its own device: device r of a machine with as many ranks. Errors: UsageError without CuPy or NCCL."""
+    """Select device r modulo the number of devices for rank r, and return the rank. Errors: UsageError without CuPy or NCCL."""
     cupy = get_backend("cupy").xp
     try:
         nccl = importlib.import_module("cupy.cuda.nccl")

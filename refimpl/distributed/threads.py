@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: all of the algorithm of several ranks, without anything to install. For tests.
+"""Ranks as threads of one process, for tests: the algorithm of several ranks without MPI.
 
     losses = run_ranks(4, lambda comm: train(comm))
 """
@@ -17,42 +17,42 @@ T = TypeVar("T")
 
 
 class _World:
-    """What the ranks share: a place for each, and a barrier."""
+    """The memory that the ranks share: a slot for each, and a barrier."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.places, self.barrier = size, [None] * size, threading.Barrier(size)
+        self.size, self.slots, self.barrier = size, [None] * size, threading.Barrier(size)
 
 
 class ThreadComm(Comm):
-    """A rank that is a thread. Arrays are handed over by reference and copied by who takes them."""
+    """A rank that is a thread. Arrays are passed by reference, and the receiver copies them."""
 
     def __init__(self, world: Any, rank: int) -> None:
         super().__init__()
         self.world, self.rank, self.size = world, rank, world.size
 
-    def _exchange(self, mine: Any, take: Callable[[list[Any]], Any]) -> Any:
-        """Put `mine` where the others see it; `take` from all; and wait until all have taken."""
-        self.world.places[self.rank] = mine
+    def _exchange(self, value: Any, read: Callable[[list[Any]], Any]) -> Any:
+        """Put `value` in this rank's slot, and return `read` of all slots once all ranks have read."""
+        self.world.slots[self.rank] = value
         self.world.barrier.wait()
-        taken = take(self.world.places)
+        result = read(self.world.slots)
         self.world.barrier.wait()
-        return taken
+        return result
 
     def _swap(self, x: Array, shares: Shares) -> Callable[[], Sequence[Array]]:
         own = shares[self.rank]
-        arrived: list[Array] = self._exchange(x, lambda places: [theirs[own].copy() for theirs in places])
+        arrived: list[Array] = self._exchange(x, lambda slots: [theirs[own].copy() for theirs in slots])
         return lambda: arrived
 
     def _all_gather(self, shares: Shares, out: Array) -> None:
-        def take(places: list[Array]) -> None:
+        def read(slots: list[Array]) -> None:
             for rank, share in enumerate(shares):
                 if rank != self.rank:
-                    out[share] = places[rank][share]
+                    out[share] = slots[rank][share]
 
-        self._exchange(out, take)
+        self._exchange(out, read)
 
     def broadcast(self, x: Array) -> Array:
-        first = self._exchange(x, lambda places: places[0].copy())
+        first = self._exchange(x, lambda slots: slots[0].copy())
         x[...] = first
         return x
 
@@ -64,14 +64,14 @@ class ThreadComm(Comm):
 
 
 def run_ranks(size: int, f: Callable[[Comm], T]) -> list[T]:
-    """f(comm) of every rank, each on a thread of its own. Errors: that of the first that fails; the others stop waiting."""
+    """Return f(comm) of every rank, each run in its own thread. Errors: that of the first rank to fail; the others stop."""
     world, results, errors = _World(size), [None] * size, list[BaseException]()
 
     def work(rank: int) -> None:
         try:
             results[rank] = f(ThreadComm(world, rank))  # type: ignore[call-overload]
         except threading.BrokenBarrierError:
-            pass  # another rank has failed, and says why
+            pass  # another rank has failed, and its error is reported
         except BaseException as error:
             errors.append(error)
             world.barrier.abort()

@@ -1,16 +1,16 @@
-"""ZeRO: the model states divided among ranks, which train on parts of one batch.
+"""ZeRO: the model states divided among ranks, each of which trains on its rows of every batch.
 
-    stage   divided among N ranks      bytes, of 2 + 2 + 4 + 4 + 4      elements a parameter that come to a rank in a step
-    0       nothing                    16                               gradients summed: 2
+    stage   divided among N ranks      bytes per parameter, of 16       elements per parameter that a rank receives per step
+    0       nothing                    16                               sums of gradients: 2
     1       masters, m, v              4 + 12/N                         gradients to their shards, weights back: 1 + 1
-    2       and gradients              2 + 14/N                         the same, as backward makes them
-    3       and weights                16/N                             weights fetched twice, gradients to shards: 2 + 1
+    2       gradients too              2 + 14/N                         the same, layer by layer during backward
+    3       weights too                16/N                             weights twice, gradients to their shards: 2 + 1
 
-A shard is a slice of the flat index. Each rank updates its own, and step 1 hands the new weights round. All else is the page of
-the algorithm, step.py: backward starts from S / N, so that the sum over ranks is the gradient of the mean over the whole batch
-and nothing is divided afterwards; Inf and NaN are looked for in that sum, after its last rounding; the norm is folded from the
-grains of all ranks. So every rank skips or clips as every other, and all stages give the same bits. Only with several
-micro-batches they need not: stages 0 and 1 sum over micro-batches first and then over ranks, 2 and 3 the other way round.
+A shard is a slice of the flat index. Each rank updates its own shard. The rest is step.py: backward starts from S / N, so that
+the sum over ranks is the gradient of the mean over the whole batch; Inf and NaN are checked for in that sum, after its last
+rounding; the norm is computed from the grains of all ranks. So all ranks skip or clip alike, and all stages give the same bits,
+except with several micro-batches: stages 0 and 1 sum over micro-batches first and then over ranks, stages 2 and 3 over ranks
+first.
 
 Source: Rajbhandari et al. 2020, arXiv 1910.02054. PyTorch: DistributedDataParallel (stage 0), ZeroRedundancyOptimizer (1),
 fully_shard (3).
@@ -36,16 +36,16 @@ from refimpl.precision.state_encodings import MAIN, buffer_name
 
 
 class ShardedState(State):
-    """The states of one rank."""
+    """The model states of one rank."""
 
     def __init__(
         self, model: HasParameters, stored: Mapping[str, str], backend: Backend, seed: int, comm: Comm, stage: int
     ) -> None:
-        """stage: 0 to 3. Every rank makes its own, from the same arguments but for `comm`."""
+        """Allocate the buffers of the rank `comm`, at ZeRO stage 0 to 3. The other arguments must be equal on all ranks."""
         size = Layout.of(model).size
         self.comm, self.stage, self.ranks = comm, stage, comm.size
         self.shares = shares_of(size, comm.size, GRAIN)
-        self.everything = slice(0, size)
+        self.whole_index = slice(0, size)
         super().__init__(model, stored, backend, seed)
         self.layers = list(layers_of(self.layout))
         self.layer_of = {name: layer for layer in self.layers for name in layer.slots}
@@ -54,32 +54,32 @@ class ShardedState(State):
         if self._fetched is not None:
             self.weight_views = self._fetched
 
-    # -- what this rank holds -----------------------------------------------------------------------------------------
+    # -- buffers ------------------------------------------------------------------------------------------------------
 
     def _divided(self, kind: str, part: str = MAIN) -> bool:
         return self.stage >= SHARDED_FROM.get(buffer_name(kind, part), 1)
 
     def stored_slice(self, kind: str, part: str = MAIN) -> slice:
-        """This rank's share, or all."""
-        return self.shares[self.comm.rank] if self._divided(kind, part) else self.everything
+        """Return the range of the flat index that this rank stores: its share, or all if the kind is not divided."""
+        return self.shares[self.comm.rank] if self._divided(kind, part) else self.whole_index
 
     def capacity(self, kind: str, part: str) -> int:
-        """A full share, also where this rank's is shorter: shards are padded to one size."""
+        """Return the number of parameters that a buffer has room for: shards are padded to the size of a full share."""
         return share_size(self.layout.size, self.ranks, GRAIN) if self._divided(kind, part) else self.layout.size
 
     def views(self, kind: str) -> dict[str, Array]:
-        """Of a kind that is divided there are none."""
+        """Return name -> view, or nothing for a kind that is divided: its shards end within parameters."""
         return {} if self._divided(kind) else super().views(kind)
 
     def local_part(self, kind: str, layer: Layer) -> Array:
-        """What of a layer lies in this rank's shard, as it is stored; a view."""
+        """Return a view of the part of a layer that lies in this rank's shard."""
         share, first = layer.shares(self.shares)[self.comm.rank], layer.span.start
         return self.block(kind, slice(first + share.start, first + share.stop))
 
     # -- step 1: weights down -----------------------------------------------------------------------------------------
 
     def weights_down(self) -> None:
-        """Each rank rounds its own masters; then the weights go round, at stage 3 only when they are used."""
+        """Round this rank's masters and gather the weights of all ranks; at stage 3 they are gathered when they are used."""
         super().weights_down()
         if self._fetched is not None:
             self._fetched.forget()
@@ -89,14 +89,14 @@ class ShardedState(State):
     # -- step 2: gradients --------------------------------------------------------------------------------------------
 
     def gradient_sink(self, first: bool) -> Sink:
-        """Stages 0 and 1: the buffer of all gradients. Stages 2 and 3: buckets, which are gone when they are summed."""
+        """Return the function that takes gradients: into their buffer, or at stages 2 and 3 into buckets per layer."""
         if not self._divided("grads"):
             return super().gradient_sink(first)
         self._buckets = Buckets(self, first)
         return self._buckets.put
 
     def reduce_gradients(self, last: bool) -> None:
-        """The gradients become their sums over ranks: of this rank's share, at stage 0 of all."""
+        """Replace the gradients by their sums over ranks: all of them at stage 0, else those of this rank's share."""
         if self._buckets is not None:
             self._buckets.finish()
             self._buckets = None
@@ -106,17 +106,17 @@ class ShardedState(State):
             self.local("grads")[...] = self.comm.reduce_scatter(self.grads, self.shares)()
 
     def mean_over_ranks(self, loss: Array) -> Array:
-        """The mean of the ranks' losses, each a mean over as many examples."""
+        """Return the mean over ranks of the loss, 0-d. All ranks have equally many examples."""
         return self.sum_over_ranks(loss) / self.ranks
 
     def sum_over_ranks(self, count: Array) -> Array:
-        """A number of this rank's, 0-d -> the sum of all."""
+        """Return the sum over ranks of a number, 0-d."""
         return self.comm.all_reduce(count.reshape(1)).reshape(())
 
     # -- step 3: gradients up -----------------------------------------------------------------------------------------
 
     def gather_grains(self, *grains: Array) -> tuple[Array, ...]:
-        """What each rank found in the grains of its share -> of all grains, in their order."""
+        """Return arrays over all grains, in order, from arrays over the grains of this rank's share."""
         if self.stage == 0:
             return grains
         shares = [slice(-(-share.start // GRAIN), -(-share.stop // GRAIN)) for share in self.shares]
@@ -124,32 +124,31 @@ class ShardedState(State):
         return tuple(self.comm.all_gather(x, shares, xp.empty(count, x.dtype)) for x in grains)
 
     def min_over_ranks(self, index: int) -> int:
-        """The smallest of all ranks' numbers, by the largest of their opposites."""
+        """Return the smallest of the ranks' numbers, computed as the largest of the negated ones."""
         return -int(self.comm.on_host.largest(np.array([-index]))[0])
 
-    # -- checkpoints: the same whatever the number of ranks -----------------------------------------------------------
+    # -- checkpoints, which do not depend on the number of ranks ---------------------------------------------------------
 
     def gather(self, kind: str, part: str) -> Array:
-        """A buffer of all ranks together, which all must ask for."""
+        """Return a buffer over the whole flat index. All ranks must call this together."""
         if not self._divided(kind, part):
             return super().gather(kind, part)
         spec = self.encodings[kind].parts[part]
-        mine = self.buffer_slices(kind, self.local_slice)[part]
+        local = self.buffer_slices(kind, self.local_slice)[part]
         shares = [spec.slice(share) for share in self.shares]
-        return self.comm.all_gather(mine, shares, self.backend.xp.empty(spec.size(self.layout.size), spec.dtype))
+        return self.comm.all_gather(local, shares, self.backend.xp.empty(spec.size(self.layout.size), spec.dtype))
 
     def load_gathered(self, kind: str, part: str, values: Array) -> None:
-        """The way back: this rank takes its share."""
-        held, spec = self.stored_slice(kind, part), self.encodings[kind].parts[part]
-        mine = spec.slice(held)
-        self.buffers[buffer_name(kind, part)][: mine.stop - mine.start] = values[mine]
+        """Set this rank's share of a buffer from what `gather` returned."""
+        share = self.encodings[kind].parts[part].slice(self.stored_slice(kind, part))
+        self.buffers[buffer_name(kind, part)][: share.stop - share.start] = values[share]
 
 
-# -- layers: what stages 2 and 3 exchange at a time --------------------------------------------------------------------------
+# -- layers, the unit of exchange at stages 2 and 3 ----------------------------------------------------------------------------
 
 
 class Layer:
-    """Consecutive parameters that are used together: a slice of the flat index, and each one's place in it."""
+    """Consecutive parameters that are used together: a slice of the flat index, and the place of each in it."""
 
     def __init__(self, names: list[str], layout: Layout) -> None:
         slots = [layout.slots[name] for name in names]
@@ -161,22 +160,22 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """Parameters."""
+        """The number of parameters."""
         return self.span.stop - self.span.start
 
     def shares(self, all_shares: list[slice]) -> list[slice]:
-        """What of the layer lies in each rank's shard, counted from the layer's start."""
+        """Return the slice of the layer that lies in each rank's shard, relative to the layer's start."""
         first, last = self.span.start, self.span.stop
         return [slice(*(min(max(edge, first), last) - first for edge in (s.start, s.stop))) for s in all_shares]
 
     def parameter(self, name: str, values: Array) -> Array:
-        """The parameter's part of the layer's values, in its shape."""
+        """Return a view of a parameter in the layer's values, in its shape."""
         start, stop, shape = self.slots[name]
         return values[start:stop].reshape(shape)
 
 
 def layers_of(layout: Layout) -> Iterator[Layer]:
-    """The parameters of a model by layer: those of a numbered block, or of one module outside of them."""
+    """Yield the layers of a model: each numbered block, and each module outside of the blocks."""
 
     def layer(name: str) -> str:
         numbered = re.match(r"(.*?\.\d+)\.", name)
@@ -187,10 +186,10 @@ def layers_of(layout: Layout) -> Iterator[Layer]:
 
 
 class Buckets:
-    """Stages 2 and 3: the gradients of one micro-batch, layer by layer.
+    """The gradients of one micro-batch, layer by layer, at stages 2 and 3.
 
-    A layer's gradients are sent to the ranks that own them once the last of them is there, and waited for when the next layer
-    is complete: by MPI they travel while backward goes on. So a rank holds those of two layers at a time.
+    A layer's gradients are sent to their shards when the last of them has been computed, and awaited when the next layer is
+    complete: with MPI they travel while backward continues. So a rank holds the gradients of two layers at a time.
     """
 
     def __init__(self, state: ShardedState, first: bool) -> None:
@@ -200,7 +199,7 @@ class Buckets:
         self.sent: tuple[Layer, Pending] | None = None
 
     def put(self, name: str, gradient: Array) -> None:
-        """Backward's sink: keep a gradient in the format of the buffer, and send the layer if it is complete."""
+        """Store a gradient in the format of the buffer, and send its layer if it is complete. This is backward's sink."""
         layer = self.state.layer_of[name]
         widen(gradient, self.state.formats["grads"], out=layer.parameter(name, self._values(layer)))
         self.missing[layer].discard(name)
@@ -208,7 +207,7 @@ class Buckets:
             self._send(layer)
 
     def finish(self) -> None:
-        """Send what is left (a parameter that was not used has a gradient of zero), and wait for all."""
+        """Send the incomplete layers, with a gradient of zero for unused parameters, and wait for all of them."""
         for layer in reversed(self.state.layers):
             if self.missing[layer]:
                 self._values(layer)
@@ -226,22 +225,22 @@ class Buckets:
         self.sent = layer, self.state.comm.reduce_scatter(self.values.pop(layer), layer.shares(self.state.shares))
 
     def _arrive(self) -> None:
-        """Wait for the layer that was sent, and keep what of its sum belongs to this rank: stored, or added in FP32."""
+        """Wait for the layer that was sent. Store this rank's part of its sum, or add it in FP32."""
         if self.sent is None:
             return
         layer, arrived = self.sent
-        mine, total = self.state.local_part("grads", layer), arrived()
+        local, total = self.state.local_part("grads", layer), arrived()
         if self.first:
-            mine[...] = total
+            local[...] = total
         else:
-            mine += total
+            local += total
         self.sent = None
 
 
 class FetchedWeights(Mapping[str, Array]):
-    """Stage 3: the weights by name, of one layer at a time, which is fetched from all ranks when one of its names is asked for.
+    """The weights by name at stage 3: reading one fetches its layer from all ranks, and drops the layer fetched before.
 
-    All ranks must ask in the same order, and they do: they run the same model.
+    All ranks must read in the same order. They do, since they run the same model.
     """
 
     def __init__(self, state: ShardedState) -> None:
@@ -249,20 +248,20 @@ class FetchedWeights(Mapping[str, Array]):
         self.forget()
 
     def forget(self) -> None:
-        """What is here is out of date."""
+        """Drop the fetched layer: the weights have changed."""
         self._layer: Layer | None = None
         self._values: Array = None
 
     def __getitem__(self, name: str) -> Array:
         layer = self.state.layer_of[name]
         if layer is not self._layer:
-            self.forget()  # the other layer goes before this one comes
+            self.forget()  # free the other layer before allocating this one
             self._layer, self._values = layer, self._fetch(layer)
         return layer.parameter(name, self._values)
 
     def _fetch(self, layer: Layer) -> Array:
-        state, mine = self.state, self.state.local_part("weights", layer)
-        return state.comm.all_gather(mine, layer.shares(state.shares), state.backend.xp.empty(layer.size, mine.dtype))
+        state, local = self.state, self.state.local_part("weights", layer)
+        return state.comm.all_gather(local, layer.shares(state.shares), state.backend.xp.empty(layer.size, local.dtype))
 
     def __contains__(self, name: object) -> bool:
         return name in self.state.layer_of
@@ -275,24 +274,24 @@ class FetchedWeights(Mapping[str, Array]):
 
 
 SHARDED_FROM = {"weights": 3, "grads": 2}
-"""The ZeRO stage from which a kind of state is divided among the ranks; every other kind from stage 1."""
+"""The first ZeRO stage that divides a kind of state among the ranks; 1 for every other kind."""
 
 
 COMMUNICATION = {0: 2, 1: 2, 2: 2, 3: 3}
-"""Elements a parameter that each rank sends a step, by ZeRO stage, for many ranks. Source: arXiv 1910.02054, section 7."""
+"""Elements per parameter that each rank sends per step, by ZeRO stage, for many ranks. Source: arXiv 1910.02054, section 7."""
 
 
 OF_WEIGHTS = {0: 0, 1: 1, 2: 1, 3: 2}
-"""How many of them are weights; the others are gradients."""
+"""The weights among them; the others are gradients."""
 
 
 def exchanged(
     n_params: int, states: Bytes, stage: int, ranks: int, fetched_again: int = 0, grad_accum: int = 1
 ) -> Fraction:
-    """Bytes that come to each rank from the others in a step: COMMUNICATION elements a parameter, each (N - 1) / N times.
+    """Return the bytes that a rank receives per step: (N - 1) / N of COMMUNICATION elements per parameter.
 
-    fetched_again: parameters that stage 3 fetches more than twice: a tied embedding is used at both ends of the model.
-    grad_accum: micro-batches a step, of each of which stages 2 and 3 sum the gradients, and stage 3 fetches the weights.
+    fetched_again: parameters that stage 3 fetches a third time: a tied embedding is used at both ends of the model.
+    grad_accum: micro-batches per step. For each of them, stages 2 and 3 sum the gradients and stage 3 fetches the weights.
     """
     weights = OF_WEIGHTS[stage] * n_params * (grad_accum if stage == 3 else 1) + (fetched_again if stage == 3 else 0)
     gradients = (COMMUNICATION[stage] - OF_WEIGHTS[stage]) * n_params * (grad_accum if stage >= 2 else 1)
@@ -300,16 +299,12 @@ def exchanged(
 
 
 def per_rank(n_params: int, states: Bytes, stage: int = 0, ranks: int = 1) -> dict[str, int]:
-    """Bytes of each kind of state on one rank: all of it, or ceil(parameters / ranks) elements where ZeRO divides it.
+    """Return the bytes of each kind of state on one rank: all of it, or ceil(parameters / ranks) elements if ZeRO divides it.
 
-    stage 0   P (weights + grads + rest)          2 + 2 + 12        = 16
-    stage 1   the optimizer's states divided      4 + 12/N
-    stage 2   and the gradients                   2 + 14/N
-    stage 3   and the weights                     16/N
-
-    Where the weights are their own masters (fp32, amp) they stay whole until stage 3: stage 1 is 8 + 8/N.
-    The last rank's shard is padded to the size of the others. Source: arXiv 1910.02054, section 5.
-    What takes less than a byte a parameter is an FP32 number that several share, and the last ones need a whole one too.
+    In a recipe without separate masters (fp32, amp) the weights stay whole until stage 3: stage 1 takes 8 + 8/N bytes.
+    The last rank's shard is padded to the size of the others. A kind of less than a byte per parameter consists of FP32
+    numbers that several parameters share; their number is rounded up.
+    Source: arXiv 1910.02054, section 5.
     """
     shard = -(-n_params // ranks)
 
@@ -320,4 +315,4 @@ def per_rank(n_params: int, states: Bytes, stage: int = 0, ranks: int = 1) -> di
 
 
 Bytes = Mapping[str, Fraction]
-"""Kind of state -> bytes a parameter."""
+"""Kind of state -> bytes per parameter."""

@@ -1,7 +1,10 @@
-"""Model states, gradients, optimizers and the loss scale: what steps 1, 3 and 4 of the algorithm call.
+"""Model states, gradients, optimizers and the loss scale: the functions that steps 1, 3 and 4 of the algorithm call.
 
-    state.py         masters, weights, gradients and moments as flat buffers with named views
-    gradients.py     step 3: are all gradients finite, what is their norm, how much to clip
-    optimizer.py     AdamW and SGD on the masters, and the learning rate's schedule
-    loss_scale.py    the loss scale: PyTorch's rule, and those of other projects
+    layout.py           the place of each parameter in the flat buffers, and the blocks in which they are processed
+    state.py            masters, weights, gradients and moments as flat buffers with named views
+    gradients.py        step 3: whether all gradients are finite, their norm, and the clip coefficient
+    micro_batches.py    gradient accumulation: the share of each micro-batch in the mean loss
+    optimizer.py        AdamW and SGD on the masters, and the learning rate's schedule
+    loss_scale.py       the loss scale: PyTorch's rule and those of other projects
+    scaler_rules.py     the table of these rules
 """
