@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy loads its BLAS: a process for each core, a thread for each process
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from paths import ROOT, SUPPORT
 from strict_backend import BACKENDS
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from refimpl.backends.base import Backend
 from refimpl.backends.threads import workers
@@ -71,6 +72,30 @@ def pytest_report_header() -> str:
 def backend(request: pytest.FixtureRequest) -> Backend:
     """The host, and the CuPy backend on its stand-in: a test that takes this holds for arrays that are not NumPy's too."""
     return BACKENDS[request.param]
+
+
+@pytest.fixture
+def ieee() -> Iterator[None]:
+    """Inf and NaN are results here, not mistakes: pytest makes errors of NumPy's warnings otherwise."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture
+def one_blas_thread() -> Iterator[None]:
+    """Small products are not worth sharing, and threads that wait for one another take the cores of other tests."""
+    with threadpool_limits(1):
+        yield
+
+
+@pytest.fixture
+def torch() -> Iterator[Any]:
+    """PyTorch on one thread: its sums depend on their number."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import storage_cases
+from progress_bars import NoBar
 
 import refimpl.optim.layout
 from refimpl.backends.base import NUMPY, get_backend
@@ -394,10 +395,6 @@ def test_a_run_is_resumed_on_either_backend(tmp_path: Path) -> None:
     text.write_bytes(bytes(range(32, 127)) * 200)
     sizes = {**TINY, "data": str(text), "recipe": "fp16", "eval_every": 3, "eval_batches": 1, "log_every": 2}
 
-    class Bar:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *args, **kwargs: None
-
     def run(folder: str, stop: int, backend: str = "cupy") -> dict[str, np.ndarray]:
         (tmp_path / folder).mkdir(exist_ok=True)
         trainer = Trainer(Config.of({**sizes, "steps": 6, "backend": backend}), tmp_path / folder)
@@ -407,7 +404,7 @@ def test_a_run_is_resumed_on_either_backend(tmp_path: Path) -> None:
             batches = trainer.next_batches()
             trainer._pending.append((trainer.progress.step + 1, trainer._one_step(batches), batches))
             trainer.progress.step += 1
-        trainer._write_steps(Bar())
+        trainer._write_steps(NoBar())
         trainer.save()
         return {k: np.array(trainer.backend.to_host(b)) for k, b in trainer.state.buffers.items()}
 

@@ -8,26 +8,23 @@ of its own.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 
 import kernel_cases
 import kernel_host
 import numpy as np
 import pytest
-from bounds import FUNCTION, U, wide
+from arrays import U, wide
+from bounds import FUNCTION
 from kernel_cases import CHECKS, REDUCING, CFunctions, Device
 from kernel_host import HostKernels, c_function
 
 from refimpl.backends.cupy.launch import FORMATS, declarations, source
 
-pytestmark = pytest.mark.skipif(bool(kernel_host.why_not()), reason=f"no host build: {kernel_host.why_not()}")
-
-
-@pytest.fixture(autouse=True)
-def overflow_is_a_result() -> Iterator[None]:
-    with np.errstate(all="ignore"):
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("ieee"),
+    pytest.mark.skipif(bool(kernel_host.why_not()), reason=f"no host build: {kernel_host.why_not()}"),
+]
 
 
 def device(text: str | None = None, reverse: bool = False) -> Device:

@@ -8,7 +8,6 @@ CUPY_ON_CPU_REVERSE=1 lets the fake device run threads last to first: the same t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import kernel_host
@@ -25,14 +24,9 @@ ON_CPU = os.environ.get("CUPY_ON_CPU") == "1"
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("ieee"),
     pytest.mark.skipif(not cupy.cuda.is_available(), reason="CuPy is installed, but no NVIDIA GPU answers"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def overflow_is_a_result() -> Iterator[None]:
-    with np.errstate(all="ignore"):
-        yield
 
 
 def device(text: str | None = None) -> Device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise, product
@@ -17,7 +16,6 @@ from rank_runs import SIZES, Trained, on_ranks
 from recipe_lists import MECHANISMS, others_slow
 from strict_backend import STRICT
 from strict_cupy import counter
-from threadpoolctl import threadpool_limits
 
 from refimpl.distributed.collectives import Comm, Serial, share_size
 from refimpl.distributed.threads import run_ranks
@@ -36,6 +34,7 @@ from refimpl.training.run_folder import CHECKPOINT, METRICS
 from refimpl.training.setup import Training
 from refimpl.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 STAGES = (0, 1, 2, 3)
 OF_NOTE = ("fp32", "fp16", "bf16")
 EIGHT_BIT = next(name for name, recipe in RECIPES.items() if recipe.state.get("m") == "int8-signed")
@@ -48,13 +47,6 @@ BAR = math.sqrt(256 / 192) * TRAJECTORY["16 bits"][0]
 def apart(ours: list[float], theirs: list[float]) -> float:
     """The median difference of two runs' losses."""
     return float(np.median(np.abs(np.subtract(ours, theirs))))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Ranks are threads already; products this small are not worth sharing."""
-    with threadpool_limits(1):
-        yield
 
 
 def config(recipe: str = "bf16", stage: int | None = 0, **more: Any) -> Config:

@@ -8,9 +8,10 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
+import arrays
 import numpy as np
 import pytest
+from arrays import AMP, DTYPE, Array, same_bits
 from recipe_lists import BASIC
 from strict_backend import on_host
 
@@ -22,14 +23,6 @@ from refimpl.nn.ops import OPS, add, cross_entropy, embedding, fan_in, gelu_tanh
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 
-Array = np.ndarray
-DTYPE = {
-    "fp64": np.dtype(np.float64),
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
-AMP = {"amp-fp16": "fp16", "amp-bf16": "bf16", "amp-fp16-cpu": "fp16", "amp-bf16-cpu": "bf16"}
 UNIFORM = ["fp64", "fp32", "fp16", "bf16"]
 
 
@@ -46,11 +39,7 @@ def weights_format(recipe: str) -> str:
 
 
 def wide(x: Any) -> Array:
-    return np.asarray(on_host(x)).astype(np.float64)
-
-
-def same_bits(a: Array, b: Array) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return arrays.wide(on_host(x))
 
 
 class Collector:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+from arrays import DTYPE, Array
 from recipe_lists import BASIC
 
 from refimpl.backends.base import Backend
@@ -20,14 +19,6 @@ from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
-
-Array = np.ndarray
-DTYPE = {
-    "fp64": np.dtype(np.float64),
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
 
 SMALL_GPT = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=23)
 SMALL_MLP = MLPConfig(n_layer=2, n_embd=6, block_size=5, vocab_size=23)
@@ -350,16 +341,6 @@ def test_mlp_by_definition(backend: Backend) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ GPT-2, written in PyTorch
-
-
-@pytest.fixture(name="torch")
-def one_threaded_torch() -> Iterator[Any]:
-    """PyTorch's sums depend on the number of threads."""
-    torch = pytest.importorskip("torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch
-    torch.set_num_threads(threads)
 
 
 def torch_gpt(torch: Any, w: dict[str, Any], tokens: Any, n_layer: int, n_head: int) -> Any:

@@ -39,7 +39,8 @@ import test_ops_torch as twins  # skips this file too where PyTorch is not insta
 import test_optimizer
 import test_state
 import test_step
-from test_ops_torch import CASES, DTYPE, LOW, Case, one_thread, wide
+from arrays import DTYPE, LOW, wide
+from test_ops_torch import CASES, Case
 
 from refimpl.backends.base import NUMPY
 from refimpl.numerics.casts import cast, widen
@@ -54,7 +55,7 @@ KINDS = ["removed", "disguised", "truncated", "twice", "rarely"]
 ALL_CASES = [*CASES, *(Case("attention", f"math-{low}", (low,)) for low in LOW)]
 RECIPES = list(dict.fromkeys(case.recipe for case in ALL_CASES))
 
-__all__ = ["one_thread"]  # the fixture of test_ops_torch.py, here too
+pytestmark = pytest.mark.usefixtures("torch")  # on one thread
 
 
 # ------------------------------------------------------------------------------------------------------ wrong roundings

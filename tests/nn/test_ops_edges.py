@@ -6,44 +6,29 @@ Everything here is exact: bits, formats and NaN-ness are compared, nothing has a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+from arrays import AMP, DTYPE, LOW, Array, U, array, same_bits, wide
 
 from refimpl.backends.base import NUMPY
 from refimpl.nn.ops import OPS, fan_in
 from refimpl.precision.context import MAP_BLOCK, Bound, Monitor, Run
 from refimpl.precision.recipes import get_recipe
 
-Array = np.ndarray
-
-DTYPE = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
-U = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # unit roundoff: half the distance from 1 to the next value
+UNIT = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # unit roundoff: half the distance from 1 to the next value
 INF, NAN = math.inf, math.nan
 
 UNIFORM = ["fp32", "fp16", "bf16"]
-LOW = ["fp16", "bf16"]
-AMP = {"amp-fp16": "fp16", "amp-bf16": "bf16", "amp-fp16-cpu": "fp16", "amp-bf16-cpu": "bf16"}
 
 
 def bound(recipe: str, op: str, monitor: Monitor | None = None) -> Bound:
     return Run(get_recipe(recipe).policy, NUMPY, monitor).bind(op, "here")
 
 
-def array(values: Any, fmt: str) -> Array:
-    """An array of that format: via fp32, which the values given here are exact in."""
-    return np.asarray(values, np.float32).astype(DTYPE[fmt])
-
-
-def wide(x: Any) -> Array:
-    return np.asarray(x).astype(np.float64)
-
-
-def rounded(x: Any, fmt: str) -> Array:
+def rounded_once(x: Any, fmt: str) -> Array:
     """fp64 -> the format, rounded once (numpy's and ml_dtypes' own conversions), back in fp64 for arithmetic."""
     with np.errstate(over="ignore"):
         return wide(np.asarray(x, np.float64).astype(DTYPE[fmt]))
@@ -52,17 +37,6 @@ def rounded(x: Any, fmt: str) -> Array:
 def same(a: Any, b: Any) -> bool:
     """Equal values, NaN equal to NaN."""
     return bool(np.array_equal(wide(a), wide(b), equal_nan=True))
-
-
-def same_bits(a: Array, b: Array) -> bool:
-    return a.dtype == b.dtype and np.shape(a) == np.shape(b) and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-@pytest.fixture
-def ieee() -> Iterator[None]:
-    """Inf and NaN are results here, not mistakes: pytest makes errors of NumPy's warnings otherwise."""
-    with np.errstate(all="ignore"):
-        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
@@ -161,7 +135,7 @@ def test_autocast_on_fp32_tensors(op: str, recipe: str) -> None:
             continue
         assert dx.dtype == np.float32 and dx.shape == x.shape
         if op in LOW_FROM_FP32:  # the gradient of an operand has no more precision than its 16-bit copy had
-            assert same(dx, rounded(dx, low))
+            assert same(dx, rounded_once(dx, low))
 
 
 @pytest.mark.parametrize("recipe", AMP)
@@ -223,8 +197,8 @@ def test_attention_rounds_where_each_list_of_autocast_does() -> None:
 )
 def test_linear_rounds_once_with_the_bias_inside(fmt: str, products: list[float], bias: float) -> None:
     x, w, b = array([products], fmt), array([[1, 1]], fmt), array([bias], fmt)
-    once = rounded(sum(products) + bias, fmt)
-    twice = rounded(rounded(sum(products), fmt) + bias, fmt)
+    once = rounded_once(sum(products) + bias, fmt)
+    twice = rounded_once(rounded_once(sum(products), fmt) + bias, fmt)
     assert once != twice  # or the example would show nothing
     y, _ = run(fmt, "linear", [x], [w, b])
     assert same(y, [[once]])
@@ -238,10 +212,11 @@ def test_linear_on_small_integers_is_the_exact_result_rounded_once(fmt: str) -> 
     dy = rng.integers(-30, 31, (40, 30))
     p = bound(fmt, "linear")
     y, saved = OPS["linear"].forward(array(x, fmt), array(w, fmt), array(b / 4, fmt), p=p)
-    assert same(y, rounded(x @ w.T + b / 4, fmt))
+    assert same(y, rounded_once(x @ w.T + b / 4, fmt))
     dx, dw, db = OPS["linear"].backward(array(dy, fmt), saved, array(w, fmt), array(b / 4, fmt), p=p)
-    assert same(dx, rounded(dy @ w, fmt)) and same(dw, rounded(dy.T @ x, fmt)) and same(db, rounded(dy.sum(0), fmt))
-    assert not same(y, rounded(rounded(x @ w.T, fmt) + b / 4, fmt))  # rounding twice gives another answer somewhere
+    assert same(dx, rounded_once(dy @ w, fmt)) and same(dw, rounded_once(dy.T @ x, fmt))
+    assert same(db, rounded_once(dy.sum(0), fmt))
+    assert not same(y, rounded_once(rounded_once(x @ w.T, fmt) + b / 4, fmt))  # rounding twice gives another answer somewhere
 
 
 @pytest.mark.parametrize("fmt", LOW)
@@ -249,7 +224,7 @@ def test_add_and_fan_in_are_the_exact_sum_rounded_once(fmt: str) -> None:
     rng = np.random.default_rng(4)
     # Eight binades: sums have at most 8 + 11 bits, exact in fp32.
     a, b = (array(np.ldexp(rng.standard_normal(5000), rng.integers(-4, 5, 5000)), fmt) for _ in range(2))
-    expected = rounded(wide(a) + wide(b), fmt)
+    expected = rounded_once(wide(a) + wide(b), fmt)
     y, (da, db) = run(fmt, "add", [a, b], [])
     assert same(y, expected) and same(da, np.ones(5000)) and same(db, np.ones(5000))
     assert same(fan_in.forward(a, b, bound(fmt, "fan_in"))[0], expected)
@@ -259,9 +234,9 @@ def test_add_and_fan_in_are_the_exact_sum_rounded_once(fmt: str) -> None:
 def test_fan_in_rounds_once_and_in_the_format_of_the_tensor(fmt: str) -> None:
     rounded_at: list[tuple[str, str]] = []
     p = bound(fmt, "fan_in", lambda site, before, after: rounded_at.append((site, after.dtype.name)))
-    a, b = array([1.0, 1.0], fmt), array([U[fmt], 1.5 * U[fmt]], fmt)
+    a, b = array([1.0, 1.0], fmt), array([UNIT[fmt], 1.5 * UNIT[fmt]], fmt)
     total, _ = fan_in.forward(a, b, p)
-    assert same(total, [1, 1 + 2 * U[fmt]])  # a tie goes to the even 1, what is above it up
+    assert same(total, [1, 1 + 2 * UNIT[fmt]])  # a tie goes to the even 1, what is above it up
     assert total.dtype == DTYPE[fmt] and rounded_at == [("here:fan_in.sum", DTYPE[fmt].name)]
 
 
@@ -309,9 +284,9 @@ def test_statistics_of_ten_thousand_values_are_summed_in_32_bits(fmt: str) -> No
         (run(fmt, "rmsnorm", [x], [one])[0], rmsnorm),
     ):
         error = np.abs(wide(y) - expected)
-        assert (error <= U[fmt] * np.abs(expected) + 10_000 * 2.0**-24).all()
+        assert (error <= UNIT[fmt] * np.abs(expected) + 10_000 * 2.0**-24).all()
     y, _ = run(fmt, "softmax", [array(np.zeros(10_000), fmt)], [])
-    assert same(y, np.full(10_000, rounded(1e-4, fmt)))
+    assert same(y, np.full(10_000, rounded_once(1e-4, fmt)))
     loss, _ = run(fmt, "cross_entropy", [array(np.zeros((4096, 2)), fmt), np.zeros(4096, np.int64)], [])
     assert float(loss) == pytest.approx(math.log(2), rel=4096 * 2.0**-24)  # gamma_n of a sum of equal terms
 
@@ -338,10 +313,10 @@ def test_cross_entropy_of_large_logits(fmt: str) -> None:
     largest = float(logits[0, 0])  # bf16 has no 1e4
     loss, (dz, _) = run(fmt, "cross_entropy", [logits, np.array([0, 1])], [])
     # Row 0 is certain: loss 0. Row 1 is one of two: log 2. Mean log(2)/2, in fp32: a log, an addition and a mean, 3 u.
-    assert float(loss) == pytest.approx(math.log(2) / 2, rel=4 * U["fp32"])
+    assert float(loss) == pytest.approx(math.log(2) / 2, rel=4 * U)
     assert same(dz, [[0, 0, 0], [0, -0.25, 0.25]])
     loss, (dz, _) = run(fmt, "cross_entropy", [logits, np.array([2, 2])], [])
-    assert float(loss) == pytest.approx((2 * largest + math.log(2)) / 2, rel=4 * U["fp32"])
+    assert float(loss) == pytest.approx((2 * largest + math.log(2)) / 2, rel=4 * U)
     assert same(dz, [[0.5, 0, -0.5], [0, 0.25, -0.25]])
 
 
@@ -449,7 +424,7 @@ class TestSpecialValues:
     def test_softmax(self, fmt: str) -> None:
         y, _ = run(fmt, "softmax", [array([[0, 0, -INF], [0, INF, 0], [0, NAN, 0], [-INF, -INF, -INF], [0, 0, 0]], fmt)], [])
         assert same(y[0], [0.5, 0.5, 0]) and np.isnan(wide(y[1:4])[:, 1]).all()
-        assert same(y[2], [NAN] * 3) and same(y[3], [NAN] * 3) and same(y[4], [rounded(1 / 3, fmt)] * 3)
+        assert same(y[2], [NAN] * 3) and same(y[3], [NAN] * 3) and same(y[4], [rounded_once(1 / 3, fmt)] * 3)
 
     def test_cross_entropy(self, fmt: str) -> None:
         for bad in (INF, NAN):

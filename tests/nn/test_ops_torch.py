@@ -22,20 +22,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arrays import DTYPE, FORMATS, LOW, Array, array, rounded, wide
 from bounds import (
-    DTYPE,
-    FORMATS,
-    LOW,
     SMALLEST_EXPONENT,
     Agreement,
-    Array,
     D,
     H,
     Near,
     T,
     add_near,
     agreement,
-    array,
     attention_near,
     cross_entropy_near,
     embedding_near,
@@ -50,11 +46,9 @@ from bounds import (
     possible,
     relu_near,
     rmsnorm_near,
-    rounded,
     silu_near,
     softmax_near,
     stored,
-    wide,
 )
 
 from refimpl.backends.base import NUMPY
@@ -66,21 +60,13 @@ from refimpl.precision.recipes import RECIPES as ALL_RECIPES
 from refimpl.precision.recipes import get_recipe
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("torch")  # on one thread
 F = torch.nn.functional
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 AMP = ["amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu"]
 RECIPES = [*FORMATS, *AMP]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch's sums depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 REPORT: list[tuple[str, str]] = []

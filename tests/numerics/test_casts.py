@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import pytest
+from arrays import bits
 from strict_backend import on_host
 
 from refimpl.backends.base import Backend
@@ -16,11 +17,6 @@ from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, dtype_of
 
 CODE = {2: np.uint16, 1: np.uint8, 4: np.uint32, 8: np.uint64}
-
-
-def bits(x: np.ndarray) -> np.ndarray:
-    """The codes of an array, as unsigned integers."""
-    return np.asarray(x).view(CODE[x.dtype.itemsize])
 
 
 def all_codes(fmt: str) -> np.ndarray:

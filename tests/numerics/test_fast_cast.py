@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from arrays import assert_same_bits, bits
 
 from refimpl.numerics import fast_cast
 from refimpl.numerics.fast_cast import BLOCK, SMALL, fp16_to_fp32, fp32_to_fp16
@@ -23,19 +24,6 @@ BOTH = pytest.mark.parametrize(
 def by_numpy(x: np.ndarray, target: type) -> np.ndarray:
     with np.errstate(all="ignore"):
         return x.astype(target)
-
-
-def bits(x: np.ndarray) -> np.ndarray:
-    return x.view(f"u{x.itemsize}")
-
-
-def assert_same_bits(got: np.ndarray, want: np.ndarray) -> None:
-    """Equal bits, NaN payloads included; the message names the first code that differs."""
-    assert got.dtype == want.dtype and got.shape == want.shape
-    different = np.flatnonzero(bits(got).ravel() != bits(want).ravel())
-    if different.size:
-        i = different[0]
-        pytest.fail(f"{different.size} differ, first [{i}]: {bits(got).flat[i]:#x}, NumPy has {bits(want).flat[i]:#x}")
 
 
 def assert_rounds_as_numpy(patterns: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arrays import U
 from threadpoolctl import threadpool_limits
 
 import refimpl.optim.layout
@@ -20,7 +21,6 @@ from refimpl.optim.optimizer import SGD, Optimizer, Schedule
 from refimpl.optim.state import State
 from refimpl.precision.recipes import get_recipe
 
-U = 2.0**-24
 ONE = np.float32(1)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arrays import U
 
 import refimpl.optim.layout
 from refimpl.backends.base import Backend
@@ -22,7 +23,6 @@ from refimpl.optim.optimizer import SCHEDULES, SGD, AdamW, Optimizer, Schedule
 from refimpl.optim.state import State
 from refimpl.precision.recipes import get_recipe
 
-U = 2.0**-24
 ONE = np.float32(1)
 
 

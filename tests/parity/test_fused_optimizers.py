@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arrays import U, bits
 
 import refimpl.optim.layout
 from refimpl.backends.base import NUMPY
@@ -34,7 +35,6 @@ from refimpl.parity.fused_optimizers import (
 from refimpl.precision.recipes import RECIPES
 
 Array = np.ndarray
-U = 2.0**-24  # unit roundoff of fp32
 INF, NAN = math.inf, math.nan
 MAX, TINY = np.float32(3.4028235e38), np.float32(2.0**-149)
 
@@ -43,15 +43,11 @@ def f32(x: Any) -> Array:
     return np.asarray(x, np.float32)
 
 
-def bits(x: Any) -> Array:
-    return np.ascontiguousarray(x, np.float32).view(np.uint32)
-
-
 def equal_bits(ours: Any, theirs: Any) -> bool:
     """The same bits, signs of zeros included; a NaN is a NaN."""
     ours, theirs = f32(ours), f32(theirs)
     both_nan = np.isnan(ours) & np.isnan(theirs)
-    return ours.shape == theirs.shape and bool(((bits(ours) == bits(theirs)) | both_nan.reshape(bits(ours).shape)).all())
+    return ours.shape == theirs.shape and bool(((bits(ours) == bits(theirs)) | both_nan).all())
 
 
 # ------------------------------------------------------------------------------------------------------------ the oracle

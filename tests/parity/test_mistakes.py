@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from paths import DOCS
+from progress_bars import NoBar
 from recipe_lists import others_slow
 from strict_backend import STRICT
 
@@ -465,12 +466,6 @@ def test_a_replaced_state_keeps_the_seed_of_its_random_numbers() -> None:
     for seed in (0, 7):
         training = start(config("accumulate-in-16-bits", recipe="bf16-sr", mistake="accumulate-in-16-bits", seed=seed))
         assert training.state.seed == seed
-
-
-class NoBar:
-    def update(self, n: int) -> None: ...
-    def write(self, text: str) -> None: ...
-    def set_postfix_str(self, text: str) -> None: ...
 
 
 def test_the_listing_names_them_all() -> None:

@@ -27,6 +27,25 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from arrays import DTYPE, FORMATS, LOW, Array, wide
+from bounds import (
+    Near,
+    assert_agrees,
+    attention_near,
+    cross_entropy_near,
+    embedding_near,
+    gelu_erf_near,
+    gelu_tanh_near,
+    layernorm_near,
+    linear_near,
+    matmul_near,
+    near,
+    ours,
+    relu_near,
+    rmsnorm_near,
+    silu_near,
+    softmax_near,
+)
 
 from refimpl.nn.ops import OPS
 from refimpl.nn.ops import embedding as embedding_op
@@ -41,40 +60,18 @@ torch = pytest.importorskip("torch", reason="PyTorch's test inputs need torch==2
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest: pip install -e '.[parity]'")
 
 from test_ops_torch import (  # noqa: E402
-    DTYPE,
-    FORMATS,
-    LOW,
     POLICIES,
     TORCH,
-    Near,
-    assert_agrees,
     assert_format,
-    attention_near,
-    cross_entropy_near,
-    embedding_near,
     format_name,
-    gelu_erf_near,
-    gelu_tanh_near,
     gradient_of_output,
-    layernorm_near,
-    linear_near,
-    matmul_near,
-    near,
-    one_thread,
     onednn,
     operand_names,
-    ours,
-    relu_near,
-    rmsnorm_near,
-    silu_near,
-    softmax_near,
     tensor,
     theirs,
-    wide,
 )
 
 F = torch.nn.functional
-Array = np.ndarray
 
 RULES = {
     "factor": "add has no factor `alpha`",
@@ -93,7 +90,7 @@ RULES = {
 }
 """Why a sample is left out: what refimpl does not have."""
 
-__all__ = ["one_thread"]  # the fixture of test_ops_torch.py, here too
+pytestmark = pytest.mark.usefixtures("torch")  # on one thread
 
 
 class LeftOut(Exception):

@@ -25,13 +25,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arrays import LOW, U, array, assert_same_bits, bits, rounded, wide
 from bounds import (
     FUNCTION,
-    LOW,
     Near,
-    U,
     add_near,
-    array,
     assert_agrees,
     attention_near,
     cross_entropy_near,
@@ -47,10 +45,8 @@ from bounds import (
     possible,
     relu_near,
     rmsnorm_near,
-    rounded,
     silu_near,
     softmax_near,
-    wide,
 )
 from paths import TESTS
 from script_loader import load_script
@@ -103,11 +99,6 @@ class Vectors:
         return Vectors({**self.arrays, name: x}, self.header)
 
 
-def bits(x: Array) -> Array:
-    """The same memory as unsigned integers."""
-    return x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
-
-
 KEPT = Vectors(*load(FILE))
 
 
@@ -134,15 +125,6 @@ def with_fma(vectors: Vectors) -> Vectors:
         if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             pytest.skip("PyTorch runs without FMA kernels here")
     return vectors
-
-
-def assert_same_bits(ours: Any, theirs: Any, name: str = "result") -> None:
-    """Signs of zeros included."""
-    a, b = np.ascontiguousarray(ours), np.ascontiguousarray(theirs)
-    assert a.dtype == b.dtype and a.shape == b.shape, f"{name}: {a.dtype} {a.shape} here, {b.dtype} {b.shape} there"
-    different = np.flatnonzero(bits(a) != bits(b))
-    first = int(different[0]) if different.size else 0
-    assert not different.size, f"{name}: {different.size} of {a.size} differ, at {first} {a.flat[first]} from {b.flat[first]}"
 
 
 def red(check: Callable[..., None], *arguments: Any) -> None:

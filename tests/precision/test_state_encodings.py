@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from arrays import U
 from fake_blas import FakeBlas
 
 import refimpl.backends.base
@@ -55,7 +56,6 @@ from refimpl.step import StepResult, train_step
 from refimpl.training.config import Config
 
 Array = Any
-U = 2.0**-24
 """The largest relative error of one FP32 rounding."""
 SIZE = 1000  # three blocks of 256 and a part of one
 STEP = np.float32(6e-4)

@@ -18,27 +18,19 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+from arrays import Array, U, rounded, wide
 
 from refimpl.backends.base import NUMPY
 from refimpl.nn.ops import OPS
 from refimpl.precision.context import Monitor, Run
 from refimpl.precision.policy import Policy
 
-Array = np.ndarray
-DTYPE = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 FRACTION_BITS = {"fp32": 23, "fp16": 10, "bf16": 7}
 SMALLEST_EXPONENT = {"fp32": -126, "fp16": -14, "bf16": -126}
 
-FORMATS = ["fp32", "fp16", "bf16"]
-LOW = ["fp16", "bf16"]
-
 
 # ---------------------------------------------------------------------------------------------------- the errors of fp32
-
-U = 2.0**-24
-"""Unit roundoff of fp32: one operation errs by at most U times its result."""
 
 FUNCTION = 4 * 2 * U
 """exp, log, tanh: at most 4 ulp, 2 U each. NumPy's fp32 loops state 2.52 (exp), 3.83 (log), 4 (tanh) ulp, PyTorch's
@@ -216,21 +208,6 @@ def assert_agrees(ours: Array, theirs: Array, exact: Near, fmt: str, name: str =
 
 
 # -------------------------------------------------------------------------------------------- arrays, and refimpl's side
-
-
-def wide(x: Any) -> Array:
-    """An array, or a tensor of PyTorch, in fp64. Exact."""
-    return (x.detach().double().numpy() if hasattr(x, "detach") else np.asarray(x)).astype(np.float64)
-
-
-def rounded(x: Any, fmt: str) -> Array:
-    """To the format and back to fp64; numpy's own conversion, by way of fp32."""
-    return wide(array(np.asarray(x, np.float64), fmt))
-
-
-def array(x: Array, fmt: str) -> Array:
-    with np.errstate(over="ignore", under="ignore"):  # an overflow is a result
-        return np.asarray(x).astype(np.float32).astype(DTYPE[fmt])
 
 
 def ours(

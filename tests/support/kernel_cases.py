@@ -16,10 +16,9 @@ from itertools import cycle, pairwise, product
 from typing import Any
 
 import numpy as np
+from arrays import Array, array, wide
 from bounds import (
-    Array,
     Near,
-    array,
     cross_entropy_near,
     embedding_near,
     gamma,
@@ -30,7 +29,6 @@ from bounds import (
     softmax_of,
     softmax_slope,
     stored,
-    wide,
 )
 
 from refimpl.backends.base import NUMPY, NumPyBackend

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from paths import ROOT
+from progress_bars import NoBar
 
 from refimpl import step
 from refimpl.errors import UsageError
@@ -190,12 +191,6 @@ def test_each_step_begins_where_the_last_one_ended(recipe: str) -> None:
         if not after.skipped:
             assert after["t"].value == before["t"].value + 1
             assert (after["m_before"].bits, after["v_before"].bits) == (before["m_after"].bits, before["v_after"].bits)
-
-
-class NoBar:
-    def update(self, n: int) -> None: ...
-    def write(self, text: str) -> None: ...
-    def set_postfix_str(self, text: str) -> None: ...
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "amp-bf16"])

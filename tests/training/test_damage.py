@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from progress_bars import NoBar
 from safetensors.numpy import save_file
 
 from refimpl.backends.base import NUMPY
@@ -39,14 +40,6 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Silent:
-    """Stands for tqdm's bar."""
-
-    def update(self, n: int) -> None: ...
-    def write(self, text: str) -> None: ...
-    def set_postfix_str(self, text: str) -> None: ...
-
-
 @pytest.fixture(autouse=True)
 def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests write thousands of files that need not outlive a power cut."""
@@ -61,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     config, out = prepare_folder({**TINY, "data": str(folder / "text")}, folder / "run", False, False)
     trainer = Trainer(config, out)
     open_folder(config, out)
-    assert trainer.train(Silent())
+    assert trainer.train(NoBar())
     return trainer
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from overflow import overflow_always
+from progress_bars import NoBar
 from rank_runs import SIZES
 from strict_backend import STRICT
 
@@ -170,22 +171,6 @@ def test_on_a_device() -> None:
 # -------------------------------------------------------------------------------------------------------------- a run
 
 
-class Bar:
-    """A bar that keeps what is written."""
-
-    def __init__(self) -> None:
-        self.written: list[str] = []
-
-    def write(self, text: str) -> None:
-        self.written.append(text)
-
-    def update(self, n: int) -> None:
-        """Nothing to show."""
-
-    def set_postfix_str(self, text: str) -> None:
-        """Nothing to show."""
-
-
 def trainer_of(folder: Path, **given: Any) -> Trainer:
     folder.mkdir()
     text = folder / "text"
@@ -199,7 +184,7 @@ def test_a_run_with_a_nan_in_a_weight_ends_at_once_and_names_it(recipe: str, tmp
     run = trainer_of(tmp_path / "r", recipe=recipe, steps=300, eval_every=300)
     run.state.layout.views(run.state.values(run.state.master_kind))[FC][3, 4] = math.nan
     with pytest.raises(TrainingStopped) as error:
-        run.train(Bar())
+        run.train(NoBar())
     assert str(error.value).startswith(f"step 1: the loss is nan: {FC} holds 1 NaN since before the first step. Neither")
     assert "--lr" not in str(error.value) and "--recipe" not in str(error.value)
 
@@ -207,7 +192,7 @@ def test_a_run_with_a_nan_in_a_weight_ends_at_once_and_names_it(recipe: str, tmp
 def test_an_overflow_in_forward_is_told_once_and_ends_the_run_whatever_the_scale(tmp_path: Path) -> None:
     run = trainer_of(tmp_path / "r", recipe="fp16", steps=100, eval_every=100)
     run.state.layout.views(run.state.master)[FC][...] = 6e4 * np.sign(LARGE)
-    bar = Bar()
+    bar = NoBar()
     with pytest.raises(TrainingStopped, match=r"50 steps in a row were skipped and .*c_fc \(linear\) is the first"):
         run.train(bar)
     assert [text for text in bar.written if "the loss is" in text] == [bar.written[0]]
@@ -219,7 +204,7 @@ def test_a_run_whose_targets_are_all_ignored_says_so_and_goes_on(tmp_path: Path)
     run.model = run.training.model
     draw = run.next_batches
     run.next_batches = lambda: [(x, np.full_like(y, -100)) for x, y in draw()]  # type: ignore[method-assign]
-    bar = Bar()
+    bar = NoBar()
     assert run.train(bar)
     assert len(bar.written) == 2 and "none of the step's targets counts" in bar.written[0]
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 from refimpl.backends.base import NUMPY
 from refimpl.nn.attention import hide_later
@@ -40,16 +39,9 @@ from refimpl.training.generate import mean_loss
 from refimpl.training.setup import Training
 from refimpl.training.trainer import start
 
-pytestmark = pytest.mark.usefixtures("pythons_manual")
+pytestmark = pytest.mark.usefixtures("pythons_manual", "one_blas_thread")
 
 Array = np.ndarray
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small are not worth sharing, and threads that wait for one another take the cores of other tests."""
-    with threadpool_limits(1):
-        yield
 
 
 def run_of(recipe: str, seed: int = 0, **more: Any) -> tuple[Config, Training]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from overflow import overflow_always
 from paths import SCRIPTS
+from progress_bars import NoBar
 from recipe_lists import MECHANISMS, others_slow
 
 from refimpl.errors import TrainingStopped, UsageError
@@ -33,25 +34,6 @@ TINY: dict[str, Any] = {
     "eval_batches": 2, "log_every": 2, "sample_bytes": 5, "lr": 1e-2, "growth_interval": 3, "init_scale": 2.0**22,
 }  # fmt: skip
 pytestmark = pytest.mark.usefixtures("without_pictures")
-
-
-class NoBar:
-    """A progress bar that shows nothing; `stop_at` presses Ctrl-C when that many steps have been logged."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.steps, self.stop_at = 0, stop_at
-
-    def update(self, n: int) -> None:
-        self.steps += n
-        if self.stop_at is not None and self.steps >= self.stop_at:
-            self.stop_at = None
-            signal.raise_signal(signal.SIGINT)
-
-    def write(self, text: str) -> None:
-        pass
-
-    def set_postfix_str(self, text: str) -> None:
-        pass
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ Which BLAS and which of its kernels these tests ran on stands in pytest's header
 from __future__ import annotations
 
 import ast
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from paths import SUPPORT
+from progress_bars import NoBar
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import refimpl
@@ -36,21 +36,6 @@ BLAS = ThreadpoolController().select(user_api="blas").lib_controllers
 needs_blas = pytest.mark.skipif(not BLAS, reason="threadpoolctl does not know this NumPy's BLAS")
 
 
-class Bar:
-    """A progress bar that shows nothing, and presses Ctrl-C after that many steps."""
-
-    def __init__(self, stop_at: int = 0) -> None:
-        self.steps, self.stop_at = 0, stop_at
-
-    def update(self, n: int) -> None:
-        self.steps += n
-        if self.steps == self.stop_at:
-            signal.raise_signal(signal.SIGINT)
-
-    def write(self, text: str) -> None: ...
-    def set_postfix_str(self, text: str) -> None: ...
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> str:
     """A small file of real structure."""
@@ -59,13 +44,13 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def train(recipe: str, text: str, folder: Path, bar: Bar | None = None, resume: bool = False) -> bytes:
+def train(recipe: str, text: str, folder: Path, bar: NoBar | None = None, resume: bool = False) -> bytes:
     """The bytes of the checkpoint that a training writes."""
     folder.mkdir(exist_ok=True)
     trainer = Trainer(Config.of({**SIZES, "recipe": recipe, "data": text}), folder)
     if resume:
         trainer.restore()
-    trainer.train(bar or Bar())
+    trainer.train(bar or NoBar())
     return (folder / CHECKPOINT).read_bytes()
 
 
@@ -107,7 +92,7 @@ def test_the_number_of_threads_makes_no_difference(
         with threadpool_limits(threads):
             of_threads(threads, monkeypatch)
             stop_at = 1 if threads == 3 else 0
-            found["3 threads, then 1"] = train(recipe, text, tmp_path / "parts", Bar(stop_at), resume=threads == 1)
+            found["3 threads, then 1"] = train(recipe, text, tmp_path / "parts", NoBar(stop_at), resume=threads == 1)
     assert [name for name, data in found.items() if data != found["1 threads"]] == []
     assert cut["1 threads"] == cut["2 threads"] == cut["3 threads"] and {2, 4} <= set(cut["1 threads"])
 
@@ -157,7 +142,7 @@ def test_every_product_of_a_training_is_computed_on_the_thread_that_asks(
         of_threads(2, monkeypatch)
         config = {**SIZES, "n_embd": 32, "block_size": 64, "steps": 1, "recipe": recipe, "data": text}
         trainer = Trainer(Config.of(config), tmp_path)
-        trainer.train(Bar())
+        trainer.train(NoBar())
         sample(trainer.model, trainer.state, trainer.run, 3, np.random.default_rng(0))
         assert set(seen) == {1}
         assert {blas.num_threads for blas in backends.workers()._blas} == {2}

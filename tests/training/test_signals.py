@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from progress_bars import NoBar
 
 from refimpl.training.checkpoint import load
 from refimpl.training.config import Config
@@ -126,20 +127,6 @@ def trainer(tmp_path: Path, **flags: Any) -> Trainer:
     return Trainer(config, tmp_path)
 
 
-class Bar:
-    """A progress bar that keeps what is written."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def update(self, n: int) -> None: ...
-
-    def set_postfix_str(self, text: str) -> None: ...
-
-    def write(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def test_in_an_evaluation_the_next_batch_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import refimpl.training.trainer as module
 
@@ -152,9 +139,9 @@ def test_in_an_evaluation_the_next_batch_is_the_end(tmp_path: Path, monkeypatch:
         return draw(*arguments)
 
     monkeypatch.setattr(module, "sample_batch", sample_batch)
-    run, bar = trainer(tmp_path, eval_every=2), Bar()
+    run, bar = trainer(tmp_path, eval_every=2), NoBar()
     assert not run.train(bar)
-    assert drawn[0] == 4 and not bar.lines and run.progress.step == 2
+    assert drawn[0] == 4 and not bar.written and run.progress.step == 2
     assert load(tmp_path / "checkpoint.safetensors")[1]["progress"]["step"] == 2
     assert not [row for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
 
