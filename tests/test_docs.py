@@ -9,12 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import line_links
 import pytest
+from line_links import PAGES, corrected, wrong
 from paths import ROOT
 from script_loader import load_script
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKS = [(page, *found) for page in PAGES for found in re.findall(r"\[([^\]]+?)\]\((?!http)(.+?)\)", page.read_text())]
 
 
@@ -37,13 +36,13 @@ def test_links_lead_somewhere(page: Path, text: str, target: str) -> None:
 
 
 def test_links_to_lines_show_what_stands_there() -> None:
-    assert list(line_links.wrong()) == []
+    assert list(wrong()) == []
 
 
 def test_line_numbers_are_corrected(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("def f():\n    return g()\n\n\ndef h():\n    return g()\n")
     page = "[`def h()`](code.py#L2) [return g()](code.py#L5) [`def f()`](code.py#L1) [`def i()`](code.py#L3) [h](code.py)"
-    better, lost = line_links.corrected(page, tmp_path)
+    better, lost = corrected(page, tmp_path)
     assert better == page.replace("`](code.py#L2)", "`](code.py#L5)").replace("g()](code.py#L5)", "g()](code.py#L6)")
     assert lost == ["[`def i()`](code.py#L3)"]
 

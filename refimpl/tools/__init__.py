@@ -5,7 +5,7 @@
     precision_report/      what every cast of a training run did, as an HTML page
     formats/               the number formats, and how each stores a number
     recipes_table.py       the recipes and policies as tables
-    loss_scale.py          the loss scales of ten projects for the same overflows
+    loss_scale.py          the loss scales of eight projects for the same overflows
     memory/                memory of training, predicted and measured
     compare_recipes/       trains under several recipes and compares them
     experiments/           toy experiments
