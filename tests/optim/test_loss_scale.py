@@ -1,79 +1,358 @@
-"""refimpl.optim.loss_scale: the scale and its counter, step by step, against recorded traces, a restatement and PyTorch.
+"""optim.loss_scale: PyTorch's and every other project's loss scaler, step by step, against recorded traces, against its own
+control flow, and PyTorch's against torch.amp.GradScaler.
 
-The traces are those of torch.amp.GradScaler (scale after each step, 1 = overflow). No number here has a tolerance: a loss
-scale is exact.
+1 is an overflow, a trace is the scale after each step. No number has a tolerance: a loss scale is exact. The restatements are
+written from what each project does, as it does it: with branches, on Python's numbers.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import inspect
 import math
-import struct
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from recipe_lists import others_slow
+from scaler_traces import FP32_MAX, GOLDEN, PATIENT, TINY, TOP, follow, fp32
+from strict_backend import STRICT
+from strict_cupy import WaitError, counter
 
 from refimpl.backends.base import Backend
-from refimpl.errors import UsageError
-from refimpl.optim.loss_scale import DynamicLossScale, StaticLossScale, make_loss_scale
+from refimpl.optim import loss_scale as module
+from refimpl.optim.loss_scale import DynamicLossScale, make_loss_scale
+from refimpl.optim.scaler_rules import SCALERS, Scaler
+from refimpl.tools.loss_scale import number_text
+
+# ---------------------------------------------------------------------------------------------------------- golden traces
 
 
-def trace(scale: DynamicLossScale, pattern: str) -> list[float]:
-    """The scale after each step of a pattern; 1 is an overflow."""
-    result = []
-    for c in pattern:
-        scale.update(scale.xp.asarray(c == "1"))
-        result.append(float(scale.scale))
-    return result
+ENDS: list[tuple[str, float, str, list[float]]] = [
+    # the upper end: 2 * 2^127 is no number of fp32
+    *((name, TOP, "0001", [TOP, TOP, TOP, TOP / 2]) for name in ("torch", "jmp")),
+    ("apex-kernel", TOP, "00011", [TOP, TOP, TOP, TOP, TOP / 2]),
+    ("flax", TOP, "00001", [TOP, TOP, TOP, FP32_MAX, fp32(FP32_MAX / 2)]),
+    ("megatron", TOP, "000110", [TOP, TOP, math.inf, math.inf, math.inf, math.inf]),
+    ("apex-fp16", TOP, "0001", [TOP, TOP, 2 * TOP, TOP]),
+    *((name, TOP, "000011", [TOP, TOP, TOP, 2 * TOP, 2 * TOP, TOP]) for name in ("deepspeed", "deepspeed-consecutive")),
+    ("apex-amp", TOP, "001", [2.0**24, 2.0**24, 2.0**23]),
+    ("apex-amp", 2.0**23, "000000", [2.0**23, 2.0**23, *[2.0**24] * 4]),
+    ("chainer", 2.0**16, "10", [2.0**15, 2.0**15 * 2 ** (1 / 3)]),
+    # the lower end
+    *((name, 2.0, "11000", [1, 1, 1, 1, 2]) for name in ("jmp", "apex-fp16")),
+    ("megatron", 2.0, "1111000", [2, 1, 1, 1, 1, 1, 2]),
+    *((name, 2.0, "1111", [2, 1, 1, 1]) for name in ("deepspeed", "deepspeed-consecutive")),
+    ("deepspeed", 1.0, "101000011", [1, 1, 1, 1, 1, 1, 2, 2, 1]),
+    ("deepspeed-consecutive", 1.0, "101000011", [1, 1, 1, 1, 1, 1, 2, 2, 1]),
+    ("chainer", 1.0, "110", [1, 1, 2 ** (1 / 3)]),
+    *((name, 0.5, "1" * 13, [2.0**-n for n in range(2, 14)] + [2.0**-13]) for name in ("fairseq", "fairseq-tolerance")),
+    *((name, TOP, "0001", [TOP, TOP, 2 * TOP, TOP]) for name in ("fairseq", "fairseq-tolerance")),
+    ("flax", 2 * TINY, "1100001", [TINY, TINY, TINY, TINY, TINY, 2 * TINY, TINY]),
+    ("torch", 2.0**-148, "11000", [2.0**-149, 0, 0, 0, 0]),
+    ("apex-kernel", 2.0**-148, "111000", [2.0**-148, 2.0**-149, 0, 0, 0, 0]),
+    ("apex-amp", 2.0**-148, "11000", [2.0**-149, 2.0**-150, 2.0**-150, 2.0**-150, 2.0**-149]),
+]
+"""Scaler, start, pattern and trace, interval 3: worked out by hand from the projects' rules. Fairseq's 13 overflows from 0.5 on
+end with its error 'Minimum loss scale reached (0.0001)' and the scale as it was (facebookresearch/fairseq, issue 512)."""
+
+TOLERANT: list[tuple[str, list[float]]] = [
+    ("0" * 19 + "1", [8.0] * 19 + [4]),  # 1 of 20 steps is 5 %
+    ("0" * 20 + "1" + "0", [8.0] * 22),  # 1 of 21 is not
+    ("0" * 20 + "11", [8.0] * 21 + [4]),  # 2 of 22 is
+    ("0" * 20 + "1" + "0" * 18 + "1", [8.0] * 39 + [4]),  # 2 of 40 is
+    ("0" * 20 + "1" + "0" * 25 + "11", [8.0] * 45 + [16, 8, 4]),  # grown: 2 of 1, then a new count: 1 of 1
+    ("0" * 20 + "1" + "0" * 47 + "1", [8.0] * 45 + [16.0] * 23 + [8]),  # 2 of 23: growth leaves the count of overflows as it is
+    ("1" + "0" * 19 + "1", [4.0] * 20 + [2]),
+    ("1" + "0" * 20 + "1", [4.0] * 22),  # the count begins anew where S backs off: 1 of 21
+]
+"""Patterns and traces of fairseq with a tolerance of 5 %, from 8 and with an interval of 25, by hand."""
+
+EXHAUSTED: list[tuple[str, int | None, str, int]] = [
+    ("deepspeed", 2, "11110", 3),  # and stays over
+    ("deepspeed-consecutive", 2, "1111", 3),
+    ("deepspeed", 1, "1111", 2),
+    ("deepspeed", 2, "1011", 4),  # 2 2 1, and the fourth finds it there
+    ("deepspeed-consecutive", 2, "11011", 5),  # the fourth is borne
+    ("deepspeed-consecutive", 2, "10101", 0),  # never two in a row: never out of hysteresis
+    ("deepspeed", 2, "110000", 0),  # at the floor, but nothing overflows there
+    ("deepspeed", 2, "1100001", 0),  # growth came in between
+    ("megatron", 2, "111111", 0),
+    *((name, None, "111111", 0) for name in ("jmp", "apex-fp16", "chainer", "flax", "torch")),
+    *((name, None, "1" * 15 + "0", 15) for name in ("fairseq", "fairseq-tolerance")),  # 2^-13 is the last above 1e-4
+    *((name, None, "1" * 14 + "0001", 0) for name in ("fairseq", "fairseq-tolerance")),
+]
+"""Scaler, hysteresis, pattern from a start of 2, and the step that ends the run (0: none), interval 3."""
 
 
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        ("00000000", [1024, 1024, 2048, 2048, 2048, 4096, 4096, 4096]),
-        ("1010100000", [512, 512, 256, 256, 128, 128, 128, 256, 256, 256]),
-        ("1110000101", [512, 256, 128, 128, 128, 256, 256, 128, 128, 64]),
-    ],
-)
-def test_golden_traces_from_1024(pattern: str, expected: list[int], backend: Backend) -> None:
-    assert trace(DynamicLossScale(1024.0, growth_interval=3, xp=backend.xp), pattern) == expected
+def wrong_traces(make: Callable[..., Any], xp: Any, only: str | None = None) -> list[str]:
+    """Every golden trace that a `make_loss_scale` does not give. only: those of one scaler."""
+    wrong = []
+    for (name, hysteresis), traces in GOLDEN.items():
+        for pattern, expected in traces.items() if only in (None, name) else ():
+            scales = follow(make(name, 1024.0, 3, xp, hysteresis), pattern)
+            if " ".join(number_text(round(x, 4)) for x in scales) != expected:
+                wrong.append(f"{name} {hysteresis} {pattern}")
+    for name, start, pattern, expected_scales in ENDS:
+        if only in (None, name) and follow(make(name, start, 3, xp), pattern) != expected_scales:
+            wrong.append(f"{name} from {start} {pattern}")
+    for pattern, expected_scales in TOLERANT if only in (None, "fairseq-tolerance") else ():
+        if follow(make("fairseq-tolerance", 8.0, 25, xp), pattern) != expected_scales:
+            wrong.append(f"fairseq-tolerance {pattern}")
+    for name, hysteresis, pattern, step in EXHAUSTED:
+        if only in (None, name):
+            scale = make(name, 2.0, 3, xp, hysteresis)
+            flags = [(follow(scale, c), bool(scale.exhausted))[1] for c in pattern]
+            if flags != [bool(step) and i >= step for i in range(1, len(pattern) + 1)]:
+                wrong.append(f"{name} {hysteresis} {pattern} exhausted")
+    return wrong
 
 
-def test_golden_trace_from_65536(backend: Backend) -> None:
+def test_golden_traces(backend: Backend) -> None:
+    assert {name for name, _ in GOLDEN} == set(SCALERS)
+    assert wrong_traces(make_loss_scale, backend.xp) == []
+
+
+def test_the_trace_that_pytorch_was_seen_to_give(backend: Backend) -> None:
     expected = [65536, 65536, 32768, 32768, 32768, 65536, 65536, 65536, 131072, 65536, 32768, 32768]
-    assert trace(DynamicLossScale(65536.0, growth_interval=3, xp=backend.xp), "001000000110") == expected
+    assert follow(make_loss_scale("torch", 65536.0, 3, backend.xp), "001000000110") == expected
 
 
 def test_growth_needs_good_steps_in_a_row(backend: Backend) -> None:
     # the mistake of counting good steps in total gives another trace
-    assert trace(DynamicLossScale(8.0, growth_interval=3, xp=backend.xp), "001001") == [8, 8, 4, 4, 4, 2]
+    assert follow(DynamicLossScale(8.0, growth_interval=3, xp=backend.xp), "001001") == [8, 8, 4, 4, 4, 2]
 
 
-# ----------------------------------------------------------------------------------------------------------- restatement
+# ----------------------------------------------------------------------------------------------------------- restatements
 
 
-def fp32(x: float) -> float:
-    """A double rounded once to fp32, by the C library and not by NumPy; inf where it does not fit."""
-    try:
-        return struct.unpack("f", struct.pack("f", x))[0]
-    except OverflowError:
-        return math.inf
+Steps = Iterator[float | str]  # the scale after each step; 'stop' where the project ends the run
 
 
-def restated(scale: float, growth: float, backoff: float, interval: int, pattern: list[bool]) -> list[tuple[float, int]]:
-    """The rules of the docstring on Python floats."""
-    scale, tracker, result = fp32(scale), 0, []
+def pytorch_with(
+    scale: float, growth: float, backoff: float, interval: int, pattern: list[bool]
+) -> Iterator[tuple[float, int]]:
+    """The scale and its counter, for any factors."""
+    scale, tracker = fp32(scale), 0
     for overflow in pattern:
         if overflow:
             scale, tracker = fp32(scale * backoff), 0
         else:
             tracker += 1
             if tracker == interval:
-                scale, tracker = (fp32(scale * growth) if fp32(scale * growth) < math.inf else scale), 0
-        result.append((scale, tracker))
-    return result
+                if not math.isinf(fp32(scale * growth)):
+                    scale = fp32(scale * growth)
+                tracker = 0
+        yield scale, tracker
+
+
+def pytorch(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    return (scale for scale, _ in pytorch_with(scale, 2.0, 0.5, interval, pattern))
+
+
+def apex_amp(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    scale, unskipped = min(2.0**24, scale), 0
+    for overflow in pattern:
+        if overflow:
+            scale /= 2
+            unskipped = 0
+        else:
+            unskipped += 1
+        if unskipped == interval:
+            scale = min(2.0**24, scale * 2)
+            unskipped = 0
+        yield scale
+
+
+def apex_fp16(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    last = -1
+    for step, overflow in enumerate(pattern):
+        if overflow:
+            scale = max(scale / 2, 1)
+            last = step
+        elif (step - last) % interval == 0:
+            scale *= 2
+        yield scale
+
+
+def apex_kernel(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    scale, tracker, left = fp32(scale), 0, hysteresis
+    for overflow in pattern:
+        if overflow:
+            left -= 1
+            tracker = 0
+            if left <= 0:
+                scale = fp32(scale * 0.5)
+        else:
+            tracker += 1
+            if tracker == interval:
+                if not math.isinf(fp32(scale * 2)):
+                    scale = fp32(scale * 2)
+                tracker = 0
+            left = hysteresis
+        yield scale
+
+
+def megatron(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    scale, tracker, left = fp32(scale), 0, hysteresis
+    for overflow in pattern:
+        if overflow:
+            tracker = 0
+            left -= 1
+            if left <= 0:
+                scale = max(fp32(scale * 0.5), 1.0)
+        else:
+            tracker += 1
+            if tracker == interval:
+                tracker, left = 0, hysteresis
+                scale = fp32(scale * 2)
+        yield scale
+
+
+def deepspeed(scale: float, interval: int, hysteresis: int, pattern: list[bool], consecutive: bool = False) -> Steps:
+    last, left = -1, hysteresis
+    for step, overflow in enumerate(pattern):
+        if overflow:
+            if hysteresis == 1 or left == 1:
+                if scale == 1:
+                    yield "stop"
+                    return
+                scale = max(scale / 2, 1)
+            else:
+                left -= 1
+            last = step
+        else:
+            if consecutive:
+                left = hysteresis
+            stable = step - last - 1
+            if stable > 0 and stable % interval == 0:
+                left = hysteresis
+                scale *= 2
+        yield scale
+
+
+def deepspeed_consecutive(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    return deepspeed(scale, interval, hysteresis, pattern, consecutive=True)
+
+
+def flax(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    scale, count = fp32(scale), 0
+    for overflow in pattern:
+        grow = count == interval
+        if overflow:
+            scale = max(fp32(scale * 0.5), TINY)
+        elif grow:
+            scale = min(fp32(scale * 2), FP32_MAX)
+        count = 0 if grow or overflow else count + 1
+        yield scale
+
+
+def jmp(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    scale, counter = fp32(scale), 0
+    for overflow in pattern:
+        if overflow:
+            scale = max(1.0, fp32(scale / 2))
+        elif counter == interval - 1 and fp32(scale * 2) < math.inf:
+            scale = fp32(scale * 2)
+        counter = 0 if overflow else (counter + 1) % interval
+        yield scale
+
+
+def chainer(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    ever = False
+    for overflow in pattern:
+        ever = ever or overflow
+        if overflow:
+            factor = 0.5
+        elif ever:
+            factor = math.pow(2.0, 1.0 / interval)
+        else:
+            factor = 2.0
+        scale = max(1, min(65504, scale * factor))
+        yield scale
+
+
+def fairseq(scale: float, interval: int, hysteresis: int, pattern: list[bool], tolerance: float = 0.0) -> Steps:
+    last_overflow, last_rescale, overflows = -1, -1, 0
+    for step, overflow in enumerate(pattern):
+        if overflow:
+            since, last_overflow = step - last_rescale, step
+            overflows += 1
+            if overflows / float(since) >= tolerance:
+                scale /= 2.0
+                last_rescale, overflows = step, 0
+            if scale <= 1e-4:
+                yield "stop"
+                return
+        elif (step - last_overflow) % interval == 0:
+            scale *= 2.0
+            last_rescale = step
+        yield scale
+
+
+def fairseq_tolerance(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
+    return fairseq(scale, interval, hysteresis, pattern, tolerance=0.05)
+
+
+RESTATED = {
+    "torch": pytorch, "apex-amp": apex_amp, "apex-fp16": apex_fp16, "apex-kernel": apex_kernel, "megatron": megatron,
+    "deepspeed": deepspeed, "deepspeed-consecutive": deepspeed_consecutive, "flax": flax, "jmp": jmp, "chainer": chainer,
+    "fairseq": fairseq, "fairseq-tolerance": fairseq_tolerance,
+}  # fmt: skip
+
+
+def a_case(rng: np.random.Generator, floor: float) -> tuple[float, int, int, list[bool]]:
+    """A start (often near one of the ends, some with fractions), an interval, a hysteresis, and 60 steps."""
+    low, high = math.log2(floor) if floor else -149, 127
+    exponent = rng.choice([rng.uniform(low, high), low + 3 * rng.random(), high - 3 * rng.random()])
+    start = fp32(2.0 ** (round(exponent) if rng.random() < 0.5 else exponent))
+    pattern = rng.random(60) < rng.choice([0.0, 0.05, 0.15, 0.4, 0.9])
+    interval = int(rng.integers(1, 8) if rng.random() < 0.7 else rng.integers(20, 45))
+    return max(start, floor), interval, int(rng.integers(1, 5)), pattern.tolist()
+
+
+@pytest.mark.parametrize("name", SCALERS)
+def test_random_patterns_equal_the_restatement(name: str, backend: Backend) -> None:
+    patterns = 40 if backend.on_host else 4
+    moved = stopped = 0
+    for seed in range(patterns):
+        start, interval, hysteresis, pattern = a_case(np.random.default_rng(seed), SCALERS[name].floor)
+        scale = make_loss_scale(name, start, interval, backend.xp, hysteresis if name in PATIENT else None)
+        for step, (overflow, expected) in enumerate(zip(pattern, RESTATED[name](start, interval, hysteresis, pattern))):  # noqa: B905 (it may stop)
+            before = float(scale.value)
+            scale.update(backend.xp.asarray(overflow))
+            assert bool(scale.exhausted) == (expected == "stop"), (seed, step)
+            if expected == "stop":
+                stopped += 1
+                break
+            assert float(scale.value) == expected, (seed, step)
+            moved += before != expected
+    assert moved > 4 * patterns and (stopped > 0 or not backend.on_host) == bool(SCALERS[name].stops or not backend.on_host)
+    assert scale.scale.dtype == np.float32 and scale.scale.shape == ()
+    assert {scale.growth_tracker.dtype, scale.hysteresis_tracker.dtype} == {np.dtype(np.int32)}
+
+
+def test_an_overflow_from_a_start_at_fairseqs_least_scale_ends_the_run() -> None:
+    scale = make_loss_scale("fairseq", 1e-4, 3)
+    assert follow(scale, "00") == [1e-4, 1e-4] and not scale.exhausted
+    assert follow(scale, "1") == [1e-4] and scale.exhausted
+
+
+def test_an_update_waits_for_nothing() -> None:
+    for name in SCALERS:
+        scale, found_inf = make_loss_scale(name, xp=STRICT.xp), STRICT.xp.asarray(True)
+        with counter.no_sync():
+            for _ in range(3):
+                scale.update(found_inf)
+            with pytest.raises(WaitError):
+                bool(scale.exhausted)
 
 
 @pytest.mark.parametrize("seed", others_slow(range(200), plain=range(20)))
-def test_random_patterns_equal_the_restatement(seed: int, backend: Backend) -> None:
+def test_any_factors_equal_the_restatement(seed: int, backend: Backend) -> None:
     rng = np.random.default_rng(seed)
     init = float(10.0 ** rng.uniform(-40, 38))
     growth, backoff = float(rng.choice([2.0, 1.37, 1.001, 10.0])), float(rng.choice([0.5, 0.9, 0.123]))
@@ -84,25 +363,9 @@ def test_random_patterns_equal_the_restatement(seed: int, backend: Backend) -> N
     for overflow in pattern:
         scale.update(backend.xp.asarray(overflow))
         measured.append((float(scale.scale), int(scale.growth_tracker)))
-    assert measured == restated(init, growth, backoff, interval, pattern)
+    assert measured == list(pytorch_with(init, growth, backoff, interval, pattern))
     assert scale.scale.dtype == np.float32 and scale.scale.shape == ()
     assert scale.growth_tracker.dtype == np.int32 and scale.growth_tracker.shape == ()
-
-
-# ------------------------------------------------------------------------------------------------------- the two far ends
-
-
-def test_growth_never_reaches_infinity(backend: Backend) -> None:
-    scale = DynamicLossScale(2.0**126, growth_interval=1, xp=backend.xp)
-    assert trace(scale, "00000") == [2.0**127] * 5  # 2^128 is not a number of fp32; the old scale stays
-    assert int(scale.growth_tracker) == 0  # and the counter starts again
-    assert trace(scale, "1") == [2.0**126]
-
-
-def test_there_is_no_floor(backend: Backend) -> None:
-    scale = DynamicLossScale(2.0**-147, growth_interval=1, xp=backend.xp)
-    assert trace(scale, "111") == [2.0**-148, 2.0**-149, 0.0]
-    assert trace(scale, "0000") == [0.0] * 4  # nothing brings it back
 
 
 def test_backoff_rounds_once_from_double(backend: Backend) -> None:
@@ -112,156 +375,119 @@ def test_backoff_rounds_once_from_double(backend: Backend) -> None:
     assert float(scale.scale) != float(np.float32(3) * np.float32(0.3))  # a product in fp32 rounds the factor too
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------------------------------------------------------- PyTorch
 
 
-def test_state_dict_has_torchs_five_keys_and_plain_numbers(backend: Backend) -> None:
-    scale = DynamicLossScale(1024.0, growth_factor=4.0, backoff_factor=0.25, growth_interval=5, xp=backend.xp)
-    trace(scale, "001000")
-    state = scale.state_dict()
-    assert state == {
-        "scale": 256.0,
-        "growth_factor": 4.0,
-        "backoff_factor": 0.25,
-        "growth_interval": 5,
-        "_growth_tracker": 3,
-    }
-    assert [type(value) for value in state.values()] == [float, float, float, int, int]
-
-
-def test_a_resumed_scale_goes_on_as_if_never_stopped(backend: Backend) -> None:
-    pattern = "0001000000100000010000"
-    whole = trace(DynamicLossScale(1024.0, 2.0, 0.5, 3, backend.xp), pattern)
-    for stop in range(len(pattern)):
-        first = DynamicLossScale(1024.0, 2.0, 0.5, 3, backend.xp)
-        start = trace(first, pattern[:stop])
-        resumed = DynamicLossScale(xp=backend.xp)  # other settings: all five come back from the state
-        resumed.load_state_dict(first.state_dict())
-        assert start + trace(resumed, pattern[stop:]) == whole, stop
-        assert resumed.state_dict().keys() == first.state_dict().keys()
-
-
-def test_forgetting_the_tracker_would_be_seen() -> None:
-    # negative control: a resume that drops the counter grows later
-    first = DynamicLossScale(1024.0, growth_interval=3)
-    trace(first, "00")
-    resumed = DynamicLossScale()
-    resumed.load_state_dict(first.state_dict() | {"_growth_tracker": 0})
-    assert trace(resumed, "0") == [1024.0] != trace(first, "0")
-
-
-# ---------------------------------------------------------------------------------------------------------- bad arguments
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"init_scale": 0.0}, "init scale 0.0"),
-        ({"init_scale": -1.0}, "init scale -1.0"),
-        ({"init_scale": math.inf}, "init scale inf"),
-        ({"init_scale": math.nan}, "init scale nan"),
-        ({"growth_factor": 1.0}, "growth factor 1.0"),
-        ({"growth_factor": 0.5}, "growth factor 0.5"),
-        ({"backoff_factor": 1.0}, "backoff factor 1.0"),
-        ({"backoff_factor": 0.0}, "backoff factor 0.0"),
-        ({"backoff_factor": -0.5}, "backoff factor -0.5"),
-        ({"backoff_factor": math.nan}, "backoff factor nan"),
-        ({"growth_interval": 0}, "growth interval 0"),
-        ({"growth_interval": -3}, "growth interval -3"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, float], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        DynamicLossScale(**arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"init_scale": 1e39}, {"init_scale": 1e-60}, {"growth_factor": math.nan}, {"growth_factor": math.inf}]
-)
-def test_bad_arguments_in_fp32(arguments: dict[str, float]) -> None:
-    with np.errstate(over="ignore"), pytest.raises(UsageError):
-        DynamicLossScale(**arguments)
-
-
-@pytest.mark.parametrize("scale", [1e39, 1e-60])
-def test_bad_static_scales_in_fp32(scale: float) -> None:
-    with np.errstate(over="ignore"), pytest.raises(UsageError):
-        StaticLossScale(scale)
-
-
-# ---------------------------------------------------------------------------------------------------------------- static
-
-
-def test_a_static_scale_never_moves(backend: Backend) -> None:
-    scale = StaticLossScale(128.0, backend.xp)
-    for overflow in (True, False, True):
-        scale.update(backend.xp.asarray(overflow))
-    assert float(scale.scale) == 128.0 and scale.scale.dtype == np.float32
-    other = StaticLossScale(1.0, backend.xp)
-    other.load_state_dict(scale.state_dict())
-    assert scale.state_dict() == other.state_dict() == {"scale": 128.0}
-
-
-@pytest.mark.parametrize("bad", [0.0, -8.0, math.inf, math.nan])
-def test_a_static_scale_must_be_a_positive_number(bad: float) -> None:
-    with pytest.raises(UsageError, match=r"loss scale .* must be positive and finite"):
-        StaticLossScale(bad)
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected_class", "value", "adapts"),
-    [
-        ("dynamic", DynamicLossScale, 512.0, True),
-        ("none", StaticLossScale, 1.0, False),
-        ("128", StaticLossScale, 128.0, False),
-        ("1e3", StaticLossScale, 1000.0, False),
-    ],
-)
-def test_make_loss_scale(kind: str, expected_class: type, value: float, adapts: bool, backend: Backend) -> None:
-    scale = make_loss_scale(kind, init_scale=512.0, growth_interval=7, xp=backend.xp)
-    assert isinstance(scale.scale, backend.xp.ndarray)
-    assert type(scale) is expected_class and float(scale.scale) == value and scale.adapts is adapts
-    if adapts:
-        assert scale.state_dict()["growth_interval"] == 7
-
-
-@pytest.mark.parametrize("kind", ["", "dynamic ", "big", "0", "-1", "nan", "inf"])
-def test_make_loss_scale_refuses(kind: str) -> None:
-    with pytest.raises(UsageError, match=r"^loss scale"):
-        make_loss_scale(kind)
-
-
-# --------------------------------------------------------------------------------------------------------------- PyTorch
-
-
-@pytest.mark.parametrize(
-    ("init", "growth", "backoff", "interval"),
-    [
-        (65536.0, 2.0, 0.5, 5),
-        (1024.0, 1.37, 0.7, 3),
-        (1e38, 2.0, 0.5, 2),  # growth meets fp32's end
-        (2.0**-140, 1.001, 0.3, 1),  # backoff meets zero
-        (65536.0, 2.0, 0.5, 2000),
-    ],
-)
-def test_equal_to_torch_for_500_steps(init: float, growth: float, backoff: float, interval: int) -> None:
+@pytest.mark.parametrize(("growth", "backoff"), [(None, None), (1.001, 0.3), (1.37, 0.7), (3.0, 0.999)])
+def test_torch_is_pytorch(growth: float | None, backoff: float | None) -> None:
     torch = pytest.importorskip("torch")
-    theirs = torch.amp.GradScaler(
-        "cpu", init_scale=init, growth_factor=growth, backoff_factor=backoff, growth_interval=interval
-    )
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=0.0)
-    theirs.scale(torch.zeros(()))  # makes the scale; `step` raises before it
-    ours = DynamicLossScale(init, growth, backoff, interval)
-    rng = np.random.default_rng(7)
-    overflows = rng.random(500) < 0.12
-    for step, overflow in enumerate(overflows):
-        weight.grad = torch.full((3,), math.inf if overflow else 0.0)
-        theirs.step(optimizer)
-        theirs.update()
-        ours.update(np.asarray(overflow))
-        state = theirs.state_dict()
-        assert float(ours.scale) == state["scale"], step
-        assert int(ours.growth_tracker) == state["_growth_tracker"], step
-    assert 30 < overflows.sum() < 90
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for seed in range(10):
+        start, interval, _, pattern = a_case(np.random.default_rng(seed), 0.0)
+        theirs = torch.amp.GradScaler("cpu", start, growth or 2.0, backoff or 0.5, interval)
+        theirs.scale(torch.zeros(()))
+        ours = make_loss_scale("torch", start, interval, growth_factor=growth, backoff_factor=backoff)
+        for step, overflow in enumerate(pattern):
+            weight.grad = torch.full((3,), math.inf if overflow else 0.0)
+            theirs.step(optimizer)
+            theirs.update()
+            ours.update(np.asarray(overflow))
+            assert ours.state_dict() == theirs.state_dict(), (seed, step)
+
+
+# ------------------------------------------------------------------------------------------------------ negative controls
+
+
+OTHER: dict[str, list[Any]] = {
+    "late": ["", "first", "always"], "gradual": [False, True], "floor": [0.0, 1.0, 2.0**-140],
+    "stops": ["", "at the floor", "to the floor"], "tolerance": [0.0, 0.75],
+    "ceiling": [math.inf, 2.0**11, 2.0**24], "unbounded": [False, True], "hysteresis": [1, 2, 3],
+    "refill": ["growth", "good step"], "kept": ["fp32", "fp64"],
+}  # fmt: skip
+
+
+def matters(scaler: Scaler, field: str) -> bool:
+    """Whether a field can be seen in a trace: others of the row may hide it."""
+    if scaler.gradual and field not in ("gradual", "floor", "ceiling", "kept"):
+        return False
+    hidden = {
+        "refill": scaler.hysteresis == 1,
+        "hysteresis": scaler.tolerance > 0,  # no project has both
+        "stops": not scaler.floor or scaler.name == "flax",  # its floor is far below any trace's end but one
+        "unbounded": scaler.ceiling < math.inf or scaler.kept == "fp64",  # FP64 has room enough
+        "kept": scaler.ceiling < math.inf and scaler.floor >= TINY and not scaler.gradual,  # all that is between fits in both
+    }
+    return not hidden.get(field, False)
+
+
+MUTANTS = [(name, field, value) for name, scaler in SCALERS.items() for field, values in OTHER.items() for value in values
+           if value != getattr(scaler, field) and matters(scaler, field)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "field", "value"), MUTANTS)
+def test_every_fact_of_every_row_shows_in_a_golden_trace(
+    name: str, field: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCALERS, name, dataclasses.replace(SCALERS[name], **{field: value}))
+
+    def make(name: str, start: float, interval: int, xp: Any, hysteresis: int | None = None) -> Any:
+        scaler = SCALERS[name]
+        if hysteresis is not None and scaler.hysteresis == 1:
+            hysteresis = None
+        return make_loss_scale(name, max(start, scaler.floor), interval, xp, hysteresis)
+
+    with np.errstate(all="ignore"):
+        assert wrong_traces(make, np, only=name)
+
+
+def test_all_facts_are_mutated() -> None:
+    described = {"name", "source", "init_scale", "growth_interval", "knobs"}  # test_the_page_has_the_facts, test_knobs
+    assert {field for _, field, _ in MUTANTS} == {f.name for f in dataclasses.fields(Scaler)} - described
+
+
+BROKEN = [
+    ("good_steps = self.growth_tracker + 1", "good_steps = self.growth_tracker + 2"),
+    ("xp.where(found_inf | grow, restart", "xp.where(grow, restart"),
+    ("xp.where(found_inf | grow, restart", "xp.where(found_inf, restart"),
+    ("exact * self.backoff_factor", "exact / 4"),
+    ("exact * self.growth_factor", "exact * 4"),
+    ("smaller = xp.maximum(smaller, scaler.floor)", "pass"),
+    ("larger = xp.minimum(larger, scaler.ceiling)", "pass"),
+    ("grow if scaler.unbounded else grow & xp.isfinite(larger)", "grow"),
+    ("grow if scaler.unbounded else grow & xp.isfinite(larger)", "grow & xp.isfinite(larger)"),
+    ("+ bool(scaler.late)", ""),
+    ("restart + 1)", "restart)"),
+    ("self.hysteresis_tracker - 1", "self.hysteresis_tracker"),
+    ("xp.where(grow, full, self.hysteresis_tracker)", "self.hysteresis_tracker"),
+    ("xp.where(found_inf, left, refilled)", "refilled"),
+    ("smaller = xp.where(backs_off, smaller, self.value)", "pass"),
+    ("return found_inf & (left == 0)", "return left == 0"),
+    ("return found_inf & (left == 0)", "return found_inf"),
+    (" & (self.value == self.scaler.floor)", ""),
+    ("ends = backs_off & ", "ends = found_inf & "),
+    ("found_inf & (smaller <= self.scaler.floor)", "found_inf & (smaller < self.scaler.floor / 2)"),
+    ("self.exhausted = self.exhausted | ", "self.exhausted = "),
+    ("return self.xp.where(ends, self.value, smaller)", "return smaller"),
+    ("overflows / steps >= self", "overflows / steps > self"),
+    ("self.steps_since_change + 1", "self.steps_since_change + 2"),
+    ("xp.where(backs_off | (grow & ~found_inf), 0, steps)", "xp.where(backs_off, 0, steps)"),
+    ("xp.where(backs_off | (grow & ~found_inf), 0, steps)", "xp.where(grow & ~found_inf, 0, steps)"),
+    ("xp.where(backs_off, 0, overflows)", "overflows"),
+    ("backs_off = found_inf & (overflows", "backs_off = (overflows"),
+    ("self.overflowed = self.overflowed | found_inf", "self.overflowed = found_inf"),
+    ("2.0 ** (1 / self.growth_interval)", "2.0"),
+    ("S * self.backoff_factor, grown", "S, grown"),
+    ("if scaler.gradual else min(init_scale, scaler.ceiling)", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("right", "wrong"), BROKEN)
+def test_a_broken_rule_fails_the_golden_traces(right: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = inspect.getsource(module)
+    assert text.count(right) == 1
+    broken = types.ModuleType("broken_loss_scale")
+    monkeypatch.setitem(sys.modules, broken.__name__, broken)
+    exec(compile(text.replace(right, wrong), "broken", "exec"), broken.__dict__)
+    with np.errstate(all="ignore"):
+        assert wrong_traces(broken.make_loss_scale, np)
