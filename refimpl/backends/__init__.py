@@ -1,8 +1,8 @@
-"""What computes the arrays: NumPy on the host, CuPy on an NVIDIA GPU, side by side in one process.
+"""Where arrays are and what computes them: NumPy on the host and CuPy on an NVIDIA GPU, side by side in one process.
 
-    base.py         Backend, the primitives in their readable form; NumPyBackend, with work shared among threads
+    base.py         Backend, the primitives in their readable form; NumPyBackend, which shares work among threads
     numpy_ops.py    fast versions of operations for the host
-    threads.py      worker threads over blocks that shapes alone decide
+    threads.py      worker threads; how work is cut depends on shapes alone
     malloc.py       keeps freed memory for the next step
-    cupy/           the same for a GPU
+    cupy/           the backend for a GPU
 """

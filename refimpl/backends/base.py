@@ -1,7 +1,6 @@
-"""Where arrays live and what computes them.
+"""The array library of a run, and the primitives that are not the same call in every library.
 
-A `Backend` is the array library (`xp`) and the primitives that are not the same call everywhere. Backends live side by
-side in one process, so there is no module-level `xp`: a run carries its backend.
+Several backends work side by side in one process, so there is no global `xp`: each run has its backend.
 """
 
 from __future__ import annotations
@@ -27,86 +26,87 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Backend:
-    """An array library and its primitives, in the readable form that holds for any of them."""
+    """An array library and its primitives, in a readable form that works with any library."""
 
     name: str
     xp: Any
-    on_host: bool = False  # whether Python can look at a value without waiting, and small pieces of work stay in its cache
+    on_host: bool = False  # whether Python reads values without waiting, and blocks fit a CPU cache
 
     @property
     def ops(self) -> Mapping[str, Any]:
-        """Fast twins of operations, by name (an `ops.Op` each): the same results as the definitions in `ops`."""
+        """Return fast versions of operations, by name, as `nn.op.Op`. The roundings are those of the definitions in `nn/`."""
         return {}
 
     @property
     def passes(self) -> Mapping[str, Callable[..., Any]]:
-        """Fast twins of passes over the flat buffers, by name: `measure` and `fold` of gradients.py, `AdamW` of optim.py."""
+        """Return fast versions of passes over flat buffers, by name: `measure` and `fold` of gradients.py, `AdamW`."""
         return {}
 
     def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:
-        """[f(part) for part in parts], for parts that are independent and have `size` elements in all."""
+        """Return [f(part) for part in parts], for independent parts with `size` elements in total."""
         return [f(part) for part in parts]
 
     def convert(self, change: Conversion, x: Array, fmt: str) -> Array:
-        """`change(x, fmt)`, for one of cast.py's two: `cast` or `widen`."""
+        """Return `change(x, fmt)`, where `change` is `cast` or `widen`."""
         return change(x, fmt)
 
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
-        """a (..., M, K) @ b (..., K, N) in the accumulation format `acc`: widen both, multiply, do not round.
+        """Multiply a (..., M, K) and b (..., K, N) in the accumulation format `acc`: widen both, multiply, do not round.
 
-        Products of 16-bit values are exact in fp32, so this is what tensor cores compute, but for the order
-        and the rounding of their sums.
+        Products of 16-bit values are exact in fp32, so tensor cores compute the same, except for the order and the rounding of
+        their sums.
         """
         return self.xp.matmul(widen(a, acc), widen(b, acc))
 
     def gemm_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
-        """`finish(a b)`, for a `finish` that treats each row by itself and whose result has the format `fmt`."""
+        """Return `finish(a b)`, for a `finish` that treats each row by itself and returns the format `fmt`."""
         return finish(self.gemm(a, b, acc))
 
     def row_sum(self, x: Array) -> Array:
-        """x (..., N) -> (..., 1): the sum of each row, in the format of `x`."""
+        """Sum each row, x (..., N) -> (..., 1), in the format of `x`."""
         return x.sum(-1, keepdims=True)
 
     def row_dot(self, x: Array, y: Array) -> Array:
-        """x, y (..., N) -> (..., 1): the sum of the products of each row, in their format."""
+        """Return the scalar product of each row, x and y (..., N) -> (..., 1), in their format."""
         return (x * y).sum(-1, keepdims=True)
 
     def sum_by_index(self, rows: Array, index: Array, count: int) -> Array:
-        """rows (n, C), index (n,) -> (count, C): place r has the sum of the rows whose index is r, in their format.
+        """Sum the rows that have the same index: rows (n, C), index (n,) -> (count, C), in the format of `rows`.
 
-        It is a product with the matrix that is one where a row belongs to a place: the order of the sum is fixed.
+        This multiplies by a matrix of ones and zeros, so that the order of the sum is fixed.
         """
         xp = self.xp
         belongs = xp.arange(count)[:, None] == index
         return xp.matmul(xp.where(belongs, xp.ones((), rows.dtype), xp.zeros((), rows.dtype)), rows)
 
     def from_host(self, x: np.ndarray) -> Array:
-        """Copy a NumPy array to the backend's memory (NumPy: no copy)."""
+        """Copy a NumPy array to the backend's memory (for NumPy no copy is made)."""
         return self.xp.asarray(x)
 
     def to_host(self, x: Array) -> np.ndarray:
-        """Copy an array to a NumPy array; waits for the device."""
+        """Copy an array to the host, waiting for the device."""
         return np.asarray(self.xp.asnumpy(x))
 
 
 SHARED = 1 << 19
-"""Elements from which work is shared among threads: below, threads take turns at Python's lock longer than they save."""
+"""The least elements that are shared among threads: with fewer, waiting for Python's lock costs more than threads save."""
 
 CONVERTED = 1 << 18
-"""Elements of an array that a thread converts at a time."""
+"""Elements that a thread converts at a time."""
 
 ROWS = 384
-"""The rows of a matrix product that a thread computes are at least so many, if there are enough for two threads: with each
-block of rows the BLAS packs the whole right operand anew. So 2048 rows are shared by four threads at most.
+"""The least rows per block of a matrix product that is cut into blocks. For each block the BLAS packs the whole right operand
+again. So 2048 rows make four blocks.
 """
 
 WHOLE = 1 << 21
-"""Multiplications up to which a matrix product is one block: to wake another thread would take longer."""
+"""The most multiplications of a matrix product that is one block: waking another thread would take longer."""
 
 
 def row_blocks(M: int, multiplications: int) -> list[slice]:
-    """The blocks in which a product of M rows is computed: two, four, ... equal ones, or one. They follow from the shape alone,
-    never from the number of threads: how a row is summed may depend on how many there are beside it.
+    """Return the blocks of rows in which a product of M rows is computed: one, or two, four, ... equal ones.
+
+    They depend on the shape alone, never on the number of threads: how a BLAS sums a row may depend on how many rows it gets.
 
     >>> row_blocks(1600, 1600 * 64 * 64)
     [slice(0, 448, None), slice(448, 896, None), slice(896, 1344, None), slice(1344, 1792, None)]
@@ -122,11 +122,13 @@ def row_blocks(M: int, multiplications: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class NumPyBackend(Backend):
-    """The host: large operations in parts, shared among threads; small ones whole. See workers.py: results do not depend on
-    the number of threads, neither of ours nor of the BLAS's."""
+    """NumPy on the host. Large operations are cut into parts and shared among threads (threads.py).
+
+    Results depend neither on the number of our threads nor on that of the BLAS's.
+    """
 
     def to_host(self, x: Array) -> np.ndarray:
-        """As it is: no copy."""
+        """Return the array itself."""
         return np.asarray(x)
 
     @property
@@ -137,7 +139,7 @@ class NumPyBackend(Backend):
         return workers().map(f, parts) if size >= SHARED else super().each(f, parts, size)
 
     def convert(self, change: Conversion, x: Array, fmt: str) -> Array:
-        """As in `Backend`, to the bit: each element is converted by itself."""
+        """Convert as `Backend` does, to the bit, on several threads."""
         if x.size < SHARED or x.dtype == dtype_of(fmt) or workers().at_work:
             return change(x, fmt)
         if not x.flags.c_contiguous:
@@ -152,7 +154,7 @@ class NumPyBackend(Backend):
         return result
 
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
-        """As in `Backend`; a product of two matrices in `row_blocks`, those of a batch one by one, each whole."""
+        """Multiply as `Backend` does: two matrices in `row_blocks`, the matrices of a batch one by one."""
         if a.ndim != 2 or b.ndim != 2:
             with workers().one_thread_a_product():
                 return super().gemm(a, b, acc)
@@ -162,11 +164,11 @@ class NumPyBackend(Backend):
         return z
 
     def gemm_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
-        """As in `Backend`, to the bit: the blocks are those of `gemm`, each finished by the thread that computed it."""
+        """Return `finish(gemm(a, b, acc))`, to the bit, where each thread finishes the blocks that it computes."""
         if a.ndim != 2 or b.ndim != 2 or len(a) * b.shape[1] < SHARED:
             return finish(self.gemm(a, b, acc))
         if not a.flags.c_contiguous:
-            a = self.convert(widen, a, acc)  # whole: slices of a transposed array would be in no order at all
+            a = self.convert(widen, a, acc)  # all at once: slices of a transposed array would not be contiguous
         b, result = self.convert(widen, b, acc), np.empty((len(a), b.shape[1]), dtype_of(fmt))
 
         def product(rows: slice) -> None:
@@ -180,18 +182,18 @@ class NumPyBackend(Backend):
         return result
 
     def row_sum(self, x: Array) -> Array:
-        """As in `Backend`, but for the order of the sum: einsum adds vectors, where sum() begins anew with each short row."""
+        """Sum each row with einsum, in another order than `Backend`: unlike sum() it is fast for short rows."""
         return np.einsum("...i->...", _whole_rows(x))[..., None] if x.ndim and x.itemsize >= 4 else super().row_sum(x)
 
     def row_dot(self, x: Array, y: Array) -> Array:
-        """As in `Backend`, but for the order of the sum, and without an array of the products."""
+        """Return the scalar product of each row, in another order than `Backend`, without an array of the products."""
         if not x.ndim or x.itemsize < 4:
             return super().row_dot(x, y)
         return np.einsum("...i,...i->...", _whole_rows(x), _whole_rows(y))[..., None]
 
 
     def sum_by_index(self, rows: Array, index: Array, count: int) -> Array:
-        """As in `Backend`, but for the order of the sum: rows sorted by place (stable), each run added from its first."""
+        """Sum the rows of each index in another order than `Backend`: sorted by index (stable), then added first to last."""
         sums = np.zeros((count, rows.shape[1]), rows.dtype)
         if index.size:
             order = np.argsort(index, kind="stable")
@@ -202,7 +204,7 @@ class NumPyBackend(Backend):
 
 
 def _whole_rows(x: Array) -> Array:
-    """`x`, or a copy where a row's elements do not lie side by side: einsum would add them in another order."""
+    """Return `x`, or a copy where rows are not contiguous, which einsum would add in another order."""
     return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
 
 
@@ -211,14 +213,14 @@ NUMPY = NumPyBackend("numpy", np, on_host=True)
 
 @functools.cache
 def _numpy_ops() -> Mapping[str, Any]:
-    """The host's fast twins; imported late, since who only needs arrays needs no operations."""
+    """Return the host's fast versions of operations, imported late: arrays alone need no operations."""
     from refimpl.backends.numpy_ops import NUMPY_OPS
 
     return NUMPY_OPS
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of that name. Errors: UsageError when it is unknown, not installed, or has no device."""
+    """Return the backend of that name. Errors: UsageError where it is unknown, not installed, or has no device."""
     if name == "numpy":
         keep_freed_memory()
         return NUMPY

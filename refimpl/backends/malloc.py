@@ -1,8 +1,7 @@
-"""Memory that is freed stays with the process, so that the next step finds it mapped already.
+"""Keep freed memory in the process, so that the next step finds it mapped already.
 
-A training step makes and frees the same large arrays each time. By default the C library hands each of them back to the
-system, and the next one costs a page fault for every 4 KiB that is first written: 10 to 30 % of a step of the models that
-scripts/bench.py times.
+Every training step makes and frees the same large arrays. By default the C library returns each of them to the system, and the
+next one costs a page fault per 4 KiB: 10 to 30 % of a step of the models that scripts/bench.py times.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ _LARGEST_INT = 2**31 - 1
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to give nothing back and to map nothing apart; False where the C library is another one.
+    """Tell glibc's allocator to keep freed memory, and return whether that succeeded (False for other C libraries).
 
-    It holds for the whole process, and for good. A process that frees much and never needs it again keeps it all the same;
-    the peak of a training run is what it was (within 0.2 of 450 MiB, measured). Source: mallopt(3).
+    This changes the whole process for the rest of its life. The peak memory of a training run does not change (measured: within
+    0.2 of 450 MiB). Source: mallopt(3).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

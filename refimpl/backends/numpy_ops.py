@@ -1,7 +1,7 @@
-"""Fast twins of operations for the host: the formulas of `ops`, in memory that is used again and in parts for several threads.
+"""Fast versions of operations for the host, with the same bits as the definitions of the same names in `nn/`.
 
-The definition is the operation of the same name in `ops`; each function here gives the same bits. Fresh arrays between the
-terms of a formula would cost as much as its arithmetic, so each term is made in the memory of one that is no longer needed.
+New arrays for the terms of a formula would cost as much as its arithmetic, so each term overwrites one that is not needed any
+more. Rows are shared among threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from refimpl.precision.context import Bound
 
 
 def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
-    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in one array beside x."""
+    """Return y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
 
     def formula(z: Array) -> Array:
         t = z * z
@@ -38,13 +38,11 @@ def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
 
 
 def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
-    """dx = dy ((1 + t)/2 + x/2 (1 - t^2) s), s the derivative of the argument of tanh.
-
-    `t` is the tanh and becomes the result; `square` is x^2 and becomes x (1 - t^2) s.
-    """
+    """Return dx = dy ((1 + t)/2 + x/2 (1 - t^2) s), with t the tanh and s the derivative of its argument."""
     x, x_format = saved
 
     def formula(d: Array, z: Array) -> Array:
+        # `t` is the tanh and becomes the result; `square` is x^2 and becomes x (1 - t^2) s.
         square = z * z
         t = square * z
         t *= KAPPA
@@ -65,12 +63,12 @@ def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
 
 
 def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
-    """y = (x - mean) rstd w + b, made in the memory of x - mean; rows are shared among threads."""
+    """Return y = (x - mean) rstd w + b."""
     xc = p.cast(x, "x")
     scale, shift = p.wide(p.cast(w, "w")), None if b is None else p.wide(p.cast(b, "b"))
 
     def rows(xc: Array) -> tuple[Array, ...]:
-        """y, mean and rstd of some of the rows."""
+        """Return y, mean and rstd of some of the rows."""
         z, C = p.wide(xc), xc.shape[-1]
         mean = p.row_sum(z) / C
         y = z - mean
@@ -86,17 +84,17 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
 
 
 def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
-    """dx = rstd (dh - mean(dh) - h mean(dh h)), made in the memory of dh; dw = sum(dy h), db = sum(dy)."""
+    """Return dx = rstd (dh - mean(dh) - h mean(dh h)), dw = sum(dy h), db = sum(dy), with h = (x - mean) rstd, dh = dy w."""
     x, mean, rstd, x_format = saved
     scale = p.wide(p.cast(w, "w"))
 
     def rows(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, ...]:
-        """dx of some of the rows, and their dy h, which dw sums over all."""
+        """Return dx of some of the rows, and their dy h, whose sum over all rows is dw."""
         dy, C = p.wide(dy), x.shape[-1]
         h = p.wide(x) - mean
         h *= rstd
         dyh, dx = dy * h, dy * scale
-        mean_dh, mean_dhh = p.row_sum(dx) / C, p.row_dot(dx, h) / C  # both of dh, which dx still is
+        mean_dh, mean_dhh = p.row_sum(dx) / C, p.row_dot(dx, h) / C  # dx is still dh here
         dx -= mean_dh
         h *= mean_dhh
         dx -= h

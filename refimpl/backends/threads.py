@@ -1,12 +1,10 @@
-"""Threads that share the independent parts of one large operation; NumPy and the BLAS let go of Python's lock while they work.
+"""Threads that share the independent parts of one large operation. NumPy and the BLAS release Python's lock while they work.
 
-The rule that makes results independent of the number of threads: work is cut by shapes alone, with one thread too, each part
-computes what it would compute by itself, and the BLAS computes each product on the thread that asks for it. A BLAS promises
-nothing more: where it shares a product among threads of its own, it cuts by their number, and how a row is summed may depend
-on the rows beside it (with OpenBLAS's kernels for Haswell and Zen it does).
+Results do not depend on the number of threads, because work is cut by shapes alone, also with one thread, and the BLAS computes
+each product on the calling thread. With threads of its own a BLAS cuts a product by their number, and how it sums a row may
+depend on the rows beside it (as OpenBLAS's kernels for Haswell and Zen do).
 
-It is faster, too: OpenBLAS's own threads spin for some 20 ms after each product that they shared, and would take the cores
-from ours.
+It is also faster: OpenBLAS's own threads spin for some 20 ms after each product, and would take the cores from ours.
 """
 
 from __future__ import annotations
@@ -28,18 +26,18 @@ R = TypeVar("R")
 
 
 class Workers:
-    """As many threads as the BLAS would use, the calling one among them; fewer while someone limits the BLAS to fewer."""
+    """As many threads as the BLAS would use, including the calling one; fewer while the BLAS is limited to fewer."""
 
     def __init__(self, *blas: Any) -> None:
-        """blas: threadpoolctl's handles of the BLAS (of all that may be NumPy's); without one, the calling thread does all."""
+        """blas: threadpoolctl's handles of all libraries that may be NumPy's BLAS; without any, the calling thread does all."""
         self._blas = blas
-        # threadpoolctl from 3.8 on heeds only the first thread that sets a number, while that lives; ranks are threads too, and
-        # `_lock` keeps them apart here. So it is the library's own function that is called.
+        # The library's own function is called, since threadpoolctl from 3.8 on obeys only the first thread that sets a number,
+        # as long as that lives. Ranks are threads too; `_lock` keeps them apart.
         self._set_num_threads = [getattr(one, "_real_set_num_threads", one.set_num_threads) for one in blas]
         self.threads = max((one.num_threads for one in blas), default=1)
         self._here = threading.local()
         self._lock, self._inside, self._before = threading.Lock(), 0, [1] * len(blas)
-        # A queue of our own: handing a part over by a pool of concurrent.futures takes twice as long, and as long as a product.
+        # Not concurrent.futures: handing over a part takes twice as long there, as long as a small product.
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         for _ in range(self.threads - 1):
             threading.Thread(target=_serve, args=(self._jobs,), daemon=True).start()
@@ -47,15 +45,15 @@ class Workers:
 
     @property
     def at_work(self) -> bool:
-        """Whether the calling thread computes a part already; what it calls is then not divided once more."""
+        """Return whether the calling thread computes a part already, so that nested calls are not divided again."""
         return getattr(self._here, "busy", False)
 
     @contextmanager
     def one_thread_a_product(self) -> Iterator[int]:
-        """Meanwhile the BLAS computes each product on the thread that asks for it. Yields how many threads it had before.
+        """Let the BLAS compute each product on the calling thread, for the time of the context. Yields its threads before.
 
-        Any number of threads may be inside at once, and enter again: who comes first sees what limit there is, and who leaves
-        last restores it. It takes a few microseconds.
+        Threads may enter at the same time, and nested: the first to enter notes the limit, the last to leave restores it.
+        Takes a few microseconds.
         """
         with self._lock:
             if not self._inside:
@@ -72,12 +70,12 @@ class Workers:
                         set_num_threads(threads)
 
     def _stay(self) -> None:
-        """Tell the BLAS to stay on the calling thread: by each thread, since one built on OpenMP has a number for each."""
+        """Limit the BLAS to the calling thread. Each thread must do this: with OpenMP each has its own number."""
         for set_num_threads in self._set_num_threads:
             set_num_threads(1)
 
     def map(self, f: Callable[[T], R], parts: Iterable[T]) -> list[R]:
-        """[f(part) for part in parts], the parts shared among the threads. An error in one is raised when all have ended."""
+        """Return [f(part) for part in parts], computed by the threads. An error in a part is raised when all have ended."""
         items = list(parts)
         if self.at_work:
             return [f(item) for item in items]
@@ -86,7 +84,7 @@ class Workers:
                 return [f(item) for item in items]
         todo: list[Callable[[], R] | None] = [functools.partial(f, item) for item in items]
         results, errors, ended = list[Any]([None] * len(items)), list[BaseException](), SimpleQueue[int]()
-        left = iter(range(len(items)))  # its next() is atomic: each index goes to one thread
+        left = iter(range(len(items)))  # next() is atomic, so each index goes to one thread
 
         def work() -> None:
             self._here.busy = True
@@ -102,12 +100,12 @@ class Workers:
 
         with self.one_thread_a_product() as allowed:
             for _ in range(min(self.threads, allowed, len(items)) - 1):
-                # Each in a copy of the caller's context: np.errstate lives there, and an overflow is a result in a step.
+                # In a copy of the caller's context, which holds np.errstate.
                 self._jobs.put(functools.partial(contextvars.copy_context().run, work))
             work()
             for _ in items:
                 ended.get()
-        # A thread that wakes up too late finds nothing left, and nobody waits for it: until then it must hold no array.
+        # A thread that wakes up late finds nothing to do, and is not waited for. Until then it must not keep arrays alive.
         done = results.copy()
         results.clear()
         if errors:
@@ -116,26 +114,26 @@ class Workers:
 
 
 def _serve(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
-    """What a thread does: one job after the other, until there is None."""
+    """Run one job after the other, until None comes."""
     while (job := jobs.get()) is not None:
         job()
-        del job  # it holds the workers, which send None when nobody holds them any more
+        del job  # it refers to the workers, which send None when they are garbage-collected
 
 
 @functools.cache
 def workers() -> Workers:
-    """The threads of this process; one where threadpoolctl does not know the BLAS, which then cannot be told to stay on one.
+    """Return the threads of this process; only one where threadpoolctl does not know the BLAS, and cannot limit it.
 
-    (It knows OpenBLAS, MKL and BLIS. With Apple's Accelerate results may depend on the number of threads that it takes.)
+    It knows OpenBLAS, MKL and BLIS. With Apple's Accelerate results may depend on its number of threads.
     """
     found = ThreadpoolController().select(user_api="blas").lib_controllers
     return Workers(*([blas for blas in found if "numpy" in blas.filepath] or found))
 
 
 def cores() -> int:
-    """Of the processor, those that this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads, and would wait for them for ever
+if hasattr(os, "register_at_fork"):  # a child process has none of its parent's threads, and would wait for them forever
     os.register_at_fork(after_in_child=workers.cache_clear)

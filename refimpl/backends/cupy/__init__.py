@@ -5,5 +5,5 @@
     passes.py       passes over the flat buffers: gradient norm and check, AdamW
     cublas.py       16-bit products with FP32 sums
     launch.py       compiles and launches the kernels
-    kernels/        CUDA sources; cast.cuh is the twin of numerics/casts.py
+    kernels/        CUDA sources: kernels.cu, and cast.cuh, which converts between formats as numerics/casts.py does
 """

@@ -1,6 +1,6 @@
-"""The CuPy backend: the same algorithm on an NVIDIA GPU, by one call of cuBLAS a product and one kernel a pass.
+"""The CuPy backend: the same algorithm on an NVIDIA GPU, with one cuBLAS call per product and one kernel per pass.
 
-docs/gpu.md says what has been shown, on a GPU and without one.
+docs/gpu.md says what has been tested, on a GPU and without one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from refimpl.numerics.formats import format_of
 
 @dataclass(frozen=True)
 class CupyBackend(Backend):
-    """CuPy's arrays, with products, operations and passes of our own. It keeps no array, and works on the current device."""
+    """CuPy's arrays with our own products, operations and passes. It keeps no arrays, and works on the current device."""
 
     kernels: Kernels = field(default_factory=Kernels)
 
@@ -37,24 +37,24 @@ class CupyBackend(Backend):
         return CUPY_PASSES
 
     def product(self, a: Array, b: Array, fmt: str, out: Array | None = None) -> Array:
-        """`cublas.product`: a b, summed in FP32 and rounded once to `fmt`."""
+        """Return a b, summed in FP32 and rounded once to `fmt`: `cublas.product`."""
         return cublas.product(a, b, fmt, out)
 
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
-        """As in `Backend`, but 16-bit operands are read as they are."""
+        """Multiply as `Backend` does, but without widened copies of 16-bit operands."""
         if acc == "fp32" and format_of(a) == format_of(b) and format_of(a) in FORMATS:
             return self.product(a, b, acc)
         return super().gemm(a, b, acc)
 
 
 def cupy_backend() -> Backend:
-    """The CuPy backend, or a UsageError that says what is missing."""
+    """Return the CuPy backend. Errors: UsageError that says what is missing."""
     try:
         cupy = importlib.import_module("cupy")
     except ImportError:
         raise UsageError(
-            "backend cupy: CuPy is not installed; pip install '.[cuda12]' or '.[cuda13]', by your CUDA version"
+            "backend cupy: CuPy is not installed; pip install '.[cuda12]' or '.[cuda13]', depending on your CUDA version"
         ) from None
     if not cupy.cuda.is_available():
-        raise UsageError("backend cupy: CuPy is installed, but no NVIDIA GPU answers; use --backend numpy")
+        raise UsageError("backend cupy: CuPy is installed, but finds no NVIDIA GPU; use --backend numpy")
     return CupyBackend("cupy", cupy)

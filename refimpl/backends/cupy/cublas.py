@@ -1,7 +1,7 @@
-"""Matrix products on the GPU by one call of cuBLAS: 16-bit operands, sums in FP32, one rounding.
+"""Matrix products on the GPU with one cuBLAS call: 16-bit operands, sums in FP32, one rounding.
 
-CuPy's own `matmul` cannot say that: of BF16 matrices it multiplies two only, not a batch; of FP16 it makes FP32 copies
-first; and the result always has the format of the operands, which is one rounding too early for a bias.
+CuPy's `matmul` cannot do that: it does not multiply batches of BF16 matrices, it makes FP32 copies of FP16 ones, and its result
+has the format of the operands, which rounds before a bias can be added.
 """
 
 from __future__ import annotations
@@ -17,28 +17,26 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import dtype_of, format_of
 
 FORMATS = ("fp32", "fp16", "bf16")
-"""What operands and results can be stored in."""
+"""The formats of operands and results."""
 
 SUMS_IN_FP32 = 16
-"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, a name that CuPy does not have: where K is cut into parts, their sums
-are added in FP32 too, never in the 16 bits of the result. PyTorch: allow_fp16_reduced_precision_reduction = False, which is
-not its default."""
+"""CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, which CuPy has no name for: where cuBLAS splits K, it adds the parts in
+FP32, never in the 16 bits of the result. PyTorch: allow_fp16_reduced_precision_reduction = False, not its default."""
 
 
 class Layout(NamedTuple):
-    """How cuBLAS is told of the matrices (M, K) of a batch: in row-major words."""
+    """The memory layout of a batch of matrices (M, K), in row-major terms."""
 
-    transposed: bool  # the columns lie one after the other, not the rows
+    transposed: bool  # columns are contiguous, not rows
     step: int  # elements from one row (column) to the next
     batch_step: int  # elements from one matrix to the next
 
 
 def product(a: Array, b: Array, fmt: str, out: Array | None = None) -> Array:
-    """a (..., M, K) @ b (..., K, N) -> (..., M, N) in format `fmt`: accumulated in FP32 and rounded once.
+    """Multiply a (..., M, K) and b (..., K, N) -> (..., M, N) in format `fmt`: accumulated in FP32 and rounded once.
 
-    a, b: device arrays of one format, FP32, FP16 or BF16; transposed views are read where they lie. out: in C order,
-    written to.
-    Errors: TypeError for other or unequal formats, ValueError for shapes that do not fit.
+    a, b: device arrays of one format, FP32, FP16 or BF16; transposed views are not copied. out: an array in C order.
+    Errors: TypeError for other or unequal formats, ValueError for shapes that do not match.
     PyTorch: torch.matmul of 16-bit tensors on CUDA, which calls the same function.
     """
     cupy = importlib.import_module("cupy")
@@ -63,7 +61,7 @@ def _check_result(out: Array, shape: tuple[int, ...], fmt: str) -> None:
 
 
 def _call(cupy: Any, a: Array, b: Array, out: Array, sizes: tuple[int, int, int, int]) -> None:
-    """cuBLAS counts columns first: our a b is its b^T a^T, so b goes first and rows are its columns."""
+    """Call cuBLAS. It is column-major: our a b is its b^T a^T, so b comes first, and our rows are its columns."""
     cublas = importlib.import_module("cupy_backends.cuda.libs.cublas")
     kinds = {
         "fp32": cupy.cuda.runtime.CUDA_R_32F, "fp16": cupy.cuda.runtime.CUDA_R_16F, "bf16": cupy.cuda.runtime.CUDA_R_16BF,
@@ -84,12 +82,12 @@ def _call(cupy: Any, a: Array, b: Array, out: Array, sizes: tuple[int, int, int,
 
 
 def _readable(cupy: Any, x: Array) -> Array:
-    """`x`, or a copy in C order where cuBLAS cannot read it as it lies."""
+    """Return `x`, or a copy in C order where cuBLAS cannot read the layout of `x`."""
     return x if _layout(x) is not None else cupy.ascontiguousarray(x)
 
 
 def _layout(x: Array) -> Layout | None:
-    """The layout of matrices (..., M, K) whose rows or columns are contiguous and whose batch has one step; else None."""
+    """Return the layout of matrices (..., M, K) with contiguous rows or columns and one step per batch; else None."""
     (*batch, rows, columns), item = x.shape, x.itemsize
     *batch_strides, row_step, column_step = (stride // item for stride in x.strides)
     counted = [(size, stride) for size, stride in zip(batch, batch_strides, strict=True) if size > 1]

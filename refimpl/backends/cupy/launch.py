@@ -1,10 +1,10 @@
-"""The CUDA kernels, compiled when first asked for, and launched with every argument checked.
+"""The CUDA kernels: compiled at first use, and launched with every argument checked.
 
     kernels = Kernels()
     kernels("bf16").layernorm_forward(grid, (WARP, WARPS), x, w, b, y, mean, rstd, *sizes, np.float32(EPS))
 
-CuPy packs whatever it is given: a Python float becomes a double where the kernel reads a float, an array of another type is
-read as if it were the right one. So each launch is held against the kernel's declaration, which is read from the source.
+CuPy does not check arguments: it packs a Python float as a double where a kernel reads a float, and passes any array. So each
+launch is checked against the kernel's declaration, parsed from the source.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy as np
 from refimpl.numerics.formats import dtype_of
 
 FORMATS = ("fp32", "fp16", "bf16")
-"""The storage formats that the kernels are compiled for."""
+"""The storage formats that kernels are compiled for."""
 
 THREADS = 256
 WARP, WARPS = 32, 8
 COLUMNS, LANES = 8, 128
-"""Block sizes, by the names that kernels.cu gives them; a launch with another is refused."""
+"""Block sizes, named as in kernels.cu. Launches with others are refused."""
 
 _TYPES: dict[str, np.dtype] = {
     "float": np.dtype(np.float32),
@@ -39,7 +39,7 @@ _TYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a kernel. `type` is the C name of the number, or of what the pointer points to: float, int, ... or T."""
+    """One argument of a kernel. type: the C type of the number, or of the pointer's target: float, int, ... or T."""
 
     name: str
     type: str
@@ -47,13 +47,13 @@ class Argument:
     or_null: bool = False
 
     def dtype(self, fmt: str) -> np.dtype:
-        """The array type of `type`, where T is the storage format `fmt`."""
+        """Return the array type of `type`, where T is the storage format `fmt`."""
         return dtype_of(fmt) if self.type == "T" else _TYPES[self.type]
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """A kernel as its source declares it: its name, the shape of its blocks, its arguments."""
+    """A kernel as declared in its source: its name, the shape of its blocks, its arguments."""
 
     name: str
     block: tuple[int, ...]
@@ -61,10 +61,9 @@ class Declaration:
 
 
 def source() -> str:
-    """kernels.cu with cast.cuh in the place of its #include.
+    """Return kernels.cu with cast.cuh inserted instead of its #include.
 
-    In one piece, because CuPy keeps compiled kernels on disk by the text that it is given, and would not notice when a file
-    that the text includes has changed.
+    CuPy's cache of compiled kernels is keyed by the source text, and would not notice a change in an included file.
     """
     folder = importlib.resources.files("refimpl.backends.cupy.kernels")
     text, header = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("kernels.cu", "cast.cuh"))
@@ -76,7 +75,7 @@ _ARGUMENT = re.compile(r"(?:const )?(float|int|long long|bool|T)(\*?) (\w+)( /\*
 
 
 def declarations(text: str) -> dict[str, Declaration]:
-    """Every kernel that a source declares, by name. Errors: ValueError where a declaration cannot be read."""
+    """Return every kernel that a source declares, by name. Errors: ValueError for one that cannot be parsed."""
     constants = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
     found = {}
     for bounds, name, arguments in _KERNEL.findall(text):
@@ -96,10 +95,10 @@ def _argument(kernel: str, words: str) -> Argument:
 
 
 def check(kernel: Declaration, fmt: str, block: Sequence[int], arguments: Sequence[Any]) -> None:
-    """Hold a launch against the declaration of its kernel.
+    """Check a launch against the declaration of its kernel.
 
-    A pointer takes a device array of exactly its type, in C order, or None where it may be null; a number is exactly
-    np.float32, np.int32 or np.int64. Errors: TypeError that names the kernel, the argument and what is wrong with it.
+    A pointer takes a device array of exactly its type in C order, or None where it may be null; a number must be exactly
+    np.float32, np.int32 or np.int64. Errors: TypeError that names the kernel, the argument and what is wrong.
     """
     if tuple(block) != kernel.block:
         raise TypeError(f"{kernel.name}: its blocks have the shape {kernel.block}, not {tuple(block)}")
@@ -129,12 +128,12 @@ def _wrong_array(argument: Argument, dtype: np.dtype, value: Any) -> str | None:
 
 
 def number(value: float) -> np.float32:
-    """A Python number as the float that a kernel takes."""
+    """Return a Python number as the float that a kernel takes."""
     return np.float32(value)
 
 
 def elementwise_grid(n: int) -> tuple[int]:
-    """A grid for n elements: a thread for each, up to a million; from there on each takes several."""
+    """Return a grid for n elements: one thread per element up to a million, several elements per thread beyond."""
     return (min(-(-n // THREADS), 4096),)
 
 
@@ -142,11 +141,11 @@ Launch = Callable[..., None]
 
 
 class Module:
-    """The kernels compiled for one storage format; each is a method: name(grid, block, *arguments)."""
+    """The kernels for one storage format, each a method: name(grid, block, *arguments)."""
 
     def __init__(self, fmt: str, text: str, kernels: Mapping[str, Declaration]) -> None:
         if fmt not in FORMATS:
-            raise ValueError(f"no kernels for {fmt}: they store {', '.join(FORMATS)}")
+            raise ValueError(f"no kernels for {fmt}: only for {', '.join(FORMATS)}")
         self._fmt, self._text, self._kernels = fmt, text, kernels
 
     @functools.cached_property
@@ -155,7 +154,7 @@ class Module:
         return cupy.RawModule(code=self._text, options=(f"-DSTORAGE={self._fmt}", "--std=c++17"))
 
     def __getattr__(self, name: str) -> Launch:
-        """The launch of one kernel. A grid with no blocks is not launched."""
+        """Return the launch of one kernel. A grid without blocks is not launched."""
         if name not in self._kernels:
             raise AttributeError(f"no kernel {name!r}")
         kernel, function = self._kernels[name], None
@@ -168,7 +167,7 @@ class Module:
             function = function or self._compiled.get_function(name)
             function(grid, block, arguments)
 
-        self.__dict__[name] = launch  # found without __getattr__ from now on
+        self.__dict__[name] = launch  # from now on found without __getattr__
         return launch
 
 

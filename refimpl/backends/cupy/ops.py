@@ -1,8 +1,7 @@
-"""Fast twins of operations for a GPU: each pass over memory is one kernel of `kernels/kernels.cu`, each product one GEMM.
+"""Fast versions of operations for a GPU: each pass over memory is one kernel of `kernels/kernels.cu`, each product one GEMM.
 
-The definition is the operation of the same name in `ops`: the same roundings at the same places, sums in another order.
-The kernels know one storage format at a time, as the tensors of a layer have in every recipe. Where an operation's row
-asks for something else, its definition runs instead, array operation by array operation: slower, never different.
+They round at the same places as the definitions of the same names in `nn/`, but sum in another order. All tensors of a kernel
+have one storage format. Where an operation's row asks for something else, its definition runs instead, which is slower.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ COLUMN = (COLUMNS, LANES)
 
 
 class Fused(tuple[Any, ...]):
-    """What a twin saved for its backward; what a definition saved is not of this type."""
+    """What a fast forward saved for its backward; what a definition saved is not of this type."""
 
 
-def twin(definition: Op, forward: Callable[..., Any], backward: Callable[..., Any]) -> Op:
-    """An operation that runs `forward` where that can, and its definition where `forward` returns None."""
+def with_fallback(definition: Op, forward: Callable[..., Any], backward: Callable[..., Any]) -> Op:
+    """Return an operation that runs `forward`, and its definition where `forward` returns None."""
 
     def either_forward(*arrays: Any, p: Bound, **static: Any) -> tuple[Array, Any]:
         result = forward(*arrays, p=p, **static)
@@ -50,30 +49,30 @@ def twin(definition: Op, forward: Callable[..., Any], backward: Callable[..., An
 
 
 def one_format(p: Bound, *arrays: Array | None) -> str | None:
-    """The format in which all these arrays, operands after their cast, are stored, if kernels exist for it; else None."""
+    """Return the format that all these arrays (operands after their cast) have, if kernels exist for it; else None."""
     formats = {format_of(x) for x in arrays if x is not None}
     fmt = formats.pop() if len(formats) == 1 else ""
     return fmt if fmt in FORMATS and p.row.acc == "fp32" else None
 
 
 def keeps(p: Bound, fmt: str) -> bool:
-    """Whether a row takes operands of this format as they are, and gives results of the same."""
+    """Return whether a row reads operands of this format without a cast, and returns the same format."""
     inputs = {p.row.inputs} if isinstance(p.row.inputs, str) else set(p.row.inputs.values())
     return p.row.acc == "fp32" and fmt in FORMATS and inputs | {p.row.out} <= {SAME, fmt}
 
 
 def launcher(p: Bound, fmt: str) -> Any:
-    """The kernels of the run's backend for a storage format."""
+    """Return the kernels of the run's backend for a storage format."""
     return p.run.backend.kernels(fmt)
 
 
 def in_order(p: Bound, x: Array) -> Array:
-    """`x`, or a copy in C order: kernels take no other."""
+    """Return `x`, or a copy in C order, which kernels need."""
     return p.xp.ascontiguousarray(x)
 
 
 def elementwise(p: Bound, kernel: str, fmt: str, *arrays: Array) -> Array:
-    """A new array y of the shape of the first, from `kernel(arrays..., y, n)`."""
+    """Return a new array y of the shape of the first, computed by `kernel(arrays..., y, n)`."""
     arrays = tuple(in_order(p, x) for x in arrays)
     y = p.empty(arrays[0].shape, fmt)
     getattr(launcher(p, fmt), kernel)(elementwise_grid(y.size), ROW, *arrays, y, np.int64(y.size))
@@ -84,7 +83,7 @@ def elementwise(p: Bound, kernel: str, fmt: str, *arrays: Array) -> Array:
 
 
 def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any] | None:
-    """y = a + b, of equal shapes."""
+    """Return y = a + b, for equal shapes."""
     ac, bc = p.cast(a, "a"), p.cast(b, "b")
     fmt = one_format(p, ac, bc)
     if fmt is None or a.shape != b.shape or p.out_format(format_of(a), format_of(b)) != fmt:
@@ -93,7 +92,7 @@ def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any] | None:
 
 
 def fan_in_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any] | None:
-    """The sum of two gradients."""
+    """Return the sum of two gradients."""
     fmt = one_format(p, a, b)
     if fmt is None or p.out_format(fmt) != fmt:
         return None
@@ -101,7 +100,7 @@ def fan_in_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any] | None:
 
 
 def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any] | None:
-    """y = x/2 (1 + tanh(...))."""
+    """Return y = x/2 (1 + tanh(...))."""
     xc = p.cast(x, "x")
     fmt = one_format(p, xc)
     if fmt is None or format_of(x) != fmt or p.out_format(fmt) != fmt:
@@ -110,7 +109,7 @@ def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any] | None:
 
 
 def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
-    """dx, from dy and x."""
+    """Return dx."""
     (x,) = saved
     return (elementwise(p, "gelu_tanh_backward", format_of(x), dy, x),)
 
@@ -119,7 +118,7 @@ def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
 
 
 def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any] | None:
-    """y, and mean and rstd of each row, in one pass."""
+    """Return y, computed with mean and rstd in one kernel."""
     xc, wc, bc = p.cast(x, "x"), p.cast(w, "w"), None if b is None else p.cast(b, "b")
     fmt = one_format(p, xc, wc, bc)
     stored = {format_of(array) for array in (x, w, b) if array is not None}
@@ -133,7 +132,7 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
 
 
 def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
-    """dx by rows; dw and db by columns, in a second pass."""
+    """Return dx, computed by rows, and dw and db, computed by columns in a second kernel."""
     x, mean, rstd = saved
     fmt, rows, C, dy = format_of(x), mean.size, x.shape[-1], in_order(p, dy)
     dx, dw, db = p.empty(x.shape, fmt), p.empty(w.shape, fmt), None if b is None else p.empty(w.shape, fmt)
@@ -144,12 +143,12 @@ def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Boun
 
 
 def by_warps(rows: int) -> tuple[int]:
-    """The grid of a kernel that has a warp for each row."""
+    """Return the grid of a kernel with one warp per row."""
     return (-(-rows // WARPS),)
 
 
 def columns(C: int) -> tuple[int]:
-    """The grid of a kernel that sums columns."""
+    """Return the grid of a kernel that sums columns."""
     return (-(-C // COLUMNS),)
 
 
@@ -157,9 +156,9 @@ def columns(C: int) -> tuple[int]:
 
 
 def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any] | None:
-    """y = x w^T + b: the sums of the GEMM stay in FP32 until the bias is added, so that y is rounded once.
+    """Return y = x w^T + b, rounded once: the GEMM's sums stay in FP32 until the bias is added.
 
-    cuBLAS adds a bias too (beta = 1), but on an H200 it rounds before it adds: a quarter of the results were one ulp off.
+    cuBLAS can add a bias (beta = 1), but on an H200 it rounded first: a quarter of the results were one ulp off.
     """
     row = p["y"]
     xc, wc, bc = row.cast(as_rows(x), "x"), row.cast(w, "w"), None if b is None else row.cast(b, "b")
@@ -174,7 +173,7 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
 
 
 def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
-    """dx = dy w,  dw = dy^T x, each one GEMM that rounds;  db = the rows of dy summed."""
+    """Return dx = dy w,  dw = dy^T x, each one GEMM that rounds,  and db = the sum of the rows of dy."""
     x, x_shape, x_format = saved
     fmt, dy, row, product = format_of(x), in_order(p, as_rows(dy)), p["dx"], p.run.backend.product
     dx = product(dy, row.cast(w, "w"), fmt)
@@ -186,7 +185,7 @@ def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) 
 
 
 def split_heads(x: Array, shape: tuple[int, ...], p: Bound) -> Array:
-    """x (B, T, parts H D) -> `shape`, which is (parts, B, H, T, D)."""
+    """Split the heads: x (B, T, parts H D) -> `shape`, which is (parts, B, H, T, D)."""
     parts, B, H, T, D = shape
     fmt, y = format_of(x), p.empty(shape, format_of(x))
     launcher(p, fmt).split_heads((B * T,), ROW, in_order(p, x), y, *map(np.int32, (T, parts, H, D)))
@@ -194,7 +193,7 @@ def split_heads(x: Array, shape: tuple[int, ...], p: Bound) -> Array:
 
 
 def merge_heads(y: Array, p: Bound) -> Array:
-    """y (parts, B, H, T, D) -> (B, T, parts H D)."""
+    """Join the heads: y (parts, B, H, T, D) -> (B, T, parts H D)."""
     (parts, B, H, T, D), fmt = y.shape, format_of(y)
     x = p.empty((B, T, parts * H * D), fmt)
     launcher(p, fmt).merge_heads((B * T,), ROW, y, x, *map(np.int32, (T, parts, H, D)))
@@ -202,7 +201,7 @@ def merge_heads(y: Array, p: Bound) -> Array:
 
 
 def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any] | None:
-    """O = softmax(mask(q k^T / sqrt(D))) v: two batched GEMMs, one kernel between them, one before and one after."""
+    """Return O = softmax(mask(q k^T / sqrt(D))) v: two batched GEMMs, and a kernel before, between and after them."""
     fmt = format_of(qkv)
     if not all(keeps(p[part], fmt) for part in ("scores", "scale", "softmax", "values")):
         return None
@@ -217,7 +216,7 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any] | 
 
 
 def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
-    """dv = P^T dO,  dP = dO v^T,  dS from P and dP in one kernel,  dq = dS k,  dk = dS^T q."""
+    """Return the gradient of qkv: dv = P^T dO,  dP = dO v^T,  dS from P and dP in one kernel,  dq = dS k,  dk = dS^T q."""
     heads, P = saved
     (_, B, H, T, D), fmt, product = heads.shape, format_of(heads), p.run.backend.product
     q, k, v = heads
@@ -237,7 +236,7 @@ def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Ar
 
 
 def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array]:
-    """dw[r] = the sum of dy where token r stood, in the order of the places: no atomics, the same bits each time."""
+    """Return dw[r] = the sum of dy over all positions of token r, in their order: no atomics, so the same bits each time."""
     (tokens,), fmt = saved, format_of(w)
     dw = p.empty(w.shape, fmt)
     grid = (len(w), -(-w.shape[1] // THREADS))
@@ -246,7 +245,7 @@ def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None,
 
 
 def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any] | None:
-    """y[i] = w[tokens[i]]."""
+    """Return y[i] = w[tokens[i]]."""
     wc = p.cast(w, "w")
     if one_format(p, w, wc) is None or p.out_format(format_of(w)) != format_of(w) or tokens.dtype != np.int64:
         return None
@@ -256,7 +255,7 @@ def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any] | 
 def cross_entropy_forward(
     logits: Array, targets: Array, p: Bound, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Array, Any] | None:
-    """The mean loss; the logits are read in the format they are stored in, and widened a value at a time."""
+    """Return the mean loss. Logits are read in their own format, and widened one value at a time."""
     fmt, out = one_format(p, logits), p.out_format("fp32")
     if fmt is None or out != "fp32" or p.row.input("logits") not in ("fp32", SAME) or targets.dtype != np.int64:
         return None
@@ -270,7 +269,7 @@ def cross_entropy_forward(
 
 
 def cross_entropy_backward(dloss: Array, saved: Any, p: Bound, ignore_index: int = IGNORE_INDEX) -> tuple[Array, None]:
-    """dz = (softmax(z) - onehot(target)) dloss / n in the n rows that count, 0 in the others."""
+    """Return dz = (softmax(z) - onehot(target)) dloss / n in the n rows that count, 0 in the others."""
     z, target, largest, log_sum, counted, shape = saved
     dz, fmt, sizes = p.empty(z.shape, format_of(z)), format_of(z), (np.int32(shape[-1]), np.int64(ignore_index))
     launcher(p, fmt).cross_entropy_backward((target.size,), ROW, z, target, largest, log_sum, counted, dloss, dz, *sizes)
@@ -280,13 +279,13 @@ def cross_entropy_backward(dloss: Array, saved: Any, p: Bound, ignore_index: int
 CUPY_OPS: Mapping[str, Op] = {
     op.name: op
     for op in (
-        twin(OPS["add"], add_forward, OPS["add"].backward),
-        twin(fan_in, fan_in_forward, no_backward),
-        twin(OPS["gelu_tanh"], gelu_tanh_forward, gelu_tanh_backward),
-        twin(OPS["layernorm"], layernorm_forward, layernorm_backward),
-        twin(OPS["linear"], linear_forward, linear_backward),
-        twin(OPS["attention"], attention_forward, attention_backward),
-        twin(OPS["embedding"], embedding_forward, embedding_backward),
-        twin(OPS["cross_entropy"], cross_entropy_forward, cross_entropy_backward),
+        with_fallback(OPS["add"], add_forward, OPS["add"].backward),
+        with_fallback(fan_in, fan_in_forward, no_backward),
+        with_fallback(OPS["gelu_tanh"], gelu_tanh_forward, gelu_tanh_backward),
+        with_fallback(OPS["layernorm"], layernorm_forward, layernorm_backward),
+        with_fallback(OPS["linear"], linear_forward, linear_backward),
+        with_fallback(OPS["attention"], attention_forward, attention_backward),
+        with_fallback(OPS["embedding"], embedding_forward, embedding_backward),
+        with_fallback(OPS["cross_entropy"], cross_entropy_forward, cross_entropy_backward),
     )
 }

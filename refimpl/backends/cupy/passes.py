@@ -1,6 +1,6 @@
-"""Fast twins of the passes over the flat buffers for a GPU: steps 3 and 4 in three kernels, and nothing that waits for them.
+"""Fast versions of the passes over flat buffers for a GPU: steps 3 and 4 in three kernels, without waiting for the device.
 
-`state` is a `state.State` whose backend is CuPy's; the two modules would import each other.
+`state` is an `optim.state.State` on the CuPy backend (`optim` imports `backends`, so its type is not imported here).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from refimpl.numerics.formats import format_of
 
 
 def measure(state: Any, inverse_scale: Array) -> tuple[Array, Array]:
-    """Of each grain of the gradients the sum of squares, unscaled, and whether one of them, or 1/S, is Inf or NaN."""
+    """Return for each block of `state.grain` gradients the sum of squares, unscaled, and whether any, or 1/S, is Inf or NaN."""
     xp, grads, grain = state.backend.xp, state.local("grads"), state.layout.grain
     count = -(-grads.size // grain)
     squares, bad = xp.empty(count, np.float32), xp.empty(count, np.bool_)
@@ -26,7 +26,7 @@ def measure(state: Any, inverse_scale: Array) -> tuple[Array, Array]:
 
 
 def fold(state: Any, squares: Array, bad: Array) -> tuple[Array, Array]:
-    """found_inf and the norm, 0-d, in one block."""
+    """Return found_inf and the norm, both 0-d."""
     xp = state.backend.xp
     norm, found_inf = xp.empty((), np.float32), xp.empty((), np.bool_)
     kernels = state.backend.kernels(format_of(state.grads))
@@ -35,9 +35,9 @@ def fold(state: Any, squares: Array, bad: Array) -> tuple[Array, Array]:
 
 
 def adamw(rule: Any, state: Any, inverse_scale: Array, clip: Array | float, scalars: Array, found_inf: Array) -> None:
-    """The update of `optim.AdamW` on whole buffers in one kernel, which reads found_inf itself and then touches nothing.
+    """Update whole buffers as `optim.optimizer.AdamW` does, in one kernel, which changes nothing where found_inf is set.
 
-    The 16-bit copy of the masters is left to step 1, where the page has it: another 6 bytes a parameter of 32.
+    It does not write 16-bit weights: step 1 casts the masters, at 6 more bytes of memory traffic per parameter, of 32.
     """
     beta1, beta2 = rule.betas
     w, m, v, grads = (state.local(kind) for kind in (state.master_kind, "m", "v", "grads"))

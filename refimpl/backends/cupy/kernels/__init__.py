@@ -1,1 +1,1 @@
-"""The CUDA sources: `cast.cuh`, the twin of cast.py, and `kernels.cu`, every kernel. `backends.launch` compiles them."""
+"""The CUDA sources: `kernels.cu`, every kernel, and `cast.cuh`, their conversions. `backends.cupy.launch` compiles them."""
