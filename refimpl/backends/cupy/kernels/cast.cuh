@@ -1,9 +1,9 @@
-// The one door for rounding in CUDA, the twin of cast.py: kernels change a floating-point format here and nowhere else.
+// Conversions between floating-point formats, as in numerics/casts.py: no other file converts in CUDA.
 //
-//     widen(x)         fp16 or bf16 -> fp32, exact; what is fp32 already passes as it is
-//     round_to<T>(x)   fp32 -> T, to the nearest value, ties to the even fraction; beyond the largest: an infinity
+//     widen(x)         fp16 or bf16 -> fp32, exact; fp32 is returned as it is
+//     round_to<T>(x)   fp32 -> T, to nearest, ties to the even fraction; values beyond the largest become infinities
 //
-// 16-bit types are storage, never arithmetic: a kernel widens what it loads, computes in fp32, and rounds once, at the store.
+// 16-bit types are for storage only: a kernel widens what it loads, computes in fp32, and rounds when it stores.
 
 #pragma once
 

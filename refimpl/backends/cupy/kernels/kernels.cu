@@ -1,35 +1,34 @@
-// Every kernel of the CuPy backend. Each has the name, the formula and the order of operations of its NumPy definition in
-// refimpl/nn or refimpl/optim; what those say about sources and PyTorch is not said again.
+// All kernels of the CuPy backend. Each has the name, the formula and the order of operations of its NumPy definition in
+// refimpl/nn or refimpl/optim, which also name the sources.
 //
-// The file is compiled once for each storage format, with -DSTORAGE=fp32, fp16 or bf16; here that type is T. Arithmetic is
-// always fp32. Numbers change their format only in widen() and round_to<T>() of cast.cuh.
+// The file is compiled once per storage format, with -DSTORAGE=fp32, fp16 or bf16, which is T here. Arithmetic is always fp32.
+// Only widen() and round_to<T>() of cast.cuh convert between formats.
 //
-// Three things make a result depend on its inputs alone, bit for bit:
+// Results depend on inputs alone, bit for bit:
 //   - No product is fused with a sum: add, sub, mul, div and root below each round once, as NumPy's operations do.
-//   - A sum has one order, fixed by its length: a thread adds its own elements first to last, then the threads' sums are
-//     folded in a fixed tree. There are no atomics.
-//   - Launches have the block size of the constants here (`launch.py` refuses others); elementwise kernels take any grid.
+//   - A sum has one order, which its length determines: each thread adds its own elements first to last, then a fixed tree adds
+//     the sums of the threads. There are no atomics.
+//   - Launches have the block sizes of the constants below (`launch.py` refuses others); elementwise kernels take any grid.
 //
-// Memory answers late. The first loop over a row or a column is unrolled, so that a thread asks for several values before it
-// waits for one.
+// The first loop over a row or a column is unrolled, so that a thread loads several values before it waits for one.
 //
-// Differs from the NumPy definitions: long sums have another order, exp, log and tanh are CUDA's, and CuPy compiles all it
-// compiles with -ftz=true, so fp32 numbers below 2^-126 become zero wherever something is computed with them.
+// Differs from the NumPy definitions: long sums have another order; exp, log and tanh are CUDA's; and CuPy compiles everything
+// with -ftz=true, so fp32 numbers below 2^-126 become zero in any computation.
 
 #include "cast.cuh"
 
 using T = STORAGE;
 
-constexpr int THREADS = 256;  // of a block: elementwise, or all on one row
-constexpr int WARP = 32;      // threads of a warp; where each warp has a row of its own,
-constexpr int WARPS = 8;      // a block has so many
-constexpr int COLUMNS = 8;    // a block that sums columns has so many of them,
-constexpr int LANES = 128;    // and so many threads for each, which share its rows
+constexpr int THREADS = 256;  // threads per block of elementwise kernels, and of those with one block per row
+constexpr int WARP = 32;      // threads per warp; in kernels with one warp per row,
+constexpr int WARPS = 8;      // warps per block
+constexpr int COLUMNS = 8;    // in kernels that sum columns, columns per block,
+constexpr int LANES = 128;    // and threads per column, which share its rows
 
-constexpr unsigned ALL_LANES = 0xffffffffu;  // of a warp
+constexpr unsigned ALL_LANES = 0xffffffffu;  // all threads of a warp
 
 
-// ------------------------------------------------------------------------------------------------------------------ arithmetic
+// ----------------------------------------------------------------------------------------------------------------- arithmetic
 
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ inline float sub(float a, float b) { return __fsub_rn(a, b); }
@@ -39,28 +38,28 @@ __device__ inline float root(float a) { return __fsqrt_rn(a); }
 
 __device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
 
-// The larger of two numbers, or NaN where one of them is: NumPy's maximum. With |, not ||: no branch, which would have to wait.
+// The larger of two numbers, or NaN where one of them is NaN: NumPy's maximum. | instead of || avoids a branch.
 __device__ inline float larger(float a, float b) { return (a > b) | isnan(a) ? a : b; }
 
-// The first element that this thread treats in an elementwise kernel, and the distance to its next one.
+// The first element of this thread in an elementwise kernel, and the distance to its next one.
 __device__ inline long long first_element() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ inline long long stride() { return (long long)gridDim.x * blockDim.x; }
 
 // The row of this thread's warp, in blocks of WARPS warps.
 __device__ inline long long row_of_warp() { return (long long)blockIdx.x * WARPS + threadIdx.y; }
 
-using Word = uint4;  // 16 bytes, the most that a thread reads or writes at once
+using Word = uint4;  // 16 bytes, the most that a thread loads or stores at once
 constexpr int IN_WORD = sizeof(Word) / sizeof(T);
 __device__ inline bool at_word(const T* x) { return (size_t)x % sizeof(Word) == 0; }
 
-// One value from each lane of a warp -> all of them folded, which every lane gets. The tree: lane t takes in t + 16, then
-// t + 8, ... t + 1. warp_fold<add> is a sum, warp_fold<larger> a maximum.
+// Reduces one value per lane of a warp to one result, which every lane gets. The tree: lane t takes in t + 16, then t + 8, ...,
+// t + 1. warp_fold<add> is a sum, warp_fold<larger> a maximum.
 template <float (*fold)(float, float)> __device__ inline float warp_fold(float mine) {
     for (int half = WARP / 2; half > 0; half /= 2) mine = fold(mine, __shfl_down_sync(ALL_LANES, mine, half));
     return __shfl_sync(ALL_LANES, mine, 0);
 }
 
-// The same of THREADS threads: t takes in t + 128, then t + 64, t + 32; what is left every warp folds for itself.
+// Reduces one value per thread of a block of THREADS: t takes in t + 128, t + 64, t + 32; then each warp reduces the rest.
 template <float (*fold)(float, float)> __device__ inline float block_fold(float mine) {
     __shared__ float values[THREADS];
     int t = threadIdx.x;
@@ -71,11 +70,11 @@ template <float (*fold)(float, float)> __device__ inline float block_fold(float 
     }
     __syncthreads();
     float result = warp_fold<fold>(values[t % WARP]);
-    __syncthreads();  // nobody writes for the next fold before all have read
+    __syncthreads();  // all have read before the next reduction writes
     return result;
 }
 
-// The same down a column: one value from each of LANES threads of a column -> their sum, which the whole column gets.
+// Sums one value per thread of a column of LANES threads; every thread of the column gets the sum.
 __device__ inline float lanes_sum(float mine) {
     __shared__ float values[LANES][COLUMNS];
     int column = threadIdx.x, lane = threadIdx.y;
@@ -91,9 +90,9 @@ __device__ inline float lanes_sum(float mine) {
 }
 
 
-// -------------------------------------------------------------------------------------------------- elementwise (pointwise.py)
+// ----------------------------------------------------------------------------------------------- elementwise (elementwise.py)
 
-// y = R(f(x, ...)), element by element of arrays (n,): as many at once as a word has, if all arrays begin where words do.
+// y = R(f(x, ...)), elementwise for arrays (n,); in whole words if all arrays are aligned to words.
 struct alignas(sizeof(Word)) Values { T at[IN_WORD]; };
 
 template <class F, class... X> __device__ inline void each(F f, T* y, long long n, const X*... x) {
@@ -103,12 +102,12 @@ template <class F, class... X> __device__ inline void each(F f, T* y, long long 
         for (int k = 0; k < IN_WORD; k++) result.at[k] = round_to<T>(f(widen(read.at[k])...));
         return result;
     };
-    #pragma unroll 1  // a word on its way is enough, and leaves registers for more threads
+    #pragma unroll 1  // one load in flight is enough, and leaves registers for more threads
     for (long long i = first_element(); i < words; i += stride()) ((Values*)y)[i] = on_word(((const Values*)x)[i]...);
     for (long long i = words * IN_WORD + first_element(); i < n; i += stride()) y[i] = round_to<T>(f(widen(x[i])...));
 }
 
-// y = a + b.  All (n,).  Also `fan_in`, the sum of two gradients of one tensor.
+// y = a + b.  All (n,).  Also used for `fan_in`, the sum of two gradients of one tensor.
 extern "C" __global__ void __launch_bounds__(THREADS)
 add_forward(const T* a, const T* b, T* y, long long n) {
     each(add, y, n, a, b);
@@ -130,7 +129,7 @@ gelu_tanh_forward(const T* x, T* y, long long n) {
     each(gelu, y, n, x);
 }
 
-// dx = dy/2 (1 + t + x (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2));  t is computed again, not kept.  dy, x, dx (n,).
+// dx = dy/2 (1 + t + x (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2));  t is computed again.  dy, x, dx (n,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 gelu_tanh_backward(const T* dy, const T* x, T* dx, long long n) {
     auto gradient = [](float d, float z) {
@@ -144,10 +143,10 @@ gelu_tanh_backward(const T* dy, const T* x, T* dx, long long n) {
 }
 
 
-// -------------------------------------------------------------------------------------------------------- layer norm (norm.py)
+// ------------------------------------------------------------------------------------------------------- layer norm (norm.py)
 
-// y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + eps).  A warp a row.
-// x, y (rows, C);  w, b (C,);  mean, rstd (rows,) in fp32, kept for backward.
+// y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + eps).  One warp per row.
+// x, y (rows, C);  w, b (C,);  mean, rstd (rows,) in fp32, for backward.
 extern "C" __global__ void __launch_bounds__(WARP * WARPS)
 layernorm_forward(const T* x, const T* w, const T* b /*or null*/, T* y, float* mean, float* rstd, int rows, int C,
                   float eps) {
@@ -179,7 +178,7 @@ layernorm_forward(const T* x, const T* w, const T* b /*or null*/, T* y, float* m
     }
 }
 
-// With h = (x - mean) rstd and dh = dy w:  dx = rstd (dh - mean(dh) - h mean(dh h)).  A warp a row.
+// With h = (x - mean) rstd and dh = dy w:  dx = rstd (dh - mean(dh) - h mean(dh h)).  One warp per row.
 // dy, x, dx (rows, C);  w (C,);  mean, rstd (rows,).
 extern "C" __global__ void __launch_bounds__(WARP * WARPS)
 layernorm_backward(const T* dy, const T* x, const T* w, const float* mean, const float* rstd, T* dx, int rows, int C) {
@@ -208,7 +207,7 @@ layernorm_backward(const T* dy, const T* x, const T* w, const float* mean, const
     }
 }
 
-// dw = sum(dy h),  db = sum(dy), over the rows.  A block for COLUMNS columns; lane k adds rows k, k + LANES, ...
+// dw = sum(dy h),  db = sum(dy), over the rows.  One block per COLUMNS columns; lane k adds rows k, k + LANES, ...
 // dy, x (rows, C);  mean, rstd (rows,);  dw, db (C,).
 extern "C" __global__ void __launch_bounds__(COLUMNS * LANES)
 layernorm_weights_backward(const T* dy, const T* x, const float* mean, const float* rstd, T* dw, T* db /*or null*/,
@@ -233,9 +232,9 @@ layernorm_weights_backward(const T* dy, const T* x, const float* mean, const flo
 }
 
 
-// -------------------------------------------------------------------------------------------- bias of a linear layer (gemm.py)
+// ----------------------------------------------------------------------------------------- bias of a linear layer (linear.py)
 
-// y = R(products + b),  products = x w^T in fp32, so that both sums are rounded once.  A block a row; y may be products.
+// y = R(products + b),  products = x w^T in fp32, so that y is rounded once.  One block per row; y may be products.
 // products, y (rows, C);  b (C,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 bias_forward(const float* products, const T* b, T* y, int C) {
@@ -243,7 +242,7 @@ bias_forward(const float* products, const T* b, T* y, int C) {
     for (int i = threadIdx.x; i < C; i += THREADS) y[row * C + i] = round_to<T>(add(products[row * C + i], widen(b[i])));
 }
 
-// db = the rows of dy summed.  A block for COLUMNS columns, as above.  dy (rows, C);  db (C,).
+// db = the sum of the rows of dy.  One block per COLUMNS columns, as above.  dy (rows, C);  db (C,).
 extern "C" __global__ void __launch_bounds__(COLUMNS * LANES)
 bias_backward(const T* dy, T* db, int rows, int C) {
     int column = blockIdx.x * COLUMNS + threadIdx.x;
@@ -259,10 +258,10 @@ bias_backward(const T* dy, T* db, int rows, int C) {
 
 // ------------------------------------------------------------------------------------------------------- heads (attention.py)
 
-// Values move as they are, as words where a head is a whole number of them: V is T or Word, and D counts Vs.
+// Values are copied, in words where a head is a whole number of words: V is T or Word, and D counts Vs.
 __device__ inline bool in_words(const T* x, const T* y, int D) { return D % IN_WORD == 0 && at_word(x) && at_word(y); }
 
-// Where element i of a row of x (B, positions, parts, H, D) lies in y (parts, B, H, positions, D); the row is blockIdx.x.
+// The index in y (parts, B, H, positions, D) of element i of row blockIdx.x of x (B, positions, parts, H, D).
 __device__ inline long long among_heads(int i, int positions, int H, int D) {
     int B = gridDim.x / positions, b = blockIdx.x / positions, position = blockIdx.x % positions;
     int part = i / (H * D), h = i / D % H;
@@ -281,14 +280,14 @@ template <class V> __device__ inline void merge(const V* y, V* x, int positions,
     for (int i = threadIdx.x; i < width; i += THREADS) x[i] = y[among_heads(i, positions, H, D)];
 }
 
-// y = x with heads apart: q, k and v where parts is 3.  A block for each row b, position of x.
+// y = x with the heads split: q, k and v where parts is 3.  One block per row (b, position) of x.
 extern "C" __global__ void __launch_bounds__(THREADS)
 split_heads(const T* x, T* y, int positions, int parts, int H, int D) {
     if (in_words(x, y, D)) split((const Word*)x, (Word*)y, positions, parts, H, D / IN_WORD);
     else split(x, y, positions, parts, H, D);
 }
 
-// x = y with heads side by side again: the other way round.
+// x = y with the heads joined: the inverse of split_heads.
 extern "C" __global__ void __launch_bounds__(THREADS)
 merge_heads(const T* y, T* x, int positions, int parts, int H, int D) {
     if (in_words(x, y, D)) merge((const Word*)y, (Word*)x, positions, parts, H, D / IN_WORD);
@@ -296,11 +295,11 @@ merge_heads(const T* y, T* x, int positions, int parts, int H, int D) {
 }
 
 
-// -------------------------------------------------------------------------------------- causal softmax (attention.py, norm.py)
+// ---------------------------------------------------------------------------------- causal softmax (attention.py, softmax.py)
 
 // P = R(softmax(S')),  S' = R(S scale),  over the keys up to the query; later keys get 0.  P may be S.
-// S, P (heads, queries, keys), as many keys as queries.  A warp a row: grid (heads, queries / WARPS).
-// Each pass computes S' again: where P is S, there is no other place for it.
+// S, P (heads, queries, keys), as many keys as queries.  One warp per row: grid (heads, queries / WARPS).
+// Each loop computes S' again, since there is no memory for it where P is S.
 // Differs from NumPy: later keys are 0 also where a row is NaN.
 extern "C" __global__ void __launch_bounds__(WARP * WARPS)
 causal_softmax_forward(const T* S, T* P, int queries, float scale) {
@@ -353,15 +352,15 @@ causal_softmax_backward(const T* P, const T* dP, T* dS, int queries, float scale
 }
 
 
-// -------------------------------------------------------------------------------------------------------------- loss (loss.py)
+// ------------------------------------------------------------------------------------------------------------- loss (loss.py)
 
-// Whether there is a logit of that target. Where there is none, and it is not ignored either, the loss is NaN.
+// Whether a target is in range. The loss is NaN for one that is neither in range nor ignored.
 __device__ inline bool is_class(long long target, int V) { return 0 <= target && target < V; }
 __device__ inline float not_a_number() { return __int_as_float(0x7fc00000); }
 
-// row_loss = log_sum - (z[target] - largest),  log_sum = log(sum exp(z - largest));  0 where the target is ignored, NaN where it
-// is no class.  A block a row.  cross_entropy_mean of them is the loss.
-// logits (rows, V);  target, row_loss, largest, log_sum (rows,), the last two kept for backward.
+// row_loss = log_sum - (z[target] - largest),  log_sum = log(sum exp(z - largest));  0 where the target is ignored, NaN where
+// it is out of range.  One block per row.  cross_entropy_mean makes the loss of them.
+// logits (rows, V);  target, row_loss, largest, log_sum (rows,), the last two for backward.
 extern "C" __global__ void __launch_bounds__(THREADS)
 cross_entropy_forward(const T* logits, const long long* target, float* row_loss, float* largest, float* log_sum, int V,
                       long long ignore_index) {
@@ -386,8 +385,8 @@ cross_entropy_forward(const T* logits, const long long* target, float* row_loss,
     }
 }
 
-// dz = (softmax(z) - onehot(target)) dloss / counted;  times 0 where the target is ignored, NaN where it is no class.
-// A block a row; dloss is the loss scale, read where it lies.
+// dz = (softmax(z) - onehot(target)) dloss / counted;  0 where the target is ignored, NaN where it is out of range.
+// One block per row; dloss is the loss scale, on the device.
 // logits, dz (rows, V);  target, largest, log_sum (rows,);  counted, dloss (1,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 cross_entropy_backward(const T* logits, const long long* target, const float* largest, const float* log_sum,
@@ -405,7 +404,7 @@ cross_entropy_backward(const T* logits, const long long* target, const float* la
     }
 }
 
-// counted = how many targets are not ignored;  loss = sum(row_loss) / counted, NaN where there are none.  One block.
+// counted = the number of targets that are not ignored;  loss = sum(row_loss) / counted, NaN for none.  One block.
 // row_loss, target (rows,);  loss, counted (1,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 cross_entropy_mean(const float* row_loss, const long long* target, float* loss, float* counted, int rows,
@@ -424,12 +423,12 @@ cross_entropy_mean(const float* row_loss, const long long* target, float* loss, 
 }
 
 
-// ---------------------------------------------------------------------------------------------------- embedding (embedding.py)
+// --------------------------------------------------------------------------------------------------- embedding (embedding.py)
 
-// dw[r] = the sum of dy over all places where token r stands, first to last; 0 for a token that is nowhere.
-// A block for each row r of the table and each THREADS columns: grid (V, columns).  tokens (n,);  dy (n, C);  dw (V, C).
-// The threads look at THREADS tokens at a time and share what they see as bits, one for each token. Most see nothing: so that
-// they are quick to go on, each lane looks at one word of bits, and words that are zero are passed over.
+// dw[r] = the sum of dy over all positions of token r, first to last; 0 for a token that does not occur.
+// One block per row r of the table and THREADS columns: grid (V, columns).  tokens (n,);  dy (n, C);  dw (V, C).
+// A block compares THREADS tokens at a time with r, and shares the results as bits, one per token. Most bits are zero: each
+// lane tests one word of them, and words of zeros are skipped.
 extern "C" __global__ void __launch_bounds__(THREADS)
 embedding_backward(const long long* tokens, const T* dy, T* dw, int n, int C) {
     constexpr int WORDS = THREADS / 32;
@@ -443,23 +442,23 @@ embedding_backward(const long long* tokens, const T* dy, T* dw, int n, int C) {
         if (t % 32 == 0) here[t / 32] = seen;
         __syncthreads();
         unsigned words = __ballot_sync(ALL_LANES, t % 32 < WORDS && here[t % WORDS] != 0);
-        for (; words != 0; words &= words - 1) {  // the lowest bit is the next word
+        for (; words != 0; words &= words - 1) {  // the lowest set bit is the next word
             int word = __ffs(words) - 1;
-            for (unsigned left = here[word]; left != 0; left &= left - 1) {  // and here the next place
+            for (unsigned left = here[word]; left != 0; left &= left - 1) {  // and here the next position
                 long long place = start + 32 * word + __ffs(left) - 1;
                 if (column < C) sum = add(sum, widen(dy[place * C + column]));
             }
         }
-        __syncthreads();  // nobody writes the next tokens before all have read these
+        __syncthreads();  // all have read these bits before the next ones are written
     }
     if (column < C) dw[row * C + column] = round_to<T>(sum);
 }
 
 
-// ----------------------------------------------------------------------------------------- step 3: gradients up (gradients.py)
+// ---------------------------------------------------------------------------------------- step 3: gradients up (gradients.py)
 
-// For each grain of the flat gradients, by a block of threads: whether a scaled gradient, or 1/S, is Inf or NaN, and the sum
-// of squares of the unscaled ones, g / S.  grads (n,);  inverse_scale (1,), which is 1/S;  partial, partial_bad (grains,).
+// For each `grain` of the flat gradients, one block: whether a scaled gradient, or 1/S, is Inf or NaN, and the sum of squares
+// of the unscaled ones, g / S.  grads (n,);  inverse_scale (1,), which is 1/S;  partial, partial_bad (grains,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 gradient_norm(const T* grads, const float* inverse_scale, float* partial, bool* partial_bad, long long n, int grain) {
     long long start = (long long)blockIdx.x * grain;
@@ -481,7 +480,8 @@ gradient_norm(const T* grads, const float* inverse_scale, float* partial, bool* 
     }
 }
 
-// norm = sqrt(sum of partial);  found_inf = any of partial_bad.  One block.  partial, partial_bad (grains,);  norm, found_inf (1,).
+// norm = sqrt(sum of partial);  found_inf = any of partial_bad.  One block.
+// partial, partial_bad (grains,);  norm, found_inf (1,).
 extern "C" __global__ void __launch_bounds__(THREADS)
 gradient_norm_fold(const float* partial, const bool* partial_bad, float* norm, bool* found_inf, int grains) {
     float sum = 0.0f;
@@ -499,9 +499,9 @@ gradient_norm_fold(const float* partial, const bool* partial_bad, float* norm, b
 }
 
 
-// ------------------------------------------------------------------------------------------ step 4: update, or skip (optim.py)
+// ------------------------------------------------------------------------------------- step 4: update, or skip (optimizer.py)
 
-// Whether i lies in one of the ranges start..stop, which are in order and apart. Binary search for the first that ends after i.
+// Whether i is in one of the ranges start..stop, which are sorted and disjoint: binary search for the first that ends after i.
 __device__ inline bool in_ranges(long long i, const long long* start, const long long* stop, int ranges) {
     int low = 0, high = ranges;
     while (low < high) {
@@ -513,12 +513,12 @@ __device__ inline bool in_ranges(long long i, const long long* start, const long
 }
 
 //     g = grads / S clip
-//     w = w (1 - lr wd)                                                    where i lies in a decayed range
+//     w = w (1 - lr wd)                                                    where i is in a decayed range
 //     m = m + (1 - beta1) (g - m)
 //     v = v beta2 + (1 - beta2) g g
 //     w = w - (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
-// and nothing at all where found_inf is set: no value on the way here has been seen by the host.
+// Nothing changes where found_inf is set. The host has read no value on the way here.
 // w, m, v (n,) in fp32, in place;  grads (n,);  inverse_scale, clip, found_inf (1,);
 // scalars (3,): 1 - lr wd,  lr / (1 - beta1^t),  sqrt(1 - beta2^t), all rounded from double;  decayed_start, _stop (ranges,).
 extern "C" __global__ void __launch_bounds__(THREADS)
