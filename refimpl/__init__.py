@@ -37,23 +37,22 @@ The modules behind them are imported when a name is first used, so `import refim
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from refimpl._library import *  # noqa: F403
-
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from refimpl._library import *  # noqa: F403
+else:
 
-def __getattr__(name: str) -> Any:
-    """Import the library when one of its names is first used: a command must answer Ctrl-C before NumPy is imported."""
-    if not name.startswith("_"):
+    def __getattr__(name: str) -> Any:
+        """Import the library when one of its names is first used: a command must answer Ctrl-C before NumPy is imported."""
+        if not name.startswith("_"):
+            from refimpl import _library
+
+            if name in _library.__all__:
+                return getattr(_library, name)
+        raise AttributeError(f"module 'refimpl' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
         from refimpl import _library
 
-        if name in _library.__all__:
-            return getattr(_library, name)
-    raise AttributeError(f"module 'refimpl' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    from refimpl import _library
-
-    return sorted([*globals(), *_library.__all__])
+        return sorted([*globals(), *_library.__all__])

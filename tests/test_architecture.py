@@ -173,14 +173,10 @@ def is_type_checking(node: ast.AST) -> bool:
 def statements(node: ast.AST, types_too: bool, late_too: bool) -> Iterator[ast.AST]:
     """All nodes, without those for type checkers only and those that run when a function is called, unless asked for."""
     for child in ast.iter_child_nodes(node):
-        if is_type_checking(child) and not types_too:
-            for other in child.orelse:
-                yield from statements(other, types_too, late_too)
-            continue
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not late_too:
-            continue
-        yield child
-        yield from statements(child, types_too, late_too)
+        for one in child.orelse if is_type_checking(child) and not types_too else [child]:
+            if not isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef) or late_too:
+                yield one
+                yield from statements(one, types_too, late_too)
 
 
 def exported(package: str) -> set[str]:

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from line_links import PAGES, corrected, wrong
+from line_links import LINK, PAGES, corrected, wrong
 from paths import ROOT
 from script_loader import load_script
 
-LINKS = [(page, *found) for page in PAGES for found in re.findall(r"\[([^\]]+?)\]\((?!http)(.+?)\)", page.read_text())]
+LINKS = [(page, *found) for page in PAGES for found in re.findall(r"\[(`[^`]+`|[^\]]+?)\]\((?!http)(.+?)\)", page.read_text())]
 
 
 def commands(text: str) -> list[str]:
@@ -37,11 +37,12 @@ def test_links_lead_somewhere(page: Path, text: str, target: str) -> None:
 
 def test_links_to_lines_show_what_stands_there() -> None:
     assert list(wrong()) == []
+    assert all(len(LINK.findall(text)) == text.count("#L") for text in (page.read_text() for page in PAGES))
 
 
 def test_line_numbers_are_corrected(tmp_path: Path) -> None:
-    (tmp_path / "code.py").write_text("def f():\n    return g()\n\n\ndef h():\n    return g()\n")
-    page = "[`def h()`](code.py#L2) [return g()](code.py#L5) [`def f()`](code.py#L1) [`def i()`](code.py#L3) [h](code.py)"
+    (tmp_path / "code.py").write_text("x[0] = f()\n    return g()\n\n\ndef h():\n    return g()\n")
+    page = "[`def h()`](code.py#L2) [return g()](code.py#L5) [`x[0] = f()`](code.py#L1) [`def i()`](code.py#L3) [h](code.py)"
     better, lost = corrected(page, tmp_path)
     assert better == page.replace("`](code.py#L2)", "`](code.py#L5)").replace("g()](code.py#L5)", "g()](code.py#L6)")
     assert lost == ["[`def i()`](code.py#L3)"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from paths import DOCS, ROOT
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-LINK = re.compile(r"\[([^\]]+?)\]\(([^()#]+)#L(\d+)\)")
+LINK = re.compile(r"\[(`[^`]+`|[^\]`]+)\]\(([^()#]+)#L(\d+)\)")
 
 
 def corrected(page: str, folder: Path) -> tuple[str, list[str]]:
