@@ -390,8 +390,8 @@ def test_nothing_imports_the_optional_packages_uninvited() -> None:
     assert loaded_by(" ".join(ours)) & set(OPTIONAL) == set()
 
 
-def test_the_step_needs_numpy_and_ml_dtypes_only() -> None:
-    assert loaded_by("refimpl.step") & {*OPTIONAL, "safetensors", "tqdm"} == set()
+def test_the_step_and_the_library_need_numpy_and_ml_dtypes_only() -> None:
+    assert loaded_by("refimpl.step refimpl._library") & {*OPTIONAL, "safetensors", "tqdm"} == set()
 
 
 def test_what_a_fresh_interpreter_loaded_is_seen() -> None:

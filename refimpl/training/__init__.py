@@ -6,6 +6,6 @@
     data.py, generate.py    corpora and batches; validation loss and samples
     checkpoint.py, checkpoint_states.py    files that are never half-written; model states in and out of them
     run_folder.py, metrics.py              the folder of a run, its log and picture
-    cli.py, console.py, flags.py, arguments.py    what every script shares: exit codes, output, flags
+    cli.py, console.py, flags.py, arguments.py, program.py    what every command shares: exit codes, output, flags
     mistakes.py             known mistakes, to be injected on purpose
 """
