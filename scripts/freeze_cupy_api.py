@@ -1,10 +1,10 @@
-"""Write down what the installed CuPy offers: names, parameters and the dtypes of each ufunc. It needs CuPy, but no GPU.
+"""Print the API of the installed CuPy: names, parameters and the dtypes of each ufunc. It needs CuPy, but no GPU.
 
     pip install cupy-cuda13x==14.2.0 ml_dtypes
     python scripts/freeze_cupy_api.py > tests/support/cupy_api.json
 
-The strict stand-in for CuPy (strict_cupy.py) reads the result. One entry a line, so that `git diff` after a run with
-a newer CuPy shows what changed. Parameters are in order; `axis=` has a default, `*` and `**` take any number.
+The strict stand-in for CuPy (strict_cupy.py) reads the result. It has one entry per line, so that `git diff` after a run
+with a newer CuPy shows the changes. Parameters are in order; `axis=` has a default, `*` and `**` take any number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Paramete
 
 
 def parameters(function: Any) -> str:
-    """'a axis= out=' for `def f(a, axis=None, out=None)`."""
+    """Return a function's parameters: 'a axis= out=' for `def f(a, axis=None, out=None)`."""
     try:
         found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -31,7 +31,7 @@ def parameters(function: Any) -> str:
 
 
 def _documented_parameters(function: Any) -> str:
-    """The same for a compiled function, from the signature that Cython puts first in its docstring; '* **' without one.
+    """Return a compiled function's parameters, from the signature that begins its docstring; '* **' without one.
 
     'ndarray.swapaxes(self, Py_ssize_t axis1, Py_ssize_t axis2)' -> 'self axis1 axis2'
     """
@@ -39,7 +39,7 @@ def _documented_parameters(function: Any) -> str:
     signature = re.match(r"[\w.]+\((.*)\)", first_line)
     if signature is None:
         return "* **"
-    flat = re.sub(r"\([^()]*\)|\[[^\[\]]*\]", "", signature[1])  # no commas but those between parameters
+    flat = re.sub(r"\([^()]*\)|\[[^\[\]]*\]", "", signature[1])  # only the commas between parameters are left
     result = []
     for part in filter(None, (part.strip() for part in flat.split(","))):
         name, default, _ = part.partition("=")
@@ -49,12 +49,12 @@ def _documented_parameters(function: Any) -> str:
 
 
 def public(owner: Any) -> dict[str, Any]:
-    """Name -> what it is, in alphabetical order."""
+    """Return the public attributes of an object by name, in alphabetical order."""
     return {name: getattr(owner, name) for name in sorted(dir(owner)) if not name.startswith("_")}
 
 
 def frozen() -> dict[str, Any]:
-    """The table: {'version', 'functions', 'linalg', 'ufuncs', 'ndarray', 'types', 'constants'}."""
+    """Return the table: {'version', 'functions', 'linalg', 'ufuncs', 'ndarray', 'types', 'constants'}."""
     with warnings.catch_warnings():  # reading a deprecated name warns
         warnings.simplefilter("ignore")
         import cupy
@@ -76,12 +76,12 @@ def frozen() -> dict[str, Any]:
 
 
 def as_text(table: dict[str, Any]) -> str:
-    """The table as JSON that differs in one line where one entry differs."""
+    """Return the table as JSON with one entry per line."""
     return json.dumps(table, indent=1) + "\n"
 
 
 def run() -> None:
-    """Print the file."""
+    """Print the table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(as_text(frozen()), end="")
 

@@ -1,12 +1,12 @@
-"""A training loop in PyTorch that writes down what it computes, for `scripts/trace.py diff`.
+"""A training loop in PyTorch that records what it computes, for `scripts/trace.py diff`.
 
     python scripts/trace.py record --recipe amp-fp16-cpu --out ours.safetensors
     python scripts/pytorch_trace.py --like ours.safetensors --out theirs.safetensors
     python scripts/trace.py diff ours.safetensors theirs.safetensors
 
-Copy the lines marked (trace) into a loop of your own. They need torch and safetensors only; the names are listed in
-docs/traces.md, and you may leave out any of them. The loop is autocast with a GradScaler, as most people have it; start,
-batches and settings come from a trace of refimpl. --unscale-late puts the classic mistake into it.
+Copy the lines marked (trace) into your own loop. They need only torch and safetensors; docs/traces.md lists the names, and any
+of them may be left out. The loop uses autocast and a GradScaler; initial weights, batches and settings come from a trace of
+refimpl. --unscale-late makes a common mistake: gradients are clipped before they are unscaled.
 """
 
 from refimpl.training.cli import main
@@ -28,7 +28,7 @@ STATED = ("beta1", "beta2", "eps", "weight_decay", "clip", "lr", "min_lr", "warm
 
 
 def train(like: Path, out: Path, unscale_late: bool = False, attention: str | None = None) -> None:
-    """The loop. Errors: UsageError without torch, or for a trace that it cannot follow."""
+    """Train and write the trace. Errors: UsageError without torch, or for a trace that the loop cannot follow."""
     torch = import_torch()
     from safetensors.torch import save
 
@@ -58,7 +58,7 @@ def train(like: Path, out: Path, unscale_late: bool = False, attention: str | No
     def put(name: str, x: Any) -> None:  # (trace)
         trace[name] = torch.as_tensor(x).detach().clone().contiguous()
 
-    for name, p in named.items():  # (trace) step 0 is the start
+    for name, p in named.items():  # (trace) step 0 holds the initial weights
         put(f"0/4.master/{name}", p)
 
     for step in ours.steps:
@@ -78,12 +78,12 @@ def train(like: Path, out: Path, unscale_late: bool = False, attention: str | No
 
         loss = 0.0
         for i, (tokens, targets) in enumerate(micro_batches, 1):
-            casts.seen = {}  # (trace) this model keeps its outputs here; forward hooks do the same for any other
+            casts.seen = {}  # (trace) this model collects its outputs here; use forward hooks for other models
             with torch.autocast("cpu", dtype=getattr(torch, LOW[config.recipe])):
-                part = model(tokens, targets, casts) / (sum(counts) / counts[i - 1])  # the mean over all targets that count
+                part = model(tokens, targets, casts) / (sum(counts) / counts[i - 1])  # the mean over all counted targets
             scaler.scale(part).backward()
             loss += part.detach()
-            for name, y in casts.seen.items():  # (trace) y.retain_grad() was called when it was made
+            for name, y in casts.seen.items():  # (trace) y.retain_grad() was called when y was computed
                 place = name if i == 1 else f"{i}:{name}"  # (trace) 2:lm_head is lm_head in the second micro-batch
                 put(f"{step}/2.activations/{place}", y)
                 put(f"{step}/2.activation_grads/{place}", y.grad)
@@ -91,7 +91,7 @@ def train(like: Path, out: Path, unscale_late: bool = False, attention: str | No
         for name, p in named.items():  # (trace) before unscale_, which works in place
             put(f"{step}/2.grads/{name}", p.grad)
 
-        if unscale_late:  # the mistake: clip what is still scaled
+        if unscale_late:  # the mistake: these gradients are still scaled
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         scaler.unscale_(optimizer)
         for name, p in named.items():  # (trace)
@@ -112,21 +112,21 @@ def train(like: Path, out: Path, unscale_late: bool = False, attention: str | No
         put(f"{step}/4.t", updates)  # (trace)
         print(f"step {step}: loss {loss:.6f}, scale {scaler.get_scale():g}")
 
-    settings = {name: getattr(config, name) for name in STATED}  # (trace) what the loop above was made with
+    settings = {name: getattr(config, name) for name in STATED}  # (trace) the settings of this loop
     header = {"version": 1, "settings": settings, "order": list(trace)}  # (trace)
     out.write_bytes(save(trace, {"refimpl-trace": json.dumps(header)}))  # (trace)
     print(f"{out}: {len(ours.steps)} steps, {len(trace)} tensors")
 
 
 def settings_of(given: dict[str, Any], like: Path, attention: str | None) -> Config:
-    """The configuration of the trace to follow, with another attention if one is asked for. Errors: UsageError."""
+    """Return the configuration of the trace to follow, with another attention if one is given. Errors: UsageError."""
     if attention not in (None, *ATTENTION):
         raise UsageError(unknown("attention", attention, ATTENTION))
     config = Config.of({**given, "attention": attention} if attention else given)
     if config.recipe not in LOW or config.model != "gpt" or config.optimizer != "adamw":
         raise UsageError(f"{like} must be of a gpt with adamw, recipe amp-fp16-cpu or amp-bf16-cpu")
     if config.loss_scale not in ("dynamic", "none"):
-        raise UsageError(f"{like} has the loss scale {config.loss_scale}: this loop has PyTorch's, dynamic, or none")
+        raise UsageError(f"{like} has the loss scale {config.loss_scale}: this loop has only PyTorch's (dynamic) or none")
     return config
 
 
@@ -136,7 +136,7 @@ def parser() -> Parser:
     result.add_argument("--like", type=Path, required=True, metavar="TRACE", help="a trace of refimpl to follow")
     result.add_argument("--out", type=Path, required=True)
     result.add_argument("--unscale-late", action="store_true", help="clip the gradients before they are unscaled")
-    result.add_argument("--attention", help=f"{', '.join(ATTENTION)}: how the loop computes it (that of TRACE)")
+    result.add_argument("--attention", help=f"{', '.join(ATTENTION)}: how the loop computes attention (as TRACE)")
     return result
 
 

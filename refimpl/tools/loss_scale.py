@@ -1,4 +1,4 @@
-"""What scripts/loss_scale.py shows: the scales that a project's rules make of a pattern of overflows."""
+"""The `loss_scale` command: the loss scales of several projects for a pattern of overflows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PICTURE = Path("loss_scale.png")
 
 @dataclass(frozen=True)
 class Trace:
-    """The scale after each step, as its project keeps it, and the step that ends a run (from 1; 0 for none)."""
+    """The scale after each step, as its project stores it, and the step that ends the run (from 1; 0 for none)."""
 
     scales: Sequence[float]
     ends_at: int
@@ -37,15 +37,15 @@ def show_loss_scale(
     overwrite: bool = False,
     **knobs: float | None,
 ) -> None:
-    """What scripts/loss_scale.py does: print the scale after each step on one line, or, with `compare`, those of all scalers.
+    """Print the scale after each step on one line or, with `compare`, a table of all scalers.
 
-    overflows: a character a step, 1 for one whose gradients overflow, else 0. plot: where to draw it too.
-    knobs: settings of `make_loss_scale` (hysteresis, growth_factor, backoff_factor, scale_floor). In a comparison those
-    scalers that have one take it.
-    Errors: UsageError for anything else, an unknown scaler, impossible numbers, or a picture that cannot be made.
+    overflows: one character per step, 1 if its gradients overflow, else 0. plot: a file to draw the scales in.
+    knobs: settings of `make_loss_scale` (hysteresis, growth_factor, backoff_factor, scale_floor). In a comparison, each applies
+    to the scalers that have it.
+    Errors: UsageError for invalid arguments, an unknown scaler, or a picture that cannot be written.
     """
     if compare == (scaler is not None):
-        raise UsageError(f"name one scaler ({', '.join(SCALERS)}), or give --compare for all of them")
+        raise UsageError(f"give one scaler ({', '.join(SCALERS)}), or --compare for all")
     names = list(SCALERS) if scaler is None else [scaler]
     taken = {name: {k: v for k, v in knobs.items() if not compare or k in SCALERS[name].knobs} for name in names}
     traces = {name: trace(name, overflows, init_scale, interval, **taken[name]) for name in names}
@@ -59,11 +59,11 @@ def show_loss_scale(
 
 
 def trace(name: str, overflows: str, init_scale: float, interval: int, **knobs: Any) -> Trace:
-    """Run one scaler over a pattern. Errors: UsageError for an unknown scaler, a wrong pattern or impossible numbers."""
+    """Run one scaler over a pattern. Errors: UsageError for an unknown scaler, a wrong pattern or invalid settings."""
     if name not in SCALERS:
         raise UsageError(f"no scaler {name!r}; there are {', '.join(SCALERS)}")
     if not overflows or set(overflows) - {"0", "1"}:
-        raise UsageError(f"--overflows {overflows!r}: it is 0s and 1s, one a step; 1 is an overflow")
+        raise UsageError(f"--overflows {overflows!r}: it must be 0s and 1s, one per step; 1 is an overflow")
     scale = make_loss_scale(name, init_scale, interval, **knobs)
     scales, ends_at = [], 0
     for step, overflow in enumerate(overflows, 1):
@@ -75,23 +75,23 @@ def trace(name: str, overflows: str, init_scale: float, interval: int, **knobs: 
 
 
 def number_text(scale: float) -> str:
-    """'1024' and not '1024.0'; a fraction with all the digits that it takes to tell it from its neighbors."""
+    """Return a scale as text: '1024' and not '1024.0'; a fraction with enough digits to identify it."""
     return str(int(scale)) if scale.is_integer() else repr(scale)
 
 
 def _table(traces: Mapping[str, Trace], overflows: str) -> str:
-    """A line for each scaler, a column for each step; fractions shortened."""
+    """Return a table with one row per scaler and one column per step; fractions have seven digits."""
     short = [[x if "." not in x else f"{float(x):.7g}" for x in map(number_text, t.scales)] for t in traces.values()]
     return table(["overflow", *overflows], [[name, *cells] for name, cells in zip(traces, short, strict=True)])
 
 
 def plot_traces(path: Path, traces: Mapping[str, Trace], overflows: str, overwrite: bool = False) -> Path:
-    """Draw the scales against the steps, with a mark where an overflow came, and write them as a PNG; returns where.
+    """Draw the scales against the steps, with a mark at each overflow, write them as a PNG, and return its path.
 
-    Errors: UsageError without matplotlib, for a name that does not end in .png, and where the file cannot be written.
+    Errors: UsageError without matplotlib, for a name that does not end in .png, or if the file cannot be written.
     """
     if path.suffix != ".png":
-        raise UsageError(f"--plot {path}: the picture is a PNG, so its name ends in .png")
+        raise UsageError(f"--plot {path}: the picture is a PNG, so its name must end in .png")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ def plot_traces(path: Path, traces: Mapping[str, Trace], overflows: str, overwri
 
 
 def _draw(axes: Any, traces: Mapping[str, Trace], overflows: str) -> None:
-    """One line for all scalers that agree. Those that agree in part lie upon each other: later ones are thinner."""
+    """Draw one line for all scalers that agree. Later lines are thinner, so that those below them stay visible."""
     steps = range(1, len(overflows) + 1)
     lines: dict[tuple[float, ...], list[str]] = {}
     for name, found in traces.items():
@@ -115,6 +115,6 @@ def _draw(axes: Any, traces: Mapping[str, Trace], overflows: str) -> None:
     for step in (step for step, overflow in zip(steps, overflows, strict=True) if overflow == "1"):
         axes.axvline(step, color="gray", lw=0.7, ls=":")
     axes.set_yscale("log", base=2)
-    axes.set_xlabel("step (dotted: its gradients overflowed)")
+    axes.set_xlabel("step (dotted: gradients overflowed)")
     axes.set_ylabel("loss scale after the step")
     axes.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""How things are shown to a person: plain tables, a value with its bits, and the tables of recipes and policies."""
+"""The `recipes` command: recipes and policies as tables and as data."""
 
 from __future__ import annotations
 
@@ -10,18 +10,13 @@ from refimpl.precision.policy import EVERY_OTHER, SAME, Policy, Precision
 from refimpl.precision.recipes import RECIPES, STATE_KINDS, Recipe, get_recipe
 from refimpl.training.console import json_text, table
 
-# ---------------------------------------------------------------------------------------------------- tables and values
-
-
-# ---------------------------------------------------------------------------------------------------- recipes and policies
-
 _KEY = f"""\
-{EVERY_OTHER!r} is every other operation, those without a row of their own; a row with a dot is a part of an operation.
-{SAME!r} as inputs: each operand stays in the format that it arrives in; as out: the widest format among the operands."""
+{EVERY_OTHER!r} stands for every operation without a row of its own; a row with a dot is a part of an operation.
+{SAME!r} as inputs: each operand keeps its format; as out: the widest format among the operands."""
 
 
 def show_recipes(name: str | None = None, as_json: bool = False) -> None:
-    """What scripts/recipes.py does: print all recipes and policies, or one recipe. Errors: UsageError for an unknown name."""
+    """Print all recipes and policies, or one recipe. Errors: UsageError for an unknown name."""
     chosen = list(RECIPES.values()) if name is None else [get_recipe(name)]
     if as_json:
         print(json_text(recipes_data(chosen)))
@@ -30,7 +25,7 @@ def show_recipes(name: str | None = None, as_json: bool = False) -> None:
 
 
 def recipes_data(recipes: Sequence[Recipe]) -> dict[str, Any]:
-    """Recipes, and the policies that they use, as plain data."""
+    """Return recipes, and the policies that they use, as plain data."""
     return {
         "recipes": {
             recipe.name: {
@@ -55,15 +50,15 @@ def recipes_data(recipes: Sequence[Recipe]) -> dict[str, Any]:
 
 
 def recipes_text(recipes: Sequence[Recipe]) -> str:
-    """The table of recipes, then a table for each policy."""
+    """Return the table of recipes, then one table per policy."""
     header = ["recipe", *STATE_KINDS, "loss scale", "bytes", "summary"]
     rows = [
         [r.name, *(r.state[kind] or "-" for kind in STATE_KINDS), r.loss_scale, _number(r.bytes_per_parameter()), r.summary]
         for r in recipes
     ]
     parts = [
-        "Recipes: the format that each kind of model state is kept in, the default loss scale, and the bytes a parameter that\n"
-        "the states take with AdamW. '-': not kept; without a master the weights are their own masters.",
+        "Recipes: the format of each kind of model state, the default loss scale, and the bytes per parameter of the states\n"
+        "with AdamW. '-': there is no such state; without a master the weights are their own masters.",
         table(header, rows),
         f"Policies: the formats inside every operation.\n{_KEY}",
     ]
@@ -73,7 +68,7 @@ def recipes_text(recipes: Sequence[Recipe]) -> str:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """One recipe in detail."""
+    """Return one recipe in detail."""
     defaults = f"default loss scale: {recipe.loss_scale}"
     if recipe.state["master"]:
         defaults += f"\nmasters start from: the {recipe.masters_from} weights"
@@ -92,16 +87,16 @@ def _state_table(recipe: Recipe) -> str:
     rows = []
     for name, part in kept.items():
         shared = f"  {part.dtype.itemsize} for {part.values}" if part.values > 1 else ""
-        shared += "  for embeddings only, not in the sum" if part.first is not None else ""
+        shared += "  for embeddings only, not in the total" if part.first is not None else ""
         rows.append([name, recipe.state.get(name, part.dtype.name), _number(part.bytes_per_parameter) + shared])
     if "master" not in kept:
         rows.append(["master", "-", "0  the weights are their own masters"])
-    rows.append(["together", "", _number(recipe.bytes_per_parameter())])
-    return table(["buffer", "kept as", "bytes a parameter"], rows, "  ")
+    rows.append(["total", "", _number(recipe.bytes_per_parameter())])
+    return table(["buffer", "stored as", "bytes per parameter"], rows, "  ")
 
 
 def _number(size: Fraction) -> str:
-    """Bytes a parameter, without zeros at the end."""
+    """Return bytes per parameter as text, without trailing zeros."""
     return f"{float(size):.6g}"
 
 
@@ -116,7 +111,7 @@ def _inputs(p: Precision) -> str:
 
 
 def _policies(recipes: Sequence[Recipe]) -> list[tuple[Policy, list[str]]]:
-    """The policies in the order of the recipes, each once, with the recipes that use it."""
+    """Return the policies in the order of the recipes, each once, with the recipes that use it."""
     users: dict[str, tuple[Policy, list[str]]] = {}
     for recipe in recipes:
         users.setdefault(recipe.policy.name, (recipe.policy, []))[1].append(recipe.name)

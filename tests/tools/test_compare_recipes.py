@@ -143,7 +143,7 @@ def test_each_band_says_which_question_it_answers(comparison: Comparison) -> Non
     for text in (table, told):
         assert IS_DIFFERENT in text and MATTERS_MORE in text and "last bit" in text and "3 seeds" in text
     assert f"{comparison.drift:.2g}" in table and f"{comparison.noise:.2g}" in table
-    assert "5 more runs of FP32" in table and f"{comparison.seconds:.0f} s" in table
+    assert "5 additional FP32 runs" in table and f"{comparison.seconds:.0f} s" in table
 
 
 # ----------------------------------------------------------------------------------------------------------- what is asked for

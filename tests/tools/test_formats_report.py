@@ -136,7 +136,7 @@ def test_remarks_are_about_the_chosen_formats_only() -> None:
     assert "the 8 exponent bits of fp32, and nearly its range: it ends at 3.38953e+38." in together
     assert "bf16 keeps 7 and tf32 10" in together
     assert "fp16 has eps 0.000976562 and resolution 0.001, bf16 0.0078125 and 0.01." in together
-    assert "below 2^-14 fp16 goes on with\n  subnormal values, 2^-24 apart" in together
+    assert "below 2^-14 fp16 has\n  subnormal values at a distance of 2^-24" in together
 
 
 def test_what_the_remarks_say_of_others_is_so() -> None:
@@ -206,7 +206,7 @@ def test_numbers_are_read_as_python_reads_them(value: float) -> None:
     ["abc", "", "1 2", "1_0", "3^2", "2^", "2^-", "0x.", ".", "1e", "1e12345", "1+", "--1", "1+nan", "\u0663", "9" * 9999],
 )
 def test_what_is_no_number_is_said_in_one_line(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is no number; these are: 0\.1, -1e-8, 0x1p-24, 2\^-24"):
+    with pytest.raises(UsageError, match=r"is not a number; examples: 0\.1, -1e-8, 0x1p-24, 2\^-24"):
         read_number(text)
 
 
@@ -266,18 +266,18 @@ AT_BOUNDARIES = [
     (-math.inf, "e5m2", -57344.0, "saturated (--overflow inf: -inf)"),
     (2.0**-17, "e5m2", 0.0, "flushed to zero, a tie to even"),
     (28.0, "e3m2", 28.0, "exact"),
-    (30.0, "e3m2", 28.0, "saturated, for there is no infinity and no NaN"),
+    (30.0, "e3m2", 28.0, "saturated: the format has no infinity and no NaN"),
     (7.5, "e2m3", 7.5, "exact"),
     (0.0625, "e2m3", 0.0, "flushed to zero, a tie to even"),
     (6.0, "e2m1", 6.0, "exact"),
     (5.0, "e2m1", 4.0, "tie to even"),
-    (7.0, "e2m1", 6.0, "saturated, for there is no infinity and no NaN"),
-    (-100.0, "e2m1", -6.0, "saturated, for there is no infinity and no NaN"),
-    (math.nan, "e2m1", -0.0, "no NaN in this format: becomes -0"),
+    (7.0, "e2m1", 6.0, "saturated: the format has no infinity and no NaN"),
+    (-100.0, "e2m1", -6.0, "saturated: the format has no infinity and no NaN"),
+    (math.nan, "e2m1", -0.0, "the format has no NaN: becomes -0"),
     (2.0, "e8m0", 2.0, "exact"),
     (2.9, "e8m0", 2.0, "rounded"),
-    (1.5, "e8m0", 2.0, "tie, goes up"),
-    (3.0, "e8m0", 4.0, "tie, goes up"),
+    (1.5, "e8m0", 2.0, "tie, rounded up"),
+    (3.0, "e8m0", 4.0, "tie, rounded up"),
     (2.0**-127, "e8m0", 2.0**-127, "exact"),
     (2.0**-129, "e8m0", 2.0**-127, "below the smallest value: raised to it"),
     (1e39, "e8m0", 2.0**127, "saturated (--overflow inf: NaN)"),
@@ -303,7 +303,7 @@ def test_what_happened_at_the_boundaries(number: float, fmt: str, value: float, 
         (464.1, "e4m3", math.nan, "overflow to NaN (--overflow saturate: 448)"),
         (61440.0, "e5m2", math.inf, "overflow to inf (--overflow saturate: 57344)"),
         (-math.inf, "e5m2", -math.inf, "exact (--overflow saturate: -57344)"),
-        (7.0, "e2m1", 6.0, "saturated, for there is no infinity and no NaN"),
+        (7.0, "e2m1", 6.0, "saturated: the format has no infinity and no NaN"),
         (1e39, "e8m0", math.nan, "overflow to NaN (--overflow saturate: 1.7e+38 (2^127))"),
         (70000.0, "fp16", math.inf, "overflow to inf"),
     ],
@@ -317,14 +317,14 @@ def test_what_happened_with_the_other_convention(number: float, fmt: str, value:
 @pytest.mark.parametrize(
     ("number", "fmt", "happened"),
     [
-        (1 + 2**-11 + 2**-30, "fp16", "rounded, by way of fp32; one rounding gives 1.0009765625"),
-        (1 + 2**-8 + 2**-30, "bf16", "rounded, by way of fp32; one rounding gives 1.0078125"),
-        (1 + 2**-11 + 2**-30, "tf32", "rounded, by way of fp32; one rounding gives 1.0009765625"),
-        (1 + 2**-4 + 2**-30, "e4m3", "rounded, by way of fp32; one rounding gives 1.125"),
-        (65520 - 2**-20, "fp16", "overflow to inf, by way of fp32; one rounding gives 65504"),
-        (2**-25 + 2**-60, "fp16", "flushed to zero, by way of fp32; one rounding gives 5.9605e-08 (2^-24)"),
-        (464 + 2**-30, "e4m3", "saturated"),  # by way of fp32 and 464, which the other convention takes down to 448 too
-        (1e-300, "e8m0", "no such value: becomes NaN, by way of fp32; one rounding gives 5.9e-39 (2^-127)"),
+        (1 + 2**-11 + 2**-30, "fp16", "rounded, through fp32; one rounding gives 1.0009765625"),
+        (1 + 2**-8 + 2**-30, "bf16", "rounded, through fp32; one rounding gives 1.0078125"),
+        (1 + 2**-11 + 2**-30, "tf32", "rounded, through fp32; one rounding gives 1.0009765625"),
+        (1 + 2**-4 + 2**-30, "e4m3", "rounded, through fp32; one rounding gives 1.125"),
+        (65520 - 2**-20, "fp16", "overflow to inf, through fp32; one rounding gives 65504"),
+        (2**-25 + 2**-60, "fp16", "flushed to zero, through fp32; one rounding gives 5.9605e-08 (2^-24)"),
+        (464 + 2**-30, "e4m3", "saturated"),  # through fp32 and 464, which the other convention takes down to 448 too
+        (1e-300, "e8m0", "no such value: becomes NaN, through fp32; one rounding gives 5.9e-39 (2^-127)"),
     ],
 )
 def test_rounding_twice_is_told_where_it_changes_the_result(number: float, fmt: str, happened: str) -> None:
@@ -332,7 +332,7 @@ def test_rounding_twice_is_told_where_it_changes_the_result(number: float, fmt: 
 
 
 def test_rounding_twice_can_hide_an_overflow() -> None:
-    assert store(464 + 2**-30, "e4m3", "inf").happened == "saturated, by way of fp32; one rounding gives NaN"
+    assert store(464 + 2**-30, "e4m3", "inf").happened == "saturated, through fp32; one rounding gives NaN"
 
 
 def samples(seed: int) -> list[float]:
@@ -354,7 +354,7 @@ def test_what_is_stored_is_what_cast_stores_and_off_by_half_an_ulp_at_most(fmt: 
         ended = any(word in stored.happened.partition(" (")[0] for word in ("overflow", "saturated", "no such value"))
         assert (stored.error_ulps is None) == ended
         if not ended:
-            limit = 0.5 + ("by way of fp32" in stored.happened) * 2.0**-14  # half an ulp of fp32 in ulps of 10 fraction bits
+            limit = 0.5 + ("through fp32" in stored.happened) * 2.0**-14  # half an ulp of fp32 in ulps of 10 fraction bits
             assert abs(stored.error_ulps) <= limit or "raised" in stored.happened
             assert (stored.error_ulps == 0) == stored.happened.startswith("exact")
             assert (stored.error_ulps > 0) == (stored.value > number)
@@ -428,8 +428,8 @@ def test_text_of_a_number() -> None:
     assert first["e2m1"] == ["0|00|0", "0", "-0.2", "flushed", "to", "zero"]
     assert "--overflow saturate" in text and "--overflow inf." in numbers_text([read_number("1")], COMMON, "inf")
     assert "--overflow" not in numbers_text([read_number("1")], ["fp16"], "saturate")
-    assert "by way of fp32" not in text
-    assert numbers_text([read_number("1+2^-11+2^-30")], ["fp16"], "saturate").count("by way of fp32") == 2  # row and key
+    assert "through fp32" not in text
+    assert numbers_text([read_number("1+2^-11+2^-30")], ["fp16"], "saturate").count("through fp32") == 2  # row and key
 
 
 @pytest.mark.parametrize("word", ["-0.1", "-1e-8", "-.5", "-2^-24", "-0x1p-24", "-inf", "-NaN", "-Infinity", "-1+2^-11"])
@@ -487,7 +487,7 @@ def test_the_script_in_a_process_of_its_own() -> None:
     assert "-1e-8 is not an FP64 number" in done.stdout
     done = script("0.1", "abc")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: 'abc' is no number") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: 'abc' is not a number") and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- picture
@@ -533,7 +533,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, monkeypa
 
 
 def test_a_number_is_not_taken_for_the_pictures_name(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"ends in \.png"):
+    with pytest.raises(UsageError, match=r"end in \.png"):
         run("--plot", "0.1")
     pytest.importorskip("matplotlib")
     (tmp_path / "file").touch()

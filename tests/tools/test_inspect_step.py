@@ -349,12 +349,12 @@ def test_an_overflow_leaves_what_it_may_not_change_where_fp32_gradients_are_kept
     """main_grads are made anew by every step, skipped or not: no state that an update would have to leave alone."""
     (report,) = inspect_steps("apex-o2", init_scale=1e9, step=1)
     assert report.skipped and all("CHANGED" not in line.remark for line in every_line(report))
-    assert "main_grads_after" not in report and report["unscaled"].remark.endswith("kept as main_grads")
+    assert "main_grads_after" not in report and report["unscaled"].remark.endswith("stored in main_grads")
 
 
 @pytest.mark.parametrize("recipe", sorted({*RECIPES} - {*FOLLOWED}))
 def test_recipes_whose_states_are_no_plain_numbers_are_refused(recipe: str) -> None:
-    with pytest.raises(UsageError, match=f"recipe {recipe} keeps weights as bf16-.* cannot be followed here"):
+    with pytest.raises(UsageError, match=f"recipe {recipe} stores weights as bf16-.* this command cannot show"):
         inspect_steps(recipe)
 
 

@@ -121,7 +121,7 @@ def test_text_has_a_row_for_every_recipe_and_policy() -> None:
         assert expected in lines
         assert text.count(f"\npolicy {recipe.policy.name}, of ") == 1
     assert "policy fp16, of fp16, pure-fp16, apex-o2\n" in text
-    assert "'*' is every other operation" in text and "'same' as inputs" in text
+    assert "'*' stands for every operation" in text and "'same' as inputs" in text
     assert ["*", "every", "other", "operation", "same", "fp32", "same"] in lines
 
 
@@ -136,11 +136,11 @@ def test_one_recipe_in_detail(name: str, capsys: pytest.CaptureFixture[str]) -> 
     assert ("the weights are their own masters" in text) == (not recipe.state["master"])
     assert (f"masters start from: the {recipe.masters_from} weights" in text) == bool(recipe.state["master"])
     lines = [line.split() for line in text.splitlines()]
-    assert ["together", bytes_in_words(recipe)] in lines
+    assert ["total", bytes_in_words(recipe)] in lines
     for buffer, part in recipe.buffers().items():
         kept_as = recipe.state.get(buffer) or TYPES[buffer.rpartition("_")[2]]
         shared = [] if part.values == 1 else ["4", "for", "256"]
-        shared += ["for", "embeddings", "only,", "not", "in", "the", "sum"] if buffer.endswith("_embeddings") else []
+        shared += ["for", "embeddings", "only,", "not", "in", "the", "total"] if buffer.endswith("_embeddings") else []
         assert [buffer, kept_as, f"{float(part.bytes_per_parameter):g}", *shared] in lines, buffer
     for row, p in recipe.policy.rows.items():
         inputs = p.inputs if isinstance(p.inputs, str) else ", ".join(f"{name}: {fmt}" for name, fmt in p.inputs.items())

@@ -1,4 +1,4 @@
-"""A comparison of recipes as a page, `recipes.html`, and the whole of what scripts/compare_recipes.py does."""
+"""The `compare_recipes` command: trains, prints the table, and writes the page `recipes.html`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from refimpl.training.outputs import target
 
 PAGE = Path("runs/recipes.html")
 STEPS, STEPS_OF_ALL, WARMUP = 200, 60, 10
-"""What --steps and --warmup stand at; with all recipes fewer, so that it is done in ten minutes on two cores."""
+"""Defaults of --steps (fewer with all recipes, which then take ten minutes on two cores) and of --warmup."""
 
 
 def compare_recipes(
@@ -45,7 +45,7 @@ def compare_recipes(
     perturbations: int = PERTURBATIONS,
     overwrite: bool = False,
 ) -> None:
-    """Train, print the table, write the page and the data. given: fields of Config. Errors: UsageError before any step."""
+    """Train, print the table, and write the page and the data. given: fields of Config. Errors: UsageError before any step."""
     from tqdm import tqdm
 
     names = chosen_recipes(recipes)
@@ -57,7 +57,7 @@ def compare_recipes(
         _need_matplotlib()
     page_file = None if no_page else target("--out", out, PAGE, overwrite)
     data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
-    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # later than a complaint of `compare`
+    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # `delay`: errors of `compare` come first
         comparison = compare(config, names, seeds, bar.update, perturbations)
     print(text_table(HEADER, list(rows(comparison))), *meaning(comparison), sep="\n")
     if data_file is not None:
@@ -70,11 +70,11 @@ def _need_matplotlib() -> None:
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (--no-page does without it)") from None
+        raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (or give --no-page)") from None
 
 
 def data(comparison: Comparison) -> dict[str, Any]:
-    """Everything that was seen, as plain data."""
+    """Return all results as plain data."""
     return {
         "steps": comparison.steps,
         "noise": comparison.noise,
@@ -93,7 +93,7 @@ def _run_data(run: RecipeRun) -> dict[str, Any]:
 
 
 def recipes_page(comparison: Comparison, command: str) -> str:
-    """The page. The same comparison and command give the same text."""
+    """Return the page. The same comparison and command give the same text."""
     described = [[run.config.recipe, run.recipe.summary, run.recipe.source] for run in comparison.runs]
     sections = [
         section("At the end", table("All recipes", HEADER, list(rows(comparison))), paragraphs(meaning(comparison))),
@@ -101,31 +101,33 @@ def recipes_page(comparison: Comparison, command: str) -> str:
         section(
             "Difference from FP32", paragraphs([difference_text(comparison)]), figures(_pictures(comparison, "difference"))
         ),
-        section("The recipes", table("The recipes", ["recipe", "what it is", "source"], described, words=True)),
-        section("How it was made", f"<pre><code>{escape(command)}</code></pre>\n"),
+        section("The recipes", table("The recipes", ["recipe", "summary", "source"], described, words=True)),
+        section("Command", f"<pre><code>{escape(command)}</code></pre>\n"),
     ]
     config = comparison.runs[0].config
     return document(f"Recipes compared: {config.model}, {comparison.runs[0].training.model.n_params:,} parameters", sections)
 
 
-LOSS = "The training loss, smoothed over a tenth of the steps. Each figure has FP32 in gray."
+LOSS = "The training loss, smoothed over a tenth of the steps. FP32 is gray in each figure."
+
+
 def difference_text(comparison: Comparison) -> str:
-    """What the figures of differences are held against."""
+    """Return the text on the bands in the figures of differences."""
     return (
-        f"The smoothed loss minus that of FP32 on the same batches; the axis is logarithmic above the dark band and below it. "
-        f"The dark band answers: {IS_DIFFERENT} It is as wide as FP32 differs from itself on these batches from weights that "
-        f"are changed in their last bit, {len(comparison.changed)} times: a recipe that stays inside cannot be told from FP32. "
-        f"The light band answers: {MATTERS_MORE} It is as wide as FP32 with {1 + len(comparison.others)} seeds differs from "
-        f"itself, other weights and other batches: what a recipe does inside it is less than what another seed does."
+        f"The smoothed loss minus that of FP32 on the same batches; the axis is logarithmic above and below the dark band. "
+        f"The dark band answers: {IS_DIFFERENT} Its width is the difference between FP32 runs on these batches from weights "
+        f"changed in their last bit ({len(comparison.changed)} of them): inside it, a recipe cannot be told from FP32. "
+        f"The light band answers: {MATTERS_MORE} Its width is the difference between FP32 runs with "
+        f"{1 + len(comparison.others)} seeds, that is other weights and batches: inside it, the seed matters more."
     )
 
 
 TOGETHER = 5
-"""Curves a figure beside FP32's: more cannot be told apart."""
+"""Curves per figure beside that of FP32."""
 
 
 def _pictures(comparison: Comparison, what: str) -> list[Picture]:
-    """Figures of TOGETHER recipes each."""
+    """Return figures of TOGETHER recipes each."""
     runs, result = comparison.runs[1:], []
     for start in range(0, len(runs), TOGETHER):
         shown = runs[start : start + TOGETHER]
@@ -140,7 +142,7 @@ def _pictures(comparison: Comparison, what: str) -> list[Picture]:
 
 
 def _draw(axes: Any, comparison: Comparison, shown: Any, what: str) -> None:
-    """The curves of some recipes, and what they are to be held against."""
+    """Draw the curves of some recipes, and FP32's curve or bands for comparison."""
 
     def steps(curve: np.ndarray, taken: int) -> np.ndarray:
         return np.arange(taken - len(curve) + 1, taken + 1)
@@ -156,7 +158,7 @@ def _draw(axes: Any, comparison: Comparison, shown: Any, what: str) -> None:
         curve = comparison.smooth(run.losses) if what == "loss" else comparison.difference(run)
         axes.plot(steps(curve, len(run.losses)), curve, color=COLORS[i], lw=1.2, label=run.config.recipe)
     if what == "difference":
-        limit = 4 * float(comparison.band()[-1])  # one that diverges must not flatten the others
+        limit = 4 * float(comparison.band()[-1])  # a run that diverges must not flatten the others
         axes.set_yscale("symlog", linthresh=max(float(comparison.drift_band()[-1]), 1e-4 * limit))
         axes.set_ylim(-limit, limit)
     axes.set_xlabel("step")

@@ -1,12 +1,12 @@
-"""Recipes side by side: what scripts/compare_recipes.py does.
+"""Training runs of a comparison of recipes.
 
-The same model starts from the same weights and trains on the same batches under each recipe. All runs take a step in turn,
-so that whatever else the machine does hits all of them alike, and an interrupted comparison is one of fewer steps. Beside
-them FP32 trains some more times, to answer two questions that a difference of losses raises:
+Under each recipe the same model starts from the same weights and trains on the same batches. The runs make their steps in
+turn, so that other load on the machine affects all of them, and an interrupted comparison has fewer steps. Additional runs of
+FP32 answer two questions about a difference of losses:
 
     Is this recipe different from FP32 on these batches?    FP32 on the same batches, from weights changed in their last bit.
-                                                            Training is chaotic: such runs drift apart, and a recipe that
-                                                            drifts no further cannot be told from FP32.
+                                                            Such runs drift apart, since training is chaotic; a recipe that
+                                                            drifts no further cannot be distinguished from FP32.
     Would another seed matter more?                         FP32 with other seeds: other weights and other batches.
 """
 
@@ -33,22 +33,22 @@ from refimpl.training.trainer import BATCHES, EVALUATION, INIT, generator, start
 BASELINE = "fp32"
 DEFAULT = ("fp32", "fp16", "bf16", "amp-bf16", "pure-bf16", "bf16-sr", "bf16-kahan", "fp8", "mxfp8", "nvfp4")
 WATCHED = 20
-"""Weights are compared with those before the step at every so many steps."""
+"""The number of steps between comparisons of the weights with those before the step."""
 LAST = 10
-"""The loss at the end is a mean over the last tenth of the steps, and curves are smoothed over as many."""
+"""The final loss is the mean over the last 1/LAST of the steps; curves are smoothed over as many."""
 
 
 STOPPING = "stopping: the comparison of the steps that all runs have taken follows; again to stop at once"
 PERTURBATIONS = 3
-"""Runs of FP32 from weights that are changed in their last bit; each costs as much as one of FP32's."""
-_PERTURBATION = 1000  # streams of random numbers from here on: far from those of a training
+"""FP32 runs from weights changed in their last bit."""
+_PERTURBATION = 1000  # random streams from this number on: training uses none of them
 
 
 @dataclass
 class RecipeRun:
-    """One recipe under way, and what it has shown so far. `ended`: why it takes no more steps, or ''.
+    """A run under one recipe, and its results so far. `ended`: why it makes no more steps, or ''.
 
-    perturbation: 1, 2, ... to start from weights changed in their last bit, each time others; 0 for the weights themselves.
+    perturbation: 0 to start from the initial weights; 1, 2, ... for different changes of their last bits.
     """
 
     config: Config
@@ -70,16 +70,16 @@ class RecipeRun:
 
     @property
     def recipe(self) -> Recipe:
-        """What it trains under."""
+        """Return the recipe of this run."""
         return get_recipe(self.config.recipe)
 
     @property
     def bytes_per_parameter(self) -> float:
-        """As measured: the live buffers of the states."""
+        """Return the measured size of the states' buffers per parameter."""
         return self.training.state.nbytes / self.training.model.n_params
 
     def step(self, corpus: Corpus) -> None:
-        """One step, timed; every WATCHED steps it is also seen how many of the weights moved."""
+        """Make one step and time it; every WATCHED steps, also count the weights that it changed."""
         if self.ended:
             return
         config, state = self.config, self.training.state
@@ -100,7 +100,7 @@ class RecipeRun:
             self.ended = f"Inf or NaN at step {len(self.losses)}"
 
     def finish(self, corpus: Corpus, seed: int) -> None:
-        """The validation loss, for all runs on the batches of one seed."""
+        """Compute the validation loss; `seed` chooses the batches, the same for all runs."""
         config, rng = self.config, generator(seed, EVALUATION)
         assert config.batch_size is not None and config.block_size is not None
         sizes = config.batch_size, config.block_size
@@ -110,14 +110,14 @@ class RecipeRun:
 
 
 def perturbed(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each weight moved to the next FP32 number above or below, by chance: the smallest change that there is."""
+    """Return weights moved to the next FP32 number above or below, at random: the smallest possible change."""
     towards = np.where(rng.integers(0, 2, weights.shape) == 1, np.float32(np.inf), np.float32(-np.inf))
     return np.asarray(np.nextafter(weights, towards))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs: one for each recipe, FP32 first; FP32 with other seeds; and FP32 from weights changed in their last bit."""
+    """All runs: one per recipe, FP32 first; FP32 with other seeds; and FP32 from weights changed in their last bit."""
 
     runs: Sequence[RecipeRun]
     others: Sequence[RecipeRun]
@@ -125,54 +125,54 @@ class Comparison:
 
     @property
     def seconds(self) -> float:
-        """The time that all steps of all runs took."""
+        """Return the time of all steps of all runs."""
         return sum(sum(run.seconds) for run in (*self.runs, *self.others, *self.changed))
 
     @property
     def drift(self) -> float:
-        """The largest difference between the validation losses of FP32 from weights that differ in their last bit.
+        """Return the largest difference between validation losses of FP32 from weights that differ in their last bit.
 
-        It answers whether a recipe is different from FP32 on these batches.
+        A larger difference means that a recipe is different from FP32 on these batches.
         """
         losses = [run.val_loss for run in (self.runs[0], *self.changed)]
         return max(losses) - min(losses)
 
     @property
     def steps(self) -> int:
-        """Steps that FP32 has taken."""
+        """Return the number of steps of the FP32 run."""
         return len(self.runs[0].losses)
 
     @property
     def noise(self) -> float:
-        """The largest difference between the validation losses of FP32 with any two seeds.
+        """Return the largest difference between validation losses of FP32 with different seeds.
 
-        It answers whether another seed would matter more than a recipe does.
+        A smaller difference means that another seed would matter more than the recipe.
         """
         losses = [run.val_loss for run in (self.runs[0], *self.others)]
         return max(losses) - min(losses)
 
     def smooth(self, losses: Sequence[float]) -> np.ndarray:
-        """Means over a tenth of the steps: the value at each step is the mean of those that end there."""
+        """Return running means of losses over a tenth of the steps, each at the last step that it includes."""
         width = min(len(losses), max(1, self.steps // LAST))
         return np.asarray(np.convolve(losses, np.full(width, 1 / width), "valid"))
 
     def difference(self, run: RecipeRun) -> np.ndarray:
-        """A run's smoothed loss less FP32's, as far as it went: both saw the same batches."""
+        """Return a run's smoothed loss minus FP32's on the same batches, up to the run's last step."""
         return self.smooth(np.subtract(run.losses, self.runs[0].losses[: len(run.losses)]).tolist())
 
     def band(self) -> np.ndarray:
-        """At each step the largest difference between the smoothed losses of FP32 with any two seeds."""
+        """Return, per step, the largest difference between smoothed losses of FP32 with different seeds."""
         return np.asarray(np.ptp([self.smooth(run.losses) for run in (self.runs[0], *self.others)], axis=0))
 
     def drift_band(self) -> np.ndarray:
-        """The same between any two of FP32 on the same batches, from weights that differ in their last bit."""
+        """Return, per step, the largest difference between smoothed losses of FP32 from weights differing in their last bit."""
         return np.asarray(np.ptp([self.smooth(run.losses) for run in (self.runs[0], *self.changed)], axis=0))
 
 
 def chosen_recipes(text: str) -> list[str]:
-    """The recipes of a list with commas, FP32 first, each once. 'all': those that do not imitate an accumulator.
+    """Return the recipes of a comma-separated list, FP32 first, each once. 'all': those that do not emulate an accumulator.
 
-    Errors: UsageError for an unknown name, or none.
+    Errors: UsageError for an unknown name or an empty list.
     """
     names: list[str] = [BASELINE]
     for word in filter(None, (word.strip() for word in text.split(","))):
@@ -184,21 +184,22 @@ def chosen_recipes(text: str) -> list[str]:
 
 
 def _is_fast(policy: Policy) -> bool:
-    """Whether all sums are the BLAS's: others are formed product by product, dozens of times as slowly."""
+    """Return whether the BLAS computes all sums; other accumulators are emulated, dozens of times as slowly."""
     return all(row.acc in ("fp32", "fp64") for row in policy.rows.values())
 
 
 def compare(
     config: Config, recipes: Sequence[str], seeds: int, tick: Callable[[], Any], perturbations: int = PERTURBATIONS
 ) -> Comparison:
-    """Train under each recipe. config: of the run under FP32; seeds: how many FP32 trains with; perturbations: how many times
-    it trains from weights changed in their last bit. `tick` is called each step.
+    """Train under each recipe.
 
-    Ctrl-C ends it with the steps that all have taken. Errors: UsageError for fewer than 2 seeds or 1 perturbation, or where
-    memory cannot hold all runs, and KeyboardInterrupt where not one step was finished.
+    config: the FP32 run. seeds: number of FP32 runs with different seeds. perturbations: number of FP32 runs from weights
+    changed in their last bit. tick: callback after each step. Ctrl-C ends the comparison after the steps that all runs made.
+    Errors: UsageError for fewer than 2 seeds or 1 perturbation, or if memory cannot hold all runs; KeyboardInterrupt if no
+    step was finished.
     """
     if seeds < 2:
-        raise UsageError(f"--seeds is {seeds}: it takes two runs to differ")
+        raise UsageError(f"--seeds is {seeds}: it must be at least 2, to compare two runs")
     if perturbations < 1:
         raise UsageError(f"--perturbations is {perturbations}: it must be at least 1")
     assert config.block_size is not None and config.steps is not None
@@ -227,15 +228,15 @@ def compare(
 
 
 def for_recipe(config: Config, name: str) -> Config:
-    """The same run under another recipe, with that recipe's loss scale."""
+    """Return the configuration of the same run under another recipe, with that recipe's loss scale."""
     return replace(config, recipe=name, loss_scale=get_recipe(name).loss_scale)
 
 
-HEADER = ("recipe", "bytes", "loss", "validation", "minus fp32", "skipped", "moved", "ms a step")
+HEADER = ("recipe", "bytes", "loss", "validation", "minus fp32", "skipped", "moved", "ms per step")
 
 
 def rows(comparison: Comparison) -> Iterator[list[str]]:
-    """The table: a row for each recipe. One asterisk marks a difference from FP32, two one that is beyond that of seeds."""
+    """Yield one row per recipe. One asterisk marks a difference from FP32, two a difference larger than that of seeds."""
     baseline = comparison.runs[0]
     for run in comparison.runs:
         yield [
@@ -251,7 +252,7 @@ def rows(comparison: Comparison) -> Iterator[list[str]]:
 
 
 def _marked(difference: float, comparison: Comparison) -> str:
-    """A difference with four decimals, or one digit where they would all be 0, and with its asterisks."""
+    """Return a difference with its asterisks and four decimals, or with one digit if these would all be 0."""
     text = f"{difference:+.0e}" if 0 < abs(difference) < 0.00005 else f"{difference:+.4f}"
     if abs(difference) <= comparison.drift:
         return text
@@ -259,27 +260,27 @@ def _marked(difference: float, comparison: Comparison) -> str:
 
 
 def meaning(comparison: Comparison) -> list[str]:
-    """What the columns say, for under the table."""
+    """Return sentences that explain the columns."""
     seeds, width = 1 + len(comparison.others), max(1, comparison.steps // LAST)
     more = len(comparison.others) + len(comparison.changed)
     return [
         f"{comparison.steps} steps from the same weights on the same batches. loss: the mean of the last {width} steps. "
         f"validation: in nats per byte, on the same {comparison.runs[0].config.eval_batches} batches for all.",
-        f"*: {IS_DIFFERENT} Yes: it is further from FP32 than FP32 is from itself on the same batches when its first weights "
-        f"are changed in their last bit ({_times(len(comparison.changed))}): those validation losses lie within "
-        f"{comparison.drift:.2g}.",
-        f"{MATTERS_MORE} Yes, unless there are two asterisks: within {comparison.noise:.2g} lie the validation losses of "
-        f"FP32 with {seeds} seeds, which are other weights and other batches.",
-        f"bytes: model states per parameter, as measured. moved: weights (masters, where there are) that an update changed, at "
-        f"every {WATCHED}th step. Times are of NumPy on this machine, which has no 16-bit or 8-bit arithmetic: on a device "
-        f"with it fewer bits are faster, here they are slower. All steps took {comparison.seconds:.0f} s; those of the {more} "
-        f"more runs of FP32 {sum(sum(run.seconds) for run in (*comparison.others, *comparison.changed)):.0f} s of them.",
+        f"*: {IS_DIFFERENT} Yes: its validation loss differs from FP32's by more than {comparison.drift:.2g}, the largest "
+        f"difference between FP32 runs on the same batches whose initial weights are changed in their last bit "
+        f"({_times(len(comparison.changed))}).",
+        f"{MATTERS_MORE} Yes, unless there are two asterisks: the validation losses of FP32 with {seeds} seeds, that is other "
+        f"weights and batches, differ by up to {comparison.noise:.2g}.",
+        f"bytes: model states per parameter, as measured. moved: share of the weights (or masters) that an update changed, "
+        f"at every {WATCHED}th step. Times are of NumPy on this machine, without 16-bit or 8-bit arithmetic: fewer "
+        f"bits are slower here, but faster on a device that has it. All steps took {comparison.seconds:.0f} s, of which the "
+        f"{more} additional FP32 runs took {sum(sum(run.seconds) for run in (*comparison.others, *comparison.changed)):.0f} s.",
     ]
 
 
 IS_DIFFERENT = "Is this recipe different from FP32 on these batches?"
 MATTERS_MORE = "Would another seed matter more?"
-"""The two questions, and which of the runs of FP32 answers each: those with changed weights, those with other seeds."""
+"""The two questions; FP32 runs from changed weights answer the first, those with other seeds the second."""
 
 
 def _times(n: int) -> str:

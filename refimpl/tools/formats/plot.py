@@ -1,4 +1,4 @@
-"""The picture of the formats: how far apart their values are, and from where to where they reach."""
+"""A picture of the formats: the spacing of their values, and their ranges."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PICTURE = Path("formats.png")
 
 
 def plot_formats(path: Path, formats: Sequence[str], overwrite: bool = False) -> Path:
-    """Draw two panels, distances of values above and ranges below, and write them as a PNG; returns where.
+    """Draw two panels, spacing above and ranges below, write them as a PNG, and return its path.
 
-    Errors: UsageError without matplotlib, for a name that does not end in .png, and where the file cannot be written.
+    Errors: UsageError without matplotlib, for a name that does not end in .png, or if the file cannot be written.
     """
     if path.suffix != ".png":
-        raise UsageError(f"--plot {path}: the picture is a PNG, so its name ends in .png")
+        raise UsageError(f"--plot {path}: the picture is a PNG, so its name must end in .png")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def plot_formats(path: Path, formats: Sequence[str], overwrite: bool = False) ->
 
 
 def spacing(fmt: str) -> tuple[list[float], list[float]]:
-    """log2 of the magnitudes where the binades of a format begin, and of its largest value; log2 of the ulp from there on."""
+    """Return log2 of the magnitudes where binades begin, and of the largest value; and log2 of the ulp from each on."""
     row = FORMATS[fmt]
     first, last = (math.frexp(value)[1] - 1 for value in (row.smallest_subnormal, row.max))
     exponents = range(first, last + 1)
@@ -50,8 +50,8 @@ def spacing(fmt: str) -> tuple[list[float], list[float]]:
 
 
 def _draw_spacing(axes: Any, formats: Sequence[str]) -> None:
-    """Logarithmic both ways, in the window of the formats of up to five exponent bits; wider ones look the same outside."""
-    for i, fmt in enumerate(formats):  # those with the same fraction bits lie upon each other: later ones are thinner
+    """Draw the spacing on logarithmic axes, in the range of the formats with up to five exponent bits if there are any."""
+    for i, fmt in enumerate(formats):  # formats with equal fraction bits overlap, so later lines are thinner
         axes.plot(*spacing(fmt), drawstyle="steps-post", lw=6 - 4 * i / len(formats), color=f"C{i}", label=fmt)
     window = [fmt for fmt in formats if FORMATS[fmt].exponent_bits <= 5] or formats
     left = min(math.log2(FORMATS[fmt].smallest_subnormal) for fmt in window) - 4
@@ -61,7 +61,7 @@ def _draw_spacing(axes: Any, formats: Sequence[str]) -> None:
     axes.set_ylim(min(seen) - 2, max(seen) + 2)
     axes.set_xlabel("magnitude")
     axes.set_ylabel("distance to the next value (ulp)")
-    axes.set_title("How far apart the values of each format are")
+    axes.set_title("Spacing of the values of each format")
     axes.legend(loc="upper left")
     axes.grid(alpha=0.3)
 
@@ -76,8 +76,8 @@ def _draw_ranges(axes: Any, formats: Sequence[str]) -> None:
         axes.annotate(f" {row.max:.6g}", (largest, i), va="center")
     axes.set_yticks(range(len(formats)), formats)
     axes.invert_yaxis()
-    axes.use_sticky_edges = False  # room for the numbers at both ends
+    axes.use_sticky_edges = False  # leaves room for the numbers at both ends
     axes.margins(x=0.15)
     axes.set_xlabel("magnitude")
-    axes.set_title("From the smallest to the largest value: subnormal light, normal dark")
+    axes.set_title("Range of each format, from the smallest to the largest value: subnormal light, normal dark")
     axes.grid(alpha=0.3, axis="x")

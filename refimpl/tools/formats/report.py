@@ -1,4 +1,4 @@
-"""What scripts/formats.py shows: the facts of each format, and what becomes of a number that is stored in it."""
+"""The `formats` command: the facts of each format, and how it stores a given number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from refimpl.tools.precision_report.counts import Effects, effects_of
 from refimpl.training.console import json_text, table
 
 COMMON = ("fp32", "tf32", "fp16", "bf16", "e4m3", "e5m2", "e2m1")
-"""The formats that numbers are shown in if none are chosen."""
+"""The formats in which numbers are shown by default."""
 
 
 def show_formats(
@@ -33,15 +33,16 @@ def show_formats(
     overwrite: bool = False,
     as_json: bool = False,
 ) -> None:
-    """What scripts/formats.py does: print the facts of the formats, or, given `values`, what each format makes of them.
+    """Print the facts of the formats or, if there are `values`, how each format stores them.
 
-    values: as `read_number` reads them. formats: names, with commas between them. overflow: of formats of 8 bits and
-    fewer, as `cast` takes it. plot: where to draw the formats. Errors: UsageError for what it cannot read or write.
+    values: texts for `read_number`. formats: comma-separated names. overflow: argument of `cast` for formats of 8 bits and
+    fewer. plot: a file to draw the formats in. Errors: UsageError for arguments that cannot be read, or a file that cannot be
+    written.
     """
     chosen = chosen_formats(formats) if formats is not None else None
     given = [read_number(text) for text in values]
     if plot is not None:
-        shown = chosen or [fmt for fmt in FORMATS if fmt != "fp64"]  # beside fp64 the others would be dots
+        shown = chosen or [fmt for fmt in FORMATS if fmt != "fp64"]  # on fp64's scale the others would be dots
         print(f"drawn: {plot_formats(plot, shown, overwrite)}", file=sys.stderr)
     if as_json:
         numbers = [number_data(number, chosen or COMMON, overflow) for number in given]
@@ -53,7 +54,7 @@ def show_formats(
 
 
 def chosen_formats(names: str) -> list[str]:
-    """'fp16,bf16' -> ['fp16', 'bf16']. Errors: UsageError for an unknown one."""
+    """Return the names of formats: 'fp16,bf16' -> ['fp16', 'bf16']. Errors: UsageError for an unknown name."""
     chosen = list(dict.fromkeys(names.split(",")))
     for name in chosen:
         if name not in FORMATS:
@@ -65,7 +66,7 @@ def chosen_formats(names: str) -> list[str]:
 
 
 def facts(fmt: str) -> dict[str, Any]:
-    """The facts of one format, as data. `bits` are those of information, `bytes` those of storage in an array."""
+    """Return the facts of a format as data. `bits` counts the bits of a value, `bytes` its size in an array."""
     row = FORMATS[fmt]
     return {
         "dtype": row.dtype.name,
@@ -86,7 +87,7 @@ def facts(fmt: str) -> dict[str, Any]:
 
 
 def resolution(fmt: str) -> float:
-    """10^-d, where every decimal number of d digits in the normal range can be told again from the value it is rounded to.
+    """Return 10^-d, where d decimal digits in the normal range survive the conversion to the format and back.
 
         d = floor(fraction_bits * log10(2))
 
@@ -97,7 +98,7 @@ def resolution(fmt: str) -> float:
 
 
 def facts_text(chosen: Sequence[str]) -> str:
-    """Two tables, layouts and numbers, and the remarks on them."""
+    """Return two tables, layouts and numbers, with remarks."""
     layouts, numbers = [], []
     for fmt in chosen:
         fact = facts(fmt)
@@ -108,9 +109,9 @@ def facts_text(chosen: Sequence[str]) -> str:
         numbers.append([fmt, _as_torch(fact["max"]), _as_torch(fact["min"]), *small, _as_torch(fact["resolution"])])
     return "\n\n".join(
         [
-            "Layouts: sign, exponent and fraction bits, all bits of a value, and the bytes that it takes in an array.",
+            "Layouts: sign, exponent, fraction and all bits of a value, and its bytes in an array.",
             table(["format", "dtype", "sign", "exponent", "fraction", "bits", "bytes", "infinity", "NaN"], layouts),
-            "Numbers, as torch.finfo prints them, with powers of two beside.",
+            "Numbers, as torch.finfo prints them, with powers of two.",
             table(["format", "max", "min", "smallest normal", "smallest subnormal", "eps", "resolution"], numbers),
             "\n".join(f"* {remark}" for remark in remarks(chosen)),
         ]
@@ -118,7 +119,7 @@ def facts_text(chosen: Sequence[str]) -> str:
 
 
 def _as_torch(value: float) -> str:
-    """Six digits, as torch.finfo prints its numbers."""
+    """Return a number with six digits, as torch.finfo prints it."""
     return f"{value:.6g}"
 
 
@@ -127,20 +128,20 @@ def _with_power(value: float | None) -> str:
 
 
 def _power_of_two(value: float) -> str:
-    """'2^-24' for 2^-24, '-2^3' for -8, and nothing for a value that is no power of two."""
+    """Return '2^-24' for 2^-24, '-2^3' for -8, and '' for a value that is not a power of two."""
     significand, exponent = math.frexp(value)
     return f"{'-' * (value < 0)}2^{exponent - 1}" if abs(significand) == 0.5 else ""
 
 
 def remarks(chosen: Sequence[str]) -> list[str]:
-    """What is often told wrong of these formats: the remarks that are about the chosen ones only."""
+    """Return remarks on common errors about the chosen formats."""
     fp32, tf32, fp16, bf16, e2m1 = (FORMATS[fmt] for fmt in ("fp32", "tf32", "fp16", "bf16", "e2m1"))
     every = [
         (
             {"fp32", "fp16", "bf16"},
             f"fp32 and fp16 do not share a range: fp32 has {fp32.exponent_bits} exponent bits and ends at"
             f" {_as_torch(fp32.max)}, fp16 has {fp16.exponent_bits} and ends at {_as_torch(fp16.max)}."
-            f"\n  It is bf16 that has the {bf16.exponent_bits} exponent bits of fp32, and nearly its range: it ends at"
+            f"\n  bf16 has the {bf16.exponent_bits} exponent bits of fp32, and nearly its range: it ends at"
             f" {_as_torch(bf16.max)}.",
         ),
         (
@@ -150,34 +151,34 @@ def remarks(chosen: Sequence[str]) -> list[str]:
         ),
         (
             {"tf32"},
-            "tf32 is a mode of matrix units and no array type: its values are stored as fp32,"
+            "tf32 is a mode of matrix units, not an array type: its values are stored as fp32,"
             f" in {tf32.itemsize} bytes, of which it uses {tf32.bits} bits.",
         ),
         (
             {"fp16", "bf16"},
             "eps is the distance from 1 to the next value; from 2^e to 2^(e+1) it is eps * 2^e, down to the smallest normal."
-            "\n  It is not `resolution`, which is 10^-d for the d decimal digits that a format always keeps:"
+            "\n  It differs from `resolution`, which is 10^-d for the d decimal digits that a format always keeps:"
             f"\n  fp16 has eps {_as_torch(fp16.eps)} and resolution {_as_torch(resolution('fp16'))},"
             f" bf16 {_as_torch(bf16.eps)} and {_as_torch(resolution('bf16'))}.",
         ),
         (
             {"fp16"},
-            "`tiny` of torch.finfo is the smallest normal value, not the smallest one: below"
-            f" {_power_of_two(fp16.smallest_normal)} fp16 goes on with"
-            f"\n  subnormal values, {_power_of_two(fp16.smallest_subnormal)} apart, down to that.",
+            "`tiny` of torch.finfo is the smallest normal value, not the smallest value: below"
+            f" {_power_of_two(fp16.smallest_normal)} fp16 has"
+            f"\n  subnormal values at a distance of {_power_of_two(fp16.smallest_subnormal)}.",
         ),
         (
             {"e4m3"},
-            "e4m3 has no infinity. What is too large for it becomes NaN in ml_dtypes, and the largest value in PyTorch 2.13.",
+            "e4m3 has no infinity. Larger numbers become NaN in ml_dtypes, and the largest value in PyTorch 2.13.",
         ),
         (
             {"e2m1"},
-            f"An array of e2m1 takes a byte a value, though it has {e2m1.bits} bits; packed, {8 // e2m1.bits} fill a byte.",
+            f"An array of e2m1 takes one byte per value, not {e2m1.bits} bits; packed, {8 // e2m1.bits} values fill a byte.",
         ),
         (
             {"e8m0"},
             "e8m0 is for scales: powers of two without sign, zero or subnormals. 0 and negative numbers become NaN here and"
-            "\n  in ml_dtypes; PyTorch takes the magnitude, and for 0 the smallest value.",
+            "\n  in ml_dtypes; PyTorch uses the magnitude, and for 0 the smallest value.",
         ),
     ]
     return [remark for about, remark in every if about <= set(chosen)]
@@ -198,7 +199,7 @@ _WORD = re.compile(r"[+-]?(inf|infinity|nan)", _FLAGS)
 
 @dataclass(frozen=True)
 class Number:
-    """A number as a person wrote it, as FP64 holds it, and whether that is what was written."""
+    """A number as text and in FP64, and whether the two are equal."""
 
     text: str
     fp64: float
@@ -206,9 +207,9 @@ class Number:
 
 
 def read_number(text: str) -> Number:
-    """'0.1', '-1e-8', '0x1p-24', '2^-24', sums of them such as '1+2^-11+2^-30', 'inf' or 'nan', rounded to FP64 once.
+    """Return a number from its text, rounded once to FP64.
 
-    Errors: UsageError for anything else.
+    The text may be '0.1', '-1e-8', '0x1p-24', '2^-24', a sum such as '1+2^-11+2^-30', 'inf' or 'nan'. Errors: UsageError.
     """
     if _WORD.fullmatch(text):
         return Number(text, float(text), True)
@@ -218,7 +219,7 @@ def read_number(text: str) -> Number:
         terms = [_term(term) for term in _TERM.findall(text)]
     except ValueError:
         raise UsageError(
-            f"{text[:60] + ' ...' * (len(text) > 60)!r} is no number; these are: "
+            f"{text[:60] + ' ...' * (len(text) > 60)!r} is not a number; examples: "
             f"0.1, -1e-8, 0x1p-24, 2^-24, 1+2^-11, inf, nan (exponents of up to four digits)"
         ) from None
     exactly = sum(terms, Fraction(0))
@@ -232,7 +233,7 @@ def read_number(text: str) -> Number:
 
 
 def _term(text: str) -> Fraction:
-    """One term of a sum, exactly. Errors: ValueError for more digits than Python reads."""
+    """Return one term of a sum exactly. Errors: ValueError for more digits than Python reads."""
     sign = -1 if text.startswith("-") else 1
     text = text.lstrip("+-").lower()
     if text.startswith("2^"):
@@ -251,8 +252,8 @@ def _term(text: str) -> Fraction:
 class Stored:
     """One number in one format.
 
-    bits: sign|exponent|fraction. value: what is stored; shown: the same for the eye. happened: what the rounding did.
-    error_ulps: (value - number) / ulp, signed, from the FP64 number; None where the number is beyond the format.
+    bits: sign|exponent|fraction. value: the stored value; shown: its text. happened: what the rounding did.
+    error_ulps: (value - number) / ulp, signed, from the FP64 number; None if the number is beyond the format.
     """
 
     bits: str
@@ -263,9 +264,9 @@ class Stored:
 
 
 def store(number: float, fmt: str, overflow: str = "saturate") -> Stored:
-    """Round an FP64 number to a format by `cast`, and say what happened.
+    """Round an FP64 number to a format by `cast`, and describe the result.
 
-    overflow: 'saturate' or 'inf', for formats of 8 bits and fewer; the wider ones always overflow to infinity.
+    overflow: 'saturate' or 'inf', for formats of 8 bits and fewer; wider ones always overflow to infinity.
     """
     y = _cast(number, fmt, overflow)
     value = float(y)
@@ -283,7 +284,7 @@ def store(number: float, fmt: str, overflow: str = "saturate") -> Stored:
     return Stored(_fields(y, fmt), value, shown(value, fmt), error, happened)
 
 
-_TWICE = "by way of fp32"
+_TWICE = "through fp32"
 
 
 def _cast(number: float, fmt: str, overflow: str) -> Any:
@@ -291,18 +292,18 @@ def _cast(number: float, fmt: str, overflow: str) -> Any:
 
 
 def _fields(y: Any, fmt: str) -> str:
-    """`bits`; for TF32 without the last 13, which are zero: it has 10 of the 23 fraction bits of the fp32 that stores it."""
+    """Return a value's bits; for TF32 without the last 13, which are zero: it has 10 of the 23 fraction bits of fp32."""
     dropped = FORMATS["fp32"].fraction_bits - FORMATS["tf32"].fraction_bits
     return bit_string(y)[:-dropped] if fmt == "tf32" else bit_string(y)
 
 
 def rounded_once(number: float, fmt: str) -> float:
-    """The nearest value of a format without a largest one, in a single rounding from FP64.
+    """Return the nearest value of a format, as if it had no largest value, in a single rounding from FP64.
 
-        round(|number| / ulp) * ulp        round: to the nearest integer, ties to the even one
+        round(|number| / ulp) * ulp        round: to the nearest integer, ties to even
 
-    `cast` goes by way of fp32 instead, as PyTorch does: where the first rounding lands on a tie, the second can differ.
-    e8m0 has no zero: what would round to it becomes the smallest value. Infinities and NaN are returned as they are.
+    `cast` first rounds to fp32, as PyTorch does: if that gives a tie, the second rounding can have another result.
+    e8m0 has no zero: numbers that would round to it become the smallest value. Infinities and NaN are returned unchanged.
     Source: IEEE 754-2019 section 4.3.1 (roundTiesToEven); Figueroa 1995, 'When is double rounding innocuous?'.
     """
     if not math.isfinite(number):
@@ -315,7 +316,7 @@ def rounded_once(number: float, fmt: str) -> float:
 def _what_happened(number: float, value: float, fmt: str, effects: Effects) -> str:
     row = FORMATS[fmt]
     if math.isnan(number):
-        return "NaN" if math.isnan(value) else f"no NaN in this format: becomes {value:g}"
+        return "NaN" if math.isnan(value) else f"the format has no NaN: becomes {value:g}"
     if value == number:
         return "exact" + ", subnormal" * bool(effects.subnormal)
     if not row.sign_bits and number < row.smallest_normal:  # e8m0 has no sign and no zero
@@ -323,15 +324,15 @@ def _what_happened(number: float, value: float, fmt: str, effects: Effects) -> s
     if not math.isfinite(value):
         return f"overflow to {shown(value, fmt)}"
     if effects.saturated or math.isinf(number):
-        return "saturated" + ", for there is no infinity and no NaN" * (row.specials == "none")
-    tie = "tie to even" if row.fraction_bits else "tie, goes up"  # e8m0 has no fraction that could be even
+        return "saturated" + ": the format has no infinity and no NaN" * (row.specials == "none")
+    tie = "tie to even" if row.fraction_bits else "tie, rounded up"  # e8m0 has no fraction that could be even
     if effects.flushed:
         return "flushed to zero" + f", a {tie}" * bool(effects.tie)
     return (tie if effects.tie else "rounded") + ", subnormal" * bool(effects.subnormal)
 
 
 def shown(value: float, fmt: str) -> str:
-    """A value of a format for the eye: exactly if 12 digits can, otherwise as many digits as tell it apart."""
+    """Return a value as text: exactly if 12 digits suffice, otherwise with as many digits as identify it in its format."""
     if math.isnan(value):
         return "NaN"
     exactly = f"{value:.12g}"
@@ -342,7 +343,7 @@ def shown(value: float, fmt: str) -> str:
 
 
 def numbers_text(numbers: Sequence[Number], chosen: Sequence[str], overflow: str) -> str:
-    """A table for each number, a row a format, and the key to them."""
+    """Return one table per number, with one row per format, and a key."""
     header = ["format", "bits", "stored", "error, ulps", "what happened"]
     parts = []
     for number in numbers:
@@ -353,19 +354,19 @@ def numbers_text(numbers: Sequence[Number], chosen: Sequence[str], overflow: str
             rows.append([fmt, y.bits, y.shown, error, y.happened])
         parts.append(f"{_as_fp64(number)}\n{table(header, rows, '  ')}")
     key = [
-        "bits: sign|exponent|fraction. error: stored less given (the FP64 number), in ulps, the distance between the values of",
-        "the format around the given one; '-' where it is beyond the format.",
+        "bits: sign|exponent|fraction. error: stored minus given (the FP64 number), in ulps, the distance between values of",
+        "the format around the given number; '-': the number is beyond the format.",
     ]
     if any(FORMATS[fmt].bits <= 8 for fmt in chosen):
         key.append(f"Formats of 8 bits and fewer: --overflow {overflow}. {_CONVENTIONS[overflow]}")
     if any(_TWICE in part for part in parts):
-        key.append(f"{_TWICE}: rounded twice, from FP64 to fp32 and from there to the format, as PyTorch does it.")
+        key.append(f"{_TWICE}: rounded twice, from FP64 to fp32 and from there to the format, as in PyTorch.")
     return "\n\n".join([*parts, "\n".join(key)])
 
 
 _CONVENTIONS = {
-    "saturate": "What is too large becomes the largest value, as in PyTorch 2.13's .to(float8_e4m3fn).",
-    "inf": "What is too large becomes an infinity or NaN where the format has one, as in ml_dtypes.",
+    "saturate": "Numbers that are too large become the largest value, as in PyTorch 2.13's .to(float8_e4m3fn).",
+    "inf": "Numbers that are too large become an infinity or NaN if the format has one, as in ml_dtypes.",
 }
 
 
@@ -376,6 +377,6 @@ def _as_fp64(number: Number) -> str:
 
 
 def number_data(number: Number, chosen: Sequence[str], overflow: str) -> dict[str, Any]:
-    """One number in the chosen formats, as data; fp64 is null for infinities and NaN, which `text` tells."""
+    """Return a number in the chosen formats as data; fp64 is null for infinities and NaN, which `text` identifies."""
     stored = {fmt: asdict(store(number.fp64, fmt, overflow)) for fmt in chosen}
     return {"text": number.text, "fp64": number.fp64, "exact_in_fp64": number.exact, "overflow": overflow, "stored": stored}

@@ -1,4 +1,4 @@
-"""Figures as small SVGs that stand in an HTML page as text. Needs matplotlib."""
+"""Figures as small SVGs inside an HTML page. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-SIZE = (4.3, 3.1)  # inches: two beside each other on a desktop, one on a phone, and the text in it legible on both
+SIZE = (4.3, 3.1)  # inches: text stays legible with two figures per row on a desktop, and with one on a phone
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 10, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
     "legend.fontsize": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "path",
@@ -19,7 +19,7 @@ NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure. name: begins all its ids; label: what it shows, for who cannot see it; caption: what to conclude."""
+    """A figure. name: prefix of its ids; label: description for screen readers; caption: what to conclude."""
 
     name: str
     title: str
@@ -29,7 +29,7 @@ class Picture:
 
 
 def as_svg(name: str, draw: Callable[[Any], None]) -> str:
-    """What `draw` draws into the axes it is given: the same bytes each time, with ids that no other figure has."""
+    """Return what `draw` draws on matplotlib axes as SVG: the same bytes each time, with ids that begin with `name`."""
     import matplotlib
     from matplotlib.figure import Figure
 

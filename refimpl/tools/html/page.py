@@ -1,4 +1,4 @@
-"""A page as one HTML file that needs no network, no other file and no script: its parts, as functions to text."""
+"""Parts of an HTML page that is one file and needs no network, no other file and no script. Functions return text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ summary { cursor: pointer }
 
 
 def document(title: str, sections: Iterable[str]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -57,28 +57,28 @@ def document(title: str, sections: Iterable[str]) -> str:
 
 
 def escape(words: str) -> str:
-    """Text as HTML. What is not ASCII is written as a number, so that the file reads the same in every encoding."""
+    """Return text as HTML; characters beyond ASCII become references, so that the file's encoding does not matter."""
     return html.escape(words).encode("ascii", "xmlcharrefreplace").decode()
 
 
 def text(words: str) -> str:
-    """The same, with powers of two raised (2^-24 or 2^(e+1)), and numbers kept on one line with their units."""
+    """Return text as HTML with powers of two as superscripts (2^-24 or 2^(e+1)) and no break between a number and its unit."""
     raised = re.sub(r"2\^(?:(-?\w+)|\(([^)]+)\))", r"2<sup>\1\2</sup>", escape(words))
     return re.sub(r"(\d) (%|dB)", r"\1&nbsp;\2", raised).replace("S = ", "S&nbsp;=&nbsp;")
 
 
 def section(title: str, *parts: str) -> str:
-    """A section under its title."""
+    """Return a section with its title."""
     return f"<section>\n<h2>{text(title)}</h2>\n{''.join(parts)}</section>\n"
 
 
 def paragraphs(sentences: Iterable[str]) -> str:
-    """A paragraph each."""
+    """Return one paragraph per sentence."""
     return "".join(f"<p>{text(sentence)}</p>\n" for sentence in sentences)
 
 
 def figures(pictures: Sequence[Picture]) -> str:
-    """Figures beside each other, as many as fit, with captions; nothing for none."""
+    """Return figures with captions, as many per row as fit; '' for none."""
     figures = "".join(
         f"<figure>\n<h3>{text(picture.title)}</h3>\n"
         f'{picture.svg.replace("<svg ", f"""<svg role="img" aria-label="{escape(picture.label)}" """, 1)}'
@@ -89,9 +89,9 @@ def figures(pictures: Sequence[Picture]) -> str:
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> str:
-    """A table in a box that scrolls sideways. words: not numbers.
+    """Return a table in a box that scrolls sideways. words: cells are text, not numbers.
 
-    The first cell of a row is its heading; where it is empty, the heading before spans this row too.
+    The first cell of a row is its heading; if it is empty, the heading above spans this row too.
     """
     kind = ' class="text"' if words else ""
     head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in heads)
