@@ -156,7 +156,7 @@ class NumPyBackend(Backend):
     def gemm(self, a: Array, b: Array, acc: str) -> Array:
         """Multiply as `Backend` does: two matrices in `row_blocks`, the matrices of a batch one by one."""
         if a.ndim != 2 or b.ndim != 2:
-            with workers().one_thread_a_product():
+            with workers().one_thread_per_product():
                 return super().gemm(a, b, acc)
         a, b = self.convert(widen, a, acc), self.convert(widen, b, acc)
         z = np.empty((len(a), b.shape[1]), dtype_of(acc))

@@ -49,7 +49,7 @@ class Workers:
         return getattr(self._here, "busy", False)
 
     @contextmanager
-    def one_thread_a_product(self) -> Iterator[int]:
+    def one_thread_per_product(self) -> Iterator[int]:
         """Let the BLAS compute each product on the calling thread, for the time of the context. Yields its threads before.
 
         Threads may enter at the same time, and nested: the first to enter notes the limit, the last to leave restores it.
@@ -80,7 +80,7 @@ class Workers:
         if self.at_work:
             return [f(item) for item in items]
         if self.threads == 1 or len(items) < 2:
-            with self.one_thread_a_product():
+            with self.one_thread_per_product():
                 return [f(item) for item in items]
         todo: list[Callable[[], R] | None] = [functools.partial(f, item) for item in items]
         results, errors, ended = list[Any]([None] * len(items)), list[BaseException](), SimpleQueue[int]()
@@ -98,7 +98,7 @@ class Workers:
                 ended.put(i)
             self._here.busy = False
 
-        with self.one_thread_a_product() as allowed:
+        with self.one_thread_per_product() as allowed:
             for _ in range(min(self.threads, allowed, len(items)) - 1):
                 # In a copy of the caller's context, which holds np.errstate.
                 self._jobs.put(functools.partial(contextvars.copy_context().run, work))

@@ -5,4 +5,4 @@ from __future__ import annotations
 from typing import Any
 
 Array = Any
-"""A numpy.ndarray or a cupy.ndarray; no type covers both, so checkers are told nothing."""
+"""A numpy.ndarray or a cupy.ndarray; no type covers both, so for type checkers it is Any."""

@@ -61,7 +61,7 @@ def random_bits(seed: int, step: Array | int, start: int, n: int, stream: int = 
     Errors: ValueError for a number that is negative or too large for its words.
     """
     sizes = {"seed": (seed, 64), "stream": (stream, 32), "start": (start, 63), "n": (n, 63)}
-    if xp is np:  # on a device nobody waits to look at the step
+    if xp is np:  # on a device reading the step would wait
         step = int(step)
         sizes["step"] = step, 32
     for name, (value, size) in sizes.items():

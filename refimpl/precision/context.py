@@ -19,7 +19,8 @@ from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, widens_to, widest
 from refimpl.numerics.quantization.products import product
 from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, spread
-from refimpl.numerics.quantization.registry import SCHEMES, ScalingState
+from refimpl.numerics.quantization.registry import SCHEMES, quantize_operand, rotated_operand
+from refimpl.numerics.quantization.scaling_state import ScalingState
 from refimpl.precision.policy import SAME, WIDE, Policy
 
 MAP_BLOCK = 1 << 18
@@ -123,9 +124,9 @@ class Bound:
         """Quantize an operand, and report its elements to the monitor: divided by their scales, before and after rounding."""
         if axis is None:
             raise TypeError(f"{self.op}.{operand}: only the factors of linear's products can be quantized, not to {scheme}")
-        q = self.run.scales.quantize(scheme, x, axis, f"{self.place}.{operand}")
+        q = quantize_operand(self.run.scales, scheme, x, axis, f"{self.place}.{operand}")
         if self.run.monitor is not None:
-            source = self.run.scales.source(scheme, x, axis)
+            source = rotated_operand(self.run.scales, scheme, x, axis)
             self.run.monitor(f"{self.place}:{self.op}.{operand}", *self._rounding(source, q))
         return q
 

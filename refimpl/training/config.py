@@ -18,7 +18,7 @@ from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import LOSS_MEANS, Model
 from refimpl.nn.ops import fused_attention
 from refimpl.numerics.formats import FORMATS
-from refimpl.numerics.quantization.registry import ScalingState
+from refimpl.numerics.quantization.scaling_state import ScalingState
 from refimpl.optim.loss_scale import LossScale, make_loss_scale
 from refimpl.optim.optimizer import SCHEDULES, SGD, AdamW, Optimizer, Rule, Schedule
 from refimpl.optim.scaler_rules import find_scaler

@@ -96,16 +96,16 @@ def test_whoever_leaves_last_restores_what_the_first_has_found() -> None:
     some, inside, leave = Workers(blas, other), threading.Barrier(2, timeout=20), threading.Event()
 
     def stay() -> None:
-        with some.one_thread_a_product() as before:
+        with some.one_thread_per_product() as before:
             assert before == 3
             inside.wait()
             leave.wait(20)
 
     stays = threading.Thread(target=stay)
-    with some.one_thread_a_product():
+    with some.one_thread_per_product():
         stays.start()
         inside.wait()
-        with pytest.raises(ValueError, match="inner"), some.one_thread_a_product() as before:
+        with pytest.raises(ValueError, match="inner"), some.one_thread_per_product() as before:
             assert before == 3
             raise ValueError("inner")
         assert (blas.num_threads, other.num_threads) == (1, 1)
@@ -188,13 +188,13 @@ def test_the_blas_heeds_every_thread() -> None:
     (blas, *_), first, second, seen = ours._blas, threading.Event(), threading.Event(), list[int]()
 
     def rank(mine: threading.Event, other: threading.Event) -> None:
-        with ours.one_thread_a_product():
+        with ours.one_thread_per_product():
             seen.append(blas.num_threads)
             mine.set()
             other.wait(20)
         time.sleep(0.05)  # it lives on, as the thread that threadpoolctl would go on to heed
 
-    with ours.one_thread_a_product():
+    with ours.one_thread_per_product():
         pass
     for _ in range(3):
         first.clear()

@@ -1,4 +1,4 @@
-"""numerics.quantization.registry, and linear layers: each product spelled out with the quantizers, bounds of its
+"""numerics.quantization.registry, scaling_state, and linear layers: each product written out with the quantizers, bounds of its
 error, what delayed scaling and stochastic rounding remember, what a monitor is told; and that all of this can fail.
 """
 
@@ -28,8 +28,10 @@ from refimpl.numerics.quantization.mx import quantize_mx
 from refimpl.numerics.quantization.nvfp4 import quantize_nvfp4
 from refimpl.numerics.quantization.products import product
 from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, block_amax, spread
-from refimpl.numerics.quantization.registry import SCHEMES, ScalingState
+from refimpl.numerics.quantization.registry import SCHEMES, quantize_operand, rotated_operand
 from refimpl.numerics.quantization.rotation import random_signs, rotate
+from refimpl.numerics.quantization.scaling_state import ScalingState
+from refimpl.precision import context
 from refimpl.precision.context import Bound, Run
 from refimpl.precision.policy import EVERY_OTHER, Policy, Precision, low_products, uniform, with_sums
 from refimpl.precision.recipes import RECIPES
@@ -315,8 +317,8 @@ def test_an_operands_error_is_within_the_schemes_bound(scheme: str, axis: int) -
     x = normal(B * T, C)
     x[3:20, 5:40], x[7] = cast(np.float32(1e-6), "bf16"), 0  # whole blocks that are small beside the tensor, and zeros
     scales = ScalingState(SEED)
-    source = widen(scales.source(scheme, x, axis), "fp64")
-    q = scales.quantize(scheme, x, axis, "x")
+    source = widen(rotated_operand(scales, scheme, x, axis), "fp64")
+    q = quantize_operand(scales, scheme, x, axis, "x")
     bound = error_bound(scheme, cast(source, "fp32"), axis)
     error = np.abs(q.dequantize("fp64") - source)
     assert (error <= bound).all()
@@ -351,7 +353,7 @@ def test_a_products_error_is_within_the_sum_of_its_operands_bounds(name: str) ->
     for i, (key, pair) in enumerate(factors.items()):
         sizes, errors = [], []
         for scheme, (t, axis) in zip(FACTORS_OF[name][2 * i : 2 * i + 2], pair, strict=True):
-            source = scales.source(scheme, t, axis)
+            source = rotated_operand(scales, scheme, t, axis)
             error = error_bound(scheme, cast(source, "fp32"), axis)
             if source is not t:
                 error += 18 * 2.0**-24 * rotate_sizes(t, axis)
@@ -497,7 +499,8 @@ def test_a_frozen_run_shares_all_but_what_it_would_change() -> None:
 
 def test_one_tensor_in_two_formats_has_two_states() -> None:
     scales, x = ScalingState(), normal(8, 32)
-    assert [scales.quantize(f"{fmt}-delayed", x, 1, "a.x").fmt for fmt in ("e4m3", "e5m2", "e4m3")] == ["e4m3", "e5m2", "e4m3"]
+    found = [quantize_operand(scales, f"{fmt}-delayed", x, 1, "a.x").fmt for fmt in ("e4m3", "e5m2", "e4m3")]
+    assert found == ["e4m3", "e5m2", "e4m3"]
     scales.after_pass()
     factors = {name: float(state.factor) for name, state in scales.delayed.items()}
     assert factors["a.x.e5m2"] == pytest.approx(factors["a.x.e4m3"] * 57344 / 448)
@@ -567,13 +570,13 @@ def test_the_mean_of_many_stochastic_gradients_is_right() -> None:
     dy, n = cast(normal(16, 32, seed=3, std=1e-5), "fp32"), 400
     scales, total = ScalingState(SEED), np.zeros((16, 32))
     for _ in range(n):
-        total += scales.quantize("nvfp4-sr", dy, 1, "dy").dequantize("fp64")
-    q = scales.quantize("nvfp4-sr", dy, 1, "dy")
+        total += quantize_operand(scales, "nvfp4-sr", dy, 1, "dy").dequantize("fp64")
+    q = quantize_operand(scales, "nvfp4-sr", dy, 1, "dy")
     scale = spread(widen(q.scale_values(), "fp64") * float(q.tensor_scale), q.block, q.shape)
     inside = np.abs(dy) < 6 * scale  # the largest of a block may saturate
     ulp = np.maximum(0.5 * np.abs(dy), 0.5 * scale)
     assert (np.abs(total / n - dy) <= 5 * 0.5 * ulp / math.sqrt(n))[inside].all()
-    nearest = scales.quantize("nvfp4", dy, 1, "dy").dequantize("fp64")
+    nearest = quantize_operand(scales, "nvfp4", dy, 1, "dy").dequantize("fp64")
     assert not (np.abs(nearest - dy) <= 5 * 0.5 * ulp / math.sqrt(n))[inside].all()
 
 
@@ -581,13 +584,13 @@ def test_the_rotation_cancels() -> None:
     """dw of rotated operands is dw but for the roundings of 16 sums on either side: 18 U of the sums of sizes."""
     x, _, _, dy = operands()
     scales = ScalingState(SEED)
-    dy_r, x_r = scales.source("nvfp4-rotated-sr", dy, 0), scales.source("nvfp4-rotated", x, 0)
+    dy_r, x_r = rotated_operand(scales, "nvfp4-rotated-sr", dy, 0), rotated_operand(scales, "nvfp4-rotated", x, 0)
     assert not np.allclose(dy_r, widen(dy, "fp32")) and not np.allclose(x_r, widen(x, "fp32"))
     exact = widen(dy, "fp64").T @ widen(x, "fp64")
     bound = 2 * 18 * 2.0**-24 * rotate_sizes(dy, 0).T @ rotate_sizes(x, 0)
     assert (np.abs(widen(dy_r, "fp64").T @ widen(x_r, "fp64") - exact) <= bound).all()
     # control: with the signs of another seed it does not
-    strange = ScalingState(SEED + 1).source("nvfp4-rotated", x, 0)
+    strange = rotated_operand(ScalingState(SEED + 1), "nvfp4-rotated", x, 0)
     assert not (np.abs(widen(dy_r, "fp64").T @ widen(strange, "fp64") - exact) <= bound).all()
 
 
@@ -595,10 +598,11 @@ def test_what_16_does_not_divide_is_not_rotated() -> None:
     scales = ScalingState(SEED)
     for n in (1, 15, 24, 40):
         x = normal(n, 32)
-        assert scales.source("nvfp4-rotated", x, 0) is x
+        assert rotated_operand(scales, "nvfp4-rotated", x, 0) is x
     x = normal(32, 32)
-    assert scales.source("nvfp4-rotated", x, 0) is not x and scales.source("nvfp4", x, 0) is x
-    assert {scheme for scheme in SCHEMES if scales.source(scheme, x, 0) is not x} == {"nvfp4-rotated", "nvfp4-rotated-sr"}
+    assert rotated_operand(scales, "nvfp4-rotated", x, 0) is not x and rotated_operand(scales, "nvfp4", x, 0) is x
+    rotating = {scheme for scheme in SCHEMES if rotated_operand(scales, scheme, x, 0) is not x}
+    assert rotating == {"nvfp4-rotated", "nvfp4-rotated-sr"}
 
 
 # ---------------------------------------------------------------------------------------------------------- what is kept
@@ -608,7 +612,7 @@ def test_scales_are_kept_and_loaded() -> None:
     whole = ScalingState(SEED)
     for step in range(6):
         for fmt in ("e4m3", "e5m2"):
-            whole.quantize(f"{fmt}-delayed", normal(8, 32, seed=step), 1, "transformer.h.0.mlp.c_fc.x")
+            quantize_operand(whole, f"{fmt}-delayed", normal(8, 32, seed=step), 1, "transformer.h.0.mlp.c_fc.x")
         whole.after_pass()
     arrays = whole.arrays()
     name = "transformer.h.0.mlp.c_fc.x"
@@ -620,7 +624,7 @@ def test_scales_are_kept_and_loaded() -> None:
     resumed.load(6, read_only)
     for step in range(6, 9):
         for scales in (whole, resumed):
-            scales.quantize("e4m3-delayed", normal(8, 32, seed=step), 1, name)
+            quantize_operand(scales, "e4m3-delayed", normal(8, 32, seed=step), 1, name)
             drawn = scales.random_bits(name, (5,))
             scales.after_pass()
         assert scales.passes == whole.passes == step + 1
@@ -867,12 +871,10 @@ ALONG_AN_AXIS = ["fp8-rows", "fp8-blocks", "mxfp8", "mxfp8-floor", "mxfp6", "mxf
 
 @pytest.mark.parametrize("name", ALONG_AN_AXIS)
 def test_control_the_wrong_axis_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantize = ScalingState.quantize
-
     def along_the_other(scales: ScalingState, scheme: str, x: Array, axis: int, tensor: str) -> QuantizedTensor:
-        return quantize(scales, scheme, x, 1 - axis, tensor)
+        return quantize_operand(scales, scheme, x, 1 - axis, tensor)
 
-    monkeypatch.setattr(ScalingState, "quantize", along_the_other)
+    monkeypatch.setattr(context, "quantize_operand", along_the_other)
     with pytest.raises((AssertionError, ValueError)):
         assert_spelled_out(name)
 
@@ -882,14 +884,12 @@ def test_control_a_quantized_tensor_that_is_quantized_again_for_its_other_axis_i
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What comes of keeping x quantized along C for backward, and making the copy along the tokens from it."""
-    quantize = ScalingState.quantize
-
     def from_the_other(scales: ScalingState, scheme: str, x: Array, axis: int, tensor: str) -> QuantizedTensor:
         if axis == 0 and tensor.endswith(".x"):
-            x = quantize(scales, scheme.replace("-rotated", ""), x, 1, tensor).dequantize("bf16")
-        return quantize(scales, scheme, x, axis, tensor)
+            x = quantize_operand(scales, scheme.replace("-rotated", ""), x, 1, tensor).dequantize("bf16")
+        return quantize_operand(scales, scheme, x, axis, tensor)
 
-    monkeypatch.setattr(ScalingState, "quantize", from_the_other)
+    monkeypatch.setattr(context, "quantize_operand", from_the_other)
     with pytest.raises(AssertionError, match="dw"):
         assert_spelled_out(name)
 

@@ -21,7 +21,7 @@ from recipe_lists import MECHANISMS, others_slow
 
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.numerics.casts import widen
-from refimpl.numerics.quantization.registry import ScalingState
+from refimpl.numerics.quantization.scaling_state import ScalingState
 from refimpl.precision.recipes import RECIPES
 from refimpl.training.checkpoint import load, save
 from refimpl.training.config import Config

@@ -6,7 +6,8 @@
     nvfp4.py              blocks of 16 with an FP8 scale, and an FP32 scale for the tensor
     rotation.py           the Hadamard rotation that spreads outliers before NVFP4
     products.py           the product of two quantized matrices
-    registry.py           all schemes by the names that policies use, and what they remember during a run
+    registry.py           all schemes by the names that policies use
+    scaling_state.py      what schemes remember during a run
 
 A matrix product needs both operands quantized along the axis that it sums over, each from its unquantized source: y = x w^T
 takes x and w along C, dx = dy w takes dy and w along F, dw = dy^T x takes dy and x along the tokens. So each tensor is
@@ -25,8 +26,9 @@ from refimpl.numerics.quantization.mx import SCALE_RULES, quantize_mx
 from refimpl.numerics.quantization.nvfp4 import quantize_nvfp4
 from refimpl.numerics.quantization.products import product
 from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, block_amax, encode, spread
-from refimpl.numerics.quantization.registry import SCHEMES, ScalingState
+from refimpl.numerics.quantization.registry import SCHEMES
 from refimpl.numerics.quantization.rotation import hadamard, random_signs, rotate, rotate_back
+from refimpl.numerics.quantization.scaling_state import ScalingState
 
 __all__ = [
     "SCALE_RULES",
