@@ -38,7 +38,7 @@ def test_a_slow_network_decides_the_step() -> None:
 
 def test_the_prediction_says_what_it_is() -> None:
     text = prediction()
-    assert text.startswith("A PREDICTION, by arithmetic; nothing of it was run.")
+    assert text.startswith("A PREDICTION: nothing was run.")
     assert "112.0         does not fit" in text and text.splitlines()[-1].startswith("1024  3      0.1")
 
 
@@ -50,7 +50,7 @@ def test_the_page_shows_the_prediction() -> None:
 def test_what_cannot_be_compared_is_refused_before_anything_starts() -> None:
     script = load_script("bench")
     for words, message in (
-        (["--ranks", "1"], "--ranks is 1: it takes at least 2"),
+        (["--ranks", "1"], "--ranks is 1: it must be at least 2"),
         (["--ranks", "2", "--models", "nope"], "unknown model 'nope'"),
         (["--ranks", "2", "--recipes", "nope"], "unknown recipe 'nope'"),
     ):

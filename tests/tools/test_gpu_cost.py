@@ -136,7 +136,7 @@ def test_the_parts_of_the_table_sum_to_its_last_row(capsys: pytest.CaptureFixtur
     p = bf16()
     assert show(["bf16"], "h100") == 0 and text(p) in capsys.readouterr().out
     rows = [line.split() for line in text(p).splitlines()]
-    last = next(row for row in rows if row[:1] == ["together"])
+    last = next(row for row in rows if row[:1] == ["total"])
     launches, gemms, copies, flops, nbytes, ms, fair = (float(cell.replace(",", "")) for cell in last[1:])
     assert (launches, gemms, copies) == (sum(x.launches for x in p.lines), 219, 148 + 1)
     assert launches + gemms + copies == p.calls

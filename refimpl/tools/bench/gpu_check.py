@@ -1,9 +1,8 @@
-"""What scripts/gpu_check.py does: everything about the CuPy backend that only a GPU can show, as one report to paste.
+"""The `gpu_check` command: a report on the CuPy backend that only a GPU can give.
 
-Each recipe trains on the GPU and on the host from the same weights on the same batches. The first steps are written down
-and each is judged by itself, from the GPU's own values, with the bounds that PyTorch's runs are held to (`judge.py`);
-the free runs are held to the bars of `compare_pytorch.TRAJECTORY`. Then steps are timed, and watched for waits and for
-memory that is asked for anew.
+Each recipe trains on the GPU and on the host from the same weights on the same batches. The first steps are recorded, and each
+is judged from the GPU's own values by the bounds for runs of PyTorch (`parity/judge.py`); whole runs are compared by the
+limits of `parity.pytorch.TRAJECTORY`. Then steps are timed, and checked for waits and for new allocations of memory.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from refimpl.training.console import table
 
 RECIPES = ("fp32", "fp16", "bf16", "amp-fp16", "amp-bf16")
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "warmup": 10}
-"""A model that trains in seconds: 256 predictions a step, for which the trajectory bars are meant."""
+"""A model that trains in seconds, with 256 predictions per step, as the limits of trajectories assume."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A recipe's run on both backends, held against each other."""
+    """The comparison of a recipe's runs on both backends."""
 
     recipe: str
     findings: Sequence[Finding]
@@ -48,13 +47,13 @@ class Trained:
 
     @property
     def agrees(self) -> bool:
-        """Whether all of it is within its bounds."""
-        loss_bar, drift_bar = TRAJECTORY["fp32" if self.recipe == "fp32" else "16 bits"]
-        near = self.loss_difference <= loss_bar and self.drift <= drift_bar
+        """Return whether everything is within its bounds."""
+        loss_limit, drift_limit = TRAJECTORY["fp32" if self.recipe == "fp32" else "16 bits"]
+        near = self.loss_difference <= loss_limit and self.drift <= drift_limit
         return near and self.same_scales and not any(finding.departs for finding in self.findings)
 
     def row(self) -> list[str]:
-        """A line of the report."""
+        """Return a row of the report."""
         worst = max(self.findings, key=lambda f: np.nan_to_num(f.error, nan=np.inf))
         return [
             self.recipe, f"{worst.error:.2f} ({worst.where})", f"{self.loss_difference:.1e}", f"{self.drift:.1e}",
@@ -63,7 +62,7 @@ class Trained:
 
 
 def train_both(recipe: str, steps: int, sizes: dict[str, Any] = SIZES, backend: str = "cupy") -> Trained:
-    """Train on the backend and on the host; judge the first steps and compare the free runs."""
+    """Train on the backend and on the host; judge the first steps, and compare the whole runs."""
     there = Config.of({**sizes, "recipe": recipe, "steps": steps, "backend": backend})
     here = replace(there, backend="numpy")
     theirs, ours = record(there), record(here)
@@ -73,7 +72,7 @@ def train_both(recipe: str, steps: int, sizes: dict[str, Any] = SIZES, backend: 
 
 
 def loss_difference(ours: Trace, theirs: Trace) -> float:
-    """The median of the differences of the losses, over steps where both are finite."""
+    """Return the median over steps of the loss difference, where both losses are finite."""
     losses = [np.array([float(trace.tensors[f"{step}/2.loss"]) for step in ours.steps]) for trace in (ours, theirs)]
     difference = np.abs(losses[0] - losses[1])
     finite = difference[np.isfinite(difference)]
@@ -81,7 +80,7 @@ def loss_difference(ours: Trace, theirs: Trace) -> float:
 
 
 def drift(ours: Trace, theirs: Trace) -> float:
-    """The L2 of the difference of the last masters, relative to the way that ours have gone."""
+    """Return the L2 norm of the difference of the final masters, relative to how far ours have moved."""
     first, last = ours.at(0, "4.master"), ours.steps[-1]
     mine, other = ours.at(last, "4.master"), theirs.at(last, "4.master")
     apart = sum(float(np.square(mine[k] - other[k]).sum()) for k in first)
@@ -93,7 +92,7 @@ def drift(ours: Trace, theirs: Trace) -> float:
 
 
 class OnDevice(Ours):
-    """A run of the CuPy backend that takes one step at a time."""
+    """A run of the CuPy backend that makes one step at a time."""
 
     def __init__(self, sizes: dict[str, int], recipe: str) -> None:
         super().__init__(sizes, recipe, "cupy")
@@ -102,11 +101,11 @@ class OnDevice(Ours):
         self.on_device = tuple(backend.from_host(x) for x in self.batch)
 
     def queue(self) -> None:
-        """A step without a look at its result, as training takes it between two lines of the log."""
+        """Start a step without reading its result, as training does between two lines of the log."""
         self.training.step([self.on_device])
 
     def step(self) -> float:
-        """A step, and the wait for its end."""
+        """Make a step and wait for its end."""
         self.queue()
         self.cupy.cuda.Device().synchronize()
         return 0.0
@@ -114,15 +113,15 @@ class OnDevice(Ours):
 
 @contextmanager
 def no_waits() -> Iterator[None]:
-    """An error where the host asks for a value of the device, and so waits for it."""
+    """Raise an error where the host reads a value from the device, and so waits for it."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "cupyx.allow_synchronize")  # CuPy has nothing in the place of what it deprecates
+        warnings.filterwarnings("ignore", "cupyx.allow_synchronize")  # deprecated in CuPy, without a replacement
         with importlib.import_module("cupyx").allow_synchronize(False):
             yield
 
 
 def speed(model: str, recipe: str, rounds: int) -> list[str]:
-    """A line of the table: step time here and in PyTorch, memory at its most, and whether the pool stayed as it was."""
+    """Return a row: step times of both, the size of the memory pool, and whether the pool grew during the timed steps."""
     ours = OnDevice(MODELS[model], recipe)
     pool = ours.cupy.get_default_memory_pool()
     for _ in range(WARM_UP):
@@ -138,7 +137,7 @@ def speed(model: str, recipe: str, rounds: int) -> list[str]:
 
 
 def torch_time(model: str, recipe: str, batch: tuple[np.ndarray, np.ndarray], rounds: int) -> float | None:
-    """Seconds of a step of the fastest variant in PyTorch on the GPU; None where PyTorch, its GPU or the variant is missing."""
+    """Return seconds per step of PyTorch's fastest variant on the GPU; None without PyTorch, its GPU or a variant."""
     try:
         import torch
     except ImportError:
@@ -160,12 +159,12 @@ def torch_time(model: str, recipe: str, batch: tuple[np.ndarray, np.ndarray], ro
 
 
 def device(cupy: Any) -> str:
-    """The GPU, and what drives it."""
+    """Return the name of the GPU, and the versions of driver, CUDA and CuPy."""
     runtime = cupy.cuda.runtime
     properties = runtime.getDeviceProperties(cupy.cuda.Device().id)
     name = properties["name"].decode()
     if "CUPY_ON_CPU" in os.environ:
-        name = f"NO GPU, CuPy runs on the processor, times mean nothing ({name})"
+        name = f"NO GPU: CuPy runs on the processor, and times mean nothing ({name})"
     return (
         f"{name}, compute capability {properties['major']}.{properties['minor']}, "
         f"{properties['totalGlobalMem'] / 2**30:.0f} GiB; driver {runtime.driverGetVersion()}, "
@@ -174,7 +173,7 @@ def device(cupy: Any) -> str:
 
 
 def kernel_tests(tests: Path) -> tuple[bool, str]:
-    """Whether the tests of each kernel against its twin pass (`pytest -m gpu`), and their last line."""
+    """Return whether the tests of each kernel against its NumPy definition pass (`pytest -m gpu`), and their output."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)], capture_output=True, text=True, cwd=tests.parent
     )
@@ -184,17 +183,17 @@ def kernel_tests(tests: Path) -> tuple[bool, str]:
 
 
 def check(tests: Path, recipes: Sequence[str], steps: int, models: Sequence[str], rounds: int) -> int:
-    """Run everything and print the report; 0 where all of it holds, else 1. Errors: UsageError without CuPy or a GPU."""
+    """Run all checks and print the report. Return 0 if all pass, else 1. Errors: UsageError without CuPy or a GPU."""
     cupy: Any = get_backend("cupy").xp
     print(f"refimpl on {device(cupy)}\n", flush=True)
     passed, line = kernel_tests(tests)
-    print(f"kernels against their twins (pytest -m gpu): {line}\n", flush=True)
+    print(f"kernels against their NumPy definitions (pytest -m gpu): {line}\n", flush=True)
     trained = [train_both(recipe, steps) for recipe in recipes]
-    header = ["recipe", "nearest to its bound", "loss", "drift", "scales", "verdict"]
+    header = ["recipe", "closest to its bound", "loss", "drift", "scales", "verdict"]
     print(f"{steps} steps against the numpy backend:\n{table(header, [t.row() for t in trained])}\n", flush=True)
     header = ["model", "recipe", "step ms", "PyTorch ms", "ratio", "pool MiB", "pool"]
     rows = [speed(model, recipe, rounds) for model in models for recipe in recipes]
-    print(f"medians of {rounds} steps, each waited for; none waits by itself:\n{table(header, rows)}\n")
+    print(f"medians of {rounds} steps with a wait after each; no step waits within:\n{table(header, rows)}\n")
     good = passed and all(t.agrees for t in trained)
-    print("HOLDS" if good else "DOES NOT HOLD: please report this page")
+    print("PASSED" if good else "FAILED: please report this output")
     return 0 if good else 1

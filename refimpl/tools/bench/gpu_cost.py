@@ -1,12 +1,12 @@
-"""What a training step of the GPT should cost on a GPU, by arithmetic alone: `scripts/gpu_check.py --predict`.
+"""The predicted cost of a training step of the GPT on a GPU, for `scripts/gpu_check.py --predict`.
 
-Nothing here runs a model or needs a GPU. Each line of the ledger is a call that the CuPy backend makes in a step: a kernel
-with the arrays that it reads and writes, a product with its sizes, a copy. It follows backends/cupy_ops.py and
-cupy_passes.py line by line; test_gpu_cost.py holds names, numbers and sizes of all calls against those that the real
-CuPy makes. The calls are facts. The times are a prediction, and no more than that.
+Nothing here runs a model or needs a GPU. Each line of the ledger is a kind of call that the CuPy backend makes in a step: a
+kernel with the arrays that it reads and writes, a matrix product with its sizes, or a copy. It follows backends/cupy/ops.py
+and passes.py line by line; tests/tools/test_gpu_cost.py compares the names, numbers and sizes of all calls with those that
+CuPy makes. The times are only a prediction:
 
-    time of a call = max(FLOPs / peak, bytes / bandwidth) + the gap between two calls
-    time of a step = max(the sum over its calls, calls x time of the host for one)
+    time of a call = max(FLOPs / peak, bytes / bandwidth) + gap between two calls
+    time of a step = max(sum over its calls, number of calls x time of the host per call)
 
     L layers   B sequences   T positions   R = B T rows   C width   H heads   D = C / H   V vocabulary   N parameters
 """
@@ -33,15 +33,15 @@ from refimpl.training.console import table
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device as its maker describes it, and two costs of a call that are assumed: no data sheet has them."""
+    """A device: figures of its data sheet, and two assumed costs per call, which no data sheet has."""
 
     name: str
-    bandwidth: float  # bytes a second, to and from its memory
-    flops: Mapping[str, float]  # format of a product's operands -> multiplications and additions a second, sums in FP32
+    bandwidth: float  # bytes per second, to and from its memory
+    flops: Mapping[str, float]  # format of a product's operands -> multiplications and additions per second, sums in FP32
     memory: float  # bytes
     multiprocessors: int
-    gap: float = 2e-6  # seconds from the end of a call to the start of the next one on the device
-    host: float = 10e-6  # seconds that Python, CuPy and the driver need for one call
+    gap: float = 2e-6  # seconds between the end of a call and the start of the next on the device
+    host: float = 10e-6  # seconds of Python, CuPy and the driver per call
 
 
 _PEAK = {"fp32": 67e12, "fp16": 989e12, "bf16": 989e12}
@@ -51,13 +51,13 @@ GPUS = {
 }
 """Source: NVIDIA's data sheets of the H100 and the H200 (SXM: 3.35 and 4.8 TB/s, 80 and 141 GB; both FP32 67 TFLOPS, BF16 and
 FP16 tensor cores 1979 TFLOPS with sparsity, which is half of that without); its white paper on the architecture for the 132
-multiprocessors. FP32 products take no TF32: `cublas.product` asks for CUBLAS_COMPUTE_32F, in which cuBLAS uses it only if the
-user's environment says so."""
+multiprocessors. FP32 products do not use TF32: `cublas.product` requests CUBLAS_COMPUTE_32F, for which cuBLAS uses TF32 only
+if an environment variable asks for it."""
 
 _SIZES: dict[str, Any] = dict(MODELS["gpt2"])
 BATCH = _SIZES.pop("batch_size")
 GPT2 = GPTConfig(**_SIZES)
-"""The transformer of GPT-2's smallest model, on bytes as every model here. Source: Radford et al. 2019."""
+"""The transformer of the smallest GPT-2, on bytes like every model here. Source: Radford et al. 2019."""
 
 # ---------------------------------------------------------------------------------------------------- the ledger
 
@@ -76,9 +76,9 @@ GEMM, COPY, CLEAR = "GEMM", "copy from device to device", "memset"
 
 @dataclass(frozen=True)
 class Line:
-    """Calls of one kind. name: the kernel as kernels.cu or CuPy calls it, or one of GEMM, COPY, CLEAR.
+    """Calls of one kind. name: the kernel's name in kernels.cu or CuPy, or one of GEMM, COPY, CLEAR.
 
-    nbytes: what all of these calls together read and write, each array once; blocks: of one launch, where we choose them.
+    nbytes: bytes that all these calls read and write, counting each array once. blocks: those of one launch, if we choose them.
     """
 
     part: str
@@ -87,31 +87,32 @@ class Line:
     nbytes: int
     blocks: int | None = None
     product: Product | None = None
-    result: str = ""  # of a product: the format of its result
+    result: str = ""  # the format of a product's result
 
     @property
     def launches(self) -> int:
-        """Kernels, without those that cuBLAS launches."""
+        """Return the number of kernels, without those that cuBLAS launches."""
         return 0 if self.name in (GEMM, COPY, CLEAR) else self.times
 
     @property
     def flops(self) -> int:
-        """2 M N K for each product; those of other kernels do not count."""
+        """Return 2 M N K per product; the FLOPs of other kernels are not counted."""
         return 0 if self.product is None else 2 * math.prod(self.product) * self.times
 
     def seconds(self, gpu: Gpu, fmt: str, fair: bool = False) -> float:
-        """By the roofline, and the gaps. fair: a multiprocessor gets no more than its share of the bandwidth.
+        """Return the time by the roofline model, and the gaps.
 
-        So a launch of fewer blocks than there are multiprocessors cannot use all of it. In truth it gets something between.
+        fair: a multiprocessor gets only its share of the bandwidth, so that a launch of fewer blocks than multiprocessors
+        cannot use all of it. The true bandwidth of such a launch is between the two.
         """
         share = min(1.0, self.blocks / gpu.multiprocessors) if fair and self.blocks else 1.0
         return max(self.flops / gpu.flops[fmt], self.nbytes / (gpu.bandwidth * share)) + self.times * gpu.gap
 
 
 class Ledger:
-    """Where the lines of a step are written down. Sizes are in elements: values in the storage format, fp32, int64.
+    """Collects the lines of a step. Sizes are in elements: values in the storage format, fp32, int64.
 
-    Single numbers, flags and the ranges of weight decay are left out: a few bytes a launch.
+    Single numbers, flags and the ranges of weight decay, a few bytes per launch, are left out.
     """
 
     def __init__(self, fmt: str) -> None:
@@ -121,34 +122,34 @@ class Ledger:
         self, part: str, name: str, times: int = 1, values: int = 0, fp32: int = 0, int64: int = 0,
         blocks: int | None = None,
     ) -> None:  # fmt: skip
-        """A kernel: the elements of each format that one launch reads and writes."""
+        """Add a kernel: the elements of each format that one launch reads and writes."""
         nbytes = values * itemsize(self.fmt) + 4 * fp32 + 8 * int64
         self.lines.append(Line(part, name, times, times * nbytes, blocks))
 
     def product(self, part: str, times: int, product: Product, result: str | None = None) -> None:
-        """A product, whose operands are read once; its result is in the storage format, or in `result`."""
+        """Add a product whose operands are read once; its result is in the storage format, or in `result`."""
         (M, N, K, batch), result = product, result or self.fmt
         nbytes = batch * ((M * K + K * N) * itemsize(self.fmt) + M * N * itemsize(result))
         self.lines.append(Line(part, GEMM, times, times * nbytes, product=product, result=result))
 
     def convert(self, part: str, elements: int, source: str, target: str, times: int = 1) -> None:
-        """CuPy's copy of an array into another format."""
+        """Add CuPy's copy of an array into another format."""
         nbytes = elements * (itemsize(source) + itemsize(target))
         name = f"cupy_copy__{dtype_of(source).name}_{dtype_of(target).name}"
         self.lines.append(Line(part, name, times, times * nbytes))
 
     def elementwise(self, part: str, name: str, n: int, arrays: int, times: int = 1) -> None:
-        """A kernel of ours over `arrays` arrays of n elements."""
+        """Add one of our kernels over `arrays` arrays of n elements."""
         self.launch(part, name, times, arrays * n, blocks=elementwise_grid(n)[0])
 
 
 def step_calls(config: GPTConfig, recipe: Recipe, batch_size: int) -> list[Line]:
-    """All calls of one step of `step.train_step`: one micro-batch that lies on the device, AdamW, clipping.
+    """Return all calls of `step.train_step` with one micro-batch on the device, AdamW and clipping.
 
-    Errors: UsageError for a recipe in which not every operation has its kernel.
+    Errors: UsageError for a recipe in which not every operation has a kernel.
     """
     kept, fmt = recipe.state, recipe.state["weights"]
-    updated = {kept["master"] or fmt, kept["m"], kept["v"]}  # in other formats by the definition
+    updated = {kept["master"] or fmt, kept["m"], kept["v"]}  # other formats have no kernel
     if recipe.policy.name not in FORMATS or updated != {"fp32"} or (kept["grads"], kept["main_grads"]) != (fmt, ""):
         raise UsageError(f"recipe {recipe.name}: the cost is known for {', '.join(FORMATS)}")
     t, L, R, C, V = Ledger(fmt), config.n_layer, batch_size * config.block_size, config.n_embd, config.vocab_size
@@ -160,7 +161,7 @@ def step_calls(config: GPTConfig, recipe: Recipe, batch_size: int) -> list[Line]
     _attention(t, config, batch_size)
     t.elementwise("gelu", "gelu_tanh_forward", 4 * R * C, 2, L)
     t.elementwise("gelu", "gelu_tanh_backward", 4 * R * C, 3, L)
-    t.elementwise("residuals, fan-in of gradients", "add_forward", R * C, 3, 4 * L)  # two sums a layer, each way
+    t.elementwise("residuals, fan-in of gradients", "add_forward", R * C, 3, 4 * L)  # two sums per layer, forward and backward
     _lm_head_and_loss(t, R, C, V)
     _update(t, config, recipe)
     _zero_dimensional(t, recipe)
@@ -168,13 +169,13 @@ def step_calls(config: GPTConfig, recipe: Recipe, batch_size: int) -> list[Line]
 
 
 def _weights_down(t: Ledger, config: GPTConfig, recipe: Recipe) -> None:
-    """Step 1. Without masters there is nothing to do."""
+    """Add part 1 of the step, which does nothing without masters."""
     if recipe.state["master"]:
         t.convert("weights down", gpt_model(config).n_params, recipe.state["master"], t.fmt)
 
 
 def _embedding(t: Ledger, config: GPTConfig, B: int) -> None:
-    """Rows of both tables, their sum by the definition of `add` (the shapes differ), and both gradients."""
+    """Add the lookup in both tables, the sum by the definition of `add` (the shapes differ), and both gradients."""
     part, T, C, V = "embedding", config.block_size, config.n_embd, config.vocab_size
     R = B * T
     t.launch(part, "cupy_arange__int_int_int64", int64=T)
@@ -196,7 +197,7 @@ def _embedding(t: Ledger, config: GPTConfig, B: int) -> None:
 
 
 def _layernorm(t: Ledger, times: int, R: int, C: int) -> None:
-    """One kernel forward; backward one by rows and one by columns."""
+    """Add layer norm: one kernel forward; backward, one by rows and one by columns."""
     t.launch("layer norm, forward", "layernorm_forward", times, 2 * R * C + 2 * C, 2 * R, blocks=math.ceil(R / WARPS))
     part, columns = "layer norm, backward", math.ceil(C / COLUMNS)
     t.launch(part, "layernorm_backward", times, 3 * R * C + C, 2 * R, blocks=math.ceil(R / WARPS))
@@ -204,7 +205,7 @@ def _layernorm(t: Ledger, times: int, R: int, C: int) -> None:
 
 
 def _linear(t: Ledger, times: int, R: int, n_in: int, n_out: int) -> None:
-    """A linear layer: its sums stay in FP32 until a kernel has added the bias; db is another kernel."""
+    """Add a linear layer: its sums stay in FP32 until a kernel has added the bias; db is another kernel."""
     t.product("linear: x w^T", times, Product(R, n_out, n_in), "fp32")
     t.launch("bias", "bias_forward", times, R * n_out + n_out, R * n_out, blocks=R)
     t.product("linear: dx = dy w", times, Product(R, n_in, n_out))
@@ -213,12 +214,12 @@ def _linear(t: Ledger, times: int, R: int, n_in: int, n_out: int) -> None:
 
 
 def _attention(t: Ledger, config: GPTConfig, B: int) -> None:
-    """Six batched products, a kernel each way for the softmax, and kernels that put heads together and apart."""
+    """Add attention: six batched products, one softmax kernel in each direction, and kernels that split and merge heads."""
     L, T, C, H = config.n_layer, config.block_size, config.n_embd, config.n_head
     D, scores = C // H, B * H * T
-    for name in ("split_heads", "merge_heads"):  # q, k, v and O forward; dO and dq, dk, dv backward
+    for name in ("split_heads", "merge_heads"):  # forward q, k, v and O; backward dO and dq, dk, dv
         for width in (C, 3 * C):
-            t.launch("attention, heads apart and together", name, L, 2 * B * T * width, blocks=B * T)
+            t.launch("attention, split and merge heads", name, L, 2 * B * T * width, blocks=B * T)
     inner, outer = Product(T, T, D, B * H), Product(T, D, T, B * H)
     for part, product in (
         ("attention: q k^T, P v", inner), ("attention: q k^T, P v", outer),
@@ -226,15 +227,15 @@ def _attention(t: Ledger, config: GPTConfig, B: int) -> None:
         ("attention: dv, dP, dq, dk", outer), ("attention: dv, dP, dq, dk", outer),
     ):  # fmt: skip
         t.product(part, L, product)
-    seen, blocks = scores * (T + 1) // 2, B * H * math.ceil(T / WARPS)  # later keys are not read, but written
+    seen, blocks = scores * (T + 1) // 2, B * H * math.ceil(T / WARPS)  # later keys are written but not read
     t.launch("attention softmax, forward", "causal_softmax_forward", L, seen + scores * T, blocks=blocks)
     t.launch("attention softmax, backward", "causal_softmax_backward", L, 2 * seen + scores * T, blocks=blocks)
 
 
 def _lm_head_and_loss(t: Ledger, R: int, C: int, V: int) -> None:
-    """The product with the token embedding, whose gradient has two parts; and the loss.
+    """Add the product with the token embedding, whose gradient is a sum of two, and the loss.
 
-    Forward passes over the logits twice, and both passes count: more rows are at work at once than caches hold.
+    Forward reads the logits twice, and both times count, since caches do not hold all rows that are processed at a time.
     """
     t.product("lm_head: y, dx, dw", 1, Product(R, V, C))
     t.product("lm_head: y, dx, dw", 1, Product(R, C, V))
@@ -247,7 +248,7 @@ def _lm_head_and_loss(t: Ledger, R: int, C: int, V: int) -> None:
 
 
 def _update(t: Ledger, config: GPTConfig, recipe: Recipe) -> None:
-    """The gradients on their way into the flat buffer, and steps 3 and 4. AdamW reads w, m, v, g and writes w, m, v."""
+    """Add the copies of gradients to the flat buffer, and parts 3 and 4. AdamW reads w, m, v, g and writes w, m, v."""
     parameters, N = gpt_model(config).parameters, gpt_model(config).n_params
     part, size = "gradients to the flat buffer", N * itemsize(t.fmt)
     t.lines.append(Line(part, CLEAR, 1, size))
@@ -268,7 +269,7 @@ ZERO_DIMENSIONAL = {
     },
     "t": {"add__int64_int_int64": 1, "where__bool_int64_int64_int64": 1},
 }  # fmt: skip
-"""What a step computes with single numbers on the device: CuPy's kernels, by their names there without 'cupy_'."""
+"""Kernels of CuPy that a step launches for single numbers, by their names without 'cupy_'."""
 
 ADAPTING = {
     "S smaller, and larger": {
@@ -280,11 +281,11 @@ ADAPTING = {
         "where__bool_int32_int32_int32": 1,
     },
 }  # fmt: skip
-"""The same for a loss scale that adapts."""
+"""Further ones for a dynamic loss scale."""
 
 
 def _zero_dimensional(t: Ledger, recipe: Recipe) -> None:
-    """Launches that move a few bytes each."""
+    """Add the launches for single numbers, of a few bytes each."""
     adapts = recipe.loss_scale == "dynamic"
     for kernels in (*ZERO_DIMENSIONAL.values(), *(ADAPTING.values() if adapts else ())):
         for name, times in kernels.items():
@@ -298,7 +299,7 @@ def _zero_dimensional(t: Ledger, recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step of one recipe on one device."""
+    """The predicted cost of a step of one recipe on one device."""
 
     config: GPTConfig
     recipe: Recipe
@@ -308,49 +309,49 @@ class Prediction:
 
     @property
     def calls(self) -> int:
-        """Everything that the host asks the device for."""
+        """Return the number of calls that the host makes."""
         return sum(line.times for line in self.lines)
 
     @property
     def tokens(self) -> int:
-        """Of one step."""
+        """Return the number of tokens per step."""
         return self.batch_size * self.config.block_size
 
     @property
     def flops(self) -> int:
-        """Of all products: forward and backward, none of them computed twice, attention whole and not its causal half."""
+        """Return the FLOPs of all products, each computed once, and attention without its causal mask."""
         return sum(line.flops for line in self.lines)
 
     def device_seconds(self, fair: bool = False) -> float:
-        """The sum over all calls; `fair` as in `Line.seconds`."""
+        """Return the time of all calls on the device; `fair` as in `Line.seconds`."""
         return sum(line.seconds(self.gpu, self.recipe.state["weights"], fair) for line in self.lines)
 
     @property
     def host_seconds(self) -> float:
-        """What the host needs for its calls, while the device works."""
+        """Return the time that the host needs for its calls."""
         return self.calls * self.gpu.host
 
     def seconds(self, fair: bool = False) -> float:
-        """Of a step: the slower of the two."""
+        """Return the time of a step, the larger of these two."""
         return max(self.device_seconds(fair), self.host_seconds)
 
     def utilization(self, fair: bool = False) -> float:
-        """FLOPs of the products over what the device could do in that time."""
+        """Return the FLOPs of the products divided by those that the device could compute in the time of a step."""
         return self.flops / (self.seconds(fair) * self.gpu.flops[self.recipe.state["weights"]])
 
 
 def predict(config: GPTConfig, recipe: Recipe, batch_size: int, gpu: Gpu = GPUS["h100"]) -> Prediction:
-    """The cost of a step. Errors: as `step_calls`."""
+    """Predict the cost of a step. Errors: as `step_calls`."""
     return Prediction(config, recipe, batch_size, gpu, step_calls(config, recipe, batch_size))
 
 
 def text(p: Prediction) -> str:
-    """A prediction as it is printed."""
+    """Return a prediction as it is printed."""
     c, gpu, fmt = p.config, p.gpu, p.recipe.state["weights"]
     parts: dict[str, list[Line]] = {}
     for line in p.lines:
         parts.setdefault(line.part, []).append(line)
-    rows = [_row(part, lines, gpu, fmt) for part, lines in [*parts.items(), ("together", list(p.lines))]]
+    rows = [_row(part, lines, gpu, fmt) for part, lines in [*parts.items(), ("total", list(p.lines))]]
     header = ["part of the step", "launches", "GEMMs", "copies", "GFLOP", "MB", "ms", "ms, fair shares"]
     N, states = gpt_model(c).n_params, p.recipe.bytes_per_parameter()
     activations = sum(term.nbytes for term in gpt_activations(c, p.recipe, p.batch_size, c.block_size))
@@ -359,22 +360,22 @@ def text(p: Prediction) -> str:
             f"{100 * p.utilization(fair):.0f} % of the peak" for fair in (False, True)]  # fmt: skip
     return "\n".join([
         f"recipe {p.recipe.name} on an {gpu.name}: GPT of {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, block "
-        f"{c.block_size}, vocabulary {c.vocab_size}, batch {p.batch_size}: {N:,} parameters, {p.tokens:,} tokens a step",
+        f"{c.block_size}, vocabulary {c.vocab_size}, batch {p.batch_size}: {N:,} parameters, {p.tokens:,} tokens per step",
         f"{gpu.bandwidth / 1e12:g} TB/s, {gpu.flops[fmt] / 1e12:g} TFLOP/s on {fmt} operands, {gpu.multiprocessors} "
-        f"multiprocessors; {1e6 * gpu.gap:g} us between two calls on the device, {1e6 * gpu.host:g} us of the host for a call",
+        f"multiprocessors; {1e6 * gpu.gap:g} us between two calls on the device, {1e6 * gpu.host:g} us of the host per call",
         "",
         table(header, rows),
         "",
         f"device  {both[0]}",
         f"        {both[1]}, with fair shares",
-        f"host    {p.calls} calls: {1e3 * p.host_seconds:.1f} ms, beside the device",
+        f"host    {p.calls} calls: {1e3 * p.host_seconds:.1f} ms, in parallel to the device",
         f"memory  {(states * N + activations) / 1e9:.2f} GB: model states {states} x {N:,}, "
-        f"activations {activations / 1e9:.2f} GB; for a moment {logits / 1e9:.2f} GB more, the gradient of the logits",
+        f"activations {activations / 1e9:.2f} GB; temporarily {logits / 1e9:.2f} GB more for the gradient of the logits",
     ])  # fmt: skip
 
 
 def _row(part: str, lines: Sequence[Line], gpu: Gpu, fmt: str) -> list[str]:
-    """A line of the table."""
+    """Return a row of the table."""
     gemms, others = (sum(x.times for x in lines if x.name in names) for names in ((GEMM,), (COPY, CLEAR)))
     counts = [sum(x.launches for x in lines), gemms, others]
     flops, nbytes = sum(x.flops for x in lines) / 1e9, sum(x.nbytes for x in lines) / 1e6
@@ -384,17 +385,17 @@ def _row(part: str, lines: Sequence[Line], gpu: Gpu, fmt: str) -> list[str]:
 
 
 EXPLANATION = """\
-A PREDICTION, by arithmetic. Nothing was run; names, numbers and sizes of the calls are tested, times are not. Assumed:
- - A call takes the longer of its FLOPs at the peak and its bytes at the full bandwidth. Nothing reaches either.
- - An array that a call reads or writes passes the memory bus once; the logits twice where a kernel passes over them twice.
- - What a kernel computes costs nothing beside its bytes. Those with exp, tanh or a division may need about as long for these.
- - 'Fair shares': a launch of fewer blocks than multiprocessors gets that part of the bandwidth only, not all of it. The
-   truth lies between. That a thread waits for what it reads costs nothing, even where few threads work.
- - The host is never waited for but where its calls take longer than the device."""
+A PREDICTION: nothing was run. Names, numbers and sizes of the calls are tested, times are not. Assumptions:
+ - A call takes the larger of FLOPs / peak and bytes / full bandwidth. No call reaches either.
+ - Each array that a call reads or writes crosses the memory bus once; the logits twice if a kernel reads them twice.
+ - Arithmetic of other kernels than products is free. With exp, tanh or a division it may take as long as the bytes.
+ - 'Fair shares': a launch of fewer blocks than multiprocessors gets only their share of the bandwidth. The true value is
+   between the two. Latency of memory is free, even for a launch of few threads.
+ - The device waits for the host only if the host's calls take longer in total."""
 
 
 def show(recipes: Sequence[str], gpu: str) -> int:
-    """What `scripts/gpu_check.py --predict` does. Errors: UsageError for a recipe or a GPU that is not known here."""
+    """Print predictions, for `scripts/gpu_check.py --predict`. Errors: UsageError for an unknown recipe or GPU."""
     if gpu not in GPUS:
         raise UsageError(unknown("GPU", gpu, GPUS))
     predictions = [predict(GPT2, get_recipe(name), BATCH, GPUS[gpu]) for name in recipes]

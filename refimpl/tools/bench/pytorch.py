@@ -1,4 +1,4 @@
-"""The same GPT in PyTorch as a person would write it for speed: fused attention, fused AdamW, autocast or a 16-bit model."""
+"""The GPT in PyTorch, written for speed: fused attention, fused AdamW, and autocast or a 16-bit model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def variants(recipe: str) -> list[str]:
-    """The ways to run a recipe in PyTorch: the fastest counts. Errors: UsageError for a recipe that is not timed there."""
+    """Return the ways to run a recipe in PyTorch, of which the fastest counts. Errors: UsageError if there is none."""
     if recipe in ("amp-fp16-cpu", "amp-bf16-cpu"):
         return ["autocast"]
     if recipe not in (*_LOW, "fp32"):
@@ -60,7 +60,7 @@ class Model(nn.Module):  # type: ignore[misc, name-defined]
 
 
 class Theirs:
-    """A run in PyTorch that takes one step at a time: clipping, fused AdamW, and a GradScaler where the recipe is FP16."""
+    """A run in PyTorch that makes one step at a time: clipping, fused AdamW, and a GradScaler for FP16 recipes."""
 
     def __init__(
         self, sizes: dict[str, int], recipe: str, variant: str, batch: tuple[np.ndarray, np.ndarray], device: str = "cpu"
@@ -80,7 +80,7 @@ class Theirs:
         self.tokens, self.targets = (torch.from_numpy(np.ascontiguousarray(x)).long().to(device) for x in batch)
 
     def step(self) -> float:
-        """One training step on the batch; the loss."""
+        """Make one training step on the batch and return the loss."""
         if self.autocast:
             with torch.autocast(self.device, dtype=self.low):
                 loss = self.model(self.tokens, self.targets)

@@ -1,7 +1,7 @@
-"""How training scales over ranks: measured on this machine, and predicted for many GPUs by arithmetic.
+"""Weak scaling over ranks: measured on this machine, and predicted for many GPUs.
 
-Weak scaling: each rank has a batch of its own size, so that N ranks train on N times as many tokens a step. Perfect is the
-step time of one rank.
+Each rank has a batch of fixed size, so that N ranks train on N times as many tokens per step. With perfect scaling the step
+time is that of one rank.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STAGES = (0, 1, 2, 3)
 
 
 def of_one_rank(model: str, recipe: str, stage: int, rounds: int) -> None:
-    """What each process runs: steps on its own rows; the first rank prints the median of their times, in seconds."""
+    """Time steps in each process, on its own rows; the first rank prints the median in seconds."""
     comm = mpi_comm()
     sizes = {**MODELS[model], "batch_size": MODELS[model]["batch_size"] * comm.size}
     config = Config.of({**sizes, "recipe": recipe, "zero": stage, "steps": 10_000})
@@ -53,10 +53,10 @@ def of_one_rank(model: str, recipe: str, stage: int, rounds: int) -> None:
 
 
 def measured(model: str, recipe: str, stage: int, ranks: int, rounds: int) -> float:
-    """Seconds of a step on so many processes, one thread each. Errors: UsageError where they cannot be started."""
+    """Return seconds per step on `ranks` processes of one thread each. Errors: UsageError if they cannot be started."""
     mpiexec = Path(sys.executable).parent / "mpiexec"
     if not mpiexec.exists():
-        raise UsageError("--ranks starts processes by MPI: pip install '.[mpi]'")
+        raise UsageError("--ranks starts processes with MPI: pip install '.[mpi]'")
     program = f"from refimpl.tools.bench.ranks import of_one_rank; of_one_rank({model!r}, {recipe!r}, {stage}, {rounds})"
     done = subprocess.run(
         [str(mpiexec), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-c", program],
@@ -68,7 +68,7 @@ def measured(model: str, recipe: str, stage: int, ranks: int, rounds: int) -> fl
 
 
 def weak_scaling(model: str, recipe: str, most: int, rounds: int) -> list[dict[str, Any]]:
-    """The time of a step on 1, 2, 4 ... and `most` ranks at each stage, and how much of one rank's speed each of them keeps."""
+    """Return rows for 1, 2, 4 ... and `most` ranks at each stage: step time, tokens per second, and efficiency."""
     alone = measured(model, recipe, 0, 1, rounds)
     tokens = MODELS[model]["batch_size"] * MODELS[model]["block_size"]
 
@@ -90,14 +90,14 @@ def weak_scaling(model: str, recipe: str, most: int, rounds: int) -> list[dict[s
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a prediction assumes: a model, what a GPU does, and how fast it exchanges with the others."""
+    """The assumptions of a prediction: a model, the utilization of a GPU, and the bandwidth between GPUs."""
 
     n_params: int = 7_000_000_000
-    tokens: int = 8192  # a rank and a step
-    utilization: float = 0.4  # of the peak, in computing alone
-    inside: float = 450e9  # bytes a second to a GPU from the others of its machine, by NVLink
-    outside: float = 50e9  # and from those of other machines: one port of 400 Gbit/s for each GPU
-    machine: int = 8  # GPUs
+    tokens: int = 8192  # per rank and step
+    utilization: float = 0.4  # of the peak, while computing
+    inside: float = 450e9  # bytes per second to a GPU from others in its machine, by NVLink
+    outside: float = 50e9  # and from other machines, by one port of 400 Gbit/s per GPU
+    machine: int = 8  # GPUs per machine
 
 
 CLUSTER = Cluster()
@@ -106,22 +106,22 @@ RANKS = (1, 2, 4, 8, 64, 256, 1024)
 
 @dataclass(frozen=True)
 class Scaled:
-    """One line of the prediction. Times in seconds, of a step."""
+    """One row of the prediction. Times are in seconds per step."""
 
     stage: int
     ranks: int
-    nbytes: int  # of model states on a rank
+    nbytes: int  # of model states per rank
     computing: float
     exchanging: float
 
     @property
     def efficiency(self) -> tuple[float, float]:
-        """The least and the most of a rank's speed that is left: nothing hidden behind computing, and all that can be."""
+        """Return bounds of the efficiency: without any overlap of computing and exchanging, and with full overlap."""
         return self.computing / (self.computing + self.exchanging), self.computing / max(self.computing, self.exchanging)
 
 
 def scaled(stage: int, ranks: int, recipe: str = "bf16", c: Cluster = CLUSTER) -> Scaled:
-    """computing = 6 P tokens / (peak utilization);   exchanging = elements a parameter P 2 bytes (N - 1)/N / bandwidth."""
+    """Predict one row, by the formulas that `prediction` prints."""
     states = get_recipe(recipe).bytes_by_buffer()
     computing = 6 * c.n_params * c.tokens / (GPUS["h100"].flops[recipe] * c.utilization)
     bandwidth = c.inside if ranks <= c.machine else c.outside
@@ -130,7 +130,7 @@ def scaled(stage: int, ranks: int, recipe: str = "bf16", c: Cluster = CLUSTER) -
 
 
 def prediction(c: Cluster = CLUSTER) -> str:
-    """The table, its formulas and its assumptions, labeled as what it is."""
+    """Return the table with its formulas and assumptions."""
     rows = []
     for ranks in RANKS:
         for stage in STAGES if ranks > 1 else (0,):
@@ -144,22 +144,21 @@ def prediction(c: Cluster = CLUSTER) -> str:
     header = ["GPUs", "stage", "GB of states", "80 GB", "computing ms", "exchanging ms", "efficiency"]
     elements = ", ".join(f"{n} (stage {stage})" for stage, n in COMMUNICATION.items())
     return (
-        f"A PREDICTION, by arithmetic; nothing of it was run. {c.n_params / 1e9:g}B parameters in bf16 on H100s, "
-        f"{c.tokens} tokens a GPU and step.\n"
+        f"A PREDICTION: nothing was run. {c.n_params / 1e9:g}B parameters in bf16 on H100s, "
+        f"{c.tokens} tokens per GPU and step.\n"
         f"  computing  = 6 x parameters x tokens / ({GPUS['h100'].flops['bf16'] / 1e12:g} TFLOP/s x {c.utilization:g})\n"
-        f"  exchanging = elements a parameter x 2 bytes x (N - 1)/N x parameters / bandwidth; elements: {elements}\n"
-        f"  bandwidth  = {c.inside / 1e9:g} GB/s within a machine of {c.machine}, {c.outside / 1e9:g} GB/s beyond; "
-        f"no latency, no congestion\n"
-        f"  efficiency: the least if nothing is exchanged while a GPU computes, the most if all is that can be; GB are without "
-        f"activations.\n\n"
+        f"  exchanging = elements per parameter x 2 bytes x (N - 1)/N x parameters / bandwidth; elements: {elements}\n"
+        f"  bandwidth  = {c.inside / 1e9:g} GB/s within a machine of {c.machine} GPUs, {c.outside / 1e9:g} GB/s between "
+        f"machines; no latency, no congestion\n"
+        f"  efficiency: without overlap of computing and exchanging, to full overlap; GB are without activations.\n\n"
         + table(header, rows)
     )
 
 
 def show(models: list[str], recipes: list[str], ranks: int, rounds: int) -> tuple[str, list[dict[str, Any]]]:
-    """The measured table as text with the prediction below it, and its rows as data."""
+    """Return the measured table with the prediction as text, and the measured rows as data."""
     if ranks < 2:
-        raise UsageError(f"--ranks is {ranks}: it takes at least 2 to compare with one")
+        raise UsageError(f"--ranks is {ranks}: it must be at least 2, to compare with 1")
     for model in models:
         if model not in MODELS:
             raise UsageError(unknown("model", model, MODELS))
@@ -171,5 +170,5 @@ def show(models: list[str], recipes: list[str], ranks: int, rounds: int) -> tupl
          f"{100 * r['efficiency']:.0f} %"] for r in rows
     ]  # fmt: skip
     header = ["model", "recipe", "ranks", "stage", "step ms", "tokens/s", "efficiency"]
-    text = f"weak scaling, one thread a rank, medians of {rounds} steps:\n{table(header, cells)}\n\n{prediction()}"
+    text = f"weak scaling, one thread per rank, medians of {rounds} steps:\n{table(header, cells)}\n\n{prediction()}"
     return text, rows

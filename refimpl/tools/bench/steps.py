@@ -1,7 +1,7 @@
-"""How fast a training step is: against PyTorch, against its own matrix products, operation by operation, and as sizes grow.
+"""Step times: against PyTorch, against the step's matrix products, per operation, and as sizes grow.
 
-Everything that is compared runs in one process, alternating, and medians are taken: machines are shared, and the ratio
-of two medians of one run says more than either of them.
+The two sides of a comparison run alternately in one process, and medians are compared: on a shared machine the ratio of two
+medians of one run is more reliable than either of them.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ MODELS: dict[str, dict[str, int]] = {
 }
 WARM_UP = 3
 REST = 0.05
-"""Seconds between the two sides of a comparison: threads that one left spinning are asleep when it is the other's turn."""
+"""Seconds between the two sides of a comparison, so that spinning threads of one are asleep when the other runs."""
 
 
 def machine() -> str:
-    """The processor, and what multiplies matrices on it with how many threads: printed with every table."""
+    """Return the processor, the version of NumPy, and its BLAS with kernels and threads, as printed with every table."""
     kernels = ", ".join(
         f"{lib['internal_api']} {lib['version']} ({lib.get('architecture', 'unknown')} kernels, {lib['num_threads']} threads)"
         for lib in threadpoolctl.threadpool_info()
         if lib["user_api"] == "blas" and "numpy" in lib["filepath"]
     )
-    return f"{processor()}; NumPy {np.__version__}, {kernels or 'a BLAS that is not known'}"
+    return f"{processor()}; NumPy {np.__version__}, {kernels or 'an unknown BLAS'}"
 
 
 def processor() -> str:
-    """The processor's own name, where the system tells it."""
+    """Return the name of the processor, if the system provides it, and its number of cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -68,7 +68,7 @@ def processor() -> str:
 
 
 class Ours:
-    """A run of this project that takes one step at a time."""
+    """A run of this project that makes one step at a time."""
 
     def __init__(self, sizes: dict[str, int], recipe: str, backend: str = "numpy") -> None:
         self.config = Config.of({**sizes, "recipe": recipe, "backend": backend, "steps": 10_000})
@@ -76,19 +76,19 @@ class Ours:
         (self.batch,) = next(batches_of(self.config, None))
 
     def step(self) -> float:
-        """One training step on the batch; the loss."""
+        """Make one training step on the batch and return the loss."""
         return float(self.training.step([self.batch]).loss)
 
 
 def timed(f: Callable[[], Any]) -> float:
-    """Seconds that one call takes."""
+    """Return the seconds that one call takes."""
     start = time.perf_counter()
     f()
     return time.perf_counter() - start
 
 
 def alternating(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """The median time of each, all called in turn, after a warm-up."""
+    """Return the median time of each function, all called in turn after a warm-up."""
     for f in fs:
         for _ in range(WARM_UP):
             f()
@@ -97,8 +97,7 @@ def alternating(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
 
 
 def against_each_other(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """As `alternating`, but each has the machine to itself: a rest, then one call to wake its threads up, if it is a short
-    one, and then the one that is timed."""
+    """Return median times as `alternating`, with a rest before each timed call and, if calls are short, one to wake threads."""
 
     def awake(f: Callable[[], Any]) -> Callable[[], Any]:
         f()
@@ -116,10 +115,10 @@ def against_each_other(fs: Sequence[Callable[[], Any]], rounds: int) -> list[flo
 
 
 def gemm_floor(sizes: dict[str, int], rounds: int, vocab_size: int = 256) -> float:
-    """Seconds that the matrix products of a step take by themselves in FP32: the least that a step in NumPy can take.
+    """Return the seconds that the matrix products of a step take in FP32: a lower bound of the step time in NumPy.
 
-    Three for each linear layer and six for attention, without what lies beyond the last query of a block. Operands
-    and results are reused, so that nothing but the products is timed.
+    There are three per linear layer and six per attention, without the keys beyond the last query of a block. Operands and
+    results are reused, so that only the products are timed.
     """
     L, H, C, T, B = (sizes[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "batch_size"))
     rng = np.random.default_rng(0)
@@ -158,7 +157,7 @@ def gemm_floor(sizes: dict[str, int], rounds: int, vocab_size: int = 256) -> flo
 
 
 def against_torch(models: Sequence[str], recipes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Both side by side: a row for each model and recipe, times in ms. Errors: UsageError without torch."""
+    """Time refimpl and PyTorch: one row per model and recipe, times in ms. Errors: UsageError without torch."""
     from refimpl.tools.bench.pytorch import Theirs, variants
 
     rows = []
@@ -179,7 +178,7 @@ def against_torch(models: Sequence[str], recipes: Sequence[str], rounds: int) ->
 
 
 def alone(models: Sequence[str], recipes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Our side by itself."""
+    """Time refimpl only: one row per model and recipe."""
     rows = []
     for model in models:
         floor = gemm_floor(MODELS[model], rounds)
@@ -191,14 +190,14 @@ def alone(models: Sequence[str], recipes: Sequence[str], rounds: int) -> list[di
 
 
 def peak_of(side: str, model: str, recipe: str) -> float:
-    """MiB of resident memory at most, of a process that takes a few steps and nothing else."""
+    """Return the peak resident memory, in MiB, of a process that only makes a few steps."""
     code = f"from refimpl.tools.bench.steps import print_peak; print_peak({side!r}, {model!r}, {recipe!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout))
 
 
 def print_peak(side: str, model: str, recipe: str) -> None:
-    """What `peak_of` runs in a process of its own."""
+    """Print the peak memory of this process; `peak_of` runs it in a process of its own."""
     ours = Ours(MODELS[model], recipe) if side == "numpy" else None
     if ours is None:
         from refimpl.tools.bench.pytorch import Theirs, variants
@@ -215,7 +214,7 @@ def print_peak(side: str, model: str, recipe: str) -> None:
 
 
 def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:
-    """Where a step's time goes: ms of each operation, forward and backward, and of the rest, the largest first."""
+    """Return ms per step of each operation, forward and backward, and of the rest, the largest first."""
     ours = Ours(MODELS[model], recipe)
     spent: dict[str, float] = defaultdict(float)
 
@@ -246,13 +245,14 @@ def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def scaling(recipe: str, rounds: int) -> list[dict[str, Any]]:
-    """Microseconds a token as one size grows and the others stay those of the small model."""
+    """Return microseconds per token as one size grows and the others stay those of the small model."""
     rows = []
     for name, values in (("batch_size", (4, 8, 16, 32, 64)), ("block_size", (32, 64, 128, 256)), ("n_layer", (2, 4, 8, 16))):
         for value in values:
             sizes = {**MODELS["small"], name: value}
             (seconds,) = alternating([Ours(sizes, recipe).step], rounds)
-            rows.append({"size": name, "value": value, "us_a_token": 1e6 * seconds / sizes["batch_size"] / sizes["block_size"]})
+            tokens = sizes["batch_size"] * sizes["block_size"]
+            rows.append({"size": name, "value": value, "us_per_token": 1e6 * seconds / tokens})
     return rows
 
 
@@ -262,7 +262,7 @@ def scaling(recipe: str, rounds: int) -> list[dict[str, Any]]:
 def bench(
     what: str = "alone", models: str = "small,medium", recipes: str = "fp32,bf16,fp16", rounds: int = 15, as_json: bool = False
 ) -> None:
-    """What scripts/bench.py does. Errors: UsageError for an unknown model or recipe, or too few rounds."""
+    """Run the `bench` command. Errors: UsageError for an unknown model or recipe, or too few rounds."""
     where, chosen, kinds = machine(), models.split(","), recipes.split(",")
     for name in chosen:
         if name not in MODELS:

@@ -1,4 +1,4 @@
-"""Experiments on what breaks in 16 bits beside rounding: masks that overflow, and Adam's epsilon."""
+"""Experiments on constants that fail in 16 bits: attention masks that overflow, and Adam's epsilon."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from refimpl.tools.experiments.experiment import Experiment, Result
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 KEYS, HIDDEN, LEAST = 8, 3, -16.0
-"""Keys of a row of scores, how many of them are hidden, and the lowest of its scores."""
+"""The number of keys in a row of scores, the number of hidden keys, and the lowest score."""
 
 
 def run_masks(seed: int) -> Result:
-    """Hide keys from rows of FP16 scores in the ways that are in use, then take the softmax.
+    """Mask rows of FP16 scores in several common ways, then compute the softmax.
 
-    A row with some keys hidden must give them nothing; a row that is hidden as a whole (padding) must not be NaN.
+    Hidden keys must get no weight, and the softmax of a row in which every key is hidden (padding) must not be NaN.
     """
     rng = np.random.default_rng(seed)
     scores = cast(rng.uniform(LEAST, 4, KEYS), "fp16")
@@ -33,8 +33,8 @@ def run_masks(seed: int) -> Result:
         return _fp16(s + np.where(hide, value, 0))
 
     ways: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-        "-Inf in the place of a score": lambda s, hide: np.where(hide, -math.inf, s),
-        "-65504 in the place of a score": lambda s, hide: np.where(hide, lowest, s),
+        "score replaced by -Inf": lambda s, hide: np.where(hide, -math.inf, s),
+        "score replaced by -65504": lambda s, hide: np.where(hide, lowest, s),
         "-65504 added": added,
         "-65504 added twice (causal and padding)": lambda s, hide: added(added(s, hide), hide),
         "-10000 added": lambda s, hide: added(s, hide, -10000.0),
@@ -50,16 +50,16 @@ def run_masks(seed: int) -> Result:
             "NaN" if np.isnan(whole).any() else f"{whole.min():.3g} to {whole.max():.3g}",
         ])  # fmt: skip
     conclusion = (
-        f"-65504, the lowest number of FP16, added to a score of {LEAST:g} or below is -Inf "
-        f"({data['-65504 added']['infinite']} of {KEYS} here), twice it always is, and a row of nothing else is NaN; put in "
-        f"the place of the score it is safe"
+        f"-65504, the lowest number of FP16, added to a score of {LEAST:g} or below gives -Inf "
+        f"({data['-65504 added']['infinite']} of {KEYS} here), added twice always; the softmax of a row of -Inf is NaN; "
+        f"replacing the score by -65504 is safe"
     )
-    header = ["hidden keys get", "become -Inf", "weight of hidden keys", "a row hidden as a whole"]
+    header = ["mask", "become -Inf", "weight of hidden keys", "all keys hidden"]
     return Result(header, rows, conclusion, data)
 
 
 def _fp16(x: np.ndarray) -> np.ndarray:
-    """Rounded to FP16, as FP64."""
+    """Return x rounded to FP16, as FP64."""
     with np.errstate(over="ignore"):
         return np.asarray(widen(cast(x, "fp16"), "fp64"))
 
@@ -71,7 +71,7 @@ def _softmax(z: np.ndarray) -> np.ndarray:
 
 
 def draw_masks(axes: Any, data: Mapping[str, Any]) -> None:
-    """What a row that is hidden as a whole becomes: bars, and a cross where it is NaN."""
+    """Draw the largest weight of a row in which every key is hidden as a bar, or a cross if it is NaN."""
     for i, (way, result) in enumerate(data.items()):
         whole = result["whole"]
         if np.isnan(whole).any():
@@ -92,9 +92,9 @@ EPS = 1e-8
 
 
 def run_epsilon(seed: int) -> Result:
-    """Adam's first update, over lr, for gradients of one size: 1 whatever they are, as long as epsilon is small beside them.
+    """Compute Adam's first update divided by lr for gradients of one size: 1 as long as they are much larger than epsilon.
 
-    With moments in FP32; with v kept in FP16; with v, epsilon and the division in FP16.
+    With moments in FP32; with v stored in FP16; with v, epsilon and the division in FP16.
     """
     rule, rows = AdamW(eps=EPS), []
     data: dict[Any, Any] = {"exponents": list(EXPONENTS)}
@@ -115,20 +115,20 @@ def run_epsilon(seed: int) -> Result:
             rows.append([f"2^{exponent}", f"{float(kept):.3g}", *(f"{value:.4g}" for value in update.values())])
     first = next(exponent for exponent in EXPONENTS if data[exponent]["v in fp16"] > 2)
     conclusion = (
-        f"epsilon, {EPS:g}, is {float(_fp16(np.asarray(EPS))):g} in FP16, and v of a gradient of 2^{first} is 0 there: the "
-        f"update is then {data[first]['v in fp16']:.0f} times what it should be, or infinite where epsilon is in FP16 too"
+        f"epsilon, {EPS:g}, is {float(_fp16(np.asarray(EPS))):g} in FP16, and v of a gradient of 2^{first} is 0: the "
+        f"update is then {data[first]['v in fp16']:.0f} times too large, or infinite if epsilon is in FP16 too"
     )
     return Result(["gradient", "v in FP16", "update / lr in FP32", "with v in FP16", "all in FP16"], rows, conclusion, data)
 
 
 def draw_epsilon(axes: Any, data: Mapping[str, Any]) -> None:
-    """The update against the size of the gradient."""
+    """Draw the update against the size of the gradient."""
     for name, style in (("fp32", "o-"), ("v in fp16", "s--"), ("all in fp16", "x:")):
         axes.plot([2.0**e for e in data["exponents"]], [data[e][name] for e in data["exponents"]], style, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("gradient")
-    axes.set_ylabel("first update of Adam, over the learning rate")
+    axes.set_ylabel("Adam's first update / learning rate")
     axes.legend()
 
 

@@ -1,4 +1,4 @@
-"""What an experiment is: a question, a run that answers it with numbers, and a picture of them."""
+"""The class of an experiment: a question, a run that answers it with numbers, and a picture of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Result:
-    """What an experiment found: a small table, one sentence, and the numbers behind both (and behind the picture)."""
+    """The result of an experiment: a small table, a conclusion, and the numbers for both and for the picture."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -19,7 +19,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Experiment:
-    """run(seed) answers the question; draw(axes, data) shows the answer on one set of matplotlib axes."""
+    """run(seed) answers the question; draw(axes, data) draws the answer on matplotlib axes."""
 
     name: str
     question: str

@@ -1,4 +1,4 @@
-"""An experiment on moments of 8 bits: rows of an embedding that get a gradient in some steps only."""
+"""An experiment on 8-bit moments: embedding rows that get a gradient in some steps only."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from refimpl.tools.experiments.experiment import Experiment, Result
 
 ROWS, WIDTH, STEPS, LR = 64, 64, 20, 1e-3
 RARE = ("fp32", "bf16-moments", "adam-8bit", "adam-fp8", "adam-8bit-fp32-embeddings")
-"""Recipes whose moments are compared; weights and gradients are FP32 in all, so that nothing else differs."""
+"""Recipes whose moments are compared; weights and gradients are FP32 here, so that nothing else differs."""
 
 
 def run_rare_rows(seed: int) -> Result:
-    """Update a table of embeddings whose rows have gradients of their own sizes, each in half of the steps.
+    """Update an embedding table whose rows have gradients of different sizes, each in half of the steps.
 
-    Sizes are spread over five decades, from 1e-6 to 1e-1, so that each block of 256 moments has small ones beside large ones.
-    Adam moves a weight by some lr a step, whatever its gradient's size. Where v has become 0 and m has not, and the next
-    gradient is 0, it moves by lr m / eps.
+    Sizes range over five decades, from 1e-6 to 1e-1, so that each block of 256 moments has both small and large ones.
+    Adam moves a weight by about lr per step, whatever the size of its gradient. But if v has become 0 and m has not, and the
+    next gradient is 0, it moves the weight by lr m / eps.
     """
     rng = np.random.default_rng(seed)
     sizes = 10.0 ** rng.uniform(-6, -1, (ROWS, 1))
@@ -37,15 +37,15 @@ def run_rare_rows(seed: int) -> Result:
     ends = {name: curve[-1] for name, curve in curves.items()}
     conclusion = (
         f"after {STEPS} updates at a learning rate of {LR:g} the largest weight is {ends['fp32']:.2g} with FP32 moments, "
-        f"{ends['adam-8bit']:.2g} with 8-bit codes and {ends['adam-fp8']:.2g} in e4m3, whose v becomes 0 where m does not; "
-        f"with FP32 moments for embeddings alone it is {ends['adam-8bit-fp32-embeddings']:.2g}"
+        f"{ends['adam-8bit']:.2g} with 8-bit codes and {ends['adam-fp8']:.2g} in e4m3, where v becomes 0 while m does not; "
+        f"with FP32 moments for embeddings only it is {ends['adam-8bit-fp32-embeddings']:.2g}"
     )
     header = ["moments of", "largest weight", "v is 0 and m is not"]
     return Result(header, rows, conclusion, {"curves": curves, "ends": ends, "lost": lost})
 
 
 def _largest_weights(moments: Mapping[str, str], steps: list[np.ndarray]) -> tuple[list[float], float]:
-    """The largest weight after each update, from zeros, and in the end the share whose v is 0 while m is not."""
+    """Return the largest weight after each update, from zeros, and the final share of weights whose v is 0 and m is not."""
     table = SimpleNamespace(parameters={"wte.weight": Parameter((ROWS, WIDTH), std=1.0)})
     state = State(table, {"weights": "fp32", "grads": "fp32", **moments}, NUMPY)
     optimizer = Optimizer(AdamW(weight_decay=0.0), Schedule(LR, LR, 0, len(steps)))
@@ -58,7 +58,7 @@ def _largest_weights(moments: Mapping[str, str], steps: list[np.ndarray]) -> tup
 
 
 def draw_rare_rows(axes: Any, data: Mapping[str, Any]) -> None:
-    """The largest weight against the updates."""
+    """Draw the largest weight against the number of updates."""
     for i, (name, curve) in enumerate(data["curves"].items()):
         axes.plot(range(1, len(curve) + 1), curve, label=name, lw=4 - 0.7 * i)
     axes.set_yscale("log")

@@ -21,10 +21,10 @@ ELEMENTS = ("e4m3", "e5m2", "e2m1")
 
 
 def run_mx_scales(seed: int) -> Result:
-    """Quantize blocks whose largest values are spread evenly over a binade, under each rule for the shared power of two.
+    """Quantize blocks whose largest values are uniform over a binade, by each rule for the shared power of two.
 
-    Counted are blocks whose largest value is too large for its scale and saturates. Under 'floor' that is where its
-    significand is above that of the format's largest value: 1.75 for e4m3 and e5m2, 1.5 for e2m1.
+    Count the blocks whose largest value saturates. With 'floor' these are the values whose significand is above that of the
+    format's largest value: 1.75 for e4m3 and e5m2, 1.5 for e2m1.
     """
     rng = np.random.default_rng(seed)
     x = rng.uniform(-1, 1, (BLOCKS, SIZE))
@@ -46,15 +46,15 @@ def run_mx_scales(seed: int) -> Result:
             rows.append([fmt, rule, f"{found['saturated']:.1%}", f"{found['unused']:.2f}", f"{found['error']:.2%}"])
     floor, rceil = data["e4m3 floor"], data["e4m3 rceil"]
     conclusion = (
-        f"under the floor of the OCP text {floor['saturated']:.0%} of the blocks saturate in e4m3 and "
-        f"{data['e2m1 floor']['saturated']:.0%} in e2m1, under rceil {rceil['saturated']:.0%}, which leaves "
+        f"with the OCP standard's rule, floor, {floor['saturated']:.0%} of the blocks saturate in e4m3 and "
+        f"{data['e2m1 floor']['saturated']:.0%} in e2m1; with rceil {rceil['saturated']:.0%}, which leaves "
         f"{rceil['unused']:.1f} bits of the range unused"
     )
     return Result(["element", "rule", "largest value saturates", "bits unused", "error (rms)"], rows, conclusion, data)
 
 
 def draw_mx_scales(axes: Any, data: Mapping[str, Any]) -> None:
-    """The share of blocks that saturate, by rule."""
+    """Draw the share of blocks that saturate, by rule."""
     for i, fmt in enumerate(ELEMENTS):
         shares = [data[f"{fmt} {rule}"]["saturated"] for rule in SCALE_RULES]
         axes.bar(np.arange(len(SCALE_RULES)) + 0.25 * (i - 1), shares, width=0.25, label=fmt)
@@ -70,7 +70,7 @@ ACCUMULATORS = ("fp32", "e8m15", "e8m14", "e8m13", "e8m14/128", "fp16/64/fp16")
 
 
 def run_accumulators(seed: int) -> Result:
-    """Products of positive FP8 numbers, summed up to 4096 of them in accumulators of fewer bits than FP32's."""
+    """Sum up to 4096 products of positive FP8 numbers in accumulators of fewer bits than FP32."""
     rng = np.random.default_rng(seed)
     a, b = (quantize_tensor(cast(rng.uniform(0, 1, (ROWS, LONGEST)), "fp32"), "e4m3").dequantize() for _ in range(2))
     lengths = [2**k for k in range(5, 13)]
@@ -85,15 +85,15 @@ def run_accumulators(seed: int) -> Result:
         rows.append([acc, *(f"{error:.2e}" for error in errors[1::2])])
     plain, promoted = data["e8m14"][-1], data["e8m14/128"][-1]
     conclusion = (
-        f"a sum of {LONGEST} products is off by {plain:.1%} where it is cut to 14 bits after each of them, and by "
-        f"{promoted:.2%} where it is added to an FP32 sum after every 128"
+        f"the relative error of a sum of {LONGEST} products is {plain:.1%} if it is cut to 14 bits after each of them, and "
+        f"{promoted:.2%} if it is added to an FP32 sum after every 128"
     )
     header = ["accumulator", *(f"relative error at {n}" for n in lengths[1::2])]
     return Result(header, rows, conclusion, data)
 
 
 def draw_accumulators(axes: Any, data: Mapping[str, Any]) -> None:
-    """The mean relative error against the number of products."""
+    """Draw the mean relative error against the number of products."""
     for acc in ACCUMULATORS:
         axes.plot(data["lengths"], data[acc], "o-", ms=3, label=acc)
     axes.set_xscale("log", base=2)
@@ -104,10 +104,10 @@ def draw_accumulators(axes: Any, data: Mapping[str, Any]) -> None:
 
 
 MX_SCALES = Experiment(
-    "mx-scales", "Which rule for an MX scale saturates how often?", "OCP MX v1.0; torchao issue 2035; mlx issue 4353",
+    "mx-scales", "How often does each rule for an MX scale saturate?", "OCP MX v1.0; torchao issue 2035; mlx issue 4353",
     run_mx_scales, draw_mx_scales,
 )  # fmt: skip
 ACCUMULATORS_OF_HARDWARE = Experiment(
-    "accumulators", "What do long sums come to in 14 bits?", "DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2",
+    "accumulators", "How accurate are long sums in 14 bits?", "DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2",
     run_accumulators, draw_accumulators,
 )  # fmt: skip

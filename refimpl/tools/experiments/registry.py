@@ -1,7 +1,4 @@
-"""Toy experiments, each with a table, a picture and a conclusion of one line; every one takes seconds.
-
-Each is a pair of functions in one of the modules here: `run` computes, `draw` shows.
-"""
+"""The table of all experiments, and the `experiments` command. Each experiment takes seconds."""
 
 from __future__ import annotations
 
@@ -29,9 +26,9 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def show_experiments(names: Sequence[str], out: Path, seed: int) -> None:
-    """What scripts/experiments.py does: list the experiments, or run some of them ('all': each) and draw them into `out`.
+    """List the experiments, or run those named ('all': every one) and draw them in the folder `out`.
 
-    Errors: UsageError for an unknown name, a bad seed, or a folder that cannot be written.
+    Errors: UsageError for an unknown name, a negative seed, or a folder that cannot be written.
     """
     chosen = list(EXPERIMENTS) if list(names) == ["all"] else list(dict.fromkeys(names))
     for name in chosen:
@@ -41,7 +38,7 @@ def show_experiments(names: Sequence[str], out: Path, seed: int) -> None:
         raise UsageError(f"--seed is {seed}: it must be 0 or more")
     if not chosen:
         rows = [[e.name, e.question, e.source] for e in EXPERIMENTS.values()]
-        print(table(["experiment", "question", "after"], rows) + "\n\nrun one by its name, some, or all")
+        print(table(["experiment", "question", "source"], rows) + "\n\ngive the names of those to run, or 'all'")
     for name in chosen:
         experiment = EXPERIMENTS[name]
         result = experiment.run(seed)
@@ -51,13 +48,13 @@ def show_experiments(names: Sequence[str], out: Path, seed: int) -> None:
 
 
 def _drawn(path: Path | None) -> str:
-    return f"drawn: {path}" if path else "(no picture: that takes matplotlib, pip install -e '.[plot]')"
+    return f"drawn: {path}" if path else "(no picture: it needs matplotlib, pip install -e '.[plot]')"
 
 
 def draw(experiment: Experiment, result: Result, folder: Path, seed: int = 0) -> Path | None:
-    """Draw a result to `folder/NAME.png`, of another seed than 0 to NAME-seed1.png; a name has one content.
+    """Draw a result to `folder/NAME.png`, or NAME-seed1.png for seed 1, and return the path; None without matplotlib.
 
-    Returns None without matplotlib. Errors: UsageError when it cannot be written.
+    Errors: UsageError if the folder cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -19,7 +19,7 @@ from refimpl.training.setup import Training
 from refimpl.training.trainer import start
 
 SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "warmup": 5}
-"""The model of these experiments: 0.1 million parameters, 256 tokens a step."""
+"""The model of these experiments: 0.1 million parameters, 256 tokens per step."""
 Sizes = Mapping[str, Any]
 
 
@@ -29,17 +29,17 @@ def _new_training(recipe: str, seed: int, **more: Any) -> tuple[Config, Training
 
 
 def _batches(config: Config, n: int) -> list[Batch]:
-    """The batches of the first n steps, of one micro-batch each."""
+    """Return the batches of the first n steps, of one micro-batch each."""
     return [batch for (batch,) in batches_of(replace(config, steps=n), None)]
 
 
 def _train(training: Training, batches: list[Batch]) -> list[float]:
-    """The loss of each step."""
+    """Train, and return the loss of each step."""
     return [float(training.step([batch]).loss) for batch in batches]
 
 
 def _end(losses: list[float]) -> float:
-    """The mean of the last tenth: a single batch says little."""
+    """Return the mean of the last tenth of the losses, since a single batch is noisy."""
     return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
@@ -50,9 +50,9 @@ SCALES = range(0, 68, 4)
 
 
 def run_tiny_loss(seed: int) -> Result:
-    """Multiply the loss by 1e-9 and send it backward in FP16 at loss scales from 1 on: which gradients are left?
+    """Multiply the loss by 1e-9 and run backward in FP16 with increasing loss scales: which gradients become zero?
 
-    Counted are elements that are not zero in the same backward pass in FP32.
+    Only elements that are not zero in the same backward pass in FP32 are counted.
     """
     shares = []
     config, exact = _new_training("fp32", seed)
@@ -78,7 +78,7 @@ def run_tiny_loss(seed: int) -> Result:
 
 
 def draw_tiny_loss(axes: Any, data: Mapping[str, Any]) -> None:
-    """The share of gradients lost at each end, against the loss scale."""
+    """Draw the shares of gradients that become zero and that overflow, against the loss scale."""
     scales = [2.0**k for k in data["exponents"]]
     axes.plot(scales, data["zero"], "o-", label="became zero")
     axes.plot(scales, data["infinite"], "s-", color="tab:red", label="Inf or NaN")
@@ -94,11 +94,11 @@ WARM_STEPS, FINE_STEPS, FINE_LR, SMALL_LOSS = 150, 150, 5e-6, 1e-6
 
 
 def run_masters(seed: int, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_STEPS, sizes: Sizes = SMALL) -> Result:
-    """Train on from a model that has learned a little, at a small learning rate, with and without masters and loss scaling.
+    """Continue training at a small learning rate after a warm start, with and without masters and loss scaling.
 
-    The loss is multiplied by 1e-6 and its gradients, once in FP32, divided by it: they are as small on their way through
-    the network as those of large models, while Adam sees the same. Without masters, moments stay in FP32. What a run has
-    learned is told against the same weights left alone, on the same batches.
+    The loss is multiplied by 1e-6, and FP32 gradients are divided by it: in backward they are as small as those of large
+    models, while Adam sees gradients of the usual size. Without masters, moments stay in FP32. The progress of a run is its
+    loss compared with that of the unchanged weights on the same batches.
     """
     config, first = _new_training("fp16", seed, **{**sizes, "lr": 2e-3, "steps": warm_steps})
     batches = _batches(config, warm_steps + fine_steps)
@@ -117,17 +117,17 @@ def run_masters(seed: int, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_
     both, no_scaling, no_masters, neither = gain.values()
     conclusion = (
         f"{fine_steps} steps at a learning rate of {FINE_LR:g} lower the loss by {both:.4f} with masters and loss scaling, "
-        f"by {no_masters:.4f} without masters, by {no_scaling:.4f} without loss scaling, and by {neither:.4f} without either"
+        f"by {no_masters:.4f} without masters, by {no_scaling:.4f} without loss scaling, and by {neither:.4f} without both"
     )
     data = {"alone": alone, "curves": curves, "gain": gain}
-    return Result(["fp16", "loss at the end", "lower than untrained by"], rows, conclusion, data)
+    return Result(["fp16", "final loss", "reduction"], rows, conclusion, data)
 
 
 def _fine_tuned(
     seed: int, sizes: Sizes, start: Mapping[str, np.ndarray], batches: list[Batch], lr: float, masters: bool = True,
     S: float = 1.0,
 ) -> list[float]:
-    """The losses of FP16 training from `start`, with the loss scale S, at a constant learning rate."""
+    """Return the losses of FP16 training from `start`, with the loss scale S, at a constant learning rate."""
     at_lr = {"lr": lr, "min_lr": lr, "warmup": 0, "steps": len(batches), "weight_decay": 0.0}
     _, training = _new_training("fp16", seed, **{**sizes, **at_lr})
     if not masters:
@@ -139,12 +139,12 @@ def _fine_tuned(
 
 
 def draw_masters(axes: Any, data: Mapping[str, Any]) -> None:
-    """How much lower than that of the weights left alone the four losses are, each as the mean of the last ten steps."""
+    """Draw the reduction of the loss against that of the unchanged weights, as running means of ten steps."""
     for i, (name, curve) in enumerate(data["curves"].items()):
         lower = _smooth(list(np.subtract(data["alone"], curve)), 10)
         axes.plot(lower, label=name, ls="-" if i < 2 else "--", lw=2.5 if i == 0 else 1.2)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss below that of the weights left alone")
+    axes.set_ylabel("reduction of the loss by training")
     axes.legend(fontsize=8)
 
 
@@ -158,7 +158,7 @@ def _smooth(losses: list[float], n: int) -> np.ndarray:
 
 STEPS = 100
 BASIC = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-fp16", "pure-bf16")
-"""Of the others each is a variant of one of these; together they take minutes."""
+"""The basic recipes. Each other recipe is a variant of one of these, and all would take minutes."""
 
 
 def run_recipes(seed: int, steps: int = STEPS, sizes: Sizes = SMALL) -> Result:
@@ -175,31 +175,31 @@ def run_recipes(seed: int, steps: int = STEPS, sizes: Sizes = SMALL) -> Result:
     pure = " and ".join(f"{name} at {_loss(ends[name])}" for name in curves if name.startswith("pure"))
     conclusion = (
         f"after {steps} steps FP32 is at {_loss(ends['fp32'])}, each of these recipes with FP32 weights or masters within "
-        f"{kept[furthest]:.3f} of it ({furthest} is furthest off), {pure}"
+        f"{kept[furthest]:.3f} of it (the largest difference is that of {furthest}), {pure}"
     )
-    header = ["recipe", "loss at the end", "less that of fp32", "largest difference of a step"]
+    header = ["recipe", "final loss", "minus fp32", "largest difference in a step"]
     return Result(header, rows, conclusion, {"curves": curves, "ends": ends, "apart": apart})
 
 
 def _loss(x: float) -> str:
-    """A loss for the eye; a run that broke ends in NaN."""
+    """Return a loss as text."""
     return "NaN" if np.isnan(x) else f"{x:.3f}"
 
 
 def draw_recipes(axes: Any, data: Mapping[str, Any]) -> None:
-    """All loss curves, each as the mean of the last ten steps."""
+    """Draw all loss curves as running means of ten steps."""
     for name, curve in data["curves"].items():
         axes.plot(_smooth(curve, 10), label=name, ls="--" if name.startswith("pure") else "-", lw=1.2)
     smooth = _smooth(data["curves"]["fp32"], 10)
-    axes.set_ylim(smooth.min() - 0.1, smooth.max() + 0.3)  # a run that breaks leaves the picture
+    axes.set_ylim(smooth.min() - 0.1, smooth.max() + 0.3)  # a diverging run may leave the picture
     axes.set_xlabel("step")
     axes.set_ylabel("loss (mean of the last ten steps)")
     axes.legend(fontsize=8, ncols=2)
 
 
 TINY_LOSS = Experiment(
-    "tiny-loss", "What does loss scaling save of a very small loss?", "Micikevicius et al. 2018, section 3.2", run_tiny_loss,
-    draw_tiny_loss,
+    "tiny-loss", "Which gradients of a very small loss does loss scaling save?", "Micikevicius et al. 2018, section 3.2",
+    run_tiny_loss, draw_tiny_loss,
 )  # fmt: skip
 MASTERS = Experiment(
     "masters", "FP16 with and without masters, with and without loss scaling", "Micikevicius et al. 2018, sections 3.1 and 3.2",

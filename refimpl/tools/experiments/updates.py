@@ -1,4 +1,4 @@
-"""Experiments on updates: what 16-bit weights make of small steps, with masters and without."""
+"""Experiments on updates: the effect of small updates on 16-bit weights, with and without masters."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ UPDATES, SIZE, MEAN_OF = 100, 6e-4, 4096
 
 
 def run_hundred_updates(seed: int) -> Result:
-    """Take 6e-4 away from 1.0, a hundred times: w = R(w - 6e-4), or a master in FP32 of which w is the rounded copy.
+    """Subtract 6e-4 from 1.0 a hundred times: w = R(w - 6e-4), or with an FP32 master of which w is the rounded copy.
 
-    Or without a master: R up or down by chance (the mean of 4096 weights), or what R took away kept for the next update.
+    Without a master also with stochastic rounding R (the mean of 4096 weights), and with Kahan summation.
     """
     step = cast(np.array(SIZE), "fp32")
     curves: dict[str, list[float]] = {}
@@ -40,10 +40,10 @@ def run_hundred_updates(seed: int) -> Result:
     exact = 1 - UPDATES * SIZE
     rows = [[name, f"{curve[-1]:.7g}", f"{curve[-1] - exact:+.2g}"] for name, curve in curves.items()]
     conclusion = (
-        f"after {UPDATES} updates of -{SIZE:g} the weight should be {exact:.2f}: FP32 has {curves['fp32'][-1]:.7f}, BF16 alone "
-        f"is still at {curves['bf16'][-1]:g}, and the BF16 copy of an FP32 master is {curves['bf16 with masters'][-1]:g}; "
-        f"without a master stochastic rounding comes to {curves['bf16, stochastic rounding'][-1]:.4f} in the mean, and Kahan's "
-        f"sum to {curves['bf16, Kahan'][-1]:.5f}"
+        f"after {UPDATES} updates of -{SIZE:g} the weight should be {exact:.2f}: it is {curves['fp32'][-1]:.7f} in FP32, still "
+        f"{curves['bf16'][-1]:g} in BF16, and {curves['bf16 with masters'][-1]:g} in BF16 with an FP32 master; without a "
+        f"master, stochastic rounding gives {curves['bf16, stochastic rounding'][-1]:.4f} in the mean, and Kahan summation "
+        f"{curves['bf16, Kahan'][-1]:.5f}"
     )
     return Result(["weights", "after 100 updates", "error"], rows, conclusion, {"exact": exact, "curves": curves})
 
@@ -57,7 +57,7 @@ def _stochastic(step: np.ndarray, seed: int) -> list[float]:
 
 
 def _kahan(step: np.ndarray) -> list[float]:
-    """The weight with what it owes: w + c."""
+    """Return the weight plus its compensation, w + c, after each update."""
     w, c, curve = cast(np.ones(1), "bf16"), cast(np.zeros(1), "bf16"), [1.0]
     for _ in range(UPDATES):
         w, c = kahan_update(w, c, -step)
@@ -66,7 +66,7 @@ def _kahan(step: np.ndarray) -> list[float]:
 
 
 def draw_hundred_updates(axes: Any, data: Mapping[str, Any]) -> None:
-    """The weight after each update."""
+    """Draw the weight after each update."""
     for name, curve in data["curves"].items():
         axes.plot(curve, label=name, lw=3 if name == "fp32" else 1.3, ls="--" if "masters" in name else "-")
     axes.set_xlabel("updates")
@@ -81,11 +81,11 @@ RATES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 
 
 def predicted_share(fmt: str, lr: float) -> float:
-    """The share of N(0, 0.02^2) that a step of lr moves: the weights w of which half an ulp is less than lr.
+    """Return the share of weights N(0, 0.02^2) that a step of lr moves: those whose half ulp is less than lr.
 
         half an ulp of [2^e, 2^(e+1)) is 2^(e - fraction_bits - 1)  =>  P(|w| < 2^(floor(log2 lr) + fraction_bits + 2))
 
-    Not counted: the few weights just above a power of two, of which the distance downwards is half as large.
+    The few weights just above a power of two, whose lower neighbor is half as far, are not counted.
     """
     row = FORMATS[fmt]
     below = math.ldexp(1.0, math.floor(math.log2(lr)) + row.fraction_bits + 2)
@@ -93,7 +93,7 @@ def predicted_share(fmt: str, lr: float) -> float:
 
 
 def run_moved_weights(seed: int) -> Result:
-    """Add lr or -lr, by chance, to 16-bit weights drawn from N(0, 0.02^2), and count those that changed."""
+    """Add lr or -lr, at random, to 16-bit weights sampled from N(0, 0.02^2), and count those that change."""
     rng = np.random.default_rng(seed)
     w = cast(rng.standard_normal(WEIGHTS) * STD, "fp32")
     sign = cast(rng.choice([-1.0, 1.0], WEIGHTS), "fp32")
@@ -109,13 +109,13 @@ def run_moved_weights(seed: int) -> Result:
     at = dict(zip(RATES, data["bf16"]["moved"], strict=True))
     conclusion = (
         f"of BF16 weights N(0, {STD}^2) a step of 1e-4 moves {at[1e-4]:.0%}, one of 3e-5 {at[3e-5]:.0%}, one of 1e-5 "
-        f"{at[1e-5]:.0%} and one of 1e-6 {at[1e-6]:.1%}; without masters, the others stay where they are for ever"
+        f"{at[1e-5]:.0%} and one of 1e-6 {at[1e-6]:.1%}; without masters, the others never move"
     )
     return Result(["step", "fp16 moved", "predicted", "bf16 moved", "predicted"], rows, conclusion, data)
 
 
 def draw_moved_weights(axes: Any, data: Mapping[str, Any]) -> None:
-    """The share of weights moved against the size of the step; crosses are predicted from the ulps."""
+    """Draw the share of weights moved against the size of the step; crosses are predicted from the ulps."""
     for i, fmt in enumerate(("fp16", "bf16")):
         axes.plot(data["rates"], data[fmt]["moved"], "o-", color=f"C{i}", label=fmt)
         axes.plot(data["rates"], data[fmt]["predicted"], "x", color="black", ms=7, label="predicted" if i == 0 else None)
@@ -126,8 +126,8 @@ def draw_moved_weights(axes: Any, data: Mapping[str, Any]) -> None:
 
 
 HUNDRED_UPDATES = Experiment(
-    "hundred-updates", "Where is a weight after 100 updates of 6e-4?", _SOURCE, run_hundred_updates, draw_hundred_updates,
+    "hundred-updates", "What is a weight after 100 updates of 6e-4?", _SOURCE, run_hundred_updates, draw_hundred_updates,
 )  # fmt: skip
 MOVED_WEIGHTS = Experiment(
-    "moved-weights", "Which share of 16-bit weights does one step move?", _SOURCE, run_moved_weights, draw_moved_weights,
+    "moved-weights", "What share of 16-bit weights does one step move?", _SOURCE, run_moved_weights, draw_moved_weights,
 )  # fmt: skip

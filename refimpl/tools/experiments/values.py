@@ -1,4 +1,4 @@
-"""Experiments on single roundings: what vanishes, which updates arrive, and what sums in 16 bits come to."""
+"""Experiments on roundings: numbers flushed to zero, updates that are lost, and sums in 16 bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MICIKEVICIUS = "Micikevicius et al. 2018, section"
 
 
 def _round(x: np.ndarray, fmt: str) -> np.ndarray:
-    """The values of `fmt` nearest to x, as fp32 (fp64 for what fp32 cannot hold); 8-bit formats saturate."""
+    """Return x rounded to `fmt`, as fp32 (as fp64 if x is fp64); 8-bit formats saturate."""
     wide = "fp64" if x.dtype == np.float64 else "fp32"
     y: np.ndarray = widen(cast(x, fmt, overflow="saturate" if FORMATS[fmt].bits <= 8 else None), wide)
     return y
@@ -26,7 +26,7 @@ def _round(x: np.ndarray, fmt: str) -> np.ndarray:
 
 
 def run_flush(seed: int) -> Result:
-    """Sweep from 0 to 3 smallest subnormals in each format, and look just above half of it."""
+    """Round numbers from 0 to three times the smallest subnormal in each format, and half of it and the number just above."""
     data, rows = {}, []
     for fmt in ("fp16", "bf16", "e5m2", "e4m3"):
         s = FORMATS[fmt].smallest_subnormal
@@ -40,15 +40,16 @@ def run_flush(seed: int) -> Result:
     fp16 = data["fp16"]
     half = FORMATS["fp16"].smallest_subnormal / 2
     conclusion = (
-        f"in FP16 what is at or below 2^{math.log2(half):.0f} = {half:.3g} becomes {fp16['at_half']:g}, and what is just above "
-        f"it 2^{math.log2(fp16['above']):.0f}; BF16 goes on down to 2^{math.log2(FORMATS['bf16'].smallest_subnormal):.0f}"
+        f"in FP16 numbers up to 2^{math.log2(half):.0f} = {half:.3g} become {fp16['at_half']:g}, and those just above "
+        f"become 2^{math.log2(fp16['above']):.0f}; BF16's smallest number is "
+        f"2^{math.log2(FORMATS['bf16'].smallest_subnormal):.0f}"
     )
     header = ["format", "smallest value", "half of it", "half becomes", "just above becomes"]
     return Result(header, rows, conclusion, data)
 
 
 def draw_flush(axes: Any, data: Mapping[str, Any]) -> None:
-    """A staircase: what is stored against what was given, in units of each format's smallest value."""
+    """Draw stored against given numbers, in units of each format's smallest value."""
     for fmt, line in data.items():
         if fmt in ("fp16", "e4m3"):
             axes.plot(line["x"], line["y"], label=fmt, lw=3 if fmt == "fp16" else 1.2)
@@ -63,7 +64,7 @@ def draw_flush(axes: Any, data: Mapping[str, Any]) -> None:
 
 
 def run_lost_update(seed: int) -> Result:
-    """Add w / ratio to weights w all over a binade: for which ratios does the sum round back to w?"""
+    """Add w / ratio to all weights w of a binade: for which ratios does the sum round back to w?"""
     data, rows = {}, []
     ratios = 2.0 ** np.arange(5, 15, 1 / 8)
     for fmt in ("fp16", "bf16"):
@@ -75,21 +76,21 @@ def run_lost_update(seed: int) -> Result:
     tie, above = (float(_round(np.array([1 + c * 2.0**-11]), "fp16")[0]) for c in (1.0, 1.01))
     data["tie"] = {"1 + 2^-11": tie, "1 + 1.01 * 2^-11": above}
     conclusion = (
-        f"updates can be lost from weight / update = {data['fp16']['first']:.0f} on in FP16 and {data['bf16']['first']:.0f} in "
-        f"BF16, and from twice that on all are: 1 + 2^-11 is stored as {tie:g}, 1 + 1.01 * 2^-11 as "
-        f"1 + 2^{math.log2(above - 1):.0f}"
+        f"some updates are lost if weight / update is at least {data['fp16']['first']:.0f} in FP16 or "
+        f"{data['bf16']['first']:.0f} in BF16, and all are at twice that ratio: 1 + 2^-11 is stored as {tie:g}, "
+        f"1 + 1.01 * 2^-11 as 1 + 2^{math.log2(above - 1):.0f}"
     )
     return Result(["format", "some are lost from ratio", "all are lost from ratio"], rows, conclusion, data)
 
 
 def draw_lost_update(axes: Any, data: Mapping[str, Any]) -> None:
-    """The share of weights in a binade that the update does not move, against the ratio."""
+    """Draw the share of weights in a binade that the update does not move, against the ratio."""
     for fmt in ("fp16", "bf16"):
         axes.plot(data[fmt]["ratio"], data[fmt]["lost"], "o-", ms=3, label=fmt)
         axes.axvline(data[fmt]["first"], color="gray", lw=0.8, ls="--")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("weight / update")
-    axes.set_ylabel("share of the weights in [1, 2) that stay where they are")
+    axes.set_ylabel("share of the weights in [1, 2) that do not move")
     axes.legend()
 
 
@@ -99,7 +100,7 @@ PRODUCTS, TRIALS, UNIFORMS = 4096, 256, 10_000
 
 
 def _running_sum(terms: np.ndarray, fmt: str) -> np.ndarray:
-    """All partial sums of fp32 terms along the last axis, the sum rounded to `fmt` after each addition."""
+    """Return all partial sums of fp32 terms along the last axis, rounded to `fmt` after each addition."""
     sums, total = np.empty_like(terms), np.zeros_like(terms[..., 0])
     for i in range(terms.shape[-1]):
         total = _round(total + terms[..., i], fmt)
@@ -108,7 +109,7 @@ def _running_sum(terms: np.ndarray, fmt: str) -> np.ndarray:
 
 
 def run_accumulate(seed: int) -> Result:
-    """Sum 4096 products of FP16 numbers one after another, the sum kept in FP32, FP16 or BF16; and uniform numbers."""
+    """Sum 4096 products of FP16 numbers, and 10,000 uniform numbers, one after another in FP32, FP16 or BF16."""
     rng = np.random.default_rng(seed)
     a, b = (_round(cast(rng.standard_normal((TRIALS, PRODUCTS)), "fp32"), "fp16") for _ in range(2))
     products = a * b  # 11 bits times 11 bits: exact in FP32
@@ -123,18 +124,18 @@ def run_accumulate(seed: int) -> Result:
         data[fmt] = {"error": error, "last": float(error[-1]), "uniforms": total}
         rows.append([fmt, f"{error[-1]:.2e}", f"{total:g}"])
     conclusion = (
-        f"a sum of {PRODUCTS} products is off by {data['fp32']['last']:.1e} of its size if it is kept in FP32, by "
-        f"{data['fp16']['last']:.1%} in FP16 and by {data['bf16']['last']:.0%} in BF16; {UNIFORMS:,} uniform numbers, "
-        f"{data['uniforms']:.0f} in all, come to {data['bf16']['uniforms']:g} in BF16"
+        f"the relative error of a sum of {PRODUCTS} products is {data['fp32']['last']:.1e} in FP32, "
+        f"{data['fp16']['last']:.1%} in FP16 and {data['bf16']['last']:.0%} in BF16; the sum of {UNIFORMS:,} uniform numbers, "
+        f"{data['uniforms']:.0f}, is {data['bf16']['uniforms']:g} in BF16"
     )
-    header = ["sum kept in", "relative error (rms)", f"sum of {UNIFORMS:,} uniform numbers"]
+    header = ["sum in", "relative error (rms)", f"sum of {UNIFORMS:,} uniform numbers"]
     return Result(header, rows, conclusion, data)
 
 
 def draw_accumulate(axes: Any, data: Mapping[str, Any]) -> None:
-    """The relative error of the partial sums as they grow longer."""
+    """Draw the relative error of the partial sums against their length."""
     for fmt in ("bf16", "fp16", "fp32"):
-        axes.plot(data["n"][7:], data[fmt]["error"][7:], label=f"sum kept in {fmt}")
+        axes.plot(data["n"][7:], data[fmt]["error"][7:], label=f"sum in {fmt}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("products summed")
@@ -143,11 +144,12 @@ def draw_accumulate(axes: Any, data: Mapping[str, Any]) -> None:
 
 
 FLUSH = Experiment(
-    "flush", "What becomes of numbers near the smallest that a format has?", f"{_MICIKEVICIUS} 3.1", run_flush, draw_flush
+    "flush", "What do numbers near a format's smallest value round to?", f"{_MICIKEVICIUS} 3.1", run_flush, draw_flush
 )
 LOST_UPDATE = Experiment(
-    "lost-update", "How small may an update be, beside its weight?", f"{_MICIKEVICIUS} 3.1", run_lost_update, draw_lost_update,
+    "lost-update", "How small may an update be, relative to its weight?", f"{_MICIKEVICIUS} 3.1",
+    run_lost_update, draw_lost_update,
 )  # fmt: skip
 ACCUMULATE = Experiment(
-    "accumulate", "What do long sums come to in 16 bits?", f"{_MICIKEVICIUS} 3.3", run_accumulate, draw_accumulate
+    "accumulate", "How accurate are long sums in 16 bits?", f"{_MICIKEVICIUS} 3.3", run_accumulate, draw_accumulate
 )
