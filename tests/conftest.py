@@ -35,10 +35,11 @@ for name in ("SIGINT", "SIGHUP"):  # who starts tests in the background may have
 BLAS_TESTS = {
     f"test_{name}"
     for name in (
-        "accumulators", "autograd", "checkpoint", "compare_recipes", "ddp", "experiments", "fused_attention", "gradients",
-        "ignored_targets", "inspect_precision", "mistakes", "models", "mpi", "numpy_ops", "ops_edges", "ops_formula",
-        "onnx", "opinfo", "ops_torch", "optimizer", "policy", "published", "quantization", "quantized_linear", "recorded",
-        "run", "same_bits", "step", "strict_backend", "threads", "trace", "zero",
+        "accumulators", "attention", "autograd", "checkpoint", "compare_recipes", "ddp", "elementwise", "embedding",
+        "every_operation", "experiments", "fused_attention", "gradients", "ignored_targets", "inspect_precision",
+        "linear", "loss", "mistakes", "models", "mpi", "norm", "numpy_ops", "onnx", "opinfo", "optimizer", "policy",
+        "published", "quantization", "quantized_linear", "recorded", "run", "same_bits", "shape", "softmax", "step",
+        "strict_backend", "threads", "trace", "zero",
     )
 }  # fmt: skip
 """The files whose tests compare results of matrix products. They must hold on every BLAS, so .ci/run takes several kernels."""

@@ -11,9 +11,11 @@ from typing import Any
 import arrays
 import numpy as np
 import pytest
-from arrays import AMP, DTYPE, Array, same_bits
+from arrays import AMP, DTYPE, Array, rounded, same_bits
 from recipe_lists import BASIC
 from strict_backend import on_host
+from torch_cases import RECIPES as TORCH_RECIPES
+from torch_cases import Case, check, reference
 
 from refimpl.backends.base import NUMPY, Backend
 from refimpl.nn.autograd import Tape, Value
@@ -479,3 +481,22 @@ def test_the_tape_runs_operations_that_no_table_lists() -> None:
     t.backward(t(monomial, "m", x, power=4), np.ones((1, 1)), sink)
     assert sink["wte.weight"] == 5 * 4 * 3**3 and sink["m.factor"] == 3**4
     assert seen == [("monomial", "m", 4)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- PyTorch
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("recipe", TORCH_RECIPES)
+def test_a_weight_used_twice_under_autocast_sums_its_gradients_in_16_bits(recipe: str) -> None:
+    case = Case("shared_weight", recipe)
+    check(case)
+    if recipe in AMP:  # summing in FP32 is something else
+        unrounded = reference(case).expected[1]
+        assert (rounded(unrounded.exact.value, unrounded.rounded) != unrounded.exact.value).mean() > 0.1
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("recipe", TORCH_RECIPES)
+def test_a_tied_weight_gets_the_sum_of_both_its_gradients(recipe: str) -> None:
+    check(Case("tied", recipe))

@@ -1,7 +1,7 @@
 """Mutants: take any one rounding away from an operation, or make it a wrong one, and a named test turns red.
 
 A mutant is (recipe, site, kind). A site is a place where an operation rounds, such as `attention.scores.S` or `linear.dw.dw`
-(`Bound.round` is the only function that does). Sites are not listed here: every case of test_ops_torch.py runs with a
+(`Bound.round` is the only function that does). Sites are not listed here: every case of torch_cases.py runs with a
 monitor that hears of each rounding. A rounding that changes no element of the data has no mutants, and a wrong rounding
 counts only if it is wrong for at least one element. The kinds:
 
@@ -14,7 +14,7 @@ counts only if it is wrong for at least one element. The kinds:
 (Ties are not among them: where they go is decided in one function, refimpl.numerics.casts, and test_casts.py tries every one.)
 
 Each is switched on inside `Bound.round`, by this test alone, while the checks of all cases that reach the site run: the
-checks that test_ops_torch.py makes of the same cases. A mutant is killed *by values* if a result is none that a correct
+checks that the tests of operations make of the same cases. A mutant is killed *by values* if a result is none that a correct
 evaluation can give, *by format* if the values pass and only the type of a result is wrong. Some that are `removed` are
 *made up for*: the same FP32 array is rounded a moment later, when the next operation casts its operands in, so that no bit
 of any result differs. Those are counted apart, and only if that later rounding was seen. The rest survives.
@@ -35,12 +35,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_ops_torch as twins  # skips this file too where PyTorch is not installed
 import test_optimizer
 import test_state
 import test_step
+import torch_cases as twins
 from arrays import DTYPE, LOW, wide
-from test_ops_torch import CASES, Case
+from torch_cases import CASES, Case
 
 from refimpl.backends.base import NUMPY
 from refimpl.numerics.casts import cast, widen
@@ -55,6 +55,7 @@ KINDS = ["removed", "disguised", "truncated", "twice", "rarely"]
 ALL_CASES = [*CASES, *(Case("attention", f"math-{low}", (low,)) for low in LOW)]
 RECIPES = list(dict.fromkeys(case.recipe for case in ALL_CASES))
 
+pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("torch")  # on one thread
 
 
@@ -232,7 +233,7 @@ VERDICTS = ["values", "format", "made up for", "survived"]
 
 
 def verdict(mutant: Mutant) -> tuple[str, str]:
-    """What becomes of a mutant, and the case that says so. Each case is checked as test_ops_torch.py checks it."""
+    """What becomes of a mutant, and the case that says so. Each case is checked as `torch_cases.check` does."""
     wrong_format, unchanged, redone = "", True, ""
     for case in sites(mutant.recipe)[mutant.site].cases:
         right_results(case)  # before anything is switched

@@ -2,13 +2,13 @@
 
 PyTorch describes each of its operations by an `OpInfo`, with the inputs that its own tests use: `op_db` in
 torch.testing._internal. Here each sample's own tensors go through PyTorch's operation and through refimpl's, forward and
-backward, in FP32, FP16 and BF16 (recipes `fp32`, `fp16`, `bf16`). test_ops_torch.py compares the same operations on inputs of
+backward, in FP32, FP16 and BF16 (recipes `fp32`, `fp16`, `bf16`). torch_cases.py compares the same operations on inputs of
 our choice; these were chosen by others: no elements, no axes, one feature, rows of two, numbers up to 9.
 
 A sample with an option that refimpl does not have is left out by one of the `RULES`. How many samples run, and how many each
 rule leaves out, is written down in `OPINFOS` for the version of PyTorch that the project names, and must be so exactly.
 
-Bounds are those of test_ops_torch.py: the FP32 rounding errors of each formula are carried through it (`Near`), and both
+Bounds are those of torch_cases.py: the FP32 rounding errors of each formula are carried through it (`Near`), and both
 results must be possible roundings of what lies within them. Where only one is possible, they are identical.
 """
 
@@ -46,6 +46,7 @@ from bounds import (
     silu_near,
     softmax_near,
 )
+from torch_cases import POLICIES, TORCH, assert_format, format_name, gradient_of_output, onednn, operand_names, tensor, theirs
 
 from refimpl.nn.ops import OPS
 from refimpl.nn.ops import embedding as embedding_op
@@ -58,18 +59,6 @@ from refimpl.precision.recipes import get_recipe
 
 torch = pytest.importorskip("torch", reason="PyTorch's test inputs need torch==2.13.0: pip install -e '.[parity]'")
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest: pip install -e '.[parity]'")
-
-from test_ops_torch import (  # noqa: E402
-    POLICIES,
-    TORCH,
-    assert_format,
-    format_name,
-    gradient_of_output,
-    onednn,
-    operand_names,
-    tensor,
-    theirs,
-)
 
 F = torch.nn.functional
 
@@ -115,7 +104,7 @@ class Call:
     torch: Callable[..., Any]
     formula: Callable[..., list[Near]] | None  # None: no arithmetic, so identical
     static: dict[str, Any] = field(default_factory=dict)
-    gradients_in_fp32: bool = False  # as test_ops_torch.Twin has it, and why
+    gradients_in_fp32: bool = False  # as torch_cases.Twin has it, and why
     policy: str = ""  # if another than the recipe's
 
 

@@ -9,7 +9,7 @@ between R(v - e) and R(v + e). Where those two are one number, as they mostly ar
 evaluation gives that number, and both sides must give it, bit for bit. So a rounding that is missing, that is one too many
 or that goes the wrong way cannot hide behind 'one place apart'.
 
-test_ops_torch.py, test_recorded.py and the parity tests compare by these rules.
+torch_cases.py, test_recorded.py and the parity tests compare by these rules.
 """
 
 from __future__ import annotations

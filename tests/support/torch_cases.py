@@ -1,12 +1,12 @@
-"""refimpl.nn.ops against PyTorch on the CPU: every operation, forward and backward, on identical inputs, in every recipe.
+"""Operations against PyTorch on the CPU: forward and backward, on identical inputs, in every recipe.
 
 Both must give what a correct evaluation can give; bounds.py derives what that is, and in 16 bits it is mostly one number.
 test_mutants.py takes out every rounding that there is, and every time one of these comparisons must fail.
 
 A `Case` is one operation in one recipe with operands in given formats. The op lists of CPU autocast are torch.autocast's
-own; those of CUDA autocast, which need no GPU to be known, are spelled out here as casts. Each test records (record_property,
-and on the screen with -s) the share of bit-identical elements, the share that was decided, and the largest distance in ulps
-at the scale of the row. Negative controls at the end: the claims must fail where they should.
+own; those of CUDA autocast, which need no GPU to be known, are spelled out here as casts. `check` is the test of a case; it
+records the share of bit-identical elements, the share that was decided, and the largest distance in ulps at the scale of the
+row, which each test prints (with -s, and into --junit-xml).
 """
 
 from __future__ import annotations
@@ -21,11 +21,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pytest
-from arrays import DTYPE, FORMATS, LOW, Array, array, rounded, wide
+from arrays import AMP, DTYPE, FORMATS, LOW, Array, array, rounded, wide
 from bounds import (
-    SMALLEST_EXPONENT,
-    Agreement,
     D,
     H,
     Near,
@@ -43,7 +40,6 @@ from bounds import (
     matmul_near,
     near,
     ours,
-    possible,
     relu_near,
     rmsnorm_near,
     silu_near,
@@ -56,34 +52,21 @@ from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.ops import OPS, add, embedding, fan_in, linear
 from refimpl.precision.context import Monitor, Run
 from refimpl.precision.policy import EVERY_OTHER, Policy, Precision
-from refimpl.precision.recipes import RECIPES as ALL_RECIPES
 from refimpl.precision.recipes import get_recipe
 
-torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.usefixtures("torch")  # on one thread
-F = torch.nn.functional
+try:
+    import torch
+except ImportError:  # cases can be listed without it; the fixture `torch` skips their tests
+    torch = None
+F = torch and torch.nn.functional
+TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16} if torch else {}
 
-TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-AMP = ["amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu"]
 RECIPES = [*FORMATS, *AMP]
 
+ELEMENTWISE = ["add", "relu", "silu", "gelu_tanh", "gelu_erf"]
 
 REPORT: list[tuple[str, str]] = []
 """What the comparisons of the running test found: (name of the result, text)."""
-
-
-@pytest.fixture(autouse=True)
-def report(record_property: Callable[[str, object], None], request: pytest.FixtureRequest) -> Iterator[None]:
-    """Puts it into the report of the test run (--junit-xml) and on the screen (-s)."""
-    REPORT.clear()
-    yield
-    for name, text in REPORT:
-        record_property(name, text)
-        print(f"{request.node.name}  {name}: {text}")
-
-
-# ------------------------------------------------------------------------------------------------------------ agreement
 
 
 def assert_agrees(ours: Array, theirs: Array, exact: Near, fmt: str, name: str = "result") -> None:
@@ -96,9 +79,6 @@ def assert_agrees(ours: Array, theirs: Array, exact: Near, fmt: str, name: str =
 def assert_format(x: Array, fmt: str, name: str) -> None:
     """The type that a result is stored in. Apart from `assert_agrees`, so that one can ask whether values alone tell."""
     assert x.dtype == DTYPE[fmt], f"{name} is {x.dtype}, not {fmt}"
-
-
-# ------------------------------------------------------------------------------------------------- arrays, here and there
 
 
 @contextmanager
@@ -132,9 +112,6 @@ def theirs(f: Callable[..., Any], operands: list[Array], dy: Array, fmt: str | N
     return y, [leaf.grad for leaf in leaves]
 
 
-# --------------------------------------------------------------------------------------------------------------- cases
-
-
 @dataclass(frozen=True)
 class Twin:
     """One operation here and there. operands: shapes, or tokens. `formula` has the errors of forward, then backward."""
@@ -152,21 +129,23 @@ class Twin:
 
 
 rng = np.random.default_rng(12)
+
 TOKENS, TARGETS = rng.integers(0, 20, 300), rng.integers(0, 50, 60)
+
 TWINS = {
-    "linear": Twin(((64, 32), (80, 32), (80,)), F.linear, linear_near),
-    "matmul": Twin(((2, 3, 32, 48), (2, 3, 48, 40)), torch.matmul, matmul_near),
-    "add": Twin(((50, 60), (60,)), torch.add, add_near),
-    "relu": Twin(((50, 60),), torch.relu, relu_near),
-    "silu": Twin(((50, 60),), F.silu, silu_near),
+    "linear": Twin(((64, 32), (80, 32), (80,)), lambda x, w, b: F.linear(x, w, b), linear_near),
+    "matmul": Twin(((2, 3, 32, 48), (2, 3, 48, 40)), lambda a, b: torch.matmul(a, b), matmul_near),
+    "add": Twin(((50, 60), (60,)), lambda a, b: torch.add(a, b), add_near),
+    "relu": Twin(((50, 60),), lambda x: torch.relu(x), relu_near),
+    "silu": Twin(((50, 60),), lambda x: F.silu(x), silu_near),
     "gelu_tanh": Twin(((50, 60),), lambda x: F.gelu(x, approximate="tanh"), gelu_tanh_near),
-    "gelu_erf": Twin(((50, 60),), F.gelu, gelu_erf_near),
+    "gelu_erf": Twin(((50, 60),), lambda x: F.gelu(x), gelu_erf_near),
     "layernorm": Twin(
         ((50, 100), (100,), (100,)), lambda x, w, b: F.layer_norm(x, (100,), w, b), layernorm_near, gradients_in_fp32=True
     ),
     "rmsnorm": Twin(((50, 100), (100,)), lambda x, w: F.rms_norm(x, (100,), w, eps=1e-5), rmsnorm_near, gradients_in_fp32=True),
     "softmax": Twin(((50, 60),), lambda x: torch.softmax(x, -1), softmax_near),
-    "embedding": Twin((TOKENS, (20, 16)), F.embedding, embedding_near, gradients_in_fp32=True),
+    "embedding": Twin((TOKENS, (20, 16)), lambda t, w: F.embedding(t, w), embedding_near, gradients_in_fp32=True),
     "cross_entropy": Twin(((60, 50), TARGETS), lambda z, t: F.cross_entropy(z.float(), t), cross_entropy_near),
     "reshape": Twin(((4, 6, 8),), lambda x: x.reshape(24, 8), None, {"shape": (24, 8)}),
     "transpose": Twin(((4, 6, 8),), lambda x: x.permute(2, 0, 1), None, {"axes": (2, 0, 1)}),
@@ -221,6 +200,7 @@ def format_name(x: Any) -> str:
 # The op lists of CUDA autocast (aten/src/ATen/autocast_mode.h), as far as there are operations here. The rest runs in
 # the format of its input. CPU autocast has the same products and losses, but not the norms and softmax.
 PRODUCTS = {"linear", "matmul"}
+
 FP32_ON_CUDA = {"layernorm", "rmsnorm", "softmax", "cross_entropy"}
 
 
@@ -267,9 +247,6 @@ def gradient_of_output(op: str, shape: tuple[int, ...], fmt: str, scale: float =
     if op == "cross_entropy":
         return np.float32(1024)
     return array(np.random.default_rng(13).standard_normal(shape) * scale, fmt)
-
-
-ELEMENTWISE = ["add", "relu", "silu", "gelu_tanh", "gelu_erf"]
 
 
 @functools.cache
@@ -324,72 +301,24 @@ def check(case: Case) -> None:
         assert_agrees(x, wanted.theirs, wanted.exact, wanted.rounded, wanted.name)
 
 
-def cases_of(op: str) -> Iterator[Case]:
+def cases_of(*ops: str) -> Iterator[Case]:
     """Uniform recipes have one format. Under autocast activations come in FP32 or in 16 bits, and parameters are FP32, or,
     for products, the 16-bit copies that are shared within a step."""
-    params = len(OPS[op].params)
-    inputs = sum(not isinstance(x, np.ndarray) for x in TWINS[op].operands) - params
-    for recipe in FORMATS:
-        yield Case(op, recipe, (recipe,) * (inputs + params))
-    for recipe in AMP if TWINS[op].formula else []:
-        low = low_of(recipe)
-        formats = [("fp32",) * (inputs + params)]
-        if inputs:
-            formats.append((low,) * inputs + ("fp32",) * params)
-        if op == "linear":
-            formats.append((low,) * (inputs + params))
-        if op in ("add", "matmul"):
-            formats += [("fp32", low), (low, "fp32")]
-        yield from (Case(op, recipe, each) for each in formats)
-
-
-def test_every_operation_has_a_twin() -> None:
-    assert {*TWINS, "attention", "cast"} == set(OPS)
-
-
-def test_every_recipe_is_covered() -> None:
-    # pure-fp16 differs from fp16 in what the optimizer keeps, not in its operations; fp64 is for test_ops_formula.py, and
-    # what is quantized or summed otherwise for test_quantized_linear.py.
-    covered = [get_recipe(name).policy for name in RECIPES]
-    assert all(recipe.policy in covered for name, recipe in ALL_RECIPES.items() if name != "fp64" and recipe.policy.in_formats)
-
-
-@pytest.mark.parametrize("case", [case for op in TWINS for case in cases_of(op)], ids=str)
-def test_twin(case: Case) -> None:
-    check(case)
-
-
-def test_most_results_are_decided() -> None:
-    """Otherwise the claims would be empty. It depends on the data and the formulas alone, not on what computes them. The least
-    share, some 50 %, is that of the layer norm's dw in FP16: a hundred sums of fifty products that cancel in part."""
-    shares = {}
-    for case in CASES:
-        for wanted in reference(case).expected:
-            least, greatest = possible(wanted.exact, wanted.rounded)
-            if wanted.rounded in LOW:
-                shares[f"{case}: {wanted.name}"] = float((least == greatest).mean())
-    average = float(np.mean([*shares.values()]))
-    REPORT.append(("decided, on average", f"{100 * average:.1f} %"))
-    assert average > 0.9
-    assert min(shares.values()) > 1 / 3, {name: share for name, share in shares.items() if share <= 1 / 3}
-
-
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_linear_without_bias_and_in_three_dimensions(fmt: str) -> None:
-    rng = np.random.default_rng(14)
-    x, w, dy = (array(rng.standard_normal(shape), fmt) for shape in ((4, 16, 96), (80, 96), (4, 16, 80)))
-    p = Run(get_recipe(fmt).policy, NUMPY).bind("linear", "here")
-    y, saved = OPS["linear"].forward(x, w, None, p=p)
-    dx, dw, db = OPS["linear"].backward(dy, saved, w, None, p=p)
-    y_torch, (dx_torch, dw_torch) = theirs(F.linear, [x, w], dy)
-    assert db is None
-    X, W, G = near(wide(x).reshape(64, 96)), near(wide(w)), near(wide(dy).reshape(64, 80))
-    assert_agrees(y.reshape(64, 80), wide(y_torch).reshape(64, 80), X @ W.T, fmt, "y")
-    assert_agrees(dx.reshape(64, 96), wide(dx_torch).reshape(64, 96), G @ W, fmt, "dx")
-    assert_agrees(dw, dw_torch, G.T @ X, fmt, "dw")
-
-
-# ----------------------------------------------------------------------------------- one tensor, one weight, used twice
+    for op in ops:
+        params = len(OPS[op].params)
+        inputs = sum(not isinstance(x, np.ndarray) for x in TWINS[op].operands) - params
+        for recipe in FORMATS:
+            yield Case(op, recipe, (recipe,) * (inputs + params))
+        for recipe in AMP if TWINS[op].formula else []:
+            low = low_of(recipe)
+            formats = [("fp32",) * (inputs + params)]
+            if inputs:
+                formats.append((low,) * inputs + ("fp32",) * params)
+            if op == "linear":
+                formats.append((low,) * (inputs + params))
+            if op in ("add", "matmul"):
+                formats += [("fp32", low), (low, "fp32")]
+            yield from (Case(op, recipe, each) for each in formats)
 
 
 def fan_in_reference(case: Case) -> Reference:
@@ -510,37 +439,6 @@ def tied_results(case: Case, monitor: Monitor | None) -> list[Array]:
     return on_tape(case, monitor, lambda t, x: t(linear, "head", t(embedding, "a", x[0])), "head.weight")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_fan_in_is_pytorchs_accumulation_bit_for_bit(recipe: str) -> None:
-    for fmt in [recipe] if recipe in FORMATS else ["fp32", low_of(recipe)]:
-        case = Case("fan_in", recipe, (fmt,))
-        check(case)
-        assert agreement(results(case)[0], reference(case).expected[0].theirs, reference(case).expected[0].exact, fmt) == (
-            Agreement(1.0, 1.0, 0.0, 0, 0)
-        )
-
-
-@pytest.mark.parametrize("recipe", AMP)
-def test_the_recorded_cast_of_a_parameter_is_autocasts(recipe: str) -> None:
-    check(Case("cast", recipe))
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_weight_used_twice_under_autocast_sums_its_gradients_in_16_bits(recipe: str) -> None:
-    case = Case("shared_weight", recipe)
-    check(case)
-    if recipe in AMP:  # summing in FP32 is something else
-        unrounded = reference(case).expected[1]
-        assert (rounded(unrounded.exact.value, unrounded.rounded) != unrounded.exact.value).mean() > 0.1
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_tied_weight_gets_the_sum_of_both_its_gradients(recipe: str) -> None:
-    check(Case("tied", recipe))
-
-
-# ------------------------------------------------------------------------------------------------------------ attention
-
 B = 400
 """Short rows: one undecided P makes its row of O undecided, and backward the whole head. D is no power of 4, so that the
 scale rounds; many samples, so that every rounding changes many elements."""
@@ -629,84 +527,8 @@ def special_cases() -> Iterator[Case]:
     yield from (Case("cast", recipe) for recipe in AMP)
 
 
-CASES = [*(case for op in TWINS for case in cases_of(op)), *special_cases()]
+CASES = [*cases_of(*TWINS), *special_cases()]
 """Everything that is held against PyTorch with a derived bound."""
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.op == "attention"], ids=str)
-def test_attention_written_out(case: Case) -> None:
-    check(case)
-
-
-def queries_at_a_time(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    monkeypatch.setitem(OPS["attention"].forward.__globals__, "QUERIES", n)
-
-
-@pytest.mark.parametrize("queries", [1, 2, 3])  # of T = 4
-@pytest.mark.parametrize("case", [case for case in CASES if case.op == "attention"], ids=str)
-def test_attention_by_blocks_of_queries(case: Case, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    queries_at_a_time(monkeypatch, queries)
-    check(case)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_block_of_queries_does_not_touch_what_it_does_not_see(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = product_format(recipe)
-    qkv, dO = draw_qkv(fmt, fmt)
-    queries_at_a_time(monkeypatch, 2)
-    y, _ = ours(policy_of(recipe), "attention", [qkv], dO, n_head=H)
-    _, (_, P) = OPS["attention"].forward(qkv, p=Run(policy_of(recipe), NUMPY).bind("attention", "h"), n_head=H)
-    assert np.array_equal(wide(P) == 0, np.broadcast_to(np.triu(np.ones((T, T), bool), 1), P.shape))
-    qkv[:, 2:] = math.nan
-    z, _ = ours(policy_of(recipe), "attention", [qkv], dO, n_head=H)
-    assert z[:, :2].tobytes() == y[:, :2].tobytes() and np.isnan(wide(z)[:, 2:]).all()
-
-
-@pytest.mark.parametrize("low", LOW)
-def test_attention_with_one_rounding_is_the_math_backend(low: str) -> None:
-    case = Case("attention", f"math-{low}", (low,))
-    check(case)
-    # Of O 95 % and of dqkv 79 % are decided, and so identical. The others may fall either way, with a probability of the
-    # errors that really occur over an ulp; those are a tenth or less of what they are bounded by, so 99 % is identical.
-    for wanted, x in zip(reference(case).expected, results(case), strict=True):
-        assert agreement(x, wanted.theirs, wanted.exact, low).share_identical > 0.99
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_attention_where_one_score_outweighs_all_others(recipe: str) -> None:
-    # q and k 6 times as large: scores in the hundreds, a softmax of ones, zeros and subnormals.
-    check(Case("attention", recipe, (product_format(recipe),), 6.0))
-
-
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan], ids=str)
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_what_a_mask_hides_stays_hidden_as_in_pytorch(recipe: str, bad: float) -> None:
-    # The last position's q, k or v is not finite. Earlier positions do not see its scores; 0 times its v is NaN in both.
-    fmt = product_format(recipe)
-    for part in range(3):
-        qkv, dO = draw_qkv(fmt, fmt)
-        qkv[:, -1, part * H * D] = bad
-        with np.errstate(invalid="ignore"):
-            y, (g,) = ours(policy_of(recipe), "attention", [qkv], dO, n_head=H)
-        y_torch, (g_torch,) = theirs(attention_in(recipe), [qkv], dO)
-        same_kind(y, y_torch, f"O, {'qkv'[part]} not finite")
-        same_kind(g, g_torch, f"dqkv, {'qkv'[part]} not finite")
-        assert part == 2 or np.isfinite(wide(y)[:, :-1]).all()
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_an_infinite_gradient_reaches_no_key_that_is_hidden_from_it(recipe: str) -> None:
-    # P is 0 where a key is hidden, but 0 times an infinite dP is NaN.
-    qkv, dO = draw_qkv(product_format(recipe), product_format(recipe))
-    dO[:, 0, 0] = math.inf
-    with np.errstate(invalid="ignore"):
-        _, (g,) = ours(policy_of(recipe), "attention", [qkv], dO, n_head=H)
-    _, (g_torch,) = theirs(attention_in(recipe), [qkv], dO)
-    same_kind(g, g_torch, "dqkv, dO not finite")
-    assert np.isfinite(wide(g)[:, 1:, : 2 * H * D]).all()
-
-
-# ------------------------------------------------------------------------------------------------------------ the edges
 
 
 def same_kind(a: Array, b: Any, name: str, identical: bool = False) -> None:
@@ -721,12 +543,20 @@ def same_kind(a: Array, b: Any, name: str, identical: bool = False) -> None:
         assert np.array_equal(a, b, equal_nan=True), name
 
 
+def outside(policy: Policy, case: Case) -> list[int]:
+    """How many elements of each of our results, computed by another policy, are no possible results of the case."""
+    wanted = reference(case)
+    static = {"n_head": H} if case.op == "attention" else {}
+    y, gradients = ours(policy, case.op, wanted.operands, wanted.dy, **static)
+    pairs = zip([y, *gradients], wanted.expected, strict=True)
+    return [agreement(x, e.theirs, e.exact, e.rounded).ours_outside for x, e in pairs]
+
+
 SPECIAL_VALUES = [math.inf, -math.inf, math.nan, 0, -0.0, 1, -1, 3e38, -3e38, 65504, -65504, 1e-8, -1e-8, 1e-40]
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("op", ["relu", "silu", "gelu_tanh", "gelu_erf", "softmax", "add"])
-def test_special_values_are_finite_infinite_or_nan_where_pytorchs_are(op: str, fmt: str) -> None:
+def check_special_values(op: str, fmt: str) -> None:
+    """Results are finite, infinite or NaN where PyTorch's are."""
     with np.errstate(all="ignore"):
         x = array(SPECIAL_VALUES, fmt)
         # Pairs of values for those that look at more than one.
@@ -742,150 +572,10 @@ def test_special_values_are_finite_infinite_or_nan_where_pytorchs_are(op: str, f
         same_kind(a, b, "gradient", identical=op in ("relu", "add"))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_cross_entropy_of_large_logits(fmt: str) -> None:
-    # Standard deviation 3000: most rows are certain, the loss is in the thousands, and exp(z - largest) is 0 or near it.
-    check(Case("cross_entropy", fmt, (fmt,), 3000.0))
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_cross_entropy_of_logits_that_are_not_finite(recipe: str) -> None:
-    rng, fmt = np.random.default_rng(21), product_format(recipe)
-    for bad in ([math.inf], [-math.inf], [math.nan], [math.inf, -math.inf], [math.inf, math.inf], [-math.inf] * 5):
-        for target in (0, 4):  # at a bad logit, and at a good one
-            row = rng.standard_normal((1, 5))
-            row[0, : len(bad)] = bad
-            z, targets = array(row, fmt), np.array([target])
-            with np.errstate(all="ignore"):
-                y, (dz, _) = ours(get_recipe(recipe).policy, "cross_entropy", [z, targets], np.float32(1024))
-            y_torch, (dz_torch, _) = theirs(
-                in_recipe(TWINS["cross_entropy"].torch, "cross_entropy", recipe), [z, targets], np.float32(1024)
-            )
-            same_kind(y, y_torch, f"loss with {bad}, target {target}")
-            same_kind(dz, dz_torch, f"dlogits with {bad}, target {target}")
-
-
-@pytest.mark.parametrize("ignore_index", [-100, -1, 7])
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_cross_entropy_with_ignored_targets(fmt: str, ignore_index: int) -> None:
-    rng, op = np.random.default_rng(22), OPS["cross_entropy"]
-    z, targets = array(rng.standard_normal((60, 50)), fmt), rng.integers(0, 50, 60)
-    targets[rng.permutation(60)[:25]] = ignore_index
-    p = Run(policy_of(fmt), NUMPY).bind("cross_entropy", "loss")
-    y, saved = op.forward(z, targets, p, ignore_index=ignore_index)
-    dz, _ = op.backward(np.float32(1024), saved, p, ignore_index=ignore_index)
-    y_torch, (dz_torch, _) = theirs(
-        lambda z, t: F.cross_entropy(z.float(), t, ignore_index=ignore_index), [z, targets], np.float32(1024)
-    )
-    exact = cross_entropy_near(near(wide(z)), targets, near(1024.0), ignore_index)
-    assert_agrees(y, wide(y_torch), exact[0], "fp32", "loss")
-    assert_agrees(dz, wide(dz_torch), exact[1], fmt, "dlogits")
-    assert not wide(dz)[targets == ignore_index].any()
-
-
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_cross_entropy_ignores_as_pytorch_does_where_values_are_not_finite(fmt: str) -> None:
-    """All ignored: a loss of NaN and gradients of 0. A bad row that is ignored leaves the loss finite, not its own gradient."""
-    rows = array(np.random.default_rng(23).standard_normal((3, 5)), fmt)
-    for bad, targets in ((0.0, [-100] * 3), (math.nan, [-100, 1, 2]), (math.inf, [-100, 1, 2]), (-math.inf, [1, -100, 2])):
-        z = rows.copy()
-        z[0, 2] = z[0, 2] if bad == 0 else bad
-        with np.errstate(all="ignore"):
-            y, (dz, _) = ours(policy_of(fmt), "cross_entropy", [z, np.array(targets)], np.float32(1024))
-        y_torch, (dz_torch, _) = theirs(TWINS["cross_entropy"].torch, [z, np.array(targets)], np.float32(1024))
-        same_kind(y, y_torch, f"loss with {bad}")
-        same_kind(dz, dz_torch, f"dlogits with {bad}")
-        assert bad != 0 or (np.isnan(y) and not wide(dz).any())
-
-
 SUBNORMAL = {"fp16": 2.0**-20, "bf16": 2.0**-130, "fp32": 2.0**-130}
 """Times normal values: some bits are left, and some values become zero."""
 
 
-@pytest.mark.parametrize("op", [*ELEMENTWISE, "matmul", "embedding", "fan_in", "softmax", "cross_entropy"])
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_subnormal_operands(op: str, fmt: str) -> None:
-    case = next(case for case in CASES if case.op == op and case.recipe == fmt)
-    check(replace(case, scale=SUBNORMAL[fmt]))
-
-
-@pytest.mark.parametrize("fmt", LOW)
-def test_subnormal_results(fmt: str) -> None:
-    # Values so far apart that many probabilities are subnormal, and their gradients too.
-    case = Case("softmax", fmt, (fmt,), {"fp16": 6.0, "bf16": 45.0}[fmt])
-    check(case)
-    y = wide(results(case)[0])
-    assert np.count_nonzero((y > 0) & (y < 2.0 ** SMALLEST_EXPONENT[fmt])) > 100
-
-
-@pytest.mark.parametrize("fmt", LOW)
-def test_embedding_gradient_of_a_row_that_is_used_thousands_of_times(fmt: str) -> None:
-    # Row 3 stands in 5000 places with gradients near 1: the sum is rounded once. PyTorch's CPU kernel rounds after each
-    # addition and stops where half an ulp is more than 1; its sum in FP32 is the reference.
-    rng = np.random.default_rng(22)
-    tokens = np.where(rng.random(6000) < 5 / 6, 3, rng.integers(0, 20, 6000))
-    w, dy = array(rng.standard_normal((20, 16)), fmt), array(1 + 0.1 * rng.standard_normal((6000, 16)), fmt)
-    _, (_, dw) = ours(get_recipe(fmt).policy, "embedding", [tokens, w], dy)
-    _, (_, in_fp32) = theirs(F.embedding, [tokens, w], dy, "fp32")
-    _, (_, in_16_bits) = theirs(F.embedding, [tokens, w], dy)
-    exact = embedding_near(tokens, near(wide(w)), near(wide(dy)))[1]
-    assert_agrees(dw, rounded(wide(in_fp32), fmt), exact, fmt, "dw")
-    assert agreement(dw, wide(in_16_bits), exact, fmt).theirs_outside > 16
-    assert wide(in_16_bits)[3].max() < 0.9 * wide(dw)[3].min()
-
-
-# ----------------------------------------------------------------------------------------------------- negative controls
-
-
-def outside(policy: Policy, case: Case) -> list[int]:
-    """How many elements of each of our results, computed by another policy, are no possible results of the case."""
-    wanted = reference(case)
-    static = {"n_head": H} if case.op == "attention" else {}
-    y, gradients = ours(policy, case.op, wanted.operands, wanted.dy, **static)
-    pairs = zip([y, *gradients], wanted.expected, strict=True)
-    return [agreement(x, e.theirs, e.exact, e.rounded).ours_outside for x, e in pairs]
-
-
-@pytest.mark.parametrize("fmt", LOW)
-def test_control_rounding_before_the_bias_is_noticed(fmt: str) -> None:
-    case = Case("linear", fmt, (fmt,) * 3)
-    x, w, b = reference(case).operands
-    run, wanted = Run(get_recipe(fmt).policy, NUMPY), reference(case).expected[0]
-    y, _ = OPS["linear"].forward(x, w, None, p=run.bind("linear", "here"))
-    twice, _ = OPS["add"].forward(y, b, p=run.bind("add", "here"))
-    assert agreement(twice, wanted.theirs, wanted.exact, fmt).ours_outside > 0.1 * twice.size
-
-
-@pytest.mark.parametrize("fmt", LOW)
-def test_control_a_missing_rounding_of_the_output_is_noticed(fmt: str) -> None:
-    unrounded = Policy("unrounded", {EVERY_OTHER: Precision(fmt, "fp32", "fp32")})
-    assert outside(unrounded, Case("linear", fmt, (fmt,) * 3))[0] > 0.9 * 64 * 80
-
-
-@pytest.mark.parametrize(("fmt", "n"), [("fp16", 4096), ("bf16", 512)])
-def test_control_accumulating_in_16_bits_is_beyond_the_bound(fmt: str, n: int) -> None:
-    dy = np.abs(array(np.random.default_rng(19).standard_normal((n, 8)), fmt))
-    running = np.zeros(8)
-    for row in wide(dy):
-        running = rounded(running + row, fmt)
-    exact = near(wide(dy)).sum(0)
-    summed = tensor(dy).sum(0)
-    assert agreement(running, summed, exact, fmt).ours_outside == 8
-    assert agreement(rounded(exact.value, fmt), summed, exact, fmt).ours_outside == 0
-
-
-def test_control_an_fp32_product_of_rounded_operands_is_beyond_the_bound() -> None:
-    tf32_like = Policy("bf16 inputs", {EVERY_OTHER: Precision("bf16", "fp32", "fp32")})
-    assert min(outside(tf32_like, Case("matmul", "fp32", ("fp32", "fp32")))) > 1000
-
-
-@pytest.mark.parametrize("fmt", LOW)
-@pytest.mark.parametrize("part", ["scores", "scale", "softmax", "everything"])
-def test_control_attention_without_one_of_its_roundings_is_noticed(part: str, fmt: str) -> None:
-    # 'everything' is what SDPBackend.MATH does: all in FP32, one rounding at the end. Operands are taken as they come, or
-    # the next row would make up for it.
-    missing = ["scores", "scale", "softmax"] if part == "everything" else [part]
-    parts = {name: Precision("same", "fp32", "fp32" if name in missing else fmt) for name in ("scores", "scale", "softmax")}
-    rows = {f"attention.{name}": row for name, row in {**parts, "values": Precision("same", "fp32", fmt)}.items()}
-    missed = outside(Policy("unrounded", {EVERY_OTHER: Precision(fmt, "fp32", fmt), **rows}), Case("attention", fmt, (fmt,)))
-    assert min(missed) > 0.01 * B * T * H * D, missed
+def subnormal(op: str, fmt: str) -> Case:
+    """Return the case of an operation in one format, with operands of which many are subnormal."""
+    return replace(next(case for case in CASES if case.op == op and case.recipe == fmt), scale=SUBNORMAL[fmt])
