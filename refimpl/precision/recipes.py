@@ -84,7 +84,7 @@ def _state(weights: str, grads: str, master: str, moments: str, v: str = "", mai
     }  # fmt: skip
 
 
-_NOTE = "Micikevicius et al. 2018, arXiv 1710.03740"
+_MIXED = "Micikevicius et al. 2018, arXiv 1710.03740"
 _AUTOCAST = "PyTorch, aten/src/ATen/autocast_mode.h"
 _SR = "Gupta et al. 2015, arXiv 1502.02551; llm.c, train_gpt2.cu -w 0"
 _BF16 = uniform("bf16", "fp32")
@@ -101,9 +101,9 @@ RECIPES: dict[str, Recipe] = {
                uniform("fp64", "fp64"), _state("fp64", "fp64", "", "fp64"), "none"),
         Recipe("fp32", "all in single precision: the baseline", "-",
                uniform("fp32", "fp32"), _state("fp32", "fp32", "", "fp32"), "none"),
-        Recipe("fp16", "FP16 weights and gradients, FP32 masters, dynamic loss scale: the documented algorithm", _NOTE,
+        Recipe("fp16", "FP16 weights and gradients, FP32 masters, dynamic loss scale: the published algorithm", _MIXED,
                uniform("fp16", "fp32"), _state("fp16", "fp16", "fp32", "fp32"), "dynamic"),
-        Recipe("bf16", "BF16 weights and gradients, FP32 masters; its range needs no loss scale", _NOTE,
+        Recipe("bf16", "BF16 weights and gradients, FP32 masters; its range needs no loss scale", _MIXED,
                uniform("bf16", "fp32"), _state("bf16", "bf16", "fp32", "fp32"), "none"),
         Recipe("amp-fp16", "FP32 weights, each operation cast as listed by CUDA autocast", _AUTOCAST,
                autocast_cuda("fp16"), _state("fp32", "fp32", "", "fp32"), "dynamic"),
