@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy loads its BLAS: a proces
 
 import numpy as np
 import pytest
-from paths import ROOT, SUPPORT
+from paths import ROOT, SUPPORT, TESTS
 from strict_backend import BACKENDS
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -43,6 +43,7 @@ BLAS_TESTS = {
     )
 }  # fmt: skip
 """The files whose tests compare results of matrix products. They must hold on every BLAS, so .ci/run takes several kernels."""
+assert {path.stem for path in TESTS.rglob("test_*.py")} >= BLAS_TESTS, "a file of BLAS_TESTS was renamed"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

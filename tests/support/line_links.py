@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from paths import DOCS, ROOT
+from paths import DOCS, ROOT, TESTS
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), TESTS / "README.md"]
 LINK = re.compile(r"\[(`[^`]+`|[^\]`]+)\]\(([^()#]+)#L(\d+)\)")
 
 
