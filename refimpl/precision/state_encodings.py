@@ -92,7 +92,7 @@ class Plain:
         return widen(parts[MAIN], fmt)
 
     def values(self, parts: BufferSlices) -> Array:
-        """Return the values in the format that they are stored in, read-only."""
+        """Return the values in the format that they are stored in, for reading only."""
         return parts[MAIN]
 
     def change(self, parts: BufferSlices, values: Array, update: Update) -> None:
