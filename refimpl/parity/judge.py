@@ -35,7 +35,7 @@ from refimpl.precision.policy import ATTENTION
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import forward_backward
 from refimpl.training.config import Config
-from refimpl.training.mistakes import MISTAKES, meddle
+from refimpl.training.mistakes import MISTAKES, inject
 from refimpl.training.setup import plain_optimizer
 
 JUDGED = tuple(
@@ -89,7 +89,7 @@ class Judge:
         self.own_rates = theirs.settings.get("schedule") == OWN_RATES
         self.training, self.ours = config.make_training(NUMPY), Trace()
         self.recorder = Recorder(self.training, self.ours, follow=self.theirs)
-        meddle(mistake, self.training)
+        inject(mistake, self.training)
         start_from(self.theirs, self.training)
         self.lost = ""
         self.reasons: dict[str, str] = {}

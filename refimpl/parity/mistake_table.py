@@ -15,7 +15,7 @@ from refimpl.parity.judge import Judge, explanations
 from refimpl.parity.replay_start import start_from
 from refimpl.parity.trace import BY_PLACE, Recorder, Trace, key, parse_key, record, split_batch, write_down
 from refimpl.training.config import Config
-from refimpl.training.mistakes import MISTAKES, meddle
+from refimpl.training.mistakes import MISTAKES, inject
 
 SIZES: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "lr": 1e-3, "steps": 2, "warmup": 1,
@@ -62,7 +62,7 @@ def resumed(config: Config, after: int = 1) -> Trace:
              if step == after and point.startswith("4.") and point not in ("4.clip", "4.lr")}  # fmt: skip
     training, trace = config.make_training(config.make_backend()), Trace(asdict(config), dict(start))
     recorder = Recorder(training, trace)
-    meddle(config.mistake, training)
+    inject(config.mistake, training)
     start_from(trace, training)
     for kind in ("m", "v", "master"):
         for name, view in training.state.layout.views(training.state.buffers[kind]).items():

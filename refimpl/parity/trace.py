@@ -24,7 +24,7 @@ from refimpl.training.checkpoint import check_exchanged, parse_header, read_tens
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.generate import check_has_bytes
-from refimpl.training.mistakes import meddle
+from refimpl.training.mistakes import inject
 from refimpl.training.schema import Integer, Table, Words, check
 from refimpl.training.setup import Training, UpdateArguments, WrappedOptimizer
 from refimpl.training.trainer import BATCHES, INIT, generator
@@ -266,7 +266,7 @@ def record(config: Config, source: Trace | None = None) -> Trace:
     """
     training, trace = config.make_training(config.make_backend()), Trace(asdict(config))
     recorder = Recorder(training, trace)
-    meddle(config.mistake, training)
+    inject(config.mistake, training)
     start = source.at(0, "4.master") if source else training.model.initial_weights(generator(config.seed, INIT))
     rounded = not source and (config.masters_from or config.make_recipe().masters_from) == "rounded"
     training.state.load_weights(checked_start(start, training), rounded)

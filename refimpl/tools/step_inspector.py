@@ -187,7 +187,7 @@ def _train(config: Config, parameter: str) -> Iterator[_Observed]:
         if site.startswith(f"{parameter}.") and site.endswith(":cast.w"):
             copies.append(y)
 
-    training.watch(monitor)
+    training.set_monitor(monitor)
     while True:
         copies.clear()
         before = {kind: state.layout.views(buffer)[parameter].copy() for kind, buffer in state.buffers.items()}

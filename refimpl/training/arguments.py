@@ -1,4 +1,4 @@
-"""The command line of every script: flags as argparse reads them, and one line where it cannot."""
+"""The command-line parser of every script: argparse, with errors of one line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from refimpl.errors import nearest, one_line
 from refimpl.training.program import as_called
 
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
-"""What begins a negative number, not a flag. argparse's own pattern takes the -1e-3 of `--lr -1e-3` for a flag."""
+"""The start of a negative number. argparse's own pattern takes the -1e-3 of `--lr -1e-3` for a flag."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with the layout of this project's docstrings, and with errors of one line.
+    """argparse's parser with help texts laid out as they are written, and with errors of one line.
 
-    A wrong command line prints what is wrong with it and where help is, and ends with exit code 2. argparse prints all of
-    its usage before that line, 25 lines for scripts/train.py. Sub-commands are parsers of this class, too.
+    For a wrong command line it prints the error and how to get help, and exits with code 2. argparse prints the usage first,
+    25 lines for scripts/train.py. Parsers of sub-commands are of this class too.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -30,19 +30,19 @@ class Parser(argparse.ArgumentParser):
         return as_called(super().format_help())
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, and suggest the flag that was meant where one is unknown."""
+        """Parse as argparse does. For an unknown flag, suggest the nearest one."""
         result, extra = self.parse_known_args(args, namespace)
         self._refuse(result, extra)
         return result
 
     def parse_intermixed_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        """The same with flags between positional arguments."""
+        """Parse flags between positional arguments too. For an unknown flag, suggest the nearest one."""
         result, extra = self.parse_known_intermixed_args(args, namespace)
         self._refuse(result, extra)
         return result
 
     def error(self, message: str) -> NoReturn:
-        """Print `message` in one line and exit with 2."""
+        """Print `message` in one line and exit with code 2."""
         choices = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         guess = nearest(choices[1], re.findall(r"[\w-]+", choices[2])) if choices else ""
         line = one_line(message + guess)
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         parser.error(f"unknown flag {unknown}{nearest(unknown.partition('=')[0], flags)}")
 
     def _chosen(self, result: argparse.Namespace) -> Iterator[Parser]:
-        """The parser of the sub-command that was given, if there are any."""
+        """Yield the parser of the sub-command that was given, if there is one."""
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 chosen = getattr(result, action.dest, None)

@@ -1,4 +1,4 @@
-"""Model states in and out of a checkpoint, parameter by parameter."""
+"""Save and load model states: the tensors of a checkpoint, by parameter, and the checks of its header."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from refimpl.precision.state_encodings import BufferSpec, buffer_name, get_encod
 from refimpl.training import checkpoint
 from refimpl.training.schema import FINITE, Integer, OneOf, Real, Table, Text, check
 
-KEPT = ("weights", "master", "m", "v")
-"""The kinds of state that a checkpoint holds; gradients are made anew by the next step."""
+SAVED = ("weights", "master", "m", "v")
+"""The kinds of state in a checkpoint. The next step computes the gradients again."""
 SCALES = "scales."
 
 
 def _buffers(state: State) -> Iterator[tuple[str, str, BufferSpec]]:
-    """(kind, part, how it is stored) of every buffer that is kept."""
-    for kind in KEPT:
+    """Yield (kind, part, spec) of every buffer that a checkpoint has."""
+    for kind in SAVED:
         if kind in state.stored:
             for part, spec in state.encodings[kind].parts.items():
                 yield kind, part, spec
 
 
 def _tensors(name: str, spec: BufferSpec, buffer: Array, state: State) -> dict[str, Array]:
-    """Views of a buffer by name, buffer.parameter; buffer.flat where parameters share elements.
+    """Return views of a buffer by name: `buffer.parameter`, or `buffer.flat` if parameters share elements.
 
-    So 'weights.wte.weight', 'weights_compensation.wte.weight', 'm_scales.flat'.
+    Examples: 'weights.wte.weight', 'weights_compensation.wte.weight', 'm_scales.flat'.
     """
     views = state.layout.views(buffer, spec.first) if spec.values == 1 else {"flat": buffer}
     return {f"{name}.{parameter}": view for parameter, view in views.items()}
 
 
 def state_arrays(state: State) -> dict[str, np.ndarray]:
-    """All that is kept of the states, on the host; of all ranks, if they are divided, and all must ask."""
+    """Return the tensors of a checkpoint, on the host. All ranks must call this together."""
     arrays = {}
     for kind, part, spec in _buffers(state):
         whole = state.backend.to_host(state.gather(kind, part))
@@ -56,25 +56,25 @@ def state_arrays(state: State) -> dict[str, np.ndarray]:
 
 
 def scale_arrays(run: Run) -> dict[str, np.ndarray]:
-    """What quantization remembers of past steps: scales.tensor.format.array."""
+    """Return what quantization remembers of past steps, by name: scales.tensor.format.array."""
     return {SCALES + name: array for name, array in run.scales.arrays().items()}
 
 
 def load_scales(path: Path, run: Run, passes: int, arrays: dict[str, np.ndarray]) -> None:
-    """The way back, which takes these tensors out of a checkpoint's arrays. Errors: UsageError where they are damaged."""
+    """Load what `scale_arrays` returned, and remove it from a checkpoint's arrays. Errors: UsageError if it is damaged."""
     try:
         run.scales.load(passes, take_scales(arrays))
-    except (ValueError, KeyError) as error:  # of tensors' names, which say what they are
+    except (ValueError, KeyError) as error:  # raised for a name that is not of this form
         raise UsageError(f"{path} has damaged scales: {error}") from error
 
 
 def take_scales(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Remove from a checkpoint's arrays what `scale_arrays` made, and return it for `ScalingState.load`."""
+    """Remove the tensors of `scale_arrays` from a checkpoint's arrays, and return them for `ScalingState.load`."""
     return {name.removeprefix(SCALES): arrays.pop(name) for name in sorted(arrays) if name.startswith(SCALES)}
 
 
 def load_state_arrays(path: Path, arrays: dict[str, np.ndarray], state: State) -> None:
-    """The way back. All is checked before anything is changed. Errors: UsageError naming the first tensor that differs."""
+    """Load what `state_arrays` returned, after checking all of it. Errors: UsageError for the first bad tensor."""
     buffers = {
         (kind, part): (buffer_name(kind, part), spec, np.empty(spec.size(state.layout.size), spec.dtype))
         for kind, part, spec in _buffers(state)
@@ -84,7 +84,7 @@ def load_state_arrays(path: Path, arrays: dict[str, np.ndarray], state: State) -
         view[...] = checkpoint.checked(path, arrays, name, view.shape, view.dtype)
     surplus = arrays.keys() - views.keys()
     if surplus:
-        raise UsageError(f"{path} has a tensor {min(surplus)} that this model and recipe do not: it is another run's")
+        raise UsageError(f"{path} has a tensor {min(surplus)} that this model and recipe lack: it belongs to another run")
     for (kind, part), (_, _, whole) in buffers.items():
         state.load_gathered(kind, part, state.backend.from_host(whole))
 
@@ -98,7 +98,7 @@ SIZES = {
     "mlp": Table(dict.fromkeys(_NAMES, _SIZE), closed=True),
 }
 MODEL_HEADER = Table({"model": OneOf(tuple(SIZES)), "sizes": Table(), "recipe": Text()})
-"""What stands in every checkpoint's header: what its weights are of."""
+"""The fields in every checkpoint's header: the model and the recipe of its weights."""
 
 LARGEST_INT32 = 2**31 - 1
 LOSS_SCALE = Table(
@@ -121,16 +121,16 @@ RUN_HEADER = Table(
     },
     {"delayed_scales": Integer()},
 )  # fmt: skip
-"""What stands in the header of a run's checkpoint: all that decides how it goes on."""
+"""The fields in the header of a run's checkpoint: all that determines the rest of the run."""
 
 
 def check_run_header(path: Path, header: Mapping[str, Any]) -> None:
-    """Check the header of a run's checkpoint, before anything of it is used.
+    """Check the header of a run's checkpoint before it is used.
 
-    Errors: UsageError that names the first field that is missing, of another type, out of range, or at odds with another.
+    Errors: UsageError that names the first field that is missing, of another type, out of range, or contradicts another.
     """
     if "progress" not in header:
-        raise UsageError(f"{path} holds weights alone, not the state of a run: start from it with --init-from")
+        raise UsageError(f"{path} has weights only, not the state of a run: start from it with --init-from")
     check(header, RUN_HEADER, f"{path} has a damaged header")
     progress = header["progress"]
     for name, value in (("t", header["t"]), *progress.items()):
@@ -139,20 +139,20 @@ def check_run_header(path: Path, header: Mapping[str, Any]) -> None:
 
 
 def model_of(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Model:
-    """The model that a checkpoint's header names, whose weights its tensors are.
+    """Return the model of a checkpoint's header, after checking that its tensors are the weights of that model.
 
-    Errors: UsageError where the header is damaged, or where tensors and header do not belong together.
+    Errors: UsageError if the header is damaged, or tensors and header do not match.
     """
     check(header, MODEL_HEADER, f"{path} has a damaged header")
     check(header["sizes"], SIZES[header["model"]], f"{path} has a damaged header", "sizes")
     sizes = header["sizes"]
-    if sizes["n_layer"] > len(arrays):  # so that no table of 2^31 layers is made
+    if sizes["n_layer"] > len(arrays):  # before a table of 2^31 layers is built
         raise UsageError(f"{path} has a damaged header: {sizes['n_layer']} layers, and {len(arrays)} tensors")
     model = gpt_model(GPTConfig(**sizes)) if header["model"] == "gpt" else mlp_model(MLPConfig(**sizes))
     for name, spec in model.parameters.items():
         array = arrays.get(f"weights.{name}")
         if array is None or array.shape != spec.shape:
-            raise UsageError(f"{path} has no weights.{name} of shape {spec.shape}, which its header says: it is damaged")
+            raise UsageError(f"{path} has no weights.{name} of shape {spec.shape}, as its header says: it is damaged")
     return model
 
 
@@ -160,7 +160,7 @@ def model_of(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndar
 
 
 def fp32_weights(path: Path, arrays: Mapping[str, np.ndarray], model: Model) -> dict[str, np.ndarray]:
-    """The weights of a checkpoint in FP32 by name: its masters where it has them, or their two halves. Errors: UsageError."""
+    """Return the FP32 weights of a checkpoint by name: its masters, if it has any, else its weights. Errors: UsageError."""
     kind = "master" if any(name.startswith("master.") for name in arrays) else "weights"
     weights = {}
     for name, spec in model.parameters.items():
@@ -173,7 +173,7 @@ def fp32_weights(path: Path, arrays: Mapping[str, np.ndarray], model: Model) -> 
 
 
 def load_initial_weights(path: Path, model: Model, state: State, rounded: bool = False) -> None:
-    """Start from the weights alone of a checkpoint of the same model, of any recipe: its masters where it has them.
+    """Load the weights of a checkpoint of the same model, of any recipe: its masters, if it has any.
 
     rounded: as in `State.load_weights`.
     """
@@ -181,7 +181,7 @@ def load_initial_weights(path: Path, model: Model, state: State, rounded: bool =
 
 
 def read_weights(path: Path) -> tuple[Model, dict[str, np.ndarray]]:
-    """The model of a checkpoint and its weights in FP32, the masters where it has them. Errors: UsageError."""
+    """Return the model of a checkpoint and its FP32 weights: its masters, if it has any. Errors: UsageError."""
     arrays, header = checkpoint.load(path)
     model = model_of(path, header, arrays)
     return model, fp32_weights(path, arrays, model)
@@ -190,22 +190,23 @@ def read_weights(path: Path) -> tuple[Model, dict[str, np.ndarray]]:
 def start_from(
     path: Path, read: tuple[Model, Mapping[str, np.ndarray]], model: Model, state: State, rounded: bool = False
 ) -> None:
-    """Start from what `read_weights` read. Errors: UsageError that names each choice in which the two models differ."""
+    """Load what `read_weights` returned. Errors: UsageError that names each setting in which the two models differ."""
     theirs, weights = read
     if theirs.name != model.name:
         raise UsageError(f"{path} is a {theirs.name}, this run's model is a {model.name}")
     if theirs.config != model.config:
         names = sorted(theirs.config.keys() | model.config.keys())
-        pairs = {name: (theirs.config.get(name, True), model.config.get(name, True)) for name in names}  # bias: said if False
+        # `bias`, the only optional size, is in the config if it is False
+        pairs = {name: (theirs.config.get(name, True), model.config.get(name, True)) for name in names}
         differences = ", ".join(f"{name} {a} instead of {b}" for name, (a, b) in pairs.items() if a != b)
-        raise UsageError(f"{path} is of other sizes than this run: {differences}; what is not given is taken from the file")
+        raise UsageError(f"{path} has other sizes than this run: {differences}; what is not given is taken from the file")
     state.load_weights(weights, rounded)
 
 
 def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, State, Run]:
-    """A checkpoint's model with its weights alone, in the recipe's format: 2 bytes a parameter in 16 bits.
+    """Return a checkpoint's model with its weights only, in the recipe's format: 2 bytes per parameter in 16 bits.
 
-    Errors: UsageError when the file is damaged or does not fit the model that it names.
+    Errors: UsageError if the file is damaged or does not match the model in its header.
     """
     arrays, header = checkpoint.load(path)
     model, recipe = model_of(path, header, arrays), get_recipe(header["recipe"])

@@ -1,6 +1,6 @@
-"""How every command begins and ends: one clear line and an exit code, never a traceback for what a person or a reader did.
+"""The frame of every command: one line and an exit code for wrong input, Ctrl-C or lost output, never a traceback.
 
-A command imports this before anything else: from then on Ctrl-C is answered, also while the rest is imported.
+A command imports this module before anything else, so that Ctrl-C is handled while the rest is imported.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if is_command(getattr(sys.modules["__main__"], "__file__", None)):
 
 
 def main(run: Callable[[], int | None], goes_on: bool = False) -> None:
-    """Call `run` and exit: 0 or what it returns; 2 for wrong input, 1 for a run that had to stop, 130 for Ctrl-C.
+    """Call `run` and exit with its result or 0; with 2 for wrong input, 1 for a run that had to stop, 130 for Ctrl-C.
 
-    goes_on: whether it works on when nobody reads what it prints, because it writes files too.
+    goes_on: whether to continue if standard output fails, because the command also writes files.
     """
     with safe_streams(goes_on), interrupting():
         code = _code_of(run)
@@ -29,7 +29,7 @@ def main(run: Callable[[], int | None], goes_on: bool = False) -> None:
 
 
 def _code_of(run: Callable[[], int | None]) -> int:
-    """Run, and say on one line what ended it."""
+    """Call `run`, print in one line what stopped it, and return the exit code."""
     try:
         code = run() or 0
         sys.stdout.flush()
@@ -41,7 +41,7 @@ def _code_of(run: Callable[[], int | None]) -> int:
     except UsageError as error:
         line, code = f"error: {error}", 2
     except MemoryError as error:
-        line, code = f"error: out of memory ({str(error) or 'no more can be had'}); try a smaller model or batch", 2
+        line, code = f"error: out of memory ({str(error) or 'no more is available'}); try a smaller model or batch", 2
     except TrainingStopped as error:
         line, code = f"stopped: {error}", 1
     except KeyboardInterrupt as interrupt:

@@ -1,4 +1,4 @@
-"""What a run is made of: every choice that `scripts/train.py` takes, checked before anything starts."""
+"""The settings of a run, which are the flags of scripts/train.py, checked; and the objects made from them."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 2e-3, "steps": 800},
     "mlp": {"n_layer": 2, "n_head": 0, "n_embd": 64, "block_size": 16, "batch_size": 256, "lr": 2e-3, "steps": 1000},
 }
-"""What the flags that depend on the model stand at when they are not given."""
+"""The defaults of the settings that depend on the model."""
 
 OWN_OF_THE_SCALER = ("growth_factor", "backoff_factor", "scale_floor")
-"""Settings of a loss scale that stay None where they are the project's own."""
+"""Settings of a loss scale that are None if they are the project's own."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Fields are the flags of scripts/train.py, in nanoGPT's words; None takes the model's default.
+    """The settings of one run: the flags of scripts/train.py, with nanoGPT's names. None means the model's default.
 
-    `free` in a field's metadata marks what may be given anew when a run is resumed. Other `steps` plan the learning rate
-    anew, another `backend` or number of ranks may change last bits, with micro-batches another `zero` too; the rest of the free
-    ones touch no number of the training.
+    `free` in a field's metadata marks settings that may change when a run is resumed. Other `steps` change the schedule of the
+    learning rate. Another `backend` or number of ranks, or with micro-batches another `zero`, may change last bits. The other
+    free settings do not affect training.
     """
 
     model: str = "gpt"
@@ -96,7 +96,7 @@ class Config:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Config:
-        """The configuration with everything that was not given filled in, and all of it checked.
+        """Return the configuration with defaults for the settings that are not given, all of it checked.
 
         Errors: UsageError that names the flag and what it must be.
         """
@@ -120,7 +120,7 @@ class Config:
 
     @staticmethod
     def _fill_loss_scale(filled: dict[str, Any], given: Mapping[str, Any]) -> None:
-        """What a named loss scaler stands at by default. 'torch' has one name in configurations: 'dynamic'."""
+        """Fill in the defaults of a named loss scaler. Configurations call 'torch' 'dynamic'."""
         scaler = find_scaler(filled["loss_scale"])
         filled.setdefault("hysteresis", scaler.hysteresis if scaler is not None and scaler.hysteresis > 1 else None)
         if scaler is None:
@@ -159,12 +159,12 @@ class Config:
         if self.loss_mean not in LOSS_MEANS:
             raise UsageError(unknown("loss mean", self.loss_mean, LOSS_MEANS))
         if self.zero not in (None, 0, 1, 2, 3):
-            raise UsageError(f"--zero is {self.zero}: it is a stage, 0, 1, 2 or 3")
+            raise UsageError(f"--zero is {self.zero}: it must be a ZeRO stage, 0, 1, 2 or 3")
         if self.zero is not None and self.mistake != "none":
-            raise UsageError("--mistake is made on one rank: leave --zero out")
+            raise UsageError("--mistake works on one rank only: leave --zero out")
         if self.model == "mlp" and not self.bias:
-            raise UsageError("--no-bias is a choice of --model gpt: the mlp has its biases")
-        replace(self, n_layer=1).make_model()  # whether its sizes go together; a model of 10^9 layers is not made for that
+            raise UsageError("--no-bias is for --model gpt: the mlp always has biases")
+        replace(self, n_layer=1).make_model()  # checks the sizes; with one layer, since --n-layer may be 10^9
         scale = float(self.make_loss_scale().scale)
         if scale < FORMATS["fp32"].smallest_normal:
             raise UsageError(f"the loss scale starts at {scale:g}: its inverse must be finite in FP32")
@@ -179,7 +179,7 @@ class Config:
         if not smallest <= self.eps <= largest:
             raise UsageError(
                 f"--eps is {self.eps}: it must be a normal number of FP32, {smallest:.3g} to {largest:.3g}; with an eps of 0 "
-                f"the update of a parameter that has had no gradient would be 0/0"
+                f"the update of a parameter whose gradients were all 0 would be 0/0"
             )
         for name in ("momentum",) if self.optimizer == "adamw" else ("beta1", "beta2", "eps"):
             if getattr(self, name) != getattr(Config, name):
@@ -187,19 +187,19 @@ class Config:
         if self.schedule not in SCHEDULES:
             raise UsageError(unknown("schedule", self.schedule, SCHEDULES))
         if self.schedule == "constant" and self.min_lr != self.lr:
-            raise UsageError(f"--min-lr is {self.min_lr}: leave it out, as --schedule constant stays at --lr, {self.lr}")
+            raise UsageError(f"--min-lr is {self.min_lr}: leave it out, since --schedule constant stays at --lr, {self.lr}")
 
     def conflicts(self, saved: Mapping[str, Any]) -> list[str]:
-        """How this run differs from a saved one in what must not differ when it is resumed, flag by flag.
+        """Return, per flag, how this run differs from a saved one in the settings that a resumed run must not change.
 
-        A setting that `saved` lacks had no flag when it was saved: it stood at today's default.
+        A setting missing from `saved` did not exist when the run was saved: it had today's default.
         """
-        mine = asdict(self)
+        here = asdict(self)
         there = {f.name: saved.get(f.name, f.default) for f in fields(self) if not f.metadata.get("free")}
-        return [f"{_flag(k)} {value} there, {mine[k]} here" for k, value in there.items() if value != mine[k]]
+        return [f"{_flag(k)} {value} there, {here[k]} here" for k, value in there.items() if value != here[k]]
 
     def make_model(self) -> Model:
-        """The model of these sizes."""
+        """Return the model of these sizes."""
         names, how = ("n_layer", "n_embd", "block_size", "vocab_size"), (self.ignore_index, self.loss_mean)
         sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.model == "mlp":
@@ -208,45 +208,45 @@ class Config:
 
     @property
     def no_target(self) -> int | None:
-        """What stands in a batch's targets where there is none, for examples that are padded; None for those that are not."""
+        """The value of padding in a batch's targets, or None if examples are not padded."""
         return self.ignore_index if self.examples == "lines" else None
 
     def make_rule(self) -> Rule:
-        """The optimizer's update rule."""
+        """Return the optimizer's update rule."""
         if self.optimizer == "sgd":
             return SGD(self.momentum, self.weight_decay)
         return AdamW((self.beta1, self.beta2), self.eps, self.weight_decay)
 
     def make_schedule(self) -> Schedule:
-        """The learning rate of each update."""
+        """Return the schedule of the learning rate."""
         assert self.lr is not None and self.min_lr is not None and self.steps is not None
         return Schedule(self.lr, self.min_lr, self.warmup, self.steps, self.schedule)
 
     def make_optimizer(self, backend: Backend) -> Optimizer:
-        """The rule with its schedule over all steps."""
+        """Return the optimizer: the update rule with its schedule."""
         return Optimizer(self.make_rule(), self.make_schedule(), backend.xp)
 
     def make_loss_scale(self, xp: Any = None) -> LossScale:
-        """The loss scale that was asked for, or the recipe's."""
+        """Return the loss scale of --loss-scale, or the recipe's."""
         assert self.loss_scale is not None
         more: dict[str, Any] = {} if xp is None else {"xp": xp}
         knobs = {name: getattr(self, name) for name in ("hysteresis", *OWN_OF_THE_SCALER)}
         return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, **knobs, **more)
 
     def make_training(self, backend: Backend, comm: Comm | None = None) -> Training:
-        """All that a training step takes, of one rank if there are several. The weights are still zero:
-        `training.state.load_weights`.
+        """Return the objects that a training step takes, those of one rank if there are several.
 
-        Errors: UsageError for a batch that the ranks cannot share equally, and for sizes that memory cannot hold.
+        The weights are still zero: see `training.state.load_weights`. Errors: UsageError for a batch that cannot be shared
+        equally by the ranks, and for sizes that do not fit into memory.
         """
         comm = comm or Serial()
         require_memory([need(self, comm.size, comm.on_host.on_machine)])
         recipe, model, rule = self.make_recipe(), self.make_model(), self.make_rule()
-        storages = recipe.state_encodings(rule.moments, self.grad_accum)
+        encodings = recipe.state_encodings(rule.moments, self.grad_accum)
         if self.zero is None:
-            state = State(model, storages, backend, self.seed)
+            state = State(model, encodings, backend, self.seed)
         else:
-            state = ShardedState(model, storages, backend, self.seed, comm, self.zero)
+            state = ShardedState(model, encodings, backend, self.seed, comm, self.zero)
         assert self.batch_size is not None
         if self.batch_size % comm.size:
             raise UsageError(
@@ -258,16 +258,16 @@ class Config:
         return Training(model, state, optimizer, loss_scale, run, self.clip or math.inf, self.grad_accum)
 
     def make_backend(self) -> Backend:
-        """The backend that was asked for."""
+        """Return the backend of --backend."""
         return get_backend(self.backend)
 
     @property
     def rounds_masters(self) -> bool:
-        """Whether masters start from the rounded copy of the weights: as asked for, or as the recipe says."""
+        """Whether masters start from the rounded weights: --masters-from, or else the recipe's choice."""
         return (self.masters_from or self.make_recipe().masters_from) == "rounded"
 
     def make_recipe(self) -> Recipe:
-        """The recipe that was asked for, with the attention that was asked for."""
+        """Return the recipe of --recipe with the attention of --attention."""
         recipe = get_recipe(self.recipe)
         return replace(recipe, policy=with_attention(recipe.policy, self.attention))
 
@@ -279,7 +279,7 @@ _LARGEST = 2**63 - 1
 
 
 def check_types(given: Mapping[str, Any]) -> None:
-    """Settings may come from a file, where anything can stand. Errors: UsageError for one that is unknown or no such thing."""
+    """Check the type of each setting, which may come from a file. Errors: UsageError for an unknown setting or a wrong type."""
     annotations = {f.name: str(f.type).partition(" | ") for f in fields(Config)}
     for name, value in given.items():
         if name not in annotations:

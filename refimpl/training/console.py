@@ -1,8 +1,8 @@
-"""Standard output and error, made so that no reader, no encoding and no terminal can end a program or be disturbed by it.
+"""Standard output and error that do not crash the program, and text that does not disturb the terminal.
 
-    a reader who has gone (`train.py | head`), a full disk, a closed stream (`>&-`)    -> `OutputLost`, or going on without it
-    a character that the encoding lacks (cp1252, ascii)                                -> \\ufffd
-    a control character: ESC, BEL, Shift-Out, those of Unicode                         -> \\x1b
+    a reader that has gone (`train.py | head`), a full disk, a closed stream (`>&-`)    -> `OutputLost`, or continue without it
+    a character that the encoding lacks (cp1252, ascii)                                 -> \\ufffd
+    a control character: ESC, BEL, Shift-Out, those of Unicode                          -> \\x1b
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 
 class OutputLost(Exception):
-    """What was printed has nowhere to go. `reader_gone`: a pipe whose other end was closed, which is no error of anybody's."""
+    """Standard output cannot be written to. reader_gone: it is a pipe whose other end was closed, which is not an error."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"cannot write to standard output: {error.strerror}")
@@ -26,24 +26,24 @@ class OutputLost(Exception):
 
 
 def printable(text: str | bytes) -> str:
-    r"""The text with everything that a terminal would obey, or not show, spelled out: \x1b for ESC, \u202e for an override.
+    r"""Return the text with control and invisible characters escaped: \x1b for ESC, \u202e for an override.
 
-    Bytes are read as UTF-8; those that are not become \xff. The end of a line and the tabulator stay.
+    Bytes are decoded as UTF-8; invalid ones become \xff. Newlines and tabs stay.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
-    return "".join(c if c in "\n\t" or c.isprintable() else _spelled(ord(c)) for c in text)
+    return "".join(c if c in "\n\t" or c.isprintable() else _escaped(ord(c)) for c in text)
 
 
-def _spelled(code: int) -> str:
+def _escaped(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 class Output:
-    """A stream that is written to as long as that works. What is lost afterwards is dropped.
+    """A stream that drops what is written after its first failure.
 
-    Standard output raises `OutputLost` when it is lost, unless `goes_on`: then standard error is told, once. Standard error
-    is never missed.
+    Standard output raises `OutputLost` at the failure, or if `goes_on` prints one line to standard error. Standard error
+    fails silently.
     """
 
     def __init__(self, stream: TextIO | None, is_error: bool, goes_on: bool) -> None:
@@ -54,7 +54,7 @@ class Output:
             self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
     def write(self, text: str) -> int:
-        """Write, or drop what can no longer be written."""
+        """Write the text, or drop it after a failure."""
         try:
             if self.closed_before is not None:
                 raise self.closed_before
@@ -64,7 +64,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Write what is buffered, or drop it."""
+        """Flush the buffer, or drop it after a failure."""
         try:
             self.stream.flush()
         except OSError as error:
@@ -74,7 +74,7 @@ class Output:
         if self.lost:
             return
         self.lost = True
-        with suppress(OSError):  # what is left in its buffer goes nowhere, also when Python flushes it at the end
+        with suppress(OSError):  # so that Python can flush the rest of its buffer at exit
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
@@ -83,7 +83,7 @@ class Output:
         if not self.goes_on:
             raise OutputLost(error)
         reason = "its reader has gone" if error.errno == errno.EPIPE else error.strerror
-        print(f"standard output cannot be written to ({reason}): going on without it", file=sys.stderr)
+        print(f"standard output cannot be written to ({reason}): continuing without it", file=sys.stderr)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -91,7 +91,7 @@ class Output:
 
 @contextmanager
 def safe_streams(goes_on: bool) -> Iterator[None]:
-    """Standard output and error as `Output`. goes_on: what the program does matters more than what it prints."""
+    """Replace standard output and error by `Output`. goes_on: continue without standard output if it fails."""
     before = sys.stdout, sys.stderr
     sys.stderr = Output(before[1], True, True)
     sys.stdout = Output(before[0], False, goes_on)
@@ -102,16 +102,16 @@ def safe_streams(goes_on: bool) -> Iterator[None]:
 
 
 def keep_closed_descriptors() -> None:
-    """Open what is closed of descriptors 0, 1 and 2 on nothing, so that no file of ours becomes standard output."""
+    """Open the closed ones of descriptors 0, 1 and 2 on os.devnull, so that no other file becomes standard output."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Columns as wide as their widest cell, two spaces apart; the last one is never padded."""
+    """Return a text table: columns as wide as their widest cell, two spaces apart; the last one is not padded."""
     lines = [list(header), *([list(row) for row in rows])] if header else [list(row) for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     if header:
@@ -121,7 +121,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = ""
 
 
 def json_text(data: Any) -> str:
-    """JSON, where numbers that JSON has no word for (NaN, infinities) are null."""
+    """Return data as JSON, with null for NaN and infinities, which JSON lacks."""
 
     def finite(x: Any) -> Any:
         if isinstance(x, dict):

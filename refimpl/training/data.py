@@ -1,8 +1,8 @@
-"""Training text as bytes: a corpus, batches drawn from it, and the losses that a model must beat.
+"""Training text as bytes: a corpus, batches sampled from it, and the n-gram losses that a model must beat.
 
-A token is a byte, the vocabulary is the 256 byte values: no tokenizer stands between the file and the model, any file
-is a corpus, and a loss in nats a byte can be compared between files. Randomness comes only from Generators that are
-handed in, so the same seed gives the same batches in every process.
+A token is a byte, and the vocabulary is the 256 byte values. So there is no tokenizer, any file is a corpus, and losses in nats
+per byte can be compared between files. Random numbers come only from Generators that are passed in, so that the same seed gives
+the same batches in every process.
 """
 
 import functools
@@ -23,11 +23,11 @@ from refimpl.errors import UsageError
 MIB = 1 << 20
 VOCAB_SIZE = 256
 
-# A larger file is fingerprinted by evenly spaced blocks, the first and the last MiB among them.
+# The fingerprint of a larger file is that of evenly spaced blocks, which include the first and the last MiB.
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 16, MIB
 
-# Two topics that share a paragraph at least this long (white space squeezed) stay on one side of the split. Shorter
-# ones are phrases such as "See also:" that say nothing of where a text comes from.
+# Two topics that share a paragraph of at least this length (white space collapsed) stay on one side of the split. Shorter
+# ones are phrases such as "See also:", which are no sign of copied text.
 SHARED_PARAGRAPH = 40
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idle_test"}
@@ -42,8 +42,8 @@ SKIPPED_FILES = re.compile(r"(_sysconfigdata.*|sitecustomize|usercustomize)\.py"
 class Corpus:
     """Text to train on and text held back, each a read-only 1-D uint8 array.
 
-    description: what the bytes are, for run records: JSON-able, equal in every process and on every machine that has
-        the same bytes (so without absolute paths), with a SHA-256 that says whether two runs saw the same text.
+    description: the identity of the bytes for run records, as JSON: equal in every process and on every machine with the same
+        bytes (so without absolute paths), with a SHA-256 by which two runs can be compared.
     """
 
     name: str
@@ -53,15 +53,15 @@ class Corpus:
 
 
 def load_corpus(spec: str, block_size: int, seed: int = 0) -> Corpus:
-    """Load a corpus and check that both of its parts hold at least one block.
+    """Load a corpus and check that both of its parts have at least one block.
 
-    spec: 'pydoc', the text of Python's own documentation (about 450 KB, comes with Python); 'stdlib', the Python
+    spec: 'pydoc', the text of Python's own documentation (about 450 KB, included in Python); 'stdlib', the Python
         sources of the standard library (about 10 MB); else the path of any file, text or binary, of any size: it is
-        mapped, not read. A file that is itself named 'pydoc' is written './pydoc'.
+        memory-mapped, not read. For a file that is itself named 'pydoc', give './pydoc'.
     block_size: the context length T; each part needs T + 1 bytes, T inputs and the byte that follows.
-    seed: shuffles and splits the documents of 'pydoc' and 'stdlib'; without effect on a file, whose first 90 % are
-        for training. It belongs to the corpus, not to the run: runs on differently split text cannot be compared.
-    Errors: UsageError where there is no such file, it cannot be read, or is too short.
+    seed: shuffles and splits the documents of 'pydoc' and 'stdlib'; no effect on a file, whose first 90 % are for training.
+        It belongs to the corpus, not to the run: runs on differently split text cannot be compared.
+    Errors: UsageError for a file that does not exist, cannot be read, or is too short.
     """
     if block_size < 1:
         raise UsageError(f"block_size is {block_size}: it must be at least 1")
@@ -86,7 +86,7 @@ def load_corpus(spec: str, block_size: int, seed: int = 0) -> Corpus:
 
 
 def map_file(path: str | os.PathLike[str]) -> np.ndarray:
-    """The bytes of a file, mapped and not read: it may exceed the memory. Errors: UsageError that says what is wrong."""
+    """Return the bytes of a file, memory-mapped, so that it may exceed the memory. Errors: UsageError."""
     name = os.fspath(path)
     try:
         status = os.stat(path)
@@ -95,9 +95,9 @@ def map_file(path: str | os.PathLike[str]) -> np.ndarray:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise UsageError(f"cannot read {name!r} ({_reason(error)}); give a file that you may read") from None
     if stat.S_ISDIR(status.st_mode):
-        raise UsageError(f"{name!r} is a directory; give one file, for instance its files joined with cat")
+        raise UsageError(f"{name!r} is a directory; give one file, for instance its files concatenated with cat")
     if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{name!r} is no regular file and cannot be mapped; save its content to a file first")
+        raise UsageError(f"{name!r} is not a regular file and cannot be mapped; save its content to a file first")
     if status.st_size == 0:
         raise UsageError(f"{name!r} is empty; give a file that has text in it")
     try:
@@ -107,7 +107,7 @@ def map_file(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _file_corpus(path: str) -> Corpus:
-    """The first 90 % of a file for training, the rest for validation, both mapped."""
+    """Return the corpus of a file: its first 90 % for training, the rest for validation, both memory-mapped."""
     tokens = map_file(path)
     boundary = tokens.size * 9 // 10
     name = os.path.basename(path)
@@ -125,10 +125,10 @@ def _file_corpus(path: str) -> Corpus:
 
 
 def _documents_corpus(name: str, families: list[list[bytes]], seed: int) -> Corpus:
-    """Shuffle the families, give a tenth of the bytes to validation, and join each side's documents.
+    """Return the corpus of documents: shuffled, split with a tenth of the bytes for validation, and joined.
 
-    families: documents that must stay on one side of the split lie in one list.
-    A family goes to validation as long as it fits into the tenth, so one huge family cannot take it all.
+    families: lists of documents that must stay on one side of the split. A family goes to validation if it fits into the rest
+    of the tenth, so that one huge family cannot fill it.
     """
     rng = np.random.default_rng(seed)
     shuffled = [families[i] for i in rng.permutation(len(families))]
@@ -161,18 +161,18 @@ def _documents_corpus(name: str, families: list[list[bytes]], seed: int) -> Corp
 
 @functools.cache
 def _documentation(seed: int) -> Corpus:
-    """The corpus 'pydoc', built once in a process: each rank, and each run of a comparison, asks for it again."""
+    """Return the corpus 'pydoc'. Cached, since each rank and each run of a comparison loads it."""
     return _documents_corpus("pydoc", _topic_families(), seed)
 
 
 def _topic_families() -> list[list[bytes]]:
-    """Python's documentation topics, each under a title line; topics that share text are one family.
+    """Return Python's documentation topics, each under a title line; topics that share text are one family.
 
-    A split by topic alone leaks: 'compound' holds the whole of 'if', 'while' and 'with', 'specialnames' the whole of
-    'customization'. Families make sure that no paragraph of the validation part was trained on.
+    A split by topic alone leaks: 'compound' has all of 'if', 'while' and 'with', and 'specialnames' all of 'customization'.
+    With families, no paragraph of the validation part is trained on.
     """
     try:
-        from pydoc_data.topics import topics  # here, for some distributions leave it out
+        from pydoc_data.topics import topics  # imported here, since some distributions lack it
     except ImportError:
         raise UsageError("this Python came without pydoc_data; give 'stdlib' or the path of a file") from None
 
@@ -192,17 +192,17 @@ def _topic_families() -> list[list[bytes]]:
 
 
 def _paragraphs(text: str) -> set[str]:
-    """The paragraphs that are long enough to tell that one text was copied from another, white space squeezed."""
-    squeezed = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
-    return {paragraph for paragraph in squeezed if len(paragraph) >= SHARED_PARAGRAPH}
+    """Return the paragraphs of at least SHARED_PARAGRAPH characters, white space collapsed."""
+    collapsed = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    return {paragraph for paragraph in collapsed if len(paragraph) >= SHARED_PARAGRAPH}
 
 
 def _stdlib_sources() -> list[list[bytes]]:
-    """The standard library's .py files in the order of their names, each under a title line, each its own family."""
+    """Return the standard library's .py files, sorted by name, each under a title line and in a family of its own."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = []
     for folder, subfolders, files in os.walk(root):
-        # In place, so that walk does not enter what is skipped; config-* holds the build's own settings.
+        # In place, so that walk skips these folders; config-* has the settings of the build.
         subfolders[:] = [s for s in subfolders if s not in SKIPPED_FOLDERS and not s.startswith("config-")]
         paths += [Path(folder, f) for f in files if f.endswith(".py") and not SKIPPED_FILES.fullmatch(f)]
     families = []
@@ -220,7 +220,7 @@ def _stdlib_sources() -> list[list[bytes]]:
 
 
 def _reason(error: Exception) -> str:
-    """Why the system refused, without the path, which the message already names."""
+    """Return the reason of an error without the path, which the message names already."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
@@ -232,7 +232,7 @@ def _sha256(parts: list[np.ndarray]) -> str:
 
 
 def _spaced_blocks(tokens: np.ndarray, count: int, length: int) -> list[np.ndarray]:
-    """`count` evenly spaced slices of `length`, from the first byte to the last; [tokens] where that would be all."""
+    """Return `count` evenly spaced slices of `length` bytes, from the first byte to the last, or [tokens] if it is shorter."""
     if tokens.size <= count * length:
         return [tokens]
     starts = [(tokens.size - length) * i // (count - 1) for i in range(count)]
@@ -246,7 +246,7 @@ EXAMPLES = {
     "blocks": "blocks of block_size bytes, whatever is in them",
     "lines": "blocks that end with the line they begin in: what follows is padding, without targets",
 }
-"""What the rows of a batch are. Lines have unequal numbers of targets, as the padded texts of most fine-tuning have."""
+"""The kinds of rows in a batch. Lines have unequal numbers of targets, like the padded texts of most fine-tuning."""
 
 LINE_END, PADDING = ord("\n"), 0
 
@@ -254,11 +254,11 @@ LINE_END, PADDING = ord("\n"), 0
 def sample_batch(
     tokens: np.ndarray, batch_size: int, block_size: int, rng: np.random.Generator, no_target: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks from random places, drawn with replacement, every start equally likely.
+    """Sample blocks with replacement, every start equally likely.
 
     tokens: uint8, 1-D. Returns x, y: int64 (B, T); y[b, t] is the byte after x[b, t].
-    no_target: for lines, what stands in y where there is no target (`Config.no_target`); None for whole blocks.
-    Errors: UsageError where tokens hold fewer than T + 1 bytes.
+    no_target: for lines, the value of y in the padding (`Config.no_target`); None for whole blocks.
+    Errors: UsageError for fewer than T + 1 tokens.
     """
     _check_one_block(tokens, batch_size, block_size)
     starts = rng.integers(0, tokens.size - block_size, batch_size)  # the last start, len - T - 1, leaves room for y
@@ -268,15 +268,14 @@ def sample_batch(
 def sequential_batches(
     tokens: np.ndarray, batch_size: int, block_size: int, limit: int | None = None, no_target: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Consecutive blocks from the start, to measure the loss of a whole file. Yields x, y: int64 (B, T).
+    """Yield consecutive blocks from the start, to compute the loss of a whole file, as x, y: int64 (B, T).
 
-    Block i predicts the bytes i T + 1 to (i + 1) T, so every byte is predicted once, except the first, which has
-    nothing before it, and a tail of fewer than T bytes, (len - 1) mod T, that fills no block. The last batch may have
-    fewer rows; to average, weigh each batch by its targets.
+    Block i predicts the bytes i T + 1 to (i + 1) T. So every byte is predicted once, except the first and a tail of
+    (len - 1) mod T bytes that does not fill a block. The last batch may have fewer rows: weight each batch by its targets.
 
-    no_target: as in `sample_batch`; of each block only the line that it begins in is predicted then.
-    limit: at most so many blocks (not batches, so that what is measured does not depend on the batch size).
-    Errors: UsageError, on the first batch, where tokens hold fewer than T + 1 bytes.
+    no_target: as in `sample_batch`; then only the line in which each block begins is predicted.
+    limit: the largest number of blocks (not batches, so that the result does not depend on the batch size).
+    Errors: UsageError, at the first batch, for fewer than T + 1 tokens.
     """
     _check_one_block(tokens, batch_size, block_size)
     blocks = (tokens.size - 1) // block_size
@@ -290,13 +289,13 @@ def sequential_batches(
 def _blocks_at(
     tokens: np.ndarray, starts: np.ndarray, block_size: int, no_target: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """x and y, int64 (B, T), of the blocks at `starts`: one gather of T + 1 bytes a row, whose two ends overlap."""
+    """Return x and y, int64 (B, T), of the blocks at `starts`, from one gather of T + 1 bytes per row."""
     windows = np.empty((starts.size, block_size + 1), np.int64)
     windows[...] = tokens[starts[:, None] + np.arange(block_size + 1)]
-    x, y = windows[:, :-1].copy(), windows[:, 1:].copy()  # copies even of one row, which ascontiguousarray leaves a view
+    x, y = windows[:, :-1].copy(), windows[:, 1:].copy()  # ascontiguousarray would leave a view of a single row
     if no_target is not None:
         ends = y == LINE_END
-        after = np.cumsum(ends, 1) > ends  # the first line end is predicted still
+        after = np.cumsum(ends, 1) > ends  # the first line end is still predicted
         x[after], y[after] = PADDING, no_target
     return x, y
 
@@ -315,15 +314,15 @@ def _check_one_block(tokens: np.ndarray, batch_size: int, block_size: int) -> No
 
 SMOOTHING = 0.01
 SAMPLE_BLOCKS = 64
-PIECE = MIB  # positions counted at a time: bounds the int64 work arrays to 8 MiB each
+PIECE = MIB  # positions counted at a time; limits the int64 temporaries to 8 MiB each
 
 
 @dataclass(frozen=True)
 class NgramBaselines:
-    """What counting alone achieves: the losses that a trained model must beat to have learned more than n-grams.
+    """The losses of n-gram models, which a trained model must beat to have learned more than n-grams.
 
-    entropies: n -> nats a byte on the validation part; an n longer than the validation part is missing.
-    train_bytes, valid_bytes: how many bytes were looked at; sampled: whether that is less than all of them.
+    entropies: n -> nats per byte on the validation part, for each n that is not longer than it.
+    train_bytes, valid_bytes: the numbers of bytes read; sampled: whether that is less than all of them.
     """
 
     entropies: dict[int, float]
@@ -335,16 +334,15 @@ class NgramBaselines:
 def ngram_entropies(
     train: np.ndarray, valid: np.ndarray, max_train_bytes: int = 32 * MIB, max_valid_bytes: int = 4 * MIB
 ) -> NgramBaselines:
-    """Cross-entropy on `valid` of the unigram, bigram and trigram models counted on `train`.
+    """Return the cross-entropies on `valid` of unigram, bigram and trigram models counted on `train`.
 
-    p(c | context) = (count(context c) + 0.01) / (count(context) + 2.56), where the context is the n - 1 bytes before c,
-    counted where a byte follows it, so that the 256 probabilities sum to 1. The mean is over the bytes of `valid` that
-    have a whole context.
+    p(c | context) = (count(context c) + 0.01) / (count(context) + 2.56), with the n - 1 bytes before c as context. A context
+    is counted only where a byte follows it, so that the 256 probabilities sum to 1. The mean is over the bytes of `valid` with
+    a full context.
 
-    A part longer than its bound is looked at through 64 evenly spaced blocks, the first at its start and the last at
-    its end, together as long as the bound (rounded down to whole blocks). No n-gram straddles two of them.
-    Memory: 4 k**3 bytes for the trigram counts of texts of k different bytes, so 64 MiB at most; and work arrays of a few
-    times 8 MiB.
+    A part longer than its limit is sampled: 64 evenly spaced blocks from its start to its end, together as long as the limit
+    (rounded down to whole blocks). No n-gram spans two of them.
+    Memory: at most 64 MiB, 4 k**3 bytes for the trigram counts of k different bytes, and temporaries of a few times 8 MiB.
     """
     train_blocks = _spaced_blocks(train, SAMPLE_BLOCKS, max_train_bytes // SAMPLE_BLOCKS)
     valid_blocks = _spaced_blocks(valid, SAMPLE_BLOCKS, max_valid_bytes // SAMPLE_BLOCKS)
@@ -359,7 +357,7 @@ def ngram_entropies(
 
 
 def _ranks(blocks: list[np.ndarray]) -> np.ndarray:
-    """The rank of each byte among those that occur, int64 (256,): tables of k bytes are smaller than tables of 256."""
+    """Return the rank of each byte among the k that occur, int64 (256,): count tables then have k columns, not 256."""
     occurs = np.zeros(VOCAB_SIZE, bool)
     for block in blocks:
         for start in range(0, block.size, PIECE):
@@ -368,19 +366,19 @@ def _ranks(blocks: list[np.ndarray]) -> np.ndarray:
 
 
 def _ngram_counts(blocks: list[np.ndarray], n: int, ranks: np.ndarray) -> np.ndarray:
-    """How often each n-gram occurs: int32 (k**(n-1), k), a row for each context, a column for each next byte, by rank."""
+    """Return the counts of the n-grams: int32 (k**(n-1), k), with a row per context and a column per next byte, by rank."""
     k = int(ranks[-1]) + 1
     counts = np.zeros(k**n, np.int32)
     for codes in _ngram_codes(blocks, n, ranks):
         if counts.size <= codes.size:
             counts += np.bincount(codes, minlength=counts.size)
-        else:  # bincount would make another table of k**n for each piece
+        else:  # bincount would allocate another table of k**n per piece
             np.add.at(counts, codes, 1)
     return counts.reshape(-1, k)
 
 
 def _cross_entropy(counts: np.ndarray, blocks: list[np.ndarray], n: int, ranks: np.ndarray) -> float:
-    """Mean of -log p over the n-grams of the blocks, in nats, from counts (k**(n-1), k)."""
+    """Return the mean of -log p over the n-grams of the blocks, in nats, given counts (k**(n-1), k)."""
     context_counts = counts.sum(1)
     total, positions = 0.0, 0
     for codes in _ngram_codes(blocks, n, ranks):
@@ -392,7 +390,7 @@ def _cross_entropy(counts: np.ndarray, blocks: list[np.ndarray], n: int, ranks: 
 
 
 def _ngram_codes(blocks: list[np.ndarray], n: int, ranks: np.ndarray) -> Iterator[np.ndarray]:
-    """Every n-gram of every block once, in order, as a number whose digits are ranks: int64, a bounded piece at a time."""
+    """Yield the n-grams of the blocks in order, as int64 numbers whose digits are ranks, at most PIECE at a time."""
     k = int(ranks[-1]) + 1
     for block in blocks:
         for start in range(0, block.size - n + 1, PIECE):

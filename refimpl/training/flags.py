@@ -1,4 +1,4 @@
-"""The flags of the scripts that train: one for each field of `Config`, with its help text."""
+"""The flags of the scripts that train: one per field of `Config`, with its help text."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ HELP = {
     "model": "gpt or mlp",
     "recipe": ", ".join(RECIPES),
     "backend": "numpy or cupy",
-    "data": "pydoc (Python's manual), stdlib (its library's sources), or a file of any kind",
-    "examples": "blocks of any bytes, or lines: blocks that end with their line, the rest padded and without targets (gpt)",
+    "data": "pydoc (Python's manual), stdlib (its library's sources), or any file",
+    "examples": "blocks of consecutive bytes, or lines: blocks that end with a line, padded (gpt)",
     "steps": "training steps",
-    "batch_size": "sequences a micro-batch",
+    "batch_size": "sequences per micro-batch",
     "block_size": "bytes of context",
     "n_layer": "layers",
     "n_head": "attention heads (gpt)",
     "n_embd": "width",
-    "vocab_size": "token ids; data are bytes, so 256 at least",
-    "bias": "biases in the linear layers and layer norms (gpt); nanoGPT's bias=False is --no-bias",
+    "vocab_size": "number of token ids; at least 256, since the data are bytes",
+    "bias": "biases in linear layers and layer norms (gpt); --no-bias is nanoGPT's bias=False",
     "optimizer": "adamw or sgd",
     "momentum": "momentum of sgd",
     "beta1": "decay of AdamW's first moments",
     "beta2": "decay of AdamW's second moments",
-    "eps": "what AdamW adds to the root of the second moments",
+    "eps": "added to the root of AdamW's second moments",
     "lr": "largest learning rate",
     "min_lr": "learning rate at the end of a cosine or linear schedule (default: lr / 10)",
     "schedule": f"learning rate after warm-up: {', '.join(SCHEDULES)}",
     "warmup": "updates of linear warm-up",
     "weight_decay": "decoupled decay of matrices (0 for sgd unless given)",
-    "clip": "largest gradient norm; 0 does not clip",
-    "grad_accum": "micro-batches a step, their gradients summed in FP32",
-    "ignore_index": "the target that has no part in the loss",
-    "loss_mean": "over tokens (all targets that count) or over micro-batches (the mean of their means)",
-    "masters_from": "original (the FP32 weights) or rounded (their copy in the model's format) (default: the recipe's)",
-    "attention": "unfused (each operation rounds), fused (as one kernel, FlashAttention), or math (all FP32, one rounding)",
-    "loss_scale": f"dynamic (torch), none, a number, or as another project: {', '.join(SCALERS)} (default: the recipe's)",
-    "init_scale": "where a loss scale that adapts starts, if not where its project lets it start",
-    "growth_interval": "good steps before it doubles, if not as many as in its project",
-    "hysteresis": "overflows before it halves (2), for those of the projects that wait",
-    "growth_factor": "what the loss scale grows by (default: its project's, 2)",
-    "backoff_factor": "what an overflow multiplies it by (default: 1/2; 1/growth factor where its project has one factor)",
-    "scale_floor": "least loss scale, for those of the projects that have one (default: its project's)",
-    "seed": "of weights, batches, evaluation and sample",
-    "mistake": "a known mistake to make on purpose (`python scripts/mistakes.py` lists them)",
+    "clip": "largest gradient norm; 0 disables clipping",
+    "grad_accum": "micro-batches per step, whose gradients are summed in FP32",
+    "ignore_index": "target value that is left out of the loss",
+    "loss_mean": "mean over tokens (all targets but ignored ones), or over micro-batches (the mean of their means)",
+    "masters_from": "masters start from the original FP32 weights, or from rounded ones (default: the recipe's)",
+    "attention": "unfused (each operation rounds), fused (one kernel, as FlashAttention), or math (all FP32, one rounding)",
+    "loss_scale": f"dynamic (torch), none, a number, or the rule of a project: {', '.join(SCALERS)} (default: the recipe's)",
+    "init_scale": "first value of a loss scale that adapts (default: its project's)",
+    "growth_interval": "good steps before the loss scale grows (default: its project's)",
+    "hysteresis": "overflows before the loss scale backs off (2), for the projects that have one",
+    "growth_factor": "factor by which the loss scale grows (default: its project's, 2)",
+    "backoff_factor": "factor of the loss scale at an overflow (default: 1/2; 1/growth factor for projects with one factor)",
+    "scale_floor": "smallest loss scale, for the projects that have one (default: its project's)",
+    "seed": "seed of weights, batches, evaluation and sample",
+    "mistake": "known mistake to inject (`python scripts/mistakes.py` lists them)",
     "eval_every": "steps between evaluations, each followed by a checkpoint",
-    "eval_batches": "batches an evaluation",
-    "log_every": "steps between looks at the device",
+    "eval_batches": "batches per evaluation",
+    "log_every": "steps between reads of the results, for which a device must wait",
     "sample_bytes": "bytes of text to generate at the end",
-    "zero": "of several ranks, which share each batch: the ZeRO stage, 0 to 3 (docs/ranks.md)",
+    "zero": "ZeRO stage, 0 to 3, for training on several ranks (docs/ranks.md)",
 }
 INTEGERS = {
     "steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "warmup", "grad_accum",
@@ -74,9 +74,9 @@ def _default(name: str) -> str:
 def add_config_flags(
     parser: argparse.ArgumentParser, names: Iterable[str] = HELP, defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """Add a flag for each of these fields of Config. One that is not given leaves no trace in the parsed arguments.
+    """Add a flag for each of these fields of Config. A flag that is not given is absent from the parsed arguments.
 
-    defaults: fields for which the script has a default of its own.
+    defaults: the fields for which the script has its own default.
     """
     own = defaults or {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Reading a trained model: text sampled from it, and the loss of a text under it. Forward only."""
+"""Inference with a trained model: sample text, and compute the loss of a text."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from refimpl.training.data import map_file, sequential_batches
 
 START = b"\n"
 BYTES = 256
-"""Token ids that are bytes. Text is read and written as bytes; a model may have more ids than these, which stay unused."""
+"""The number of token ids that are bytes. A model may have more ids, which are not used."""
 
 
 def check_has_bytes(vocab_size: int, whose: str) -> None:
-    """Errors: UsageError for a vocabulary that has no id for some bytes: what its ids mean, no file here says."""
+    """Raise UsageError for a vocabulary of fewer than 256 ids, whose meaning is not known here."""
     if vocab_size < BYTES:
         raise UsageError(
-            f"{whose} is {vocab_size}, and text is read and written as bytes here, which takes {BYTES} ids: a model of "
-            "characters or other tokens has to be trained anew on bytes"
+            f"{whose} is {vocab_size}, but text is read and written as bytes, which needs {BYTES} ids: train a model of "
+            "characters or other tokens again on bytes"
         )
 
 
@@ -43,11 +43,10 @@ def sample(
     temperature: float = 0.8,
     stopping: Callable[[], bool] = lambda: False,
 ) -> bytes:
-    """n_bytes sampled one after the other, each from softmax(logits / temperature); temperature 0 takes the likeliest.
+    """Return n_bytes sampled one after another from softmax(logits / temperature); temperature 0 takes the most likely byte.
 
-    The model sees the last block_size bytes. Ids above 255 are no bytes, and are never sampled. Random numbers are drawn on
-    the host from `rng`, one a byte. Fewer are sampled where `stopping`, which is asked before each, says so, and where the
-    logits are not finite: from these nothing can be drawn.
+    The model reads the last block_size bytes. Ids above 255 are not bytes and are never sampled. `rng` gives one random number
+    per byte. Sampling ends early if `stopping()`, called before each byte, returns True, or if the logits are not finite.
     """
     block, run = model.config["block_size"], run.frozen()
     text = bytearray(prompt or START)
@@ -56,20 +55,20 @@ def sample(
         if stopping():
             break
         context = bytes(text[-block:])
-        if model.name == "mlp":  # it reads a whole block, no less
+        if model.name == "mlp":  # it needs a full block
             context = context.rjust(block, START)
         tokens = np.frombuffer(context, np.uint8)[None, :]
         t = Tape(run, state.weight_views, model.tied, record=False)
         logits = model.logits(t, run.backend.from_host(tokens)).array
         last = widen(run.backend.to_host(logits.reshape(-1, logits.shape[-1])[-1, :BYTES]), "fp64")
-        if not np.isfinite(last.max()):  # -Inf alone is a probability of 0
+        if not np.isfinite(last.max()):  # some logits may be -Inf: a probability of 0
             break
-        text.append(_draw(last, temperature, rng.random()))
+        text.append(_sample_index(last, temperature, rng.random()))
     return bytes(text[start:])
 
 
-def _draw(logits: np.ndarray, temperature: float, u: float) -> int:
-    """The index at which the cumulative distribution passes u."""
+def _sample_index(logits: np.ndarray, temperature: float, u: float) -> int:
+    """Return the index at which the cumulative distribution exceeds u."""
     if temperature == 0:
         return int(logits.argmax())
     weights = np.exp((logits - logits.max()) / temperature).cumsum()
@@ -78,7 +77,7 @@ def _draw(logits: np.ndarray, temperature: float, u: float) -> int:
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 def mean_loss(model: Model, state: State, run: Run, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
-    """The mean loss over all targets of the batches (tokens, targets) that count; in nats a byte. NaN if there is none."""
+    """Return the mean loss over all targets of the batches (tokens, targets), in nats per byte; NaN without any target."""
     total, n, run = 0.0, 0, run.frozen()
     for tokens, targets in batches:
         count = int(model.n_targets(targets))
@@ -92,7 +91,7 @@ def mean_loss(model: Model, state: State, run: Run, batches: Iterable[tuple[np.n
 
 
 def generate_text(checkpoint: Path, prompt: str, n_bytes: int, temperature: float, seed: int, loss: Path | None) -> None:
-    """What scripts/generate.py does: print a sample, or the loss of a file. Errors: UsageError."""
+    """Print a sample of a checkpoint's model, or the loss of a file under it. Errors: UsageError."""
     from refimpl.training.checkpoint_states import load_for_inference
 
     if n_bytes < 0 or seed < 0 or not 0 <= temperature < math.inf:
@@ -101,15 +100,15 @@ def generate_text(checkpoint: Path, prompt: str, n_bytes: int, temperature: floa
     vocab_size = model.config["vocab_size"]
     check_has_bytes(vocab_size, f"the vocabulary of {checkpoint}")
     if vocab_size > BYTES:
-        note = f"note: of this model's {vocab_size} token ids those above 255 are no bytes: none is sampled, and what it writes"
-        print(f"{note} is text only if it was trained on bytes", file=sys.stderr)
+        note = f"note: {vocab_size - BYTES} of this model's {vocab_size} token ids are not bytes and are not sampled;"
+        print(f"{note} the sample is text only if the model was trained on bytes", file=sys.stderr)
     if loss is not None:
         text = map_file(loss)
         block_size = model.config["block_size"]
         if len(text) <= block_size:
-            raise UsageError(f"{loss} has {len(text)} bytes; this model needs {block_size + 1} at least")
+            raise UsageError(f"{loss} has {len(text)} bytes; this model needs at least {block_size + 1}")
         nats = mean_loss(model, state, run, sequential_batches(text, 16, block_size))
-        print(f"{loss}: {nats:.4f} nats a byte, {nats / math.log(2):.4f} bits a byte")
+        print(f"{loss}: {nats:.4f} nats per byte, {nats / math.log(2):.4f} bits per byte")
         return
     rng, given = np.random.Generator(np.random.PCG64(seed)), prompt.encode("utf-8", "surrogateescape")
     sampled = sample(model, state, run, n_bytes, rng, given, temperature)

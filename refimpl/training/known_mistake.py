@@ -1,4 +1,4 @@
-"""What a known mistake is, and what the modules that make them share. `mistakes.py` has the table of all of them."""
+"""The class of a known mistake, and what the modules that define them share. `mistakes.py` has the table of all of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from refimpl.training.setup import Training
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake by name: what is done wrong, what one sees, and the point of a trace where it shows first.
+    """A known mistake: its name, what is done wrong, what is seen of it, and the point of a trace that departs first.
 
-    make: puts it into the parts of a run that has not begun. Errors: NoRoom where the run leaves no room for it.
+    make: injects the mistake into a run that has not begun. Errors: NotApplicable if the run lacks what the mistake needs.
     """
 
     name: str
@@ -23,18 +23,18 @@ class Mistake:
     make: Callable[[Training], None]
 
 
-class NoRoom(Exception):
-    """What a mistake needs and the run does not have."""
+class NotApplicable(Exception):
+    """The run lacks what a mistake needs, which is the message."""
 
 
 def need(present: bool, what: str) -> None:
-    """Errors: NoRoom where what a mistake needs is not present."""
+    """Raise NotApplicable unless what a mistake needs is present."""
     if not present:
-        raise NoRoom(what)
+        raise NotApplicable(what)
 
 
 def low_format(training: Training) -> str:
-    """The 16-bit format that the run's products read. Errors: NoRoom."""
+    """Return the 16-bit format of the operands of the run's products. Errors: NotApplicable if there is none."""
     row = training.run.policy.row("linear.y")
     fmt = row.input("x")
     plain = fmt in FORMATS and FORMATS[fmt].bits == 16 and row.acc == "fp32"

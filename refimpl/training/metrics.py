@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a step and one an evaluation, and the picture made from it."""
+"""The log of a run, `metrics.jsonl`, with one JSON object per step and one per evaluation, and its plot."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from refimpl.training.schema import FINITE, Integer, Maybe, OneOf, Table, check
 
 
 class MetricsLog:
-    """An append-only file of rows. Numbers that JSON has no word for (NaN, infinities) are written as null."""
+    """An append-only file of rows. NaN and infinities, which JSON lacks, are written as null."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def keep_up_to(self, step: int) -> None:
-        """Drop what was written after a checkpoint, so that a resumed run writes the same rows again, not twice."""
+        """Drop the rows after a checkpoint's step, which a resumed run writes again."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_text_atomically(self.path, text)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows. Errors: UsageError when the disk is full."""
+        """Append rows. Errors: UsageError if the disk is full."""
         lines = [json.dumps({k: _finite_or_none(v) for k, v in row.items()}) + "\n" for row in rows]
         try:
             with self.path.open("a") as file:
                 file.writelines(lines)
         except OSError as error:
-            raise UsageError(f"cannot write {self.path}: {error}; the last checkpoint is whole") from error
+            raise UsageError(f"cannot write {self.path}: {error}; the last checkpoint is complete") from error
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -44,9 +44,9 @@ EVALUATION_ROW = Table({"step": Integer(0), "val_loss": _NUMBER})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; a last line that a killed run left unfinished is dropped.
+    """Return the rows of a log, without a last line that a killed run left incomplete.
 
-    Errors: UsageError for any other line that is damaged, and for a file that cannot be read.
+    Errors: UsageError for any other damaged line, and for a file that cannot be read.
     """
     try:
         *lines, unfinished = path.read_bytes().split(b"\n")
@@ -56,7 +56,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     rows = []
     for number, line in enumerate([*lines, unfinished] if unfinished.endswith(b"}") else lines, 1):
-        damage = f"line {number} of {path} is damaged (mend it, or move the file away)"
+        damage = f"line {number} of {path} is damaged (repair it, or move the file away)"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -67,7 +67,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_run(folder: Path, baselines: dict[int, float], title: str) -> Path | None:
-    """Draw loss, validation loss, n-gram baselines, loss scale and skipped steps to `loss.png`; None without matplotlib."""
+    """Plot losses, n-gram baselines, loss scale and skipped steps to `loss.png`. Return its path; None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -103,6 +103,6 @@ def _draw_losses(axes: Any, steps: list[dict[str, Any]], evals: list[dict[str, A
     for n, entropy in baselines.items():
         axes.axhline(entropy, ls=":", color="gray", lw=1)
         axes.annotate(f"{n}-gram", (1, entropy), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
-    axes.set_ylabel("nats a byte")
+    axes.set_ylabel("nats per byte")
     axes.legend(loc="upper right", bbox_to_anchor=(0.9, 1))
     axes.grid(alpha=0.3)

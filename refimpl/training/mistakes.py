@@ -1,16 +1,16 @@
-"""Known mistakes: what people get wrong in mixed-precision training, each as a change that can be switched into a run.
+"""Known mistakes in mixed-precision training, each as a change that can be injected into a run.
 
     python scripts/train.py --mistake unscale-after-clip
     python scripts/trace.py diff OURS THEIRS          says which of them makes two traces agree
 
-Each is a few lines that replace one of the run's parts and say what one then sees. They teach, they test the tests (every
-one of them must be noticed), and they explain a run of somebody else's that departs.
+Each is a few lines that replace one object of the run, and a sentence on what is seen of it. They teach; they test the tests,
+which must notice every one of them; and they explain why another implementation departs.
 """
 
 from __future__ import annotations
 
 from refimpl.errors import UsageError
-from refimpl.training.known_mistake import Mistake, NoRoom
+from refimpl.training.known_mistake import Mistake, NotApplicable
 from refimpl.training.mistakes_forward import FORWARD
 from refimpl.training.mistakes_update import UPDATE
 from refimpl.training.setup import Training
@@ -18,23 +18,23 @@ from refimpl.training.setup import Training
 MISTAKES: dict[str, Mistake] = {mistake.name: mistake for mistake in (*FORWARD, *UPDATE)}
 
 
-def meddle(name: str, training: Training) -> None:
-    """Make the named mistake in a run that has not begun. Errors: UsageError where the recipe leaves no room for it."""
+def inject(name: str, training: Training) -> None:
+    """Inject the named mistake into a run that has not begun. Errors: UsageError if the run lacks what the mistake needs."""
     if name == "none":
         return
     try:
         MISTAKES[name].make(training)
-    except NoRoom as error:
+    except NotApplicable as error:
         raise UsageError(f"--mistake {name} needs {error}") from None
 
 
 def announcement(name: str) -> str:
-    """Return what a run with a mistake in it says of it, wherever its numbers are shown."""
-    return f"MISTAKE switched in: {name}: {MISTAKES[name].what}"
+    """Return the line that a run with an injected mistake prints beside its numbers."""
+    return f"MISTAKE injected: {name}: {MISTAKES[name].what}"
 
 
 def listing() -> str:
-    """All mistakes, one paragraph each, as `scripts/mistakes.py` prints them."""
+    """Return all mistakes as text, one paragraph each."""
     indent = " " * 25
     return "\n".join(
         f"{m.name:<25}{m.what}\n{indent}-> {m.seen}\n{indent}   a trace departs at {m.departs}" for m in MISTAKES.values()

@@ -181,7 +181,7 @@ def advice(origin: Origin, config: Config, updates: int, since: str = "") -> str
             return "Neither the loss scale nor the learning rate is why, and no step can mend it: start from other weights"
         made = "An update has made it"
         if config.mistake != "none":
-            return f"{not_why}, and no step can mend it. {made}, with --mistake {config.mistake} switched in"
+            return f"{not_why}, and no step can mend it. {made}, with --mistake {config.mistake} injected"
         return f"{not_why}, and no step can mend it. {made}: try a smaller --lr from an earlier checkpoint"
     options = _options(config, backward=origin.stage == "backward")
     if origin.in_loss:

@@ -1,7 +1,7 @@
-"""Where a script's report, picture or data go: never over a file that is there already, unless it is told to replace it.
+"""The files of reports, pictures and data, which never replace an existing file without --overwrite.
 
-A file that nobody named takes the first free number; one that was named and exists is refused, both before anything is
-computed. Whether a file can be written is seen then, too.
+A default name gets the first free number; a name that was given and exists is an error. Both, and whether the file can be
+written, are checked before anything is computed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from refimpl.training.run_folder import numbered
 
 @dataclass(frozen=True)
 class Target:
-    """A file to write. `replaces`: what is there by then; otherwise the next free number is taken, so that nothing is lost."""
+    """A file to write. replaces: overwrite a file of that name; otherwise take the next free number if it exists by then."""
 
     path: Path
     replaces: bool
 
     def write(self, write: Callable[[Path], None]) -> Path:
-        """Let `write` write it under a temporary name, and give it its own; returns that. Errors: UsageError."""
+        """Call `write` with a temporary name, rename the file, and return its path. Errors: UsageError."""
         if self.replaces:
             write_atomically(self.path, write)
             return self.path
@@ -41,7 +41,7 @@ class Target:
         raise AssertionError("numbers do not end")
 
     def write_text(self, text: str) -> Path:
-        """Write a text; returns where. Errors: UsageError."""
+        """Write a text, and return the path of the file. Errors: UsageError."""
         return self.write(lambda temporary: _write_text(temporary, text))
 
 
@@ -50,7 +50,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _claim(path: Path) -> bool:
-    """Make an empty file, unless there is one: of two that end at the same moment each gets a name of its own."""
+    """Create an empty file and return True, or False if it exists: two programs at the same moment get different names."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except FileExistsError:
@@ -61,9 +61,9 @@ def _claim(path: Path) -> bool:
 
 
 def target(flag: str, named: Path | None, default: Path, overwrite: bool) -> Target:
-    """The file that a flag names, or a free one like `default`; its folder is made. To be called before what takes time.
+    """Return the file that a flag names, or `default`, and create its folder. Call this before the work.
 
-    Errors: UsageError for a file that exists, or that cannot be written.
+    Errors: UsageError for a named file that exists, or a file that cannot be written.
     """
     path = named if named is not None else default
     if path.is_dir():
@@ -73,7 +73,7 @@ def target(flag: str, named: Path | None, default: Path, overwrite: bool) -> Tar
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{flag} {path}: its folder cannot be made: {error.strerror}") from error
+        raise UsageError(f"{flag} {path}: its folder cannot be created: {error.strerror}") from error
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{flag} {path}: its folder cannot be written to")
     return Target(path, overwrite)

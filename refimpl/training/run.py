@@ -1,4 +1,4 @@
-"""What scripts/train.py does: train in a folder, and tell the person how it went."""
+"""A training run in a folder, from start to report: the function behind scripts/train.py."""
 
 from __future__ import annotations
 
@@ -46,39 +46,39 @@ from refimpl.training.signals import ENDED
 from refimpl.training.trainer import SAMPLE, Trainer, generator
 
 PATIENCE = 1.0
-"""Seconds in which the first rank, if it fails like another one, ends all of them, and says why as the only one."""
+"""Seconds that another rank waits before it raises: if rank 0 fails alike, it ends all ranks first, with one message."""
 
 
 MANY_SKIPPED = 0.1
-"""The share of skipped steps above which the end of a run warns of it."""
+"""The share of skipped steps above which a run ends with a warning."""
 
 
 def train(given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool, init_from: Path | None) -> int:
-    """What scripts/train.py does: train, show, write. Returns the exit code: 0, or 130 after Ctrl-C."""
-    with only_the_first_speaks():
+    """Train a model in a folder, and print how it went. Return the exit code: 0, or 130 after Ctrl-C."""
+    with only_rank_0_prints():
         if resume and init_from is not None:
             raise UsageError("--resume and --init-from contradict each other: a run goes on with its own weights")
         comm = mpi_comm() if launched()[1] > 1 else Serial()
         first = None if init_from is None else (init_from, *read_weights(init_from))
-        if first is not None:  # sizes that are not given are those of the file
+        if first is not None:  # sizes that are not given are taken from the file
             given = {"model": first[1].name, **first[1].config, **given}
         config, _ = prepare_folder(given, out, resume, overwrite)
-        comm = where_arrays_lie(config, comm)
+        comm = comm_of_arrays(config, comm)
         threads = max(1, cores() // comm.on_host.on_machine) if comm.size > 1 else None
         with own_folder(config, out, comm, resume, overwrite) as folder, threadpool_limits(threads):
             return _resume(config, folder, comm) if resume else _begin(config, folder, comm, first)
 
 
-def where_arrays_lie(config: Config, comm: Comm) -> Comm:
-    """The ranks of a run, which exchange where its arrays lie. Errors: UsageError where it does not say how they share it."""
+def comm_of_arrays(config: Config, comm: Comm) -> Comm:
+    """Return the communicator for a run's arrays: NCCL's for --backend cupy. Errors: UsageError for ranks without --zero."""
     if comm.size > 1 and config.zero is None:
         raise UsageError(f"mpiexec has started {comm.size} processes: say how they share the training, --zero 0, 1, 2 or 3")
     return nccl_comm(comm) if comm.size > 1 and config.backend == "cupy" else comm
 
 
 @contextmanager
-def only_the_first_speaks() -> Iterator[None]:
-    """Of several ranks, which do the same and fail alike, the first one prints."""
+def only_rank_0_prints() -> Iterator[None]:
+    """Silence the other ranks, which print the same and mostly fail alike; their errors say which rank they are."""
     rank, _ = launched()
     if rank == 0:
         yield
@@ -94,19 +94,19 @@ def only_the_first_speaks() -> Iterator[None]:
 
 
 def _begin(config: Config, folder: Path, comm: Comm, first: tuple[Path, Model, dict[str, np.ndarray]] | None) -> int:
-    """A fresh run. first: a file with the weights that it starts from, its model, and the weights."""
+    """Start a new run. first: the file with its first weights, the model in that file, and the weights."""
     trainer = Trainer(config, folder, comm)
     if first is not None:
         start_from(first[0], first[1:], trainer.model, trainer.state, config.rounds_masters)
     baselines = ngram_entropies(trainer.corpus.train, trainer.corpus.valid)
-    comm.barrier()  # all ranks have seen the folder as it was
+    comm.barrier()  # until all ranks have read the folder as it was
     if trainer.writes:
         open_folder(config, folder, first and first[0])
     return _train(trainer, baselines, "")
 
 
 def _resume(config: Config, folder: Path, comm: Comm) -> int:
-    """A run that goes on from its checkpoint, or from its start where it had none yet."""
+    """Resume a run from its checkpoint, or start it if it has none yet."""
     planned, weights = read_config(folder)["steps"], first_weights(folder)
     trainer = Trainer(config, folder, comm)
     trainer.restore()
@@ -134,7 +134,7 @@ def _resume(config: Config, folder: Path, comm: Comm) -> int:
 
 
 def _train(trainer: Trainer, baselines: NgramBaselines, note: str) -> int:
-    """The run from where it is to its end, or to where a signal or its numbers stop it. Returns the exit code."""
+    """Train to the last step, or until a signal or an unusable loss stops the run. Return the exit code."""
     from tqdm import tqdm
 
     done, steps, folder = trainer.progress.step, trainer.config.steps, trainer.folder
@@ -173,11 +173,11 @@ def _announce(trainer: Trainer, baselines: NgramBaselines) -> None:
         print(announcement(config.mistake))
     kinds = " + ".join(f"{kind} {buffer.nbytes / model.n_params:g}" for kind, buffer in state.buffers.items())
     rank = f" on each of {trainer.comm.size} ranks, ZeRO stage {config.zero}" if trainer.comm.size > 1 else ""
-    print(f"model states: {kinds} = {state.nbytes / model.n_params:g} bytes a parameter, as measured{rank}")
+    print(f"model states: {kinds} = {state.nbytes / model.n_params:g} bytes per parameter, as measured{rank}")
     if config.grad_accum > 1 and state.formats["grads"] != trainer.recipe.state["grads"]:
         print(f"  (gradients are summed over {config.grad_accum} micro-batches in FP32)")
     if config.zero is not None and trainer.comm.size == 1:
-        print("  (one rank, which has all: several are started by mpiexec -n N python -m mpi4py scripts/train.py ...)")
+        print("  (one rank, which stores everything; start several with mpiexec -n N python -m mpi4py scripts/train.py ...)")
     corpus = trainer.corpus
     print(f"data: {corpus.name}, {len(corpus.train):,} bytes to train on, {len(corpus.valid):,} to validate on")
     sampled = " (from a sample)" if baselines.sampled else ""
@@ -186,16 +186,16 @@ def _announce(trainer: Trainer, baselines: NgramBaselines) -> None:
 
 def _list_baselines(baselines: NgramBaselines) -> str:
     names = {1: "unigram", 2: "bigram", 3: "trigram"}
-    return ", ".join(f"{names[n]} {entropy:.3f}" for n, entropy in baselines.entropies.items()) + " nats a byte"
+    return ", ".join(f"{names[n]} {entropy:.3f}" for n, entropy in baselines.entropies.items()) + " nats per byte"
 
 
 def _report(trainer: Trainer, baselines: NgramBaselines, steps: int) -> None:
-    """The end of a run: where the loss stands, what was written, what the model writes."""
+    """Print the end of a run: the losses, the files that were written, and a sample of the model."""
     config, progress = trainer.config, trainer.progress
     counted = trainer.comm.on_host.all_reduce(np.array([trainer.exchanged / max(1, steps)]))[0] / trainer.comm.size
     if trainer.writes:
         losses = [row["val_loss"] for row in read_metrics(trainer.folder / METRICS) if "val_loss" in row]
-        print(f"\nvalidation loss {_number(losses[-1])} nats a byte; {_list_baselines(baselines)}")
+        print(f"\nvalidation loss {_number(losses[-1])} nats per byte; {_list_baselines(baselines)}")
         print(f"{progress.skipped} of {progress.step} steps skipped, loss scale {float(trainer.loss_scale.scale):g}")
         if trainer.comm.size > 1 and steps:
             print(_exchanged(trainer, counted))
@@ -205,7 +205,7 @@ def _report(trainer: Trainer, baselines: NgramBaselines, steps: int) -> None:
 
 
 def _show_sample(trainer: Trainer) -> None:
-    """What the model writes. Every rank makes the sample, for which stage 3 needs all of them; the first one shows it."""
+    """Print a sample. Every rank computes it, since ZeRO stage 3 needs all of them; rank 0 prints it."""
     config, rng = trainer.config, generator(trainer.config.seed, SAMPLE)
     text = sample(trainer.model, trainer.state, trainer.run, config.sample_bytes, rng, stopping=trainer.stopping)
     print(f"\na sample of {len(text)} bytes:\n{'-' * 60}\n{printable(text)}\n{'-' * 60}")
@@ -214,13 +214,13 @@ def _show_sample(trainer: Trainer) -> None:
 
 
 def _draw(trainer: Trainer, baselines: NgramBaselines) -> None:
-    """Draw the picture, and tell what the folder holds."""
+    """Plot the run, and print which files its folder has."""
     config, folder = trainer.config, trainer.folder
     if not trainer.writes:
         return
     title = f"{config.model}, recipe {config.recipe}, seed {config.seed}, {trainer.model.n_params:,} parameters"
     if config.mistake != "none":
-        title += f"\nMISTAKE switched in: {config.mistake}"
+        title += f"\nMISTAKE injected: {config.mistake}"
     try:
         picture = plot_run(folder, baselines.entropies, title)
     except UsageError as error:  # a full disk must not hide why a run stopped
@@ -229,11 +229,11 @@ def _draw(trainer: Trainer, baselines: NgramBaselines) -> None:
     written = [name for name in (CONFIG, METRICS, CHECKPOINT) if (folder / name).exists()] + ([PICTURE] if picture else [])
     print(f"written to {folder}: {', '.join(written)}")
     if importlib.util.find_spec("matplotlib") is None:
-        print("(no picture: that takes matplotlib, pip install -e '.[plot]')")
+        print("(no picture: it needs matplotlib, pip install -e '.[plot]')")
 
 
 def warn(trainer: Trainer) -> None:
-    """The last lines: what a person must know before they believe the numbers."""
+    """Print warnings, as the last lines: many skipped steps, an injected mistake."""
     config, progress = trainer.config, trainer.progress
     if progress.skipped > MANY_SKIPPED * progress.step:
         share = 100 * progress.skipped / progress.step
@@ -243,18 +243,18 @@ def warn(trainer: Trainer) -> None:
 
 
 def _exchanged(trainer: Trainer, counted: float) -> str:
-    """Bytes that came to a rank from the others in a step, counted, and what ZeRO predicts."""
+    """Return the line with the bytes that a rank received per step, counted and as ZeRO predicts them."""
     config, model, comm = trainer.config, trainer.model, trainer.comm
     assert config.zero is not None
     states = trainer.recipe.bytes_by_buffer(config.make_rule().moments, config.grad_accum)
     again = sum(int(np.prod(model.parameters[name].shape)) for name in set(model.tied.values()))
     predicted = float(exchanged(model.n_params, states, config.zero, comm.size, again, config.grad_accum))
     return (
-        f"a rank received {counted:,.0f} bytes a step from the others; ZeRO stage {config.zero} predicts {predicted:,.0f}, "
-        f"{predicted / model.n_params:.2f} bytes a parameter"
+        f"a rank received {counted:,.0f} bytes per step from the others; ZeRO stage {config.zero} predicts {predicted:,.0f}, "
+        f"{predicted / model.n_params:.2f} bytes per parameter"
     )
 
 
 def _number(loss: float | None) -> str:
-    """A loss as text; the log has null for NaN."""
+    """Return a loss as text; the log stores NaN as null."""
     return "NaN" if loss is None else f"{loss:.4f}"

@@ -1,4 +1,4 @@
-"""The folder of a run: which one it is, what it may hold beforehand, and how it is opened."""
+"""The folder of a run: its name, the files that it may already have, its lock, and config.json."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
 FILES = (CONFIG, CHECKPOINT, METRICS, PICTURE)
 INIT_FROM = "init_from"
-"""In config.json beside the fields of Config: the file that a run's first weights came from, if they came from one."""
+"""The key in config.json, beside the fields of Config, for the file with a run's first weights, if there is one."""
 
 
 NAMED = ("optimizer", "schedule", "masters_from", "loss_scale", "mistake", "seed")
-"""Choices that are in the name of a run's folder, beside model and recipe, where they are not the default ones."""
+"""Settings that appear in the name of a run's folder, beside model and recipe, if they are not the defaults."""
 
 
 def prepare_folder(given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool) -> tuple[Config, Path]:
-    """The configuration and the folder of a run, before anything is written.
+    """Return the configuration and the folder of a run. Nothing is written.
 
-    A fresh run takes a folder without a checkpoint, or one of its own under runs/ when none is named. `resume` reads the
-    choices that were not given from the folder's config.json. Errors: UsageError for a folder that holds a run or other files.
+    A new run takes a folder without a checkpoint, or a new one under runs/ if `out` is None. With `resume`, settings that are
+    not given are read from the folder's config.json. Errors: UsageError for a folder that has a run or other files.
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite contradict each other: choose one")
     if resume:
         if out is None:
-            raise UsageError("--resume needs --out DIR: the folder of the run to go on with")
+            raise UsageError("--resume needs --out DIR: the folder of the run to resume")
         saved = read_config(out)
         return Config.of({**saved, **_that_may_change(saved, given)}), out
     config = Config.of(given)
@@ -58,7 +58,7 @@ def prepare_folder(given: dict[str, Any], out: Path | None, resume: bool, overwr
 
 
 def run_name(config: Config) -> str:
-    """'gpt-bf16-seed1': model, recipe, and what else was chosen by name, or the seed, where it differs from the default."""
+    """Return the name of a run's folder: model, recipe, and the settings NAMED that are not the defaults: 'gpt-bf16-seed1'."""
     usual = Config.of({"model": config.model, "recipe": config.recipe})
     words = [config.model, config.recipe]
     for name in NAMED:
@@ -69,34 +69,34 @@ def run_name(config: Config) -> str:
 
 
 def short_name(config: Config) -> str:
-    """The same for a report, without the model where it is the usual one: 'bf16-seed1'."""
+    """Return the name of a run for a report: `run_name` without the default model: 'bf16-seed1'."""
     return run_name(config).removeprefix("gpt-")
 
 
 def numbered(path: Path, ending: str = "") -> Iterator[Path]:
-    """path, path-2, path-3, ...; the number stands before `ending`, that of a file."""
+    """Yield path, path-2, path-3, ...; the number precedes `ending`, the extension of a file."""
     yield path
     yield from (path.with_name(f"{path.name.removesuffix(ending)}-{n}{ending}") for n in itertools.count(2))
 
 
 def _refuse_to_replace(folder: Path) -> None:
-    """Errors: UsageError where a fresh run would replace a run that can be resumed, or files that are no run's."""
-    held = [name for name in FILES if (folder / name).exists()]
-    if CHECKPOINT in held:
-        raise UsageError(f"--out {folder} holds a run: --resume goes on with it, --overwrite replaces it")
-    if held and CONFIG not in held:
-        raise UsageError(f"--out {folder} holds a {held[0]}, of no run: name another folder, or --overwrite replaces it")
+    """Raise UsageError if a new run would replace a run that can be resumed, or files that are not a run's."""
+    present = [name for name in FILES if (folder / name).exists()]
+    if CHECKPOINT in present:
+        raise UsageError(f"--out {folder} has a run: --resume continues it, --overwrite replaces it")
+    if present and CONFIG not in present:
+        raise UsageError(f"--out {folder} has a {present[0]} that belongs to no run: name another folder, or give --overwrite")
 
 
 @contextmanager
 def own_folder(config: Config, out: Path | None, comm: Comm, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """Have the folder of a run for it alone, and make it; yields its path. All ranks together are one run.
+    """Create and lock the folder of a run, and yield its path. All ranks must call this together; they share the lock.
 
-    Where none is named the first number is taken that is free at this moment. A folder that was made here is removed again
-    if no run begins in it. Errors: UsageError when another run has it, or it cannot be made.
+    If `out` is None, the folder gets the first number that is free. A folder created here is removed again if no run begins
+    in it. Errors: UsageError if another run has the lock, or the folder cannot be created.
     """
     if comm.rank != 0:
-        yield _told(out or Path(), comm)
+        yield _of_rank_0(out or Path(), comm)
         return
     folder = out or Path("runs") / run_name(config)
     made = [path for path in folder.parents if not path.exists()]
@@ -109,15 +109,15 @@ def own_folder(config: Config, out: Path | None, comm: Comm, resume: bool, overw
             made.insert(0, folder)
             folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
+        raise UsageError(f"cannot create the folder {folder}: {error.strerror}") from error
     try:
         with locked(folder):
             if not resume and not overwrite:
-                _refuse_to_replace(folder)  # since it was first looked at another run may have come and gone
-            for name in FILES:  # what a run that was killed had half-written
+                _refuse_to_replace(folder)  # another run may have used it since prepare_folder
+            for name in FILES:  # half-written by a run that was killed
                 for leftover in folder.glob(f".{name}.*.tmp"):
                     leftover.unlink(missing_ok=True)
-            yield _told(folder, comm)
+            yield _of_rank_0(folder, comm)
     finally:
         if not (folder / CONFIG).exists():
             for path in made:
@@ -126,7 +126,7 @@ def own_folder(config: Config, out: Path | None, comm: Comm, resume: bool, overw
 
 
 def _make_unused(path: Path) -> Path:
-    """Make a folder that did not exist, and that nobody else can have made: this one, or the next number. Errors: OSError."""
+    """Create and return a folder that did not exist: `path`, or the first number that is free. Errors: OSError."""
     for folder in numbered(path):
         with suppress(FileExistsError):
             folder.mkdir()
@@ -134,16 +134,16 @@ def _make_unused(path: Path) -> Path:
     raise AssertionError("numbers do not end")
 
 
-def _told(folder: Path, comm: Comm) -> Path:
-    """The folder that rank 0 has."""
+def _of_rank_0(folder: Path, comm: Comm) -> Path:
+    """Return the folder of rank 0."""
     name = np.frombuffer(os.fsencode(folder).ljust(4096, b"\0"), np.uint8).copy()
     return Path(os.fsdecode(comm.on_host.broadcast(name).tobytes().rstrip(b"\0")))
 
 
 def open_folder(config: Config, folder: Path, init_from: Path | None = None) -> None:
-    """Make the folder, clear a replaced run's files out of it, and write config.json. Errors: UsageError.
+    """Create the folder, delete the files of a replaced run, and write config.json. Errors: UsageError.
 
-    At each moment the folder holds what can be resumed, or what a fresh run may replace.
+    At each moment the folder has a run that can be resumed, or files that a new run may replace.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,24 +155,24 @@ def open_folder(config: Config, folder: Path, init_from: Path | None = None) -> 
 
 
 def write_config(config: Config, folder: Path, init_from: Path | None = None) -> None:
-    """Write config.json. init_from: the file that the weights came from, if any. Errors: UsageError."""
+    """Write config.json. init_from: the file with the first weights, if any. Errors: UsageError."""
     started = {} if init_from is None else {INIT_FROM: str(init_from)}
     write_text_atomically(folder / CONFIG, json.dumps({**asdict(config), **started}, indent=2) + "\n")
 
 
 def _that_may_change(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The flags given for a resumed run, if all those that decide the numbers are as they were."""
-    there = {f.name: saved.get(f.name, f.default) for f in fields(Config) if not f.metadata.get("free")}
+    """Return the settings given for a resumed run. Errors: UsageError if one changes that determines the numbers."""
+    fixed = {f.name: saved.get(f.name, f.default) for f in fields(Config) if not f.metadata.get("free")}
     for name, value in given.items():
-        if name in there and value != there[name]:
+        if name in fixed and value != fixed[name]:
             raise UsageError(
-                f"the run in --out has {name.replace('_', '-')} {there[name]}, not {value}: it cannot go on as another run"
+                f"the run in --out has {name.replace('_', '-')} {fixed[name]}, not {value}: it cannot be resumed as another run"
             )
     return given
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the run in a folder. Errors: UsageError when there is none."""
+    """Return the settings of the run in a folder. Errors: UsageError if there is none."""
     saved, names = _read(folder), {f.name for f in fields(Config)}
     settings = {name: value for name, value in saved.items() if name in names}
     try:
@@ -180,12 +180,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f"{folder / CONFIG} is damaged: {error}") from error
     if settings.get("steps") is None:
-        raise UsageError(f"{folder / CONFIG} is damaged: it does not say for how many steps the run was planned")
+        raise UsageError(f"{folder / CONFIG} is damaged: the number of steps is missing")
     return settings
 
 
 def first_weights(folder: Path) -> str | None:
-    """The file that the run in a folder took its first weights from, if any. Errors: UsageError."""
+    """Return the file with the first weights of the run in a folder, if there is one. Errors: UsageError."""
     return _read(folder).get(INIT_FROM)
 
 

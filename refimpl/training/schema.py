@@ -1,7 +1,7 @@
-"""What may stand in a header: the type and range of every field, as a table, and one function that checks it.
+"""Checks of data read from JSON: the type and range of every field as a table, and one function that checks a value.
 
-A file may hold anything where a number belongs: 1e999, a list, 2^70, nothing. What is read from JSON is checked against a
-table of these kinds before it is used; so what uses it need not ask.
+A file may have anything in place of a number: 1e999, a list, 2^70, nothing. Headers are checked against a table of these kinds
+before they are used, so that the code that uses them need not check again.
 """
 
 from __future__ import annotations
@@ -16,83 +16,83 @@ from refimpl.errors import UsageError
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number in a range. 1.0 and true are none."""
+    """An integer in a range. 1.0 and true are not integers."""
 
     least: int = 0
     most: int = 2**53
 
     def wrong(self, value: Any) -> str | None:
-        """Return what the value should be, or None where it is that."""
+        """Return None if the value is of this kind, else a description of the kind."""
         good = type(value) is int and self.least <= value <= self.most
         return None if good else f"an integer from {self.least} to {self.most}"
 
 
 @dataclass(frozen=True)
 class Real:
-    """A number in a range, the ends among it: never NaN; infinite only where an end is."""
+    """A number in a closed range: never NaN, and infinite only if an end of the range is."""
 
     least: float
     most: float
 
     def wrong(self, value: Any) -> str | None:
-        """As in `Integer`."""
+        """Return None if the value is of this kind, else a description of the kind."""
         good = type(value) in (int, float) and self.least <= value <= self.most
         return None if good else f"a number from {self.least:g} to {self.most:g}"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Characters."""
+    """A string."""
 
     def wrong(self, value: Any) -> str | None:
-        """As in `Integer`."""
+        """Return None if the value is of this kind, else a description of the kind."""
         return None if isinstance(value, str) else "a text"
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of a few values, of their own type: 1 is not true."""
+    """One of a few values, of the same type: 1 is not true."""
 
     values: tuple[Any, ...]
 
     def wrong(self, value: Any) -> str | None:
-        """As in `Integer`."""
+        """Return None if the value is of this kind, else a description of the kind."""
         good = any(type(value) is type(other) and value == other for other in self.values)
         return None if good else " or ".join(map(repr, self.values))
 
 
 @dataclass(frozen=True)
 class Maybe:
-    """Another kind, or null."""
+    """A value of another kind, or null."""
 
     kind: Integer | Real | Text | OneOf
 
     def wrong(self, value: Any) -> str | None:
-        """As in `Integer`."""
+        """Return None if the value is of this kind, else a description of the kind."""
         expected = None if value is None else self.kind.wrong(value)
         return None if expected is None else f"{expected}, or null"
 
 
 @dataclass(frozen=True)
 class Words:
-    """A list of texts."""
+    """A list of strings."""
 
     def wrong(self, value: Any) -> str | None:
-        """As in `Integer`."""
+        """Return None if the value is of this kind, else a description of the kind."""
         good = isinstance(value, list) and all(isinstance(word, str) for word in value)
         return None if good else "a list of texts"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Fields by name. `fields` must be there, `optional` may be; others are not looked at, or not allowed if `closed`."""
+    """A table of `fields`, which are required, and `optional` ones. Others are ignored, or errors if `closed`."""
 
     fields: Mapping[str, Kind] = field(default_factory=dict)
     optional: Mapping[str, Kind] = field(default_factory=dict)
     closed: bool = False
 
     def wrong(self, value: Any) -> str | None:
-        """As in `Integer`; of the table alone, not of what stands in it."""
+        """Return None if the value is a table, whatever its fields are."""
         return None if isinstance(value, dict) else "a table"
 
 
@@ -101,9 +101,9 @@ FINITE = Real(-math.nextafter(math.inf, 0), math.nextafter(math.inf, 0))
 
 
 def check(value: Any, kind: Kind, damage: str, name: str = "") -> None:
-    """Check a value from a file, and all that stands in it. `damage` begins the message: 'FILE has a damaged header'.
+    """Check a value from a file, including its fields. damage: the start of the message, such as 'FILE has a damaged header'.
 
-    Errors: UsageError that names the first field that is missing or of another kind.
+    Errors: UsageError that names the first field that is missing, unknown or of another kind.
     """
     expected = kind.wrong(value)
     if expected is not None:
@@ -122,7 +122,7 @@ def check(value: Any, kind: Kind, damage: str, name: str = "") -> None:
 
 
 def _short(value: Any) -> str:
-    """A value as a message shows it."""
+    """Return a value as text of at most 60 characters."""
     if isinstance(value, list | dict):
         return f"a {'list' if isinstance(value, list) else 'table'} of {len(value)}"
     if isinstance(value, int) and abs(value) >= 2**64:

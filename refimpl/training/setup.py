@@ -1,4 +1,4 @@
-"""The parts of a training run, kept together: what `step.train_step` takes."""
+"""The objects of a training run that `step.train_step` takes, as one object."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refimpl.step import Batch, StepResult, train_step
 
 @dataclass
 class Training:
-    """One run's model, states, optimizer, loss scale and policy. Any of them can be replaced before the first step.
+    """The model, states, optimizer, loss scale and policy of a run. Any of them can be replaced before the first step.
 
     grad_accum: micro-batches per step.
     """
@@ -29,12 +29,12 @@ class Training:
     max_norm: float
     grad_accum: int = 1
 
-    def watch(self, monitor: Monitor | None) -> None:
-        """Tell `monitor` of every rounding of tensors from now on: inside operations, and of the states (None: no longer)."""
+    def set_monitor(self, monitor: Monitor | None) -> None:
+        """Call `monitor` at every rounding of a tensor from now on, in operations and of states. None: stop."""
         self.run.monitor = self.state.monitor = monitor
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        """One training step."""
+        """Make one training step."""
         return train_step(self.model, batches, self.state, self.optimizer, self.loss_scale, self.run, self.max_norm)
 
 
@@ -42,21 +42,21 @@ UpdateArguments = tuple[Array, Array | float, Array]  # 1/S, the clip coefficien
 
 
 def plain_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that updates, without those that are wrapped around it."""
+    """Return the innermost optimizer, without those that are wrapped around it."""
     while isinstance(optimizer, WrappedOptimizer):
         optimizer = optimizer.inner
     return optimizer
 
 
 class WrappedOptimizer(Optimizer):
-    """An optimizer between the step and another one: `before` sees each update, and may change what is handed on."""
+    """An optimizer around another one. `before` is called ahead of each update, and returns the inner update's arguments."""
 
     def __init__(self, inner: Optimizer, before: Callable[[State, Array, Array | float, Array], UpdateArguments]) -> None:
         self.inner, self.before, self.schedule = inner, before, inner.schedule
 
     @property
     def rule(self) -> Rule:  # type: ignore[override]
-        """The rule that really updates."""
+        """The update rule of the innermost optimizer."""
         return self.inner.rule
 
     def use(self, rule: Rule) -> None:

@@ -1,7 +1,7 @@
-"""Ctrl-C and its like: the first one lets a run stop where nothing is lost, the next one ends it at once, each with a line.
+"""Signals: the first one lets a run stop where nothing is lost, the second one ends it at once; both print a line.
 
-SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal has gone) are treated alike; one that the process was started to ignore
-(nohup, a job in the background) stays ignored.
+SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal was closed) are treated alike. A signal that was ignored when the process
+started (nohup, a background job) stays ignored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 ENDED = 130
-"""The exit code of a program that a signal has ended, or stopped before it was done."""
+"""The exit code of a program that a signal has ended or stopped early."""
 _Handler = Callable[[int, FrameType | None], Any]
 
 
@@ -31,22 +31,22 @@ def _name(signum: int) -> str:
 
 
 def say(line: str) -> None:
-    """A line on standard error, from inside a signal handler: past Python's buffers, which it may have interrupted.
+    """Print a line on standard error from a signal handler, bypassing Python's buffers, whose use it may have interrupted.
 
-    It begins a new one, since a progress bar may stand there, or the ^C that a terminal shows.
+    It begins with a newline: the cursor may stand behind a progress bar, or behind the ^C that a terminal shows.
     """
     with suppress(OSError):
         os.write(2, f"\n{line}\n".encode())
 
 
 def end_now(signum: int, frame: FrameType | None = None) -> None:
-    """The handler for when nothing has to be tidied up, or no time is left for it: while Python still imports, for one."""
+    """End the program at once. This is the handler while Python still imports, when there is nothing to clean up."""
     say(f"ended by {_name(signum)}")
     os._exit(ENDED)
 
 
 def _install(handler: _Handler) -> dict[int, Any]:
-    """Handle the signals that are not ignored; returns how they were handled before."""
+    """Install a handler for the signals that are not ignored. Return their previous handlers."""
     before: dict[int, Any] = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signum = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -54,7 +54,7 @@ def _install(handler: _Handler) -> dict[int, Any]:
             continue
         try:
             before[signum] = signal.signal(signum, handler)
-        except ValueError:  # not in the main thread: whoever runs this handles signals
+        except ValueError:  # not in the main thread: the program around this one handles signals
             break
     return before
 
@@ -65,13 +65,13 @@ def _restore(before: dict[int, Any]) -> None:
 
 
 def end_at_once() -> None:
-    """From now on a signal ends the program with a line."""
+    """Make signals end the program with a line."""
     _install(end_now)
 
 
 @contextmanager
 def interrupting() -> Iterator[None]:
-    """A signal raises `Interrupted`, so that files and locks are left tidy; one more ends the program there and then."""
+    """Make the first signal raise `Interrupted`, so that files and locks are cleaned up, and the second end the program."""
     ending = [False]
 
     def handle(signum: int, frame: FrameType | None) -> None:
@@ -80,7 +80,7 @@ def interrupting() -> Iterator[None]:
         ending[0] = True
         raise Interrupted(signum)
 
-    def unraisable(what: Any) -> None:  # it hit Python inside a destructor, where exceptions are only reported
+    def unraisable(what: Any) -> None:  # raised inside a destructor, where Python only reports exceptions
         if issubclass(what.exc_type, Interrupted):
             say(str(what.exc_value))
             os._exit(ENDED)
@@ -96,9 +96,9 @@ def interrupting() -> Iterator[None]:
 
 
 class Stop:
-    """Whether a signal has asked a run to stop at its next safe point. It listens inside `with stop:`, which may be nested.
+    """Handles signals inside `with stop:`, which may be nested: the first one sets `asked`, the second raises `Interrupted`.
 
-    saying: the answer to the first signal. A second one raises `Interrupted`. speaks: whether this process answers.
+    saying: the line to print at the first signal. speaks: whether this process prints it.
     """
 
     def __init__(self, saying: str, speaks: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Training a model from a configuration: the loop around `step.train_step`, with its log, checkpoints and clean ends."""
+"""The loop over training steps, with its log, evaluations, checkpoints and the conditions that stop it."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ from refimpl.training.config import Config
 from refimpl.training.data import Corpus, load_corpus, sample_batch, sequential_batches
 from refimpl.training.generate import check_has_bytes, mean_loss
 from refimpl.training.metrics import MetricsLog, read_metrics
-from refimpl.training.mistakes import meddle
+from refimpl.training.mistakes import inject
 from refimpl.training.non_finite import Origin, explained, find_origin, known_since
 from refimpl.training.run_folder import CHECKPOINT, METRICS
 from refimpl.training.setup import Training
 from refimpl.training.signals import Stop
 
 SKIPS_BEFORE_STOP = 50
-"""So many skipped steps in a row, with a scale that is static or below SMALLEST_SCALE, end a run: the scale is not why."""
+"""The number of steps skipped in a row that ends a run whose scale is constant, at its floor or below SMALLEST_SCALE: a smaller
+scale would not help."""
 SMALLEST_SCALE = 2.0**-14
 FINAL_EVAL_BLOCKS = 1024
 STOPPING = "stopping after this step, with a checkpoint; again to stop at once"
 
-# Every use of chance has its own stream, so that evaluating or sampling more often changes no batch and no weight.
+# Each use of random numbers has its own stream, so that evaluating or sampling more often changes neither batches nor weights.
 INIT, BATCHES, EVALUATION, SAMPLE = range(4)
 
 
 def generator(seed: int, stream: int) -> np.random.Generator:
-    """The random numbers of one use: independent of the others, reproducible from the seed."""
+    """Return the random number generator of one stream, independent of the other streams of the same seed."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,))))
 
 
 def start(config: Config, comm: Comm | None = None) -> Training:
-    """A run before its first step: its parts, with the configuration's mistake in them, and fresh weights.
+    """Return a run before its first step, with initial weights, and with the configuration's known mistake injected.
 
-    comm: the rank that this process is, if there are several.
+    comm: this process's rank, if there are several.
     """
     training = config.make_training(config.make_backend(), comm)
-    meddle(config.mistake, training)
+    inject(config.mistake, training)
     weights = training.model.initial_weights(generator(config.seed, INIT))
     training.state.load_weights(weights, rounded=config.rounds_masters)
     return training
@@ -57,7 +58,7 @@ def start(config: Config, comm: Comm | None = None) -> Training:
 
 @dataclass
 class Progress:
-    """Where a run is: what a checkpoint holds beside arrays, loss scale and generator."""
+    """The position of a run: the numbers in a checkpoint beside arrays, loss scale and generator."""
 
     step: int = 0
     skipped: int = 0
@@ -65,9 +66,9 @@ class Progress:
 
 
 class Trainer:
-    """One run: its parts, and the loop over steps. It writes to `folder`, which `prepare_folder` has checked.
+    """One run and the loop over its steps. It writes to `folder`, which `prepare_folder` has checked.
 
-    Of several ranks each has one. All do the same, each with its rows of a batch; only the first one writes.
+    Each rank has a Trainer. All do the same, each with its rows of a batch; only rank 0 writes files.
     """
 
     def __init__(self, config: Config, folder: Path, comm: Comm | None = None) -> None:
@@ -75,7 +76,7 @@ class Trainer:
         check_has_bytes(config.vocab_size, "--vocab-size")
         self.config, self.folder, self.comm = config, folder, comm or Serial()
         self.writes = self.comm.rank == 0
-        self.exchanged = 0  # bytes that came from other ranks in training steps
+        self.exchanged = 0  # bytes received from other ranks in training steps
         self.recipe = config.make_recipe()
         self.corpus: Corpus = load_corpus(config.data, config.block_size)
         self.training = start(config, self.comm)
@@ -95,9 +96,9 @@ class Trainer:
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self, bar: Any) -> bool:
-        """Step until the end, or until a signal asks to stop; True when all steps are done. `bar` is a tqdm bar.
+        """Train to the last step, or until a signal asks to stop. Return whether all steps are done. bar: a tqdm bar.
 
-        Errors: TrainingStopped when the numbers allow no going on; the checkpoint before it stays.
+        Errors: TrainingStopped if training cannot continue; the last checkpoint stays.
         """
         steps = self.config.steps
         assert steps is not None
@@ -105,7 +106,7 @@ class Trainer:
         self._first_step = self.progress.step + 1
         with self.stop:
             if self._owes_evaluation:
-                self._tell(bar, self._evaluate(False))
+                self._print(bar, self._evaluate(False))
             while self.progress.step < steps and not self.stopping():
                 batches = self.next_batches()
                 self._pending.append((self.progress.step + 1, self._one_step(batches), batches))
@@ -116,20 +117,20 @@ class Trainer:
                 if at_end or self.progress.step % self.config.eval_every == 0:
                     self._write_steps(bar)
                     report = self._evaluate(at_end)
-                    self.save()  # before it is told: who reads along may have gone
-                    self._tell(bar, report)
+                    self.save()  # before printing, which fails if the reader of the output has gone
+                    self._print(bar, report)
             if self.progress.step < steps:
                 self._write_steps(bar)
                 self.save()
         return self.progress.step == steps
 
     @staticmethod
-    def _tell(bar: Any, report: str) -> None:
+    def _print(bar: Any, report: str) -> None:
         if report:
             bar.write(report)
 
     def stopping(self) -> bool:
-        """Whether a signal has asked this rank, or another one, to stop."""
+        """Return whether a signal has asked this rank or another one to stop."""
         return self.comm.any(self.stop.asked)
 
     def _one_step(self, batches: list[Batch]) -> StepResult:
@@ -139,7 +140,7 @@ class Trainer:
         return result
 
     def next_batches(self) -> list[Batch]:
-        """This rank's rows of the micro-batches of the next step, which all ranks draw from the training part."""
+        """Return this rank's rows of the next step's micro-batches, which all ranks sample alike from the training part."""
         batch_size, block_size = self.config.batch_size, self.config.block_size
         assert batch_size is not None and block_size is not None
         rows = shares_of(batch_size, self.comm.size)[self.comm.rank]
@@ -152,7 +153,7 @@ class Trainer:
     # -- the log ----------------------------------------------------------------------------------------------------
 
     def _write_steps(self, bar: Any) -> None:
-        """Read what the steps since the last time left on the device, write it, and look whether to go on."""
+        """Log the steps since the last call, and stop the run if it cannot continue. The first use of the results: it waits."""
         if not self._pending:
             return
         seconds = time.perf_counter() - self._window_start
@@ -162,7 +163,7 @@ class Trainer:
         self._log(rows)
         bar.update(len(rows))
         for row, (_, _, batches) in zip(rows, self._pending, strict=True):
-            self._watch(row, batches, bar)
+            self._check_step(row, batches, bar)
         self._stop_if_exhausted(rows[-1], batches)
         self._stop_at_zero(rows[-1], batches)
         bar.set_postfix_str(
@@ -175,8 +176,8 @@ class Trainer:
         if self.writes:
             self.log.write(rows)
 
-    def _watch(self, row: dict[str, Any], batches: list[Batch], bar: Any) -> None:
-        """Stop a run whose steps can no longer do anything; say where a loss that is not finite comes from."""
+    def _check_step(self, row: dict[str, Any], batches: list[Batch], bar: Any) -> None:
+        """Report where a loss that is not finite comes from, and stop a run whose steps no longer change anything."""
         progress = self.progress
         progress.skipped += row["skipped"]
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if row["skipped"] else 0
@@ -185,7 +186,7 @@ class Trainer:
         if self._bad_losses == 1 or stuck:
             origin = self._origin(row, batches)
             why = f"step {row['step']}: the loss is {row['loss']:g}: {self._explained(origin, row)}"
-            if stuck or origin.stage == "parameter":  # a NaN in a weight stays, whatever the loss scale becomes
+            if stuck or origin.stage == "parameter":  # a NaN in a weight stays, whatever the loss scale
                 raise TrainingStopped(f"{why}. No weight was changed by this step" if row["skipped"] else why)
             bar.write(why)
         if not row["skipped"]:
@@ -200,12 +201,12 @@ class Trainer:
 
     @property
     def _floor(self) -> float:
-        """Where the loss scale ends; 0 for one that does not, or that says so itself."""
+        """The floor of the loss scale; 0 for one without a floor, or one that sets `exhausted` there."""
         scale = self.loss_scale
         return scale.scaler.floor if isinstance(scale, DynamicLossScale) and not scale.scaler.stops else 0.0
 
     def _stop_if_exhausted(self, row: dict[str, Any], batches: list[Batch]) -> None:
-        """End a run whose loss scaler ends runs at its floor, with a checkpoint: skipped steps have changed no weight."""
+        """Stop a run whose loss scale is exhausted, with a checkpoint: the skipped steps have changed no weight."""
         scale = self.loss_scale
         if not isinstance(scale, DynamicLossScale) or not scale.scaler.stops or not bool(scale.exhausted):
             return
@@ -217,16 +218,16 @@ class Trainer:
         )
 
     def _stop_at_zero(self, row: dict[str, Any], batches: list[Batch]) -> None:
-        """End a run whose loss scale has become 0 or nearly so: no gradient can be divided by it, and every step is skipped."""
+        """Stop a run whose loss scale is 0 or subnormal: gradients cannot be divided by it, and every step is skipped."""
         S = float(self.loss_scale.scale)
         if FORMATS["fp32"].smallest_normal > S:
             raise TrainingStopped(
-                f"by step {self.progress.step}: the loss scale is {S:g}, by which no gradient can be divided: "
+                f"by step {self.progress.step}: the loss scale is {S:g}, and gradients cannot be divided by it: "
                 f"{self._explained(self._origin(row, batches), row)}"
             )
 
     def _origin(self, row: dict[str, Any], batches: list[Batch]) -> Origin:
-        """Where Inf or NaN begins in a step, taken once more on its batches, with the weights of now."""
+        """Return where Inf or NaN first appears in a step, computed again on its batches with the present weights."""
         return find_origin(self.training, batches, self.backend.from_host(np.asarray(row["loss_scale"], np.float32)))
 
     def _explained(self, origin: Origin, row: dict[str, Any]) -> str:
@@ -234,19 +235,19 @@ class Trainer:
         return explained(origin, self.config, updates, known_since(updates, row["step"], self._first_step))
 
     def _evaluate(self, final: bool) -> str:
-        """Log the validation loss, and tell it; '' if a signal asked to stop in the middle of it."""
+        """Log the validation loss, and return the line to print: '' if a signal asked to stop before it was complete."""
         started = time.perf_counter()
         loss = self.validation_loss(final)
         self._window_start += time.perf_counter() - started
         if loss is None:
             return ""
         self._log([{"step": self.progress.step, "val_loss": loss}])
-        return f"step {self.progress.step}: validation loss {loss:.4f} nats a byte ({loss / math.log(2):.3f} bits)"
+        return f"step {self.progress.step}: validation loss {loss:.4f} nats per byte ({loss / math.log(2):.3f} bits)"
 
     def validation_loss(self, final: bool) -> float | None:
-        """The loss on the validation part: on the same sampled batches each time, at the end on all of it (or 1024 blocks).
+        """Return the mean loss on the same sampled validation batches each time, or if `final` on the first 1024 blocks of it.
 
-        None if a signal asked to stop before its last batch.
+        Return None if a signal asked to stop before the last batch.
         """
         config = self.config
         assert config.batch_size is not None and config.block_size is not None
@@ -273,7 +274,8 @@ class Trainer:
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def _header(self) -> dict[str, Any]:
-        """Everything but arrays that decides how the run goes on. No time and no path: equal runs, equal bytes."""
+        """Return the checkpoint's header: what determines the rest of the run, beside arrays. Without times and paths, so that
+        equal runs write equal bytes."""
         bound = [f.name for f in fields(self.config) if not f.metadata.get("free") and f.name != "data"]
         return {
             "model": self.model.name,
@@ -289,8 +291,10 @@ class Trainer:
         }
 
     def save(self) -> Path:
-        """Write the checkpoint: weights, masters and moments by parameter name, and the header. All ranks together: it does
-        not depend on how many they are."""
+        """Write the checkpoint: weights, masters and moments by parameter name, and the header. Return its path.
+
+        All ranks must call this together. The file does not depend on their number.
+        """
         self.state.weights_down()
         path, arrays = self.folder / CHECKPOINT, state_arrays(self.state)
         if self.writes:
@@ -298,20 +302,20 @@ class Trainer:
         return path
 
     def restore(self) -> None:
-        """Go on from the checkpoint in the folder, bit for bit; from the start where the run did not get as far as one.
+        """Resume from the checkpoint in the folder, bit for bit, or from the start if there is none.
 
-        Errors: UsageError when it is damaged or not this run's.
+        Errors: UsageError if it is damaged or belongs to another run.
         """
         if (self.folder / CHECKPOINT).exists():
             self.load_checkpoint()
         step = self.progress.step
         evaluated = any(row["step"] == step for row in read_metrics(self.log.path) if "val_loss" in row)
-        self._owes_evaluation = step > 0 and step % self.config.eval_every == 0 and not evaluated  # a signal cut it short
+        self._owes_evaluation = step > 0 and step % self.config.eval_every == 0 and not evaluated  # a signal interrupted it
         if self.writes:
             self.log.keep_up_to(step)
 
     def load_checkpoint(self) -> None:
-        """Everything of `restore` but for the log: no file is changed."""
+        """Load the checkpoint, as `restore` does, but leave the log alone: no file is changed."""
         path = self.folder / CHECKPOINT
         arrays, header = checkpoint.load(path)
         check_run_header(path, header)
@@ -340,7 +344,7 @@ class Trainer:
 
 
 def _row(step: int, result: StepResult, tokens_per_s: float) -> dict[str, Any]:
-    """A step's line in the log; here the device is read."""
+    """Return a step's row of the log. Waits for the device."""
     return {
         "step": step,
         "loss": float(result.loss),

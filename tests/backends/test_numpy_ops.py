@@ -109,10 +109,10 @@ def test_a_step_takes_the_twins_and_a_watched_one_the_definitions(monkeypatch: p
     ours.step()
     assert sorted(set(called)) == ["twin gelu_tanh", "twin layernorm"]
     called.clear()
-    ours.training.watch(lambda site, before, after: None)
+    ours.training.set_monitor(lambda site, before, after: None)
     ours.step()
     assert called == []
-    ours.training.watch(None)
+    ours.training.set_monitor(None)
     ours.training.run.overrides = {"gelu_tanh": noting(gelu_tanh, "override")}
     ours.step()
     assert sorted(set(called)) == ["override gelu_tanh", "twin layernorm"]

@@ -342,7 +342,7 @@ def test_a_monitor_sees_whole_arrays_in_one_thread(monkeypatch: pytest.MonkeyPat
     def watch(site: str, before: np.ndarray, after: np.ndarray) -> None:
         seen.append((site, before.size, threading.get_ident()))
 
-    ours.training.watch(watch)
+    ours.training.set_monitor(watch)
     ours.step()
     assert any(site.endswith(":update.weights") for site, _, _ in seen)  # no masters: the update rounds too
     assert {thread for _, _, thread in seen} == {threading.get_ident()}

@@ -488,7 +488,7 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_that_cannot_be_shared_and_a_stage_that_does_not_exist() -> None:
     with pytest.raises(UsageError, match="--batch-size 12 cannot be shared equally by 5 ranks: start a number that divides it"):
         on_ranks(config("bf16", 1), 5)
-    with pytest.raises(UsageError, match="--mistake is made on one rank"):
+    with pytest.raises(UsageError, match="--mistake works on one rank only"):
         config("bf16", 1, mistake="no-masters")
-    with pytest.raises(UsageError, match="--zero is 4: it is a stage, 0, 1, 2 or 3"):
+    with pytest.raises(UsageError, match="--zero is 4: it must be a ZeRO stage, 0, 1, 2 or 3"):
         config("bf16", 4)

@@ -248,7 +248,7 @@ def test_all_other_operations_are_those_of_bf16(name: str) -> None:
 def test_in_a_gpt_linear_layers_but_the_last_are_quantized_and_nothing_else() -> None:
     training, batch = small("mxfp8", model="gpt", n_head=2)
     monitor = RoundingMonitor()
-    training.watch(monitor)
+    training.set_monitor(monitor)
     training.step([batch])
     sites, _ = monitor.take()
     layers = [f"transformer.h.0.{layer}" for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]

@@ -537,5 +537,5 @@ def test_a_number_is_not_taken_for_the_pictures_name(tmp_path: Path) -> None:
         run("--plot", "0.1")
     pytest.importorskip("matplotlib")
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="its folder cannot be made"):
+    with pytest.raises(UsageError, match="its folder cannot be created"):
         run("--plot", str(tmp_path / "file" / "x.png"))

@@ -739,7 +739,7 @@ def test_a_trace_is_taken_again(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--what-if", "fp8", "--no-page"], "--what-if 'fp8'"),
         (["--recipe", "fp7", "--no-page"], "unknown recipe 'fp7'"),
         (["--no-page", "--json", "."], "--json . is a folder"),
-        (["--no-page", "--json", "file/data.json"], "--json file/data.json: its folder cannot be made"),
+        (["--no-page", "--json", "file/data.json"], "--json file/data.json: its folder cannot be created"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line_before_any_step(

@@ -218,7 +218,7 @@ def watched(recipe: str, monitor: Any, **more: Any) -> Any:
     training.state.load_weights(training.model.initial_weights(generator(0, INIT)))
     corpus = load_corpus(config.data, config.block_size)
     for watch in (None, monitor):
-        training.watch(watch)
+        training.set_monitor(watch)
         training.step([sample_batch(corpus.train, config.batch_size, config.block_size, rng)])
     return training
 
@@ -247,7 +247,7 @@ def test_no_rounding_of_a_tensor_escapes(recipe: str, model: str, monkeypatch: p
 
     monitor = RoundingMonitor()
     training = watched(recipe, None, model=model)
-    training.watch(monitor)
+    training.set_monitor(monitor)
     corpus = load_corpus("pydoc", TINY["block_size"])
     batch = sample_batch(corpus.train, TINY["batch_size"], TINY["block_size"], generator(1, BATCHES))
     monkeypatch.setattr(casts, "_convert", counting)

@@ -54,7 +54,7 @@ def test_the_least_rate_that_each_schedule_takes_by_default(schedule: str, min_l
         ({"eps": 1e39}, r"--eps is 1e\+39: it must be"),
         ({"eps": math.nan}, "--eps is nan: it must be"),
         ({"schedule": "step"}, "unknown schedule 'step': choose one of cosine, linear, constant"),
-        ({"schedule": "constant", "min_lr": 1e-3}, "leave it out, as --schedule constant stays at --lr, 0.01"),
+        ({"schedule": "constant", "min_lr": 1e-3}, "leave it out, since --schedule constant stays at --lr, 0.01"),
         ({"optimizer": "sgd", "beta1": 0.8}, "--beta1 is 0.8: --optimizer sgd has none"),
         ({"optimizer": "sgd", "eps": 1e-6}, "--eps is 1e-06: --optimizer sgd has none"),
         ({"momentum": 0.5}, "--momentum is 0.5: --optimizer adamw has none"),
@@ -123,6 +123,6 @@ def test_resume_reads_a_folder_from_before_a_flag(finished: tuple[Path, dict[str
     saved = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({k: v for k, v in saved.items() if k == "min_lr" or k not in BOUND}))
     edit_header(folder, lambda config: [config.pop(name) for name in BOUND if name != "min_lr"])
-    with pytest.raises(UsageError, match=r"has beta2 0\.95, not 0\.9: it cannot go on"):
+    with pytest.raises(UsageError, match=r"has beta2 0\.95, not 0\.9: it cannot be resumed"):
         train({"beta2": 0.9}, folder, True, False, None)
     assert train({"beta2": 0.95, "steps": 5}, folder, True, False, None) == 0

@@ -47,7 +47,7 @@ class Pipe(io.TextIOWrapper):
         super().__init__(os.fdopen(writer, "wb"))
 
 
-@pytest.mark.parametrize(("goes_on", "code", "said"), [(False, 0, ""), (True, 7, "going on without it\n")])
+@pytest.mark.parametrize(("goes_on", "code", "said"), [(False, 0, ""), (True, 7, "continuing without it\n")])
 def test_a_reader_who_has_gone(
     goes_on: bool, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +82,7 @@ def test_no_encoding_lacks_a_way_to_print(encoding: str, monkeypatch: pytest.Mon
     [
         (UsageError("no\nsuch\x1b file"), 2, "error: no\\nsuch\\x1b file\n"),
         (MemoryError("Unable to allocate 21.8 TiB"), 2, "error: out of memory (Unable to allocate 21.8 TiB)"),
-        (MemoryError(), 2, "error: out of memory (no more can be had)"),
+        (MemoryError(), 2, "error: out of memory (no more is available)"),
         (KeyboardInterrupt(), 130, "ended by Ctrl-C\n"),
     ],
 )

@@ -282,7 +282,7 @@ def test_edited_configurations(run: Trainer) -> None:
 @pytest.mark.parametrize("text", ["{}", '{"steps": null}', '{"nothing": 1}'])
 def test_a_configuration_without_steps_is_damaged(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UsageError, match=r"config.json is damaged: it does not say for how many steps"):
+    with pytest.raises(UsageError, match=r"config.json is damaged: the number of steps is missing"):
         read_config(tmp_path)
 
 
@@ -336,7 +336,7 @@ def test_a_trace_that_another_program_rewrote_is_read(run: Trainer, tmp_path: Pa
     tensors, metadata = checkpoint.read_tensors(tmp_path / "ours", "trace")
     save_file({**tensors, "1/2.loss": np.asarray(tensors["1/2.loss"] * 2)}, tmp_path / "theirs", metadata=metadata)
     assert trace.load(tmp_path / "theirs").tensors["1/2.loss"] == made.tensors["1/2.loss"] * 2
-    assert "written anew by another program" in capsys.readouterr().err
+    assert "rewritten by another program" in capsys.readouterr().err
     save_file(tensors, tmp_path / "foreign", metadata={"refimpl-trace": '{"version": 1}'})
     trace.load(tmp_path / "foreign")
     assert capsys.readouterr().err == ""

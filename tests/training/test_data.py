@@ -246,7 +246,7 @@ def test_files_that_cannot_be_used_are_refused_by_name(tmp_path: Path, monkeypat
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes need a POSIX system")
 def test_a_pipe_is_refused_without_waiting_on_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert "is no regular file" in refusal(str(tmp_path / "pipe"))
+    assert "is not a regular file" in refusal(str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 7, 8, 64])

@@ -114,7 +114,7 @@ def test_a_mistake_that_was_switched_in_is_what_to_suspect_of_a_weight_that_an_u
     origin = Origin("parameter", FC, f"{FC} holds 1 NaN")
     assert "try a smaller --lr" in explained(origin, config_of(), 3)
     words = explained(origin, config_of(mistake="ignore-inf"), 3)
-    assert "--mistake ignore-inf switched in" in words and "--lr" not in words
+    assert "--mistake ignore-inf injected" in words and "--lr" not in words
 
 
 def test_a_row_that_nothing_reads_is_no_fault() -> None:

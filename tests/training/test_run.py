@@ -195,7 +195,7 @@ def test_files_of_a_run(text: str, tmp_path: Path, capsys: pytest.CaptureFixture
     np.testing.assert_array_equal(arrays["weights.lm_head.weight" if False else "weights.transformer.wte.weight"],
                                   arrays["master.transformer.wte.weight"].astype(np.float16))  # fmt: skip
     printed = capsys.readouterr().out
-    assert "= 16 bytes a parameter, as measured" in printed and "trigram" in printed and "a sample of 5 bytes" in printed
+    assert "= 16 bytes per parameter, as measured" in printed and "trigram" in printed and "a sample of 5 bytes" in printed
 
 
 @pytest.mark.parametrize(("flag", "rounded"), [(None, False), ("original", False), ("rounded", True)])
@@ -214,10 +214,10 @@ def test_a_mistake_is_said_at_both_ends_and_on_the_picture(
     monkeypatch.setattr("refimpl.training.run.plot_run", lambda folder, baselines, title: titles.append(title))
     run(tmp_path / "r", text, mistake="scale-never-backs-off", init_scale=1e30)
     lines = capsys.readouterr().out.splitlines()
-    said = "MISTAKE switched in: scale-never-backs-off: "
+    said = "MISTAKE injected: scale-never-backs-off: "
     assert lines[1].startswith(said) and lines[-1].startswith(said)
     assert lines[-2] == "WARNING: 8 of 8 steps (100 %) were skipped: they changed no weight"
-    assert "seed 0" in titles[0] and "MISTAKE switched in: scale-never-backs-off" in titles[0]
+    assert "seed 0" in titles[0] and "MISTAKE injected: scale-never-backs-off" in titles[0]
 
 
 @pytest.mark.parametrize(("skipped", "warned"), [(0, False), (2, False), (3, True)])
@@ -250,14 +250,14 @@ def test_the_picture_is_drawn_when_a_run_is_stopped(
     assert run(tmp_path / "b", text) == 130
     told = capsys.readouterr().out
     assert drawn == [tmp_path / "a", tmp_path / "b"]
-    assert "stopped after step 2 of 8; go on with: --resume --out" in told and "that takes matplotlib" in told
+    assert "stopped after step 2 of 8; go on with: --resume --out" in told and "it needs matplotlib" in told
     assert load(tmp_path / "b" / "checkpoint.safetensors")[1]["progress"]["step"] == 2
 
 
 def test_accumulation_prints_its_bytes(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "r", text, grad_accum=2)
     printed = capsys.readouterr().out
-    assert "grads 4 " in printed and "= 18 bytes a parameter" in printed and "summed over 2 micro-batches in FP32" in printed
+    assert "grads 4 " in printed and "= 18 bytes per parameter" in printed and "summed over 2 micro-batches in FP32" in printed
 
 
 def test_first_loss_is_that_of_a_uniform_guess(text: str, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_cupy_without_a_gpu_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_folder_in_use_is_kept(text: str, tmp_path: Path) -> None:
     run(tmp_path / "r", text)
     before = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
-    with pytest.raises(UsageError, match="holds a run"):
+    with pytest.raises(UsageError, match="has a run"):
         run(tmp_path / "r", text)
     with pytest.raises(UsageError, match="recipe fp16, not bf16"):
         run(tmp_path / "r", text, resume=True, recipe="bf16")
@@ -420,6 +420,6 @@ def test_command_line(text: str, tmp_path: Path) -> None:
     sampled = subprocess.run([*generate, "--bytes=9"], capture_output=True, cwd=tmp_path, check=False)
     assert sampled.returncode == 0 and len(sampled.stdout) >= 10
     measured = subprocess.run([*generate, f"--loss={text}"], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert "nats a byte" in measured.stdout
+    assert "nats per byte" in measured.stdout
     missing = subprocess.run([*generate[:2], "nothing"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert missing.returncode == 2 and missing.stderr == "error: no checkpoint at nothing\n"

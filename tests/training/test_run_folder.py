@@ -169,7 +169,7 @@ def test_a_run_that_was_finished_meanwhile_is_not_replaced(tmp_path: Path) -> No
     """Two runs with the same --out: the second one looked when the folder was empty, and came when the first had ended."""
     config, folder = prepare_folder(TINY, tmp_path / "r", False, False)
     assert train(TINY, folder, False, False, None) == 0
-    with pytest.raises(UsageError, match="holds a run"), own_folder(config, folder, Serial(), False, False):
+    with pytest.raises(UsageError, match="has a run"), own_folder(config, folder, Serial(), False, False):
         raise AssertionError
 
 
@@ -258,7 +258,7 @@ def test_a_run_that_took_its_weights_from_a_file_is_not_begun_without_it(tmp_pat
 
 def test_files_that_are_no_runs_are_kept(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text("mine")
-    with pytest.raises(UsageError, match=r"holds a metrics\.jsonl, of no run"):
+    with pytest.raises(UsageError, match=r"has a metrics\.jsonl that belongs to no run"):
         train(TINY, tmp_path, False, False, None)
     assert (tmp_path / METRICS).read_text() == "mine"
     assert train(TINY, tmp_path, False, True, None) == 0

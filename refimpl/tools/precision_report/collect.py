@@ -203,9 +203,9 @@ def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: A
     batches: Sequence[Batch] = ()
     for step, batches in enumerate(source.batches, 1):
         looked_at = step % every == 0 or step in (1, source.steps)
-        training.watch(_named(monitor, training.state) if looked_at else None)
+        training.set_monitor(_named(monitor, training.state) if looked_at else None)
         outcome = training.step(batches)
-        training.watch(None)
+        training.set_monitor(None)
         if looked_at:
             result.add(step, float(outcome.loss_scale), *monitor.take())
         if not result.non_finite and not np.isfinite(float(outcome.loss)):
@@ -283,7 +283,7 @@ def sweep_scales(training: Training, batches: Sequence[Batch]) -> list[dict[str,
     """
     monitor = RoundingMonitor(to_host=training.state.backend.to_host, only=lambda site: kind_of(site).endswith("gradients"))
     training.state.weights_down()
-    training.watch(monitor)
+    training.set_monitor(monitor)
     run, rows = training.run.frozen(), []
     for exponent in SWEEP:
         scale = training.state.backend.xp.asarray(np.array(2.0**exponent, np.float32))
@@ -294,7 +294,7 @@ def sweep_scales(training: Training, batches: Sequence[Batch]) -> list[dict[str,
             if not has_own_scale(counts):  # where values have, no loss scale matters
                 _add_all(layers, {layer_of(site): counts})
         rows.append({"exponent": exponent, "layers": {k: (c.share("flushed"), c.overflowed) for k, c in layers.items()}})
-    training.watch(None)
+    training.set_monitor(None)
     return rows
 
 
