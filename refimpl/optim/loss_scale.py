@@ -99,7 +99,7 @@ class DynamicLossScale:
         stops             sets `exhausted`, at which training should stop;  'at the floor': at an overflow while S is at its
                           floor;  'to the floor': at an overflow that would make S <= floor, and S stays
 
-    Products are computed in double precision and rounded once to the format in which the project stores S (`Scaler.kept`).
+    Products are computed in double precision and rounded once to the format in which the project stores S (`Scaler.fmt`).
     A setting of None means the project's own value: factors 2 and 1/2, or 1/growth_factor if the project has one factor.
     S and its counters are 0-d arrays of the backend and change by `where`, so that nothing waits for the device.
 
@@ -151,7 +151,7 @@ class DynamicLossScale:
 
     def _start(self, init_scale: float) -> None:
         """Set S to a number."""
-        self.value = self.xp.asarray(np.float32(init_scale) if self.scaler.kept == "fp32" else np.float64(init_scale))
+        self.value = self.xp.asarray(np.float32(init_scale) if self.scaler.fmt == "fp32" else np.float64(init_scale))
 
     @property
     def scale(self) -> Array:
@@ -161,8 +161,8 @@ class DynamicLossScale:
     def update(self, found_inf: Array) -> None:
         """Compute every outcome and choose one by `where`: only the device knows found_inf."""
         xp, scaler, exact = self.xp, self.scaler, widen(self.value, "fp64")
-        smaller = cast(exact * self.backoff_factor, scaler.kept)
-        larger = cast(exact * self.growth_factor, scaler.kept)
+        smaller = cast(exact * self.backoff_factor, scaler.fmt)
+        larger = cast(exact * self.growth_factor, scaler.fmt)
         good_steps = self.growth_tracker + 1
         grow = good_steps == self.growth_interval + bool(scaler.late)
         if scaler.floor and scaler.stops != "to the floor":
@@ -233,7 +233,7 @@ class DynamicLossScale:
         below the floor or above the ceiling; for a count that is negative, not an integer or too high.
         """
         new, scaler = Saved(state, self.state_dict().keys()), self.scaler
-        scale = new.scale("scale", *self._range(), scaler.kept)
+        scale = new.scale("scale", *self._range(), scaler.fmt)
         growth_factor = new.number("growth_factor", lambda x: 1 < x <= _FP32.max, "above 1")
         backoff_factor = new.number("backoff_factor", lambda x: 0 < x < 1, "between 0 and 1")
         growth_interval = new.count("growth_interval", 1)
@@ -258,7 +258,7 @@ class DynamicLossScale:
     def _range(self) -> tuple[float, float]:
         """Return the smallest and the largest S that `load_state_dict` accepts."""
         scaler = self.scaler
-        largest = sys.float_info.max if scaler.kept == "fp64" and scaler.unbounded else _FP32.max
+        largest = sys.float_info.max if scaler.fmt == "fp64" and scaler.unbounded else _FP32.max
         return max(scaler.floor, _FP32.smallest_normal), largest if scaler.gradual else min(largest, scaler.ceiling)
 
     def _load_more(self, new: Saved) -> None:

@@ -35,7 +35,7 @@ class Scaler:
 
     tolerance: float = 0.0  # S backs off when this share of the steps since its last change overflowed
 
-    kept: str = "fp32"  # the format in which the project stores S; 'fp64' is a Python float
+    fmt: str = "fp32"  # the format in which the project stores S; 'fp64' is a Python float
     knobs: tuple[str, ...] = ("growth_factor", "backoff_factor")  # the settings beside init_scale and growth_interval
 
 
@@ -46,33 +46,33 @@ SCALERS: dict[str, Scaler] = {
     for scaler in (
         Scaler("torch", "PyTorch, torch/amp/grad_scaler.py: GradScaler.update"),
         Scaler("apex-amp", "NVIDIA Apex (until 2025), apex/amp/scaler.py: LossScaler.update_scale",
-               ceiling=2.0**24, kept="fp64", knobs=("growth_factor", "scale_floor")),
+               ceiling=2.0**24, fmt="fp64", knobs=("growth_factor", "scale_floor")),
         Scaler("apex-fp16", "NVIDIA Apex, apex/fp16_utils/loss_scaler.py: DynamicLossScaler.update_scale",
-               init_scale=2.0**32, growth_interval=1000, floor=1.0, unbounded=True, kept="fp64", knobs=("growth_factor",)),
+               init_scale=2.0**32, growth_interval=1000, floor=1.0, unbounded=True, fmt="fp64", knobs=("growth_factor",)),
         Scaler("apex-kernel", "NVIDIA Apex, csrc/update_scale_hysteresis.cu: update_scale_hysteresis_cuda_kernel",
                hysteresis=2, refill="good step", knobs=("growth_factor", "backoff_factor", "hysteresis")),
         Scaler("megatron", "Megatron-LM, megatron/core/optimizer/grad_scaler.py: DynamicGradScaler.update",
                init_scale=2.0**32, growth_interval=1000, floor=1.0, unbounded=True, hysteresis=2,
                knobs=("growth_factor", "backoff_factor", "scale_floor", "hysteresis")),
         Scaler("deepspeed", "DeepSpeed, deepspeed/runtime/fp16/loss_scaler.py: DynamicLossScaler.update_scale",
-               growth_interval=1000, late="first", floor=1.0, stops="at the floor", unbounded=True, hysteresis=2, kept="fp64",
+               growth_interval=1000, late="first", floor=1.0, stops="at the floor", unbounded=True, hysteresis=2, fmt="fp64",
                knobs=("growth_factor", "scale_floor", "hysteresis")),
         Scaler("deepspeed-consecutive", "the same with consecutive_hysteresis=True",
                growth_interval=1000, late="first", floor=1.0, stops="at the floor", unbounded=True, hysteresis=2,
-               refill="good step", kept="fp64", knobs=("growth_factor", "scale_floor", "hysteresis")),
+               refill="good step", fmt="fp64", knobs=("growth_factor", "scale_floor", "hysteresis")),
         Scaler("fairseq", "fairseq, fairseq/optim/dynamic_loss_scaler.py: DynamicLossScaler.check_overflow, update",
-               init_scale=2.0**7, growth_interval=2**14, floor=1e-4, stops="to the floor", unbounded=True, kept="fp64",
+               init_scale=2.0**7, growth_interval=2**14, floor=1e-4, stops="to the floor", unbounded=True, fmt="fp64",
                knobs=("growth_factor", "scale_floor")),
         Scaler("fairseq-tolerance", "the same with fp16_scale_tolerance=0.05",
                init_scale=2.0**7, growth_interval=2**14, floor=1e-4, stops="to the floor", unbounded=True, tolerance=0.05,
-               kept="fp64", knobs=("growth_factor", "scale_floor")),
+               fmt="fp64", knobs=("growth_factor", "scale_floor")),
         Scaler("flax", "Flax, flax/training/dynamic_scale.py: DynamicScale.value_and_grad",
                late="always", floor=_FP32.smallest_normal, ceiling=_FP32.max,
                knobs=("growth_factor", "backoff_factor", "scale_floor")),
         Scaler("jmp", "jmp, jmp/_src/loss_scale.py: DynamicLossScale.adjust",
                init_scale=2.0**15, floor=1.0, knobs=("growth_factor", "scale_floor")),
         Scaler("chainer", "Chainer 7, chainer/optimizer.py: Optimizer.update_loss_scale",
-               init_scale=1.0, growth_interval=1000, gradual=True, floor=1.0, ceiling=FORMATS["fp16"].max, kept="fp64",
+               init_scale=1.0, growth_interval=1000, gradual=True, floor=1.0, ceiling=FORMATS["fp16"].max, fmt="fp64",
                knobs=()),
     )
 }  # fmt: skip
@@ -106,4 +106,4 @@ def chosen(scaler: Scaler, given: Mapping[str, float | None]) -> Scaler:
     least, most = _FP32.smallest_normal, min(_FP32.max, scaler.ceiling)
     if not least <= floor <= most:
         raise UsageError(f"scale floor {floor}: it must be from {least:.3g}, whose inverse is finite in FP32, to {most:.3g}")
-    return replace(scaler, floor=float(cast(np.float64(floor), scaler.kept)))
+    return replace(scaler, floor=float(cast(np.float64(floor), scaler.fmt)))

@@ -1,11 +1,14 @@
-"""A training run around the step: settings, data, the loop, logs and checkpoints.
+"""A training run: settings, data, the loop over steps, logs and checkpoints.
 
-    config.py               every setting of a run, checked
-    setup.py                the objects that a step takes, kept together
-    trainer.py, run.py      the loop over steps; a run in a folder, from start to report
-    data.py, generate.py    corpora and batches; validation loss and samples
-    checkpoint.py, checkpoint_states.py    files that are never half-written; model states in and out of them
-    run_folder.py, metrics.py              the folder of a run, its log and picture
-    cli.py, console.py, flags.py, arguments.py, program.py    what every command shares: exit codes, output, flags
-    mistakes.py             known mistakes, to be injected on purpose
+    config.py, schema.py      the settings of a run, checked; checks of data read from JSON
+    setup.py                  the objects of a run that a step takes
+    trainer.py, run.py        the loop over steps; a run in a folder, from start to report
+    data.py, generate.py      corpora and batches; validation loss and samples
+    checkpoint.py, checkpoint_states.py         files that are never half-written; model states in and out of them
+    run_folder.py, folder_lock.py, metrics.py   the folder of a run, its lock, its log and plot
+    memory_limits.py, activation_memory.py      whether a run fits into memory; formulas for its activations
+    non_finite.py             where Inf or NaN first appears in a step
+    mistakes.py               known mistakes, which a run can inject; mistakes_forward.py, mistakes_update.py define them
+    cli.py, console.py, signals.py, program.py  the frame of every command: exit codes, output, Ctrl-C
+    arguments.py, flags.py, outputs.py          the parser, the flags of a run, the files of reports
 """

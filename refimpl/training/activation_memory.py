@@ -1,13 +1,12 @@
-"""Activations in closed form: the bytes that the tape holds between forward and backward, from sizes and formats alone.
+"""Formulas for activation memory: the bytes that the tape stores between forward and backward.
 
-Nothing here runs a model. Each line of the tables below is one array that an operation of `refimpl/nn` saves for
-backward: its shape, and the format that the recipe's policy gives it. `measure_memory` holds these lines against the
-arrays of a real tape, byte for byte.
+Each line of the tables below is an array that an operation of `refimpl/nn` saves for backward: its shape, and its format under
+the recipe's policy. `tools/memory/measure.py` compares these lines with the arrays of a real tape, byte for byte.
 
     L layers   B sequences   T positions   C width   H heads   V vocabulary   M = L - 1
 
-Every piece of memory has one line. Views have none (q, k and v, split heads, rows, joined bytes), and what two operations
-save stands at the first of them. Not counted: Python's own objects, which hold shapes, names and format names.
+Every piece of memory has one line: views have none (q, k and v, split heads, rows, joined bytes), and an array that two
+operations save is listed at the first of them. Python's own objects, such as shapes and names, are not counted.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from refimpl.precision.state_encodings import get_encoding
 
 @dataclass(frozen=True)
 class Term:
-    """One line of the formula: so many elements of one format. `h.i` in a name or a place means all L layers together.
+    """One line of the formula: a number of elements of one format. `h.i` in a name or place means all L layers together.
 
-    shape: the elements as a product of the letters above, e.g. 'L B T 3C'. place: the operation that saves it first.
+    shape: the elements as a product of the letters above, such as 'L B T 3C'. place: the operation that saves the array first.
     """
 
     name: str
@@ -44,13 +43,13 @@ class Term:
 
     @property
     def nbytes(self) -> int:
-        """elements times the bytes of one value."""
+        """The bytes of all elements."""
         return self.elements * itemsize(self.fmt)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of a layer: the bytes that the paper counts, the bytes that our tape holds, and why they differ."""
+    """A tensor of a layer: its bytes by the paper's formula, its bytes on our tape, and why they differ."""
 
     tensor: str
     paper: int
@@ -63,12 +62,12 @@ _Line = tuple[str, str, str, str, str]
 
 
 def itemsize(fmt: str) -> int:
-    """Bytes of one value of a floating-point format, or of an integer type ('int64')."""
+    """Return the bytes of a value of a floating-point format or an integer type ('int64')."""
     return FORMATS[fmt].itemsize if fmt in FORMATS else np.dtype(fmt).itemsize
 
 
 def count(shape: str, sizes: Mapping[str, int]) -> int:
-    """The elements of a shape in letters, a product or a sum of products.
+    """Return the number of elements of a shape in letters, a product or a sum of products.
 
     >>> count("2 B T 3C + V", {"B": 5, "T": 7, "C": 11, "V": 1})
     2311
@@ -81,49 +80,49 @@ def count(shape: str, sizes: Mapping[str, int]) -> int:
 
 
 class Flow:
-    """The format of every tensor of a forward pass: what a recipe's rows make of formats, as `context.Bound` does to arrays."""
+    """The formats of the tensors of a forward pass, by the recipe's policy, as `context.Bound` does to arrays."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.row, self.stored = recipe.policy.row, get_encoding(recipe.state["weights"]).fmt
         self.fused_attention = recipe.policy.fused_attention
 
     def cast(self, op: str, operand: str, x: str) -> str:
-        """The format in which an operation reads an operand that arrives in format x."""
+        """Return the format in which an operation reads an operand of format x."""
         fmt = self.row(op).input(operand)
-        return fmt if fmt in FORMATS else x  # as it comes; or quantized, of which nothing is kept
+        return fmt if fmt in FORMATS else x  # unchanged; or quantized, of which nothing is saved
 
     def out(self, op: str, *operands: str) -> str:
-        """The format of an operation's result."""
+        """Return the format of an operation's result."""
         fmt = self.row(op).out
         return widest(*operands) if fmt == SAME else fmt
 
     def leaf(self, operand: str) -> str:
-        """The format in which `linear` is handed a parameter: as it is stored, or autocast's shared 16-bit copy."""
+        """Return the format in which `linear` gets a parameter: as it is stored, or that of autocast's shared copy."""
         fmt = self.cast("linear.y", operand, self.stored)
         return fmt if FORMATS[fmt].bits == 16 else self.stored
 
     def linear(self, x: str) -> str:
-        """The format of y = x w^T + b."""
+        """Return the format of y = x w^T + b."""
         return self.out("linear.y", x, self.leaf("w"))
 
-    def kept_by_linear(self, x: str) -> str:
-        """The format in which `linear` keeps its input: as it was cast for y, if dw = dy^T x reads it so too."""
+    def saved_by_linear(self, x: str) -> str:
+        """Return the format in which `linear` saves its input: as cast for y, if dw = dy^T x reads it in that format too."""
         same = self.row("linear.dw").input("x") == self.row("linear.y").input("x")
         return self.cast("linear.y", "x", x) if same else x
 
     def probabilities(self, qkv: str) -> str:
-        """The format of P, the softmax output of attention."""
+        """Return the format of P, the softmax output of attention."""
         return self.out("attention.softmax", self.out("attention.scale", self.out("attention.scores", qkv, qkv)))
 
 
 def gpt_activations(config: GPTConfig, recipe: Recipe, batch_size: int, block_size: int) -> list[Term]:
-    """What the tape of `models.gpt` holds between forward and backward, for tokens (B, T).
+    """Return what the tape of `models.gpt` stores between forward and backward, for tokens (B, T).
 
-    The sum over a layer, where every value has 2 bytes and statistics have 4 (recipes fp16 and bf16):
+    The sum over a layer, with 2 bytes per value and 4 per statistic (recipes fp16 and bf16):
 
         32 B T C + 2 B H T^2 + 16 B T
 
-    `block_size` is T, at most the model's own. Errors: UsageError for sizes that the model does not take.
+    `block_size` is T, at most the model's own. Errors: UsageError for sizes that the model does not support.
     """
     _check_sizes(batch_size, block_size, config.block_size)
     sizes = {"L": config.n_layer, "B": batch_size, "T": block_size, "C": config.n_embd, "H": config.n_head}
@@ -137,19 +136,19 @@ def gpt_activations(config: GPTConfig, recipe: Recipe, batch_size: int, block_si
         *_attention_lines(f, x),
         *_mlp_lines(f, x),
         *_norm_lines(f, "ln_f", "", "transformer.ln_f", x),
-        ("lm_head input", "B T C", f.kept_by_linear(top), "lm_head", _made_by("ln_f", top, f.kept_by_linear(top))),
+        ("lm_head input", "B T C", f.saved_by_linear(top), "lm_head", _made_by("ln_f", top, f.saved_by_linear(top))),
         *_loss_lines(f, "B T", f.linear(top), "the batch itself"),
     ]
     return _terms(lines, sizes | {"V": config.vocab_size})
 
 
 def _attention_lines(f: Flow, x: str) -> list[_Line]:
-    """The first half of a block: ln_1, c_attn, attention, c_proj. x: the format of the residual stream."""
+    """Return the first half of a block: ln_1, c_attn, attention, c_proj. x: the format of the residual stream."""
     place, h = "transformer.h.i", f.out("layernorm", x)
-    kept, qkv = f.kept_by_linear(h), f.linear(h)
+    kept, qkv = f.saved_by_linear(h), f.linear(h)
     P = f.probabilities(qkv)
     O = f.out("attention.values", P, qkv)  # noqa: E741
-    kept_O = f.kept_by_linear(O)
+    kept_O = f.saved_by_linear(O)
     return [
         *_norm_lines(f, "h.i ln_1", "L ", f"{place}.ln_1", x),
         ("h.i attn.c_attn input", "L B T C", kept, f"{place}.attn.c_attn", _made_by("ln_1", h, kept)),
@@ -162,19 +161,19 @@ def _attention_lines(f: Flow, x: str) -> list[_Line]:
 
 
 def _fused_lines(f: Flow, O: str, place: str) -> list[_Line]:  # noqa: E741
-    """Fused attention keeps its output and a number per row, and no array of T x T."""
+    """Return what fused attention saves: its output and a number per row, and no T x T array."""
     return [
         ("h.i attention O", "L B T C", O, place, "its output, which attn.c_proj reads: the same memory, unless that casts it"),
-        ("h.i attention log(sum(exp S))", "L B H T", f.row("attention.softmax").acc, place, "a value a row"),
+        ("h.i attention log(sum(exp S))", "L B H T", f.row("attention.softmax").acc, place, "a value per row"),
     ]
 
 
 def _mlp_lines(f: Flow, x: str) -> list[_Line]:
-    """The second half of a block: ln_2, c_fc, gelu, c_proj. x: the format of the residual stream."""
+    """Return the second half of a block: ln_2, c_fc, gelu, c_proj. x: the format of the residual stream."""
     place, h = "transformer.h.i", f.out("layernorm", x)
-    kept, u = f.kept_by_linear(h), f.linear(h)
+    kept, u = f.saved_by_linear(h), f.linear(h)
     g = f.out("gelu_tanh", u)
-    kept_g = f.kept_by_linear(g)
+    kept_g = f.saved_by_linear(g)
     return [
         *_norm_lines(f, "h.i ln_2", "L ", f"{place}.ln_2", x),
         ("h.i mlp.c_fc input", "L B T C", kept, f"{place}.mlp.c_fc", _made_by("ln_2", h, kept)),
@@ -184,30 +183,30 @@ def _mlp_lines(f: Flow, x: str) -> list[_Line]:
 
 
 def _norm_lines(f: Flow, name: str, each: str, place: str, x: str) -> list[_Line]:
-    """A layer norm keeps its input and two statistics a row. each: 'L ' where every layer has one."""
+    """Return what a layer norm saves: its input and two statistics per row. each: 'L ' if every layer has one."""
     return [
-        (f"{name} input", f"{each}B T C", f.cast("layernorm", "x", x), place, "the residual stream; no sum keeps it"),
-        (f"{name} mean and rstd", f"2 {each}B T", f.row("layernorm").acc, place, "a value a row, in the accumulation format"),
+        (f"{name} input", f"{each}B T C", f.cast("layernorm", "x", x), place, "the residual stream; additions do not save it"),
+        (f"{name} mean and rstd", f"2 {each}B T", f.row("layernorm").acc, place, "a value per row, in the accumulation format"),
     ]
 
 
 def _loss_lines(f: Flow, rows: str, logits: str, targets: str) -> list[_Line]:
-    """Cross-entropy keeps the logits as they came, never a widened copy, two numbers a row, and the number of rows."""
+    """Return what cross-entropy saves: the logits without a widened copy, two numbers per row, and the number of rows."""
     return [
         ("logits", f"{rows} V", logits, "loss", "the output of lm_head, as stored"),
-        ("loss largest and log_sum", f"2 {rows}", f.row("cross_entropy").acc, "loss", "a value a row, in its `acc`"),
+        ("loss largest and log_sum", f"2 {rows}", f.row("cross_entropy").acc, "loss", "a value per row, in its `acc`"),
         ("loss rows that count", "1", f.row("cross_entropy").acc, "loss", "those whose target is not ignored, in its `acc`"),
         ("targets", "B T", "int64", "loss", targets),
     ]
 
 
 def _made_by(source: str, made: str, kept: str) -> str:
-    """Which output an input is: the same memory where nothing was cast, else a copy beside which the output is not kept."""
-    return f"the output of {source}" + ("" if made == kept else f", cast from {made}, which is not kept")
+    """Return which output an input is: the same memory if it was not cast, else a copy; the output is not saved then."""
+    return f"the output of {source}" + ("" if made == kept else f", cast from {made}, which is not saved")
 
 
 def mlp_activations(config: MLPConfig, recipe: Recipe, batch_size: int) -> list[Term]:
-    """What the tape of `models.mlp` holds between forward and backward, for tokens (B, T), T being the model's block_size.
+    """Return what the tape of `models.mlp` stores between forward and backward, for tokens (B, T) with T = block_size.
 
     Errors: UsageError for a batch_size below 1.
     """
@@ -218,7 +217,7 @@ def mlp_activations(config: MLPConfig, recipe: Recipe, batch_size: int) -> list[
     embedded = f.out("embedding", f.stored)
     hidden = f.linear(embedded)
     y = f.out("relu", hidden)
-    first, later = f.kept_by_linear(embedded), f.kept_by_linear(y)
+    first, later = f.saved_by_linear(embedded), f.saved_by_linear(y)
     lines: list[_Line] = [
         ("tokens", "B T", "int64", "wte", "the batch itself"),
         ("h.0 fc input", "B T C", first, "h.i.fc", _made_by("wte", embedded, first)),
@@ -232,10 +231,10 @@ def mlp_activations(config: MLPConfig, recipe: Recipe, batch_size: int) -> list[
 
 
 def weight_copies(config: GPTConfig | MLPConfig, recipe: Recipe) -> list[Term]:
-    """The 16-bit copies of weights that the tape holds within a step. They are no activations: no B and no T in them.
+    """Return the 16-bit copies of weights that the tape stores within a step. They do not depend on B and T.
 
-    Autocast casts an FP32 parameter of a linear layer once a step and all its uses share the copy. A recipe that keeps
-    its weights in 16 bits has none, nor have norms and embeddings, which read their parameters as they are stored.
+    Autocast casts an FP32 parameter of a linear layer once per step, and all its uses share the copy. A recipe that stores
+    its weights in 16 bits has no copies, nor have norms and embeddings, which read their parameters as stored.
     The output layer of the GPT is the token embedding (V, C), which is cast for that use only.
     """
     f, L = Flow(recipe), config.n_layer
@@ -264,7 +263,7 @@ def _terms(lines: list[_Line], sizes: Mapping[str, int]) -> list[Term]:
 
 
 def against_paper(config: GPTConfig, recipe: Recipe, batch_size: int, block_size: int) -> list[Row]:
-    """One layer of the GPT, tensor by tensor: the published formula beside ours, in bytes.
+    """Return the tensors of a GPT layer, with bytes by the published formula and by ours.
 
         paper   34 s b h + 5 a s^2 b      s = T, b = B, h = C, a = H; values have 2 bytes, dropout masks 1
 
@@ -281,7 +280,7 @@ def against_paper(config: GPTConfig, recipe: Recipe, batch_size: int, block_size
 
     def both(tensor: str, paper: int, term: Term, ours: int | None = None) -> Row:
         ours, size = term.nbytes if ours is None else ours, itemsize(term.fmt)
-        return Row(tensor, paper, ours, "the same" if ours == paper else f"here in {term.fmt}: {size} bytes a value, not 2")
+        return Row(tensor, paper, ours, "the same" if ours == paper else f"here in {term.fmt}: {size} bytes per value, not 2")
 
     return [
         both("input of Q, K, V", 2 * sbh, layer["attn.c_attn input"]),
@@ -297,5 +296,5 @@ def against_paper(config: GPTConfig, recipe: Recipe, batch_size: int, block_size
         both("input of the second MLP linear", 8 * sbh, layer["mlp.c_proj input"]),
         Row("MLP dropout mask", sbh, 0, "no dropout"),
         both("inputs of two layer norms", 4 * sbh, layer["ln_1 input"], norm_bytes),
-        Row("mean and rstd of two layer norms", 0, statistics, f"kept, in {layer['ln_1 mean and rstd'].fmt}; small"),
+        Row("mean and rstd of two layer norms", 0, statistics, f"saved, in {layer['ln_1 mean and rstd'].fmt}; small"),
     ]

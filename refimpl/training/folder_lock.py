@@ -1,8 +1,8 @@
-"""A folder that one process at a time may use, and that is free again when that process has gone, however it ended.
+"""A lock on a folder for one process, which ends with that process, however it ends.
 
-The lock is the system's, on a file in the folder (flock): it dies with its process, also by kill -9. Where there are no such
-locks (some network file systems, Windows) a marker with process and host stands in for it: that of a process which is gone
-from this host is taken over, any other must be removed by hand.
+The lock is the system's, on a file in the folder (flock): it ends with its process, even after kill -9. Without such locks
+(some network file systems, Windows) a marker file with process and host replaces it. A marker of a process that no longer
+exists on this host is taken over; any other must be removed by hand.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOCK, MARKER = ".lock", ".marker"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Have the folder for this process alone. Errors: UsageError when another one has it, or none can be kept out."""
+    """Lock the folder for this process. Errors: UsageError if another process has the lock, or no lock can be made."""
     try:
         descriptor, path = _take(folder)
     except OSError as error:
@@ -35,13 +35,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # before it is let go of: nobody may lock a file that is about to vanish
+            path.unlink()  # before unlocking it: no other process may lock a file that is about to be deleted
         if descriptor is not None:
             os.close(descriptor)
 
 
 def _take(folder: Path) -> tuple[int | None, Path]:
-    """The open file that is locked, or None and the marker. Errors: UsageError, OSError."""
+    """Return the descriptor and path of the locked file, or None and the path of the marker. Errors: UsageError, OSError."""
     path = folder / LOCK
     while fcntl is not None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -59,12 +59,12 @@ def _take(folder: Path) -> tuple[int | None, Path]:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, _myself())
             return descriptor, path
-        os.close(descriptor)  # whoever had it has removed it meanwhile: the next file is another one
+        os.close(descriptor)  # the previous owner has deleted this file meanwhile: lock the next one
     return None, _mark(folder / MARKER)
 
 
 def _leads_to(path: Path, descriptor: int) -> bool:
-    """Whether the path is that of this open file."""
+    """Return whether the path is that of this open file."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -72,23 +72,23 @@ def _leads_to(path: Path, descriptor: int) -> bool:
 
 
 def _mark(path: Path) -> Path:
-    """A marker that nobody else has. Errors: UsageError, OSError."""
-    mine = path.with_name(f"{MARKER}.{os.getpid()}")
+    """Create the marker, or take over a stale one. Errors: UsageError, OSError."""
+    own = path.with_name(f"{MARKER}.{os.getpid()}")
     while True:
-        mine.write_bytes(_myself())
+        own.write_bytes(_myself())
         try:
-            os.link(mine, path)  # with its content in it, or not at all
+            os.link(own, path)  # atomic: the marker appears with its content, or not at all
             return path
         except FileExistsError:
-            with suppress(FileNotFoundError):  # it may be removed at any moment
+            with suppress(FileNotFoundError):  # its owner may remove it at any moment
                 stale = path.read_bytes()
                 if not _is_gone(stale):
                     raise _in_use(path) from None
-                os.replace(path, mine)  # of several that take it over one has it
-                if mine.read_bytes() != stale:  # another one was quicker, and this is its marker
-                    os.link(mine, path)
+                os.replace(path, own)  # of several processes that take it over, one succeeds
+                if own.read_bytes() != stale:  # another process was faster, and this is its marker: put it back
+                    os.link(own, path)
         finally:
-            mine.unlink(missing_ok=True)
+            own.unlink(missing_ok=True)
 
 
 def _myself() -> bytes:
@@ -96,22 +96,22 @@ def _myself() -> bytes:
 
 
 def _is_gone(owner: bytes) -> bool:
-    """Whether the process that a marker names was one of this host and does not exist any more."""
+    """Return whether a marker names a process of this host that no longer exists."""
     process, _, host = owner.decode(errors="replace").strip().partition(" ")
-    if host != socket.gethostname() or not process.isdigit() or os.name == "nt":  # there os.kill would end it
+    if host != socket.gethostname() or not process.isdigit() or os.name == "nt":  # on Windows, os.kill would end it
         return False
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it exists, and is somebody else's
+    except OSError:  # it exists, and belongs to another user
         pass
     return False
 
 
 def _in_use(path: Path) -> UsageError:
     owner = ""
-    for _ in range(20):  # it may have been locked a moment ago, and not say yet by whom
+    for _ in range(20):  # a file locked a moment ago may not have its owner in it yet
         with suppress(OSError):
             owner = path.read_text(errors="replace").strip()
         if owner:

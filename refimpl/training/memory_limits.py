@@ -1,9 +1,10 @@
-"""Whether a run fits the machine, by the formulas of `memory` and `activations` and before anything is allocated.
+"""Check before anything is allocated that a run fits into memory, by formulas.
 
     bytes needed at least = model states + activations + 16-bit copies of weights + tables over the steps
                            + the batches of a step
 
-It is a bound from below: gradients of activations, buffers and Python come on top. So what is refused could not have run.
+This is a lower bound: gradients of activations, temporaries and Python are not counted. So a run that is refused could not
+have run.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ if TYPE_CHECKING:
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup")
 TABLE_BYTES = 32
-"""Bytes per step of the tables of learning rates and of an optimizer's scalars, at least."""
+"""The least bytes per step of the tables of learning rates and of an optimizer's scalars."""
 TARGET_BYTES = 16
-"""Bytes per token of a batch and its target, both int64. Before a step every rank draws all of its micro-batches whole."""
+"""Bytes per token of a batch and its target, both int64. Before a step every rank samples all of its micro-batches."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a run takes at least, on one machine. logits: a part of the activations."""
+    """The least bytes that a run needs on one machine. logits: included in the activations."""
 
     states: int
     activations: int
@@ -43,23 +44,23 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of all but the logits, which are among the activations."""
         return self.states + self.activations + self.copies + self.tables
 
 
 def n_params(config: Config) -> int:
-    """The parameters of a run's model, from models of one and two layers: one of 10^9 layers is not even listed."""
+    """Return the number of parameters of a run's model, computed from models of one and two layers: --n-layer may be 10^9."""
     assert config.n_layer is not None
     one, two = (replace(config, n_layer=n).make_model().n_params for n in (1, 2))
     return one + (config.n_layer - 1) * (two - one)
 
 
 def need(config: Config, ranks: int = 1, on_machine: int = 1) -> Need:
-    """What a run needs on a machine that `on_machine` of its ranks share."""
+    """Return the needs of a run on a machine that `on_machine` of its ranks share."""
     assert config.batch_size is not None and config.block_size is not None and config.steps is not None
     recipe, rule, n = config.make_recipe(), config.make_rule(), n_params(config)
     states = sum(per_rank(n, recipe.bytes_by_buffer(rule.moments, config.grad_accum), config.zero or 0, ranks).values())
-    if config.backend == "cupy":  # the host draws the first weights; what the device lacks, it says itself
+    if config.backend == "cupy":  # the host samples the first weights; the device reports its own lack of memory
         return Need(4 * n * on_machine, 0, 0)
     batch_size = max(1, config.batch_size // ranks)
     sizes = {**replace(config, n_layer=1).make_model().config, "n_layer": config.n_layer}
@@ -79,9 +80,9 @@ def need(config: Config, ranks: int = 1, on_machine: int = 1) -> Need:
 
 
 def require_memory(needs: Sequence[Need], what: str = "this run") -> None:
-    """Refuse what does not fit. needs: of runs that are there together but compute one after the other.
+    """Raise UsageError, with the bytes needed and available, unless the runs fit into memory.
 
-    Errors: UsageError with the bytes that are needed, and those that there are.
+    needs: those of runs whose states exist at the same time, but which compute one after another.
     """
     states = sum(one.states + one.tables for one in needs)
     largest = max(needs, key=lambda one: one.total - one.states - one.tables)
@@ -100,7 +101,7 @@ def _gib(n: int) -> str:
 
 
 def limits() -> list[tuple[int, str]]:
-    """(bytes, who says so) of everything that limits this process's memory and can be read here."""
+    """Return (bytes, name) of each limit of this process's memory that can be read."""
     found = [(_physical(), "this machine has"), (_of_cgroup(), "the limit of this control group is"),
              (_address_space(), "the limit of this process (ulimit -v) leaves")]  # fmt: skip
     return [(n, where) for n, where in found if n is not None]
@@ -114,7 +115,7 @@ def _physical() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """The smallest limit of the control groups that this process is in: of version 2 from its own up, and of version 1."""
+    """Return the smallest limit of the control groups of this process and their parents, in versions 1 and 2."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -132,7 +133,7 @@ def _of_cgroup() -> int | None:
     for file in files:
         try:
             found.append(int(file.read_text()))
-        except (OSError, ValueError):  # not there, or 'max'
+        except (OSError, ValueError):  # no such file, or 'max'
             continue
     return min(found, default=None)
 

@@ -1,4 +1,4 @@
-"""Known mistakes of the first two steps: weights down, and forward and backward."""
+"""Known mistakes in steps 1 and 2: weights down, forward and backward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ S = TypeVar("S", bound=State)
 
 
 class RoundedMasters(State):
-    """The 16-bit weights are all that there is: whatever of an update is below their spacing is lost at the next step."""
+    """Masters that are rounded to the 16-bit weights: updates smaller than the spacing of those are lost."""
 
     def weights_down(self) -> None:
         super().weights_down()
@@ -35,7 +35,7 @@ class RoundedMasters(State):
 
 
 class StaleWeights(State):
-    """The weights go down once, when they are loaded, and never again: the masters learn, the model does not."""
+    """Weights that are cast from the masters once and then never again: the masters learn, the model does not."""
 
     fresh = True
 
@@ -68,16 +68,16 @@ def _stale_weights(training: Training) -> None:
 
 
 class HalfScale(DynamicLossScale):
-    """The loss scale, handled in FP16, whose largest number is 65504: 65536 is infinite there."""
+    """A loss scale in FP16, whose largest number is 65504, so that 65536 is infinite."""
 
     @property
     def scale(self) -> Array:
-        """S as FP16 holds it."""
+        """S rounded to FP16."""
         return widen(cast(super().scale, "fp16"), "fp32")
 
 
 def change_scale(training: Training, change: type[DynamicLossScale]) -> None:
-    """Put the methods of `change` before those of the run's loss scale, which stays what it is in all else."""
+    """Override methods of the run's loss scale by those of `change`."""
     scale = training.loss_scale
     need(scale.adapts, "a loss scale that adapts, such as dynamic")
     scale.__class__ = type(change.__name__, (change, type(scale)), {})
@@ -135,7 +135,7 @@ def _tied_gradient_dropped(training: Training) -> None:
 
 
 def _rows(training: Training, **rows: Precision) -> None:
-    """Other rows of the policy; a name's '__' stands for its dot."""
+    """Replace rows of the policy; '__' in a name stands for a dot."""
     policy = training.run.policy
     changed = {**policy.rows, **{name.replace("__", "."): row for name, row in rows.items()}}
     training.run.policy = replace(policy, rows=changed)
@@ -185,7 +185,7 @@ def _norm_in_16_bits(training: Training) -> None:
 
 
 class SixteenBitSums(State):
-    """Gradients of micro-batches, added in the 16-bit buffer: small ones vanish beside the sum."""
+    """Gradients of micro-batches that are added in a 16-bit buffer: small ones are lost beside the sum."""
 
     def gradient_sink(self, first: bool) -> Sink:
         store, fmt = super().gradient_sink(first), self.formats["grads"]
@@ -217,7 +217,7 @@ def _residual_truncated(training: Training) -> None:
 
 
 def _toward_zero(z: Array, y: Array) -> Array:
-    """z, rounded to nearest as y, -> rounded toward zero. The bit pattern of a number that is one less is one less, too."""
+    """Return z rounded toward zero, given y, z rounded to nearest: the next smaller magnitude has a bit pattern one less."""
     bits = bits_of(y)
     bits -= abs(widen(y, format_of(z))) > abs(z)
     return from_bits(bits, format_of(y))
@@ -243,7 +243,7 @@ def _mean_of_means(training: Training) -> None:
 
 
 class UnscaledEachTime(State):
-    """Gradients divided by S after each micro-batch but the last, whose step divides them all: the earlier ones once more."""
+    """Gradients that are divided by S after each micro-batch but the last, and all of them again by the step."""
 
     inverse_scale: Callable[[], Array]
 
@@ -262,9 +262,9 @@ def _unscale_each_micro_batch(training: Training) -> None:
 
 
 class KeptGradients(State):
-    """Gradients that nobody zeroes: a step adds to what the last one left, which is unscaled and clipped in place.
+    """Gradients that are not zeroed: a step adds to those of the last one, which were unscaled and clipped in place.
 
-    `factors`: what the last step multiplied them by. `kept`: what they were when this one began, once it has begun.
+    factors: the factors of the last step. kept: the gradients at the start of this step, once it has begun.
     """
 
     factors: tuple[Array | float, ...] | None = None
@@ -303,32 +303,32 @@ FORWARD = (
             "every step is skipped until the scale is 32768, and again each time that it grows", "2.loss_scale",
             _scale_in_16_bits),
     Mistake("cast-twice", "a product is rounded before the bias is added, and again after",
-            "nothing in the loss; one element in some is an ulp off", "2.activations", _cast_twice),
+            "nothing in the loss; some elements are an ulp off", "2.activations", _cast_twice),
     Mistake("sum-in-16-bits", "matrix products are summed in 16 bits",
-            "activations lose bits with every layer; little in the loss of a small model", "2.activations",
+            "activations lose bits with every layer; little effect on the loss of a small model", "2.activations",
             _sum_in_16_bits),
     Mistake("missing-cast", "attention's probabilities stay in FP32 where they should be rounded to 16 bits",
             "nothing in the loss: results are more exact, but not those of the recipe", "2.activations", _missing_cast),
     Mistake("softmax-in-16-bits", "attention's softmax is computed in 16 bits: its exp, its sum and its quotient",
-            "probabilities that do not add up to 1; little in the loss of a small model", "2.activations",
+            "probabilities that do not add up to 1; little effect on the loss of a small model", "2.activations",
             _softmax_in_16_bits),
     Mistake("norm-in-16-bits", "layer norm reads and writes 16 bits where autocast keeps FP32",
-            "little in the loss; the stream that is summed in FP32 is read in 16 bits", "2.activations",
+            "little effect on the loss; the residual stream, which is summed in FP32, is read in 16 bits", "2.activations",
             _norm_in_16_bits),
     Mistake("residual-truncated", "one residual addition is rounded toward zero instead of to nearest",
             "nothing in the loss; half of the elements of one residual are an ulp smaller", "2.activations",
             _residual_truncated),
     Mistake("loss-in-16-bits", "the loss is computed into 16 bits",
             "the loss moves in steps of 1/512 (FP16) or 1/64 (BF16)", "2.loss", _loss_in_16_bits),
-    Mistake("tied-gradient-dropped", "of the two uses of the tied embedding only the last layer's gives a gradient",
+    Mistake("tied-gradient-dropped", "the tied embedding gets a gradient from the last layer only, not from the input",
             "learning goes on, a little worse", "2.grads", _tied_gradient_dropped),
     Mistake("loss-not-averaged", "the loss of a micro-batch is not divided by their number",
             "gradients n times as large, which clipping and Adam hide; with fp16 they overflow sooner",
             "2.activation_grads", _loss_not_averaged),
     Mistake("mean-of-means", "the loss is the mean of the micro-batches' means, although they have unequal numbers of targets",
-            "targets in short micro-batches count for more; none where all are full (--examples lines has unequal ones)",
+            "targets in short micro-batches weigh more; no effect if all are full (those of lines are not)",
             "2.loss", _mean_of_means),
-    Mistake("unscale-each-micro-batch", "gradients are unscaled after each micro-batch, the earlier ones thus several times",
+    Mistake("unscale-each-micro-batch", "gradients are unscaled after each micro-batch, the earlier ones several times",
             "only the last micro-batch counts: the others are 65536 times smaller", "2.grads", _unscale_each_micro_batch),
     Mistake("gradients-not-zeroed", "gradients are not set to zero between steps",
             "without a loss scale a running sum of gradients; with one, unscaled ones vanish beside it", "2.grads",
@@ -336,4 +336,4 @@ FORWARD = (
     Mistake("accumulate-in-16-bits", "gradients of micro-batches are added in 16 bits",
             "small gradients vanish beside the sum, more with every micro-batch", "2.grads", _accumulate_in_16_bits),
 )  # fmt: skip
-"""In the order in which a step makes them."""
+"""The mistakes in the order of the step's lines that they change."""

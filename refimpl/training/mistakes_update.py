@@ -1,4 +1,4 @@
-"""Known mistakes of the last two steps: gradients up, and the update."""
+"""Known mistakes in steps 3 and 4: gradients up, and the update."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _change_update(training: Training, change: Callable[[State, Array, Array | f
 
 
 def _scaled_clip(training: Training, state: State, inverse_scale: Array) -> Array | float:
-    """The clip coefficient by the norm of gradients that are still scaled."""
+    """Return the clip coefficient computed from the norm of the scaled gradients."""
     _, scaled_norm = check_and_measure(state, training.state.backend.xp.ones_like(inverse_scale))
     return clip_coefficient(scaled_norm, training.max_norm)
 
@@ -95,7 +95,7 @@ class EveryStepSchedule(WrappedOptimizer):
         self.skipped += int(state.backend.to_host(found_inf))
 
     def _plan(self, state: State) -> None:
-        """The rate of the next update is that of as many steps."""
+        """Set the next update's learning rate to that of the number of steps."""
         optimizer, t = plain_optimizer(self), int(state.backend.to_host(state.t))
         rate = optimizer.schedule(t + self.skipped)
         optimizer.learning_rates[t] = rate
@@ -123,26 +123,26 @@ def _unscale_by_updated_scale(training: Training) -> None:
 
 
 class UnloadedScale(DynamicLossScale):
-    """A loss scale that a checkpoint does not bring back."""
+    """A loss scale that is not restored from a checkpoint."""
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Nothing is loaded."""
+        """Load nothing."""
 
 
 def _scaler_not_restored(training: Training) -> None:
     change_scale(training, UnloadedScale)
 
 
-class DeafScale(DynamicLossScale):
-    """A loss scale that never hears of an overflow: it only grows."""
+class GrowOnlyScale(DynamicLossScale):
+    """A loss scale that is never told of an overflow, so that it only grows."""
 
     def update(self, found_inf: Array) -> None:
-        """Every step counts as a good one."""
+        """Count every step as a good one."""
         super().update(found_inf & False)
 
 
 def _scale_never_backs_off(training: Training) -> None:
-    change_scale(training, DeafScale)
+    change_scale(training, GrowOnlyScale)
 
 
 # -- 4. update ---------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def _scale_never_backs_off(training: Training) -> None:
 
 @dataclass(frozen=True)
 class EpsInsideRoot(AdamW):
-    """sqrt(v + eps) for sqrt(v) + eps: eps = 1e-8 then acts as 1e-4."""
+    """Adam with sqrt(v + eps) instead of sqrt(v) + eps, so that eps = 1e-8 acts as 1e-4."""
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
         (m, v), (beta1, beta2) = moments, self.betas
@@ -162,7 +162,7 @@ class EpsInsideRoot(AdamW):
 
 @dataclass(frozen=True)
 class CoupledDecay(AdamW):
-    """Adam with L2 regularisation: the decay goes through the moments, and large gradients are decayed less."""
+    """Adam with L2 regularization: the decay goes through the moments, and weights with large gradients decay less."""
 
     def decay(self, w: Array, g: Array, scalars: Array) -> None:
         g += self.weight_decay * w
@@ -170,7 +170,7 @@ class CoupledDecay(AdamW):
 
 @dataclass(frozen=True)
 class NoBiasCorrection(AdamW):
-    """Moments that start at zero, taken as they are: the first updates are (1 - beta1) / sqrt(1 - beta2) times as large."""
+    """Adam with uncorrected moments: the first update is (1 - beta1) / sqrt(1 - beta2) times as large."""
 
     def scalars(self, lr: float, t: int) -> tuple[float, ...]:
         return super().scalars(lr, t)[0], lr, 1.0
@@ -189,9 +189,9 @@ def _rule(kind: type[AdamW]) -> Callable[[Training], None]:
 
 def _decay_all(training: Training) -> None:
     need(getattr(training.optimizer.rule, "weight_decay", 0) > 0, "--weight-decay above 0")
-    layout, own, backend = training.state.layout, training.state.local_slice, training.state.backend
+    layout, local, backend = training.state.layout, training.state.local_slice, training.state.backend
     training.state.layout = replace(layout, decayed=((0, layout.size),))
-    training.state.decayed = backend.from_host(np.array([[0], [own.stop - own.start]]))
+    training.state.decayed = backend.from_host(np.array([[0], [local.stop - local.start]]))
 
 
 def _eps_in_16_bits(training: Training) -> None:
@@ -204,17 +204,17 @@ def _eps_in_16_bits(training: Training) -> None:
 
 UPDATE = (
     Mistake("no-unscale", "the gradients are never divided by the loss scale",
-            "hidden by Adam and clipping, which forgive any factor; with SGD and no clipping the run explodes",
+            "hidden by Adam and clipping, which cancel any factor; with SGD and no clipping the run diverges",
             "3.unscaled", _no_unscale),
-    Mistake("unscale-twice", "the gradients are divided by the loss scale two times",
-            "with SGD learning stops; Adam forgives it but where gradients sink below eps", "3.unscaled", _unscale_twice),
+    Mistake("unscale-twice", "the gradients are divided by the loss scale twice",
+            "with SGD learning stops; Adam hides it unless gradients fall below eps", "3.unscaled", _unscale_twice),
     Mistake("unscale-by-updated-scale", "gradients are divided by the scale after its update, not by that of their loss",
             "where the scale has grown, one step with half the gradient, which Adam and clipping hide", "3.unscaled",
             _unscale_by_updated_scale),
     Mistake("ignore-inf", "an Inf or a NaN in the gradients does not skip the step",
-            "the first overflow makes weights NaN, and the loss for ever", "3.found_inf", _ignore_inf),
+            "the first overflow makes weights NaN, and the loss forever", "3.found_inf", _ignore_inf),
     Mistake("unscale-after-clip", "gradients are clipped while they are still scaled, and divided afterwards",
-            "each step is clipped, by S too much: with SGD no learning; Adam hides it until updates reach eps",
+            "each step is clipped by a factor of S too much: with SGD no learning; Adam hides it until updates reach eps",
             "3.unscaled",
             _unscale_after_clip),
     Mistake("scale-never-backs-off", "the loss scale is not lowered after an overflow",
@@ -223,18 +223,18 @@ UPDATE = (
             "after each resume as many skipped steps as the scale needs to come down again", "2.loss_scale",
             _scaler_not_restored),
     Mistake("t-advances-on-skip", "a skipped step counts as an update",
-            "bias corrections and learning rate run ahead by a step", "4.lr", _t_advances_on_skip),
+            "bias corrections and learning rate are a step ahead", "4.lr", _t_advances_on_skip),
     Mistake("scheduler-steps-on-skip", "the learning rate's schedule counts skipped steps, while Adam does not",
-            "the learning rate runs ahead by a step for each overflow", "4.lr", _scheduler_steps_on_skip),
+            "the learning rate is a step further ahead after each overflow", "4.lr", _scheduler_steps_on_skip),
     Mistake("decay-all", "norms and biases decay too, not only matrices",
             "gains of norms drift from 1 toward 0, a little in each step", "4.master", _decay_all),
     Mistake("eps-inside-root", "Adam divides by sqrt(v + eps), not by sqrt(v) + eps",
             "parameters with gradients below 1e-4 hardly move", "4.master", _rule(EpsInsideRoot)),
-    Mistake("eps-in-16-bits", "Adam's eps is kept in FP16, where 1e-8 is zero",
-            "0/0 where a parameter has had no gradient yet: NaN", "4.master", _eps_in_16_bits),
+    Mistake("eps-in-16-bits", "Adam's eps is stored in FP16, where 1e-8 is zero",
+            "0/0 = NaN for a parameter whose gradients were all zero", "4.master", _eps_in_16_bits),
     Mistake("coupled-decay", "weight decay is added to the gradient (Adam with L2), not to the weight (AdamW)",
             "weights with large gradients are decayed less than the others", "4.m", _rule(CoupledDecay)),
     Mistake("no-bias-correction", "Adam's moments are not corrected for their start at zero",
             "the first updates are too small or too large", "4.master", _rule(NoBiasCorrection)),
 )  # fmt: skip
-"""In the order in which a step makes them."""
+"""The mistakes in the order of the step's lines that they change."""

@@ -1,7 +1,7 @@
-"""Where Inf or NaN begins in a step: found after the fact, by taking forward and backward once more and looking on.
+"""Find where Inf or NaN first appears in a step, by computing its forward and backward again and checking every result.
 
-A loss that is not finite is another fault than an overflow in backward. The loss scale enters only there, so it is not why the
-loss is not finite: a weight holds the NaN, or an operation overflows in forward. Nothing here costs a step that goes well.
+A loss that is not finite has another cause than an overflow in backward: the loss scale enters only backward, so either a
+weight is NaN or an operation overflows in forward. A step without Inf and NaN costs nothing extra.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Batch = tuple[Array, Array]
 
 @dataclass(frozen=True)
 class Origin:
-    """The first thing in a step that is not finite.
+    """The first result of a step that is not finite.
 
-    stage: 'parameter' (a weight holds it), 'cast' (a finite weight overflows its 16-bit copy), 'forward' (the output of an
-        operation, from finite inputs), 'targets' (none counts, so that the loss is a mean of nothing), 'backward' (a gradient;
-        the loss is finite), or 'gone' (with the weights of now all is finite).
-    name: of the parameter, of the operation's place, or of what the gradient is of. text: a sentence, without its period.
+    stage: 'parameter' (a weight), 'cast' (a finite weight overflows when it is cast to 16 bits), 'forward' (the output of an
+        operation with finite inputs), 'targets' (all are ignored, so that the loss is a mean over nothing), 'backward' (a
+        gradient, while the loss is finite), or 'gone' (with the present weights every result is finite).
+    name: the parameter, the operation's place, or what the gradient belongs to. text: a sentence, without its period.
     """
 
     stage: str
@@ -40,47 +40,47 @@ class Origin:
 
     @property
     def in_loss(self) -> bool:
-        """Whether the loss itself is not finite."""
+        """Whether the loss is not finite."""
         return self.stage in ("parameter", "cast", "forward", "targets")
 
 
 Event = tuple[str, int, str]
-"""What is looked at: 'activations', 'activation_grads' or 'weight_grads'; the micro-batch; the place or parameter."""
+"""The identity of a result: 'activations', 'activation_grads' or 'weight_grads'; the micro-batch; the place or parameter."""
 
 
 @dataclass
-class _Watch:
-    """Looks at every result of a pass, in order; keeps the place of the first that is not finite, and what is in it."""
+class _Check:
+    """Checks every result of a pass, in order. first: the index of the first that is not finite; bad: its Inf and NaN."""
 
     training: Training
     events: list[Event] = field(default_factory=list)
     first: int | None = None
     bad: str = ""
 
-    def look(self, event: Event, array: Array) -> None:
-        """Look at one result."""
+    def check(self, event: Event, array: Array) -> None:
+        """Check one result."""
         self.events.append(event)
         if self.first is None:
             self.bad = contents(self.training.state.backend.to_host(array))
             self.first = len(self.events) - 1 if self.bad else None
 
     def of(self, i: int, skips_loss: bool = False) -> Observer:
-        """An observer of micro-batch i. skips_loss: its loss is the mean of nothing, which is no fault of the operation."""
+        """Return an observer of micro-batch i. skips_loss: ignore its loss, a mean over no targets."""
 
         def observe(kind: str, place: str, array: Array) -> Array:
             if not (skips_loss and array.ndim == 0):
-                self.look((kind, i, place), array)
+                self.check((kind, i, place), array)
             return array
 
         return observe
 
     def sink_of(self, i: int) -> Sink:
-        """A sink that looks at the gradients of the parameters, and keeps none."""
-        return lambda name, gradient: self.look(("weight_grads", i, name), gradient)
+        """Return a sink that checks the gradients of the parameters without storing them."""
+        return lambda name, gradient: self.check(("weight_grads", i, name), gradient)
 
 
 def contents(x: np.ndarray) -> str:
-    """What of an array is not finite, in words: '1 NaN', '3 Inf and 2 NaN'; '' where all is."""
+    """Return the counts of Inf and NaN in an array as text: '1 NaN', '3 Inf and 2 NaN', or '' if all is finite."""
     if not is_float(x):
         return ""
     x = widen(x, "fp64")
@@ -90,45 +90,45 @@ def contents(x: np.ndarray) -> str:
 
 @np.errstate(all="ignore")
 def find_origin(training: Training, batches: Sequence[Batch], S: Array) -> Origin:
-    """Take forward and backward of a step once more, from the weights of now and a loss scale S: where does Inf or NaN begin?
+    """Return where Inf or NaN first appears in a step, computed again with the present weights and loss scale S.
 
-    All of forward comes before all of backward. No state changes but the 16-bit weights, which are made from the masters as
-    each step does. All ranks call it together.
+    Forward of all micro-batches comes before any backward. No state changes but the 16-bit weights, which are cast from the
+    masters as in every step. All ranks must call this together.
     """
     state, xp = training.state, training.state.backend.xp
     state.weights_down()
-    watch, run = _Watch(training), training.run.frozen()
+    found, run = _Check(training), training.run.frozen()
     passes, tapes, counts = [], [], []
     for i, (tokens, targets) in enumerate(batches):
         counts.append(int(training.model.n_targets(targets)))
-        run.observer = watch.of(i, skips_loss=counts[i] == 0)
+        run.observer = found.of(i, skips_loss=counts[i] == 0)
         tape = Tape(run, state.weight_views, training.model.tied)
         passes.append((tape, training.model.loss(tape, tokens, targets)))
         tapes.append({entry.output.name: entry for entry in tape.entries})
     for i, ((tape, loss), n) in enumerate(zip(passes, divisors(training.model, batches, state), strict=True)):
-        run.observer = watch.of(i, skips_loss=counts[i] == 0)
-        tape.backward(loss, divided(S, n, xp), watch.sink_of(i))
-    none = len(watch.events)
-    first = state.min_over_ranks(none if watch.first is None else watch.first)
+        run.observer = found.of(i, skips_loss=counts[i] == 0)
+        tape.backward(loss, divided(S, n, xp), found.sink_of(i))
+    none = len(found.events)
+    first = state.min_over_ranks(none if found.first is None else found.first)
     if first < none:
-        return _told(watch, watch.events[first], tapes, first == watch.first, S)
+        return _origin(found, found.events[first], tapes, first == found.first, S)
     if sum(counts) == 0:
-        text = f"none of the step's targets counts: all are {training.model.ignore_index}, so the loss is a mean of nothing"
+        text = f"all targets of the step are ignored ({training.model.ignore_index}), so the loss is a mean over nothing"
         return Origin("targets", "loss", text)
-    return Origin("gone", "", "with the weights of now every result of that step is finite")
+    return Origin("gone", "", "with the present weights every result of that step is finite")
 
 
-def _told(watch: _Watch, event: Event, tapes: Sequence[Mapping[str, Entry]], own: bool, S: Array) -> Origin:
-    """The origin that an event is. own: this rank saw it, and knows what is in it."""
+def _origin(found: _Check, event: Event, tapes: Sequence[Mapping[str, Entry]], own: bool, S: Array) -> Origin:
+    """Return the origin for a result. own: this rank computed it, so its contents are known."""
     kind, i, name = event
-    bad = watch.bad if own else "Inf or NaN"
+    bad = found.bad if own else "Inf or NaN"
     if kind != "activations":
         what = f"the gradient of {name}" if kind == "weight_grads" else f"the gradient of the output of {name}"
         at = f"at a loss scale of {float(S):g}"
         text = f"the loss is finite and a gradient is not: {what} is the first in backward order, with {bad}, {at}"
         return Origin("backward", name, text)
     entry = tapes[i][name]
-    fault = _of_parameters(watch.training, entry)
+    fault = _of_parameters(found.training, entry)
     if fault is not None:
         return fault
     read = [node.name for node in entry.inputs if node is not None]
@@ -138,60 +138,60 @@ def _told(watch: _Watch, event: Event, tapes: Sequence[Mapping[str, Entry]], own
 
 
 def _of_parameters(training: Training, entry: Entry) -> Origin | None:
-    """The first parameter of an operation that is not finite, or whose copy in fewer bits is not."""
+    """Return the first parameter of an operation that is not finite or overflows when it is cast, or None."""
     state, to_host = training.state, training.state.backend.to_host
     for value in entry.params:
         if value is None:
             continue
         name = _leaf(value.node.name, state.weight_views)
-        held = contents(to_host(state.weight_views[name]))
+        weight = contents(to_host(state.weight_views[name]))
         copied = "" if value.array is None else contents(to_host(value.array))
-        master = held
+        master = weight
         if state.ranks == 1:
             master = contents(to_host(state.layout.views(state.values(state.master_kind))[name]))
         if master:
-            return Origin("parameter", name, f"{name} holds {master}")
-        if held or copied:
-            text = f"{name} is finite, but its 16-bit copy holds {held or copied}: it overflows when it is cast"
+            return Origin("parameter", name, f"{name} has {master}")
+        if weight or copied:
+            text = f"{name} is finite, but its 16-bit copy has {weight or copied}: it overflows when it is cast"
             return Origin("cast", name, text)
     return None
 
 
 def _leaf(name: str, weights: Mapping[str, Array]) -> str:
-    """The parameter that a value on the tape is, or a copy of: 'h.0.fc.weight.fp16' -> 'h.0.fc.weight'."""
+    """Return the name of the parameter behind a name on the tape: 'h.0.fc.weight.fp16' -> 'h.0.fc.weight'."""
     return name if name in weights else name.rpartition(".")[0]
 
 
-# -- for a person ------------------------------------------------------------------------------------------------------
+# -- advice ------------------------------------------------------------------------------------------------------------
 
 
 def explained(origin: Origin, config: Config, updates: int, since: str = "") -> str:
-    """Origin and advice, in sentences. updates: made so far. since: from when on it is known to be so."""
+    """Return origin and advice as sentences. updates: the number made so far. since: what `known_since` returned."""
     cause = f"{origin.text}{since if origin.stage == 'parameter' else ''}"
     return f"{cause}. {advice(origin, config, updates, since)}"
 
 
 def advice(origin: Origin, config: Config, updates: int, since: str = "") -> str:
-    """What can be done about it, as far as the recipe leaves it to be done."""
-    not_why = "The loss is not finite before backward begins, so the loss scale is not why"
+    """Return what the user can do about it."""
+    not_cause = "The loss is not finite before backward begins, so the loss scale is not the cause"
     if origin.stage == "targets":
-        return "Neither the loss scale nor the learning rate is why: look at the targets, and at --ignore-index"
+        return "Neither loss scale nor learning rate is the cause: check the targets, and --ignore-index"
     if origin.stage == "parameter":
         if since or updates == 0:
-            return "Neither the loss scale nor the learning rate is why, and no step can mend it: start from other weights"
-        made = "An update has made it"
+            return "Neither loss scale nor learning rate is the cause, and no step can repair it: start from other weights"
+        made = "An update caused it"
         if config.mistake != "none":
-            return f"{not_why}, and no step can mend it. {made}, with --mistake {config.mistake} injected"
-        return f"{not_why}, and no step can mend it. {made}: try a smaller --lr from an earlier checkpoint"
+            return f"{not_cause}, and no step can repair it. {made}, with --mistake {config.mistake} injected"
+        return f"{not_cause}, and no step can repair it. {made}: try a smaller --lr from an earlier checkpoint"
     options = _options(config, backward=origin.stage == "backward")
     if origin.in_loss:
         grown = ["a smaller --lr if the weights have grown"] if updates else ["other weights to start from"]
-        return f"{not_why}. Try {', or '.join([*options, *grown])}"
+        return f"{not_cause}. Try {', or '.join([*options, *grown])}"
     return f"Try {', or '.join(['a smaller --lr', *options])}"
 
 
 def _options(config: Config, backward: bool) -> list[str]:
-    """The flags that give a result more room: a format with more exponents, and in backward another loss scale."""
+    """Return the flags that avoid the overflow: a format with a wider exponent, and in backward another loss scale."""
     options = []
     if "fp16" in config.recipe:
         other = config.recipe.replace("fp16", "bf16")
@@ -204,7 +204,7 @@ def _options(config: Config, backward: bool) -> list[str]:
 
 
 def known_since(updates: int, step: int, first_step: int) -> str:
-    """' since before the first step', where a step has shown it at which nothing had been changed yet; else ''."""
+    """Return ' since before the first step' if the fault was seen before any update of this process, else ''."""
     if updates == 0:
         return " since before the first step"
     return f" since before step {step}, the first after the checkpoint" if step == first_step > 1 else ""

@@ -320,7 +320,7 @@ class Trainer:
         arrays, header = checkpoint.load(path)
         check_run_header(path, header)
         if header["corpus"] != self.corpus.description:
-            raise UsageError(f"{path} was trained on other data than --data {self.config.data} holds now")
+            raise UsageError(f"{path} was trained on other data than --data {self.config.data} has now")
         conflicts = self.config.conflicts({**header["config"], "data": self.config.data})
         if conflicts:
             raise UsageError(f"{path} is another run: {'; '.join(conflicts)}")

@@ -403,20 +403,20 @@ OTHER: dict[str, list[Any]] = {
     "late": ["", "first", "always"], "gradual": [False, True], "floor": [0.0, 1.0, 2.0**-140],
     "stops": ["", "at the floor", "to the floor"], "tolerance": [0.0, 0.75],
     "ceiling": [math.inf, 2.0**11, 2.0**24], "unbounded": [False, True], "hysteresis": [1, 2, 3],
-    "refill": ["growth", "good step"], "kept": ["fp32", "fp64"],
+    "refill": ["growth", "good step"], "fmt": ["fp32", "fp64"],
 }  # fmt: skip
 
 
 def matters(scaler: Scaler, field: str) -> bool:
     """Whether a field can be seen in a trace: others of the row may hide it."""
-    if scaler.gradual and field not in ("gradual", "floor", "ceiling", "kept"):
+    if scaler.gradual and field not in ("gradual", "floor", "ceiling", "fmt"):
         return False
     hidden = {
         "refill": scaler.hysteresis == 1,
         "hysteresis": scaler.tolerance > 0,  # no project has both
         "stops": not scaler.floor or scaler.name == "flax",  # its floor is far below any trace's end but one
-        "unbounded": scaler.ceiling < math.inf or scaler.kept == "fp64",  # FP64 has room enough
-        "kept": scaler.ceiling < math.inf and scaler.floor >= TINY and not scaler.gradual,  # all that is between fits in both
+        "unbounded": scaler.ceiling < math.inf or scaler.fmt == "fp64",  # FP64 has room enough
+        "fmt": scaler.ceiling < math.inf and scaler.floor >= TINY and not scaler.gradual,  # all that is between fits in both
     }
     return not hidden.get(field, False)
 

@@ -197,7 +197,7 @@ def test_what_cannot_be_a_state_is_refused(name: str) -> None:
     scale.update(np.asarray(True))
     state = scale.state_dict()
     scaler = SCALERS.get(name)
-    kept = scaler.kept if scaler else "fp32"
+    kept = scaler.fmt if scaler else "fp32"
     bad: list[Any] = [{**state, "scale": x} for x in IMPOSSIBLE if not (x == 1e300 or x == 1e39) or kept == "fp32"]
     bad += [{**state, "scale": NO_FP32}] if kept == "fp32" else []
     bad += [{**state, "scale": scaler.floor * 0.99}] if scaler and scaler.floor else []

@@ -78,7 +78,7 @@ def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("torch --init-scale 0", "init scale 0.0"),
         ("torch --interval 0", "growth interval 0"),
         ("torch --plot a.svg", "ends in .png"),
-        ("torch --plot /dev/null/a.png", "its folder cannot be made"),
+        ("torch --plot /dev/null/a.png", "its folder cannot be created"),
     ],
 )
 def test_wrong_input_is_refused(line: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

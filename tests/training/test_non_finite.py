@@ -58,11 +58,11 @@ ALL = slice(None)
 KINDS: dict[str, tuple[list[str], Callable[[Training, dict[str, Array]], None], str, str, str]] = {
     # recipes; the fault; the stage, the name and part of the text that must come out
     "NaN in a weight": (
-        ["fp16", "bf16", "fp32", "amp-fp16", "amp-bf16-cpu"], put(FC, (3, 4), math.nan), "parameter", FC, "holds 1 NaN",
+        ["fp16", "bf16", "fp32", "amp-fp16", "amp-bf16-cpu"], put(FC, (3, 4), math.nan), "parameter", FC, "has 1 NaN",
     ),
-    "Inf in a weight": (["fp16", "bf16", "fp32"], put(FC, (3, 4), -math.inf), "parameter", FC, "holds 1 Inf"),
+    "Inf in a weight": (["fp16", "bf16", "fp32"], put(FC, (3, 4), -math.inf), "parameter", FC, "has 1 Inf"),
     "NaN in a bias": (
-        ["fp16"], put("transformer.h.0.ln_1.bias", 3, math.nan), "parameter", "transformer.h.0.ln_1.bias", "holds 1 NaN",
+        ["fp16"], put("transformer.h.0.ln_1.bias", 3, math.nan), "parameter", "transformer.h.0.ln_1.bias", "has 1 NaN",
     ),
     "NaN in a row that a token reads": (
         ["fp16"], put("transformer.wte.weight", int(BATCH[0][0, 0]), math.nan), "parameter", "transformer.wte.weight", "32 NaN",
@@ -70,7 +70,7 @@ KINDS: dict[str, tuple[list[str], Callable[[Training, dict[str, Array]], None], 
     "NaN in a row of the tied table that no token reads": (
         ["fp16", "bf16"], put("transformer.wte.weight", 250, math.nan), "parameter", "transformer.wte.weight", "holds 32 NaN",
     ),
-    "a master beyond FP16": (["fp16", "amp-fp16"], put(FC, (3, 4), 1e6), "cast", FC, "finite, but its 16-bit copy holds 1 Inf"),
+    "a master beyond FP16": (["fp16", "amp-fp16"], put(FC, (3, 4), 1e6), "cast", FC, "finite, but its 16-bit copy has 1 Inf"),
     "an activation beyond FP16": (
         ["fp16", "amp-fp16", "amp-fp16-cpu"], put(FC, ALL, 6e4 * np.sign(LARGE)), "forward", "transformer.h.1.mlp.c_fc",
         "c_fc (linear) is the first that is not finite",
@@ -103,15 +103,15 @@ def test_each_kind_is_named(kind: str, recipe: str) -> None:
     assert "try --recipe" not in words.lower() or "bf16" in words
     assert ("dynamic" in words) == (stage == "backward" and recipe == "fp16" and config.loss_scale == "none")
     if stage == "parameter":
-        assert "since before the first step. Neither the loss scale nor the learning rate is why" in words
+        assert "since before the first step. Neither loss scale nor learning rate is the cause" in words
     elif stage != "backward":
-        assert "the loss scale is not why" in words
+        assert "the loss scale is not the cause" in words
         later = explained(origin, config, 5)
         assert later.endswith("a smaller --lr if the weights have grown") and "Try if" not in later
 
 
 def test_a_mistake_that_was_switched_in_is_what_to_suspect_of_a_weight_that_an_update_spoiled() -> None:
-    origin = Origin("parameter", FC, f"{FC} holds 1 NaN")
+    origin = Origin("parameter", FC, f"{FC} has 1 NaN")
     assert "try a smaller --lr" in explained(origin, config_of(), 3)
     words = explained(origin, config_of(mistake="ignore-inf"), 3)
     assert "--mistake ignore-inf injected" in words and "--lr" not in words
@@ -139,7 +139,7 @@ def test_no_target_at_all() -> None:
     assert find_origin(training, [nothing, nothing], np.float32(1)).stage == "targets"
     assert find_origin(training, [nothing, BATCH], np.float32(1)).stage == "gone"
     words = explained(find_origin(training, [nothing, nothing], np.float32(1)), config, 5)
-    assert "none of the step's targets counts: all are -100" in words and "--ignore-index" in words
+    assert "all targets of the step are ignored (-100)" in words and "--ignore-index" in words
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -165,7 +165,7 @@ def test_on_a_device() -> None:
     weights[FC][3, 4] = math.nan
     training.state.load_weights(weights)
     origin = find_origin(training, [training.model.batch_on(STRICT, *BATCH)], STRICT.from_host(np.float32(65536).reshape(())))
-    assert origin.text == f"{FC} holds 1 NaN"
+    assert origin.text == f"{FC} has 1 NaN"
 
 
 # -------------------------------------------------------------------------------------------------------------- a run
@@ -185,7 +185,7 @@ def test_a_run_with_a_nan_in_a_weight_ends_at_once_and_names_it(recipe: str, tmp
     run.state.layout.views(run.state.values(run.state.master_kind))[FC][3, 4] = math.nan
     with pytest.raises(TrainingStopped) as error:
         run.train(NoBar())
-    assert str(error.value).startswith(f"step 1: the loss is nan: {FC} holds 1 NaN since before the first step. Neither")
+    assert str(error.value).startswith(f"step 1: the loss is nan: {FC} has 1 NaN since before the first step. Neither")
     assert "--lr" not in str(error.value) and "--recipe" not in str(error.value)
 
 
@@ -206,7 +206,7 @@ def test_a_run_whose_targets_are_all_ignored_says_so_and_goes_on(tmp_path: Path)
     run.next_batches = lambda: [(x, np.full_like(y, -100)) for x, y in draw()]  # type: ignore[method-assign]
     bar = NoBar()
     assert run.train(bar)
-    assert len(bar.written) == 2 and "none of the step's targets counts" in bar.written[0]
+    assert len(bar.written) == 2 and "all targets of the step are ignored" in bar.written[0]
 
 
 # -------------------------------------------------------------------------------------------------------- the monitor
@@ -238,7 +238,7 @@ def test_the_monitor_never_calls_nan_exact(loss_scale: str) -> None:
     assert dw["verdict"] == f"all {dw['elements']} values arrived as Inf or NaN: they say nothing of a loss scale"
     for text in (v.text for v in verdicts_of(seen)):
         assert "needs no loss scale" not in text or "arrived" not in text
-    assert written["non_finite"] == f"At step 1: {FC} holds 1 NaN."
+    assert written["non_finite"] == f"At step 1: {FC} has 1 NaN."
     texts = [terminal_text(seen)] + ([precision_page(seen, "a command")] if find_spec("matplotlib") else [])
     for text in texts:
         assert written["non_finite"] in " ".join(text.split()) and "arrived" in text
