@@ -68,7 +68,7 @@ KINDS: dict[str, tuple[list[str], Callable[[Training, dict[str, Array]], None], 
         ["fp16"], put("transformer.wte.weight", int(BATCH[0][0, 0]), math.nan), "parameter", "transformer.wte.weight", "32 NaN",
     ),
     "NaN in a row of the tied table that no token reads": (
-        ["fp16", "bf16"], put("transformer.wte.weight", 250, math.nan), "parameter", "transformer.wte.weight", "holds 32 NaN",
+        ["fp16", "bf16"], put("transformer.wte.weight", 250, math.nan), "parameter", "transformer.wte.weight", "has 32 NaN",
     ),
     "a master beyond FP16": (["fp16", "amp-fp16"], put(FC, (3, 4), 1e6), "cast", FC, "finite, but its 16-bit copy has 1 Inf"),
     "an activation beyond FP16": (
