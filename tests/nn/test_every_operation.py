@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from arrays import AMP, DTYPE, LOW, Array, array, same_bits, wide
+from autocast_lists import FP32_ON_CPU, FP32_ON_CUDA, LOW_PRECISION
 from bounds import possible
 from op_calls import SHAPES, UNIFORM, Shapes, bound, rounded_once, run, same
 from torch_cases import CASES, RECIPES, REPORT, TWINS, reference
@@ -42,10 +43,10 @@ def test_uniform_recipes_keep_every_tensor_in_their_format(op: str, fmt: str) ->
 
 # Of torch.autocast on FP32 inputs. Products are low in both lists; normalization, softmax and losses come out FP32 in
 # both: on CUDA since they are in the FP32 list, on CPU since they keep the format of the input.
-LOW_FROM_FP32 = {"linear", "matmul", "attention", "cast"}
+LOW_FROM_FP32 = {*LOW_PRECISION, "attention", "cast"}
 
 # Of 16-bit inputs (with FP32 parameters): what the CUDA list takes to FP32 and the CPU list leaves as it is.
-CUDA_FP32_FROM_LOW = {"layernorm", "rmsnorm", "softmax"}
+CUDA_FP32_FROM_LOW = FP32_ON_CUDA - FP32_ON_CPU
 
 
 @pytest.mark.parametrize("recipe", AMP)

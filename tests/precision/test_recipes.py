@@ -1,7 +1,7 @@
-"""refimpl.precision.recipes: all recipes as literal tables: storages and bytes of state, loss scales, and policies row by row.
+"""refimpl.precision.recipes: the states of each recipe and their bytes, loss scales, and policies row by row.
 
-Sources of the literals: the note (16 bytes a parameter with Adam), torch.autocast's op lists for CUDA and CPU, and the
-papers and programs that the recipes name.
+Sources: Micikevicius et al. 2018 and Rajbhandari et al. 2020 (16 bytes per parameter with Adam), torch.autocast's op lists
+(autocast_lists.py), and the papers and programs that the recipes name.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from arrays import LOW
+from autocast_lists import FP32_ON_CPU, FP32_ON_CUDA, LOW_PRECISION
 from recipe_lists import MECHANISMS
 
 from refimpl.backends.base import NUMPY
@@ -26,91 +28,6 @@ from refimpl.precision.recipes import MASTERS_FROM, RECIPES, STATE_KINDS, Recipe
 from refimpl.precision.state_encodings import ENCODINGS, get_encoding
 from refimpl.step import forward_backward
 
-# name: (weights, grads, main_grads, master, m, v), loss scale, what masters start from
-SR, BF16_MASTERS = "bf16-stochastic", ("bf16", "bf16", "", "fp32", "fp32", "fp32")
-FP16_MASTERS = ("fp16", "fp16", "", "fp32", "fp32", "fp32")
-STATES = {
-    "fp64": (("fp64", "fp64", "", "", "fp64", "fp64"), "none", "original"),
-    "fp32": (("fp32", "fp32", "", "", "fp32", "fp32"), "none", "original"),
-    "fp16": (FP16_MASTERS, "dynamic", "original"),
-    "bf16": (BF16_MASTERS, "none", "original"),
-    "amp-fp16": (("fp32", "fp32", "", "", "fp32", "fp32"), "dynamic", "original"),
-    "amp-bf16": (("fp32", "fp32", "", "", "fp32", "fp32"), "none", "original"),
-    "amp-fp16-cpu": (("fp32", "fp32", "", "", "fp32", "fp32"), "dynamic", "original"),
-    "amp-bf16-cpu": (("fp32", "fp32", "", "", "fp32", "fp32"), "none", "original"),
-    "pure-fp16": (("fp16", "fp16", "", "", "fp16", "fp16"), "none", "original"),
-    "pure-bf16": (("bf16", "bf16", "", "", "bf16", "bf16"), "none", "original"),
-    "bf16-no-master": (("bf16", "bf16", "", "", "fp32", "fp32"), "none", "original"),
-    "bf16-sr": ((SR, "bf16", "", "", "fp32", "fp32"), "none", "original"),
-    "bf16-kahan": (("bf16-kahan", "bf16", "", "", "bf16", "bf16"), "none", "original"),
-    "bf16-remainder": (("bf16-remainder", "bf16", "", "", "fp32", "fp32"), "none", "original"),
-    "bf16-moments": (("bf16", "bf16", "", "fp32", "bf16", "bf16"), "none", "original"),
-    "fp16-moments": (("bf16", "bf16", "", "fp32", "fp16", "fp16"), "none", "original"),
-    "adam-8bit": ((SR, "bf16", "", "", "int8-signed", "int8-unsigned"), "none", "original"),
-    "adam-8bit-fp32-embeddings": (
-        (SR, "bf16", "", "", "int8-signed-embeddings-fp32", "int8-unsigned-embeddings-fp32"), "none", "original",
-    ),
-    "adam-fp8": ((SR, "bf16", "", "", "e4m3-blocks", "e4m3-blocks"), "none", "original"),
-    "megatron-bf16": (("bf16", "fp32", "", "fp32", "fp32", "fp32"), "none", "rounded"),
-    "apex-o2": (("fp16", "fp16", "fp32", "fp32", "fp32", "fp32"), "dynamic", "rounded"),
-    "fp8": (BF16_MASTERS, "none", "original"),
-    "fp8-delayed": (BF16_MASTERS, "none", "original"),
-    "fp8-e4m3": (BF16_MASTERS, "none", "original"),
-    "fp8-rows": (BF16_MASTERS, "none", "original"),
-    "fp8-rows-dw-bf16": (BF16_MASTERS, "none", "original"),
-    "fp8-blocks": (("bf16", "fp32", "", "fp32", "bf16", "bf16"), "none", "original"),
-    "mxfp8": (BF16_MASTERS, "none", "original"),
-    "mxfp8-floor": (BF16_MASTERS, "none", "original"),
-    "mxfp6": (BF16_MASTERS, "none", "original"),
-    "mxfp4": (BF16_MASTERS, "none", "original"),
-    "nvfp4": (BF16_MASTERS, "none", "original"),
-    "fp8-14bit": (BF16_MASTERS, "none", "original"),
-    "fp8-14bit-128": (BF16_MASTERS, "none", "original"),
-    "fp16-sums": (FP16_MASTERS, "dynamic", "original"),
-    "fp16-sums-64": (FP16_MASTERS, "dynamic", "original"),
-}
-
-# With AdamW, SGD with momentum, plain SGD, and AdamW over several micro-batches (sums in fp32: 16-bit grads become 4 bytes)
-MASTERS = (16, 12, 8, 18)
-BYTES = {
-    "fp64": (32, 24, 16, 32),
-    "fp32": (16, 12, 8, 16),
-    "fp16": MASTERS,
-    "bf16": MASTERS,
-    "amp-fp16": (16, 12, 8, 16),
-    "amp-bf16": (16, 12, 8, 16),
-    "amp-fp16-cpu": (16, 12, 8, 16),
-    "amp-bf16-cpu": (16, 12, 8, 16),
-    "pure-fp16": (8, 6, 4, 10),
-    "pure-bf16": (8, 6, 4, 10),
-    "bf16-no-master": (12, 8, 4, 14),
-    "bf16-sr": (12, 8, 4, 14),
-    "bf16-kahan": (10, 8, 6, 12),  # 2 of compensation
-    "bf16-remainder": (14, 10, 6, 16),  # 2 + 2 are weights and masters
-    "bf16-moments": (12, 10, 8, 14),
-    "fp16-moments": (12, 10, 8, 14),
-    "adam-8bit": (6 + 2 / 64, 5 + 1 / 64, 4, 8 + 2 / 64),  # a scale is 4 / 256 for m, and for v
-    "adam-8bit-fp32-embeddings": (6 + 2 / 64, 5 + 1 / 64, 4, 8 + 2 / 64),  # and 4 for each moment of an embedding
-    "adam-fp8": (6 + 2 / 64, 5 + 1 / 64, 4, 8 + 2 / 64),
-    "megatron-bf16": (18, 14, 10, 18),  # FP32 gradients already
-    "apex-o2": (20, 16, 12, 18),  # sums over micro-batches are the FP32 gradients: no second copy
-    "fp8": MASTERS,
-    "fp8-delayed": MASTERS,
-    "fp8-e4m3": MASTERS,
-    "fp8-rows": MASTERS,
-    "fp8-rows-dw-bf16": MASTERS,
-    "fp8-blocks": (14, 12, 10, 14),
-    "mxfp8": MASTERS,
-    "mxfp8-floor": MASTERS,
-    "mxfp6": MASTERS,
-    "mxfp4": MASTERS,
-    "nvfp4": MASTERS,
-    "fp8-14bit": MASTERS,
-    "fp8-14bit-128": MASTERS,
-    "fp16-sums": MASTERS,
-    "fp16-sums-64": MASTERS,
-}
-
 # What a storage keeps, in bytes a parameter, by buffer
 PARTS: dict[str, dict[str, float]] = {
     "fp64": {"": 8}, "fp32": {"": 4}, "fp16": {"": 2}, "bf16": {"": 2}, "bf16-stochastic": {"": 2},
@@ -121,44 +38,85 @@ PARTS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 
 
-def test_there_are_these_recipes() -> None:
-    assert list(RECIPES) == list(STATES) == list(BYTES)
+def test_every_recipe_says_what_it_is_and_where_it_is_from() -> None:
     assert all(recipe.name == name and recipe.summary and recipe.source for name, recipe in RECIPES.items())
+    assert all(tuple(recipe.state) == STATE_KINDS for recipe in RECIPES.values())
 
 
-@pytest.mark.parametrize("name", STATES)
-def test_state_tables(name: str) -> None:
-    recipe, (storages, loss_scale, masters_from) = RECIPES[name], STATES[name]
-    kinds = ("weights", "grads", "main_grads", "master", "m", "v")
-    assert recipe.state == dict(zip(kinds, storages, strict=True)) and kinds == STATE_KINDS
-    assert recipe.state_encodings() == {kind: fmt for kind, fmt in zip(kinds, storages, strict=True) if fmt}
-    assert recipe.loss_scale == loss_scale
-    assert recipe.masters_from == masters_from and masters_from in MASTERS_FROM
-
-
-@pytest.mark.parametrize("name", BYTES)
-def test_bytes_by_optimizer_and_accumulation(name: str) -> None:
-    recipe = RECIPES[name]
-    measured = tuple(
-        recipe.bytes_per_parameter(moments, n) for moments, n in ((("m", "v"), 1), (("m",), 1), ((), 1), (("m", "v"), 2))
-    )
-    assert measured == BYTES[name]
-    assert all(isinstance(size, Fraction) for size in measured)
-
-
-def test_every_storage_is_used_and_is_in_the_table_above() -> None:
-    assert {storage for storages, _, _ in STATES.values() for storage in storages if storage} == set(ENCODINGS) == set(PARTS)
+OWN_MASTERS = {
+    "fp64", "fp32", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-fp16", "pure-bf16", "bf16-no-master",
+    "bf16-sr", "bf16-kahan", "bf16-remainder", "adam-8bit", "adam-8bit-fp32-embeddings", "adam-fp8",
+}  # fmt: skip
+"""The recipes that update their weights directly."""
+COMPENSATED = {"bf16-sr": "stochastic", "bf16-kahan": "kahan", "bf16-remainder": "remainder"} | dict.fromkeys(
+    ("adam-8bit", "adam-8bit-fp32-embeddings", "adam-fp8"), "stochastic"
+)
+"""How 16-bit weights without masters keep, or make up for, what their roundings lose."""
+MOMENTS = {
+    "fp64": ("fp64", "fp64"), "pure-fp16": ("fp16", "fp16"), "fp16-moments": ("fp16", "fp16"),
+    **dict.fromkeys(("pure-bf16", "bf16-kahan", "bf16-moments", "fp8-blocks"), ("bf16", "bf16")),
+    "adam-8bit": ("int8-signed", "int8-unsigned"), "adam-fp8": ("e4m3-blocks", "e4m3-blocks"),
+    "adam-8bit-fp32-embeddings": ("int8-signed-embeddings-fp32", "int8-unsigned-embeddings-fp32"),
+}  # fmt: skip
+"""The recipes whose moments are not in FP32."""
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_buffers_are_the_parts_of_the_storages(name: str) -> None:
-    expected = {
-        kind + part: size
-        for kind, storage in zip(STATE_KINDS, STATES[name][0], strict=True)
-        if storage
-        for part, size in PARTS[storage].items()
-    }
-    assert {buffer: part.bytes_per_parameter for buffer, part in RECIPES[name].buffers().items()} == expected
+def test_states_are_the_published_algorithms_but_where_a_recipe_is_about_them(name: str) -> None:
+    """Weights and gradients in the format of the operations (FP32 under autocast), masters and moments in FP32."""
+    recipe = RECIPES[name]
+    state, uniform = recipe.state, recipe.policy.row("add").out
+    fmt = "fp32" if uniform == SAME else uniform
+    assert state["weights"] == (f"{fmt}-{COMPENSATED[name]}" if name in COMPENSATED else fmt)
+    assert state["grads"] == ("fp32" if name in ("megatron-bf16", "fp8-blocks") else fmt)
+    assert state["main_grads"] == ("fp32" if name == "apex-o2" else "")
+    assert state["master"] == ("" if name in OWN_MASTERS else "fp32")
+    assert (state["m"], state["v"]) == MOMENTS.get(name, ("fp32", "fp32"))
+    assert recipe.state_encodings() == {kind: encoding for kind, encoding in state.items() if encoding}
+
+
+def test_fp16_products_have_a_loss_scale_unless_all_is_fp16() -> None:
+    fp16 = {name for name, recipe in RECIPES.items() if recipe.policy.row("matmul").out == "fp16"}
+    assert {name for name, recipe in RECIPES.items() if recipe.loss_scale == "dynamic"} == fp16 - {"pure-fp16"}
+    assert {recipe.loss_scale for recipe in RECIPES.values()} == {"dynamic", "none"}
+
+
+def test_masters_start_from_the_original_weights_but_where_the_source_rounds_them() -> None:
+    assert {name for name, recipe in RECIPES.items() if recipe.masters_from == "rounded"} == {"megatron-bf16", "apex-o2"}
+    assert {recipe.masters_from for recipe in RECIPES.values()} == set(MASTERS_FROM)
+
+
+# With AdamW, SGD with momentum, plain SGD, and AdamW over several micro-batches (sums in FP32: 16-bit grads become 4 bytes)
+PUBLISHED = {
+    "fp16": (16, 12, 8, 18),  # 2 + 2 + 4 + 4 + 4
+    "amp-bf16": (16, 12, 8, 16),
+    "pure-bf16": (8, 6, 4, 10),
+    "bf16-kahan": (10, 8, 6, 12),  # 2 of compensation
+    "bf16-remainder": (14, 10, 6, 16),  # 2 + 2 are weights and masters
+    "adam-8bit": (6 + 2 / 64, 5 + 1 / 64, 4, 8 + 2 / 64),  # a scale is 4 / 256 for m, and for v
+    "megatron-bf16": (18, 14, 10, 18),  # FP32 gradients already
+    "apex-o2": (20, 16, 12, 18),  # sums over micro-batches are the FP32 gradients: no second copy
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bytes_are_the_sum_of_the_parts(name: str) -> None:
+    """What only embeddings have is not counted."""
+    recipe, measured = RECIPES[name], []
+    for moments, grad_accum in ((("m", "v"), 1), (("m",), 1), ((), 1), (("m", "v"), 2)):
+        kept = recipe.state_encodings(moments, grad_accum)
+        parts = {kind + part: size for kind, name in kept.items() for part, size in PARTS[name].items()}
+        buffers = recipe.buffers(moments, grad_accum)
+        assert {buffer: part.bytes_per_parameter for buffer, part in buffers.items()} == parts
+        measured.append(recipe.bytes_per_parameter(moments, grad_accum))
+        assert measured[-1] == sum(size for part, size in parts.items() if not part.endswith("_embeddings"))
+    assert all(isinstance(size, Fraction) for size in measured)
+    assert tuple(measured) == PUBLISHED.get(name, tuple(measured))
+
+
+def test_every_encoding_is_used_and_is_in_the_table_above() -> None:
+    used = {encoding for recipe in RECIPES.values() for encoding in recipe.state.values() if encoding}
+    assert used == set(ENCODINGS) == set(PARTS)
 
 
 def test_sgd_with_momentum_keeps_no_v() -> None:
@@ -177,42 +135,24 @@ def test_sums_over_micro_batches_are_kept_in_fp32_at_least(n: int) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- policies
 
-LOW = {"fp16": "fp16", "bf16": "bf16"}
 EVERY_ROW = [
     "linear", "linear.y", "linear.dx", "linear.dw", "linear.db", "matmul", "attention.scores", "attention.scale",
     "attention.softmax", "attention.values", "softmax", "layernorm", "rmsnorm", "add", "relu", "silu", "gelu_tanh", "gelu_erf",
     "embedding", "cross_entropy", "fan_in", "reshape", "transpose", "split", "cast",
 ]  # fmt: skip
 
-# low: the 16-bit format; fp32; as it comes: inputs and output keep what the operands have
-CUDA = {
-    "linear": "low", "linear.y": "low", "linear.dx": "low", "linear.dw": "low", "linear.db": "low", "matmul": "low",
-    "attention.scores": "low",
-    "attention.scale": "as it comes", "attention.softmax": "fp32", "attention.values": "low", "softmax": "fp32",
-    "layernorm": "fp32", "add": "as it comes", "relu": "as it comes", "silu": "as it comes", "gelu_tanh": "as it comes",
-    "gelu_erf": "as it comes", "embedding": "as it comes", "cross_entropy": "fp32", "fan_in": "as it comes",
-    "reshape": "as it comes", "transpose": "as it comes", "split": "as it comes", "cast": "as it comes",
-}  # fmt: skip
-CPU = CUDA | {"attention.softmax": "as it comes", "softmax": "as it comes", "layernorm": "as it comes"}
-# rms_norm: torch 2.13's CUDA list names it (ATen/autocast_mode.h); on CPU it keeps its input's type
-CPU["rmsnorm"] = "as it comes"
-CUDA["rmsnorm"] = "fp32"
-
-
-def meaning(kind: str, low: str) -> Precision:
-    if kind == "as it comes":
-        return Precision(SAME, "fp32", SAME)
-    fmt = low if kind == "low" else kind
-    return Precision(fmt, "fp32", fmt)
+PART_OF_ATTENTION = {"attention.scores": "matmul", "attention.values": "matmul", "attention.softmax": "softmax"}
 
 
 @pytest.mark.parametrize("low", LOW)
-@pytest.mark.parametrize(("suffix", "table"), [("", CUDA), ("-cpu", CPU)], ids=["cuda", "cpu"])
-def test_autocast_rows(low: str, suffix: str, table: dict[str, str]) -> None:
+@pytest.mark.parametrize(("suffix", "fp32_list"), [("", FP32_ON_CUDA), ("-cpu", FP32_ON_CPU)], ids=["cuda", "cpu"])
+def test_autocast_rows(low: str, suffix: str, fp32_list: set[str]) -> None:
     policy = RECIPES[f"amp-{low}{suffix}"].policy
     assert policy.name == f"autocast-{'cpu' if suffix else 'cuda'}-{low}"
     for key in EVERY_ROW:
-        assert policy.row(key) == meaning(table[key], low), key
+        op = PART_OF_ATTENTION.get(key, key.partition(".")[0])
+        fmt = low if op in LOW_PRECISION else "fp32" if op in fp32_list else SAME
+        assert policy.row(key) == Precision(fmt, "fp32", fmt), key
 
 
 def test_the_two_autocasts_differ_in_softmax_and_norms_only() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from arrays import AMP, DTYPE, FORMATS, LOW, Array, array, rounded, wide
+from autocast_lists import FP32_ON_CUDA, LOW_PRECISION
 from bounds import (
     D,
     H,
@@ -197,13 +198,6 @@ def format_name(x: Any) -> str:
     return next(name for name in FORMATS if x.dtype in (DTYPE[name], TORCH[name]))
 
 
-# The op lists of CUDA autocast (aten/src/ATen/autocast_mode.h), as far as there are operations here. The rest runs in
-# the format of its input. CPU autocast has the same products and losses, but not the norms and softmax.
-PRODUCTS = {"linear", "matmul"}
-
-FP32_ON_CUDA = {"layernorm", "rmsnorm", "softmax", "cross_entropy"}
-
-
 def autocast(f: Callable[..., Any], low: str) -> Callable[..., Any]:
     def run(*operands: Any) -> Any:
         with torch.autocast("cpu", dtype=TORCH[low]):
@@ -223,7 +217,7 @@ def in_recipe(f: Callable[..., Any], op: str, recipe: str) -> Callable[..., Any]
         return f
     if recipe.endswith("-cpu"):
         return autocast(f, low_of(recipe))
-    if op in PRODUCTS:
+    if op in LOW_PRECISION:
         return with_casts(f, TORCH[low_of(recipe)])
     return with_casts(f, torch.float32) if op in FP32_ON_CUDA else f
 
@@ -266,7 +260,7 @@ def reference(case: Case) -> Reference:
             pairs = zip(gradients, in_fp32, strict=True)
             gradients = [None if g is None else rounded(wide(h), format_name(g)) for g, h in pairs]
     # Autocast's products see rounded operands, and what autocast stores in FP32 was rounded to 16 bits before.
-    cast_in = case.op in PRODUCTS and case.recipe in AMP
+    cast_in = case.op in LOW_PRECISION and case.recipe in AMP
     seen = [x if x.dtype == np.int64 else near(rounded(wide(x), low) if cast_in else wide(x)) for x in operands]
     results = [wide(y), *(wide(g) for g in gradients if g is not None)]
     if twin.formula is None:
