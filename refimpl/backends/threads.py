@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import numpy  # noqa: F401 (its BLAS must be loaded for threadpoolctl to find it)
 from threadpoolctl import ThreadpoolController
 
 T = TypeVar("T")
