@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import encoding_cases
 import numpy as np
 import pytest
-import storage_cases
 from progress_bars import NoBar
 
 import refimpl.optim.layout
@@ -256,10 +256,10 @@ def test_an_update_and_a_skipped_one(recipe: str, rule: Any) -> None:
         assert [int(p.state.t) for p in states] == [0 if skip else 1] * 2
 
 
-@pytest.mark.parametrize(("weights", "moments", "rule"), storage_cases.CASES)
+@pytest.mark.parametrize(("weights", "moments", "rule"), encoding_cases.CASES)
 def test_storages_of_two_parts_and_of_chance_keep_what_the_host_keeps(weights: str, moments: str, rule: str) -> None:
     """Eight steps, three of them skipped: every part to the bit, from the same gradients; a skip leaves every part."""
-    assert storage_cases.differences(get_backend("cupy"), weights, moments, rule) == []
+    assert encoding_cases.differences(get_backend("cupy"), weights, moments, rule) == []
 
 
 @pytest.mark.parametrize("seed", [0, 7, (1 << 40) + 7, (1 << 64) - 1])
@@ -285,21 +285,21 @@ def test_rounding_by_chance_and_the_two_halves_have_the_hosts_bits() -> None:
     assert np.array_equal(bits_of(ours)[number], bits_of(theirs)[number]) and np.isnan(widen(theirs)[~number]).all()
 
 
-@pytest.mark.parametrize("weights", storage_cases.WEIGHTS)
+@pytest.mark.parametrize("weights", encoding_cases.WEIGHTS)
 def test_results_do_not_depend_on_the_blocks_of_a_device(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for block in (1 << 24, 1000, 333):
         monkeypatch.setattr(refimpl.optim.layout, "DEVICE_BLOCK", block)
-        training = storage_cases.training_of(get_backend("cupy"), weights, "bf16", "adamw")
-        list(storage_cases.trained(training, 3))
-        ends.append(storage_cases.kept(training.state))
+        training = encoding_cases.training_of(get_backend("cupy"), weights, "bf16", "adamw")
+        list(encoding_cases.trained(training, 3))
+        ends.append(encoding_cases.kept(training.state))
     assert ends[0] == ends[1] == ends[2]
 
 
-@pytest.mark.parametrize("recipe", storage_cases.RECIPES)
+@pytest.mark.parametrize("recipe", encoding_cases.RECIPES)
 def test_resumed_such_a_run_ends_with_the_same_bits(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Config, "make_backend", lambda self: get_backend("cupy"))
-    whole, halves = storage_cases.resumed(get_backend("cupy"), recipe, tmp_path)
+    whole, halves = encoding_cases.resumed(get_backend("cupy"), recipe, tmp_path)
     assert whole == halves
 
 
@@ -341,7 +341,7 @@ def test_the_budget_of_a_step(recipe: str, counter: Any) -> None:
     assert three["launch"] + three["gemm"] - two["launch"] - two["gemm"] <= 45
 
 
-@pytest.mark.parametrize("recipe", storage_cases.RECIPES)
+@pytest.mark.parametrize("recipe", encoding_cases.RECIPES)
 def test_updates_without_a_kernel_neither_wait_nor_allocate(recipe: str, counter: Any) -> None:
     step = counts_of_a_step(counter, recipe, 2)
     assert step["d2h"] == step["sync"] == step["malloc"] == step["free"] == 0 and step["h2d"] <= 3, step
@@ -376,7 +376,7 @@ def test_training_looks_at_the_device_for_the_log_only(counter: Any, tmp_path: P
     assert copies(3) == copies(100) == 0
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "amp-fp16", *storage_cases.RECIPES])
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "amp-fp16", *encoding_cases.RECIPES])
 def test_a_step_waits_for_nothing(recipe: str) -> None:
     run = OnDevice({k: TINY[k] for k in ("n_layer", "n_head", "n_embd", "block_size", "batch_size")}, recipe)
     run.queue()

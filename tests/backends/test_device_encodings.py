@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import encoding_cases
 import numpy as np
 import pytest
-import storage_cases
+from encoding_cases import CASES, RECIPES, WEIGHTS, differences, kept, resumed, trained, training_of
 from recipe_lists import others_slow
-from storage_cases import CASES, RECIPES, WEIGHTS, differences, kept, resumed, trained, training_of
 from strict_backend import PLAIN, STRICT, on_host
 from strict_cupy import WaitError, counter, xp
 
@@ -212,7 +212,7 @@ def test_launches_of_an_update_do_not_grow_with_the_weights(weights: str, monkey
     """Whole buffers: a model four times as wide takes no launch more."""
 
     def launches(width: int) -> int:
-        monkeypatch.setitem(storage_cases.TINY, "n_embd", width)
+        monkeypatch.setitem(encoding_cases.TINY, "n_embd", width)
         training = training_of(STRICT, weights, "fp32", "adamw")
         numbers = [STRICT.from_host(x) for x in (np.float32(1), np.float32(1), np.False_)]
         counter.reset()

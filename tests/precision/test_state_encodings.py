@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from arrays import U
 from fake_blas import FakeBlas
+from hand_training import Training
 
 import refimpl.backends.base
 import refimpl.optim.layout
@@ -31,11 +32,9 @@ from refimpl.numerics.formats import dtype_of
 from refimpl.numerics.philox import FIRST_OF_TENSORS, STREAMS, random_bits
 from refimpl.numerics.stochastic_rounding import stochastic_round
 from refimpl.optim.gradients import check_and_measure
-from refimpl.optim.loss_scale import make_loss_scale
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
 from refimpl.optim.state import State
-from refimpl.precision.context import Run
-from refimpl.precision.recipes import RECIPES, STATE_KINDS, get_recipe
+from refimpl.precision.recipes import RECIPES, STATE_KINDS
 from refimpl.precision.state_encodings import (
     ENCODINGS,
     MAIN,
@@ -52,7 +51,7 @@ from refimpl.precision.state_encodings import (
     get_encoding,
     nearest,
 )
-from refimpl.step import StepResult, train_step
+from refimpl.step import StepResult
 from refimpl.training.config import Config
 
 Array = Any
@@ -463,28 +462,17 @@ def test_a_block_is_kept_whatever_its_neighbors_are(storage: str) -> None:
 TINY = mlp_model(MLPConfig(n_layer=1, n_embd=8, block_size=8, vocab_size=17))
 
 
-class Training:
-    """One run of a tiny model on batches that its number alone decides."""
+class Numbered(Training):
+    """A training of a tiny model on batches that the number of the step alone decides."""
 
-    def __init__(self, recipe: str, rounded: bool = False, grad_accum: int = 1, steps: int = 40, loss_scale: str = "") -> None:
-        row = get_recipe(recipe)
-        self.run, self.recipe = Run(row.policy, NUMPY), row
-        self.state = State(TINY, row.state_encodings(grad_accum=grad_accum), NUMPY)
-        self.state.load_weights(TINY.initial_weights(np.random.default_rng(0)), rounded)
-        self.optimizer = Optimizer(AdamW(), Schedule(3e-3, 3e-3, 0, steps))
-        self.loss_scale = make_loss_scale(loss_scale or row.loss_scale)
+    def __init__(self, recipe: str, rounded: bool = False, grad_accum: int = 1, loss_scale: str | None = None) -> None:
+        super().__init__(NUMPY, TINY, recipe, grad_accum, steps=40, loss_scale=loss_scale, rounded=rounded)
         self.grad_accum, self.steps = grad_accum, 0
 
-    def step(self) -> StepResult:
-        rng = np.random.default_rng(self.steps)
-        texts = rng.integers(0, 17, (self.grad_accum, 4, 9))
+    def next(self) -> StepResult:
+        texts = np.random.default_rng(self.steps).integers(0, 17, (self.grad_accum, 4, 9))
         self.steps += 1
-        batches = [(text[:, :-1], text[:, 1:]) for text in texts]
-        return train_step(TINY, batches, self.state, self.optimizer, self.loss_scale, self.run, 0.5)
-
-    def bits(self, *without: str) -> dict[str, bytes]:
-        kept = {name: buffer.tobytes() for name, buffer in self.state.buffers.items() if name not in without}
-        return kept | {"t": self.state.t.tobytes()}
+        return self.step(*((text[:, :-1], text[:, 1:]) for text in texts), max_norm=0.5)
 
 
 PAIRS = [("apex-o2", "fp16", ("grads", "main_grads")), ("megatron-bf16", "bf16", ("grads",))]
@@ -494,9 +482,9 @@ PAIRS = [("apex-o2", "fp16", ("grads", "main_grads")), ("megatron-bf16", "bf16",
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_fp32_gradients_change_no_bit_of_a_training(name: str, like: str, other: tuple[str, ...], grad_accum: int) -> None:
     """From the same rounded masters: where FP32 gradients are kept, and unscaled, there is nothing left to round."""
-    ours, theirs = Training(name, True, grad_accum), Training(like, True, grad_accum)
+    ours, theirs = Numbered(name, True, grad_accum), Numbered(like, True, grad_accum)
     for _ in range(20):
-        a, b = ours.step(), theirs.step()
+        a, b = ours.next(), theirs.next()
         assert [float(x) for x in vars(a).values()] == [float(x) for x in vars(b).values()]
         assert ours.bits(*other) == theirs.bits(*other)
     assert int(ours.state.t) >= 15 and ("main_grads" in ours.state.buffers) == (name == "apex-o2" and grad_accum == 1)
@@ -504,18 +492,18 @@ def test_fp32_gradients_change_no_bit_of_a_training(name: str, like: str, other:
 
 def test_from_original_masters_it_is_another_training() -> None:
     """The control: what the rounded start has lost matters."""
-    ours, theirs = Training("apex-o2", True), Training("fp16", False)
+    ours, theirs = Numbered("apex-o2", True), Numbered("fp16", False)
     for _ in range(5):
-        ours.step()
-        theirs.step()
+        ours.next()
+        theirs.next()
     assert ours.bits("grads", "main_grads") != theirs.bits("grads", "main_grads")
 
 
 def test_main_grads_are_the_unscaled_gradients() -> None:
     """Not clipped: the norm is 0.5 at most after clipping only. Where they overflowed the step was skipped."""
-    training = Training("apex-o2")
+    training = Numbered("apex-o2")
     for _ in range(5):
-        result = training.step()
+        result = training.next()
         state, S = training.state, result.loss_scale
         main_grads = state.buffers["main_grads"]
         assert main_grads.dtype == np.float32
@@ -528,8 +516,8 @@ def test_main_grads_take_the_place_of_the_16_bit_ones() -> None:
     """The update reads them: what is added to them afterwards is part of the step, and to the 16-bit ones is not."""
     moved = {}
     for kind in ("none", "grads", "main_grads"):
-        training = Training("apex-o2", loss_scale="1")
-        training.step()
+        training = Numbered("apex-o2", loss_scale="1")
+        training.next()
         state = training.state
         check_and_measure(state, ONE)
         if kind != "none":
@@ -541,10 +529,10 @@ def test_main_grads_take_the_place_of_the_16_bit_ones() -> None:
 
 def test_a_remainder_trains_as_fp32_masters_do_up_to_the_first_tie() -> None:
     """Masters, moments and weights to the bit, while no master lies half way above an even BF16 number."""
-    ours, theirs = Training("bf16-remainder"), Training("bf16")
+    ours, theirs = Numbered("bf16-remainder"), Numbered("bf16")
     equal = 0
     while equal < 40 and not at_a_tie(theirs.state.master).any():
-        assert float(ours.step().loss) == float(theirs.step().loss)
+        assert float(ours.next().loss) == float(theirs.next().loss)
         assert ours.state.values("weights").tobytes() == theirs.state.master.tobytes()
         for kind in ("m", "v", "grads"):
             assert ours.state.buffers[kind].tobytes() == theirs.state.buffers[kind].tobytes()
@@ -555,10 +543,10 @@ def test_a_remainder_trains_as_fp32_masters_do_up_to_the_first_tie() -> None:
 
 
 def test_without_a_remainder_it_is_another_training() -> None:
-    ours, theirs = Training("bf16-no-master"), Training("bf16")
+    ours, theirs = Numbered("bf16-no-master"), Numbered("bf16")
     for _ in range(2):
-        ours.step()
-        theirs.step()
+        ours.next()
+        theirs.next()
     assert ours.bits()["weights"] != theirs.bits()["weights"]
 
 
@@ -589,16 +577,16 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_skipped_step_leaves_every_part_of_every_storage(recipe: str, spoil: Callable[[float], None]) -> None:
     """Weights, what rounding left of them, masters, moments, scales, t: not one bit. The next good step moves them."""
-    training = Training(recipe, loss_scale="1")
-    training.step()
+    training = Numbered(recipe, loss_scale="1")
+    training.next()
     training.state.weights_down()
     before = training.bits("grads", "main_grads")
     for bad in (math.inf, math.nan):
         spoil(bad)
-        assert training.step().skipped
+        assert training.next().skipped
         assert training.bits("grads", "main_grads") == before
     spoil(0)
-    assert not training.step().skipped
+    assert not training.next().skipped
     after = training.bits("grads", "main_grads")
     assert all(after[name] != before[name] for name in before if name != "weights")
     assert int(training.state.t) == 2
@@ -608,14 +596,14 @@ def test_a_skipped_step_takes_no_draws(spoil: Callable[[float], None]) -> None:
     """The bits of an update depend on the number of updates before it: two runs, of which one skipped steps, go on alike."""
     ends = []
     for skips in (0, 3):
-        training = Training("bf16-sr", loss_scale="1")
-        training.step()
+        training = Numbered("bf16-sr", loss_scale="1")
+        training.next()
         spoil(math.inf)
         for _ in range(skips):
-            training.step()
+            training.next()
         spoil(0)
         training.steps = 1
-        training.step()
+        training.next()
         ends.append(training.bits())
     assert ends[0] == ends[1]
 
