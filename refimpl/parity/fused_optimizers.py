@@ -8,7 +8,7 @@ with one thread.
 
 The tail rule: a fused kernel takes 8 elements at a time and the last numel % 8 elements of a *tensor* one by one, in code
 where the compiler fused another pair of the same formula. The flat buffers here have no tensor boundaries, so the number of
-such elements is an argument, `tail`. The blocks of `Optimizer` (`optim.state.BLOCK` elements) are a multiple of 8, so only the
+such elements is an argument, `tail`. The blocks of `Optimizer` (`optim.layout.BLOCK` elements) are a multiple of 8, so only the
 last can have a tail, and `ExactAdamW` applies the rule to the last size % 8 elements of its block. That is PyTorch's result for
 one flat parameter, and for several if each but the last has a multiple of 8 elements. Elsewhere up to 7 elements per tensor
 differ, in the last bits of v.

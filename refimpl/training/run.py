@@ -57,7 +57,7 @@ def train(given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool
     """Train a model in a folder, and print how it went. Return the exit code: 0, or 130 after Ctrl-C."""
     with only_rank_0_prints():
         if resume and init_from is not None:
-            raise UsageError("--resume and --init-from contradict each other: a run goes on with its own weights")
+            raise UsageError("--resume and --init-from contradict each other: a resumed run has its own weights")
         comm = mpi_comm() if launched()[1] > 1 else Serial()
         first = None if init_from is None else (init_from, *read_weights(init_from))
         if first is not None:  # sizes that are not given are taken from the file
@@ -116,7 +116,7 @@ def _resume(config: Config, folder: Path, comm: Comm) -> int:
         print(f"already at step {done} of {steps}; give --steps N for more")
         return 0
     if not done and weights is not None:
-        raise UsageError(f"{folder} has no checkpoint to go on from: start the run again, with --init-from {weights}")
+        raise UsageError(f"{folder} has no checkpoint to resume: start the run again with --init-from {weights}")
     baselines = ngram_entropies(trainer.corpus.train, trainer.corpus.valid)
     comm.barrier()
     if trainer.writes:
@@ -154,7 +154,7 @@ def _train(trainer: Trainer, baselines: NgramBaselines, note: str) -> int:
         if not trainer.stopping():
             _report(trainer, baselines, trainer.progress.step - done)
         elif trainer.progress.step < (steps or 0):
-            print(f"\nstopped after step {trainer.progress.step} of {steps}; go on with: --resume --out {folder}")
+            print(f"\nstopped after step {trainer.progress.step} of {steps}; continue with: --resume --out {folder}")
             _draw(trainer, baselines)
         else:
             print(f"\nall {steps} steps are done; stopped before the end of their evaluation")

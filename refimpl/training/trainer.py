@@ -214,7 +214,7 @@ class Trainer:
         why, S = self._explained(self._origin(row, batches), row), float(scale.scale)
         raise TrainingStopped(
             f"by step {self.progress.step}: the loss scale is {S:g}, below which {scale.scaler.name} does not go: "
-            f"{why}. --loss-scale dynamic has no floor; to go on with it from these weights: --init-from {path}"
+            f"{why}. --loss-scale dynamic has no floor; to continue with it from these weights: --init-from {path}"
         )
 
     def _stop_at_zero(self, row: dict[str, Any], batches: list[Batch]) -> None:

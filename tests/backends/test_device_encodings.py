@@ -105,14 +105,14 @@ def test_a_training_with_skips_keeps_what_the_host_keeps(weights: str, moments: 
 Meddle = Callable[[pytest.MonkeyPatch], None]
 
 
-def on_devices(storage: type, name: str, wrong: Callable[..., None]) -> Meddle:
-    """A method of a storage that is `wrong` for device arrays; the host has the right one."""
-    right = getattr(storage, name)
+def on_devices(encoding: type, name: str, wrong: Callable[..., None]) -> Meddle:
+    """A method of an encoding that is `wrong` for device arrays; the host has the right one."""
+    right = getattr(encoding, name)
 
     def method(self: Any, parts: Any, *args: Any) -> None:
         (right if isinstance(parts[MAIN], np.ndarray) else wrong)(self, parts, *args)
 
-    return lambda patch: patch.setattr(storage, name, method)
+    return lambda patch: patch.setattr(encoding, name, method)
 
 
 def replacing(wrong: Callable[..., None]) -> Meddle:

@@ -125,9 +125,9 @@ def test_nbytes_is_bytes_a_parameter_times_parameters(name: str, grad_accum: int
     embeddings = sum(math.prod(TINY_GPT.parameters[f"transformer.{x}.weight"].shape) for x in ("wte", "wpe"))
     assert exact == (8 * embeddings if name == "adam-8bit-fp32-embeddings" else 0)
     assert bool(scales) == name.startswith("adam-") and all(len(buffer) == math.ceil(n / 256) for buffer in scales)
-    for kind, storage in recipe.state_encodings(grad_accum=grad_accum).items():
+    for kind, encoding in recipe.state_encodings(grad_accum=grad_accum).items():
         main = state.buffers[kind]
-        assert main.dtype == (np.uint8 if f"{kind}_scales" in state.buffers else dtype_of(storage.partition("-")[0]))
+        assert main.dtype == (np.uint8 if f"{kind}_scales" in state.buffers else dtype_of(encoding.partition("-")[0]))
         assert main.shape == (n,)
     assert not any(bits_of(buffer).any() if is_float(buffer) else buffer.any() for buffer in state.buffers.values())
 

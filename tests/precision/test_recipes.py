@@ -28,7 +28,7 @@ from refimpl.precision.recipes import MASTERS_FROM, RECIPES, STATE_KINDS, Recipe
 from refimpl.precision.state_encodings import ENCODINGS, get_encoding
 from refimpl.step import forward_backward
 
-# What a storage keeps, in bytes a parameter, by buffer
+# What an encoding keeps, in bytes a parameter, by buffer
 PARTS: dict[str, dict[str, float]] = {
     "fp64": {"": 8}, "fp32": {"": 4}, "fp16": {"": 2}, "bf16": {"": 2}, "bf16-stochastic": {"": 2},
     "bf16-kahan": {"": 2, "_compensation": 2}, "bf16-remainder": {"": 2, "_remainder": 2},
@@ -244,14 +244,14 @@ def test_no_policy_has_a_row_that_nothing_reads() -> None:
         assert {row.removeprefix("lm_head:") for row in recipe.policy.rows} <= {*EVERY_ROW, EVERY_OTHER}, recipe.name
 
 
-def test_every_named_format_scheme_accumulator_and_storage_exists() -> None:
+def test_every_named_format_scheme_accumulator_and_encoding_exists() -> None:
     for recipe in RECIPES.values():
         for key, row in recipe.policy.rows.items():
             inputs = {row.inputs} if isinstance(row.inputs, str) else set(row.inputs.values())
             assert inputs <= {*FORMATS, SAME, *SCHEMES} and row.out in {*FORMATS, SAME}
             # rule 2: 16-bit arrays are storage, never arithmetic, but for sums of products in which this is what is studied
             assert row.acc in ("fp32", "fp64") or (key in OPERANDS and accumulator(row.acc))
-        assert {storage for storage in recipe.state.values() if storage} <= set(ENCODINGS)
+        assert {encoding for encoding in recipe.state.values() if encoding} <= set(ENCODINGS)
 
 
 # ------------------------------------------------------------------------------------------------------------------ names
@@ -274,8 +274,8 @@ def test_an_unknown_recipe_is_an_error_that_lists_all(name: str) -> None:
 def mechanisms(recipe: Recipe) -> Iterator[tuple[object, ...]]:
     """What a recipe is made of, up to the choice among formats of one width."""
     buffers = recipe.buffers()
-    for kind, storage in recipe.state_encodings().items():
-        yield kind, type(get_encoding(storage)), buffers[kind].bytes_per_parameter
+    for kind, encoding in recipe.state_encodings().items():
+        yield kind, type(get_encoding(encoding)), buffers[kind].bytes_per_parameter
     yield "loss scale", recipe.loss_scale
     yield "masters from", recipe.masters_from
     yield "lists", recipe.policy.name.rpartition("-")[0] if recipe.policy.name.startswith("autocast") else ""
@@ -288,7 +288,7 @@ def mechanisms(recipe: Recipe) -> Iterator[tuple[object, ...]]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipes_that_stand_for_mechanisms_have_all_of_them(name: str) -> None:
-    """Tests leave the others to `-m slow`: one with a storage, a scheme or sums of its own must stand there too."""
+    """Tests leave the others to `-m slow`: one with an encoding, a scheme or sums of its own must stand there too."""
     shown = {part for known in MECHANISMS for part in mechanisms(RECIPES[known])}
     assert {*mechanisms(RECIPES[name])} <= shown
 

@@ -61,9 +61,9 @@ STEP = np.float32(6e-4)
 ONE = np.float32(1)
 
 
-def parts_of(storage: str, n: int = SIZE) -> dict[str, Array]:
+def parts_of(encoding: str, n: int = SIZE) -> dict[str, Array]:
     """Empty parts for n values."""
-    return {name: np.zeros(part.size(n), part.dtype) for name, part in get_encoding(storage).parts.items()}
+    return {name: np.zeros(part.size(n), part.dtype) for name, part in get_encoding(encoding).parts.items()}
 
 
 def values(n: int = SIZE, seed: int = 0) -> Array:
@@ -72,11 +72,11 @@ def values(n: int = SIZE, seed: int = 0) -> Array:
     return cast(rng.standard_normal(n) * 10.0 ** rng.uniform(-6, 1, n), "fp32")
 
 
-def rounded_trip(storage: str, x: Array, key: RandomKey = RandomKey(0, np.int64(0), 0)) -> Array:  # noqa: B008 (nothing changes it)
+def rounded_trip(encoding: str, x: Array, key: RandomKey = RandomKey(0, np.int64(0), 0)) -> Array:  # noqa: B008 (nothing changes it)
     """What is read after `x` was written."""
-    parts = parts_of(storage, x.size)
-    get_encoding(storage).write(parts, x, key)
-    return get_encoding(storage).read(parts, "fp32")
+    parts = parts_of(encoding, x.size)
+    get_encoding(encoding).write(parts, x, key)
+    return get_encoding(encoding).read(parts, "fp32")
 
 
 def toy(n: int = SIZE) -> Model:
@@ -85,7 +85,7 @@ def toy(n: int = SIZE) -> Model:
 
 
 def updated(weights: str, w: Array, gradients: list[Array], seed: int = 0, lr: float = 1.0, **moments: str) -> State:
-    """A state whose weights have this storage after an update by each of the gradients, FP32: SGD, or AdamW with moments."""
+    """A state whose weights have this encoding after an update by each of the gradients, FP32: SGD, or AdamW with moments."""
     state = State(toy(w.size), {"weights": weights, "grads": "fp32", **moments}, NUMPY, seed)
     state.load_weights({"w": w})
     rule = AdamW() if moments else SGD(momentum=0.0)
@@ -96,7 +96,7 @@ def updated(weights: str, w: Array, gradients: list[Array], seed: int = 0, lr: f
     return state
 
 
-def test_get_storage_finds_by_name_and_lists_all() -> None:
+def test_get_encoding_finds_by_name_and_lists_all() -> None:
     assert get_encoding("bf16-kahan") is ENCODINGS["bf16-kahan"]
     with pytest.raises(UsageError, match="unknown state encoding 'int4'") as caught:
         get_encoding("int4")
@@ -122,27 +122,27 @@ def test_a_block_takes_the_scales_that_are_its_own() -> None:
 
 @pytest.mark.parametrize("fmt", ["fp64", "fp32", "fp16", "bf16"])
 def test_plain_is_a_cast(fmt: str) -> None:
-    storage, x, parts = get_encoding(fmt), values(), parts_of(fmt)
-    assert type(storage) is Plain
-    for write in (lambda: storage.write(parts, x, RandomKey(1, np.int64(2), 3)), lambda: storage.start(parts, x)):
+    encoding, x, parts = get_encoding(fmt), values(), parts_of(fmt)
+    assert type(encoding) is Plain
+    for write in (lambda: encoding.write(parts, x, RandomKey(1, np.int64(2), 3)), lambda: encoding.start(parts, x)):
         parts[MAIN][...] = 0
         write()
         assert parts[MAIN].tobytes() == cast(x, fmt).tobytes()
-    assert storage.values(parts) is parts[MAIN]
+    assert encoding.values(parts) is parts[MAIN]
     wide = "fp64" if fmt == "fp64" else "fp32"
-    assert storage.read(parts, wide).tobytes() == widen(cast(x, fmt), wide).tobytes()
+    assert encoding.read(parts, wide).tobytes() == widen(cast(x, fmt), wide).tobytes()
 
 
 # ---------------------------------------------------------------------------------------------------- stochastic rounding
 
 
 def test_stochastic_is_stochastic_round_by_seed_update_and_index() -> None:
-    x, storage = values(), get_encoding("bf16-stochastic")
+    x, encoding = values(), get_encoding("bf16-stochastic")
     for seed, t, start in ((0, 0, 0), (5, 7, 256), (1 << 40, 3, 123)):
         expected = stochastic_round(x, "bf16", random_bits(seed, t, start, SIZE))
         assert rounded_trip("bf16-stochastic", x, RandomKey(seed, np.int64(t), start)).tobytes() == widen(expected).tobytes()
     parts = parts_of("bf16-stochastic")
-    storage.start(parts, x)  # nothing is left to chance before training
+    encoding.start(parts, x)  # nothing is left to chance before training
     assert parts[MAIN].tobytes() == cast(x, "bf16").tobytes()
 
 
@@ -287,12 +287,12 @@ def test_weight_decay_is_not_compensated() -> None:
 
 def test_a_remainder_gives_every_master_back() -> None:
     x = values()
-    parts, storage = parts_of("bf16-remainder"), get_encoding("bf16-remainder")
-    storage.write(parts, x, RandomKey(0, np.int64(0), 0))
+    parts, encoding = parts_of("bf16-remainder"), get_encoding("bf16-remainder")
+    encoding.write(parts, x, RandomKey(0, np.int64(0), 0))
     w, r = split(x)
     assert parts[MAIN].tobytes() == w.tobytes() and parts["remainder"].tobytes() == r.tobytes()
-    assert storage.read(parts, "fp32").tobytes() == storage.values(parts).tobytes() == x.tobytes()
-    assert isinstance(storage, Remainder) and merge(w, r).tobytes() == x.tobytes()
+    assert encoding.read(parts, "fp32").tobytes() == encoding.values(parts).tobytes() == x.tobytes()
+    assert isinstance(encoding, Remainder) and merge(w, r).tobytes() == x.tobytes()
 
 
 def at_a_tie(master: Array) -> Array:
@@ -364,14 +364,14 @@ TORCHAO = {
 """Codes and scale of a block of X and 240 zeros: scale_tensor and quantize_8bit_with_qmap, quantize_fp8."""
 
 
-@pytest.mark.parametrize("storage", TORCHAO)
-def test_codes_and_scales_are_torchaos(storage: str) -> None:
-    codes, scale = TORCHAO[storage]
+@pytest.mark.parametrize("encoding", TORCHAO)
+def test_codes_and_scales_are_torchaos(encoding: str) -> None:
+    codes, scale = TORCHAO[encoding]
     x = np.zeros(256, np.float32)
-    x[:16] = abs(X) if storage == "int8-unsigned" else X
-    parts = parts_of(storage, 256)
-    get_encoding(storage).write(parts, x, RandomKey(0, np.int64(0), 0))
-    zero = 127 if storage == "int8-signed" else 0
+    x[:16] = abs(X) if encoding == "int8-unsigned" else X
+    parts = parts_of(encoding, 256)
+    get_encoding(encoding).write(parts, x, RandomKey(0, np.int64(0), 0))
+    zero = 127 if encoding == "int8-signed" else 0
     assert parts[MAIN].dtype == np.uint8 and parts[MAIN].tolist() == [*codes, *[zero] * 240]
     assert [float(s).hex() for s in parts["scales"]] == [scale]
 
@@ -388,40 +388,40 @@ def test_the_nearest_entry_is_taken() -> None:
     assert nearest(book, x).tolist() == [0, 1, 2, 3, 3]
 
 
-def errors_within(storage: str, x: Array) -> Array:
+def errors_within(encoding: str, x: Array) -> Array:
     """The bound for each value: half the gap between the numbers that 8 bits have there, times the scale, and roundings.
 
     A value is divided by its scale, and a code multiplied by it: 2 roundings of at most U each, with one more for the middle
     between two codes and one for the scale itself. All are of numbers up to the largest of the block.
     """
     largest = np.array([abs(x[i : i + 256]).max() for i in range(0, len(x), 256)]).repeat(256)[: len(x)]
-    if storage == "e4m3-blocks":
+    if encoding == "e4m3-blocks":
         scaled = abs(widen(x, "fp64")) / largest * 448
         half = np.maximum(2.0 ** np.floor(np.log2(np.maximum(scaled, 2.0**-30))) * 2.0**-4, 2.0**-10) / 448
     else:
-        book = widen(dynamic_codebook(BLOCKWISE[storage]), "fp64")
+        book = widen(dynamic_codebook(BLOCKWISE[encoding]), "fp64")
         gaps = np.diff(book)
         position = np.searchsorted(book, widen(x, "fp64") / largest).clip(1, 255) - 1  # below -.99: as far as the first gap
         half = gaps[position] / 2
     return largest * (half + 4 * U)
 
 
-def check_errors(storage: str) -> None:
+def check_errors(encoding: str) -> None:
     x = values()
     x[256:512] *= 1e-5  # a block of small values has a scale of its own
-    x = abs(x) if storage == "int8-unsigned" else x
-    wrong = abs(widen(rounded_trip(storage, x), "fp64") - widen(x, "fp64"))
-    assert (wrong <= errors_within(storage, x)).all()
-    assert (wrong > errors_within(storage, x) / 2).mean() > 0.1  # the bound is not far off
+    x = abs(x) if encoding == "int8-unsigned" else x
+    wrong = abs(widen(rounded_trip(encoding, x), "fp64") - widen(x, "fp64"))
+    assert (wrong <= errors_within(encoding, x)).all()
+    assert (wrong > errors_within(encoding, x) / 2).mean() > 0.1  # the bound is not far off
 
 
-@pytest.mark.parametrize("storage", TORCHAO)
-def test_each_value_is_wrong_by_half_a_gap_at_most(storage: str) -> None:
-    check_errors(storage)
+@pytest.mark.parametrize("encoding", TORCHAO)
+def test_each_value_is_wrong_by_half_a_gap_at_most(encoding: str) -> None:
+    check_errors(encoding)
 
 
-@pytest.mark.parametrize("storage", TORCHAO)
-def test_scales_of_the_wrong_blocks_are_found(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("encoding", TORCHAO)
+def test_scales_of_the_wrong_blocks_are_found(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Blockwise.read
 
     def shifted(self: Blockwise, parts: Any, fmt: str) -> Array:
@@ -429,18 +429,18 @@ def test_scales_of_the_wrong_blocks_are_found(storage: str, monkeypatch: pytest.
 
     monkeypatch.setattr(Blockwise, "read", shifted)
     with pytest.raises(AssertionError):
-        check_errors(storage)
+        check_errors(encoding)
 
 
-@pytest.mark.parametrize("storage", TORCHAO)
-def test_blocks_of_zeros_of_tiny_values_and_of_part_of_256(storage: str) -> None:
+@pytest.mark.parametrize("encoding", TORCHAO)
+def test_blocks_of_zeros_of_tiny_values_and_of_part_of_256(encoding: str) -> None:
     """Zeros stay zeros, those of a fresh state too. A scale is at least 1e-12 by the largest code."""
     x = np.zeros(600, np.float32)
     x[256:512], x[512:] = 1e-14, np.linspace(0, 3, 88)
-    parts, row = parts_of(storage, 600), get_encoding(storage)
+    parts, row = parts_of(encoding, 600), get_encoding(encoding)
     assert not row.read(parts, "fp32").any()
     row.write(parts, x, RandomKey(0, np.int64(0), 0))
-    largest = 448 if storage == "e4m3-blocks" else 1
+    largest = 448 if encoding == "e4m3-blocks" else 1
     least = np.float32(1e-12) / np.float32(largest)
     assert parts["scales"].tolist() == [least, least, np.float32(3) / np.float32(largest)]
     back = row.read(parts, "fp32")
@@ -448,12 +448,12 @@ def test_blocks_of_zeros_of_tiny_values_and_of_part_of_256(storage: str) -> None
     assert (abs(back[256:512] - x[256:512]) <= 1e-12).all()
 
 
-@pytest.mark.parametrize("storage", TORCHAO)
-def test_a_block_is_kept_whatever_its_neighbors_are(storage: str) -> None:
+@pytest.mark.parametrize("encoding", TORCHAO)
+def test_a_block_is_kept_whatever_its_neighbors_are(encoding: str) -> None:
     x = abs(values())
-    parts, alone = parts_of(storage), parts_of(storage, 256)
-    get_encoding(storage).write(parts, x, RandomKey(0, np.int64(0), 0))
-    get_encoding(storage).write(alone, x[256:512], RandomKey(0, np.int64(0), 0))
+    parts, alone = parts_of(encoding), parts_of(encoding, 256)
+    get_encoding(encoding).write(parts, x, RandomKey(0, np.int64(0), 0))
+    get_encoding(encoding).write(alone, x[256:512], RandomKey(0, np.int64(0), 0))
     assert parts[MAIN][256:512].tobytes() == alone[MAIN].tobytes() and parts["scales"][1] == alone["scales"][0]
 
 
@@ -575,7 +575,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_skipped_step_leaves_every_part_of_every_storage(recipe: str, spoil: Callable[[float], None]) -> None:
+def test_a_skipped_step_leaves_every_part_of_every_encoding(recipe: str, spoil: Callable[[float], None]) -> None:
     """Weights, what rounding left of them, masters, moments, scales, t: not one bit. The next good step moves them."""
     training = Numbered(recipe, loss_scale="1")
     training.next()
@@ -613,15 +613,15 @@ def test_a_skipped_step_takes_no_draws(spoil: Callable[[float], None]) -> None:
 
 def test_embeddings_keep_every_bit_and_the_others_are_coded_as_if_alone() -> None:
     """300 embeddings, in the middle of a block of 256: what is coded beside them has a scale of its own."""
-    storage, plain = get_encoding("int8-signed-embeddings-fp32").of(300), get_encoding("int8-signed")
+    encoding, plain = get_encoding("int8-signed-embeddings-fp32").of(300), get_encoding("int8-signed")
     x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     x[:300] *= 1e9
-    both, alone = ({name: np.zeros(part.size(1000), part.dtype) for name, part in s.parts.items()} for s in (storage, plain))
+    both, alone = ({name: np.zeros(part.size(1000), part.dtype) for name, part in s.parts.items()} for s in (encoding, plain))
     assert {name: len(part) for name, part in both.items()} == {"": 1000, "scales": 4, "embeddings": 300}
     before = x.copy()
-    storage.write(both, x, RandomKey(0, np.int64(0), 0))
+    encoding.write(both, x, RandomKey(0, np.int64(0), 0))
     plain.write(alone, np.where(np.arange(1000) < 300, 0, x).astype(np.float32), RandomKey(0, np.int64(0), 0))
-    read, coded = storage.read(both, "fp32"), plain.read(alone, "fp32")
+    read, coded = encoding.read(both, "fp32"), plain.read(alone, "fp32")
     assert np.array_equal(x, before) and np.array_equal(read[:300], x[:300]) and np.array_equal(read[300:], coded[300:])
     assert 0 < np.abs(read[300:] - x[300:]).max() < 0.05 * np.abs(x[300:]).max()
     plain.write(alone, x, RandomKey(0, np.int64(0), 0))  # negative control: coded beside them the others are lost
@@ -646,15 +646,15 @@ def test_the_embeddings_of_both_models_lie_first(model: str, names: int) -> None
 
 
 def test_who_knows_no_codes_says_so() -> None:
-    for name, storage in ENCODINGS.items():
+    for name, encoding in ENCODINGS.items():
         state = State(toy(), {"weights": "bf16", "m": name}, NUMPY)
-        if not isinstance(storage, Blockwise):
+        if not isinstance(encoding, Blockwise):
             state.refuse_codes("this")
         else:
             with pytest.raises(UsageError, match=f"^this supports states of 16 bits and more; .* stores m as {name}$"):
                 state.refuse_codes("this")
-        assert state.values("m").dtype == (dtype_of("fp32") if isinstance(storage, Blockwise | Remainder) else
-                                           dtype_of(storage.fmt))  # fmt: skip
-    assert {type(storage) for storage in ENCODINGS.values()} == {
+        assert state.values("m").dtype == (dtype_of("fp32") if isinstance(encoding, Blockwise | Remainder) else
+                                           dtype_of(encoding.fmt))  # fmt: skip
+    assert {type(encoding) for encoding in ENCODINGS.values()} == {
         Plain, Stochastic, Kahan, Remainder, Blockwise, FP32Embeddings,
     }  # fmt: skip

@@ -250,7 +250,7 @@ def test_the_picture_is_drawn_when_a_run_is_stopped(
     assert run(tmp_path / "b", text) == 130
     told = capsys.readouterr().out
     assert drawn == [tmp_path / "a", tmp_path / "b"]
-    assert "stopped after step 2 of 8; go on with: --resume --out" in told and "it needs matplotlib" in told
+    assert "stopped after step 2 of 8; continue with: --resume --out" in told and "it needs matplotlib" in told
     assert load(tmp_path / "b" / "checkpoint.safetensors")[1]["progress"]["step"] == 2
 
 
