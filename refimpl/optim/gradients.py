@@ -36,14 +36,17 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     then updates every weight to NaN; here the step is skipped.
     """
     passes, plain = state.backend.passes, state.math_format == "fp32" and "main_grads" not in state.stored
-    squares, bad = (passes.get("measure", measure) if plain else measure)(state, inverse_scale)
-    squares, bad = state.gather_grains(squares, bad)
-    found_inf, norm = (passes.get("fold", fold) if plain else fold)(state, squares, bad)
+    measure_grains, fold_grains = (passes.get("measure", measure), passes.get("fold", fold)) if plain else (measure, fold)
+    squares, bad = state.gather_grains(*measure_grains(state, inverse_scale))
+    found_inf, norm = fold_grains(state, squares, bad)
     return found_inf, norm
 
 
 def measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
-    """Return, per grain: the sum of squares of the unscaled gradients; whether a scaled one, or 1/S, is Inf or NaN."""
+    """Return, per grain: the sum of squares of the unscaled gradients; whether a scaled one, or 1/S, is Inf or NaN.
+
+    Store the unscaled gradients in main_grads, if the recipe has them.
+    """
     xp, fmt, keeps = state.backend.xp, state.math_format, "main_grads" in state.stored
     factor = widen(inverse_scale, fmt)
     no_inverse = ~xp.isfinite(factor)

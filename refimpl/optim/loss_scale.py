@@ -90,7 +90,7 @@ class DynamicLossScale:
 
     The fields of `scaler` change this rule:
 
-        late              'always': growth at growth_interval + 1;  'first': the same, and good_steps restarts from 1
+        late              'always': growth at growth_interval + 1;  'first': the same, and after growing good_steps = 1
         floor, ceiling    S = max(S * backoff_factor, floor);  S = min(S * growth_factor, ceiling)
         unbounded         S may grow to infinity
         hysteresis        found_inf: left -= 1, and S stays while left > 0;  refill: left = hysteresis

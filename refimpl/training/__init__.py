@@ -3,7 +3,8 @@
     config.py, schema.py      the settings of a run, checked; checks of data read from JSON
     setup.py                  the objects of a run that a step takes
     trainer.py, run.py        the loop over steps; a run in a folder, from start to report
-    data.py, generate.py      corpora and batches; validation loss and samples
+    data.py, ngrams.py        corpora and batches; the losses that a model must beat
+    generate.py               validation loss and samples
     checkpoint.py, checkpoint_states.py         files that are never half-written; model states in and out of them
     run_folder.py, folder_lock.py, metrics.py   the folder of a run, its lock, its log and plot
     memory_limits.py, activation_memory.py      whether a run fits into memory; formulas for its activations

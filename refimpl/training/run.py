@@ -26,10 +26,10 @@ from refimpl.nn.models.model import Model
 from refimpl.training.checkpoint_states import read_weights, start_from
 from refimpl.training.config import Config
 from refimpl.training.console import printable
-from refimpl.training.data import NgramBaselines, ngram_entropies
 from refimpl.training.generate import sample
 from refimpl.training.metrics import plot_run, read_metrics
 from refimpl.training.mistakes import announcement
+from refimpl.training.ngrams import NgramBaselines, ngram_entropies
 from refimpl.training.run_folder import (
     CHECKPOINT,
     CONFIG,

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from refimpl.errors import UsageError
-from refimpl.training import data
-from refimpl.training.data import Corpus, load_corpus, ngram_entropies, sample_batch, sequential_batches
+from refimpl.training import data, ngrams
+from refimpl.training.data import Corpus, load_corpus, sample_batch, sequential_batches
+from refimpl.training.ngrams import ngram_entropies
 
 pytestmark = pytest.mark.usefixtures("pythons_manual")
 
@@ -362,9 +363,9 @@ def brute_force_entropy(train: list[bytes], valid: list[bytes], n: int) -> float
 TEXT = b"the cat sat on the mat; the rat sat on the cat. \xff\xfe\x00 and that was that" * 3
 
 
-@pytest.mark.parametrize("piece", [data.PIECE, 7], ids=["one piece", "many pieces"])
+@pytest.mark.parametrize("piece", [ngrams.PIECE, 7], ids=["one piece", "many pieces"])
 def test_ngram_entropies_are_the_definition(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "PIECE", piece)  # no n-gram may be lost or counted twice where two pieces meet
+    monkeypatch.setattr(ngrams, "PIECE", piece)  # no n-gram may be lost or counted twice where two pieces meet
     train, valid = TEXT, b"a rat that sat on that hat was the cat's\xff\xfe!"
     found = ngram_entropies(tokens_of(train), tokens_of(valid))
     assert (found.train_bytes, found.valid_bytes, found.sampled) == (len(train), len(valid), False)
