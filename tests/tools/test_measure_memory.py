@@ -113,7 +113,7 @@ def test_weights_are_not_activations() -> None:
 def test_the_report_and_its_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure_model({**TINY, "recipe": "amp-fp16"}, as_json=False) == 0
     text = capsys.readouterr().out
-    assert "Every prediction is met to the byte." in text and "peak of the process" in text and "dropout mask" in text
+    assert "All predictions are equal to the byte." in text and "peak of the process" in text and "dropout mask" in text
     assert measure_model({**TINY, "recipe": "bf16"}, as_json=True) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["equal"] and data["measured_only"]["largest memory of one step"] > 0
@@ -139,4 +139,4 @@ def test_the_peak_is_that_of_the_process_itself_not_of_the_one_that_started_it()
 def test_the_script_measures(tmp_path: Path) -> None:
     words = ["--measure", "--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--block-size", "8", "--batch-size", "2"]
     done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "Every prediction is met to the byte." in done.stdout, done.stderr
+    assert done.returncode == 0 and "All predictions are equal to the byte." in done.stdout, done.stderr

@@ -215,7 +215,7 @@ def test_our_own_gpt_is_counted_by_its_own_formula() -> None:
 
 def test_full_checkpointing_makes_one_layer_again() -> None:
     choice = choose(preset="gpt2-xl", checkpointing="full")
-    again = next(line for line in published(choice) if line.name == "one layer, computed again")
+    again = next(line for line in published(choice) if line.name == "one layer, recomputed")
     assert again.nbytes == layer_bytes(PRESETS["gpt2-xl"], 1, 1024, "none") - layer_bytes(PRESETS["gpt2-xl"], 1, 1024, "full")
 
 
@@ -225,7 +225,7 @@ def test_full_checkpointing_makes_one_layer_again() -> None:
 def test_without_arguments_it_is_the_notes_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     text = capsys.readouterr().out
-    assert "7,000,000,000 parameters" in text and "2 + 2 + 4 + 4 + 4 = 16 bytes a parameter" in text
+    assert "7,000,000,000 parameters" in text and "2 + 2 + 4 + 4 + 4 = 16 bytes per parameter" in text
     assert "112        104.3" in text and "14         13.04" in text and "24 GB" in text
 
 

@@ -1,10 +1,10 @@
-"""Predicted bytes beside measured ones: what `scripts/memory.py --measure` does.
+"""Predicted and measured memory, for `scripts/memory.py --measure`.
 
-A real model trains for a few steps on real text. Then every model state is weighed as a live array, and every array that
-the tape holds between forward and backward as the memory that it owns. The predictions are `Recipe.state_encodings` times
-the parameters, and `activations`. What no formula here predicts (the process, temporary buffers) is measured only.
+A model trains for a few steps on real text. Then the arrays of all model states are measured, and the memory of all arrays
+that the tape holds between forward and backward. The predictions are `Recipe.buffers` for the states, and
+`training/activation_memory.py`. Memory without a formula (the process, temporary buffers) is only measured.
 
-Bytes are bytes of arrays. Three 0-d numbers of a run (loss scale, its counter, the update count) are left out.
+Bytes are those of arrays. Three 0-d numbers of a run (loss scale, its counter, the update count) are left out.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from refimpl.training.setup import Training
 from refimpl.training.trainer import start
 
 STEPS = 3
-"""Training steps before anything is weighed, unless the user says another number."""
+"""The default number of training steps before the measurement."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One prediction beside one measurement, in bytes."""
+    """A prediction and a measurement, in bytes."""
 
     what: str
     formula: str
@@ -48,13 +48,13 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """'equal', or by how much not."""
+        """Return 'equal', or the difference."""
         return "equal" if self.predicted == self.measured else f"differs by {self.measured - self.predicted:+,} bytes"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """All that was predicted and measured of one run. `measured_only`: (what, bytes, remark)."""
+    """All predictions and measurements of a run. `measured_only`: (what, bytes, remark)."""
 
     config: Config
     model: Model
@@ -63,18 +63,18 @@ class Measurement:
 
     @property
     def wrong(self) -> list[str]:
-        """The lines whose prediction does not hold."""
+        """Return the names of lines whose prediction differs from the measurement."""
         return [f"{name}: {line.what}" for name, lines in self.sections.items() for line in lines if line.verdict != "equal"]
 
 
 def measure_model(given: dict[str, Any], as_json: bool) -> int:
-    """Train, weigh and print. given: fields of `Config`. Returns 0 where every prediction is met to the byte, else 1.
+    """Train, measure and print. given: fields of `Config`. Return 0 if every prediction is equal to the byte, else 1.
 
-    Errors: UsageError for fields that `Config.of` refuses, and for a backend whose memory is not this process's.
+    Errors: UsageError for fields that `Config.of` refuses, and for another backend than numpy.
     """
     config = Config.of({"steps": STEPS, **given})
     if config.backend != "numpy":
-        raise UsageError(f"--backend {config.backend}: only numpy can be measured, whose arrays lie in this process's memory")
+        raise UsageError(f"--backend {config.backend}: only numpy can be measured, whose arrays are in the process's memory")
     result = weigh(config)
     print(json_text(_data(result)) if as_json else _text(result))
     return 1 if result.wrong else 0
@@ -84,7 +84,7 @@ def measure_model(given: dict[str, Any], as_json: bool) -> int:
 
 
 def weigh(config: Config) -> Measurement:
-    """Train for `config.steps` steps, then weigh the states and a tape; trace one more step of a fresh run for its peak."""
+    """Train for `config.steps` steps, then measure the states and a tape, and the peak memory of a step of a new run."""
     steps = list(batches_of(config, None))
     before = process_memory()
     training = start(config)
@@ -95,19 +95,19 @@ def weigh(config: Config) -> Measurement:
     measured = sum(line.measured for lines in sections.values() for line in lines)
     traced = traced_peak(config, steps[-1])
     only = [
-        ("largest memory of one step", traced, "arrays and Python objects of a second run, counted by tracemalloc"),
-        ("temporary buffers", traced - measured, "that, less all of the above; Python objects are among them"),
+        ("peak memory of one step", traced, "arrays and Python objects of a second run, counted by tracemalloc"),
+        ("temporary buffers", traced - measured, "this peak minus all of the above; includes Python objects"),
     ]
     if before and after:
         only += [
             ("peak of the process", after[1], "resident memory of the whole process, interpreter and libraries included"),
-            ("peak less the start", after[1] - before[0], "that, less what the process held when training began"),
+            ("peak minus start", after[1] - before[0], "this peak minus the resident memory before training"),
         ]
     return Measurement(config, training.model, sections, only)
 
 
 def state_lines(config: Config, training: Training) -> list[Line]:
-    """Each kind of model state: the recipe's bytes a parameter times the parameters, beside the live buffer."""
+    """Return one line per kind of model state: predicted from the recipe and the number of parameters, and measured."""
     predicted = config.make_recipe().buffers(config.make_rule().moments, config.grad_accum, training.state.layout.embeddings)
     n, measured, seen = training.model.n_params, {}, set[int]()
     for name, buffer in training.state.buffers.items():
@@ -126,7 +126,7 @@ def state_lines(config: Config, training: Training) -> list[Line]:
 
 
 def tape_lines(config: Config, training: Training, batch: Batch) -> dict[str, list[Line]]:
-    """What the tape of one forward pass holds, beside the closed formulas: activations by place, and copies of weights."""
+    """Return lines on the tape of one forward pass: activations by place, and copies of weights."""
     activations, copies = held(forward(training, batch))
     terms: dict[str, list[Term]] = {}
     for term in predicted_activations(config):
@@ -142,7 +142,7 @@ def tape_lines(config: Config, training: Training, batch: Batch) -> dict[str, li
 
 
 def predicted_activations(config: Config) -> list[Term]:
-    """The closed formula for the model of a run."""
+    """Return the terms of the formula for a run's activations."""
     sizes, recipe = sizes_of(config), config.make_recipe()
     assert config.batch_size is not None
     if isinstance(sizes, GPTConfig):
@@ -151,7 +151,7 @@ def predicted_activations(config: Config) -> list[Term]:
 
 
 def sizes_of(config: Config) -> GPTConfig | MLPConfig:
-    """The sizes of the model of a run."""
+    """Return the sizes of a run's model."""
     sizes = config.make_model().config
     return GPTConfig(**sizes) if config.model == "gpt" else MLPConfig(**sizes)
 
@@ -162,7 +162,7 @@ def _formula(terms: Sequence[Term]) -> str:
 
 @np.errstate(all="ignore")
 def forward(training: Training, batch: Batch) -> Tape:
-    """The tape of one micro-batch at the moment between forward and backward, as `step.forward_backward` makes it."""
+    """Return the tape of one micro-batch between forward and backward, as in `step.forward_backward`."""
     training.state.weights_down()
     tape = Tape(training.run, training.state.weight_views, training.model.tied)
     training.model.loss(tape, *batch)
@@ -170,10 +170,10 @@ def forward(training: Training, batch: Batch) -> Tape:
 
 
 def held(tape: Tape) -> tuple[dict[str, int], int]:
-    """The memory that a tape keeps alive: bytes of activations by place, and bytes of copies of weights.
+    """Return the memory that a tape keeps alive: bytes of activations by place, and bytes of copies of weights.
 
-    Memory that several entries hold counts at the first of them; the memory of the weights themselves does not count.
-    The layers of a model are one place: 'transformer.h.0.ln_1' and its like count as 'transformer.h.i.ln_1'.
+    Memory that several entries share counts for the first of them; that of the weights themselves does not count.
+    The layers of a model are added up: 'transformer.h.0.ln_1' and those of other layers count as 'transformer.h.i.ln_1'.
     """
     seen = {id(owner(w)) for w in tape.weights.values()}
     copies = owned((w.array for entry in tape.entries for w in entry.params if w and w.array is not None), seen)
@@ -187,7 +187,7 @@ def held(tape: Tape) -> tuple[dict[str, int], int]:
 
 
 def arrays_in(saved: Any) -> Iterator[np.ndarray]:
-    """All arrays in what an operation saved, which may be an array, or nested tuples with shapes and names beside."""
+    """Yield all arrays in the `saved` value of an operation: an array, or nested tuples that also hold shapes and names."""
     if isinstance(saved, np.ndarray):
         yield saved
     elif isinstance(saved, Mapping):
@@ -198,14 +198,14 @@ def arrays_in(saved: Any) -> Iterator[np.ndarray]:
 
 
 def owner(x: np.ndarray) -> np.ndarray:
-    """The array that owns the memory: `x` itself, or what it is a view of. A view keeps the whole of it alive."""
+    """Return the array that owns the memory of `x`: `x` itself, or the array of which it is a view, which it keeps alive."""
     while isinstance(x.base, np.ndarray):
         x = x.base
     return x
 
 
 def owned(arrays: Iterable[np.ndarray], seen: set[int]) -> int:
-    """Bytes of the memory behind some arrays, without that of owners in `seen`, to which the new ones are added."""
+    """Return the bytes of memory behind some arrays, without owners in `seen`, to which new owners are added."""
     nbytes = 0
     for x in map(owner, arrays):
         if id(x) not in seen:
@@ -215,9 +215,9 @@ def owned(arrays: Iterable[np.ndarray], seen: set[int]) -> int:
 
 
 def traced_peak(config: Config, batches: Sequence[Batch]) -> int:
-    """The largest number of bytes alive at once within the first step of a fresh run: arrays and Python objects.
+    """Return the peak memory of the first step of a new run: arrays and Python objects, as counted by tracemalloc.
 
-    Counted by tracemalloc, to which NumPy tells its arrays. The interpreter, modules and the text are not in it.
+    Interpreter, modules and the corpus are not counted.
     """
     tracing = tracemalloc.is_tracing()
     tracemalloc.start()
@@ -233,10 +233,10 @@ def traced_peak(config: Config, batches: Sequence[Batch]) -> int:
 
 
 def process_memory() -> tuple[int, int] | None:
-    """Bytes of this process in physical memory: now, and the most so far. None where the system does not tell (Windows).
+    """Return the resident memory of this process, now and at its peak, in bytes; None if the system has no such call.
 
-    Read from /proc where there is one (Linux): what getrusage tells begins, in a child, with the peak of the process that
-    started it. Elsewhere (macOS) it is getrusage's peak, which stands in for 'now' too.
+    On Linux it is read from /proc, since the peak of getrusage, in a child, includes that of the process that started it. On
+    macOS both numbers are getrusage's peak.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -259,13 +259,13 @@ def _text(result: Measurement) -> str:
     sizes += f", H {config.n_head}" * (config.model == "gpt") + f", V {model.config['vocab_size']}"
     parts = [
         f"{model.name}, {model.n_params:,} parameters, recipe {config.recipe}, {config.optimizer}, after {config.steps} steps\n"
-        f"{sizes}. Numbers are bytes; h.i means all layers together."
+        f"{sizes}. Numbers are bytes; h.i stands for the sum over all layers."
     ]
     parts += [f"{name}\n{_section(lines)}" for name, lines in result.sections.items()]
     whats, numbers, remarks = zip(*result.measured_only, strict=True)
     rows = list(zip(whats, _column(numbers), remarks, strict=True))
-    parts.append(f"measured only, predicted by nothing here\n{table([], rows, '  ')}")
-    parts.append(f"NOT as predicted: {'; '.join(result.wrong)}" if result.wrong else "Every prediction is met to the byte.")
+    parts.append(f"measured only\n{table([], rows, '  ')}")
+    parts.append(f"NOT as predicted: {'; '.join(result.wrong)}" if result.wrong else "All predictions are equal to the byte.")
     own = sizes_of(config)
     if isinstance(own, GPTConfig):
         assert config.batch_size is not None
@@ -274,8 +274,8 @@ def _text(result: Measurement) -> str:
 
 
 def _section(lines: Sequence[Line]) -> str:
-    together = Line("together", "", sum(line.predicted for line in lines), sum(line.measured for line in lines))
-    lines = [*lines, *([together] if len(lines) > 1 else [])]
+    total = Line("total", "", sum(line.predicted for line in lines), sum(line.measured for line in lines))
+    lines = [*lines, *([total] if len(lines) > 1 else [])]
     predicted = _column([line.predicted for line in lines])
     measured = _column([line.measured for line in lines])
     rows = [[line.what, line.formula, p, m, line.verdict] for line, p, m in zip(lines, predicted, measured, strict=True)]
@@ -283,13 +283,13 @@ def _section(lines: Sequence[Line]) -> str:
 
 
 def _column(numbers: Sequence[int]) -> list[str]:
-    """Numbers as text, flush right under each other."""
+    """Return numbers as text, right-aligned."""
     cells = [f"{number:,}" for number in numbers]
     return [cell.rjust(max(map(len, cells))) for cell in cells]
 
 
 def paper_rows(config: Config) -> list[Row]:
-    """`against_paper` for the sizes of a run; of no other model than the GPT."""
+    """Return `against_paper` for a run of the GPT, else []."""
     sizes = sizes_of(config)
     if not isinstance(sizes, GPTConfig):
         return []

@@ -1,4 +1,4 @@
-"""What scripts/memory.py prints: the ledger of one choice, and the published tables beside it."""
+"""The `memory` command: the ledger of a choice of model and states, and published tables."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from refimpl.training.console import json_text, table
 from refimpl.training.memory_limits import GIB
 
 OWN = "gpt"
-"""The name of this project's own GPT among the architectures."""
-NOTE_PARAMS = 7_000_000_000
-"""What is counted where no size is given: the note's example."""
+"""The name of this project's GPT among the architectures."""
+DEFAULT_PARAMS = 7_000_000_000
+"""The number of parameters if no size is given."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is to be counted: flags of scripts/memory.py, checked. `model` is None where only the parameters are known."""
+    """The checked flags of scripts/memory.py. `model` is None if only the number of parameters is known."""
 
     what: str
     n_params: int
@@ -73,7 +73,7 @@ def choose(
     block_size: int | None = None,
     checkpointing: str = "none",
 ) -> Choice:
-    """Check the flags and fill in the rest. sizes: n_layer, n_head, n_embd, vocab_size of a GPT of this project's kind.
+    """Check the flags and fill in defaults. sizes: n_layer, n_head, n_embd, vocab_size of this project's GPT.
 
     Errors: UsageError that names the flag and what it must be.
     """
@@ -89,7 +89,7 @@ def choose(
     if architecture and not 1 <= T <= architecture.block_size:
         raise UsageError(f"--block-size is {T}: {architecture.name} takes 1 to {architecture.block_size} tokens")
     states, source, chosen = _states(recipe, convention, optimizer, momentum, grad_accum, architecture)
-    n_params = architecture.n_params if architecture else int(NOTE_PARAMS if params is None else params)
+    n_params = architecture.n_params if architecture else int(DEFAULT_PARAMS if params is None else params)
     what = f"{architecture.name}, {n_params:,} parameters" if architecture else f"{n_params:,} parameters"
     return Choice(what, n_params, states, source, architecture, chosen, zero, ranks, batch_size, T, checkpointing)
 
@@ -97,14 +97,14 @@ def choose(
 def _architecture(
     params: float | None, preset: str | None, model: str | None, sizes: dict[str, int], block_size: int | None
 ) -> Architecture | None:
-    """The model that was asked for, if any."""
+    """Return the model that the flags name, if any."""
     given = [flag for flag, value in (("--params", params), ("--preset", preset), ("--model", model)) if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} contradict each other: give one")
     if preset is not None and preset not in PRESETS:
         raise UsageError(unknown("preset", preset, PRESETS))
     if sizes and model is None:
-        raise UsageError(f"--{min(sizes).replace('_', '-')} is a size of --model gpt: give that too")
+        raise UsageError(f"--{min(sizes).replace('_', '-')} is a size of --model gpt: add --model gpt")
     if model is None:
         return PRESETS[preset] if preset else None
     if model != "gpt":
@@ -131,7 +131,7 @@ def _states(
     kept = f"recipe {chosen.name} with {optimizer}" + (f", {grad_accum} micro-batches" if grad_accum > 1 else "")
     embeddings = (model.vocab_size + model.gpt * model.block_size) * model.n_embd if model else 0
     if model is None and any(part.first is not None for part in chosen.buffers().values()):
-        kept += " (without what only embeddings have: name a model)"
+        kept += " (without states of embeddings only: give a model)"
     return chosen.bytes_by_buffer(rule.moments, grad_accum, embeddings, model.n_params if model else 1), kept, chosen
 
 
@@ -139,7 +139,7 @@ def _states(
 
 
 def ledger(choice: Choice) -> list[Line]:
-    """The model states of a choice, on one rank."""
+    """Return the model states of a choice, on one rank."""
     return [
         Line("model states", kind, nbytes, _divided(kind, nbytes, choice))
         for kind, nbytes in per_rank(choice.n_params, choice.states, choice.stage, choice.ranks).items()
@@ -147,18 +147,18 @@ def ledger(choice: Choice) -> list[Line]:
 
 
 def published(choice: Choice) -> list[Line]:
-    """Activations by the published formula; empty where no model is known."""
+    """Return activations by the published formula; [] if no model is known."""
     if not choice.model:
         return []
     terms = published_activations(choice.model, choice.batch_size, choice.block_size, choice.checkpointing)
     lines = [Line("activations", t.name, t.count * t.nbytes, f"{t.count} layers" if t.count > 1 else "") for t in terms]
     if choice.checkpointing != "none":
-        lines.append(Line("buffers", "one layer, computed again", _one_layer(choice), "while its backward runs"))
+        lines.append(Line("buffers", "one layer, recomputed", _one_layer(choice), "during its backward pass"))
     return lines
 
 
 def _one_layer(choice: Choice) -> int:
-    """What checkpointing has to make again for one layer."""
+    """Return the bytes that checkpointing recomputes for one layer."""
     assert choice.model
     whole = published_activations(choice.model, choice.batch_size, choice.block_size)
     kept = published_activations(choice.model, choice.batch_size, choice.block_size, choice.checkpointing)
@@ -167,12 +167,12 @@ def _one_layer(choice: Choice) -> int:
 
 
 def _divided(kind: str, nbytes: int, choice: Choice) -> str:
-    each = f"{_number(choice.states[kind])} bytes a parameter"
+    each = f"{_number(choice.states[kind])} bytes per parameter"
     return each + (f", 1/{choice.ranks} of it" if nbytes < choice.n_params * choice.states[kind] else "")
 
 
 def _own_config(choice: Choice) -> GPTConfig | None:
-    """The model of this project that a choice is about, if it is; it has no checkpointing."""
+    """Return the configuration of this project's GPT if the choice is about it, without checkpointing; else None."""
     a = choice.model
     if a is None or a.name != OWN or choice.checkpointing != "none":
         return None
@@ -180,7 +180,7 @@ def _own_config(choice: Choice) -> GPTConfig | None:
 
 
 def own_gpt(choice: Choice) -> list[Line]:
-    """What our own GPT keeps, by the closed formulas of `activations`; empty where the choice is not one of ours."""
+    """Return the activations of our GPT, by our formulas; [] if the choice is about another model."""
     config = _own_config(choice)
     if config is None or choice.recipe is None:
         return []
@@ -190,13 +190,13 @@ def own_gpt(choice: Choice) -> list[Line]:
 
 
 def show_memory(as_json: bool = False, **flags: Any) -> None:
-    """What scripts/memory.py does without --measure and the tables. Errors: UsageError."""
+    """Print the ledger. Errors: UsageError."""
     choice = choose(**flags)
     print(json_text(ledger_data(choice)) if as_json else ledger_text(choice))
 
 
 def ledger_data(choice: Choice) -> dict[str, Any]:
-    """The ledger as plain data. The total takes our own formula for activations where there is one."""
+    """Return the ledger as plain data. The total uses our formula for activations if there is one."""
     states, own, paper = ledger(choice), own_gpt(choice), published(choice)
     return {
         "what": choice.what,
@@ -215,18 +215,18 @@ def ledger_data(choice: Choice) -> dict[str, Any]:
 
 
 def ledger_text(choice: Choice) -> str:
-    """The ledger for a person."""
+    """Return the ledger as text."""
     states, own, paper = ledger(choice), own_gpt(choice), published(choice)
     rank = f", on each of {choice.ranks} ranks, ZeRO stage {choice.stage}" if choice.ranks > 1 else ""
     each = " + ".join(_number(size) for size in choice.states.values())
     total = _number(sum(choice.states.values(), Fraction(0)))
     parts = [
         f"{choice.what}{rank}\n{choice.states_from}",
-        f"model states: {each} = {total} bytes a parameter\n{_table(states)}",
+        f"model states: {each} = {total} bytes per parameter\n{_table(states)}",
     ]
     sizes = f"{choice.batch_size} sequences of {choice.block_size} tokens, checkpointing {choice.checkpointing}"
     if own:
-        parts.append(f"activations of this project's GPT, {sizes}: its own formula; --measure weighs it\n{_table(own)}")
+        parts.append(f"activations of this project's GPT by its own formula (see --measure), {sizes}\n{_table(own)}")
         config = _own_config(choice)
         assert config and choice.recipe
         parts.append(paper_text(config, choice.recipe, choice.batch_size, choice.block_size))
@@ -238,36 +238,36 @@ def ledger_text(choice: Choice) -> str:
 
 
 def _remarks(choice: Choice) -> list[str]:
-    """What must be said with the figures."""
+    """Return remarks on the figures."""
     if choice.model is None:
         remarks = ["Activations depend on the model's sizes: give --preset or --model gpt."]
-        if choice.n_params == NOTE_PARAMS:
+        if choice.n_params == DEFAULT_PARAMS:
             gpt2 = 16 * 1_500_000_000 // GB
-            remarks.append(f"(The note also says {gpt2} GB here: that is GPT-2 with 1.5 billion parameters, arXiv 1910.02054.)")
+            remarks.append(f"(The often quoted {gpt2} GB are for the 1.5 billion parameters of GPT-2, in arXiv 1910.02054.)")
         return remarks
     if not choice.model.gpt:
-        return ["The formula counts dropout masks, which this model has not; its gated MLP keeps one more F than a GPT's."]
+        return ["The formula counts dropout masks, which this model lacks; its gated MLP stores one more F than a GPT's."]
     return []
 
 
 def _totals(choice: Choice, states: Sequence[Line], rest: Sequence[Line]) -> str:
     rows = [["model states", *_units(_sum(states))]]
     if rest:
-        rows += [["activations and buffers", *_units(_sum(rest))], ["together", *_units(_sum(states) + _sum(rest))]]
-    rows.append(["to infer only, 2 bytes a parameter", *_units(2 * choice.n_params)])
+        rows += [["activations and buffers", *_units(_sum(rest))], ["total", *_units(_sum(states) + _sum(rest))]]
+    rows.append(["inference only, 2 bytes per parameter", *_units(2 * choice.n_params)])
     text = table(["", "GB (10^9)", "GiB (2^30)"], rows)
     if choice.ranks > 1:
-        text += f"\n\neach rank sends about {COMMUNICATION[choice.stage]} elements a parameter a step"
+        text += f"\n\neach rank sends about {COMMUNICATION[choice.stage]} elements per parameter and step"
     return text
 
 
 def paper_text(config: GPTConfig, recipe: Recipe, batch_size: int, block_size: int) -> str:
-    """One layer, tensor by tensor: the published formula beside ours."""
+    """Return a table of one layer, tensor by tensor, by the published formula and by ours."""
     rows = against_paper(config, recipe, batch_size, block_size)
-    rows.append(Row("together", sum(row.paper for row in rows), sum(row.ours for row in rows), ""))
+    rows.append(Row("total", sum(row.paper for row in rows), sum(row.ours for row in rows), ""))
     cells = [[row.tensor, f"{row.paper:,}", f"{row.ours:,}", row.why] for row in rows]
     return (
-        "One layer beside the published formula, 34 s b h + 5 a s^2 b bytes (Korthikanti et al. 2022, arXiv 2205.05198):\n"
+        "One layer by the published formula, 34 s b h + 5 a s^2 b bytes (Korthikanti et al. 2022, arXiv 2205.05198):\n"
         f"16-bit values, with dropout; s = T, b = B, h = C, a = H. Ours is recipe {recipe.name}, without dropout.\n"
         + table(["tensor", "paper", "ours", "why"], cells, "  ")
     )
@@ -275,7 +275,7 @@ def paper_text(config: GPTConfig, recipe: Recipe, batch_size: int, block_size: i
 
 def _table(lines: Sequence[Line]) -> str:
     rows = [[line.name, f"{line.nbytes:,}", *_units(line.nbytes), line.remark] for line in lines]
-    rows.append(["together", f"{_sum(lines):,}", *_units(_sum(lines)), ""])
+    rows.append(["total", f"{_sum(lines):,}", *_units(_sum(lines)), ""])
     return table(["kind", "bytes", "GB", "GiB", ""], rows, "  ")
 
 
@@ -284,7 +284,7 @@ def _sum(lines: Sequence[Line]) -> int:
 
 
 def _units(nbytes: int) -> tuple[str, str]:
-    """'112' and '104.3': at least four digits, and none of a whole number's decimals."""
+    """Return bytes in GB and GiB as text: four digits or more, and whole numbers without decimals: '112', '104.3'."""
     return _short(nbytes / GB), _short(nbytes / GIB)
 
 
@@ -300,7 +300,7 @@ def _number(size: Fraction) -> str:
 
 
 def show_conventions(as_json: bool = False) -> None:
-    """Print every published convention: its split, its sum, where it is written."""
+    """Print every published convention: bytes by kind, their sum, and the source."""
     if as_json:
         print(json_text({
             c.name: {"states": {k: float(v) for k, v in c.states.items()}, "total": float(c.total), "source": c.source,
@@ -312,12 +312,12 @@ def show_conventions(as_json: bool = False) -> None:
     for c in CONVENTIONS.values():
         split = " + ".join(f"{kind} {_number(size)}" for kind, size in c.states.items())
         rows.append([c.name, _number(c.total), split, c.source, c.remark])
-    print("Bytes a parameter of model states, with Adam, as published.\n")
+    print("Published bytes per parameter of the model states, with Adam.\n")
     print(table(["convention", "bytes", "of which", "source", ""], rows))
 
 
 def show_zero_table(as_json: bool = False) -> None:
-    """Print ZeRO's table: GB of model states on each rank, by stage and number of ranks."""
+    """Print ZeRO's table: GB of model states per rank, by stage and number of ranks."""
     tables = zero_table()
     if as_json:
         print(json_text({str(n): {str(r): dict(zip(("1", "2", "3"), gb, strict=True)) for r, gb in rows.items()}
@@ -326,8 +326,8 @@ def show_zero_table(as_json: bool = False) -> None:
     header = ["ranks"] + [f"{n / 1e9:g}B: stage {stage}" for n in tables for stage in (1, 2, 3)]
     ranks = next(iter(tables.values())).keys()
     rows = [[str(r), *(_short(gb) for n in tables for gb in tables[n][r])] for r in ranks]
-    print("GB (10^9 bytes) of model states on each rank at 16 bytes a parameter: arXiv 1910.02054, table 1.\n")
+    print("GB (10^9 bytes) of model states per rank at 16 bytes per parameter: arXiv 1910.02054, table 1.\n")
     print(table(header, rows))
     print("\nStage 1 divides the optimizer's states, 2 the gradients too, 3 the weights too. Each rank sends about "
           + ", ".join(f"{elements} (stage {stage})" for stage, elements in COMMUNICATION.items() if stage)
-          + " elements a parameter a step.")  # fmt: skip
+          + " elements per parameter and step.")  # fmt: skip

@@ -1,11 +1,11 @@
-"""The memory of training in closed form: model states, ZeRO's shards of them, and the published formulas for activations.
+"""The memory of training by formulas: model states, ZeRO's shards of them, and published formulas for activations.
 
-    bytes of the model states = parameters x (weights + gradients + masters + m + v)       the note: 2 + 2 + 4 + 4 + 4 = 16
+    bytes of the model states = parameters x (weights + gradients + masters + m + v)       2 + 2 + 4 + 4 + 4 = 16 per parameter
 
-The states of a recipe follow from its table; other conventions, as published, stand in CONVENTIONS. What our own tape holds
-is in `activations`, and `measure_memory` weighs both.
+The states of a recipe follow from its table; CONVENTIONS has published alternatives. The activations on our own tape are in
+`training/activation_memory.py`, and `measure.py` measures both. A GB is 10^9 bytes, a GiB 2^30, which is 7.4 % more.
 
-GB is 10^9 bytes and GiB 2^30, 7.4 % more. The note takes the one for the other.
+Source: Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer, as far as its memory depends on it. Letters: L layers, C width, F the MLP's, V vocabulary.
+    """The sizes of a decoder-only transformer. Letters: L layers, C width, F width of the MLP, V vocabulary.
 
     n_kv_head: heads of keys and values, fewer than n_head in grouped-query attention. gpt: biases, layer norms with bias,
     learned positions (else rotary ones), an MLP of two matrices (else three, gated), and a tied output layer.
@@ -42,12 +42,12 @@ class Architecture:
 
     @property
     def width_ff(self) -> int:
-        """F: 4 C unless it is given."""
+        """Return F, by default 4 C."""
         return self.n_ff or 4 * self.n_embd
 
     @property
     def n_params(self) -> int:
-        """Number of parameters.
+        """Return the number of parameters.
 
         GPT:    V C + T C + L (4 C^2 + 2 C F + 9 C + F) + 2 C         (F = 4 C: L (12 C^2 + 13 C))
         other:  2 V C + L (2 C^2 + 2 C C_kv + 3 C F + 2 C) + C         C_kv = C n_kv_head / n_head
@@ -75,7 +75,7 @@ PRESETS: dict[str, Architecture] = {
 
 @dataclass(frozen=True)
 class Convention:
-    """A published way to count or to keep model states: bytes a parameter by kind, and where it is written."""
+    """A published way to count or store model states: bytes per parameter by kind, and the source."""
 
     name: str
     states: Bytes
@@ -84,7 +84,7 @@ class Convention:
 
     @property
     def total(self) -> Fraction:
-        """Bytes a parameter."""
+        """Return the bytes per parameter of all states."""
         return sum(self.states.values(), Fraction(0))
 
 
@@ -98,11 +98,11 @@ CONVENTIONS: dict[str, Convention] = {
     row.name: row
     for row in (
         Convention("zero", _states(weights=2, grads=2, master=4, m=4, v=4),
-                   "Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1; llm.c's default", "the note's 16"),
+                   "Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1; llm.c's default", ""),
         Convention("llm.c-no-master", _states(weights=2, grads=2, m=4, v=4), "llm.c, train_gpt2.cu -w 0",
                    "BF16 weights rounded stochastically"),
         Convention("torch-amp", _states(weights=4, grads=4, m=4, v=4), "PyTorch, torch.amp",
-                   "FP32 weights; 16-bit copies of them within a step come on top"),
+                   "FP32 weights; 16-bit copies of them during a step come on top"),
         Convention("fp32", _states(weights=4, grads=4, m=4, v=4), "plain FP32 with Adam", "as many as mixed precision"),
         Convention("megatron-bf16", _states(weights=2, grads=4, master=4, m=4, v=4),
                    "Megatron-LM, docs of the distributed optimizer", "gradients summed in FP32; distributed: 6 + 12/N"),
@@ -112,15 +112,15 @@ CONVENTIONS: dict[str, Convention] = {
                    "an FP32 copy of the gradients"),
         Convention("pure-bf16", _states(weights=2, grads=2, m=2, v=2), "everything in BF16, no masters", "loses small updates"),
         Convention("bf16-kahan", _states(weights=2, grads=2, weights_compensation=2, m=2, v=2),
-                   "Zamirai et al. 2020, arXiv 2010.06192", "what each update lost is kept in BF16"),
+                   "Zamirai et al. 2020, arXiv 2010.06192", "the rounding error of each update is stored in BF16"),
         Convention("bf16-fp32-moments", _states(weights=2, grads=2, m=4, v=4), "BF16 weights, FP32 moments, no masters", ""),
         Convention("adam-8bit", _states(weights=2, grads=2, m=1, m_scales=_SCALE, v=1, v_scales=_SCALE),
-                   "Dettmers et al. 2022, arXiv 2110.02861; torchao", f"an FP32 scale for {_BLOCK_8BIT} values of m, and of v"),
+                   "Dettmers et al. 2022, arXiv 2110.02861; torchao", f"an FP32 scale per {_BLOCK_8BIT} values of m, and of v"),
         Convention("ms-amp-o2", _states(weights=2, grads=1, m=1, v=2), "Peng et al. 2023, arXiv 2310.18313 (MS-AMP)",
                    "FP8 gradients and m, FP16 v; the FP16 weight is the master"),
     )
 }  # fmt: skip
-"""Named layouts. Kinds beyond the note's five: main_grads (FP32 gradients beside 16-bit ones), compensation, scales."""
+"""Published conventions by name. Further kinds: main_grads (FP32 gradients beside 16-bit ones), compensation, scales."""
 
 
 ZERO_SIZES = (7_500_000_000, 128_000_000_000, 1_000_000_000_000)
@@ -128,7 +128,7 @@ ZERO_RANKS = (1, 4, 16, 64, 256, 1024)
 
 
 def zero_table() -> dict[int, dict[int, tuple[float, float, float]]]:
-    """ZeRO's table 1: parameters -> ranks -> GB a rank at stages 1, 2 and 3, for 16 bytes a parameter.
+    """Return ZeRO's table 1: parameters -> ranks -> GB per rank at stages 1, 2 and 3, for 16 bytes per parameter.
 
     Source: arXiv 1910.02054, table 1.
     """
@@ -148,7 +148,7 @@ CHECKPOINTING = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class ActivationTerm:
-    """A line of a published formula: how often it is kept (once a layer, or once), and the bytes of one."""
+    """A line of a published formula: the number of copies (one per layer, or one), and the bytes of each."""
 
     name: str
     count: int
@@ -156,16 +156,16 @@ class ActivationTerm:
 
 
 def published_activations(a: Architecture, b: int, s: int, checkpointing: str = "none") -> list[ActivationTerm]:
-    """Bytes of activations in 16-bit training of a GPT, by the formulas of Korthikanti et al., without ours of `activations`.
+    """Return the bytes of activations in 16-bit training of a GPT, by the formulas of Korthikanti et al.
 
-        a layer, nothing computed again     s b h (34 + 5 a s / h)       attention 11 s b h + 5 a s^2 b, MLP 19, norms 4
-        selective (attention's core again)  34 s b h
-        full (only its input is kept)       2 s b h
-        the ends                            s b h (embedding's mask) + 4 s b h (1 + V / h) (last norm, output layer, loss)
+        per layer, nothing recomputed       s b h (34 + 5 a s / h)       attention 11 s b h + 5 a s^2 b, MLP 19, norms 4
+        selective (attention's core is)     34 s b h
+        full (only the input is stored)     2 s b h
+        outside the layers                  s b h (embedding's mask) + 4 s b h (1 + V / h) (last norm, output layer, loss)
 
-    s tokens, b sequences, h width, a heads. An MLP of width F other than 4 h has s b (3 h + 4 F) for its 19 s b h: the
+    s tokens, b sequences, h width, a heads. An MLP of another width F than 4 h has s b (3 h + 4 F) instead of 19 s b h: the
     inputs of its linear layers and of GELU, and its mask.
-    Differs from the source: that MLP term is Megatron-LM's (theoretical_memory_usage.py); a gated MLP keeps one more F.
+    Differs from the source: that MLP term is Megatron-LM's (theoretical_memory_usage.py); a gated MLP stores one more F.
     Source: Korthikanti et al. 2022, arXiv 2205.05198, sections 4 and 5.
     """
     if checkpointing not in CHECKPOINTING:
