@@ -116,7 +116,7 @@ def test_the_report_and_its_exit_code(capsys: pytest.CaptureFixture[str], monkey
     assert "All predictions are equal to the byte." in text and "peak of the process" in text and "dropout mask" in text
     assert measure_model({**TINY, "recipe": "bf16"}, as_json=True) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["equal"] and data["measured_only"]["largest memory of one step"] > 0
+    assert data["equal"] and data["measured_only"]["peak memory of one step"] > 0
     monkeypatch.setattr("refimpl.tools.memory.measure.gpt_activations", lambda *a: [])
     assert measure_model({**TINY, "recipe": "fp16"}, as_json=False) == 1
     assert "NOT as predicted: activations: transformer.wte: not in the formula" in capsys.readouterr().out

@@ -140,11 +140,11 @@ def test_shares_of_the_zones_by_hand() -> None:
     counts = counted([0.0, 2.0**-30, 2.0**-25, 2.0**-15, 2.0**-14, 1.0, 2.0**15, 2.0**16])
     assert zone_shares(counts) == {"flushed": 1 / 7, "subnormal": 2 / 7, "normal": 3 / 7, "overflow": 1 / 7}
     sentence = range_sentence(counts)
-    assert "29 % lie in the subnormal range of fp16" in sentence and "14 % below it" in sentence
-    assert "fp16 is too small for the largest of them. 12 % of all values are exactly zero" in sentence
+    assert "29 % are in the subnormal range of fp16" in sentence and "14 % below it" in sentence
+    assert "fp16 is too small for the largest of them. 12 % of all values are zero" in sentence
     assert "loses the smallest" in range_sentence(counted([2.0**-30, 1.0]))
-    assert range_sentence(counted([1.0, 2.0])) == "All that are finite and not zero lie in the normal range of fp16."
-    assert range_sentence(counted([1.0, math.inf, math.nan])).endswith(" 2 values more had been infinite or NaN before.")
+    assert range_sentence(counted([1.0, 2.0])) == "All finite nonzero values are in the normal range of fp16."
+    assert range_sentence(counted([1.0, math.inf, math.nan])).endswith(" 2 values more had been Inf or NaN before.")
 
 
 def test_the_summary_by_hand() -> None:
@@ -154,15 +154,15 @@ def test_the_summary_by_hand() -> None:
     inspection = by_hand({"lm_head:linear.dw.dw": scaled, "lm_head:linear.y.y": counted([1e9, 1.0])}, 256.0)
     run, casts, gradients, loss = summary(inspection)
     assert run.startswith("A run by hand: gpt with ") and "recipe fp16" in run
-    assert casts.startswith("1 of 1 step was looked at, at 2 casts each: 12 values in all. 10 % of those that were not zero")
+    assert casts.startswith("1 of 1 step was inspected, at 2 casts each: 12 values in all. 10 % of the nonzero values")
     assert "1 overflowed." in casts and "is dw of lm_head: 12 %." in casts
-    assert gradients.startswith("Without a loss scale 38 % of the gradients")
+    assert gradients.startswith("Without a loss scale, 38 % of the nonzero gradients")
     assert "(S = 2^8) 12 % did. No step was skipped." in gradients
     assert loss == "The loss was 2.000 at step 1 and 2.000 at step 1."
     nothing = by_hand({"lm_head:linear.y.y": counted([1.0])})
-    assert "None of them became zero that was not, and none overflowed." in summary(nothing)[1]
+    assert "None of them was flushed to zero, and none overflowed." in summary(nothing)[1]
     mistaken = replace(nothing, config=replace(nothing.config, mistake="no-unscale"))
-    assert "with the mistake 'no-unscale' switched in" in summary(mistaken)[0]
+    assert "with the mistake 'no-unscale' injected" in summary(mistaken)[0]
 
 
 def test_words() -> None:
@@ -219,12 +219,12 @@ def test_the_caption_of_the_sweep_by_hand() -> None:
     caption = sweep_caption(swept([(0.2, 0), (0.0005, 0), (0, 0)], [(0.1, 0), (0, 0), (0, 3)]))
     assert "At S = 1 the layer that loses most is head: 20 %" in caption
     assert "From S = 2^2 on no layer loses more than 0.10 %." in caption
-    assert "From S = 2^4 on gradients overflow (there in block 0)" in caption and caption.endswith("This run had S = 1.")
+    assert "From S = 2^4 on gradients overflow (first in block 0)" in caption and caption.endswith("This run had S = 1.")
     hopeless = sweep_caption(swept([(0.2, 0), (0, 9)], [(0, 0), (0, 0)]))
     assert "At no S below overflow does every layer lose less than 0.10 %." in hopeless
     fine = sweep_caption(swept([(0, 0)], [(0, 0)]))
     assert "At S = 1 no gradient becomes zero." in fine and "At none of these scales does a gradient overflow." in fine
-    assert "NaNs are counted neither" in sweep_caption(inspected("no finite loss")) and "NaNs" not in caption
+    assert "NaNs count neither" in sweep_caption(inspected("no finite loss")) and "NaNs" not in caption
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_a_skipped_step_does_not_always_halve_the_scale() -> None:
     inspection = inspect(fresh(Config.of({**sizes, "loss_scale": "megatron"})))
     assert inspection.rows[0].skipped and inspection.rows[1].loss_scale == inspection.rows[0].loss_scale
     (picture, _) = run_pictures(inspection)
-    assert "backs off, at once or after more of them" in picture.caption and "halves" not in picture.caption
+    assert "is reduced, at once or after several of them" in picture.caption and "halves" not in picture.caption
 
 
 def test_the_loss_scale_is_drawn_with_the_steps_that_were_skipped(axes: Any) -> None:
@@ -326,7 +326,7 @@ def test_gradients_before_the_loss_scale_are_the_unscaled_ones() -> None:
     assert (before.title, after.title) == ("Gradients before the loss scale", "Gradients times the loss scale, 2^8")
     assert before.caption.startswith("3 values, exponents 2^-28 to 2^0.") and "50 % below it" in before.caption
     assert after.caption.startswith("3 values, exponents 2^-20 to 2^8.") and " 0 % below it" in after.caption
-    assert "33 % of all values are exactly zero" in before.caption
+    assert "33 % of all values are zero" in before.caption
 
 
 @needs_matplotlib
@@ -339,9 +339,10 @@ def test_captions_on_updates_name_what_the_recipe_keeps() -> None:
     assert f"{mean} of the bf16 copies of them" in captions("bf16")[0] and "of the fp32 masters" in captions("bf16")[0]
     last = rows[-1]
     assert last.weights_moved is not None
-    assert f"After step 4, {percent(1 - last.weights_moved)} of the bf16 copies are where they started" in captions("bf16")[1]
+    at_start = percent(1 - last.weights_moved)
+    assert f"After step 4, {at_start} of the bf16 copies have their initial values" in captions("bf16")[1]
     assert "of the fp32 weights" in captions("fp32")[0]
-    assert "of the bf16 weights, which have no masters" in captions("pure-bf16")[0]
+    assert "of the bf16 weights without masters" in captions("pure-bf16")[0]
 
 
 # -- the page as HTML --------------------------------------------------------------------------------------------------

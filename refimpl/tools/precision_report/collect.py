@@ -1,8 +1,8 @@
-"""What every rounding of a training run did, counted: the data behind scripts/inspect_precision.py.
+"""The data of a precision report: what every cast of a training run did.
 
-The run is `step.train_step` itself. At the steps that are looked at, a `RoundingMonitor` counts every cast; at all steps
-the weights are held against those before, with masters and as they would be without. At the end one batch goes backward
-at many loss scales, to see what each of them would have kept.
+The run is `step.train_step` itself. At the inspected steps a `RoundingMonitor` counts every cast; at all steps the weights
+are compared with those before, with masters and as they would be without. At the end backward runs on one batch with many
+loss scales, to see which gradients each of them keeps.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from refimpl.training.setup import Training
 from refimpl.training.trainer import SKIPS_BEFORE_STOP, Trainer, start
 
 SWEEP = range(0, 26, 2)
-"""Exponents of the loss scales that one batch is sent backward with at the end: 2^0 to 2^24."""
+"""Exponents of the loss scales of the backward passes at the end: 2^0 to 2^24."""
 
 
-# -- where the run comes from ------------------------------------------------------------------------------------------
+# -- sources of a run --------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Source:
-    """A run that is about to take its steps, and the batches that it will take them on."""
+    """A run before its steps, and the batches of these steps."""
 
     what: str
     config: Config
@@ -54,21 +54,21 @@ class Source:
 
 
 def fresh(config: Config) -> Source:
-    """A run from its beginning."""
+    """Return a new run."""
     assert config.steps is not None
     training = start(config)
     batches = _on_device(batches_of(config, None), training)
-    return Source(f"a fresh run of {_steps(config.steps)}", config, training, batches, config.steps)
+    return Source(f"a new run of {_steps(config.steps)}", config, training, batches, config.steps)
 
 
 def from_trace(path: Path) -> Source:
-    """The run of a trace once more: from its start, on its batches, with the configuration that its header holds.
+    """Return the run of a trace: from its initial weights, on its batches, with the configuration in its header.
 
-    Errors: UsageError when it lacks one of them.
+    Errors: UsageError if it lacks one of them.
     """
     trace = load(path)
     if not trace.config:
-        raise UsageError(f"{path} does not say how it was made: it must come from `scripts/trace.py record`")
+        raise UsageError(f"{path} holds no configuration: it must come from `scripts/trace.py record`")
     config = config_from(trace.config)
     assert config.steps is not None
     config = replace(config, steps=max(config.steps, len(trace.steps)))
@@ -84,14 +84,14 @@ def _steps(n: int) -> str:
 
 
 def _on_device(steps: Iterable[Sequence[Batch]], training: Training) -> Iterator[list[Batch]]:
-    """The batches of each step, where the run computes."""
+    """Return the batches of each step on the run's device."""
     return ([training.model.batch_on(training.state.backend, x, y) for x, y in batches] for batches in steps)
 
 
 def from_checkpoint(folder: Path, steps: int) -> Source:
-    """A run of scripts/train.py, from its checkpoint on, for `steps` more steps. The folder is only read.
+    """Return a run of scripts/train.py that continues from its checkpoint for `steps` steps. The folder is only read.
 
-    Where the run had planned fewer steps, its learning rate is planned anew. Errors: UsageError.
+    If these are more steps than the run had planned, its schedule is extended. Errors: UsageError.
     """
     saved, (_, header) = read_config(folder), checkpoint.load(folder / CHECKPOINT)
     check_run_header(folder / CHECKPOINT, header)
@@ -103,16 +103,16 @@ def from_checkpoint(folder: Path, steps: int) -> Source:
     return Source(what, trainer.config, trainer.training, batches, steps)
 
 
-# -- what is counted ---------------------------------------------------------------------------------------------------
+# -- counts ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """One step: its loss and loss scale, and how many weights its update did not move, as shares of all.
+    """One step: its loss and loss scale, and the shares of weights that its update did not move.
 
-    masters_still: FP32 masters that stayed the same. weights_still: their 16-bit copies that did.
-    alone_still: 16-bit weights that stay the same when the same updates are added to them, without masters.
-    weights_moved, alone_moved: those of the two that are no longer where they started. None: not kept by this recipe.
+    masters_still: FP32 masters that did not change. weights_still: their 16-bit copies that did not.
+    alone_still: 16-bit weights that do not change if the same updates are added to them, without masters.
+    weights_moved, alone_moved: copies and 16-bit weights that differ from their initial values. None: not in this recipe.
     """
 
     step: int
@@ -128,11 +128,11 @@ class StepRow:
 
 @dataclass
 class Inspection:
-    """All that was seen of a run. Counts are sums over the steps in `sampled`."""
+    """The results of an inspection. Counts are sums over the steps in `sampled`."""
 
     what: str
     config: Config
-    low: str  # the 16-bit format that weights are held against
+    low: str  # the 16-bit format in which weights are compared
     what_if: tuple[str, ...]
     rows: list[StepRow] = field(default_factory=list)
     sampled: list[dict[str, Any]] = field(default_factory=list)  # step, loss_scale, and site -> counts as plain numbers
@@ -140,7 +140,7 @@ class Inspection:
     unscaled: dict[str, Counts] = field(default_factory=dict)  # gradients divided by the loss scale of their step
     others: dict[str, dict[str, Counts]] = field(default_factory=dict)
     sweep: list[dict[str, Any]] = field(default_factory=list)
-    non_finite: str = ""  # where the first loss that was not finite came from, in a sentence
+    non_finite: str = ""  # a sentence on the origin of the first loss that was not finite
 
     def add(self, step: int, scale: float, sites: Mapping[str, Counts], others: Mapping[str, Mapping[str, Counts]]) -> None:
         """Add the counts of one step."""
@@ -159,36 +159,36 @@ def _add_all(totals: dict[str, Counts], counts: Mapping[str, Counts]) -> None:
 
 
 def has_own_scale(counts: Counts) -> bool:
-    """Whether values were divided by a scale of their own before they were rounded: those of 8 bits and fewer always are."""
+    """Return whether values had a scale of their own when they were rounded, as all formats of 8 bits and fewer have."""
     return FORMATS[counts.fmt].bits <= 8
 
 
 def uncounted(config: Config) -> dict[str, str]:
-    """The kinds of state that a recipe keeps in a way whose roundings no monitor is told of: kind -> storage."""
+    """Return the kinds of state whose roundings are not reported to monitors: kind -> encoding."""
     stored = config.make_recipe().state_encodings(config.make_rule().moments, config.grad_accum)
-    told = (Plain, Stochastic, Remainder)
-    return {kind: name for kind, name in stored.items() if type(get_encoding(name)) not in told}
+    reported = (Plain, Stochastic, Remainder)
+    return {kind: name for kind, name in stored.items() if type(get_encoding(name)) not in reported}
 
 
 def _named(monitor: Monitor, state: State) -> Monitor:
-    """A monitor that is told of the upper half of a master as of the weight that it is, though it is made by the update."""
+    """Return a monitor for which the upper half of a split master, written by the update, has the site of the weight."""
     if not isinstance(state.encodings["weights"], Remainder):
         return monitor
     return lambda site, x, y: monitor(site.replace(":update.weights", ":weights_down"), x, y)
 
 
 def plain(counts: Counts) -> dict[str, Any]:
-    """Counts as plain data: without the binades, with the ratio in dB and the range of exponents used."""
+    """Return counts as plain data: without the binades, with the SNR in dB and the range of exponents."""
     data = {k: v for k, v in asdict(counts).items() if k not in ("binades", "signal", "noise")}
     return {**data, "snr_db": counts.snr, "exponents": counts.exponents}
 
 
 def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: Any = None) -> Inspection:
-    """Take the steps of `source`; look at the first, at every `every`-th, and at the last.
+    """Train for the steps of `source`; inspect the first, every `every`-th, and the last.
 
-    A run that skips as many steps in a row as would end one of scripts/train.py ends here too, with what was seen of it.
-    what_if: formats of which is counted what they would have done to the same tensors. bar: a tqdm bar.
-    Errors: UsageError for an unknown format or a senseless `every`.
+    A run that skips as many consecutive steps as would end scripts/train.py ends here too.
+    what_if: formats to which the same tensors are also rounded, for comparison. bar: a tqdm bar.
+    Errors: UsageError for an unknown format, or `every` < 1.
     """
     if every < 1:
         raise UsageError(f"--every is {every}: it must be at least 1")
@@ -197,16 +197,16 @@ def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: A
             raise UsageError(f"--what-if {fmt!r}: choose from {', '.join(f for f in FORMATS if f not in ('fp64', 'e8m0'))}")
     training, low = source.training, low_format(source.config.make_recipe(), what_if)
     result = Inspection(source.what, source.config, low, tuple(what_if))
-    untold = {f"update.{kind}" for kind in uncounted(source.config)}
-    monitor = RoundingMonitor(what_if, training.state.backend.to_host, lambda site: site.partition(":")[2] not in untold)
+    unreported = {f"update.{kind}" for kind in uncounted(source.config)}
+    monitor = RoundingMonitor(what_if, training.state.backend.to_host, lambda site: site.partition(":")[2] not in unreported)
     movement = Movement(training.state, low)
     batches: Sequence[Batch] = ()
     for step, batches in enumerate(source.batches, 1):
-        looked_at = step % every == 0 or step in (1, source.steps)
-        training.set_monitor(_named(monitor, training.state) if looked_at else None)
+        inspected = step % every == 0 or step in (1, source.steps)
+        training.set_monitor(_named(monitor, training.state) if inspected else None)
         outcome = training.step(batches)
         training.set_monitor(None)
-        if looked_at:
+        if inspected:
             result.add(step, float(outcome.loss_scale), *monitor.take())
         if not result.non_finite and not np.isfinite(float(outcome.loss)):
             result.non_finite = f"At step {step}: {find_origin(training, batches, outcome.loss_scale).text}."
@@ -221,19 +221,19 @@ def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: A
 
 
 def low_format(recipe: Recipe, what_if: Sequence[str] = ()) -> str:
-    """The 16-bit format that a recipe's weights are read in: kept so, or cast so by its policy.
+    """Return the 16-bit format of a recipe's weights, or that to which its policy casts them.
 
-    A recipe without one is held against the first 16-bit format of `what_if`, or against bf16.
+    For a recipe without one it is the first 16-bit format of `what_if`, or bf16.
     """
     candidates = [get_encoding(recipe.state["weights"]).fmt, recipe.policy.row("linear.y").input("w"), *what_if, "bf16"]
     return next(fmt for fmt in candidates if fmt in FORMATS and FORMATS[fmt].bits == 16)
 
 
 class Movement:
-    """How many weights an update moves: the masters, their 16-bit copies, and 16-bit weights that have no masters.
+    """Counts the weights that an update moves: masters, their 16-bit copies, and 16-bit weights without masters.
 
-    The last are imagined where the recipe has FP32 masters: the difference that each update makes to the masters is added
-    to weights that are kept in 16 bits only.  w16 = R(w16 + (master_after - master_before)).
+    If the recipe has FP32 masters, the last are simulated: each update's difference of the masters is added to weights in
+    16 bits,  w16 = R(w16 + (master_after - master_before)).
     """
 
     def __init__(self, state: State, low: str) -> None:
@@ -245,15 +245,15 @@ class Movement:
         return np.array(widen(state.backend.to_host(state.values(state.master_kind)), state.math_format))
 
     def _copies(self, state: State, master: np.ndarray) -> np.ndarray:
-        """The 16-bit weights: kept so, or as step 1 makes them."""
+        """Return the weights in 16 bits: as stored, or as step 1 casts them."""
         kept: np.ndarray = state.backend.to_host(state.buffers[state.master_kind])
         return kept.copy() if format_of(kept) == self.low else cast(master, self.low)
 
     def row(self, step: int, outcome: StepResult, state: State) -> StepRow:
-        """The row of a step that has just been taken."""
+        """Return the row of the step just made."""
         master = self._host(state)
         weights = self._copies(state, master)
-        with np.errstate(invalid="ignore", over="ignore"):  # of weights that have become infinite
+        with np.errstate(invalid="ignore", over="ignore"):  # for weights that have become infinite
             updated = widen(self.alone, state.math_format) + (master - self.master)
         alone = cast(updated, self.low) if self.with_masters else weights
         row = StepRow(
@@ -276,9 +276,9 @@ def _share(mask: np.ndarray) -> float:
 
 
 def sweep_scales(training: Training, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-    """Send the same batches backward at each loss scale of SWEEP, with the weights as they are, and count by layer.
+    """Run backward on the same batches and weights with each loss scale of SWEEP, and count by layer.
 
-    Returns a row a scale: its exponent, and layer -> (share of nonzero gradients flushed to zero, number overflowed).
+    Return one row per scale: its exponent, and layer -> (share of nonzero gradients flushed to zero, number overflowed).
     The gradients in the state are overwritten; nothing else changes.
     """
     monitor = RoundingMonitor(to_host=training.state.backend.to_host, only=lambda site: kind_of(site).endswith("gradients"))
@@ -291,7 +291,7 @@ def sweep_scales(training: Training, batches: Sequence[Batch]) -> list[dict[str,
             forward_backward(training.model, batches, training.state, scale, run)
         layers: dict[str, Counts] = {}
         for site, counts in monitor.take()[0].items():
-            if not has_own_scale(counts):  # where values have, no loss scale matters
+            if not has_own_scale(counts):  # otherwise the loss scale makes no difference
                 _add_all(layers, {layer_of(site): counts})
         rows.append({"exponent": exponent, "layers": {k: (c.share("flushed"), c.overflowed) for k, c in layers.items()}})
     training.set_monitor(None)
@@ -299,7 +299,7 @@ def sweep_scales(training: Training, batches: Sequence[Batch]) -> list[dict[str,
 
 
 def layer_of(site: str) -> str:
-    """'transformer.h.3.mlp.c_fc:linear.dw.dw' is in 'block 3'; what comes before or after all blocks, 'embedding' or 'head'."""
+    """Return the layer of a site: 'block 3' for 'transformer.h.3.mlp.c_fc:linear.dw.dw', else 'embedding' or 'head'."""
     place = site.partition(":")[0]
     block = re.search(r"\bh\.(\d+)\.", place)
     if block:

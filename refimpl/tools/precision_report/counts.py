@@ -1,7 +1,7 @@
-"""What roundings do: value by value (`effects_of`), counted over a tensor (`Counts`), and over a run (`RoundingMonitor`).
+"""Effects of roundings: per value (`effects_of`), counted over a tensor (`Counts`), and over a run (`RoundingMonitor`).
 
-Every rounding of a run passes through cast.py, and a run with a monitor hands each of them over: the values before, the
-values after, and the name of the site. Here it is only looked at; nothing in this file rounds for a run.
+A run with a monitor reports its roundings: the name of the site, the values before, and the values after. Nothing in this
+module rounds for the run.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from refimpl.numerics.formats import FORMATS, format_of, widens_to
 
 @dataclass(frozen=True)
 class Effects:
-    """What one rounding did to each value, as arrays of booleans.
+    """The effect of one rounding on each value, as arrays of booleans.
 
-    The first six exclude each other, and one of them holds for every value:
-      exact        nothing: the value is one of the format (zero among them)
-      rounded      it went to a neighboring value of the format
+    Exactly one of the first six holds for each value:
+      exact        the value is one of the format (zero included) and did not change
+      rounded      it became a neighboring value of the format
       flushed      it was not zero, and became zero
-      overflowed   it is too large: an infinity, or NaN where the format has no infinity
-      saturated    it is too large, and became the largest value
-      arrived      it was Inf or NaN already: something before this rounding made it, whatever becomes of it here
-    The other two say more of them:
-      tie          it lay in the middle between two neighboring values, so that the even one was taken
-      subnormal    it became a subnormal value, which has fewer fraction bits the smaller it is
+      overflowed   it was too large and became an infinity, or NaN if the format has no infinity
+      saturated    it was too large and became the largest value
+      arrived      it was Inf or NaN before this rounding
+    The other two hold in addition:
+      tie          it was halfway between two neighboring values, and became the even one
+      subnormal    it became a subnormal value, which has fewer significant bits the smaller it is
     """
 
     exact: np.ndarray
@@ -49,10 +49,9 @@ OUTCOMES = ("exact", "rounded", "flushed", "overflowed", "saturated", "arrived")
 
 
 def effects_of(x: np.ndarray, y: np.ndarray, fmt: str) -> Effects:
-    """What happened to each value of `x` when it became `y`, of format `fmt`.
+    """Return the effect of rounding `x` to `y`, of format `fmt`, for each value.
 
-    x, y: of one shape, in any formats that FP64 holds.
-    A tie is told by the size of the error: half the distance of the format's values in the binade of x.
+    x, y: arrays of one shape, in any formats that FP64 holds. An error of half an ulp in the binade of x is a tie.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         before, after = widen(x, "fp64"), widen(y, "fp64")
@@ -70,20 +69,20 @@ def effects_of(x: np.ndarray, y: np.ndarray, fmt: str) -> Effects:
 
 
 def overflow_threshold(fmt: str) -> float:
-    """The smallest magnitude that does not round to a finite value of the format: 65520 for fp16.
+    """Return the smallest magnitude that does not round to a finite value of the format: 65520 for fp16.
 
-    It lies half an ulp above the largest value; that point itself belongs to it where the largest value's fraction is odd,
-    for then the tie goes up. For e4m3, whose largest value 448 is even, it is the next FP64 value above 464.
+    It is the tie half an ulp above the largest value if that value's fraction is odd, since the tie then rounds up. For e4m3,
+    whose largest value 448 is even, it is the next FP64 number above the tie 464.
     """
     row = FORMATS[fmt]
     step = math.ldexp(row.eps, math.frexp(row.max)[1] - 1)
-    middle = row.max + step / 2  # for fp64 itself this is infinite, rightly
+    middle = row.max + step / 2  # infinite for fp64, as it should be
     odd = row.max / step % 2 == 1
     return middle if odd or math.isinf(middle) else math.nextafter(middle, math.inf)
 
 
 def _ulps(magnitude: np.ndarray, fmt: str) -> np.ndarray:
-    """`show.ulp` for arrays: the distance of the format's values in the binade of each magnitude."""
+    """Return `formats.ulp` for arrays: the distance between the format's values in the binade of each magnitude."""
     row = FORMATS[fmt]
     _, exponents = np.frexp(np.maximum(magnitude, row.smallest_normal))
     ulps: np.ndarray = np.ldexp(1.0, exponents - 1 - row.fraction_bits)
@@ -91,15 +90,15 @@ def _ulps(magnitude: np.ndarray, fmt: str) -> np.ndarray:
 
 
 LOWEST, HIGHEST = -150, 128
-"""The binades that are counted: [2^e, 2^(e+1)) for e from LOWEST, which holds all smaller ones too, to HIGHEST."""
+"""The binades [2^e, 2^(e+1)) that are counted have e from LOWEST, which includes all smaller ones, to HIGHEST."""
 
 
 @dataclass
 class Counts:
-    """What the roundings at one site did, counted: counts of two tensors, or of two steps, add up.
+    """Counts of the effects of roundings at one site. Counts of several tensors, or steps, can be added.
 
-    signal, noise: sums of x^2 and (x - y)^2 over the values that are finite before and after; zeros: x was zero already;
-    binades: how many nonzero finite x lay in [2^e, 2^(e+1)), from e = LOWEST on; largest: the largest finite |x|.
+    signal, noise: sums of x^2 and (x - y)^2 over values that are finite before and after. zeros: number of x that are zero.
+    binades: numbers of nonzero finite x in [2^e, 2^(e+1)), from e = LOWEST on. largest: the largest finite |x|.
     """
 
     fmt: str
@@ -119,7 +118,7 @@ class Counts:
     binades: np.ndarray = field(default_factory=lambda: np.zeros(HIGHEST - LOWEST + 1, np.int64))
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Count what happened to `x` when it became `y`, in pieces that fit a cache."""
+        """Count the effects of rounding `x` to `y`, in pieces that fit a cache."""
         x, y = x.reshape(-1), y.reshape(-1)
         for start in range(0, x.size, _PIECE):
             self._add_piece(x[start : start + _PIECE], y[start : start + _PIECE])
@@ -153,31 +152,31 @@ class Counts:
 
     @property
     def snr(self) -> float:
-        """Signal-to-noise ratio, 10 log10(sum x^2 / sum (x - y)^2) dB: infinite without an error, NaN without a signal."""
+        """Return the SNR, 10 log10(sum x^2 / sum (x - y)^2) dB: infinite without error, NaN without signal."""
         if self.noise == 0:
             return math.inf if self.signal else math.nan
         return 10 * math.log10(self.signal / self.noise)
 
     @property
     def exponents(self) -> tuple[int, int] | None:
-        """The smallest and the largest e with a nonzero finite x in [2^e, 2^(e+1)); None where there is none."""
+        """Return the smallest and the largest e with a nonzero finite x in [2^e, 2^(e+1)), or None."""
         used = np.flatnonzero(self.binades)
         return (int(used[0]) + LOWEST, int(used[-1]) + LOWEST) if used.size else None
 
     def share(self, name: str) -> float:
-        """How many of the values that were finite and not zero it happened to, as a share; 0 where there were none."""
+        """Return the share of the finite nonzero values with an effect; 0 if there are no such values."""
         happened = getattr(self, name) - (self.zeros if name == "exact" else 0)
         return happened / self.nonzero if self.nonzero else 0.0
 
     @property
     def nonzero(self) -> int:
-        """How many values were finite and not zero: those that a rounding can do something to."""
+        """Return the number of finite nonzero values."""
         return self.elements - self.zeros - self.arrived
 
     def divided_by(self, scale: float) -> Counts:
-        """The counts of the values before they were multiplied by a loss scale: binades and the largest; no outcomes.
+        """Return the binades and the largest of the values divided by a loss scale, without outcomes.
 
-        Exact for a power of two; any other scale is taken for the power of two below it.
+        Exact for a power of two; another scale is replaced by the power of two below it.
         """
         power = math.frexp(scale)[1] - 1
         result = Counts(self.fmt, self.elements, self.zeros, arrived=self.arrived, largest=self.largest / scale)
@@ -186,17 +185,17 @@ class Counts:
         return result
 
     def flushed_at(self, factor_exponent: int, fmt: str) -> float:
-        """The share of nonzero values that would become zero in `fmt` if all were multiplied by 2^factor_exponent.
+        """Return the share of nonzero values that would become zero in `fmt` if all were multiplied by 2^factor_exponent.
 
-        A value below half of the smallest subnormal does. The half itself, a tie that goes to zero, is not counted here: it
-        is in the binade of values that survive.
+        These are the values below half of the smallest subnormal. The half itself, a tie that rounds to zero, is not counted,
+        since its binade consists of values that survive.
         """
         half_exponent = math.frexp(FORMATS[fmt].smallest_subnormal)[1] - 2
         below = max(0, half_exponent - factor_exponent - LOWEST)
         return float(self.binades[:below].sum() / self.nonzero) if self.nonzero else 0.0
 
     def fits_at(self, factor_exponent: int, fmt: str) -> bool:
-        """Whether the largest value, multiplied by 2^factor_exponent, still rounds to a finite value of `fmt`."""
+        """Return whether the largest value times 2^factor_exponent rounds to a finite value of `fmt`."""
         return math.ldexp(self.largest, factor_exponent) < overflow_threshold(fmt)
 
 
@@ -204,12 +203,11 @@ _PIECE = 1 << 16
 
 
 class RoundingMonitor:
-    """Counts all roundings of a step, by site: hand it to `Training.watch`, and `take` the counts after the step.
+    """Counts all roundings of a step by site: pass it to `Training.watch`, and `take` the counts after the step.
 
-    what_if: other formats; what they would have done to the same values is counted under the same site. Formats of 8 bits
-    and fewer saturate there, and the tensor is first multiplied by a power of two that takes its largest value just below
-    the format's largest, as every recipe with such a format does it; wider formats take the values as they are.
-    only: which sites are counted, all if it is not given.
+    what_if: other formats; the effects of rounding the same values to them are counted too. Formats of 8 bits and fewer
+    saturate, and the tensor is first multiplied by a power of two that brings its largest value just below the format's;
+    wider formats take the values unchanged. only: a predicate for the sites that are counted; by default all.
     """
 
     def __init__(
@@ -223,7 +221,7 @@ class RoundingMonitor:
         self.others: dict[str, dict[str, Counts]] = {fmt: {} for fmt in what_if}
 
     def __call__(self, site: str, before: Array, after: Array) -> None:
-        """Called at every rounding."""
+        """Count one rounding; the run calls this at each."""
         if not self.only(site):
             return
         x, y = self.to_host(before), self.to_host(after)
@@ -234,18 +232,18 @@ class RoundingMonitor:
                 counts.setdefault(site, Counts(fmt)).add(scaled, _round_as_if(scaled, fmt))
 
     def take(self) -> tuple[dict[str, Counts], dict[str, dict[str, Counts]]]:
-        """The counts since the last time: site -> counts, and for each other format the same; they start from zero again."""
+        """Return the counts since the last call, site -> counts, and those of each other format; start again from zero."""
         result = self.sites, self.others
         self.sites, self.others = {}, {fmt: {} for fmt in self.what_if}
         return result
 
 
 def scaled_to_fit(x: np.ndarray, fmt: str) -> np.ndarray:
-    """`x` times the power of two that brings its largest magnitude closest below the largest of a `fmt` of 8 bits or fewer.
+    """Return `x` times the power of two that brings its largest finite magnitude closest below the largest value of `fmt`.
 
-    For wider formats, or where all is zero, `x` itself. Infinities are left out of account.
+    For formats wider than 8 bits, or if all values are zero, return `x` itself.
     Source: the per-tensor scaling of Micikevicius et al. 2022, arXiv 2209.05433. Differs from the source: the scale is
-    a power of two, so that scaling itself rounds nothing.
+    a power of two, so that scaling is exact.
     """
     if FORMATS[fmt].bits > 8:
         return x
@@ -262,14 +260,14 @@ def _round_as_if(x: np.ndarray, fmt: str) -> np.ndarray:
     return y
 
 
-# -- what a site is ------------------------------------------------------------------------------------------------------
+# -- kinds of sites ------------------------------------------------------------------------------------------------------
 
 KINDS = ("weights", "activations", "activation gradients", "weight gradients", "updated states")
-"""What the tensors of a step are, for the eye: the order in which a step makes them."""
+"""The kinds of tensors that are rounded, in the order of a step."""
 
 
 def kind_of(site: str) -> str:
-    """Which of KINDS a site rounds: '...h.0.mlp.c_fc:linear.dw.dw' is one of the weight gradients.
+    """Return the kind of tensor that a site rounds: '...h.0.mlp.c_fc:linear.dw.dw' is of 'weight gradients'.
 
     A site is named `place:operation.parts.operand`; the gradient of operand x is called dx.
     """
@@ -287,7 +285,7 @@ def kind_of(site: str) -> str:
 
 
 def by_kind(sites: Mapping[str, Counts]) -> Iterator[tuple[str, dict[str, Counts]]]:
-    """The sites of each kind that has any, in the order of KINDS."""
+    """Yield each kind that has sites, with these, in the order of KINDS."""
     for kind in KINDS:
         chosen = {site: counts for site, counts in sites.items() if kind_of(site) == kind}
         if chosen:

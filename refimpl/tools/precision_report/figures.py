@@ -1,4 +1,4 @@
-"""The figures of a precision report, each a small SVG that stands in an HTML page as text. Needs matplotlib."""
+"""The figures of a precision report, as small SVGs inside the HTML page. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from refimpl.tools.precision_report.tables import (
 from refimpl.tools.precision_report.verdicts import NEGLIGIBLE, percent, power
 
 LOST, SUBNORMAL, NORMAL = "#f7dcd7", "#e9f1fa", "#c9def2"
-"""Behind a histogram: what becomes zero or overflows, the subnormal range, and the normal range of the format."""
+"""Background colors of a histogram: values that become zero or overflow, the subnormal range, and the normal range."""
 
 
 # -- 1. exponents ------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ COLORS = {
 
 
 def exponent_pictures(inspection: Inspection) -> list[Picture]:
-    """Histograms of the exponents of weights, activations, and gradients before and after the loss scale.
+    """Return histograms of the exponents of weights, activations, and gradients before and after the loss scale.
 
     Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2, figure 3.
     """
@@ -77,7 +77,7 @@ def _gradient_panels(
 
 
 def range_shown(fmt: str, every: Sequence[Counts]) -> tuple[int, int]:
-    """The exponents that histograms run over: all of the format's range, and every binade with a visible share."""
+    """Return the range of exponents of histograms: the format's range, and every binade with a visible share."""
     lowest, _, overflow = zones(fmt)
     visible = [np.flatnonzero(c.binades > VISIBLE * c.binades.sum()) + LOWEST for c in every]
     used = [int(e) for exponents in visible for e in exponents]
@@ -97,7 +97,7 @@ def _histogram(name: str, title: str, fmt: str, kinds: dict[str, Counts], spread
 
 
 def draw_histogram(axes: Any, fmt: str, kinds: dict[str, Counts], spread: tuple[int, int]) -> None:
-    """Bars for the first kind and a line for another: shares of the nonzero values of each, in percent, by exponent."""
+    """Draw percentages of the nonzero values by exponent: as bars for the first kind, as lines for others."""
     first, last = spread
     edges = np.arange(first, last + 1)
     for i, (kind, counts) in enumerate(kinds.items()):
@@ -113,7 +113,7 @@ def draw_histogram(axes: Any, fmt: str, kinds: dict[str, Counts], spread: tuple[
 
 
 def _draw_zones(axes: Any, fmt: str, spread: tuple[int, int]) -> None:
-    """The ranges of the format, named above the axes: in two lines, so that names of narrow ranges find room."""
+    """Draw the ranges of the format, with names above the axes in two lines, so that names of narrow ranges fit."""
     first, last = spread
     subnormal, normal, overflow = zones(fmt)
     for start, end, color in (
@@ -131,7 +131,7 @@ def _draw_zones(axes: Any, fmt: str, spread: tuple[int, int]) -> None:
 
 
 def sweep_pictures(inspection: Inspection) -> list[Picture]:
-    """Which share of each layer's gradients one batch loses at each loss scale; nothing where no gradient is cast."""
+    """Return the figure of the share of each layer's gradients that one batch loses per loss scale; [] without casts."""
     if not any(row["layers"] for row in inspection.sweep):
         return []
     label = "Share of each layer's gradients that becomes zero, against the loss scale"
@@ -140,14 +140,14 @@ def sweep_pictures(inspection: Inspection) -> list[Picture]:
 
 
 def sweep_caption(inspection: Inspection) -> str:
-    """Where gradients are lost, from which loss scale on they are not, and from which on they overflow."""
+    """Return the caption: which layer loses most, and from which loss scale on gradients survive, and overflow."""
     sweep, least = inspection.sweep, percent(NEGLIGIBLE)
     over = next((row for row in sweep if any(n for _, n in row["layers"].values())), None)
-    sound = sweep[: sweep.index(over)] if over else sweep  # beyond it infinities become NaN, and shares say nothing
+    sound = sweep[: sweep.index(over)] if over else sweep  # beyond it infinities become NaN, and shares mean nothing
     enough = next((row for row in sound if max(share for share, _ in row["layers"].values()) < NEGLIGIBLE), None)
     layer, (worst, _) = max(sweep[0]["layers"].items(), key=lambda item: item[1][0])
     most = f"the layer that loses most is {layer}: {percent(worst)} of its nonzero gradients become zero"
-    parts = [f"One batch, sent backward at {len(sweep)} loss scales with the weights of the last step."]
+    parts = [f"Backward of one batch with {len(sweep)} loss scales and the weights of the last step."]
     parts.append(f"At S = 1 {most if worst else 'no gradient becomes zero'}.")
     if enough:
         parts.append(f"From S = {_scale_of(enough)} on no layer loses more than {least}.")
@@ -155,11 +155,11 @@ def sweep_caption(inspection: Inspection) -> str:
         parts.append(f"At no S below overflow does every layer lose less than {least}.")
     if over:
         where = ", ".join(layer for layer in _in_order(over["layers"]) if over["layers"][layer][1])
-        parts.append(f"From S = {_scale_of(over)} on gradients overflow (there in {where}), and such a step is skipped.")
+        parts.append(f"From S = {_scale_of(over)} on gradients overflow (first in {where}), and such a step is skipped.")
     else:
         parts.append("At none of these scales does a gradient overflow.")
     if not math.isfinite(inspection.rows[-1].loss):
-        parts.append("The loss was not finite by then: NaNs are counted neither as flushed nor as overflowed.")
+        parts.append("The loss was not finite at that step; NaNs count neither as flushed nor as overflowed.")
     return f"{' '.join(parts)} This run had S = {scales_text(inspection.rows)}."
 
 
@@ -168,12 +168,12 @@ def _scale_of(row: dict[str, Any]) -> str:
 
 
 def draw_sweep(axes: Any, inspection: Inspection) -> None:
-    """A line for each layer, up to the first loss scale where anything overflows, and crosses where the layer itself does."""
+    """Draw one line per layer up to the first loss scale at which any layer overflows, and crosses where the layer does."""
     overflowing = [row["exponent"] for row in inspection.sweep if any(n for _, n in row["layers"].values())]
     first_overflow = min(overflowing, default=math.inf)
     layers = _in_order(inspection.sweep[0]["layers"])
     for i, layer in enumerate(layers):
-        # beyond the first overflow infinities become NaN further down, and a share of them says nothing
+        # beyond the first overflow infinities become NaN in other layers, and their shares mean nothing
         points = [(row["exponent"], 100 * row["layers"][layer][0], row["layers"][layer][1]) for row in inspection.sweep]
         line = [(x, y) for x, y, _ in points if x <= first_overflow]
         crosses = [(x, 0.0 if x > first_overflow else y) for x, y, n in points if n]
@@ -198,13 +198,13 @@ def draw_sweep(axes: Any, inspection: Inspection) -> None:
 
 
 def _in_order(layers: Sequence[str]) -> list[str]:
-    """From the first to the last that the forward pass goes through."""
+    """Return the layers in the order of the forward pass."""
     blocks = sorted((layer for layer in layers if layer.startswith("block ")), key=lambda layer: int(layer[6:]))
     return [layer for layer in ("embedding", *blocks, "head") if layer in layers]
 
 
 def _layer_style(layer: str, i: int, n: int) -> tuple[Any, str]:
-    """Color and marker: blocks go from dark to light."""
+    """Return color and marker of a layer; blocks go from dark to light."""
     import matplotlib
 
     block = matplotlib.colormaps["viridis"](0.85 * i / max(n - 1, 1)), "."
@@ -212,7 +212,7 @@ def _layer_style(layer: str, i: int, n: int) -> tuple[Any, str]:
 
 
 def _layer_label(layer: str, i: int, n: int) -> str:
-    """Of many blocks only the first and the last are named; an underscore keeps a line out of the legend."""
+    """Return the label of a layer; of many blocks only the first and last get one (an underscore hides a label)."""
     ends = (0, 1, n - 2, n - 1)
     return layer if n <= 8 or i in ends else f"_{layer}"
 
@@ -220,15 +220,15 @@ def _layer_label(layer: str, i: int, n: int) -> str:
 # -- 3. the run --------------------------------------------------------------------------------------------------------
 
 
-SKIPPED = " Such a step updates nothing; a loss scale that adapts backs off, at once or after more of them."
+SKIPPED = " Such a step updates nothing; a dynamic loss scale is reduced, at once or after several of them."
 
 
 def run_pictures(inspection: Inspection) -> list[Picture]:
-    """The way of the loss scale, where it is not 1 throughout, and that of the loss."""
+    """Return the figures of the loss scale, unless it is always 1, and of the loss."""
     rows, result = inspection.rows, []
     if scales(rows) != [1.0]:
         svg = as_svg("loss-scale", lambda axes: draw_loss_scale(axes, rows))
-        way = f"S began at {power(rows[0].loss_scale)}, and was {power(rows[-1].loss_scale)} at the last step."
+        way = f"S was {power(rows[0].loss_scale)} at the first step and {power(rows[-1].loss_scale)} at the last."
         if len(scales(rows)) == 1:
             way = f"S was {scales_text(rows)} throughout."
         effect = SKIPPED if any(row.skipped for row in rows) else ""
@@ -240,7 +240,7 @@ def run_pictures(inspection: Inspection) -> list[Picture]:
 
 
 def draw_loss_scale(axes: Any, rows: Sequence[StepRow]) -> None:
-    """log2 of the loss scale that each step used, and crosses at those that were skipped."""
+    """Draw log2 of the loss scale of each step, and crosses at skipped steps."""
     steps, exponents = [row.step for row in rows], [math.log2(min(max(row.loss_scale, 2.0**-149), 2.0**128)) for row in rows]
     axes.step(steps, exponents, where="post", color=BLUE)
     axes.set_ylabel("$\\log_2$ of the loss scale S")
@@ -252,7 +252,7 @@ def draw_loss_scale(axes: Any, rows: Sequence[StepRow]) -> None:
 def _draw_loss(axes: Any, rows: Sequence[StepRow]) -> None:
     losses = [row.loss if math.isfinite(row.loss) else math.nan for row in rows]
     axes.plot([row.step for row in rows], losses, ".-" if len(rows) < 20 else "-", color=BLUE, lw=1.2)
-    axes.set_ylabel("nats a byte")
+    axes.set_ylabel("nats per byte")
     axes.grid(alpha=0.3)
     _draw_skipped(axes, rows, losses)
 
@@ -270,18 +270,18 @@ def _draw_skipped(axes: Any, rows: Sequence[StepRow], heights: Sequence[float]) 
 
 
 def update_pictures(inspection: Inspection) -> list[Picture]:
-    """Which share of the weights an update leaves as they are, and which share has moved since the start."""
+    """Return the figures of the shares of weights that an update does not move, and that have moved since the start."""
     rows = [row for row in inspection.rows if not row.skipped]
     if not rows:
         return []
     words = _weight_words(inspection)
     means = [f"{percent(_mean(rows, name))} of the {words[name]}" for name in words if getattr(rows[0], name) is not None]
-    still = f"On average an update left as they were: {'; '.join(means)}. Skipped steps, which move nothing, are left out."
+    still = f"On average an update did not move {'; '.join(means)}. Skipped steps, which move nothing, are left out."
     moved = _moved_caption(inspection, rows[-1])
     still_svg = as_svg("still", lambda axes: _draw_shares(axes, rows, words, "% not moved by the update"))
-    moved_svg = as_svg("moved", lambda axes: _draw_shares(axes, rows, _moved_words(words), "% not where they started"))
+    moved_svg = as_svg("moved", lambda axes: _draw_shares(axes, rows, _moved_words(words), "% moved since the start"))
     still_label, moved_label = (f"Share of the weights that {what}, step by step" for what in (
-        "the update left as they were", "are no longer where they started"))  # fmt: skip
+        "the update did not move", "have moved since the start"))  # fmt: skip
     return [
         Picture("still", "Weights that an update did not move", still_label, still, still_svg),
         Picture("moved", "Weights that have moved since the start", moved_label, moved, moved_svg),
@@ -289,10 +289,10 @@ def update_pictures(inspection: Inspection) -> list[Picture]:
 
 
 def _weight_words(inspection: Inspection) -> dict[str, str]:
-    """What the three shares of a StepRow are of, in this recipe."""
+    """Return the words for the weights of the three shares of a StepRow in this recipe."""
     low, state = inspection.low, inspection.config.make_recipe().state
     if inspection.rows[0].masters_still is None:
-        return {"alone_still": f"{low} weights, which have no masters"}
+        return {"alone_still": f"{low} weights without masters"}
     kept = f"{state['master']} masters" if state["master"] else f"{state['weights']} weights"
     if state["weights"] not in FORMATS:
         kept = "fp32 masters, in two halves"
@@ -310,11 +310,11 @@ def _moved_words(words: dict[str, str]) -> dict[str, str]:
 def _moved_caption(inspection: Inspection, last: StepRow) -> str:
     alone, low = percent(1 - last.alone_moved), inspection.low
     if last.weights_moved is None:
-        return f"After step {last.step}, {alone} of the {low} weights are where they started."
+        return f"After step {last.step}, {alone} of the {low} weights have their initial values."
     return (
-        f"After step {last.step}, {percent(1 - last.weights_moved)} of the {low} copies are where they started, and {alone} of "
-        f"{low} weights without masters would be. What an update does not move is lost without masters; with them it is kept, "
-        f"and added up until the copy moves."
+        f"After step {last.step}, {percent(1 - last.weights_moved)} of the {low} copies have their initial values, and {alone} "
+        f"of {low} weights without masters would have. Without masters, an update that does not move a weight is lost; with "
+        f"masters, it is kept and adds up until the copy moves."
     )
 
 
@@ -340,7 +340,7 @@ def _draw_shares(axes: Any, rows: Sequence[StepRow], words: dict[str, str], ylab
 
 
 def all_pictures(inspection: Inspection) -> dict[str, list[Picture]]:
-    """All figures of a report, by the section that they stand in."""
+    """Return all figures of a report by section."""
     return {
         "exponents": exponent_pictures(inspection),
         "sweep": sweep_pictures(inspection),

@@ -1,4 +1,4 @@
-"""What scripts/inspect_precision.py does: take a run's steps, print what its casts did, and write the page and the data."""
+"""The `inspect_precision` command: trains, prints a summary of the casts, and writes the page and the data."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from refimpl.training.program import as_called
 from refimpl.training.run_folder import short_name
 
 STEPS, MORE_STEPS = 200, 50
-"""Steps of a fresh run, and after a checkpoint, where --steps is not given."""
+"""Default numbers of steps of a new run, and after a checkpoint."""
 WORST = 10
 PAGE = Path("runs/report.html")
-"""Where the page goes if it is not said; before the ending stands the run, as in report-fp8.html."""
+"""The default page; the name of the run is added, as in report-fp8.html."""
 
 
 def inspect_precision(
@@ -60,10 +60,10 @@ def inspect_precision(
     json_file: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Everything that the script does.
+    """Train, print the summary, and write the page and the data.
 
-    given: fields of Config, for a fresh run. run: the folder of a run to go on with. trace: a trace to take again.
-    Errors: UsageError, before any step is taken, for what contradicts itself or cannot be read or written.
+    given: fields of Config, for a new run. run: the folder of a run to continue. trace: a trace whose run is repeated.
+    Errors: UsageError, before any step, for contradicting flags, or files that cannot be read or written.
     """
     from tqdm import tqdm
 
@@ -75,7 +75,7 @@ def inspect_precision(
     formats = [fmt for fmt in what_if.split(",") if fmt]
     page_file = None if no_page else target("--out", out, PAGE.with_stem(f"report-{short_name(source.config)}"), overwrite)
     data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
-    with tqdm(total=source.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # later than a complaint of `inspect`
+    with tqdm(total=source.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # `delay`: errors of `inspect` come first
         inspection = inspect(source, every, formats, bar)
     print(terminal_text(inspection, shutil.get_terminal_size().columns))
     if data_file is not None:
@@ -85,7 +85,7 @@ def inspect_precision(
 
 
 def make_source(given: Mapping[str, Any], run: Path | None, trace: Path | None) -> Source:
-    """The run that is looked at. Errors: UsageError where flags do not go together, or one of them is wrong."""
+    """Return the run to inspect. Errors: UsageError for wrong flags, or flags that do not go together."""
     if run is not None and trace is not None:
         raise UsageError("--run and --trace contradict each other: choose one")
     bound = [f"--{name.replace('_', '-')}" for name in given if run is None or name != "steps"]
@@ -105,11 +105,11 @@ def _require_matplotlib() -> None:
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (--no-page does without it)") from None
+        raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (or give --no-page)") from None
 
 
 def command(given: Mapping[str, Any], run: Path | None, trace: Path | None, every: int, what_if: Sequence[str]) -> str:
-    """The command line that makes the same page again."""
+    """Return the command line that makes this page."""
     flags = {"run": run, "trace": trace, **given, "every": None if every == 10 else every, "what_if": ",".join(what_if) or None}
     words = [word for k, v in flags.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
     return as_called(shlex.join(["python", "scripts/inspect_precision.py", *words]))
@@ -119,7 +119,7 @@ def command(given: Mapping[str, Any], run: Path | None, trace: Path | None, ever
 
 
 def terminal_text(inspection: Inspection, width: int = 80) -> str:
-    """The summary, a table by kind of tensor, the worst tensors, and what other formats would have done."""
+    """Return the summary, a table by kind of tensor, the worst tensors, and a table of other formats."""
     parts = [_wrapped(sentence, width) for sentence in summary(inspection)]
     if inspection.sites:
         parts += [_kinds_text(inspection), _worst_text(inspection, width)]
@@ -129,7 +129,7 @@ def terminal_text(inspection: Inspection, width: int = 80) -> str:
 
 
 def _wrapped(text: str, width: int, indent: str = "") -> str:
-    """Lines of whole words: neither names and paths are broken, nor numbers parted from their units."""
+    """Wrap a text without breaking names, paths, or numbers with their units."""
     space = "\N{NO-BREAK SPACE}"
     bound = text.replace(" %", f"{space}%").replace(" dB", f"{space}dB")
     wrapper = textwrap.TextWrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False)
@@ -137,7 +137,7 @@ def _wrapped(text: str, width: int, indent: str = "") -> str:
 
 
 def _kinds_text(inspection: Inspection) -> str:
-    """A column for each kind, so that the table is as narrow as a terminal."""
+    """Return a table with one column per kind, which fits a terminal."""
     found = totals(inspection.sites)
     rows = [["format", *(total.fmt for total in found)], ["tensors", *(str(total.sites) for total in found)]]
     rows += [[column.heading, *(column.cell(total.counts) for total in found)] for column in COLUMNS]
@@ -159,8 +159,8 @@ def _other_formats_text(inspection: Inspection, width: int) -> str:
         for i, (fmt, counts) in enumerate(formats):
             cells = [column.cell(counts) if counts else "-" for column in OTHER_COLUMNS]
             rows.append([kind if i == 0 else "", fmt, *cells])
-    own = "; what this run quantizes is taken divided by its scales" * any(map(has_own_scale, inspection.sites.values()))
-    heading = f"Other formats on the same values; those of 8 bits and fewer after each tensor is scaled by a power of two{own}:"
+    own = "; values that this run quantizes are divided by its scales" * any(map(has_own_scale, inspection.sites.values()))
+    heading = f"The same values in other formats; for 8 bits and fewer, each tensor is scaled by a power of two first{own}:"
     return _wrapped(heading, width) + "\n" + table(["", "format", *(column.heading for column in OTHER_COLUMNS)], rows)
 
 
@@ -168,12 +168,12 @@ def _other_formats_text(inspection: Inspection, width: int) -> str:
 
 
 def data(inspection: Inspection) -> dict[str, Any]:
-    """All of an inspection as plain data. What is not finite becomes null in JSON: an SNR without an error, for one."""
+    """Return an inspection as plain data. Numbers that are not finite, such as an SNR without error, become null in JSON."""
     ranked = {verdict.site: verdict for verdict in verdicts_of(inspection)}
     return {
         "what": inspection.what,
         "config": asdict(inspection.config),
-        "weights_held_against": inspection.low,
+        "weights_format": inspection.low,
         "non_finite": inspection.non_finite,
         "rows": [asdict(row) for row in inspection.rows],
         "sampled": inspection.sampled,
@@ -201,7 +201,7 @@ def data(inspection: Inspection) -> dict[str, Any]:
 
 
 def _binades(counts: Counts) -> dict[int, int]:
-    """How many values lie in [2^e, 2^(e+1)), for each e where any does."""
+    """Return the number of values in [2^e, 2^(e+1)) for each e that has any."""
     return {int(i) + LOWEST: int(counts.binades[i]) for i in np.flatnonzero(counts.binades)}
 
 

@@ -1,4 +1,4 @@
-"""The precision report as a page: one HTML file that needs no network, no other file and no script. Needs matplotlib."""
+"""The precision report as one HTML file, which needs no network, no other file and no script. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -26,13 +26,10 @@ from refimpl.tools.precision_report.tables import (
 from refimpl.tools.precision_report.verdicts import Verdict, verdicts_of
 
 WORST = 20
-"""So many tensors get their verdict on the page."""
+"""The number of tensors with a verdict on the page."""
 
 def precision_page(inspection: Inspection, command: str) -> str:
-    """The report. The same inspection and command give the same text.
-
-    command: how a person makes it again; it is shown as it is.
-    """
+    """Return the page. The same inspection and command give the same text. command: the command line that made it."""
     pictures, ranked = all_pictures(inspection), verdicts_of(inspection)
     sections = [
         section("What it found", paragraphs(summary(inspection)), _kinds(inspection)),
@@ -42,7 +39,7 @@ def precision_page(inspection: Inspection, command: str) -> str:
         section("Updates", paragraphs([UPDATES if pictures["updates"] else NO_UPDATES]), figures(pictures["updates"])),
         section("Tensors", *_tensors(inspection, ranked)),
         section("Other formats", *_other_formats(inspection, ranked)) if inspection.what_if else "",
-        section("How to read this, and how it was made", *_reading(inspection, command)),
+        section("Explanation of the columns, and configuration", *_reading(inspection, command)),
     ]
     config = inspection.config
     mistake = "" if config.mistake == "none" else f", with the MISTAKE {config.mistake}"
@@ -55,25 +52,25 @@ def precision_page(inspection: Inspection, command: str) -> str:
 NO_CASTS = "This recipe casts no tensor to a narrower format, so there is nothing to show."
 NO_UPDATES = "Every step was skipped, so no update was made."
 EXPONENTS = """\
-How many of the values lie in each binade, from 2^e to 2^(e+1), before they are rounded: over all casts of that kind, at all \
-steps that were looked at. What goes to 8 bits or fewer is counted divided by its scale. The blue ground is the range of the \
-format, lighter where it is subnormal; what lies to its left becomes zero, what lies to its right overflows. This is figure 3 \
-of Micikevicius et al. 2018, drawn for this run."""
+The number of values per binade, from 2^e to 2^(e+1), before rounding, over all casts of that kind at all inspected steps. \
+Values that are rounded to 8 bits or fewer are counted after division by their scale. The blue background is the range of the \
+format, lighter where it is subnormal; values to its left become zero, values to its right overflow. This is figure 3 of \
+Micikevicius et al. 2018 for this run."""
 SWEEP = """\
-A larger loss scale lifts small gradients over the smallest value of the format, until the largest ones overflow."""
+A larger loss scale moves small gradients above the smallest value of the format, until the largest ones overflow."""
 UPDATES = """\
-An update that is small beside its weight is rounded away in 16 bits. FP32 masters keep it; without them stochastic rounding \
-keeps it in the mean, and Kahan's compensation for the next update. Weights without masters are imagined where the recipe has \
-masters: each difference that an update makes to them is added to weights of 16 bits only."""
+An update that is small compared with its weight is rounded away in 16 bits. FP32 masters keep it; without them, stochastic \
+rounding keeps it in the mean, and Kahan summation keeps it for the next update. If the recipe has masters, weights without \
+masters are simulated: each update's difference of the masters is added to weights in 16 bits."""
 OTHER_FORMATS = """\
-What other formats would have done to the same values. Tensors that go to a format of 8 bits or fewer are first multiplied by \
-a power of two, one for each tensor, that takes the largest value just below that of the format, and what is still too large \
-saturates. Wider formats take the values as they are: gradients times the loss scale of this run. What this run itself \
-quantizes is taken divided by its scale."""
+The same values rounded to other formats. Tensors for a format of 8 bits or fewer are first multiplied by a power of two, one \
+per tensor, that brings the largest value just below that of the format; values that are still too large saturate. Wider \
+formats take the values unchanged: gradients times the loss scale of this run. Values that this run quantizes are divided by \
+its scales first."""
 SHARES = """\
 Percentages are shares of the values that were finite and not zero before rounding; overflowed, saturated and arrived are \
 numbers of values. Each value is exact, rounded, flushed, overflowed or saturated, or arrived as Inf or NaN; ties and \
-subnormal values are counted besides. 'dw of block 3 mlp.c_fc' is the gradient of operand w of that layer; its 'cast' is \
+subnormal values are counted in addition. 'dw of block 3 mlp.c_fc' is the gradient of operand w of that layer; its 'cast' is \
 the operation, and the place in it, where it is rounded."""
 
 
@@ -101,7 +98,7 @@ def _tensors(inspection: Inspection, ranked: Sequence[Verdict]) -> list[str]:
     return [
         paragraphs([worst_sentence(ranked, WORST)]),
         table("The worst tensors", ["tensor", "verdict", "kind", "cast"], worst, words=True),
-        f"<details>\n<summary>All {len(ranked)} tensors, in the order of a step</summary>\n",
+        f"<details>\n<summary>All {len(ranked)} tensors, in the order of the step</summary>\n",
         table("All tensors", heads, every),
         "</details>\n",
     ]

@@ -1,4 +1,4 @@
-"""What an inspection found, as sentences and as cells of tables: the same on the page and in the terminal."""
+"""Sentences and table cells on an inspection, for the page and for the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from refimpl.training.mistakes import announcement
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table of counts: its heading, the text of a cell, and what it means."""
+    """One column of a table of counts: its heading, the text of a cell, and its meaning."""
 
     heading: str
     cell: Callable[[Counts], str]
@@ -31,37 +31,36 @@ def _share(name: str) -> Callable[[Counts], str]:
 
 
 def cast_of(site: str) -> str:
-    """'transformer.h.3.attn:attention.scale.dS' -> 'attention.scale.dS': of two casts of a tensor, the one that is meant."""
+    """Return the cast of a site: 'transformer.h.3.attn:attention.scale.dS' -> 'attention.scale.dS'."""
     return site.partition(":")[2]
 
 
 def exponents_text(counts: Counts) -> str:
-    """'2^-24 to 2^3': the binades that the values lie in."""
+    """Return the range of binades of the values: '2^-24 to 2^3'."""
     return "-" if counts.exponents is None else f"2^{counts.exponents[0]} to 2^{counts.exponents[1]}"
 
 
 COLUMNS = (
-    Column("elements", lambda c: f"{c.elements:,}", "how many values were rounded, over all steps that were looked at"),
-    Column("exact", _share("exact"), "the value is one of the format: nothing happened to it"),
-    Column("rounded", _share("rounded"), "it went to a neighboring value of the format"),
+    Column("elements", lambda c: f"{c.elements:,}", "number of values rounded, over all inspected steps"),
+    Column("exact", _share("exact"), "the value is one of the format and did not change"),
+    Column("rounded", _share("rounded"), "it became a neighboring value of the format"),
     Column("ties", _share("tie"),
-           "it lay in the middle between two values of the format, so that the even one was taken (or either, by chance)"),
-    Column("subnormal", _share("subnormal"), "it became a subnormal value, which has fewer fraction bits the smaller it is"),
+           "it was halfway between two values of the format, and became the even one (or either, with stochastic rounding)"),
+    Column("subnormal", _share("subnormal"), "it became a subnormal value, which has fewer significant bits the smaller it is"),
     Column("flushed", _share("flushed"), "it was not zero, and became zero"),
     Column("overflowed", lambda c: f"{c.overflowed:,}",
-           "how many were too large and became an infinity, or NaN where the format has no infinity"),
-    Column("saturated", lambda c: f"{c.saturated:,}", "how many were too large and became the largest value"),
-    Column("arrived", lambda c: f"{c.arrived:,}",
-           "how many were infinite or NaN already when they came to the cast: it only passed them on"),
+           "number of values that were too large and became an infinity, or NaN if the format has no infinity"),
+    Column("saturated", lambda c: f"{c.saturated:,}", "number of values that were too large and became the largest value"),
+    Column("arrived", lambda c: f"{c.arrived:,}", "number of values that were Inf or NaN before the cast"),
     Column("SNR", lambda c: decibels(c.snr),
            "signal-to-noise ratio, 10 log10(sum x^2 / sum (x - y)^2) for x rounded to y, over finite values"),
     Column("exponents", exponents_text,
            "the smallest and the largest e of values in [2^e, 2^(e+1)), before rounding"),
 )  # fmt: skip
-"""Source: the definitions of `rounding.Effects` and `rounding.Counts`. Shares are of the finite values that were not zero."""
+"""All columns, with the definitions of `counts.Effects` and `counts.Counts`. Shares are of the finite nonzero values."""
 
 OTHER_COLUMNS = tuple(column for column in COLUMNS if column.heading in ("flushed", "overflowed", "saturated", "SNR"))
-"""Those that another format is compared by."""
+"""The columns in tables of other formats."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Total:
 
 
 def totals(sites: Mapping[str, Counts]) -> list[Total]:
-    """The totals of each kind, in the order in which a step makes them."""
+    """Return the totals of each kind, in the order of a step."""
     result = []
     for kind, chosen in by_kind(sites):
         for fmt in dict.fromkeys(counts.fmt for counts in chosen.values()):
@@ -85,17 +84,17 @@ def totals(sites: Mapping[str, Counts]) -> list[Total]:
 
 
 def merged(counts: Iterable[Counts]) -> Counts:
-    """The sum of counts of one format, of which there must be one at least."""
+    """Return the sum of counts of one format; there must be at least one."""
     first, *others = counts
     return functools.reduce(Counts.__iadd__, others, Counts(first.fmt).__iadd__(first))
 
 
 Compared = list[tuple[str, Counts | None]]
-"""Formats, and what each did or would have done to the same tensors; None for a format that holds all their values."""
+"""Formats with the counts of rounding the same tensors to each; None for a format that holds all their values."""
 
 
 def other_formats_by_kind(inspection: Inspection) -> list[tuple[str, Compared]]:
-    """For each kind: the run's own format, and each of the others."""
+    """Return, for each kind, the counts in the run's own format and in each of the others."""
     return [
         (kind, [(total.fmt, total.counts) for total in totals(chosen)] + _others(inspection, list(chosen)))
         for kind, chosen in by_kind(inspection.sites)
@@ -103,7 +102,7 @@ def other_formats_by_kind(inspection: Inspection) -> list[tuple[str, Compared]]:
 
 
 def other_formats_of(inspection: Inspection, worst: Sequence[Verdict]) -> list[tuple[str, Compared]]:
-    """The same for single tensors."""
+    """Return, for each of some tensors, the counts in the run's own format and in each of the others."""
     own = inspection.sites
     return [(f"{v.name} ({cast_of(v.site)})", [(own[v.site].fmt, own[v.site]), *_others(inspection, [v.site])]) for v in worst]
 
@@ -117,7 +116,7 @@ def _others(inspection: Inspection, sites: Sequence[str]) -> Compared:
 
 
 def summary(inspection: Inspection) -> list[str]:
-    """Some sentences: which run, what was looked at, what was lost, what the loss scale did, and how the loss went."""
+    """Return sentences on the run, the inspected casts and their losses, the loss scale, and the training loss."""
     sentences = (_the_run, _the_mistake, _the_casts, _the_states, _the_gradients)
     return [*filter(None, (sentence(inspection) for sentence in sentences)), loss_sentence(inspection.rows)]
 
@@ -128,7 +127,7 @@ def _the_mistake(inspection: Inspection) -> str:
 
 def _the_run(inspection: Inspection) -> str:
     config, what = inspection.config, inspection.what
-    mistake = f", with the mistake '{config.mistake}' switched in" if config.mistake != "none" else ""
+    mistake = f", with the mistake '{config.mistake}' injected" if config.mistake != "none" else ""
     return (
         f"{what[0].upper()}{what[1:]}: {config.model} with {config.make_model().n_params:,} parameters, "
         f"recipe {config.recipe} ({config.make_recipe().summary}){mistake}."
@@ -137,7 +136,7 @@ def _the_run(inspection: Inspection) -> str:
 
 def _the_casts(inspection: Inspection) -> str:
     n = len(inspection.sampled)
-    looked = f"{n} of {plural(len(inspection.rows), 'step')} {'was' if n == 1 else 'were'} looked at"
+    looked = f"{n} of {plural(len(inspection.rows), 'step')} {'was' if n == 1 else 'were'} inspected"
     if not inspection.sites:
         return f"{looked}: this recipe casts no tensor to a narrower format, so there is no cast to count."
     every = inspection.sites.values()
@@ -145,10 +144,10 @@ def _the_casts(inspection: Inspection) -> str:
     nonzero = max(sum(counts.nonzero for counts in every), 1)
     flushed, overflowed, saturated = (sum(getattr(c, name) for c in every) for name in ("flushed", "overflowed", "saturated"))
     arrived = sum(counts.arrived for counts in every)
-    looked += f" {arrived:,} of them arrived as Inf or NaN, and were only passed on." if arrived else ""
+    looked += f" {arrived:,} of them arrived as Inf or NaN." if arrived else ""
     if not (flushed or overflowed or saturated):
-        return f"{looked} {'None of the others' if arrived else 'None of them'} became zero that was not, and none overflowed."
-    lost = f"{percent(flushed / nonzero)} of those that were not zero became zero, {overflowed:,} overflowed"
+        return f"{looked} {'None of the others' if arrived else 'None of them'} was flushed to zero, and none overflowed."
+    lost = f"{percent(flushed / nonzero)} of the nonzero values became zero, {overflowed:,} overflowed"
     lost += f", and {saturated:,} became the largest value." if saturated else "."
     worst = max(inspection.sites, key=lambda site: inspection.sites[site].share("flushed"))
     share = percent(inspection.sites[worst].share("flushed"))
@@ -157,9 +156,9 @@ def _the_casts(inspection: Inspection) -> str:
 
 
 def _the_states(inspection: Inspection) -> str:
-    """Which states have roundings that are not in the counts; nothing where all have."""
+    """Return a sentence on the states whose roundings are not counted, or ''."""
     kept = [f"{kind} ({name})" for kind, name in uncounted(inspection.config).items()]
-    return f"Not counted are the roundings of {' and '.join(kept)}, which are kept in a way of their own." if kept else ""
+    return f"The roundings of {' and '.join(kept)} are not counted: these encodings do not report them." if kept else ""
 
 
 def _the_gradients(inspection: Inspection) -> str:
@@ -168,32 +167,32 @@ def _the_gradients(inspection: Inspection) -> str:
         return skipped
     every = inspection.unscaled.values()
     if any(counts.arrived for counts in every) and not any(counts.nonzero for counts in every):
-        return f"All gradients were Inf or NaN before they were rounded: they say nothing of a loss scale. {skipped}"
+        return f"All gradients were Inf or NaN before they were rounded, so nothing can be said about a loss scale. {skipped}"
     scaled = [inspection.sites[site] for site in inspection.unscaled]
     actual = percent(_joint(scaled, lambda counts: counts.share("flushed")))
     quantized = [c for site, c in inspection.sites.items() if kind_of(site).endswith("gradients") and has_own_scale(c)]
     what = "16-bit gradients" if quantized else "gradients"
     if quantized:
         flushed = percent(_joint(quantized, lambda counts: counts.share("flushed")))
-        skipped = f"Quantized gradients have scales of their own: {flushed} of those that were not zero became zero. {skipped}"
+        skipped = f"Quantized gradients have scales of their own: {flushed} of the nonzero values became zero. {skipped}"
     if scales(inspection.rows) == [1.0]:
         no_scale = "S was 1" if find_scaler(inspection.config.loss_scale or "") else "There is no loss scale (S = 1)"
-        return f"{no_scale}, and {actual} of the {what} that were not zero became zero. {skipped}"
+        return f"{no_scale}, and {actual} of the nonzero {what} became zero. {skipped}"
     at_one = percent(_joint(inspection.unscaled.values(), lambda counts: counts.flushed_at(0, counts.fmt)))
     return (
-        f"Without a loss scale {at_one} of the {what} that were not zero would have become zero; "
+        f"Without a loss scale, {at_one} of the nonzero {what} would have become zero; "
         f"with that of this run (S = {scales_text(inspection.rows)}) {actual} did. {skipped}"
     )
 
 
 def _joint(every: Iterable[Counts], share: Callable[[Counts], float]) -> float:
-    """The share of the nonzero values of all, from the share in each."""
+    """Return a share of all nonzero values from the share of each tensor."""
     weighted = [(counts.nonzero, share(counts)) for counts in every]
     return sum(n * part for n, part in weighted) / max(sum(n for n, _ in weighted), 1)
 
 
 def skipped_sentence(rows: Sequence[StepRow]) -> str:
-    """Which steps were skipped."""
+    """Return a sentence on the skipped steps."""
     steps = [row.step for row in rows if row.skipped]
     if not steps:
         return "No step was skipped."
@@ -203,7 +202,7 @@ def skipped_sentence(rows: Sequence[StepRow]) -> str:
 
 
 def loss_sentence(rows: Sequence[StepRow]) -> str:
-    """From where to where the loss went, and from when on it was no number."""
+    """Return a sentence on the first and the last loss, and on losses that were not finite."""
     finite = [row for row in rows if math.isfinite(row.loss)]
     broken = [row.step for row in rows if not math.isfinite(row.loss)]
     if not finite:
@@ -213,23 +212,23 @@ def loss_sentence(rows: Sequence[StepRow]) -> str:
 
 
 def worst_sentence(ranked: Sequence[Verdict], n: int) -> str:
-    """Which tensors are named, the worst first."""
+    """Return the sentence that introduces the list of worst tensors."""
     chosen = f"{min(n, len(ranked))} of {len(ranked)} tensors"
     if ranked[0].severity == 0:
-        return f"No tensor loses more than the format's usual rounding; the first {chosen}:"
-    return f"The {chosen} that lose most, or would without a loss scale; the worst first:"
+        return f"No tensor loses more than by the format's usual rounding; the first {chosen}:"
+    return f"The {chosen} that lose most, or would without a loss scale, the worst first:"
 
 
 def range_sentence(counts: Counts) -> str:
-    """Which shares of the nonzero values lie in the format's ranges, told from their binades, and what follows."""
+    """Return a sentence on the shares of the nonzero values in each range of the format, by their binades."""
     fmt, shares = counts.fmt, zone_shares(counts)
-    rest = f" {percent(counts.zeros / counts.elements)} of all values are exactly zero and not shown." if counts.zeros else ""
-    rest += f" {plural(counts.arrived, 'value')} more had been infinite or NaN before." if counts.arrived else ""
+    rest = f" {percent(counts.zeros / counts.elements)} of all values are zero and not shown." if counts.zeros else ""
+    rest += f" {plural(counts.arrived, 'value')} more had been Inf or NaN before." if counts.arrived else ""
     if not counts.overflowed and not any(shares[zone] for zone in ("flushed", "subnormal", "overflow")):
-        return f"All that are finite and not zero lie in the normal range of {fmt}.{rest}"
+        return f"All finite nonzero values are in the normal range of {fmt}.{rest}"
     where = (
-        f"Of the values that are not zero, {percent(shares['subnormal'])} lie in the subnormal range of {fmt}, where bits are "
-        f"lost, {percent(shares['flushed'])} below it, where they become zero, {percent(shares['overflow'])} above the largest "
+        f"Of the nonzero values, {percent(shares['subnormal'])} are in the subnormal range of {fmt}, where bits are lost, "
+        f"{percent(shares['flushed'])} below it, where they become zero, {percent(shares['overflow'])} above the largest "
         f"value, and the rest in the normal range"
     )
     if shares["overflow"] > 0 or counts.overflowed:
@@ -242,9 +241,9 @@ def range_sentence(counts: Counts) -> str:
 
 
 def zones(fmt: str) -> tuple[int, int, int]:
-    """The exponents where the subnormal range of a format begins, its normal range, and what overflows.
+    """Return the exponents at which a format's subnormal range, its normal range, and overflow begin: -25, -14, 16 for fp16.
 
-    The first is that of half the smallest subnormal, from which on values round to it: -25, -14 and 16 for fp16.
+    The first is that of half the smallest subnormal, since larger values round to the smallest subnormal.
     """
     row = FORMATS[fmt]
     lowest, normal, top = (math.frexp(value)[1] - 1 for value in (row.smallest_subnormal, row.smallest_normal, row.max))
@@ -252,7 +251,7 @@ def zones(fmt: str) -> tuple[int, int, int]:
 
 
 def zone_shares(counts: Counts) -> dict[str, float]:
-    """The share of the nonzero values in each zone: flushed, subnormal, normal, overflow."""
+    """Return the share of the nonzero values in each zone: flushed, subnormal, normal, overflow."""
     cuts = [max(0, cut - LOWEST) for cut in zones(counts.fmt)]
     bounds = [0, *cuts, counts.binades.size]
     nonzero = max(counts.nonzero, 1)
@@ -264,15 +263,15 @@ def zone_shares(counts: Counts) -> dict[str, float]:
 
 
 def scales(rows: Iterable[StepRow]) -> list[float]:
-    """The loss scales that occurred, in order of size."""
+    """Return the loss scales of a run, sorted."""
     return sorted({row.loss_scale for row in rows})
 
 
 def scales_text(rows: Iterable[StepRow]) -> str:
-    """'2^16', or '2^14 to 2^16'."""
+    """Return the range of loss scales: '2^16', or '2^14 to 2^16'."""
     return powers(scales(rows))
 
 
 def plural(n: int, noun: str) -> str:
-    """1, 'step' -> '1 step'; 2, 'step' -> '2 steps'."""
+    """Return a number with its noun: '1 step', '2 steps'."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

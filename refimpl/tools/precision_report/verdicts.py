@@ -1,4 +1,4 @@
-"""What the counts of an inspection mean, in words: one sentence a tensor, the worst first."""
+"""Verdicts on the tensors of an inspection: one sentence per tensor, the worst first."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from refimpl.tools.precision_report.collect import Inspection, has_own_scale
 from refimpl.tools.precision_report.counts import Counts, kind_of, overflow_threshold
 
 NEGLIGIBLE = 1e-3
-"""A smaller share of values is not called a loss. So much a scale of 32K left lost in Micikevicius et al. 2018, section 3."""
+"""A smaller share is not called a loss. A scale of 32K lost this share in Micikevicius et al. 2018, section 3."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One site: what it rounds, how bad that is (for sorting: 1 and more where values overflowed), and a sentence."""
+    """The verdict on one site. severity: for sorting; 2 and more for Inf or NaN, 3 and more if values overflowed."""
 
     site: str
     name: str
@@ -27,7 +27,7 @@ class Verdict:
 
 
 def verdicts_of(inspection: Inspection) -> list[Verdict]:
-    """A verdict for each site, the worst first."""
+    """Return a verdict for each site, the worst first."""
     result = []
     for site, counts in inspection.sites.items():
         if site in inspection.unscaled:
@@ -39,7 +39,7 @@ def verdicts_of(inspection: Inspection) -> list[Verdict]:
 
 
 def plain_name(site: str) -> str:
-    """'transformer.h.3.mlp.c_fc:linear.dw.dw' -> 'dw of block 3 mlp.c_fc'."""
+    """Return the name of a site's tensor: 'transformer.h.3.mlp.c_fc:linear.dw.dw' -> 'dw of block 3 mlp.c_fc'."""
     place, _, rest = site.partition(":")
     place = re.sub(r"^(transformer\.)?h\.(\d+)\.", r"block \2 ", place).removeprefix("transformer.")
     if rest == "weights_down":
@@ -52,16 +52,16 @@ def plain_name(site: str) -> str:
 
 
 def _of_gradient(counts: Counts, unscaled: Counts, inspection: Inspection) -> tuple[float, str]:
-    """What the loss scale did for a gradient, and what another one would do."""
+    """Return the severity and the sentence for a gradient: the effect of the loss scale, and of others."""
     fmt, parts = counts.fmt, _arrived(counts)
     if counts.overflowed:
-        parts.append(f"{counts.overflowed} of {counts.elements} values overflowed: there the loss scale was too large")
+        parts.append(f"{counts.overflowed} of {counts.elements} values overflowed: the loss scale was too large")
     if counts.arrived and not counts.nonzero:
-        return _severity(counts, 0.0), f"{parts[0]}: they say nothing of a loss scale"
+        return _severity(counts, 0.0), f"{parts[0]}, so nothing can be said about a loss scale"
     at_one = unscaled.flushed_at(0, fmt)
     actual = counts.share("flushed")
     if at_one < NEGLIGIBLE:
-        needs = "of the others" if counts.arrived else "needs no loss scale:"
+        needs = "of the others," if counts.arrived else "needs no loss scale:"
         parts.append(f"{needs} at S = 1 {percent(at_one)} would become zero in {fmt}")
     else:
         parts.append(f"{percent(at_one)} would become zero in {fmt} at S = 1; {_remedy(unscaled, fmt)}")
@@ -72,16 +72,16 @@ def _of_gradient(counts: Counts, unscaled: Counts, inspection: Inspection) -> tu
 
 
 def _remedy(unscaled: Counts, fmt: str) -> str:
-    """The loss scales that keep a gradient: from where all but NEGLIGIBLE of it survive to where its largest overflows."""
+    """Return the range of loss scales at which all but NEGLIGIBLE of a gradient survives and its largest value is finite."""
     enough = next((k for k in range(1, 64) if unscaled.flushed_at(k, fmt) < NEGLIGIBLE), 64)
     top = max((k for k in range(64) if unscaled.fits_at(k, fmt)), default=-1)
     if enough > top:
-        return f"no S saves all but {percent(NEGLIGIBLE)} of it: it takes 2^{enough}, but it overflows above 2^{top}"
+        return f"no S saves all but {percent(NEGLIGIBLE)} of it: that needs 2^{enough}, but it overflows above 2^{top}"
     return f"S >= 2^{enough} saves all but {percent(NEGLIGIBLE)} of it, and it overflows above 2^{top}"
 
 
 def _of_value(counts: Counts) -> tuple[float, str]:
-    """What became of weights, activations or states."""
+    """Return the severity and the sentence for weights, activations or states."""
     fmt, parts = counts.fmt, _arrived(counts)
     threshold = overflow_threshold(fmt)
     if counts.overflowed:
@@ -90,7 +90,7 @@ def _of_value(counts: Counts) -> tuple[float, str]:
         if counts.share(name) >= NEGLIGIBLE:
             parts.append(f"{percent(counts.share(name))} of the nonzero values {word} in {fmt}")
     if has_own_scale(counts):
-        parts.append("divided by its own scale before")
+        parts.append("divided by its own scale first")
     elif counts.largest and math.isfinite(threshold / counts.largest):
         room = math.floor(math.log2(threshold / counts.largest))
         if not counts.overflowed:
@@ -101,7 +101,7 @@ def _of_value(counts: Counts) -> tuple[float, str]:
 
 
 def _arrived(counts: Counts) -> list[str]:
-    """What is said of values that were Inf or NaN before they came to this cast."""
+    """Return a part of the sentence on values that were Inf or NaN before this cast, or []."""
     if not counts.arrived:
         return []
     how_many = f"all {counts.elements}" if counts.arrived == counts.elements else f"{counts.arrived} of {counts.elements}"
@@ -109,18 +109,18 @@ def _arrived(counts: Counts) -> list[str]:
 
 
 def _severity(counts: Counts, flushed: float) -> float:
-    """Overflow first, then what came as Inf or NaN, what is flushed, and the noise; each in its own decade."""
+    """Return the severity: overflow ranks first, then values that arrived as Inf or NaN, flushed values, and noise."""
     if counts.overflowed:
         return 3 + counts.overflowed / counts.elements
     if counts.arrived:
         return 2 + counts.arrived / counts.elements
-    usual = 6.02 * (FORMATS[counts.fmt].fraction_bits + 1)  # what rounding of normal values leaves, roughly
+    usual = 6.02 * (FORMATS[counts.fmt].fraction_bits + 1)  # about the SNR in dB of rounding normal values
     lost = max(0.0, usual - counts.snr) / usual if math.isfinite(counts.snr) else 0.0
     return max(flushed, counts.share("flushed"), counts.share("saturated")) + 0.01 * lost
 
 
 def percent(share: float) -> str:
-    """Two digits of the distance to the nearer end: 0.1234 -> '12 %', 0.00567 -> '0.57 %', 0.9966 -> '99.66 %'."""
+    """Return a share as text with two digits of the distance to 0 or 100 %: '12 %', '0.57 %', '99.66 %'."""
     distance = min(share, 1 - share)
     if distance <= 0:
         return f"{100 * share:.0f} %"
@@ -129,16 +129,16 @@ def percent(share: float) -> str:
 
 
 def decibels(ratio: float) -> str:
-    """73.64 -> '73.6 dB'; no error at all is said so."""
+    """Return a ratio as text: '73.6 dB', 'without an error' if infinite, '-' if NaN."""
     return "without an error" if math.isinf(ratio) else "-" if math.isnan(ratio) else f"{ratio:.1f} dB"
 
 
 def powers(scales: Sequence[float]) -> str:
-    """The range of loss scales in order of size: '2^16', or '2^14 to 2^16'."""
+    """Return the range of sorted loss scales: '2^16', or '2^14 to 2^16'."""
     return power(scales[0]) if len(scales) == 1 else f"{power(scales[0])} to {power(scales[-1])}"
 
 
 def power(scale: float) -> str:
-    """65536 -> '2^16', 1000 -> '1000', 1 -> '1'."""
+    """Return a scale as text: 65536 -> '2^16', 1000 -> '1000', 1 -> '1'."""
     mantissa, exponent = math.frexp(scale)
     return f"2^{exponent - 1}" if mantissa == 0.5 and exponent != 1 else f"{scale:g}"
