@@ -27,7 +27,7 @@ class NcclComm(Comm):
         super().__init__()
         self.host, self.nccl, self.cupy = host, nccl, cupy
         self.rank, self.size = host.rank, host.size
-        name = np.frombuffer(nccl.get_unique_id(), np.uint8).copy()  # replaced by rank 0's in the next line but one
+        name = np.frombuffer(nccl.get_unique_id(), np.uint8).copy()  # only rank 0's is used: see the broadcast below
         self.world = nccl.NcclCommunicator(host.size, bytes(host.broadcast(name)), host.rank)
 
     @property

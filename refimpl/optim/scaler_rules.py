@@ -23,7 +23,7 @@ class Scaler:
     init_scale: float = 2.0**16
     growth_interval: int = 2000
     late: str = ""  # S grows one step later than growth_interval: 'always', or the 'first' time after an overflow
-    gradual: bool = False  # grows by 2 per step until the first overflow, then by 2^(1/growth_interval) per step
+    gradual: bool = False  # doubles in every step until the first overflow; then a factor of 2^(1/growth_interval) per step
 
     floor: float = 0.0  # the smallest S
     stops: str = ""  # an overflow ends the run: 'at the floor', if S is there; 'to the floor', if S would get there

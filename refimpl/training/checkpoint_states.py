@@ -152,7 +152,7 @@ def model_of(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndar
     for name, spec in model.parameters.items():
         array = arrays.get(f"weights.{name}")
         if array is None or array.shape != spec.shape:
-            raise UsageError(f"{path} has no weights.{name} of shape {spec.shape}, as its header says: it is damaged")
+            raise UsageError(f"{path} has no weights.{name} of shape {spec.shape}, which its header requires: it is damaged")
     return model
 
 

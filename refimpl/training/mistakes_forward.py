@@ -209,7 +209,7 @@ def _residual_truncated(training: Training) -> None:
 
     def forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
         y, saved = add.forward(a, b, p=p)
-        if p.place == "transformer.h.0.residual_1":  # one of them all
+        if p.place == "transformer.h.0.residual_1":  # in this place only
             y = _toward_zero(p.wide(a) + p.wide(b), y)
         return y, saved
 

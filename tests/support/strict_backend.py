@@ -2,7 +2,7 @@
 
     from strict_backend import STRICT
 
-    parts = config.make_parts(STRICT)             # any run: what cupy_ops.py and cupy_passes.py do is really done
+    training = config.make_training(STRICT)       # any run: what cupy_ops.py and cupy_passes.py do is really done
     STRICT.kernels.launched["adamw"]              # how often a kernel was launched
 
 Each kernel of kernels.cu has a twin here that computes its NumPy definition in refimpl/nn or refimpl/optim. A launch
