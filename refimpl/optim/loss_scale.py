@@ -177,7 +177,7 @@ class DynamicLossScale:
         if backs_off is not found_inf:  # an overflow may leave S unchanged
             smaller = xp.where(backs_off, smaller, self.value)
         if scaler.stops:
-            smaller = self._kept_where_it_stops(smaller, found_inf, backs_off)
+            smaller = self._stay_if_exhausted(smaller, found_inf, backs_off)
         grown = xp.where(grow if scaler.unbounded else grow & xp.isfinite(larger), larger, self.value)
         self.value = xp.where(found_inf, smaller, grown)
         restart = xp.zeros_like(good_steps)
@@ -201,7 +201,7 @@ class DynamicLossScale:
         self.overflows = xp.where(backs_off, 0, overflows)
         return backs_off
 
-    def _kept_where_it_stops(self, smaller: Array, found_inf: Array, backs_off: Array) -> Array:
+    def _stay_if_exhausted(self, smaller: Array, found_inf: Array, backs_off: Array) -> Array:
         """Set `exhausted` if the run should end. Return S after an overflow."""
         if self.scaler.stops == "at the floor":
             ends = backs_off & (self.value == self.scaler.floor)

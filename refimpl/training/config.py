@@ -37,7 +37,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """The defaults of the settings that depend on the model."""
 
-OWN_OF_THE_SCALER = ("growth_factor", "backoff_factor", "scale_floor")
+SCALER_SETTINGS = ("growth_factor", "backoff_factor", "scale_floor")
 """Settings of a loss scale that are None if they are the project's own."""
 
 
@@ -109,7 +109,7 @@ class Config:
         filled.setdefault("min_lr", filled["lr"] / (1 if filled["schedule"] == "constant" else 10))
         filled.setdefault("masters_from", None)
         filled.setdefault("zero", None)
-        filled |= {name: filled.get(name) for name in OWN_OF_THE_SCALER}
+        filled |= {name: filled.get(name) for name in SCALER_SETTINGS}
         filled.setdefault("loss_scale", recipe.loss_scale)
         if filled["optimizer"] == "sgd" and "weight_decay" not in given:
             filled["weight_decay"] = 0.0
@@ -230,7 +230,7 @@ class Config:
         """Return the loss scale of --loss-scale, or the recipe's."""
         assert self.loss_scale is not None
         more: dict[str, Any] = {} if xp is None else {"xp": xp}
-        knobs = {name: getattr(self, name) for name in ("hysteresis", *OWN_OF_THE_SCALER)}
+        knobs = {name: getattr(self, name) for name in ("hysteresis", *SCALER_SETTINGS)}
         return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, **knobs, **more)
 
     def make_training(self, backend: Backend, comm: Comm | None = None) -> Training:

@@ -34,7 +34,7 @@ def drawn(shape: tuple[int, ...], fmt: str, special: bool, seed: int) -> Array:
     return cast(x, fmt)
 
 
-def storage(recipe: str, name: str) -> str:
+def stored_format(recipe: str, name: str) -> str:
     """The format in which an operation finds its input: that of the weights, but 16 bits for an activation under autocast."""
     own = RECIPES[recipe].state_encodings()["weights"]
     return RECIPES[recipe].policy.row("linear.y").out if name == "gelu_tanh" else own
@@ -42,7 +42,7 @@ def storage(recipe: str, name: str) -> str:
 
 def both_ways(op: Op, recipe: str, shape: tuple[int, ...], special: bool, bias: bool = True) -> list[bytes]:
     """The bytes of all that an operation returns and saves, forward and backward."""
-    fmt = storage(recipe, op.name)
+    fmt = stored_format(recipe, op.name)
     x, dy = drawn(shape, fmt, special, 1), drawn(shape, fmt, special, 2)
     params: list[Array | None] = [drawn(shape[-1:], fmt, False, 3 + i) for i in range(len(op.params))]
     if params and not bias:

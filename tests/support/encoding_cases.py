@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {
 
 
 def training_of(backend: Backend, weights: str, moments: str, rule: str) -> Training:
-    """A run before its first step, with these storages."""
+    """A run before its first step, with these encodings."""
     config = Config.of(TINY)
     training = config.make_training(backend)
     kept = {"weights": weights, "grads": "bf16", **dict.fromkeys(RULES[rule].moments, moments)}
