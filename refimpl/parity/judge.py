@@ -118,7 +118,7 @@ class Judge:
             no_scale = "2.loss_scale is missing" if self.lost and training.loss_scale.adapts else ""
         S = cast(S, "fp32")
         weights = {name: f"1.weights of {name} is missing" for name in self._unread}
-        yield from self._through(step, S, weights, no_scale)
+        yield from self._forward_backward(step, S, weights, no_scale)
         found = yield from self._update(step, S, no_scale, unknown)
         yield from self._counters(step, found)
 
@@ -178,7 +178,7 @@ class Judge:
 
     # -- stage 2 ----------------------------------------------------------------------------------------------------
 
-    def _through(self, step: int, S: Array, unread: Mapping[str, str], no_scale: str) -> Iterator[Finding]:
+    def _forward_backward(self, step: int, S: Array, unread: Mapping[str, str], no_scale: str) -> Iterator[Finding]:
         """Judge forward and backward. See `Bounds` for the two bounds."""
         training, theirs, points = self.training, self.theirs, ("2.activations", "2.loss", "2.activation_grads", "2.grads")
         if not any(theirs.at(step, point) or theirs.get(step, point) is not None for point in points):
@@ -379,7 +379,7 @@ def judge_trace(config: Config, theirs: Trace, mistake: str = "none") -> list[Fi
     """Return all findings on a trace. Errors: UsageError if it is of another model or recipe, or nothing can be judged."""
     found = list(Judge(config, theirs, mistake).findings())
     if not found:
-        raise UsageError("nothing in this trace can be judged: see docs/traces.md for what each point needs beside it")
+        raise UsageError("nothing in this trace can be judged: docs/traces.md says what else each point requires")
     return found
 
 

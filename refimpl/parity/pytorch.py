@@ -152,7 +152,7 @@ class Branches:
         return (p.grad(np.where(open_, p.wide(dy), 0), "x", x_format),)
 
 
-class Side:
+class RefimplRun:
     """refimpl's side: a training run without a folder, whose ReLUs take given branches."""
 
     def __init__(self, config: Config, weights: Tensors) -> None:
@@ -234,7 +234,7 @@ def _batches(config: Config) -> Any:
 def _side_by_side(config: Config, weights: Tensors, batches: list[Any], theirs: PyTorchTraining) -> Comparison:
     assert config.batch_size and config.block_size
     predictions = config.batch_size * (config.block_size if config.model == "gpt" else 1)
-    ours, result, trace = Side(config, weights), Comparison(config.recipe, predictions), Trace()
+    ours, result, trace = RefimplRun(config, weights), Comparison(config.recipe, predictions), Trace()
     theirs.write_states(trace, 0)
     for i, (tokens, targets, overflow) in enumerate(batches):
         b = theirs.step(tokens, targets, overflow, trace if i < STAGE_STEPS else None)

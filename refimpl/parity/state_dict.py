@@ -112,7 +112,7 @@ def import_(source: Path, target: Path, n_head: int) -> None:
     """Convert a state_dict to a file for train.py --init-from and generate.py, for `scripts/convert.py import`."""
     weights, metadata = checkpoint.read_tensors(source, "state_dict")
     if checkpoint.KEY in metadata:
-        raise UsageError(f"{source} is a checkpoint of refimpl already: train.py --init-from and generate.py take it as it is")
+        raise UsageError(f"{source} is already a checkpoint of refimpl: use it with train.py --init-from, or generate.py")
     model, converted = from_state_dict(weights, n_head)
     check_has_bytes(model.config["vocab_size"], f"the vocabulary of {source}")
     _refuse_to_overwrite(target)

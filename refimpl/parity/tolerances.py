@@ -119,7 +119,7 @@ class Bounds:
     """
 
     def __init__(self, training: Training, ours: Trace, theirs: Trace, step: int, batches: list[Batch], S: Array) -> None:
-        """training: the objects that `ours` was computed with; their weights are the trace's."""
+        """Prepare the bounds of a step. training: the run that computed `ours`; its weights are the trace's."""
         self.training, self.ours, self.theirs = training, ours, theirs
         self.step, self.batches, self.S = step, batches, S
         self._exact_sums: Trace | None = None

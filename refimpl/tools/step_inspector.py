@@ -405,7 +405,7 @@ class _Element:
         return [*lines, _share(f"{self.word}s_moved", f"{self.word}s that moved", before[self.kind], after[self.kind])]
 
     def _copy_moved(self, before: Array, after: Array, made: str) -> list[Line]:
-        """before, after: the 16-bit copies of the parameter."""
+        """Return lines on the change of the parameter's 16-bit copy. made: a remark on the new copy."""
         fmt, seen = format_of(before), float(before[self.at])
         moved = float(after[self.at]) - seen
         by = f"by {moved / ulp(fmt, seen):+g} ulp" if moved else f"but the {self.word} keeps the update"

@@ -118,7 +118,7 @@ def test_wrong_ones_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="n_head"):
         from_state_dict(weights, 5)
     saved(tmp_path / "checkpoint", MODELS["gpt"], "fp16")
-    with pytest.raises(UsageError, match="is a checkpoint of refimpl already"):
+    with pytest.raises(UsageError, match="is already a checkpoint of refimpl"):
         import_(tmp_path / "checkpoint", tmp_path / "x", 3)
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(UsageError, match="not a whole safetensors file"):

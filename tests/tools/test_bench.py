@@ -12,7 +12,7 @@ from paths import SCRIPTS
 
 from refimpl.backends.malloc import keep_freed_memory
 from refimpl.errors import UsageError
-from refimpl.tools.bench.steps import MODELS, Ours, against_each_other, alternating, bench, gemm_floor, machine, profile
+from refimpl.tools.bench.steps import MODELS, Ours, alternating, alternating_with_rests, bench, gemm_floor, machine, profile
 
 SCRIPT = SCRIPTS / "bench.py"
 
@@ -64,7 +64,7 @@ def test_each_side_is_woken_up_before_it_is_timed_if_that_is_cheap(monkeypatch: 
         calls.append(2)
         time.sleep(0.06)
 
-    short_time, long_time = against_each_other([lambda: calls.append(1), long], 3)
+    short_time, long_time = alternating_with_rests([lambda: calls.append(1), long], 3)
     assert calls == [1, 1, 2, 2] + 3 * [1, 1, 2] and short_time < 0.06 <= long_time
 
 

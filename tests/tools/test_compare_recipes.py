@@ -89,7 +89,7 @@ def test_curves_and_noise(comparison: Comparison) -> None:
 
 def test_weights_that_move_are_counted_by_bits(comparison: Comparison) -> None:
     moved = {run.config.recipe: run.moved for run in comparison.runs}
-    assert all(len(shares) == 1 for shares in moved.values())  # 21 steps: the 20th is watched
+    assert all(len(shares) == 1 for shares in moved.values())  # 21 steps: the weights are compared at the 20th
     assert moved["fp32"][0] > 0.9 > moved["pure-bf16"][0] > 0  # rows of tokens that no batch had do not move
 
 

@@ -17,7 +17,16 @@ from refimpl.errors import UsageError
 from refimpl.nn.op import Op
 from refimpl.nn.ops import OPS
 from refimpl.precision.recipes import RECIPES
-from refimpl.tools.memory.measure import forward, held, measure_model, owned, owner, state_lines, tape_lines, weigh
+from refimpl.tools.memory.measure import (
+    forward,
+    measure,
+    measure_model,
+    owned_bytes,
+    owner,
+    state_lines,
+    tape_lines,
+    tape_memory,
+)
 from refimpl.training.config import Config
 from refimpl.training.trainer import INIT, generator
 
@@ -32,7 +41,7 @@ OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), *((recipe, "mlp") f
 
 @pytest.mark.parametrize(("recipe", "model"), others_slow(EVERY, plain=OF_EACH_KIND))
 def test_every_prediction_is_met(recipe: str, model: str) -> None:
-    result = weigh(Config.of({**TINY, "recipe": recipe, "model": model, "steps": 2}))
+    result = measure(Config.of({**TINY, "recipe": recipe, "model": model, "steps": 2}))
     assert result.wrong == []
     assert sum(line.measured for line in result.sections["activations"]) > 0
 
@@ -95,8 +104,8 @@ def test_a_state_that_is_larger_is_found_out() -> None:
 def test_memory_is_counted_where_it_is_owned() -> None:
     x = np.zeros((4, 6), np.float32)
     assert owner(x[1:].T) is x
-    assert owned([x[0], x.T, x], set()) == x.nbytes
-    assert owned([x], {id(x)}) == 0
+    assert owned_bytes([x[0], x.T, x], set()) == x.nbytes
+    assert owned_bytes([x], {id(x)}) == 0
 
 
 def test_weights_are_not_activations() -> None:
@@ -105,9 +114,9 @@ def test_weights_are_not_activations() -> None:
     training.state.load_weights(training.model.initial_weights(generator(0, INIT)))
     tokens = np.zeros((4, 8), np.int64)
     tape = forward(training, (tokens, tokens))
-    before, _ = held(tape)
+    before, _ = tape_memory(tape)
     tape.entries[-1].saved = (tape.entries[-1].saved, training.state.weight_views["transformer.wte.weight"])
-    assert held(tape)[0] == before
+    assert tape_memory(tape)[0] == before
 
 
 def test_the_report_and_its_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

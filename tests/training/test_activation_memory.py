@@ -16,7 +16,7 @@ from refimpl.nn.models.mlp import MLPConfig
 from refimpl.numerics.formats import format_of, is_float
 from refimpl.precision.policy import Policy, Precision
 from refimpl.precision.recipes import RECIPES, Recipe, get_recipe
-from refimpl.tools.memory.measure import arrays_in, forward, held
+from refimpl.tools.memory.measure import arrays_in, forward, tape_memory
 from refimpl.training.activation_memory import Term, against_paper, count, gpt_activations, mlp_activations, weight_copies
 from refimpl.training.config import Config
 from refimpl.training.trainer import INIT, generator
@@ -45,7 +45,7 @@ def by_place(terms: list[Term]) -> dict[str, int]:
 def test_what_the_tape_of_the_gpt_holds(recipe: str, sizes: tuple[int, ...]) -> None:
     L, H, C, block, B, T = sizes
     given = {"recipe": recipe, "n_layer": L, "n_head": H, "n_embd": C, "block_size": block, "batch_size": B}
-    activations, copies = held(tape_of(Config.of(given), T))
+    activations, copies = tape_memory(tape_of(Config.of(given), T))
     config = GPTConfig(L, H, C, block)
     assert by_place(gpt_activations(config, get_recipe(recipe), B, T)) == activations
     assert sum(term.nbytes for term in weight_copies(config, get_recipe(recipe))) == copies
@@ -56,7 +56,7 @@ def test_what_the_tape_of_the_gpt_holds(recipe: str, sizes: tuple[int, ...]) -> 
 @pytest.mark.parametrize(("L", "C", "block", "B"), [(1, 4, 3, 1), (2, 8, 5, 4), (3, 6, 2, 3)])
 def test_what_the_tape_of_the_mlp_holds(recipe: str, L: int, C: int, block: int, B: int) -> None:
     given = {"model": "mlp", "recipe": recipe, "n_layer": L, "n_embd": C, "block_size": block, "batch_size": B}
-    activations, copies = held(tape_of(Config.of(given), block))
+    activations, copies = tape_memory(tape_of(Config.of(given), block))
     assert by_place(mlp_activations(MLPConfig(L, C, block), get_recipe(recipe), B)) == activations
     assert sum(term.nbytes for term in weight_copies(MLPConfig(L, C, block), get_recipe(recipe))) == copies
 
@@ -125,7 +125,7 @@ def test_policies_of_no_recipe(name: str, model: str) -> None:
     config = Config.of(given | ({"n_head": 2} if model == "gpt" else {}))
     sizes = GPTConfig(2, 2, 8, T) if model == "gpt" else MLPConfig(2, 8, T)
     terms = gpt_activations(sizes, recipe, B, T) if isinstance(sizes, GPTConfig) else mlp_activations(sizes, recipe, B)
-    activations, copies = held(tape_of(config, T, recipe.policy))
+    activations, copies = tape_memory(tape_of(config, T, recipe.policy))
     assert by_place(terms) == activations
     assert sum(term.nbytes for term in weight_copies(sizes, recipe)) == copies
 

@@ -1,1 +1,1 @@
-"""Benchmarks: step times, PyTorch beside them, scaling over ranks, checks on a GPU."""
+"""Benchmarks: step times of refimpl and PyTorch, scaling over ranks, and checks on a GPU."""

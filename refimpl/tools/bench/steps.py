@@ -96,7 +96,7 @@ def alternating(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     return [median(column) for column in zip(*times, strict=True)]
 
 
-def against_each_other(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+def alternating_with_rests(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     """Return median times as `alternating`, with a rest before each timed call and, if calls are short, one to wake threads."""
 
     def awake(f: Callable[[], Any]) -> Callable[[], Any]:
@@ -166,7 +166,7 @@ def against_torch(models: Sequence[str], recipes: Sequence[str], rounds: int) ->
         for recipe in recipes:
             ours = Ours(MODELS[model], recipe)
             theirs = [Theirs(MODELS[model], recipe, variant, ours.batch) for variant in variants(recipe)]
-            mine, *their_times = against_each_other([ours.step, *(t.step for t in theirs)], rounds)
+            mine, *their_times = alternating_with_rests([ours.step, *(t.step for t in theirs)], rounds)
             best = min(their_times)
             rows.append({
                 "model": model, "recipe": recipe, "ours_ms": 1e3 * mine, "torch_ms": 1e3 * best,

@@ -43,7 +43,7 @@ def parser() -> Parser:
 
 
 def _checked(recipes: list[str]) -> list[str]:
-    """Recipes that can be checked. Errors: UsageError for one that cannot, before the minutes that the kernels take."""
+    """Return the recipes if all can be checked. Errors: UsageError, before the tests of the kernels, which take minutes."""
     for name in recipes:
         if name not in JUDGED:
             raise UsageError(f"recipe {name} cannot be checked, only {', '.join(JUDGED)}")

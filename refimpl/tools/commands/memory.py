@@ -25,7 +25,7 @@ SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")
 
 
 def parser() -> Parser:
-    """The flags of this script; one that is not given is left to `memory_report.choose` or to the measured run."""
+    """Return the parser of the flags; defaults are those of `report.choose` or of the measured run."""
     result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     result.add_argument("--params", type=float, metavar="N", help="number of parameters (7e9)")
     result.add_argument("--preset", help=", ".join(PRESETS))

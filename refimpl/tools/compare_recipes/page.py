@@ -116,21 +116,21 @@ def difference_text(comparison: Comparison) -> str:
     return (
         f"The smoothed loss minus that of FP32 on the same batches; the axis is logarithmic above and below the dark band. "
         f"The dark band answers: {IS_DIFFERENT} Its width is the difference between FP32 runs on these batches from weights "
-        f"changed in their last bit ({len(comparison.changed)} of them): inside it, a recipe cannot be told from FP32. "
+        f"changed in their last bit ({len(comparison.changed)} of them): inside it, a recipe is no different from FP32. "
         f"The light band answers: {MATTERS_MORE} Its width is the difference between FP32 runs with "
         f"{1 + len(comparison.others)} seeds, that is other weights and batches: inside it, the seed matters more."
     )
 
 
-TOGETHER = 5
+CURVES = 5
 """Curves per figure beside that of FP32."""
 
 
 def _pictures(comparison: Comparison, what: str) -> list[Picture]:
-    """Return figures of TOGETHER recipes each."""
+    """Return figures of CURVES recipes each."""
     runs, result = comparison.runs[1:], []
-    for start in range(0, len(runs), TOGETHER):
-        shown = runs[start : start + TOGETHER]
+    for start in range(0, len(runs), CURVES):
+        shown = runs[start : start + CURVES]
         names = ", ".join(run.config.recipe for run in shown)
 
         def draw(axes: Any, shown: Any = shown) -> None:

@@ -32,7 +32,7 @@ from refimpl.training.trainer import BATCHES, EVALUATION, INIT, generator, start
 
 BASELINE = "fp32"
 DEFAULT = ("fp32", "fp16", "bf16", "amp-bf16", "pure-bf16", "bf16-sr", "bf16-kahan", "fp8", "mxfp8", "nvfp4")
-WATCHED = 20
+COUNT_EVERY = 20
 """The number of steps between comparisons of the weights with those before the step."""
 LAST = 10
 """The final loss is the mean over the last 1/LAST of the steps; curves are smoothed over as many."""
@@ -79,15 +79,15 @@ class RecipeRun:
         return self.training.state.nbytes / self.training.model.n_params
 
     def step(self, corpus: Corpus) -> None:
-        """Make one step and time it; every WATCHED steps, also count the weights that it changed."""
+        """Make one step and time it; every COUNT_EVERY steps, also count the weights that it changed."""
         if self.ended:
             return
         config, state = self.config, self.training.state
         assert config.batch_size is not None and config.block_size is not None
         sizes = config.batch_size, config.block_size
         batches = [sample_batch(corpus.train, *sizes, self.batches, config.no_target) for _ in range(config.grad_accum)]
-        watched = len(self.losses) % WATCHED == WATCHED - 1
-        before = np.array(state.values(state.master_kind)) if watched else None
+        counted = len(self.losses) % COUNT_EVERY == COUNT_EVERY - 1
+        before = np.array(state.values(state.master_kind)) if counted else None
         started = time.perf_counter()
         result = self.training.step(batches)
         loss, skipped = float(result.loss), bool(result.skipped)
@@ -272,7 +272,7 @@ def meaning(comparison: Comparison) -> list[str]:
         f"{MATTERS_MORE} Yes, unless there are two asterisks: the validation losses of FP32 with {seeds} seeds, that is other "
         f"weights and batches, differ by up to {comparison.noise:.2g}.",
         f"bytes: model states per parameter, as measured. moved: share of the weights (or masters) that an update changed, "
-        f"at every {WATCHED}th step. Times are of NumPy on this machine, without 16-bit or 8-bit arithmetic: fewer "
+        f"at every {COUNT_EVERY}th step. Times are of NumPy on this machine, without 16-bit or 8-bit arithmetic: fewer "
         f"bits are slower here, but faster on a device that has it. All steps took {comparison.seconds:.0f} s, of which the "
         f"{more} additional FP32 runs took {sum(sum(run.seconds) for run in (*comparison.others, *comparison.changed)):.0f} s.",
     ]

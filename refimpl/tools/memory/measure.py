@@ -75,7 +75,7 @@ def measure_model(given: dict[str, Any], as_json: bool) -> int:
     config = Config.of({"steps": STEPS, **given})
     if config.backend != "numpy":
         raise UsageError(f"--backend {config.backend}: only numpy can be measured, whose arrays are in the process's memory")
-    result = weigh(config)
+    result = measure(config)
     print(json_text(_data(result)) if as_json else _text(result))
     return 1 if result.wrong else 0
 
@@ -83,7 +83,7 @@ def measure_model(given: dict[str, Any], as_json: bool) -> int:
 # ------------------------------------------------------------------------------------------------------------- measuring
 
 
-def weigh(config: Config) -> Measurement:
+def measure(config: Config) -> Measurement:
     """Train for `config.steps` steps, then measure the states and a tape, and the peak memory of a step of a new run."""
     steps = list(batches_of(config, None))
     before = process_memory()
@@ -111,7 +111,7 @@ def state_lines(config: Config, training: Training) -> list[Line]:
     predicted = config.make_recipe().buffers(config.make_rule().moments, config.grad_accum, training.state.layout.embeddings)
     n, measured, seen = training.model.n_params, {}, set[int]()
     for name, buffer in training.state.buffers.items():
-        measured[name] = owned([buffer], seen)
+        measured[name] = owned_bytes([buffer], seen)
     lines = []
     for name in {**predicted, **measured}:
         size, formula = 0, f"0 x {n:,} not in the recipe"
@@ -127,7 +127,7 @@ def state_lines(config: Config, training: Training) -> list[Line]:
 
 def tape_lines(config: Config, training: Training, batch: Batch) -> dict[str, list[Line]]:
     """Return lines on the tape of one forward pass: activations by place, and copies of weights."""
-    activations, copies = held(forward(training, batch))
+    activations, copies = tape_memory(forward(training, batch))
     terms: dict[str, list[Term]] = {}
     for term in predicted_activations(config):
         terms.setdefault(term.place, []).append(term)
@@ -169,17 +169,17 @@ def forward(training: Training, batch: Batch) -> Tape:
     return tape
 
 
-def held(tape: Tape) -> tuple[dict[str, int], int]:
+def tape_memory(tape: Tape) -> tuple[dict[str, int], int]:
     """Return the memory that a tape keeps alive: bytes of activations by place, and bytes of copies of weights.
 
     Memory that several entries share counts for the first of them; that of the weights themselves does not count.
     The layers of a model are added up: 'transformer.h.0.ln_1' and those of other layers count as 'transformer.h.i.ln_1'.
     """
     seen = {id(owner(w)) for w in tape.weights.values()}
-    copies = owned((w.array for entry in tape.entries for w in entry.params if w and w.array is not None), seen)
+    copies = owned_bytes((w.array for entry in tape.entries for w in entry.params if w and w.array is not None), seen)
     activations: dict[str, int] = {}
     for entry in tape.entries:
-        nbytes = owned(arrays_in(entry.saved), seen)
+        nbytes = owned_bytes(arrays_in(entry.saved), seen)
         if nbytes:
             place = re.sub(r"\bh\.\d+\.", "h.i.", entry.output.name)
             activations[place] = activations.get(place, 0) + nbytes
@@ -204,7 +204,7 @@ def owner(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def owned(arrays: Iterable[np.ndarray], seen: set[int]) -> int:
+def owned_bytes(arrays: Iterable[np.ndarray], seen: set[int]) -> int:
     """Return the bytes of memory behind some arrays, without owners in `seen`, to which new owners are added."""
     nbytes = 0
     for x in map(owner, arrays):

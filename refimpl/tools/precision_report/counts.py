@@ -203,7 +203,7 @@ _PIECE = 1 << 16
 
 
 class RoundingMonitor:
-    """Counts all roundings of a step by site: pass it to `Training.watch`, and `take` the counts after the step.
+    """Counts all roundings of a step by site: pass it to `Training.set_monitor`, and `take` the counts after the step.
 
     what_if: other formats; the effects of rounding the same values to them are counted too. Formats of 8 bits and fewer
     saturate, and the tensor is first multiplied by a power of two that brings its largest value just below the format's;
