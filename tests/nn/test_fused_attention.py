@@ -24,7 +24,7 @@ from refimpl.parity.trace import Trace, record
 from refimpl.precision.context import Bound, Monitor, Run
 from refimpl.precision.policy import ATTENTION, Policy, with_attention
 from refimpl.precision.recipes import get_recipe
-from refimpl.tools.memory.measure import measure
+from refimpl.tools.memory.measure import measure_run
 from refimpl.training.config import Config
 
 Array = Any
@@ -77,7 +77,7 @@ def test_it_rounds_what_a_kernel_rounds(recipe: str, low: str) -> None:
 @pytest.mark.parametrize("recipe", ["fp16", "amp-bf16", "fp8", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ATTENTION[1:])
 def test_it_runs_in_every_recipe_and_keeps_what_was_predicted(recipe: str, kind: str) -> None:
-    result = measure(Config.of({**TINY, "recipe": recipe, "attention": kind}))
+    result = measure_run(Config.of({**TINY, "recipe": recipe, "attention": kind}))
     assert result.wrong == []
 
 

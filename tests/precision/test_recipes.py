@@ -28,7 +28,7 @@ from refimpl.precision.recipes import MASTERS_FROM, RECIPES, STATE_KINDS, Recipe
 from refimpl.precision.state_encodings import ENCODINGS, get_encoding
 from refimpl.step import forward_backward
 
-# What an encoding keeps, in bytes a parameter, by buffer
+# What an encoding stores, in bytes per parameter, by buffer
 PARTS: dict[str, dict[str, float]] = {
     "fp64": {"": 8}, "fp32": {"": 4}, "fp16": {"": 2}, "bf16": {"": 2}, "bf16-stochastic": {"": 2},
     "bf16-kahan": {"": 2, "_compensation": 2}, "bf16-remainder": {"": 2, "_remainder": 2},

@@ -17,7 +17,7 @@ MPIEXEC = Path(sys.executable).parent / "mpiexec"
 
 
 def test_the_prediction_is_its_formulas() -> None:
-    """7B in bf16: 16 bytes a parameter, 4 + 12/N, 2 + 14/N, 16/N; 2, 2, 2, 3 elements of 2 bytes."""
+    """7B in bf16: 16 bytes per parameter, 4 + 12/N, 2 + 14/N, 16/N; 2, 2, 2, 3 elements of 2 bytes."""
     P = CLUSTER.n_params
     for stage, states in zip(STAGES, (lambda n: 16, lambda n: 4 + 12 / n, lambda n: 2 + 14 / n, lambda n: 16 / n), strict=True):
         for ranks in RANKS:

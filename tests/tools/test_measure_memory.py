@@ -19,8 +19,8 @@ from refimpl.nn.ops import OPS
 from refimpl.precision.recipes import RECIPES
 from refimpl.tools.memory.measure import (
     forward,
-    measure,
     measure_model,
+    measure_run,
     owned_bytes,
     owner,
     state_lines,
@@ -41,7 +41,7 @@ OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), *((recipe, "mlp") f
 
 @pytest.mark.parametrize(("recipe", "model"), others_slow(EVERY, plain=OF_EACH_KIND))
 def test_every_prediction_is_met(recipe: str, model: str) -> None:
-    result = measure(Config.of({**TINY, "recipe": recipe, "model": model, "steps": 2}))
+    result = measure_run(Config.of({**TINY, "recipe": recipe, "model": model, "steps": 2}))
     assert result.wrong == []
     assert sum(line.measured for line in result.sections["activations"]) > 0
 

@@ -235,7 +235,7 @@ def test_the_monitor_never_calls_nan_exact(loss_scale: str) -> None:
     assert "2 of 8192 values arrived as Inf or NaN" in weight["verdict"]
     dw = written["sites"]["transformer.h.1.mlp.c_fc:linear.dw.dw"]
     assert dw["arrived"] == dw["elements"] and dw["exact"] == 0 and dw["overflowed"] == 0
-    assert dw["verdict"] == f"all {dw['elements']} values arrived as Inf or NaN: they say nothing of a loss scale"
+    assert dw["verdict"] == f"all {dw['elements']} values arrived as Inf or NaN, so nothing can be said about a loss scale"
     for text in (v.text for v in verdicts_of(seen)):
         assert "needs no loss scale" not in text or "arrived" not in text
     assert written["non_finite"] == f"At step 1: {FC} has 1 NaN."

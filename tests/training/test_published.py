@@ -45,7 +45,7 @@ Array = np.ndarray
 
 
 def run_of(recipe: str, seed: int = 0, **more: Any) -> tuple[Config, Training]:
-    """A run of the small GPT of the experiments: 0.1 million parameters, 256 tokens a step, on Python's documentation."""
+    """A run of the small GPT of the experiments: 0.1 million parameters, 256 tokens per step, on Python's documentation."""
     config = Config.of({**SMALL, "recipe": recipe, "seed": seed, **more})
     return config, start(config)
 
@@ -148,7 +148,7 @@ def test_fp8_perplexity_is_that_of_bf16(recipe: str, seeds: int) -> None:
 
 @pytest.mark.slow
 def test_control_fp8_without_scales_is_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why scaling is needed (2209.05433, 4.3): scales of 1, for gradients as small as those of 65,536 tokens a step.
+    """Why scaling is needed (2209.05433, 4.3): scales of 1, for gradients as small as those of 65,536 tokens per step.
 
     The loss is a mean, so gradients of one token are as small as tokens are many. Here are 256, so dy is divided by 256 before
     it is rounded; what then is below 2^-17 is flushed in e5m2.

@@ -75,7 +75,7 @@ def measure_model(given: dict[str, Any], as_json: bool) -> int:
     config = Config.of({"steps": STEPS, **given})
     if config.backend != "numpy":
         raise UsageError(f"--backend {config.backend}: only numpy can be measured, whose arrays are in the process's memory")
-    result = measure(config)
+    result = measure_run(config)
     print(json_text(_data(result)) if as_json else _text(result))
     return 1 if result.wrong else 0
 
@@ -83,7 +83,7 @@ def measure_model(given: dict[str, Any], as_json: bool) -> int:
 # ------------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(config: Config) -> Measurement:
+def measure_run(config: Config) -> Measurement:
     """Train for `config.steps` steps, then measure the states and a tape, and the peak memory of a step of a new run."""
     steps = list(batches_of(config, None))
     before = process_memory()
