@@ -31,10 +31,17 @@ class TrainingStopped(_OneLine):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return '; did you mean X?' for the known name most similar to `name`, or '' where none is similar. Ignores case."""
-    by_lower = {other.lower().replace("_", "-"): other for other in known}
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), by_lower, n=1, cutoff=0.6)
-    return f"; did you mean {by_lower[close[0]]}?" if close else ""
+    """Return '; did you mean X?' for the known name most similar to `name`, or '' where none is similar.
+
+    Case does not count, nor do the dashes that all flags begin with.
+    """
+
+    def plain(text: str) -> str:
+        return text.lower().replace("_", "-").lstrip("-")
+
+    by_plain = {plain(other): other for other in known}
+    close = difflib.get_close_matches(plain(name), by_plain, n=1, cutoff=0.6)
+    return f"; did you mean {by_plain[close[0]]}?" if close else ""
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

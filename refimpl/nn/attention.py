@@ -1,10 +1,11 @@
-"""Causal self-attention, operation by operation: it rounds where autocast rounds without a fused kernel.
+"""Causal self-attention, operation by operation, as PyTorch computes it without a fused kernel.
 
     S = R(q k^T)   S' = R(S / sqrt(D))   P = R(softmax(S'))   O = R(P v)
 
-Each of the four has its own row: `attention.scores`, `.scale`, `.softmax`, `.values`. With other rows everything is FP32 and
-rounded once at the end, as PyTorch's SDPBackend.MATH does (`--attention math`). A fused kernel rounds at other places:
-`fused_attention.py`.
+R is the rounding that the row of each says: `attention.scores`, `.scale`, `.softmax`, `.values`. In recipe fp16 all four round
+to FP16, since the next product reads 16-bit operands. Under CUDA autocast P stays in FP32 and is rounded where P v reads it.
+With other rows everything is FP32 and rounded once at the end, as PyTorch's SDPBackend.MATH does (`--attention math`). A fused
+kernel rounds at other places: `fused_attention.py`.
 """
 
 from __future__ import annotations

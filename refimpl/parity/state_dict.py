@@ -109,10 +109,12 @@ def export(source: Path, target: Path) -> None:
 
 
 def import_(source: Path, target: Path, n_head: int) -> None:
-    """Convert a state_dict to a file for train.py --init-from and generate.py, for `scripts/convert.py import`."""
+    """Convert a state_dict to a file that scripts/train.py --init-from and scripts/generate.py read."""
     weights, metadata = checkpoint.read_tensors(source, "state_dict")
     if checkpoint.KEY in metadata:
-        raise UsageError(f"{source} is already a checkpoint of refimpl: use it with train.py --init-from, or generate.py")
+        raise UsageError(
+            f"{source} is already a checkpoint of refimpl: scripts/train.py --init-from and scripts/generate.py read it"
+        )
     model, converted = from_state_dict(weights, n_head)
     check_has_bytes(model.config["vocab_size"], f"the vocabulary of {source}")
     _refuse_to_overwrite(target)

@@ -20,7 +20,7 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.state import State
-from refimpl.training.checkpoint import check_exchanged, parse_header, read_tensors, sealed, write_tensors
+from refimpl.training.checkpoint import check_exchanged, parse_header, read_tensors, sealed, write_tensors, written_here
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.generate import check_has_bytes
@@ -151,6 +151,8 @@ def load(path: Path) -> Trace:
     Errors: UsageError that says what is wrong with the file.
     """
     tensors, metadata = read_tensors(path, "trace")
+    if _KEY not in metadata and written_here(path):
+        raise UsageError(f"{path} is a checkpoint or exported weights, not a trace; scripts/trace.py record writes traces")
     header = parse_header(path, metadata.get(_KEY, "{}"))
     check_exchanged(path, header, tensors)
     check(header, HEADER, f"{path} has a damaged header")

@@ -143,8 +143,9 @@ def inspect_steps(
     initial value of a dynamic one.
     Errors: UsageError for an unknown recipe or parameter, an index out of range, invalid numbers, or a recipe not in FOLLOWED.
     """
-    if steps < 1 or (step is not None and step < 1):
-        raise UsageError(f"--step is {step} and --steps {steps}: both must be at least 1")
+    for flag, value in (("--step", step), ("--steps", steps)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} is {value}: it must be at least 1")
     last = (PATIENCE + 1 if step is None else step) + steps - 1
     given: dict[str, Any] = {"model": "gpt", "recipe": recipe, **SIZES, "seed": seed, "lr": lr}
     given |= {"steps": max(SCHEDULE_STEPS, last), "loss_scale": loss_scale}

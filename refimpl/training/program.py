@@ -22,4 +22,4 @@ def as_called(text: str) -> str:
     """Return `text` with its commands as the user starts them: without a clone there is no scripts/train.py to name."""
     if not sys.argv[0].startswith(AS_MODULE):
         return text
-    return re.sub(r"(?:python )?\bscripts/(\w+)\.py", rf"{AS_MODULE} \1", text)
+    return re.sub(r"(?:python\s+)?\bscripts/(\w+)\.py", rf"{AS_MODULE} \1", text)

@@ -20,6 +20,7 @@ from refimpl.errors import UsageError
 from refimpl.parity.diff import diff_traces
 from refimpl.parity.judge import Judge, judge_trace
 from refimpl.parity.trace import POINTS, Trace, load, record, save
+from refimpl.training import checkpoint
 from refimpl.training.config import Config
 from refimpl.training.trainer import start
 
@@ -181,6 +182,15 @@ def test_diff_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     assert diff_traces(theirs, ours)["first_departure"]["point"] == "4.v"  # the reference has a configuration
     with pytest.raises(UsageError, match="neither file holds a configuration"):
         diff_traces(theirs, theirs)
+
+
+def test_a_checkpoint_and_exported_weights_are_no_trace_and_not_damaged(tmp_path: Path) -> None:
+    weights = {"lm_head.weight": np.ones((2, 2), np.float32)}
+    checkpoint.save(tmp_path / "checkpoint", weights, {})
+    checkpoint.write_tensors(tmp_path / "exported", weights, {})
+    for name in ("checkpoint", "exported"):
+        with pytest.raises(UsageError, match="is a checkpoint or exported weights, not a trace"):
+            load(tmp_path / name)
 
 
 def test_other_sizes_are_refused_in_one_line() -> None:

@@ -17,6 +17,7 @@ BAD = [
     ("train", "--seed x", "argument --seed: invalid int value: 'x'; see train.py --help"),
     ("train", "--lr 1e", "argument --lr: invalid float value: '1e'; see train.py --help"),
     ("train", "--batch_size 8", "unknown flag --batch_size; did you mean --batch-size? See train.py --help"),
+    ("train", "--bogus 1", "unknown flag --bogus; see train.py --help"),
     ("train", "--batch_size=8", "unknown flag --batch_size=8; did you mean --batch-size? See train.py --help"),
     ("train", "--zzz", "unknown flag --zzz; see train.py --help"),
     ("train", "--steps", "argument --steps: expected one argument; see train.py --help"),
