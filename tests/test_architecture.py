@@ -18,11 +18,11 @@ from refimpl.nn.ops import OPS
 PACKAGE = ROOT / "refimpl"
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 
-# The one door for rounding, and the fast twin behind it, which only the door may open.
-DOOR = ("numerics/casts.py", "numerics/fast_cast.py")
+# The only modules that convert: casts, and their fast version, which only casts may use.
+CASTS = ("numerics/casts.py", "numerics/fast_cast.py")
 # PyTorch programs kept beside the project, as a witness and to be timed: their tensors are not arrays of ours.
 FOREIGN = ("parity/pytorch_model.py", "tools/bench/pytorch.py")
-OURS = [name for name in FILES if name not in DOOR + FOREIGN]
+OURS = [name for name in FILES if name not in CASTS + FOREIGN]
 
 
 def source(name: str) -> str:
@@ -41,7 +41,7 @@ def offence(node: ast.AST) -> str:
     return f"line {node.lineno}: {ast.unparse(node)}"
 
 
-# ---------------------------------------------------------------------------------------- (a), (b) one door for rounding
+# ------------------------------------------------------------------------------- (a), (b) one place that changes formats
 
 
 def uses_of_astype(text: str) -> list[str]:
@@ -79,7 +79,7 @@ def float_types_called(text: str) -> list[str]:
 ALLOWED_CONVERSIONS = {
     # the initial draw: NumPy makes fp32 normals directly, nothing is converted
     ("nn/models/model.py", "rng.standard_normal(out=value, dtype=np.float32)"),
-    # the door for bits: codes, stochastic rounding and remainders are defined on patterns; no value changes there
+    # the only module for bit patterns, on which codes, stochastic rounding and remainders are defined; no value changes
     ("numerics/bits.py", "x.view(_UNSIGNED[FORMATS[format_of(x)].itemsize])"),
     ("numerics/bits.py", "bits.view(row.dtype)"),
     ("numerics/bits.py", "x.view(np.uint8)"),
@@ -94,7 +94,7 @@ ALLOWED_TYPE_CALLS = {
 
 
 ALLOWED_ASTYPE = {
-    # the same door: unsigned integers in a type of another size, which CuPy converts by no other name
+    # the same module: unsigned integers in a type of another size, which CuPy converts by no other name
     ("numerics/bits.py", "bits.astype"),
 }
 
@@ -103,13 +103,13 @@ def without_allowed(name: str, offences: list[str], allowed: set[tuple[str, str]
     return [o for o in offences if (name, o.split(": ", 1)[1]) not in allowed]
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n not in DOOR])
-def test_nothing_but_the_door_says_astype(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in FILES if n not in CASTS])
+def test_only_casts_say_astype(name: str) -> None:
     assert without_allowed(name, uses_of_astype(source(name)), ALLOWED_ASTYPE) == []
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_nothing_but_the_door_changes_a_type_in_another_way(name: str) -> None:
+def test_only_casts_change_a_type_in_another_way(name: str) -> None:
     assert without_allowed(name, other_conversions(source(name)), ALLOWED_CONVERSIONS) == []
 
 
@@ -150,7 +150,7 @@ def test_conversion_checkers_bite(checker: object, bad: list[str], good: list[st
     assert len(checker("\n".join(bad))) == len(bad)
 
 
-def test_only_the_door_opens_its_fast_twin() -> None:
+def test_only_casts_use_their_fast_version() -> None:
     users = {name for name in FILES if "numerics.fast_cast" in imports(source(name))}
     assert users <= {"numerics/casts.py"}, users
 
@@ -319,7 +319,7 @@ def test_no_import_goes_in_a_circle() -> None:
 
 
 def casting(text: str) -> list[str]:
-    """What a model must not do: name a cast, import the door, or name a format."""
+    """What a model must not do: name a cast, import casts, or name a format."""
     tree = ast.parse(text)
     found = [offence(node) for node, name in calls(text) if name in ("cast", "widen", "round_to", "_convert")]
     found += [f"imports {module}" for module in imports(text) & {"numerics.casts", "numerics.fast_cast", "numerics.formats"}]
@@ -337,7 +337,7 @@ def test_models_never_cast(name: str) -> None:
 
 
 def test_cast_checker_bites() -> None:
-    for bad in ("y = cast(x, f)", "door.widen(x)", "from refimpl.numerics.casts import cast", "t(linear, 'fc', x, fmt='bf16')"):
+    for bad in ("y = cast(x, f)", "c.widen(x)", "from refimpl.numerics.casts import cast", "t(linear, 'fc', x, fmt='bf16')"):
         assert len(casting(bad)) == 1, bad
     assert casting("t(linear, 'mlp.c_fc', x)  # a cast in a comment") == []
 

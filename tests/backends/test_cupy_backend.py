@@ -257,7 +257,7 @@ def test_an_update_and_a_skipped_one(recipe: str, rule: Any) -> None:
 
 
 @pytest.mark.parametrize(("weights", "moments", "rule"), encoding_cases.CASES)
-def test_storages_of_two_parts_and_of_chance_keep_what_the_host_keeps(weights: str, moments: str, rule: str) -> None:
+def test_encodings_of_two_parts_and_of_chance_keep_what_the_host_keeps(weights: str, moments: str, rule: str) -> None:
     """Eight steps, three of them skipped: every part to the bit, from the same gradients; a skip leaves every part."""
     assert encoding_cases.differences(get_backend("cupy"), weights, moments, rule) == []
 

@@ -102,10 +102,10 @@ def test_a_training_with_skips_keeps_what_the_host_keeps(weights: str, moments: 
     assert differences(STRICT, weights, moments, rule) == []
 
 
-Meddle = Callable[[pytest.MonkeyPatch], None]
+Inject = Callable[[pytest.MonkeyPatch], None]
 
 
-def on_devices(encoding: type, name: str, wrong: Callable[..., None]) -> Meddle:
+def on_devices(encoding: type, name: str, wrong: Callable[..., None]) -> Inject:
     """A method of an encoding that is `wrong` for device arrays; the host has the right one."""
     right = getattr(encoding, name)
 
@@ -115,7 +115,7 @@ def on_devices(encoding: type, name: str, wrong: Callable[..., None]) -> Meddle:
     return lambda patch: patch.setattr(encoding, name, method)
 
 
-def replacing(wrong: Callable[..., None]) -> Meddle:
+def replacing(wrong: Callable[..., None]) -> Inject:
     """Another way to replace what is kept; it is for devices only."""
     return lambda patch: patch.setattr(refimpl.optim.optimizer, "replace_unless", wrong)
 
@@ -148,7 +148,7 @@ def only_the_main_part(keep: Array, parts: Any, new: Any, xp: Any) -> None:
     ignores_found_inf(keep, {name: part for name, part in parts.items() if name}, new, xp)
 
 
-MISTAKES: dict[str, tuple[str, Meddle, str]] = {
+MISTAKES: dict[str, tuple[str, Inject, str]] = {
     "rounded to nearest": (WEIGHTS[0], on_devices(Stochastic, "write", round_to_nearest), "weights differs"),
     "the same draws in each step": (WEIGHTS[0], on_devices(Stochastic, "write", draw_at_the_start), "weights differs"),
     "no compensation": (WEIGHTS[1], on_devices(Kahan, "change", change_the_values), "weights_compensation differs"),
@@ -160,8 +160,8 @@ MISTAKES: dict[str, tuple[str, Meddle, str]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, meddle, fault = MISTAKES[name]
-    meddle(monkeypatch)
+    weights, inject, fault = MISTAKES[name]
+    inject(monkeypatch)
     assert any(fault in difference for difference in differences(STRICT, weights, "fp32", "adamw"))
 
 

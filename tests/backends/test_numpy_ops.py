@@ -1,4 +1,4 @@
-"""The host's fast twins of operations: bit for bit what their definitions give, and taken unless somebody watches."""
+"""The host's fast versions of operations: bit for bit what their definitions give, and used unless a monitor is set."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def without_payloads(x: Array) -> bytes:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("recipe", [name for name in BASIC if not name.endswith("-cpu")])
 @pytest.mark.parametrize("name", NUMPY.ops)
-def test_a_twin_gives_the_bits_of_its_definition(name: str, recipe: str, shape: tuple[int, ...], special: bool) -> None:
+def test_a_fast_version_gives_the_bits_of_its_definition(name: str, recipe: str, shape: tuple[int, ...], special: bool) -> None:
     assert both_ways(NUMPY.ops[name], recipe, shape, special) == both_ways(OPS[name], recipe, shape, special)
 
 
 def test_without_a_bias_too() -> None:
-    twin, definition = NUMPY.ops["layernorm"], OPS["layernorm"]
-    assert both_ways(twin, "fp16", (5, 14), True, False) == both_ways(definition, "fp16", (5, 14), True, False)
+    fast, definition = NUMPY.ops["layernorm"], OPS["layernorm"]
+    assert both_ways(fast, "fp16", (5, 14), True, False) == both_ways(definition, "fp16", (5, 14), True, False)
 
 
 @pytest.mark.parametrize("name", NUMPY.ops)
@@ -93,21 +93,21 @@ def test_the_comparison_bites() -> None:
     assert both_ways(wrong, "fp32", (5, 14), False) != both_ways(gelu_tanh, "fp32", (5, 14), False)
 
 
-def test_a_step_takes_the_twins_and_a_watched_one_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_takes_the_fast_versions_and_a_monitored_one_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
 
-    def noting(op: Op, who: str) -> Op:
+    def noting(op: Op, label: str) -> Op:
         def forward(*arrays: Any, **more: Any) -> tuple[Array, Any]:
-            called.append(f"{who} {op.name}")
+            called.append(f"{label} {op.name}")
             return op.forward(*arrays, **more)
 
         return Op(op.name, forward, op.backward, op.params)
 
-    twins = {name: noting(op, "twin") for name, op in NUMPY.ops.items()}
-    monkeypatch.setattr(type(NUMPY), "ops", property(lambda self: twins))
+    fast_versions = {name: noting(op, "fast") for name, op in NUMPY.ops.items()}
+    monkeypatch.setattr(type(NUMPY), "ops", property(lambda self: fast_versions))
     ours = Ours(MODELS["smoke"], "fp16")
     ours.step()
-    assert sorted(set(called)) == ["twin gelu_tanh", "twin layernorm"]
+    assert sorted(set(called)) == ["fast gelu_tanh", "fast layernorm"]
     called.clear()
     ours.training.set_monitor(lambda site, before, after: None)
     ours.step()
@@ -115,9 +115,9 @@ def test_a_step_takes_the_twins_and_a_watched_one_the_definitions(monkeypatch: p
     ours.training.set_monitor(None)
     ours.training.run.overrides = {"gelu_tanh": noting(gelu_tanh, "override")}
     ours.step()
-    assert sorted(set(called)) == ["override gelu_tanh", "twin layernorm"]
+    assert sorted(set(called)) == ["fast layernorm", "override gelu_tanh"]
 
 
-def test_twins_are_operations_with_the_same_parameters_and_other_backends_need_none() -> None:
+def test_fast_versions_are_operations_with_the_same_parameters_and_other_backends_need_none() -> None:
     assert {name: op.params for name, op in NUMPY.ops.items()} == {name: OPS[name].params for name in NUMPY.ops}
     assert Backend("plain", np).ops == {}

@@ -228,7 +228,7 @@ class Case:
     static: Mapping[str, int] = field(default_factory=dict)
 
     def run(self, op: Any, backend: Backend) -> tuple[Array, Array, list[Array | None]]:
-        """y, what was saved, and the gradients, of this operation or of a twin of it."""
+        """y, what was saved, and the gradients, of this operation or of a version of it."""
         rng = np.random.default_rng(0)
         arrays = [backend.from_host(self._draw(rng, *words.split())) for words in self.arrays]
         p = Run(Policy("case", {EVERY_OTHER: self.row, **self.rows}), backend).bind(self.op, "here")
@@ -335,7 +335,7 @@ def test_what_they_do_not_know_the_definition_computes(name: str) -> None:
         assert same_kinds(ours, theirs) and (ours is None or ours.tobytes() == theirs.tobytes())
 
 
-def test_every_twin_has_cases_of_both_kinds() -> None:
+def test_every_fast_version_has_cases_of_both_kinds() -> None:
     assert {case.op for case in FUSED.values()} == {case.op for case in FALLBACKS.values()} == set(CUPY_OPS)
 
 
@@ -463,7 +463,7 @@ def in_place_of(kernel: Callable[..., None]) -> Plant:
     """A kernel that computes something else."""
 
     def plant(patch: pytest.MonkeyPatch) -> Backend:
-        patch.setitem(strict_backend.TWINS, kernel.__name__.removeprefix("wrong_"), kernel)
+        patch.setitem(strict_backend.DEFINITIONS, kernel.__name__.removeprefix("wrong_"), kernel)
         return STRICT
 
     return plant

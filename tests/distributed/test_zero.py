@@ -300,7 +300,7 @@ def test_bytes_that_are_exchanged_are_those_predicted(stage: int, ranks: int, re
 
 
 def test_stage_3_holds_one_layer_at_a_time() -> None:
-    """Weights are fetched layer by layer, and those of the layer before are gone; 3 L + 5 times a step for L layers."""
+    """Weights are fetched layer by layer, and those of the layer before are gone; 3 L + 5 times per step for L layers."""
     largest, fetched = [], []
 
     def watch(training: Training, comm: Comm) -> None:

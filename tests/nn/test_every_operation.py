@@ -13,7 +13,7 @@ from arrays import AMP, DTYPE, LOW, Array, array, same_bits, wide
 from autocast_lists import FP32_ON_CPU, FP32_ON_CUDA, LOW_PRECISION
 from bounds import possible
 from op_calls import SHAPES, UNIFORM, Shapes, bound, rounded_once, run, same
-from torch_cases import CASES, RECIPES, REPORT, TWINS, reference
+from torch_cases import CASES, COUNTERPARTS, RECIPES, REPORT, reference
 
 from refimpl.nn.ops import OPS
 from refimpl.precision.recipes import RECIPES as ALL_RECIPES
@@ -187,8 +187,8 @@ def test_operations_do_not_write_to_their_operands(op: str, recipe: str) -> None
 # ---------------------------------------------------------------------------------------------------------------- PyTorch
 
 
-def test_every_operation_has_a_twin() -> None:
-    assert {*TWINS, "attention", "cast"} == set(OPS)
+def test_every_operation_has_a_counterpart_in_pytorch() -> None:
+    assert {*COUNTERPARTS, "attention", "cast"} == set(OPS)
 
 
 def test_every_recipe_is_covered() -> None:

@@ -2,7 +2,7 @@
 
 A mutant is (recipe, site, kind). A site is a place where an operation rounds, such as `attention.scores.S` or `linear.dw.dw`
 (`Bound.round` is the only function that does). Sites are not listed here: every case of torch_cases.py runs with a
-monitor that hears of each rounding. A rounding that changes no element of the data has no mutants, and a wrong rounding
+monitor that is called with each rounding. A rounding that changes no element of the data has no mutants, and a wrong rounding
 counts only if it is wrong for at least one element. The kinds:
 
     removed     the rounding is left out, and the FP32 value flows on
@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch_cases as twins
+import torch_cases
 from arrays import DTYPE, LOW, wide
 from torch_cases import CASES, Case
 
@@ -145,11 +145,11 @@ class Site:
 
 @functools.cache
 def sites(recipe: str) -> dict[str, Site]:
-    """All roundings of a recipe, as the monitor hears of them."""
+    """All roundings of a recipe, as the monitor is called with them."""
     found: dict[str, Site] = {}
     for case in [case for case in ALL_CASES if case.recipe == recipe]:
 
-        def hear(name: str, x: Array, y: Array, case: Case = case) -> None:
+        def note(name: str, x: Array, y: Array, case: Case = case) -> None:
             site = found.setdefault(name.partition(":")[2], Site())
             if case not in site.cases:
                 site.cases.append(case)
@@ -157,7 +157,7 @@ def sites(recipe: str) -> dict[str, Site]:
                 wrong = wide(WRONG[kind](x, format_of(y)))
                 site.changed[kind] += np.count_nonzero(wrong != wide(y))
 
-        twins.results(case, hear)
+        torch_cases.results(case, note)
     return found
 
 
@@ -212,7 +212,7 @@ def switch_on(mutant: Mutant, patch: pytest.MonkeyPatch) -> Switched:
 
 @functools.cache
 def right_results(case: Case) -> list[Array]:
-    return twins.results(case)
+    return torch_cases.results(case)
 
 
 def same_bits(case: Case, mutated: list[Any]) -> bool:
@@ -236,11 +236,11 @@ def verdict(mutant: Mutant) -> tuple[str, str]:
 
         with pytest.MonkeyPatch.context() as patch:
             state = switch_on(mutant, patch)
-            mutated = twins.results(case)
-            patch.setattr(twins, "results", lambda case, mutated=mutated: mutated)
-            patch.setattr(twins, "assert_format", note)
+            mutated = torch_cases.results(case)
+            patch.setattr(torch_cases, "results", lambda case, mutated=mutated: mutated)
+            patch.setattr(torch_cases, "assert_format", note)
             try:
-                twins.check(case)
+                torch_cases.check(case)
             except AssertionError as error:
                 return "values", f"{case}: {str(error).splitlines()[0]}"
         wrong_format = wrong_format or (f"{case}: {', '.join(formats)}" if formats else "")
@@ -300,9 +300,9 @@ def test_fp32_rounds_nowhere() -> None:
     assert sites("fp32") == {}
 
 
-def test_every_operation_that_computes_is_heard_of() -> None:
+def test_every_operation_that_computes_has_sites() -> None:
     # Those that only move values round nothing. relu rounds, but values that have the format already: no mutants there,
     # but for `twice` in FP16, where BF16 has too few bits for them.
     found = {site.partition(".")[0] for recipe in ("fp16", "amp-fp16") for site in sites(recipe)}
-    moving = {op for op, twin in twins.TWINS.items() if twin.formula is None}
-    assert found == {*twins.TWINS, "attention", "fan_in", "cast"} - moving, found
+    moving = {op for op, counterpart in torch_cases.COUNTERPARTS.items() if counterpart.formula is None}
+    assert found == {*torch_cases.COUNTERPARTS, "attention", "fan_in", "cast"} - moving, found

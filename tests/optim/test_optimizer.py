@@ -179,7 +179,7 @@ def test_sgd_is_the_formula(recipe: str, momentum: float, backend: Backend) -> N
     update(rule, constant(lr), state)
     m_new = momentum * m + g
     w_new = w * (1 - lr * 0.1 * decayed_mask(state)) - lr * m_new
-    # m: scalar and product 2, sum 1; w: decay 2, the step's scalar and product 2, difference 1; as much again in the fp64 twin
+    # m: scalar and product 2, sum 1; w: decay 2, the step's scalar and product 2, difference 1; the fp64 restatement as much
     u = 1.001 * (U if recipe != "fp64" else 2 * 2.0**-53)
     m_bound = u * (2 * momentum * np.abs(m) + np.abs(m_new))
     if momentum:

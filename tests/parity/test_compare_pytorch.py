@@ -69,18 +69,18 @@ def test_types_at_every_point_are_pytorchs(recipe: str, model: str) -> None:
     """Outputs of all operations, their gradients, and the gradients of all parameters."""
     config = Config.of({**ODD, "recipe": recipe, "model": model, "steps": 1, "init_scale": 256.0})
     ours = record(config)
-    twin = PyTorchTraining(config, ours.at(0, "4.master"))
-    casts = twin._casts()
+    training = PyTorchTraining(config, ours.at(0, "4.master"))
+    casts = training._casts()
     casts.seen = {}
     tokens, targets = (torch.from_numpy(ours.tensors[f"1/0.{name}"]) for name in ("tokens", "targets"))
-    with torch.autocast("cpu", dtype=twin.low, enabled=twin._autocast):
-        loss = twin.model(tokens, targets, casts)
+    with torch.autocast("cpu", dtype=training.low, enabled=training._autocast):
+        loss = training.model(tokens, targets, casts)
     loss.backward()
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     theirs = {
         "2.activations": {name: names[y.dtype] for name, y in casts.seen.items()},
         "2.activation_grads": {name: names[y.grad.dtype] for name, y in casts.seen.items()},
-        "2.grads": {name: names[p.grad.dtype] for name, p in twin.model.named_parameters()},
+        "2.grads": {name: names[p.grad.dtype] for name, p in training.model.named_parameters()},
     }
     for point, formats in theirs.items():
         assert {name: format_of(x) for name, x in ours.at(1, point).items()} == formats, point
@@ -113,7 +113,7 @@ def test_relus_on_given_branches_are_counted_and_bounded() -> None:
     """A run whose ReLU inputs lie far on the other side of zero does not agree, whatever its branches."""
     result = run("fp32", model="mlp", steps=10)
     assert result.agrees and result.branches.all == 10 * 2 * 256 * 256 and result.branches.farthest < 1e-4
-    result.branches.farthest = 2 * result.bars[1]
+    result.branches.farthest = 2 * result.limits[1]
     assert not result.agrees
     branches = compare_pytorch.Branches()
     branches.given = {"relu": np.array([True, False, True, False])}
@@ -195,7 +195,7 @@ def test_other_betas_eps_and_schedules_agree(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["beta1", "beta2", "eps", "schedule"])
 def test_a_setting_that_one_side_lacks_departs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: the twin without one of them is found where it acts first."""
+    """Negative control: PyTorch's training without one of them is found where it acts first."""
     first = {"beta1": "4.m", "beta2": "4.v", "eps": "4.master", "schedule": "4.lr"}[name]
     settings = {"beta1": 0.8, "beta2": 0.999, "eps": 1e-3, "schedule": "linear", "warmup": 0}
     default = getattr(Config, name)
@@ -209,7 +209,7 @@ def test_a_setting_that_one_side_lacks_departs(name: str, monkeypatch: pytest.Mo
     assert found is not None and found.point == first
 
 
-def test_recipes_without_a_twin_are_refused() -> None:
+def test_recipes_that_pytorch_cannot_train_by_are_refused() -> None:
     with pytest.raises(UsageError, match="no twin"):
         run("pure-bf16")
     with pytest.raises(UsageError, match="micro-batch"):
@@ -222,7 +222,7 @@ def test_every_other_recipe_is_refused_by_name(recipe: str) -> None:
         run(recipe)
 
 
-def test_loss_scales_and_starts_that_the_twin_has_not_are_refused() -> None:
+def test_loss_scales_and_starts_that_pytorchs_training_lacks_are_refused() -> None:
     for more in ({"loss_scale": "megatron"}, {"loss_scale": "1024"}, {"masters_from": "rounded"}):
         with pytest.raises(UsageError, match="or no loss scale, and masters of the original weights"):
             run("fp16", **more)

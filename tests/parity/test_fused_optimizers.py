@@ -208,15 +208,15 @@ def differing(torch: Any, make: Callable[[list[Any]], Any], ours: Step, n: int, 
     """Run PyTorch's optimizer and ours on the same gradients; how many parameters differ in any bit at the end."""
     rng = np.random.default_rng(seed)
     p = f32(0.02 * rng.standard_normal(n))
-    twin = torch.nn.Parameter(torch.from_numpy(p.copy()))
-    optimizer, gradients = make([twin]), Gradients(n, seed)
+    leaf = torch.nn.Parameter(torch.from_numpy(p.copy()))
+    optimizer, gradients = make([leaf]), Gradients(n, seed)
     for t in range(1, steps + 1):
         g = gradients.next()
-        twin.grad = torch.from_numpy(g.copy())
+        leaf.grad = torch.from_numpy(g.copy())
         optimizer.step()
         ours(p, g, t)
     assert np.isfinite(p).all()
-    return int((bits(p) != bits(twin.detach().numpy())).sum())
+    return int((bits(p) != bits(leaf.detach().numpy())).sum())
 
 
 def adam(n: int, lr: float, amsgrad: bool = False, **options: Any) -> Step:
@@ -368,11 +368,11 @@ def test_control_plain_sgd_fails_the_comparison(torch: Any) -> None:
 def test_the_first_momentum_buffer_is_the_gradient_itself(torch: Any) -> None:
     """Not (1 - dampening) g; and not 0 momentum + g either, which would lose the sign of a zero."""
     p, g = f32([-0.0, 0.0, 1.0, -1.0]), f32([-0.0, -0.0, 0.3, 0.7])
-    twin = torch.nn.Parameter(torch.from_numpy(p.copy()))
-    twin.grad = torch.from_numpy(g.copy())
-    torch.optim.SGD([twin], lr=0.1, momentum=0.9, dampening=0.5).step()
+    leaf = torch.nn.Parameter(torch.from_numpy(p.copy()))
+    leaf.grad = torch.from_numpy(g.copy())
+    torch.optim.SGD([leaf], lr=0.1, momentum=0.9, dampening=0.5).step()
     shipped(ExactSGD(dampening=0.5), 4, 0.1)(p, g, 1)
-    assert equal_bits(p, twin.detach().numpy())
+    assert equal_bits(p, leaf.detach().numpy())
 
 
 # ------------------------------------------------------------------------------------------------------------ in Optimizer
@@ -387,9 +387,9 @@ def test_the_rules_drop_into_optimizer(torch: Any, rule: ExactAdamW | ExactSGD, 
     assert state.layout.size > 1 << 16 and all((stop - start) % 8 == 0 for start, stop, _ in state.layout.slots.values())
     rng = np.random.default_rng(8)
     state.weights[...] = rng.standard_normal(state.layout.size)
-    twins = {name: torch.nn.Parameter(torch.from_numpy(w.copy())) for name, w in state.weight_views.items()}
+    leaves = {name: torch.nn.Parameter(torch.from_numpy(w.copy())) for name, w in state.weight_views.items()}
     groups = [
-        {"params": [twins[name] for name, spec in model.parameters.items() if spec.decay == decay], "weight_decay": wd}
+        {"params": [leaves[name] for name, spec in model.parameters.items() if spec.decay == decay], "weight_decay": wd}
         for decay, wd in ((True, rule.weight_decay), (False, 0.0))
     ]
     if isinstance(rule, ExactAdamW):
@@ -400,13 +400,13 @@ def test_the_rules_drop_into_optimizer(torch: Any, rule: ExactAdamW | ExactSGD, 
     for t in range(40):
         state.grads[...] = gradients.next()
         for name, g in state.grad_views.items():
-            twins[name].grad = torch.from_numpy(g.copy())
+            leaves[name].grad = torch.from_numpy(g.copy())
         for group in theirs.param_groups:
             group["lr"] = schedule(t)
         theirs.step()
         ours.update(state, f32(1.0), 1.0, np.bool_(False))
     for name, w in state.weight_views.items():
-        assert equal_bits(w, twins[name].detach().numpy()), name
+        assert equal_bits(w, leaves[name].detach().numpy()), name
 
 
 def test_arrays_that_are_not_flat_or_not_of_one_length_are_refused() -> None:
@@ -453,16 +453,16 @@ def test_clipped_gradients(torch: Any, max_norm: float) -> None:
     for trial in range(100):
         shapes = [tuple(rng.integers(1, 24, rng.integers(1, 4))) for _ in range(rng.integers(1, 30))]
         grads = [f32(rng.standard_normal(shape) * 10.0 ** rng.uniform(-3, 1)) for shape in shapes]
-        twins = [torch.zeros(shape, requires_grad=True) for shape in shapes]
-        for twin, g in zip(twins, grads, strict=True):
-            twin.grad = torch.from_numpy(g.copy())
-        total = torch.nn.utils.clip_grad_norm_(twins, max_norm)
+        leaves = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+        for leaf, g in zip(leaves, grads, strict=True):
+            leaf.grad = torch.from_numpy(g.copy())
+        total = torch.nn.utils.clip_grad_norm_(leaves, max_norm)
         norms = [norm_like_torch(g) for g in grads]
         assert equal_bits(norm_like_torch(np.array(norms)), total.numpy()), trial
         coefficient = clip_coefficient_like_torch(norms, max_norm)
         assert coefficient.dtype == np.float32
-        for twin, g in zip(twins, grads, strict=True):
-            assert equal_bits(g * coefficient, twin.grad.numpy()), trial
+        for leaf, g in zip(leaves, grads, strict=True):
+            assert equal_bits(g * coefficient, leaf.grad.numpy()), trial
 
 
 # ----------------------------------------------------------------------------------- how far plain FP32 is from the exact one

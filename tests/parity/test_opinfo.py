@@ -104,7 +104,7 @@ class Call:
     torch: Callable[..., Any]
     formula: Callable[..., list[Near]] | None  # None: no arithmetic, so identical
     static: dict[str, Any] = field(default_factory=dict)
-    gradients_in_fp32: bool = False  # as torch_cases.Twin has it, and why
+    gradients_in_fp32: bool = False  # as torch_cases.Counterpart has it, and why
     policy: str = ""  # if another than the recipe's
 
 

@@ -77,7 +77,7 @@ def test_masters_start_from_the_weights_of_a_file_or_from_their_rounded_copy(tmp
 
 @pytest.mark.parametrize("name", ["gpt", "bare"])
 def test_torch_loads_it_strictly(name: str, tmp_path: Path) -> None:
-    """The twin has nanoGPT's names: nothing missing, nothing unexpected."""
+    """The PyTorch model has nanoGPT's names: nothing missing, nothing unexpected."""
     pytest.importorskip("torch")
     from safetensors.torch import load_file as load_torch
 
@@ -85,11 +85,11 @@ def test_torch_loads_it_strictly(name: str, tmp_path: Path) -> None:
     from refimpl.training.config import Config
 
     saved(tmp_path / "a", MODELS[name], "bf16")
-    twin = GPT(Config.of(dict(MODELS[name].config)))
+    gpt = GPT(Config.of(dict(MODELS[name].config)))
     export(tmp_path / "a", tmp_path / "b")
     weights = to_state_dict(tmp_path / "a")
-    twin.load_state_dict(load_torch(tmp_path / "b"), strict=True)
-    for name, value in twin.state_dict().items():
+    gpt.load_state_dict(load_torch(tmp_path / "b"), strict=True)
+    for name, value in gpt.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), weights[name])
 
 
@@ -156,19 +156,19 @@ def test_what_pytorch_itself_saves(tmp_path: Path) -> None:
     from refimpl.training.config import Config
 
     for name in ("gpt", "bare"):
-        twin = GPT(Config.of(dict(MODELS[name].config)))
+        gpt = GPT(Config.of(dict(MODELS[name].config)))
         forms = {
-            "plain": twin,
-            "compiled": torch.nn.ModuleDict({"_orig_mod": twin}),
-            "in": torch.nn.ModuleDict({"model": twin}),
+            "plain": gpt,
+            "compiled": torch.nn.ModuleDict({"_orig_mod": gpt}),
+            "in": torch.nn.ModuleDict({"model": gpt}),
         }
         for form, wrapped in forms.items():
             save_model(wrapped, str(tmp_path / f"{name}-{form}"))
             import_(tmp_path / f"{name}-{form}", tmp_path / f"{name}-{form}-here", 3)
             exported = to_state_dict(tmp_path / f"{name}-{form}-here")
-            assert all(np.array_equal(exported[k], v.numpy()) for k, v in twin.state_dict().items())
-    torch.save(twin.state_dict(), tmp_path / "pickle.pt")
-    torch.save(twin.state_dict(), tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+            assert all(np.array_equal(exported[k], v.numpy()) for k, v in gpt.state_dict().items())
+    torch.save(gpt.state_dict(), tmp_path / "pickle.pt")
+    torch.save(gpt.state_dict(), tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     for pickle in ("pickle.pt", "old.bin"):
         with pytest.raises(UsageError, match=r"a pickle, as torch.save writes it.*safetensors.torch.save_file"):
             import_(tmp_path / pickle, tmp_path / "x", 3)

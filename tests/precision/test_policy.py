@@ -27,7 +27,7 @@ def ones(fmt: str, *shape: int) -> np.ndarray:
 
 
 class Recorder:
-    """A monitor that keeps what it is told."""
+    """A monitor that keeps its arguments."""
 
     def __init__(self) -> None:
         self.sites: list[str] = []

@@ -249,7 +249,7 @@ def test_every_named_format_scheme_accumulator_and_encoding_exists() -> None:
         for key, row in recipe.policy.rows.items():
             inputs = {row.inputs} if isinstance(row.inputs, str) else set(row.inputs.values())
             assert inputs <= {*FORMATS, SAME, *SCHEMES} and row.out in {*FORMATS, SAME}
-            # rule 2: 16-bit arrays are storage, never arithmetic, but for sums of products in which this is what is studied
+            # rule 2: 16-bit arrays are encoding, never arithmetic, but for sums of products in which this is what is studied
             assert row.acc in ("fp32", "fp64") or (key in OPERANDS and accumulator(row.acc))
         assert {encoding for encoding in recipe.state.values() if encoding} <= set(ENCODINGS)
 

@@ -1,4 +1,4 @@
-"""What each process of test_ddp.py runs: the twin in PyTorch under DistributedDataParallel, with its rows of each batch.
+"""What each process of test_ddp.py runs: the PyTorch model under DistributedDataParallel, with its rows of each batch.
 
     python tests/support/ddp_program.py CONFIG.json RANK RANKS MEETING-PLACE OUT.npz
 """
@@ -33,12 +33,12 @@ def main(config: Config, rank: int, ranks: int, place: str, out: Path) -> None:
     """Train, and write losses and weights."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=ranks)
-    twin = PyTorchTraining(config, config.make_model().initial_weights(generator(config.seed, INIT)))
-    twin.model = Parallel(twin.model)
+    training = PyTorchTraining(config, config.make_model().initial_weights(generator(config.seed, INIT)))
+    training.model = Parallel(training.model)
     rows = shares_of(config.batch_size or 0, ranks)[rank]
-    results = [twin.step(x[rows], y[rows]) for ((x, y),) in batches_of(config, None)]
+    results = [training.step(x[rows], y[rows]) for ((x, y),) in batches_of(config, None)]
     figures = {key: np.array([result[key] for result in results]) for key in ("loss", "skipped", "loss_scale")}
-    np.savez(out, **figures, **{f"weights.{name}": w for name, w in twin.weights().items()})
+    np.savez(out, **figures, **{f"weights.{name}": w for name, w in training.weights().items()})
     torch.distributed.destroy_process_group()
 
 

@@ -54,7 +54,7 @@ def native(comm: Comm) -> float:
 
 
 def main(what: str) -> None:
-    """Print one word a rank."""
+    """Print one word per rank."""
     comm = mpi_comm()
     if what == "collectives":
         here = collectives(comm)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 BASIC = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-fp16", "pure-bf16")
-"""The recipes that PyTorch has a twin of. Others keep their states otherwise, or quantize: that has tests of its own."""
+"""The recipes that PyTorch can train by. The others, with other states or quantized products, have tests of their own."""
 
 MECHANISMS = {
     "fp64": "sums in FP64",

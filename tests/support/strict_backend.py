@@ -5,7 +5,7 @@
     training = config.make_training(STRICT)       # any run: what cupy_ops.py and cupy_passes.py do is really done
     STRICT.kernels.launched["adamw"]              # how often a kernel was launched
 
-Each kernel of kernels.cu has a twin here that computes its NumPy definition in refimpl/nn or refimpl/optim. A launch
+Each kernel of kernels.cu has a function here that computes its NumPy definition in refimpl/nn or refimpl/optim. A launch
 of it passes the very check that a launch on a GPU passes (`launch.check`), covers what its grid covers, and counts as one; a
 product is checked as `cublas.product` checks it and counts as one GEMM. So a run on `STRICT` waits, copies and launches as one
 on a GPU does, and refuses what CuPy, the launcher or cuBLAS would refuse or misread. What it does not show is whether the
@@ -63,7 +63,7 @@ def covers_rows(grid: Grid, rows: int, *before: int) -> None:
     covers(grid, *before, -(-rows // WARPS))
 
 
-# --------------------------------------------------------------------------- the twins: (format, grid, arguments of the kernel)
+# --------------------------------------------------------------------- the definitions: (format, grid, arguments of the kernel)
 
 
 def add_forward(fmt: str, grid: Grid, a: Array, b: Array, y: Array, n: np.int64) -> None:
@@ -231,9 +231,9 @@ def adamw(
     rule.update_block(w, g, (m, v), scalars, np)
 
 
-TWINS: dict[str, Callable[..., None]] = {
-    twin.__name__: twin
-    for twin in (
+DEFINITIONS: dict[str, Callable[..., None]] = {
+    definition.__name__: definition
+    for definition in (
         add_forward, gelu_tanh_forward, gelu_tanh_backward, layernorm_forward, layernorm_backward, layernorm_weights_backward,
         bias_forward, bias_backward, split_heads, merge_heads, causal_softmax_forward, causal_softmax_backward,
         cross_entropy_forward, cross_entropy_backward, cross_entropy_mean, embedding_backward, gradient_norm,
@@ -244,19 +244,19 @@ TWINS: dict[str, Callable[..., None]] = {
 
 @dataclass
 class CompiledTwins:
-    """What stands where CuPy's compiled module would: the twins of the kernels of one storage format."""
+    """What stands where CuPy's compiled module would: the definitions of the kernels of one format."""
 
     fmt: str
     launched: collections.Counter[str]
 
     def get_function(self, name: str) -> Callable[..., None]:
-        """The launch of a kernel by its name: one launch, and one call of its twin on the memory behind the arguments."""
+        """The launch of a kernel by its name: one launch, and one call of its definition on the memory behind the arguments."""
 
         def launch(grid: Grid, block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
             counter.launches += 1
             self.launched[name] += 1
             with np.errstate(all="ignore"):
-                TWINS[name](self.fmt, grid, *map(on_host, arguments))
+                DEFINITIONS[name](self.fmt, grid, *map(on_host, arguments))
 
         return launch
 

@@ -114,7 +114,7 @@ def theirs(f: Callable[..., Any], operands: list[Array], dy: Array, fmt: str | N
 
 
 @dataclass(frozen=True)
-class Twin:
+class Counterpart:
     """One operation here and there. operands: shapes, or tokens. `formula` has the errors of forward, then backward."""
 
     operands: tuple[Any, ...]
@@ -133,24 +133,26 @@ rng = np.random.default_rng(12)
 
 TOKENS, TARGETS = rng.integers(0, 20, 300), rng.integers(0, 50, 60)
 
-TWINS = {
-    "linear": Twin(((64, 32), (80, 32), (80,)), lambda x, w, b: F.linear(x, w, b), linear_near),
-    "matmul": Twin(((2, 3, 32, 48), (2, 3, 48, 40)), lambda a, b: torch.matmul(a, b), matmul_near),
-    "add": Twin(((50, 60), (60,)), lambda a, b: torch.add(a, b), add_near),
-    "relu": Twin(((50, 60),), lambda x: torch.relu(x), relu_near),
-    "silu": Twin(((50, 60),), lambda x: F.silu(x), silu_near),
-    "gelu_tanh": Twin(((50, 60),), lambda x: F.gelu(x, approximate="tanh"), gelu_tanh_near),
-    "gelu_erf": Twin(((50, 60),), lambda x: F.gelu(x), gelu_erf_near),
-    "layernorm": Twin(
+COUNTERPARTS = {
+    "linear": Counterpart(((64, 32), (80, 32), (80,)), lambda x, w, b: F.linear(x, w, b), linear_near),
+    "matmul": Counterpart(((2, 3, 32, 48), (2, 3, 48, 40)), lambda a, b: torch.matmul(a, b), matmul_near),
+    "add": Counterpart(((50, 60), (60,)), lambda a, b: torch.add(a, b), add_near),
+    "relu": Counterpart(((50, 60),), lambda x: torch.relu(x), relu_near),
+    "silu": Counterpart(((50, 60),), lambda x: F.silu(x), silu_near),
+    "gelu_tanh": Counterpart(((50, 60),), lambda x: F.gelu(x, approximate="tanh"), gelu_tanh_near),
+    "gelu_erf": Counterpart(((50, 60),), lambda x: F.gelu(x), gelu_erf_near),
+    "layernorm": Counterpart(
         ((50, 100), (100,), (100,)), lambda x, w, b: F.layer_norm(x, (100,), w, b), layernorm_near, gradients_in_fp32=True
     ),
-    "rmsnorm": Twin(((50, 100), (100,)), lambda x, w: F.rms_norm(x, (100,), w, eps=1e-5), rmsnorm_near, gradients_in_fp32=True),
-    "softmax": Twin(((50, 60),), lambda x: torch.softmax(x, -1), softmax_near),
-    "embedding": Twin((TOKENS, (20, 16)), lambda t, w: F.embedding(t, w), embedding_near, gradients_in_fp32=True),
-    "cross_entropy": Twin(((60, 50), TARGETS), lambda z, t: F.cross_entropy(z.float(), t), cross_entropy_near),
-    "reshape": Twin(((4, 6, 8),), lambda x: x.reshape(24, 8), None, {"shape": (24, 8)}),
-    "transpose": Twin(((4, 6, 8),), lambda x: x.permute(2, 0, 1), None, {"axes": (2, 0, 1)}),
-    "split": Twin(((4, 6, 12),), lambda x: torch.split(x, [4, 5, 3], dim=-1)[1], None, {"start": 4, "stop": 9}),
+    "rmsnorm": Counterpart(
+        ((50, 100), (100,)), lambda x, w: F.rms_norm(x, (100,), w, eps=1e-5), rmsnorm_near, gradients_in_fp32=True
+    ),
+    "softmax": Counterpart(((50, 60),), lambda x: torch.softmax(x, -1), softmax_near),
+    "embedding": Counterpart((TOKENS, (20, 16)), lambda t, w: F.embedding(t, w), embedding_near, gradients_in_fp32=True),
+    "cross_entropy": Counterpart(((60, 50), TARGETS), lambda z, t: F.cross_entropy(z.float(), t), cross_entropy_near),
+    "reshape": Counterpart(((4, 6, 8),), lambda x: x.reshape(24, 8), None, {"shape": (24, 8)}),
+    "transpose": Counterpart(((4, 6, 8),), lambda x: x.permute(2, 0, 1), None, {"axes": (2, 0, 1)}),
+    "split": Counterpart(((4, 6, 12),), lambda x: torch.split(x, [4, 5, 3], dim=-1)[1], None, {"start": 4, "stop": 9}),
 }
 """Attention, the recorded cast, fan-in and weights that are used twice are cases of their own below."""
 
@@ -229,7 +231,7 @@ def operand_names(op: str) -> list[str]:
 def draw(case: Case) -> list[Array]:
     """Normal values; the same ones in every format, but for their rounding."""
     rng, formats = np.random.default_rng(11), iter(case.formats)
-    operands = [x if isinstance(x, np.ndarray) else rng.standard_normal(x) for x in TWINS[case.op].operands]
+    operands = [x if isinstance(x, np.ndarray) else rng.standard_normal(x) for x in COUNTERPARTS[case.op].operands]
     scaled = range(len(operands)) if case.op == "add" else [0]
     return [
         x if x.dtype == np.int64 else array(x * case.scale if i in scaled else x, next(formats)) for i, x in enumerate(operands)
@@ -247,26 +249,26 @@ def gradient_of_output(op: str, shape: tuple[int, ...], fmt: str, scale: float =
 def reference(case: Case) -> Reference:
     if case.op in SPECIAL:
         return SPECIAL[case.op][0](case)
-    twin, operands, low = TWINS[case.op], draw(case), low_of(case.recipe)
-    f = in_recipe(twin.torch, case.op, case.recipe)
+    counterpart, operands, low = COUNTERPARTS[case.op], draw(case), low_of(case.recipe)
+    f = in_recipe(counterpart.torch, case.op, case.recipe)
     with onednn(case.op != "gelu_erf"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # rms_norm is slower then, it says
         y = f(*(tensor(x) for x in operands))
         dy = gradient_of_output(case.op, y.shape, format_name(y), case.scale if case.op in ELEMENTWISE else 1.0)
         y, gradients = theirs(f, operands, dy)
         stored_in = [format_name(g) for g in (y, *gradients) if g is not None]
-        if twin.gradients_in_fp32 and low in case.formats:
-            _, in_fp32 = theirs(twin.torch, operands, dy, "fp32")
+        if counterpart.gradients_in_fp32 and low in case.formats:
+            _, in_fp32 = theirs(counterpart.torch, operands, dy, "fp32")
             pairs = zip(gradients, in_fp32, strict=True)
             gradients = [None if g is None else rounded(wide(h), format_name(g)) for g, h in pairs]
     # Autocast's products see rounded operands, and what autocast stores in FP32 was rounded to 16 bits before.
     cast_in = case.op in LOW_PRECISION and case.recipe in AMP
     seen = [x if x.dtype == np.int64 else near(rounded(wide(x), low) if cast_in else wide(x)) for x in operands]
     results = [wide(y), *(wide(g) for g in gradients if g is not None)]
-    if twin.formula is None:
+    if counterpart.formula is None:
         exact = [Near(x) for x in results]
     else:
-        exact = twin.formula(*seen, near(wide(dy)), **({"fmt": stored_in[0]} if case.op == "softmax" else {}))
+        exact = counterpart.formula(*seen, near(wide(dy)), **({"fmt": stored_in[0]} if case.op == "softmax" else {}))
     names = ["y", *(f"d{name}" for name, g in zip(operand_names(case.op), gradients, strict=False) if g is not None)]
     return Reference(
         operands,
@@ -284,7 +286,7 @@ def results(case: Case, monitor: Monitor | None = None) -> list[Array]:
     if case.op in SPECIAL:
         return SPECIAL[case.op][1](case, monitor)
     wanted = reference(case)
-    y, gradients = ours(policy_of(case.recipe), case.op, wanted.operands, wanted.dy, monitor, **TWINS[case.op].static)
+    y, gradients = ours(policy_of(case.recipe), case.op, wanted.operands, wanted.dy, monitor, **COUNTERPARTS[case.op].static)
     return [y, *(g for g in gradients if g is not None)]
 
 
@@ -300,10 +302,10 @@ def cases_of(*ops: str) -> Iterator[Case]:
     for products, the 16-bit copies that are shared within a step."""
     for op in ops:
         params = len(OPS[op].params)
-        inputs = sum(not isinstance(x, np.ndarray) for x in TWINS[op].operands) - params
+        inputs = sum(not isinstance(x, np.ndarray) for x in COUNTERPARTS[op].operands) - params
         for recipe in FORMATS:
             yield Case(op, recipe, (recipe,) * (inputs + params))
-        for recipe in AMP if TWINS[op].formula else []:
+        for recipe in AMP if COUNTERPARTS[op].formula else []:
             low = low_of(recipe)
             formats = [("fp32",) * (inputs + params)]
             if inputs:
@@ -333,7 +335,7 @@ def fan_in_results(case: Case, monitor: Monitor | None) -> list[Array]:
 
 
 def cast_reference(case: Case) -> Reference:
-    """The copy of a parameter that autocast makes once a step."""
+    """The copy of a parameter that autocast makes once per step."""
     low, rng = low_of(case.recipe), np.random.default_rng(16)
     w, dy = array(rng.standard_normal((40, 30)) * 1e-3, "fp32"), array(rng.standard_normal((40, 30)), low)
     y, (dw,) = theirs(lambda w: w.to(TORCH[low]), [w], dy)
@@ -408,7 +410,7 @@ def tied_reference(case: Case) -> Reference:
     w, tokens = array(rng.standard_normal((50, 30)), kept), rng.integers(0, 50, 40)
     dy = array(rng.standard_normal((40, 50)), fmt)
     leaf = tensor(w).requires_grad_(True)
-    # The embedding in FP32, as in `Twin.gradients_in_fp32`.
+    # The embedding in FP32, as in `Counterpart.gradients_in_fp32`.
     x = F.embedding(tensor(tokens), leaf.float()).to(leaf.dtype)
     y = linear_by_hand(x, leaf, recipe, leaf.to(TORCH[fmt]))
     y.backward(tensor(dy))
@@ -521,7 +523,7 @@ def special_cases() -> Iterator[Case]:
     yield from (Case("cast", recipe) for recipe in AMP)
 
 
-CASES = [*cases_of(*TWINS), *special_cases()]
+CASES = [*cases_of(*COUNTERPARTS), *special_cases()]
 """Everything that is held against PyTorch with a derived bound."""
 
 
@@ -560,7 +562,7 @@ def check_special_values(op: str, fmt: str) -> None:
         dy = array(np.ones(operands[0].shape), fmt)
         y, gradients = ours(get_recipe(fmt).policy, op, operands, dy)
     with onednn(op != "gelu_erf"):
-        y_torch, gradients_torch = theirs(TWINS[op].torch, operands, dy)
+        y_torch, gradients_torch = theirs(COUNTERPARTS[op].torch, operands, dy)
     same_kind(y, y_torch, "y", identical=op in ("relu", "add"))
     for a, b in zip(gradients, gradients_torch, strict=True):
         same_kind(a, b, "gradient", identical=op in ("relu", "add"))

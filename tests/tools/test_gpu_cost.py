@@ -265,7 +265,7 @@ def test_a_wrong_prediction_is_found(counter: Any) -> None:
 
 @pytest.mark.gpu
 def test_a_backend_that_costs_more_is_found(counter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GELU without its twin takes a launch for each operation of the formula."""
+    """GELU without its fast version takes a launch for each operation of the formula."""
     ops = importlib.import_module("refimpl.backends.cupy.ops").CUPY_OPS
     monkeypatch.setattr("refimpl.backends.cupy.ops.CUPY_OPS", {k: op for k, op in ops.items() if k != "gelu_tanh"})
     assert counted(counter, "bf16", TINY).total() > predicted(ledger("bf16", TINY), "bf16").total() + 20
@@ -336,7 +336,7 @@ def test_bytes_and_blocks_of_our_kernels_are_those_of_their_arguments(recipe: st
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", LOW)
 def test_the_tape_holds_what_the_prediction_says(recipe: str) -> None:
-    """What twins save differs from what definitions save, but not in bytes."""
+    """What fast versions save differs from what definitions save, but not in bytes."""
     training, batch = running(recipe, TINY)
     held: dict[int, int] = {}
 
