@@ -210,7 +210,7 @@ def test_a_setting_that_one_side_lacks_departs(name: str, monkeypatch: pytest.Mo
 
 
 def test_recipes_that_pytorch_cannot_train_by_are_refused() -> None:
-    with pytest.raises(UsageError, match="no twin"):
+    with pytest.raises(UsageError, match="no PyTorch model"):
         run("pure-bf16")
     with pytest.raises(UsageError, match="micro-batch"):
         run("fp16", grad_accum=2)
