@@ -45,7 +45,7 @@ POINTS = {
     "3.unscaled": "this gradient in FP32, divided by S, not yet clipped",
     "3.found_inf": "whether the step is skipped: 0 or 1",
     "3.norm": "the L2 norm of all unscaled gradients, before clipping",
-    "4.clip": "the coefficient that the unscaled gradients are multiplied by: 1 where nothing is clipped",
+    "4.clip": "the coefficient that the unscaled gradients are multiplied by: 1 if nothing is clipped",
     "4.lr": "the learning rate of this update",
     "4.m": "Adam's first moment (SGD: momentum) after the step",
     "4.v": "Adam's second moment after the step",

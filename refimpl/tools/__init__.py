@@ -6,6 +6,7 @@
     formats/               the number formats, and how each stores a number
     recipes_table.py       the recipes and policies as tables
     loss_scale.py          the loss scales of eight projects for the same overflows
+    scale_remarks.py       remarks on the last update of a loss scale
     memory/                memory of training, predicted and measured
     compare_recipes/       trains under several recipes and compares them
     experiments/           toy experiments

@@ -1,4 +1,4 @@
-"""What a loss scale has just done, in words, for reports."""
+"""Remarks on the last update of a loss scale, for reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from refimpl.optim.loss_scale import DynamicLossScale, GradualLossScale, LossSca
 
 
 def explain(loss_scale: LossScale, before: float, found_inf: bool) -> str:
-    """Return in words what `update` has just done to the scale, and what it waits for. Waits for the device.
+    """Return a remark on what the last `update` did to the scale and when the scale changes next. Waits for the device.
 
     before: S before the update. found_inf: whether the gradients of that step had an Inf or NaN.
     """
@@ -46,7 +46,7 @@ def _explain_growth(loss_scale: DynamicLossScale, before: float) -> str:
     if float(loss_scale.scale) > before:
         at_ceiling = before * factor > scaler.ceiling
         return f"grows to {scaler.ceiling:g}, its ceiling" if at_ceiling else f"{before:g} * {factor:g}: grows"
-    if not int(loss_scale.growth_tracker):  # it was time to grow
+    if not int(loss_scale.growth_tracker):  # the scale was due to grow
         at_ceiling = before >= scaler.ceiling
         return f"stays at {scaler.ceiling:g}, its ceiling" if at_ceiling else "stays: larger, it would be infinite in FP32"
     n = loss_scale.growth_interval - int(loss_scale.growth_tracker) + (scaler.late != "")

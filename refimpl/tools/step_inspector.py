@@ -40,7 +40,7 @@ FOLLOWED = tuple(name for name, recipe in RECIPES.items() if {*recipe.state_enco
 PATIENCE = 20
 """If no step is given: the number of skipped steps after which the next one is shown even if it is skipped."""
 
-# ---------------------------------------------------------------------------------------------------- what is reported
+# ---------------------------------------------------------------------------------------------------- the report
 
 
 @dataclass(frozen=True)

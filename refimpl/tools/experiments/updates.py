@@ -30,7 +30,7 @@ def run_hundred_updates(seed: int) -> Result:
     step = cast(np.array(SIZE), "fp32")
     curves: dict[str, list[float]] = {}
     for fmt, masters in (("fp32", False), ("fp16", False), ("bf16", False), ("fp16", True), ("bf16", True)):
-        kept = cast(np.array(1.0), "fp32" if masters else fmt)  # what the update is added to
+        kept = cast(np.array(1.0), "fp32" if masters else fmt)  # the array that is updated
         curve = [1.0]
         for _ in range(UPDATES):
             kept = cast(widen(kept, "fp32") - step, "fp32" if masters else fmt)
