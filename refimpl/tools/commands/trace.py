@@ -5,7 +5,7 @@
     python scripts/trace.py diff ours.safetensors theirs.safetensors
     python scripts/trace.py record --recipe fp16 --like theirs.safetensors --out ours.safetensors   on their batches
 
-docs/traces.md describes traces; scripts/pytorch_trace.py records one from a training loop in PyTorch.
+docs/traces.md describes traces, and how a training loop in PyTorch records one.
 Exit code of diff: 0 AGREES, 1 DEPARTS, 2 bad usage, 3 PARTLY JUDGED (nothing departs, but not everything could be judged).
 """
 
