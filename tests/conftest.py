@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy loads its BLAS: a process for each core, a thread for each process
+if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy loads its BLAS: one process per core, one thread per process
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
@@ -28,7 +28,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     dict.fromkeys([DRAWN_TEXT, str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
 )
 
-for name in ("SIGINT", "SIGHUP"):  # who starts tests in the background may have them ignore these
+for name in ("SIGINT", "SIGHUP"):  # a shell that starts tests in the background may make them ignore these
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
         signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
@@ -47,21 +47,21 @@ assert {path.stem for path in TESTS.rglob("test_*.py")} >= BLAS_TESTS, "a file o
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark them: `OPENBLAS_CORETYPE=Haswell python -m pytest -m 'blas and not slow'`."""
+    """Mark BLAS_TESTS: `OPENBLAS_CORETYPE=Haswell python -m pytest -m 'blas and not slow'`."""
     for item in items:
         if item.path.stem in BLAS_TESTS:
             item.add_marker("blas")
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests stay to the end: the garbage collector need not look through them again and again."""
-    workers()  # it counts the threads of the BLAS, which tests limit
+    """Exempt the thousands of collected tests from garbage collection, which would look through them again and again."""
+    workers()  # counts the threads of the BLAS before a test limits them
     gc.collect()
     gc.freeze()
 
 
 def pytest_report_header() -> str:
-    """What multiplies matrices here, by which kernels: last bits of results depend on it."""
+    """Name the BLAS and its kernels, on which last bits of results depend."""
     found = [
         f"{lib['internal_api']} {lib['version']}, {lib.get('architecture', 'unknown')} kernels, {lib['num_threads']} threads"
         for lib in threadpool_info()
@@ -72,27 +72,27 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """The host, and the CuPy backend on its stand-in: a test that takes this holds for arrays that are not NumPy's too."""
+    """Run a test on the host and on the CuPy backend with its stand-in, whose arrays are not NumPy's."""
     return BACKENDS[request.param]
 
 
 @pytest.fixture
 def ieee() -> Iterator[None]:
-    """Inf and NaN are results here, not mistakes: pytest makes errors of NumPy's warnings otherwise."""
+    """Silence NumPy's warnings, which pytest turns into errors: Inf and NaN are results here."""
     with np.errstate(all="ignore"):
         yield
 
 
 @pytest.fixture
 def one_blas_thread() -> Iterator[None]:
-    """Small products are not worth sharing, and threads that wait for one another take the cores of other tests."""
+    """Limit the BLAS to one thread: small products are not worth sharing, and waiting threads take the cores of other tests."""
     with threadpool_limits(1):
         yield
 
 
 @pytest.fixture
 def torch() -> Iterator[Any]:
-    """PyTorch on one thread: its sums depend on their number."""
+    """Yield PyTorch, on one thread, since its sums depend on their number; skip the test where it is not installed."""
     torch = pytest.importorskip("torch")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def torch() -> Iterator[Any]:
 
 @pytest.fixture
 def pythons_manual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The true manual, for tests of what a training on it does."""
+    """Train on Python's true manual instead of the drawn text."""
 
     def forget() -> None:
         _documentation.cache_clear()
@@ -118,5 +118,5 @@ def pythons_manual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no loss.png, which takes longer than all else in a test: test_files_of_a_run and its like draw theirs."""
+    """Skip the drawing of loss.png, which takes longer than the rest of a test."""
     monkeypatch.setattr("refimpl.training.run.plot_run", lambda *_: None)

@@ -1,5 +1,5 @@
 """numerics.quantization.registry, scaling_state, and linear layers: each product written out with the quantizers, bounds of its
-error, what delayed scaling and stochastic rounding remember, what a monitor is told; and that all of this can fail.
+error, what delayed scaling and stochastic rounding remember, the arguments of a monitor; and that all of this can fail.
 """
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ def test_devices_that_cannot_be_used_are_refused() -> None:
     config = Config.of({**ODD, "recipe": "amp-fp16"})
     with pytest.raises(UsageError, match="unknown device 'tpu': choose cpu or cuda"):
         compare(config, device="tpu")
-    with pytest.raises(UsageError, match="op lists on the CPU"):
+    with pytest.raises(UsageError, match="op lists of CPU autocast"):
         compare(Config.of({**ODD, "recipe": "amp-fp16-cpu"}), device="cuda")
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="PyTorch finds no GPU"):

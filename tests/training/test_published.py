@@ -4,7 +4,7 @@ algorithms.md section 9 lists them. Those that need no training, or a picture, a
 
     values at 2^-25, lost updates, moved weights, 100 updates, a loss of 1e-9, masters test_experiments.py
     14-bit sums of 4096 products: 2 to 4 %, below 0.3 % promoted every 128             test_accumulators.py
-    MX floor saturates 25 % of block maxima, rceil none                                test_quantize.py
+    MX floor saturates 25 % of block maxima, rceil none                                test_quantization.py
 
 The slow ones: pytest -m slow tests/training/test_published.py
 """

@@ -165,7 +165,7 @@ CALLERS = {
 
 
 def calls_of_the_blas(text: str) -> Iterator[str]:
-    """What a module names of that which NumPy computes with the BLAS. einsum does not, unless it is told to optimize."""
+    """Yield what a module names of the functions that NumPy computes with the BLAS; einsum is one only with `optimize`."""
     names = {"matmul", "dot", "vdot", "inner", "tensordot", "linalg", "convolve", "correlate", "cov", "corrcoef"}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute):
