@@ -584,7 +584,8 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
         "TypeError: layernorm_backward: dy is an array in C order, this one is not",
     ),
     "an operation without a kernel": (
-        edited(cupy_ops, '        twin(OPS["gelu_tanh"], gelu_tanh_forward, gelu_tanh_backward),\n', ""), "launches a layer",
+        edited(cupy_ops, '        with_fallback(OPS["gelu_tanh"], gelu_tanh_forward, gelu_tanh_backward),\n', ""),
+        "launches a layer",
     ),
     "operands copied before a product": (
         edited(cupy_ops, "product(dy.T, x, fmt)", "product(in_order(p, dy.T), x, fmt)"), "48 launches a layer",

@@ -83,7 +83,7 @@ def assert_same(ours: dict[str, Array], expected: dict[str, Array]) -> None:
 # -------------------------------------------------------------------------------------------------- products, spelled out
 
 Q = Callable[[Array, int, int], Any]
-"""(tensor, the axis that is summed over, the how manieth use of it in the pass) -> QuantizedTensor."""
+"""(tensor, the axis that is summed over, which of its uses in the pass) -> QuantizedTensor."""
 
 
 def tensor(fmt: str) -> Q:
