@@ -1,6 +1,6 @@
 """Published results of mixed-precision training, at toy scale: a criterion with its reason, then the measurement.
 
-algorithms.md section 9 lists them. Those that need no training, or a picture, are elsewhere:
+Those that need no training, or a picture, are elsewhere:
 
     values at 2^-25, lost updates, moved weights, 100 updates, a loss of 1e-9, masters test_experiments.py
     14-bit sums of 4096 products: 2 to 4 %, below 0.3 % promoted every 128             test_accumulators.py
