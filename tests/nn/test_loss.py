@@ -11,8 +11,8 @@ from bounds import cross_entropy_near, near, ours
 from derivatives import Call, assert_close, check_derivative, draw, forward, normal_numbers, softmax_of
 from op_calls import INF, NAN, UNIFORM, bound, run, same
 from torch_cases import (
+    COUNTERPARTS,
     RECIPES,
-    TWINS,
     Case,
     F,
     assert_agrees,
@@ -135,7 +135,7 @@ def test_cross_entropy_of_logits_that_are_not_finite(recipe: str) -> None:
             with np.errstate(all="ignore"):
                 y, (dz, _) = ours(get_recipe(recipe).policy, "cross_entropy", [z, targets], np.float32(1024))
             y_torch, (dz_torch, _) = theirs(
-                in_recipe(TWINS["cross_entropy"].torch, "cross_entropy", recipe), [z, targets], np.float32(1024)
+                in_recipe(COUNTERPARTS["cross_entropy"].torch, "cross_entropy", recipe), [z, targets], np.float32(1024)
             )
             same_kind(y, y_torch, f"loss with {bad}, target {target}")
             same_kind(dz, dz_torch, f"dlogits with {bad}, target {target}")
@@ -170,7 +170,7 @@ def test_cross_entropy_ignores_as_pytorch_does_where_values_are_not_finite(fmt: 
         z[0, 2] = z[0, 2] if bad == 0 else bad
         with np.errstate(all="ignore"):
             y, (dz, _) = ours(policy_of(fmt), "cross_entropy", [z, np.array(targets)], np.float32(1024))
-        y_torch, (dz_torch, _) = theirs(TWINS["cross_entropy"].torch, [z, np.array(targets)], np.float32(1024))
+        y_torch, (dz_torch, _) = theirs(COUNTERPARTS["cross_entropy"].torch, [z, np.array(targets)], np.float32(1024))
         same_kind(y, y_torch, f"loss with {bad}")
         same_kind(dz, dz_torch, f"dlogits with {bad}")
         assert bad != 0 or (np.isnan(y) and not wide(dz).any())
