@@ -249,7 +249,7 @@ def test_a_run_that_took_its_weights_from_a_file_is_not_begun_without_it(tmp_pat
     assert train(TINY, tmp_path / "a", False, False, None) == 0
     assert train(TINY, tmp_path / "b", False, False, source) == 0
     (tmp_path / "b" / CHECKPOINT).unlink()
-    with pytest.raises(UsageError, match=f"start the run again, with --init-from {source}"):
+    with pytest.raises(UsageError, match=f"start the run again with --init-from {source}"):
         train({}, tmp_path / "b", True, False, None)
     with pytest.raises(UsageError, match="contradict"):
         train({}, tmp_path / "b", True, False, source)
