@@ -134,7 +134,7 @@ TWO_FOLDS = MEAN.replace("block_fold<add>(sum)", "block_fold<add>(div(block_fold
 
 BARRIERS = {  # where: (check, what follows the barrier, or its comment)
     "in the fold of a block": ("cross_entropy_mean", "\n        if (t < half)"),
-    "after the fold of a block": ("cross_entropy_mean", "  // nobody writes for the next fold"),
+    "after the fold of a block": ("cross_entropy_mean", "  // all have read before the next reduction writes"),
     "in the fold of lanes": ("bias_backward", "\n        if (lane < half)"),
 }
 
