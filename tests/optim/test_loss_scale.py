@@ -316,7 +316,7 @@ def a_case(rng: np.random.Generator, floor: float) -> tuple[float, int, int, lis
 
 @pytest.mark.parametrize("name", SCALERS)
 def test_random_patterns_equal_the_restatement(name: str, backend: Backend) -> None:
-    patterns = 40 if backend.on_host else 4
+    patterns = 25 if backend.on_host else 4
     moved = stopped = 0
     for seed in range(patterns):
         start, interval, hysteresis, pattern = a_case(np.random.default_rng(seed), SCALERS[name].floor)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recipe_lists import others_slow
 
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast
@@ -136,7 +137,7 @@ def renamed(change: Callable[[str], str]) -> Trace:
     return Trace({}, {new[name]: x for name, x in run().tensors.items()})
 
 
-@pytest.mark.parametrize("prefix", ["module.", "model._orig_mod.module."])
+@pytest.mark.parametrize("prefix", others_slow(["module.", "model._orig_mod.module."], plain=["model._orig_mod.module."]))
 def test_names_of_wrapped_models_are_judged_and_it_is_said(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
     wrapped = renamed(lambda name: prefix + name.replace("transformer.h.0.attn", "transformer.h.0._orig_mod.attn"))
     verdict = diff_traces(run(), wrapped)

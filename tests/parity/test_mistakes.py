@@ -66,18 +66,18 @@ def test_a_trace_of_the_mistake_departs_where_the_table_says(name: str) -> None:
     assert first.point == MISTAKES[name].departs, first
 
 
-@pytest.mark.parametrize("name", MADE)
+OF_ALL_KINDS = ("no-masters", "cast-twice", "softmax-in-16-bits", "accumulate-in-16-bits", "unscale-after-clip", "decay-all")
+"""Of the weights, the operations, the sums over micro-batches, the gradients, the update."""
+
+
+@pytest.mark.parametrize("name", others_slow(MADE, plain=OF_ALL_KINDS))
 def test_with_the_mistake_switched_in_the_trace_agrees_to_the_bit(name: str) -> None:
     findings = list(Judge(config(name), trace_of(name, name), name).findings())
     assert len(findings) > 100 and not any(f.departs for f in findings)
     assert all(f.identical == 1 for f in findings)
 
 
-ON_A_DEVICE = ("no-masters", "cast-twice", "softmax-in-16-bits", "accumulate-in-16-bits", "unscale-after-clip", "decay-all")
-"""Of all kinds: of the weights, the operations, the sums over micro-batches, the gradients, the update."""
-
-
-@pytest.mark.parametrize("name", others_slow(MADE, plain=ON_A_DEVICE))
+@pytest.mark.parametrize("name", others_slow(MADE, plain=OF_ALL_KINDS))
 def test_on_a_device_it_is_the_same_mistake(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
     first = next((f for f in Judge(config(name), record(config(name, mistake=name))).findings() if f.departs), None)

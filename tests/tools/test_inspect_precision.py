@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recipe_lists import MECHANISMS, others_slow
+from recipe_lists import others_slow
 
 import refimpl.tools.precision_report.collect
 from refimpl.errors import UsageError
@@ -39,8 +39,9 @@ TINY: dict[str, Any] = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 6, "warmup": 2, "lr": 1e-2,
 }  # fmt: skip
 EVERY = [(recipe, model) for recipe in RECIPES for model in ("gpt", "mlp")]
-OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), *((recipe, "mlp") for recipe in ("fp32", "fp16", "nvfp4"))]
-"""Of EVERY: each mechanism once; the other model with no rounding, with those of FP16 alone, and with quantized operands."""
+ROUNDINGS = ("fp64", "fp16", "bf16", "amp-fp16", "bf16-sr", "bf16-remainder", "adam-8bit", "fp8-delayed", "mxfp8", "nvfp4")
+OF_EACH_KIND = [*((recipe, "gpt") for recipe in ROUNDINGS), *((recipe, "mlp") for recipe in ("fp32", "fp16", "nvfp4"))]
+"""Of EVERY: each kind of site once; the other model with no rounding, with those of FP16 alone, and with quantized operands."""
 
 
 def config(recipe: str = "fp16", **more: Any) -> Config:

@@ -223,7 +223,10 @@ def watched(recipe: str, monitor: Any, **more: Any) -> Any:
     return training
 
 
-@pytest.mark.parametrize("recipe", others_slow(RECIPES))
+ROUNDINGS = ("fp32", "fp16", "amp-bf16-cpu", "bf16-sr", "bf16-remainder", "adam-8bit", "nvfp4")
+
+
+@pytest.mark.parametrize("recipe", others_slow(RECIPES, plain=ROUNDINGS))
 def test_a_watched_step_computes_the_same(recipe: str) -> None:
     monitor = RoundingMonitor(("e4m3",))
     with_it, without = watched(recipe, monitor), watched(recipe, None)
