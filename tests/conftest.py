@@ -24,9 +24,8 @@ from refimpl.training.data import _documentation
 
 DRAWN_TEXT = str(SUPPORT / "drawn_text")
 sys.path.insert(0, DRAWN_TEXT)
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    dict.fromkeys([DRAWN_TEXT, str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-)
+before = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # an empty entry would be the current folder
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([DRAWN_TEXT, str(ROOT), *before]))
 
 for name in ("SIGINT", "SIGHUP"):  # a shell that starts tests in the background may make them ignore these
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
