@@ -107,8 +107,8 @@ class Bounds:
 
     In fused attention correct kernels differ by more than the order of sums, so 5/4 of the distance to another correct kernel
     (`other_kernels`) is added. That distance comes from n results that are rounded the other way; n results of a third kernel
-    have an L2 norm within 1 / (2 sqrt(n)) of it (one standard deviation). The quarter alone is five of these at n = 100. With the
-    three results it is five from n = 10 on, and about four at n = 1.
+    have an L2 norm within 1 / (2 sqrt(n)) of it (one standard deviation). The quarter alone is five of these at n = 100; with
+    the three results it is five from n = 10 on, and about four at n = 1.
 
     The gradient of a parameter over n micro-batches is a sum of n such results, each with its own allowance, plus the FP32
     roundings of n - 1 additions on either side, each within u of a partial sum, which in no order exceeds the sum of the
