@@ -50,7 +50,7 @@ class Backend:
         """Return `change(x, fmt)`, where `change` is `cast` or `widen`."""
         return change(x, fmt)
 
-    def gemm(self, a: Array, b: Array, acc: str) -> Array:
+    def matmul(self, a: Array, b: Array, acc: str) -> Array:
         """Multiply a (..., M, K) and b (..., K, N) in the accumulation format `acc`: widen both, multiply, do not round.
 
         Products of 16-bit values are exact in fp32, so tensor cores compute the same, except for the order and the rounding of
@@ -58,9 +58,9 @@ class Backend:
         """
         return self.xp.matmul(widen(a, acc), widen(b, acc))
 
-    def gemm_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
+    def matmul_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
         """Return `finish(a b)`, for a `finish` that treats each row by itself and returns the format `fmt`."""
-        return finish(self.gemm(a, b, acc))
+        return finish(self.matmul(a, b, acc))
 
     def row_sum(self, x: Array) -> Array:
         """Sum each row, x (..., N) -> (..., 1), in the format of `x`."""
@@ -153,20 +153,20 @@ class NumPyBackend(Backend):
         workers().map(part, range(0, x.size, CONVERTED))
         return result
 
-    def gemm(self, a: Array, b: Array, acc: str) -> Array:
+    def matmul(self, a: Array, b: Array, acc: str) -> Array:
         """Multiply as `Backend` does: two matrices in `row_blocks`, the matrices of a batch one by one."""
         if a.ndim != 2 or b.ndim != 2:
             with workers().one_thread_per_product():
-                return super().gemm(a, b, acc)
+                return super().matmul(a, b, acc)
         a, b = self.convert(widen, a, acc), self.convert(widen, b, acc)
         z = np.empty((len(a), b.shape[1]), dtype_of(acc))
         workers().map(lambda rows: np.matmul(a[rows], b, out=z[rows]), row_blocks(len(a), len(a) * b.size))
         return z
 
-    def gemm_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
-        """Return `finish(gemm(a, b, acc))`, to the bit, where each thread finishes the blocks that it computes."""
+    def matmul_then(self, a: Array, b: Array, acc: str, finish: Callable[[Array], Array], fmt: str) -> Array:
+        """Return `finish(matmul(a, b, acc))`, to the bit, where each thread finishes the blocks that it computes."""
         if a.ndim != 2 or b.ndim != 2 or len(a) * b.shape[1] < SHARED:
-            return finish(self.gemm(a, b, acc))
+            return finish(self.matmul(a, b, acc))
         if not a.flags.c_contiguous:
             a = self.convert(widen, a, acc)  # all at once: slices of a transposed array would not be contiguous
         b, result = self.convert(widen, b, acc), np.empty((len(a), b.shape[1]), dtype_of(fmt))

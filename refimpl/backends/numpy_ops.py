@@ -16,10 +16,10 @@ from refimpl.nn.ops import gelu_tanh as gelu_tanh_definition
 from refimpl.nn.ops import layernorm as layernorm_definition
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 
-def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+def gelu_tanh_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
 
     def formula(z: Array) -> Array:
@@ -34,10 +34,10 @@ def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
         return t
 
     xc = p.cast(x, "x")
-    return p.map(formula, lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
+    return p.map(formula, lambda z: p.round(z, "y", x), xc), (xc, format_of(x))
 
 
-def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+def gelu_tanh_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = dy ((1 + t)/2 + x/2 (1 - t^2) s), with t the tanh and s the derivative of its argument."""
     x, x_format = saved
 
@@ -59,17 +59,17 @@ def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
         t *= d
         return t
 
-    return (p.map(formula, lambda d: p.grad(d, "x", x_format), dy, x),)
+    return (p.map(formula, lambda d: p.round_grad(d, "x", x_format), dy, x),)
 
 
-def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
+def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = (x - mean) rstd w + b."""
     xc = p.cast(x, "x")
-    scale, shift = p.wide(p.cast(w, "w")), None if b is None else p.wide(p.cast(b, "b"))
+    scale, shift = p.widen(p.cast(w, "w")), None if b is None else p.widen(p.cast(b, "b"))
 
     def rows(xc: Array) -> tuple[Array, ...]:
         """Return y, mean and rstd of some of the rows."""
-        z, C = p.wide(xc), xc.shape[-1]
+        z, C = p.widen(xc), xc.shape[-1]
         mean = p.row_sum(z) / C
         y = z - mean
         rstd = 1 / p.xp.sqrt(p.row_dot(y, y) / C + EPS)
@@ -77,21 +77,21 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
         y *= scale
         if shift is not None:
             y += shift
-        return p.out(y, "y", x), mean, rstd
+        return p.round(y, "y", x), mean, rstd
 
     y, mean, rstd = p.by_example(rows, x.size, xc)
     return y, (xc, mean, rstd, format_of(x))
 
 
-def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array | None, ...]:
     """Return dx = rstd (dh - mean(dh) - h mean(dh h)), dw = sum(dy h), db = sum(dy), with h = (x - mean) rstd, dh = dy w."""
     x, mean, rstd, x_format = saved
-    scale = p.wide(p.cast(w, "w"))
+    scale = p.widen(p.cast(w, "w"))
 
     def rows(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Array, ...]:
         """Return dx of some of the rows, and their dy h, whose sum over all rows is dw."""
-        dy, C = p.wide(dy), x.shape[-1]
-        h = p.wide(x) - mean
+        dy, C = p.widen(dy), x.shape[-1]
+        h = p.widen(x) - mean
         h *= rstd
         dyh, dx = dy * h, dy * scale
         mean_dh, mean_dhh = p.row_sum(dx) / C, p.row_dot(dx, h) / C  # dx is still dh here
@@ -99,12 +99,12 @@ def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Boun
         h *= mean_dhh
         dx -= h
         dx *= rstd
-        return p.grad(dx, "x", x_format), dyh
+        return p.round_grad(dx, "x", x_format), dyh
 
     dx, dyh = p.by_example(rows, x.size, dy, x, mean, rstd)
     axes = tuple(range(dy.ndim - 1))
-    dw = p.grad(dyh.sum(axes), "w", format_of(w))
-    db = None if b is None else p.grad(p.wide(dy).sum(axes), "b", format_of(b))
+    dw = p.round_grad(dyh.sum(axes), "w", format_of(w))
+    db = None if b is None else p.round_grad(p.widen(dy).sum(axes), "b", format_of(b))
     return dx, dw, db
 
 

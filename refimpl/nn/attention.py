@@ -16,7 +16,7 @@ from typing import Any
 from refimpl.nn.softmax import softmax_slope, unrounded_softmax
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 
 def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
@@ -41,7 +41,7 @@ def query_blocks(T: int) -> list[slice]:
     return [slice(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
 
 
-def hide_later(z: Array, queries: slice, p: Bound, fill: float) -> None:
+def hide_later(z: Array, queries: slice, p: OpPrecision, fill: float) -> None:
     """Set z to `fill` where a key comes after the query, in place. z (..., queries, keys up to the last query).
 
     Values are replaced: adding a large negative number could overflow, and 0 * Inf would be NaN.
@@ -51,7 +51,7 @@ def hide_later(z: Array, queries: slice, p: Bound, fill: float) -> None:
     square[...] = p.xp.where(position[:, None] >= position, square, p.xp.full((), fill, z.dtype))
 
 
-def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
+def attention_forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any]:
     """Return O = softmax(mask(q k^T / sqrt(D))) v, where each position attends to itself and earlier positions.
 
     qkv (B, T, 3C), the output of one linear layer -> O (B, T, C). Saved: qkv and P (B, H, T, T).
@@ -64,12 +64,12 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
     return O, (qkv, P)
 
 
-def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
+def _attend(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Array]:
     """Return O and P of all positions, computed block by block."""
     q, k, v = split_heads(qkv, n_head)
     T = q.shape[-2]
-    k = p["scores"].wide(p["scores"].cast(k, "k"))
-    v = p["values"].wide(p["values"].cast(v, "v"))
+    k = p["scores"].widen(p["scores"].cast(k, "k"))
+    v = p["values"].widen(p["values"].cast(v, "v"))
     O = P = None  # noqa: E741
     for rows in query_blocks(T):
         O_rows, P_rows = _attend_block(q[..., rows, :], k[..., : rows.stop, :], v[..., : rows.stop, :], rows, p, format_of(qkv))
@@ -82,24 +82,24 @@ def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
     return merge_heads(O), P
 
 
-def _attend_block(q: Array, k: Array, v: Array, queries: slice, p: Bound, fmt: str) -> tuple[Array, Array]:
+def _attend_block(q: Array, k: Array, v: Array, queries: slice, p: OpPrecision, fmt: str) -> tuple[Array, Array]:
     """Return O and P of some queries. k, v: cast and widened, of all positions up to the last query. fmt: the format of qkv."""
     row = p["scores"]
-    S = row.round(row.gemm(row.cast(q, "q"), k.swapaxes(-1, -2)), row.out_format(fmt, fmt), "S")
+    S = row.round_to(row.matmul(row.cast(q, "q"), k.swapaxes(-1, -2)), row.result_format(fmt, fmt), "S")
     row = p["scale"]
-    z = row.wide(row.cast(S, "S"))
+    z = row.widen(row.cast(S, "S"))
     z *= 1 / math.sqrt(q.shape[-1])
-    S = row.out(z, "S", S)
+    S = row.round(z, "S", S)
     row = p["softmax"]
-    z = row.wide(row.cast(S, "S"))
+    z = row.widen(row.cast(S, "S"))
     hide_later(z, queries, p, -math.inf)
-    P = row.out(unrounded_softmax(z, p), "P", S)
+    P = row.round(unrounded_softmax(z, p), "P", S)
     row = p["values"]
-    O = row.round(row.gemm(row.cast(P, "P"), v), row.out_format(format_of(P), fmt), "O")  # noqa: E741
+    O = row.round_to(row.matmul(row.cast(P, "P"), v), row.result_format(format_of(P), fmt), "O")  # noqa: E741
     return O, P
 
 
-def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
+def attention_backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array]:
     """Return the gradient of qkv:
 
         dP = dO v^T     dv = P^T dO     dS' = P (dP - sum(dP P))     dS = dS' / sqrt(D)     dq = dS k     dk = dS^T q
@@ -111,21 +111,21 @@ def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Ar
     return (dqkv,)
 
 
-def _attend_backward(dO: Array, qkv: Array, P: Array, p: Bound, n_head: int) -> Array:
+def _attend_backward(dO: Array, qkv: Array, P: Array, p: OpPrecision, n_head: int) -> Array:
     """Return the gradient of qkv. The last block sees all keys, so the dk and dv of the others are added to its own."""
     fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
     B, H, T, D = q.shape
     scores, values = p["scores"], p["values"]
-    dO = values.wide(dO.reshape(B, T, H, D).transpose(0, 2, 1, 3))
-    q, k, v = scores.wide(scores.cast(q, "q")), scores.wide(scores.cast(k, "k")), values.wide(values.cast(v, "v"))
+    dO = values.widen(dO.reshape(B, T, H, D).transpose(0, 2, 1, 3))
+    q, k, v = scores.widen(scores.cast(q, "q")), scores.widen(scores.cast(k, "k")), values.widen(values.cast(v, "v"))
     dq = dk = dv = None
     for rows in reversed(query_blocks(T)):
         seen = slice(0, rows.stop)
         P_rows = P[..., rows, seen]
-        dv_rows = values.gemm(values.cast(P_rows, "P").swapaxes(-1, -2), dO[..., rows, :])
+        dv_rows = values.matmul(values.cast(P_rows, "P").swapaxes(-1, -2), dO[..., rows, :])
         dS = _scores_gradient(dO[..., rows, :], v[..., seen, :], P_rows, rows, p, fmt, D)
-        dq_rows = scores.gemm(dS, k[..., seen, :])
-        dk_rows = scores.gemm(dS.swapaxes(-1, -2), q[..., rows, :])
+        dq_rows = scores.matmul(dS, k[..., seen, :])
+        dk_rows = scores.matmul(dS.swapaxes(-1, -2), q[..., rows, :])
         if dq is None or dk is None or dv is None:
             dq, dk, dv = dq_rows if rows.start == 0 else p.xp.empty_like(dk_rows), dk_rows, dv_rows
         else:
@@ -134,21 +134,21 @@ def _attend_backward(dO: Array, qkv: Array, P: Array, p: Bound, n_head: int) -> 
         dq[..., rows, :] = dq_rows
 
     dqkv = p.empty((B, T, 3, H, D), fmt)
-    for i, d in enumerate((scores.grad(dq, "q", fmt), scores.grad(dk, "k", fmt), values.grad(dv, "v", fmt))):
+    for i, d in enumerate((scores.round_grad(dq, "q", fmt), scores.round_grad(dk, "k", fmt), values.round_grad(dv, "v", fmt))):
         dqkv[:, :, i] = d.transpose(0, 2, 1, 3)
     return dqkv.reshape(qkv.shape)
 
 
-def _scores_gradient(dO: Array, v: Array, P: Array, queries: slice, p: Bound, fmt: str, D: int) -> Array:
+def _scores_gradient(dO: Array, v: Array, P: Array, queries: slice, p: OpPrecision, fmt: str, D: int) -> Array:
     """Return dS of a block of queries. dO (..., queries, D), v (..., keys, D), P (..., queries, keys)."""
-    unscaled_format = p["scores"].out_format(fmt)
+    unscaled_format = p["scores"].result_format(fmt)
     row = p["values"]
-    dP = row.grad(row.gemm(dO, v.swapaxes(-1, -2)), "P", format_of(P))
+    dP = row.round_grad(row.matmul(dO, v.swapaxes(-1, -2)), "P", format_of(P))
     row = p["softmax"]
-    dS = softmax_slope(row.wide(dP), row.wide(P), row)
+    dS = softmax_slope(row.widen(dP), row.widen(P), row)
     hide_later(dS, queries, p, 0.0)  # P is 0 there, but 0 times an infinite dP would be NaN
-    dS = row.grad(dS, "S", p["scale"].out_format(unscaled_format))
+    dS = row.round_grad(dS, "S", p["scale"].result_format(unscaled_format))
     row = p["scale"]
-    z = row.wide(dS)
+    z = row.widen(dS)
     z *= 1 / math.sqrt(D)
-    return row.grad(z, "S", unscaled_format)
+    return row.round_grad(z, "S", unscaled_format)

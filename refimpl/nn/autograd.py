@@ -20,7 +20,7 @@ from typing import Any
 from refimpl.nn.op import Op
 from refimpl.nn.ops import cast_parameter, fan_in
 from refimpl.numerics.arrays import Array
-from refimpl.precision.context import Bound, Run
+from refimpl.precision.context import OpPrecision, Run
 
 Sink = Callable[[str, Array], None]
 
@@ -50,7 +50,7 @@ class Entry:
     """One recorded operation. It keeps no input arrays: what backward needs is in `saved`."""
 
     op: Op
-    p: Bound
+    p: OpPrecision
     inputs: tuple[Node | None, ...]
     params: tuple[Value | None, ...]
     output: Node
@@ -84,7 +84,7 @@ class Tape:
         """Run one operation and record it. Inputs are Values, or plain arrays without a gradient (tokens)."""
         place = self._prefix + name
         op = self.run.op(op)
-        p = self.run.bind(op.name, place)
+        p = self.run.precision(op.name, place)
         params = tuple(self._parameter(f"{place}.{param}", operand, p) for param, operand in op.params)
         result = self._apply(op, place, p, inputs, params, static)
         if self.run.observer is not None:
@@ -92,7 +92,13 @@ class Tape:
         return result
 
     def _apply(
-        self, op: Op, place: str, p: Bound, inputs: tuple[Any, ...], params: tuple[Value | None, ...], static: dict[str, Any]
+        self,
+        op: Op,
+        place: str,
+        p: OpPrecision,
+        inputs: tuple[Any, ...],
+        params: tuple[Value | None, ...],
+        static: dict[str, Any],
     ) -> Value:
         arrays = [x.array if isinstance(x, Value) else x for x in inputs]
         y, saved = op.forward(*arrays, *(self._fetch(w) for w in params), p=p, **static)
@@ -105,7 +111,7 @@ class Tape:
             self.entries.append(Entry(op, p, nodes, params, output, saved, static))
         return Value(y, output)
 
-    def _parameter(self, name: str, operand: str, p: Bound) -> Value | None:
+    def _parameter(self, name: str, operand: str, p: OpPrecision) -> Value | None:
         """Return a parameter, or its 16-bit copy that all uses share where the policy casts it; None if the model has none.
 
         The cast is a recorded operation, whose backward widens the sum of all gradients of the copy.
@@ -121,7 +127,7 @@ class Tape:
             return leaf
         if (name, fmt) not in self._casts:
             place = f"{name}.{fmt}"
-            cast_p = self.run.bind(cast_parameter.name, place)
+            cast_p = self.run.precision(cast_parameter.name, place)
             self._casts[name, fmt] = self._apply(cast_parameter, place, cast_p, (), (leaf,), {"fmt": fmt})
         return self._casts[name, fmt]
 
@@ -154,7 +160,7 @@ class Tape:
     def _receive(self, node: Node, gradient: Array | None, sink: Sink) -> None:
         """Add the gradient of one use to that of the tensor. After its last use a parameter's gradient goes to `sink`."""
         if gradient is not None and node.grad is not None:
-            p = self.run.bind(fan_in.name, f"{node.name}.grad")
+            p = self.run.precision(fan_in.name, f"{node.name}.grad")
             node.grad, _ = self.run.op(fan_in).forward(node.grad, gradient, p=p)
         elif gradient is not None:
             node.grad = gradient

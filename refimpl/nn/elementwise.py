@@ -9,59 +9,59 @@ import numpy as np
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 
-def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
+def add_forward(a: Array, b: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = a + b. Leading axes of a that b lacks are broadcast (the position embedding).
 
     a (..., S), b (S) -> y (..., S); mixed formats are promoted to the wider one. PyTorch: torch.add.
     """
     ac, bc = p.cast(a, "a"), p.cast(b, "b")
     if a.shape == b.shape:
-        y = p.map(lambda a, b: a + b, lambda z: p.out(z, "y", a, b), ac, bc)
+        y = p.map(lambda a, b: a + b, lambda z: p.round(z, "y", a, b), ac, bc)
     else:
-        y = p.out(p.wide(ac) + p.wide(bc), "y", a, b)
+        y = p.round(p.widen(ac) + p.widen(bc), "y", a, b)
     return y, (format_of(a), b.shape, format_of(b))
 
 
-def add_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array, Array]:
+def add_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array, Array]:
     """Return da = dy,  db = dy summed over the axes along which b was broadcast."""
     a_format, b_shape, b_format = saved
-    db = dy if dy.shape == b_shape else p.wide(dy).reshape(-1, *b_shape).sum(0)
-    return p.grad(dy, "a", a_format), p.grad(db, "b", b_format)
+    db = dy if dy.shape == b_shape else p.widen(dy).reshape(-1, *b_shape).sum(0)
+    return p.round_grad(dy, "a", a_format), p.round_grad(db, "b", b_format)
 
 
-def fan_in_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
+def fan_in_forward(a: Array, b: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return a + b, two gradients of one tensor that is used twice. The tape calls this; it is not differentiated itself.
 
     a, b (...) of one format -> (...) of that format. PyTorch: the engine's accumulation of gradients.
     """
-    return p.map(lambda a, b: a + b, lambda z: p.out(z, "sum", a, b), a, b), None
+    return p.map(lambda a, b: a + b, lambda z: p.round(z, "sum", a, b), a, b), None
 
 
-def relu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+def relu_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = max(x, 0); NaN stays NaN. PyTorch: torch.relu."""
-    y = p.map(lambda z: p.xp.maximum(z, 0), lambda z: p.out(z, "y", x), p.cast(x, "x"))
+    y = p.map(lambda z: p.xp.maximum(z, 0), lambda z: p.round(z, "y", x), p.cast(x, "x"))
     return y, (y, format_of(x))
 
 
-def relu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+def relu_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = dy where y > 0 or y is NaN, else 0 (also at x = 0)."""
     y, x_format = saved
-    return (p.map(lambda d, z: p.xp.where(z <= 0, 0, d), lambda d: p.grad(d, "x", x_format), dy, y),)
+    return (p.map(lambda d, z: p.xp.where(z <= 0, 0, d), lambda d: p.round_grad(d, "x", x_format), dy, y),)
 
 
-def silu_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+def silu_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = x sigmoid(x) = x / (1 + exp(-x)).
 
     Source: Elfwing et al. 2017, arXiv 1702.03118. PyTorch: torch.nn.functional.silu.
     """
     xc = p.cast(x, "x")
-    return p.map(lambda z: z / (1 + p.xp.exp(-z)), lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
+    return p.map(lambda z: z / (1 + p.xp.exp(-z)), lambda z: p.round(z, "y", x), xc), (xc, format_of(x))
 
 
-def silu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+def silu_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = dy s (1 + x (1 - s)),  s = sigmoid(x)."""
     x, x_format = saved
 
@@ -69,14 +69,14 @@ def silu_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
         s = 1 / (1 + p.xp.exp(-z))
         return d * s * (1 + z * (1 - s))
 
-    return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
+    return (p.map(slope, lambda d: p.round_grad(d, "x", x_format), dy, x),)
 
 
 BETA = math.sqrt(2 / math.pi)
 KAPPA = 0.044715
 
 
-def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+def gelu_tanh_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the GELU of GPT-2.
 
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu(x, approximate='tanh').
@@ -86,10 +86,10 @@ def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any]:
         return 0.5 * z * (1 + p.xp.tanh(BETA * (z + KAPPA * (z * z * z))))
 
     xc = p.cast(x, "x")
-    return p.map(formula, lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
+    return p.map(formula, lambda z: p.round(z, "y", x), xc), (xc, format_of(x))
 
 
-def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+def gelu_tanh_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = dy ((1 + t)/2 + x/2 (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2)), with the tanh t computed again."""
     x, x_format = saved
 
@@ -98,13 +98,13 @@ def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
         slope = (3 * KAPPA * BETA) * (z * z) + BETA  # the derivative of the argument of tanh
         return d * (0.5 * ((1 + t) + slope * z * (1 - t * t)))
 
-    return (p.map(formula, lambda d: p.grad(d, "x", x_format), dy, x),)
+    return (p.map(formula, lambda d: p.round_grad(d, "x", x_format), dy, x),)
 
 
 _math_erf = np.frompyfunc(math.erf, 1, 1)
 
 
-def erf(z: Array, p: Bound) -> Array:
+def erf(z: Array, p: OpPrecision) -> Array:
     """Return the error function: in fp64 from the C library, in fp32 by a polynomial with absolute error below 1.5e-7.
 
     Source: Abramowitz and Stegun 1964, formula 7.1.26; PyTorch's vectorized CPU kernel uses the same.
@@ -120,7 +120,7 @@ def erf(z: Array, p: Bound) -> Array:
     return p.xp.copysign(1 - r * t * p.xp.exp(-z * z), z)
 
 
-def gelu_erf_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+def gelu_erf_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = x Phi(x) = x/2 (1 + erf(x / sqrt 2)).
 
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu.
@@ -130,10 +130,10 @@ def gelu_erf_forward(x: Array, p: Bound) -> tuple[Array, Any]:
     def formula(z: Array) -> Array:
         return 0.5 * z * (1 + erf(z * math.sqrt(0.5), p))
 
-    return p.map(formula, lambda z: p.out(z, "y", x), xc), (xc, format_of(x))
+    return p.map(formula, lambda z: p.round(z, "y", x), xc), (xc, format_of(x))
 
 
-def gelu_erf_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+def gelu_erf_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = dy (Phi(x) + x phi(x)),  phi(x) = exp(-x^2/2) / sqrt(2 pi)."""
     x, x_format = saved
 
@@ -142,4 +142,4 @@ def gelu_erf_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
         pdf = p.xp.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
         return d * (cdf + z * pdf)
 
-    return (p.map(slope, lambda d: p.grad(d, "x", x_format), dy, x),)
+    return (p.map(slope, lambda d: p.round_grad(d, "x", x_format), dy, x),)

@@ -7,25 +7,25 @@ from typing import Any
 from refimpl.nn.indices import check_indices
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 
-def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any]:
+def embedding_forward(tokens: Array, w: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return y[i] = w[tokens[i]]. tokens (...) integers, w (V, C) -> y (..., C).
 
     Errors: UsageError for a token outside 0 to V - 1 (on the host only: see `check_indices`).
     PyTorch: torch.nn.functional.embedding.
     """
     check_indices(tokens, len(w), "index", p)
-    return p.out(p.cast(w, "w")[tokens], "y", w), tokens
+    return p.round(p.cast(w, "w")[tokens], "y", w), tokens
 
 
-def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array]:
+def embedding_backward(dy: Array, saved: Any, w: Array, p: OpPrecision) -> tuple[None, Array]:
     """Return dw[r] = the sum of dy over all positions of token r: summed in `acc`, in a fixed order, and rounded once.
 
     Differs from PyTorch, which on the CPU rounds a 16-bit gradient after every addition; on CUDA it does not.
     """
     tokens = saved.reshape(-1)
-    rows = p.wide(dy).reshape(tokens.size, w.shape[-1])
+    rows = p.widen(dy).reshape(tokens.size, w.shape[-1])
     dw = p.sum_by_index(rows, tokens, len(w))
-    return None, p.grad(dw, "w", format_of(w))
+    return None, p.round_grad(dw, "w", format_of(w))

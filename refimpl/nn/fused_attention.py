@@ -15,10 +15,10 @@ from typing import Any
 from refimpl.nn.attention import hide_later, merge_heads, split_heads
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 
-def fused_attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
+def fused_attention_forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any]:
     """Return O = softmax(mask(q k^T / sqrt(D))) v, where each position attends to itself and earlier positions.
 
     qkv (B, T, 3C) -> O (B, T, C). Saved: qkv, O, and log(sum(exp S)) (B, H, T, 1) in `acc`, nothing with T x T elements.
@@ -32,28 +32,28 @@ def fused_attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, A
     return O, (qkv, O, lse)
 
 
-def _attend(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Array]:
+def _attend(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Array]:
     """Return O and log(sum(exp S))."""
     q, k, v = split_heads(qkv, n_head)                                      # (B, H, T, D)
     S, values = scores_of(q, k, p), p["values"]                               # (B, H, T, T)
     top = S.max(-1, keepdims=True)
     E = p.xp.exp(S - top)
     total = p["softmax"].row_sum(E)                                         # (B, H, T, 1)
-    z = values.gemm(values.cast(E, "P"), values.cast(v, "v"))               # (B, H, T, D)
-    O = values.round(z / total, values.out_format(format_of(E), format_of(qkv)), "O")  # noqa: E741
+    z = values.matmul(values.cast(E, "P"), values.cast(v, "v"))               # (B, H, T, D)
+    O = values.round_to(z / total, values.result_format(format_of(E), format_of(qkv)), "O")  # noqa: E741
     return merge_heads(O), top + p.xp.log(total)
 
 
-def scores_of(q: Array, k: Array, p: Bound) -> Array:
+def scores_of(q: Array, k: Array, p: OpPrecision) -> Array:
     """Return q k^T / sqrt(D) in `acc`, -Inf where the key comes after the query."""
     row = p["scores"]
-    S = row.gemm(row.cast(q, "q"), row.cast(k, "k").swapaxes(-1, -2))
+    S = row.matmul(row.cast(q, "q"), row.cast(k, "k").swapaxes(-1, -2))
     S *= 1 / math.sqrt(q.shape[-1])
     hide_later(S, slice(0, q.shape[-2]), p, -math.inf)
     return S
 
 
-def fused_attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array, ...]:
+def fused_attention_backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array, ...]:
     """Return the gradient of qkv:
 
         P = exp(S - log(sum(exp S)))      dv = R(P)^T dO     dP = dO v^T     dS = R(P (dP - sum(dO O)))
@@ -67,28 +67,28 @@ def fused_attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tu
     return p.by_example(lambda *saved: (_attend_backward(*saved, p=p, n_head=n_head),), size, dO, qkv, O, lse)
 
 
-def _attend_backward(dO: Array, qkv: Array, O: Array, lse: Array, *, p: Bound, n_head: int) -> Array:  # noqa: E741
+def _attend_backward(dO: Array, qkv: Array, O: Array, lse: Array, *, p: OpPrecision, n_head: int) -> Array:  # noqa: E741
     """Return the gradient of qkv."""
     fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
     scores, values = p["scores"], p["values"]
     B, H, T, D = q.shape
 
     def heads(x: Array) -> Array:
-        return values.wide(x.reshape(B, T, H, D).transpose(0, 2, 1, 3))
+        return values.widen(x.reshape(B, T, H, D).transpose(0, 2, 1, 3))
 
     dO, O = heads(dO), heads(O)  # noqa: E741
     P = p.xp.exp(scores_of(q, k, p) - lse)
-    dv = values.gemm(values.cast(P, "P").swapaxes(-1, -2), dO)
-    dP = values.gemm(dO, values.cast(v, "v").swapaxes(-1, -2))
+    dv = values.matmul(values.cast(P, "P").swapaxes(-1, -2), dO)
+    dP = values.matmul(dO, values.cast(v, "v").swapaxes(-1, -2))
     dS = P * (dP - values.row_dot(dO, O))
     hide_later(dS, slice(0, T), p, 0.0)  # P is 0 there, but 0 times an infinite dP would be NaN
     dS = scores.cast(dS, "dS")
-    dq = scores.gemm(dS, scores.cast(k, "k"))
-    dk = scores.gemm(dS.swapaxes(-1, -2), scores.cast(q, "q"))
+    dq = scores.matmul(dS, scores.cast(k, "k"))
+    dk = scores.matmul(dS.swapaxes(-1, -2), scores.cast(q, "q"))
     dq *= 1 / math.sqrt(D)
     dk *= 1 / math.sqrt(D)
 
     dqkv = p.empty((B, T, 3, H, D), fmt)
-    for i, d in enumerate((scores.grad(dq, "q", fmt), scores.grad(dk, "k", fmt), values.grad(dv, "v", fmt))):
+    for i, d in enumerate((scores.round_grad(dq, "q", fmt), scores.round_grad(dk, "k", fmt), values.round_grad(dv, "v", fmt))):
         dqkv[:, :, i] = d.transpose(0, 2, 1, 3)
     return dqkv.reshape(qkv.shape)

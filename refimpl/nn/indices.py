@@ -6,10 +6,10 @@ import numpy as np
 
 from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 
-def check_indices(index: Array, size: int, what: str, p: Bound, ignored: int | None = None) -> None:
+def check_indices(index: Array, size: int, what: str, p: OpPrecision, ignored: int | None = None) -> None:
     """Raise an error for an index outside 0 to size - 1 that is not `ignored`.
 
     Only the host checks, since a device would have to be waited for. `Model.batch_on` checks a batch before it copies it to a

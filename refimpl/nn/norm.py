@@ -6,58 +6,58 @@ from typing import Any
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 EPS = 1e-5  # PyTorch's default for both norms here; GPT-2's too
 
 
-def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
+def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + 1e-5).
 
     x (..., C), w (C,), b (C,) or None -> y (..., C). Saved: x after its cast, and mean and rstd of each row in `acc`.
     Source: Ba et al. 2016, arXiv 1607.06450. PyTorch: torch.nn.functional.layer_norm.
     """
     xc, C = p.cast(x, "x"), x.shape[-1]
-    z = p.wide(xc)
+    z = p.widen(xc)
     mean = p.row_sum(z) / C
     rstd = 1 / p.xp.sqrt(p.row_dot(z - mean, z - mean) / C + EPS)
-    y = (z - mean) * rstd * p.wide(p.cast(w, "w"))
+    y = (z - mean) * rstd * p.widen(p.cast(w, "w"))
     if b is not None:
-        y = y + p.wide(p.cast(b, "b"))
-    return p.out(y, "y", x), (xc, mean, rstd, format_of(x))
+        y = y + p.widen(p.cast(b, "b"))
+    return p.round(y, "y", x), (xc, mean, rstd, format_of(x))
 
 
-def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array | None, ...]:
     """Return dx = rstd (dh - mean(dh) - h mean(dh h)),  dw = sum(dy h),  db = sum(dy), with h = (x - mean) rstd, dh = dy w."""
     x, mean, rstd, x_format = saved
-    C, dy = x.shape[-1], p.wide(dy)
-    h = (p.wide(x) - mean) * rstd
-    dh = dy * p.wide(p.cast(w, "w"))
+    C, dy = x.shape[-1], p.widen(dy)
+    h = (p.widen(x) - mean) * rstd
+    dh = dy * p.widen(p.cast(w, "w"))
     dx = (dh - p.row_sum(dh) / C - h * (p.row_dot(dh, h) / C)) * rstd
     axes = tuple(range(dy.ndim - 1))
-    dw = p.grad((dy * h).sum(axes), "w", format_of(w))
-    db = None if b is None else p.grad(dy.sum(axes), "b", format_of(b))
-    return p.grad(dx, "x", x_format), dw, db
+    dw = p.round_grad((dy * h).sum(axes), "w", format_of(w))
+    db = None if b is None else p.round_grad(dy.sum(axes), "b", format_of(b))
+    return p.round_grad(dx, "x", x_format), dw, db
 
 
-def rmsnorm_forward(x: Array, w: Array, p: Bound) -> tuple[Array, Any]:
+def rmsnorm_forward(x: Array, w: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = x rrms w,  rrms = 1 / sqrt(mean(x^2) + 1e-5).
 
     x (..., C), w (C,) -> y (..., C).
     Source: Zhang and Sennrich 2019, arXiv 1910.07467. PyTorch: torch.nn.functional.rms_norm(x, (C,), w, eps=1e-5).
     """
     xc = p.cast(x, "x")
-    z = p.wide(xc)
+    z = p.widen(xc)
     rrms = 1 / p.xp.sqrt((z * z).mean(-1, keepdims=True) + EPS)
-    return p.out(z * rrms * p.wide(p.cast(w, "w")), "y", x), (xc, rrms, format_of(x))
+    return p.round(z * rrms * p.widen(p.cast(w, "w")), "y", x), (xc, rrms, format_of(x))
 
 
-def rmsnorm_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[Array, Array]:
+def rmsnorm_backward(dy: Array, saved: Any, w: Array, p: OpPrecision) -> tuple[Array, Array]:
     """Return dx = rrms (dh - h mean(dh h)),  dw = sum(dy h), with h = x rrms, dh = dy w."""
     x, rrms, x_format = saved
-    dy = p.wide(dy)
-    h = p.wide(x) * rrms
-    dh = dy * p.wide(p.cast(w, "w"))
+    dy = p.widen(dy)
+    h = p.widen(x) * rrms
+    dh = dy * p.widen(p.cast(w, "w"))
     dx = (dh - h * (dh * h).mean(-1, keepdims=True)) * rrms
     dw = (dy * h).sum(tuple(range(dy.ndim - 1)))
-    return p.grad(dx, "x", x_format), p.grad(dw, "w", format_of(w))
+    return p.round_grad(dx, "x", x_format), p.round_grad(dw, "w", format_of(w))

@@ -3,9 +3,9 @@
     forward(*inputs, *params, p, **static)         -> (y, saved)
     backward(dy, saved, *params, p, **static)      -> one gradient per input, then one per parameter
 
-`p` holds the formats (see `context.Bound`). Each function casts its operands, computes in the accumulation format, and rounds
-its result once. `saved` holds the activations that backward needs, in the format that they are stored in. It never holds a
-parameter: those are arguments of backward too.
+`p` holds the formats (see `context.OpPrecision`). Each function casts its operands, computes in the accumulation format, and
+rounds its result once. `saved` holds the activations that backward needs, in the format that they are stored in. It never holds
+a parameter: those are arguments of backward too.
 """
 
 from __future__ import annotations

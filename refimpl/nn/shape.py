@@ -6,46 +6,46 @@ from typing import Any
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 
-def reshape_forward(x: Array, p: Bound, shape: tuple[int, ...]) -> tuple[Array, Any]:
+def reshape_forward(x: Array, p: OpPrecision, shape: tuple[int, ...]) -> tuple[Array, Any]:
     """Return x in another shape. PyTorch: torch.reshape."""
     return x.reshape(shape), x.shape
 
 
-def reshape_backward(dy: Array, saved: Any, p: Bound, shape: tuple[int, ...]) -> tuple[Array]:
+def reshape_backward(dy: Array, saved: Any, p: OpPrecision, shape: tuple[int, ...]) -> tuple[Array]:
     """Return dy in the shape of x."""
     return (dy.reshape(saved),)
 
 
-def transpose_forward(x: Array, p: Bound, axes: tuple[int, ...]) -> tuple[Array, Any]:
+def transpose_forward(x: Array, p: OpPrecision, axes: tuple[int, ...]) -> tuple[Array, Any]:
     """Return x with its axes in another order. PyTorch: torch.permute."""
     return x.transpose(axes), None
 
 
-def transpose_backward(dy: Array, saved: Any, p: Bound, axes: tuple[int, ...]) -> tuple[Array]:
+def transpose_backward(dy: Array, saved: Any, p: OpPrecision, axes: tuple[int, ...]) -> tuple[Array]:
     """Return dy with its axes in the order of x."""
     return (dy.transpose([axes.index(i) for i in range(len(axes))]),)
 
 
-def split_forward(x: Array, p: Bound, start: int, stop: int) -> tuple[Array, Any]:
+def split_forward(x: Array, p: OpPrecision, start: int, stop: int) -> tuple[Array, Any]:
     """Return the slice start:stop of the last axis. PyTorch: one part of torch.split(x, ..., dim=-1)."""
     return x[..., start:stop], x.shape
 
 
-def split_backward(dy: Array, saved: Any, p: Bound, start: int, stop: int) -> tuple[Array]:
+def split_backward(dy: Array, saved: Any, p: OpPrecision, start: int, stop: int) -> tuple[Array]:
     """Return dx = dy in the slice, and zero outside."""
     dx = p.xp.zeros(saved, dy.dtype)
     dx[..., start:stop] = dy
     return (dx,)
 
 
-def cast_forward(w: Array, p: Bound, fmt: str) -> tuple[Array, Any]:
+def cast_forward(w: Array, p: OpPrecision, fmt: str) -> tuple[Array, Any]:
     """Return R(w), the 16-bit copy of a parameter that all its uses in a step share. PyTorch: autocast's cached cast."""
-    return p.round(w, fmt, "w"), None
+    return p.round_to(w, fmt, "w"), None
 
 
-def cast_backward(dy: Array, saved: Any, w: Array, p: Bound, fmt: str) -> tuple[Array]:
+def cast_backward(dy: Array, saved: Any, w: Array, p: OpPrecision, fmt: str) -> tuple[Array]:
     """Return the gradient of the copy, widened to the format of the parameter."""
-    return (p.grad(dy, "w", format_of(w), rounded=fmt),)
+    return (p.round_grad(dy, "w", format_of(w), rounded=fmt),)

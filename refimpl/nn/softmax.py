@@ -6,30 +6,30 @@ from typing import Any
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 
-def unrounded_softmax(z: Array, p: Bound) -> Array:
+def unrounded_softmax(z: Array, p: OpPrecision) -> Array:
     """Return exp(z - max z) / sum(exp(z - max z)) over the last axis, not rounded: z is in the accumulation format."""
     e = p.xp.exp(z - z.max(-1, keepdims=True))
     e /= p.row_sum(e)
     return e
 
 
-def softmax_slope(dy: Array, y: Array, p: Bound) -> Array:
+def softmax_slope(dy: Array, y: Array, p: OpPrecision) -> Array:
     """Return dz = y (dy - sum(dy y)) over the last axis, not rounded: y and dy are in the accumulation format."""
     dz = dy - p.row_dot(dy, y)
     dz *= y
     return dz
 
 
-def softmax_forward(x: Array, p: Bound) -> tuple[Array, Any]:
+def softmax_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = softmax(x), rounded once. x (..., N) -> y (..., N). PyTorch: torch.softmax(x, -1)."""
-    y = p.out(unrounded_softmax(p.wide(p.cast(x, "x")), p), "y", x)
+    y = p.round(unrounded_softmax(p.widen(p.cast(x, "x")), p), "y", x)
     return y, (y, format_of(x))
 
 
-def softmax_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+def softmax_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = y (dy - sum(dy y)), with the rounded y that forward stored."""
     y, x_format = saved
-    return (p.grad(softmax_slope(p.wide(dy), p.wide(y), p), "x", x_format),)
+    return (p.round_grad(softmax_slope(p.widen(dy), p.widen(y), p), "x", x_format),)

@@ -71,7 +71,7 @@ def matmul(a: Array, b: Array, acc: str = "fp32", multiply: Callable[[Array, Arr
 
     a, b: formats that fp32 holds, with equal leading axes. A product of two values of at most 11 significant bits (fp16, bf16,
     e4m3, ...) is exact in fp32; each sum is formed in fp32 and then rounded, or truncated, to the accumulator.
-    multiply: what computes the products for 'fp32': the BLAS, or a backend's gemm, in its own order.
+    multiply: what computes the products for 'fp32': the BLAS, or a backend's matmul, in its own order.
 
     Errors: ValueError for an unknown accumulator, or shapes that do not match.
     PyTorch: torch.matmul, for 'fp32'; torch.backends.cuda.matmul.allow_fp16_accumulation is similar to 'fp16'.

@@ -27,7 +27,7 @@ from refimpl.nn.fused_attention import scores_of
 from refimpl.nn.op import Op
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 EXP_ERROR = 6e-5
 """A constant relative error of E that changes as many roundings as the least accurate exp of these kernels does.
@@ -42,7 +42,7 @@ QUERIES = 32
 """Queries per block of PyTorch's CPU kernel for fewer than 192 queries: the case with the most roundings of dk and dv."""
 
 
-def forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
+def forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any]:
     """Compute `fused_attention` with other roundings of E."""
     q, k, v = split_heads(qkv, n_head)
     S, values = scores_of(q, k, p), p["values"]
@@ -50,31 +50,31 @@ def forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
     E = p.xp.exp(S - top)
     total = p["softmax"].row_sum(E)
     factor = 1 + EXP_ERROR if S.shape[-1] <= KEYS else math.sqrt(2)  # a power of two would move no rounding
-    z = values.gemm(values.cast(E * factor, "P"), values.cast(v, "v"))
-    O = values.round(z / (factor * total), values.out_format(format_of(E), format_of(qkv)), "O")  # noqa: E741
+    z = values.matmul(values.cast(E * factor, "P"), values.cast(v, "v"))
+    O = values.round_to(z / (factor * total), values.result_format(format_of(E), format_of(qkv)), "O")  # noqa: E741
     O = merge_heads(O)  # noqa: E741
     return O, (qkv, O, top + p.xp.log(total))
 
 
-def backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
+def backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array]:
     """Compute the gradients of `fused_attention` with P slightly larger, and dk and dv rounded after each block of queries."""
     qkv, O, lse = saved  # noqa: E741
     fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
     scores, values = p["scores"], p["values"]
     B, H, T, D = q.shape
-    dO, O = (values.wide(x.reshape(B, T, H, D).transpose(0, 2, 1, 3)) for x in (dO, O))  # noqa: E741
+    dO, O = (values.widen(x.reshape(B, T, H, D).transpose(0, 2, 1, 3)) for x in (dO, O))  # noqa: E741
     P = p.xp.exp(scores_of(q, k, p) - lse) * (1 + EXP_ERROR)
-    dS = P * (values.gemm(dO, values.cast(v, "v").swapaxes(-1, -2)) - values.row_dot(dO, O))
+    dS = P * (values.matmul(dO, values.cast(v, "v").swapaxes(-1, -2)) - values.row_dot(dO, O))
     hide_later(dS, slice(0, T), p, 0.0)
     dS, P = scores.cast(dS, "dS"), values.cast(P, "P")
-    dq = scores.grad(scores.gemm(dS, scores.cast(k, "k")) / math.sqrt(D), "q", fmt)
+    dq = scores.round_grad(scores.matmul(dS, scores.cast(k, "k")) / math.sqrt(D), "q", fmt)
     dk, dv = p.xp.zeros_like(k), p.xp.zeros_like(v)
     for start in range(0, T, QUERIES):
         rows = (..., slice(start, start + QUERIES), slice(None))
-        dk_part = scores.gemm(dS[rows].swapaxes(-1, -2), scores.cast(q[rows], "q")) / math.sqrt(D)
-        dv_part = values.gemm(P[rows].swapaxes(-1, -2), dO[rows])
-        dk = scores.grad(scores.wide(dk) + dk_part, "k", fmt)
-        dv = values.grad(values.wide(dv) + dv_part, "v", fmt)
+        dk_part = scores.matmul(dS[rows].swapaxes(-1, -2), scores.cast(q[rows], "q")) / math.sqrt(D)
+        dv_part = values.matmul(P[rows].swapaxes(-1, -2), dO[rows])
+        dk = scores.round_grad(scores.widen(dk) + dk_part, "k", fmt)
+        dv = values.round_grad(values.widen(dv) + dv_part, "v", fmt)
     dqkv = p.xp.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4)  # (3, B, H, T, D) -> (B, T, 3, H, D)
     return (dqkv.reshape(qkv.shape),)
 

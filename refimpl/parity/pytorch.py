@@ -34,7 +34,7 @@ from refimpl.optim.state import Sink, State
 from refimpl.parity.findings import Finding
 from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.memory_limits import need, require_memory
@@ -138,18 +138,18 @@ class Branches:
         self.farthest = 0.0  # the largest |input| with another sign than PyTorch's, relative to the layer's root mean square
         self.op = Op("relu", self._forward, self._backward)
 
-    def _forward(self, x: Array, p: Bound) -> tuple[Array, Any]:
+    def _forward(self, x: Array, p: OpPrecision) -> tuple[Array, Any]:
         open_ = self.given[p.place]
         z = widen(x, "fp64")
         differs = (z > 0) != open_
         self.other, self.all = self.other + int(differs.sum()), self.all + z.size
         if differs.any():
             self.farthest = max(self.farthest, float(np.abs(z[differs]).max() / np.sqrt((z * z).mean())))
-        return p.out(np.where(open_, p.wide(p.cast(x, "x")), 0), "y", x), (open_, format_of(x))
+        return p.round(np.where(open_, p.widen(p.cast(x, "x")), 0), "y", x), (open_, format_of(x))
 
-    def _backward(self, dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+    def _backward(self, dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
         open_, x_format = saved
-        return (p.grad(np.where(open_, p.wide(dy), 0), "x", x_format),)
+        return (p.round_grad(np.where(open_, p.widen(dy), 0), "x", x_format),)
 
 
 class RefimplRun:

@@ -1,4 +1,4 @@
-"""What an operation is handed during a run: `Bound`, one row of the policy for one place in the model.
+"""What an operation is handed during a run: `OpPrecision`, one row of the policy for one place in the model.
 
 `Run` holds what all operations of a run share: the policy, the backend, monitors, and what quantization remembers.
 """
@@ -24,7 +24,7 @@ from refimpl.numerics.quantization.scaling_state import ScalingState
 from refimpl.precision.policy import SAME, WIDE, Policy
 
 MAP_BLOCK = 1 << 18
-"""Elements of a block in `Bound.map` and `Bound.by_example`.
+"""Elements of a block in `OpPrecision.map` and `OpPrecision.by_example`.
 
 Few enough to fit a cache, and many enough to be worth a thread: between two NumPy calls threads wait for Python's lock, some
 10 us each time.
@@ -52,7 +52,7 @@ class Run:
     observer: Observer | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     scales: ScalingState = field(default_factory=ScalingState)
-    _bound: dict[tuple[str, str], Bound] = field(default_factory=dict, repr=False)
+    _precisions: dict[tuple[str, str], OpPrecision] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.policy.in_formats and not self.backend.on_host:
@@ -60,7 +60,7 @@ class Run:
 
     def frozen(self) -> Run:
         """Return a copy of the run for evaluation: its passes change nothing that the run remembers."""
-        return replace(self, scales=self.scales.frozen(), _bound={})
+        return replace(self, scales=self.scales.frozen(), _precisions={})
 
     def op(self, definition: Any) -> Any:
         """Return what runs for an operation: this run's override, else the backend's fast version, else the definition.
@@ -70,22 +70,22 @@ class Run:
         fast = self.backend.ops if self.monitor is None else {}
         return self.overrides.get(definition.name) or fast.get(definition.name, definition)
 
-    def bind(self, op: str, place: str) -> Bound:
+    def precision(self, op: str, place: str) -> OpPrecision:
         """Return the precision for operation `op` at `place`, e.g. ('linear', 'h.0.mlp.c_fc')."""
         key = (op, place)
-        if key not in self._bound:
-            self._bound[key] = Bound(self, op, place)
-        return self._bound[key]
+        if key not in self._precisions:
+            self._precisions[key] = OpPrecision(self, op, place)
+        return self._precisions[key]
 
 
-class Bound:
+class OpPrecision:
     """A row of the policy, bound to a run and to a place in the model: the argument `p` of every operation.
 
         p.cast(x, 'x')         cast operand x to the format that the row names for it
-        p.wide(x)              widen to the format of the arithmetic: `acc`, or FP32 where `acc` has fewer bits
-        p.gemm(a, b)           multiply matrices, with sums in `acc`
-        p.out(z, 'y', x)       round a result
-        p.grad(dz, 'x', fmt)   round the gradient of operand x, and store it in fmt
+        p.widen(x)              widen to the format of the arithmetic: `acc`, or FP32 where `acc` has fewer bits
+        p.matmul(a, b)           multiply matrices, with sums in `acc`
+        p.round(z, 'y', x)       round a result
+        p.round_grad(dz, 'x', fmt)   round the gradient of operand x, and store it in fmt
         p['dw']                the same for a part of the operation: the row `linear.dw`
     """
 
@@ -95,15 +95,15 @@ class Bound:
         self.math = self.row.acc if self.row.acc in WIDE else "fp32"
         self.sums_plainly = self.math == self.row.acc
         self.xp = run.backend.xp
-        self._parts: dict[str, Bound] = {}
+        self._parts: dict[str, OpPrecision] = {}
 
-    def __getitem__(self, part: str) -> Bound:
+    def __getitem__(self, part: str) -> OpPrecision:
         """Return the precision of one part: `p['softmax']` inside attention has the row `attention.softmax`."""
         if part not in self._parts:
-            self._parts[part] = Bound(self.run, f"{self.op}.{part}", self.place)
+            self._parts[part] = OpPrecision(self.run, f"{self.op}.{part}", self.place)
         return self._parts[part]
 
-    def round(self, x: Array, fmt: str, site: str) -> Array:
+    def round_to(self, x: Array, fmt: str, site: str) -> Array:
         """Round `x` to `fmt`, and report it to the monitor as `place:op.site`, e.g. 'h.0.mlp.c_fc:linear.dw.dw'."""
         y = self.run.backend.convert(cast, x, fmt)
         if self.run.monitor is not None and not widens_to(format_of(x), fmt):
@@ -118,7 +118,7 @@ class Bound:
         fmt = self.row.input(operand)
         if fmt in SCHEMES:
             return self.quantize(x, fmt, operand, axis)
-        return x if fmt == SAME else self.round(x, fmt, operand)
+        return x if fmt == SAME else self.round_to(x, fmt, operand)
 
     def quantize(self, x: Array, scheme: str, operand: str, axis: int | None) -> QuantizedTensor:
         """Quantize an operand, and report its elements to the monitor: divided by their scales, before and after rounding."""
@@ -137,31 +137,31 @@ class Bound:
             before = widen(x, "fp32") / self.xp.where(scale == 0, 1, scale)  # a block too small for its scale: 0, kept as zeros
         return before, from_bits(q.codes * (scale != 0), q.fmt)
 
-    def wide(self, x: Any) -> Any:
-        """Widen an operand to the format of the arithmetic, exactly. A quantized one is returned unchanged, for `gemm`."""
+    def widen(self, x: Any) -> Any:
+        """Widen an operand to the format of the arithmetic, exactly. A quantized one is returned unchanged, for `matmul`."""
         return x if isinstance(x, QuantizedTensor) else self.run.backend.convert(widen, x, self.math)
 
-    def gemm(self, a: Any, b: Any) -> Array:
+    def matmul(self, a: Any, b: Any) -> Array:
         """Multiply a (..., M, K) and b (..., K, N) -> (..., M, N), accumulated in `acc` and not rounded.
 
         Errors: TypeError where only one of them is quantized.
         """
         if isinstance(a, QuantizedTensor) != isinstance(b, QuantizedTensor):
             raise TypeError(f"{self.op}: a policy quantizes both factors of a product, or none")
-        multiply = partial(self.run.backend.gemm, acc=self.math)
+        multiply = partial(self.run.backend.matmul, acc=self.math)
         if isinstance(a, QuantizedTensor):
             return product(a, b, self.row.acc, multiply)
         return multiply(a, b) if self.sums_plainly else matmul(a, b, self.row.acc, multiply)
 
-    def gemm_then(self, finish: Callable[[Array], Array], fmt: str, a: Any, b: Any) -> Array:
-        """Return `finish(gemm(a, b))`, for a `finish` that treats each row of the product by itself and rounds it to `fmt`.
+    def matmul_then(self, finish: Callable[[Array], Array], fmt: str, a: Any, b: Any) -> Array:
+        """Return `finish(matmul(a, b))`, for a `finish` that treats each row of the product by itself and rounds it to `fmt`.
 
         The thread that computes rows can then round them at once, and the product is never stored in FP32.
         """
         quantized = isinstance(a, QuantizedTensor) or isinstance(b, QuantizedTensor)
         if self.run.monitor is not None or quantized or not self.sums_plainly:
-            return finish(self.gemm(a, b))
-        return self.run.backend.gemm_then(a, b, self.row.acc, finish, fmt)
+            return finish(self.matmul(a, b))
+        return self.run.backend.matmul_then(a, b, self.row.acc, finish, fmt)
 
     def row_sum(self, x: Array) -> Array:
         """Sum each row, x (..., N) -> (..., 1), in the format of `x`, which is that of the arithmetic."""
@@ -175,15 +175,15 @@ class Bound:
         """Sum the rows that have the same index: rows (n, C), index (n,) -> (count, C), in the format of `rows`."""
         return self.run.backend.sum_by_index(rows, index, count)
 
-    def out(self, z: Array, site: str, *operands: Array) -> Array:
+    def round(self, z: Array, site: str, *operands: Array) -> Array:
         """Round a result to the row's `out`; with SAME, to the widest format among `operands`, which are as they arrived."""
-        return self.round(z, self.out_format(*(format_of(x) for x in operands)), site)
+        return self.round_to(z, self.result_format(*(format_of(x) for x in operands)), site)
 
-    def out_format(self, *operands: str) -> str:
+    def result_format(self, *operands: str) -> str:
         """Return the format of a result, given the formats in which the operands arrived."""
         return widest(*operands) if self.row.out == SAME else self.row.out
 
-    def grad(self, dz: Array, operand: str, stored: str, rounded: str | None = None) -> Array:
+    def round_grad(self, dz: Array, operand: str, stored: str, rounded: str | None = None) -> Array:
         """Round the gradient of an operand to the format that the operand was cast to, then convert it to the operand's own.
 
         Thus a gradient has no more precision than the value that the operation read: under autocast a weight gradient is
@@ -191,21 +191,21 @@ class Bound:
         stored: the format of the operand before its cast. rounded: the format to round to, if not the row's.
         """
         seen = rounded or self.row.input(operand)
-        dz = self.round(dz, stored if seen == SAME else seen, f"d{operand}")
-        return widen(dz, stored) if widens_to(format_of(dz), stored) else self.round(dz, stored, f"d{operand}.stored")
+        dz = self.round_to(dz, stored if seen == SAME else seen, f"d{operand}")
+        return widen(dz, stored) if widens_to(format_of(dz), stored) else self.round_to(dz, stored, f"d{operand}.stored")
 
     def map(self, formula: Callable[..., Array], finish: Callable[[Array], Array], *arrays: Array) -> Array:
         """Return `finish(formula(wide(a), wide(b), ...))` for an elementwise formula and arrays of one shape.
 
-        `finish` rounds: `lambda z: p.out(z, 'y', x)`. On the host large arrays are processed in blocks that fit a cache, on
+        `finish` rounds: `lambda z: p.round(z, 'y', x)`. On the host large arrays are processed in blocks that fit a cache, on
         several threads. Elementwise results do not depend on the blocks.
         """
         size = arrays[0].size
         in_one_piece = self.run.monitor is not None or size <= MAP_BLOCK or not self.run.backend.on_host
         if in_one_piece or not all(x.flags.c_contiguous for x in arrays):
-            return finish(formula(*(self.wide(x) for x in arrays)))
+            return finish(formula(*(self.widen(x) for x in arrays)))
         flat = [x.reshape(-1) for x in arrays]
-        (result,) = self._joined(lambda *part: (finish(formula(*(self.wide(x) for x in part))),), flat, MAP_BLOCK, size)
+        (result,) = self._joined(lambda *part: (finish(formula(*(self.widen(x) for x in part))),), flat, MAP_BLOCK, size)
         return result.reshape(arrays[0].shape)
 
     def by_example(self, formula: Callable[..., tuple[Array, ...]], size: int, *arrays: Array) -> tuple[Array, ...]:

@@ -5,8 +5,8 @@
       acc      the format of all arithmetic inside, sums included: fp32 or fp64; a product may have an accumulator of fewer bits
       out      the format of the one rounding at the end
 
-No operation knows which recipe runs: it casts its operands, computes in `acc` and rounds the result, and `context.Bound` looks
-the formats up.
+No operation knows which recipe runs: it casts its operands, computes in `acc` and rounds the result, and
+`context.OpPrecision` looks the formats up.
 """
 
 from __future__ import annotations

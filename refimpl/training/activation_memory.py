@@ -80,7 +80,7 @@ def count(shape: str, sizes: Mapping[str, int]) -> int:
 
 
 class Flow:
-    """The formats of the tensors of a forward pass, by the recipe's policy, as `context.Bound` does to arrays."""
+    """The formats of the tensors of a forward pass, by the recipe's policy, as `context.OpPrecision` does to arrays."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.row, self.stored = recipe.policy.row, get_encoding(recipe.state["weights"]).fmt

@@ -15,7 +15,7 @@ from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.optim.gradients import inverse_of
 from refimpl.optim.loss_scale import DynamicLossScale
 from refimpl.optim.state import Sink, State
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 from refimpl.precision.policy import SAME, Precision
 from refimpl.training.known_mistake import Mistake, low_format, need
 from refimpl.training.setup import Training, UpdateArguments, WrappedOptimizer
@@ -94,11 +94,11 @@ def _override(training: Training, op: Op, **functions: Any) -> None:
 def _cast_twice(training: Training) -> None:
     low_format(training)
 
-    def forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
+    def forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array, Any]:
         product, saved = linear.forward(x, w, None, p=p)  # rounded here, before the bias is in
         if b is not None:
             y = p["y"]
-            product = y.out(y.wide(product) + y.wide(y.cast(b, "b")), "y.again", x, w)
+            product = y.round(y.widen(product) + y.widen(y.cast(b, "b")), "y.again", x, w)
         return product, saved
 
     _override(training, linear, forward=forward)
@@ -110,16 +110,16 @@ CHUNK = 8  # products between two roundings of the sum
 def _sum_in_16_bits(training: Training) -> None:
     low = low_format(training)
 
-    def forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any]:
+    def forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array, Any]:
         y, saved = linear.forward(x, w, b, p=p)
         row = p["y"]
         xc, wc = row.cast(x.reshape(-1, x.shape[-1]), "x"), row.cast(w, "w")
         z = p.xp.zeros((len(xc), len(wc)), widen(xc[:1, :1], row.row.acc).dtype)
         for k in range(0, xc.shape[-1], CHUNK):
-            z = row.wide(row.round(z + row.gemm(xc[:, k : k + CHUNK], wc[:, k : k + CHUNK].T), low, "sum"))
+            z = row.widen(row.round_to(z + row.matmul(xc[:, k : k + CHUNK], wc[:, k : k + CHUNK].T), low, "sum"))
         if b is not None:
-            z += row.wide(row.cast(b, "b"))
-        return row.round(z, format_of(y), "y").reshape(y.shape), saved
+            z += row.widen(row.cast(b, "b"))
+        return row.round_to(z, format_of(y), "y").reshape(y.shape), saved
 
     _override(training, linear, forward=forward)
 
@@ -127,7 +127,7 @@ def _sum_in_16_bits(training: Training) -> None:
 def _tied_gradient_dropped(training: Training) -> None:
     need(bool(training.model.tied), "a model with tied weights (gpt)")
 
-    def backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array | None]:
+    def backward(dy: Array, saved: Any, w: Array, p: OpPrecision) -> tuple[None, Array | None]:
         tied = f"{p.place}.weight" in training.model.tied.values()
         return (None, None) if tied else embedding.backward(dy, saved, w, p=p)  # type: ignore[return-value]
 
@@ -164,14 +164,14 @@ def _softmax_in_16_bits(training: Training) -> None:
     _need_written_out(training)
     _rows(training, attention__softmax=Precision(low, "fp32", low))
 
-    def narrow(p: Bound) -> Bound:
+    def narrow(p: OpPrecision) -> OpPrecision:
         p["softmax"].math = low  # exp, sum and quotient in NumPy's own 16-bit arithmetic, which no policy can ask for
         return p
 
-    def forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
+    def forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any]:
         return attention.forward(qkv, p=narrow(p), n_head=n_head)
 
-    def backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array | None, ...]:
+    def backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array | None, ...]:
         return attention.backward(dO, saved, p=narrow(p), n_head=n_head)
 
     _override(training, attention, forward=forward, backward=backward)
@@ -207,10 +207,10 @@ def _residual_truncated(training: Training) -> None:
     low = low_format(training)
     need(training.model.name == "gpt" and training.run.policy.row("add").out == low, "residuals in 16 bits (gpt; fp16 or bf16)")
 
-    def forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any]:
+    def forward(a: Array, b: Array, p: OpPrecision) -> tuple[Array, Any]:
         y, saved = add.forward(a, b, p=p)
         if p.place == "transformer.h.0.residual_1":  # in this place only
-            y = _toward_zero(p.wide(a) + p.wide(b), y)
+            y = _toward_zero(p.widen(a) + p.widen(b), y)
         return y, saved
 
     _override(training, add, forward=forward)
@@ -230,7 +230,7 @@ def _need_micro_batches(training: Training) -> None:
 def _loss_not_averaged(training: Training) -> None:
     _need_micro_batches(training)
 
-    def backward(dloss: Array, saved: Any, p: Bound, **static: Any) -> tuple[Array | None, ...]:
+    def backward(dloss: Array, saved: Any, p: OpPrecision, **static: Any) -> tuple[Array | None, ...]:
         return cross_entropy.backward(cast(training.loss_scale.scale, format_of(dloss)), saved, p=p, **static)
 
     _override(training, cross_entropy, backward=backward)

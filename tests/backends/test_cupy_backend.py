@@ -112,7 +112,7 @@ def test_a_bias_is_added_before_the_one_rounding(fmt: str) -> None:
     rng = np.random.default_rng(0)
     x, w = (cast(rng.integers(-40, 41, shape).astype(np.float32), fmt) for shape in ((256, 384), (512, 384)))
     b = cast(rng.integers(-8, 9, 512).astype(np.float32) / 8, fmt)
-    p = Run(get_recipe(fmt).policy, get_backend("cupy")).bind("linear", "here")
+    p = Run(get_recipe(fmt).policy, get_backend("cupy")).precision("linear", "here")
     y, _ = get_backend("cupy").ops["linear"].forward(on_device(x), on_device(w), on_device(b), p=p)
     sums = widen(x) @ widen(w).T
     right, rounded_early = cast(sums + widen(b), fmt), cast(widen(cast(sums, fmt)) + widen(b), fmt)
@@ -131,7 +131,7 @@ def test_no_product_adds_parts_of_a_sum_in_16_bits(monkeypatch: pytest.MonkeyPat
             real(*arguments)
 
         monkeypatch.setattr(cublas, name, call)
-    get_backend("cupy").gemm(on_device(np.ones((4, 4), np.float16)), on_device(np.ones((4, 4), np.float16)), "fp32")
+    get_backend("cupy").matmul(on_device(np.ones((4, 4), np.float16)), on_device(np.ones((4, 4), np.float16)), "fp32")
     assert calls == ["setMathMode 16", "gemmStridedBatchedEx"]
 
 

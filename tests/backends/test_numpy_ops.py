@@ -47,7 +47,7 @@ def both_ways(op: Op, recipe: str, shape: tuple[int, ...], special: bool, bias: 
     params: list[Array | None] = [drawn(shape[-1:], fmt, False, 3 + i) for i in range(len(op.params))]
     if params and not bias:
         params[-1] = None
-    p = Run(RECIPES[recipe].policy, NUMPY).bind(op.name, "here")
+    p = Run(RECIPES[recipe].policy, NUMPY).precision(op.name, "here")
     with np.errstate(all="ignore"):
         y, saved = op.forward(x, *params, p=p)
         results = [y, *saved, *op.backward(dy, saved, *params, p=p)]
@@ -85,7 +85,7 @@ def test_in_blocks_on_threads_too(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_comparison_bites() -> None:
     """With another order of the same factors some last bits differ, and with a special value it shows at once."""
 
-    def reordered(x: Array, p: context.Bound) -> tuple[Array, Any]:
+    def reordered(x: Array, p: context.OpPrecision) -> tuple[Array, Any]:
         y, saved = gelu_tanh.forward(x, p=p)
         return cast(cast(y, "fp64") * (1 + 2.0**-23), format_of(y)), saved
 

@@ -231,7 +231,7 @@ class Case:
         """y, what was saved, and the gradients, of this operation or of a version of it."""
         rng = np.random.default_rng(0)
         arrays = [backend.from_host(self._draw(rng, *words.split())) for words in self.arrays]
-        p = Run(Policy("case", {EVERY_OTHER: self.row, **self.rows}), backend).bind(self.op, "here")
+        p = Run(Policy("case", {EVERY_OTHER: self.row, **self.rows}), backend).precision(self.op, "here")
         y, saved = op.forward(*arrays, p=p, **self.static)
         dy = backend.from_host(cast(rng.standard_normal(y.shape), format_of(y)))
         params = arrays[len(arrays) - len(op.params) :] if op.params else []

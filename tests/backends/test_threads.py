@@ -252,9 +252,9 @@ def test_a_product_in_blocks_is_the_product(shape: tuple[int, int, int], layout:
     a = rng.standard_normal((M, K), np.float32) if layout != "aT b" else rng.standard_normal((K, M), np.float32).T
     b = rng.standard_normal((K, N), np.float32) if layout != "a bT" else rng.standard_normal((N, K), np.float32).T
     with threadpool_limits(1):
-        whole = Backend.gemm(NUMPY, a, b, "fp32")
+        whole = Backend.matmul(NUMPY, a, b, "fp32")
         blocks = np.concatenate([a[rows] @ b for rows in row_blocks(M, M * K * N)])
-    z = NUMPY.gemm(a, b, "fp32")
+    z = NUMPY.matmul(a, b, "fp32")
     assert z.tobytes() == blocks.tobytes()
     # Either sum is within gamma(K) |a| |b| of the exact one, whatever its order (Higham 2002, section 3.1); the bound of the
     # sizes is computed in FP32 too, which the factor covers.
@@ -304,7 +304,7 @@ def test_a_single_row_of_a_norm_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> N
     rng = np.random.default_rng(1)
     x, w, b, dy = (rng.standard_normal(64, np.float32) for _ in range(4))
     layernorm = NUMPY.ops["layernorm"]
-    p = Run(RECIPES["fp32"].policy, NUMPY).bind("layernorm", "norm")
+    p = Run(RECIPES["fp32"].policy, NUMPY).precision("layernorm", "norm")
 
     def both() -> list[bytes]:
         y, saved = layernorm.forward(x, w, b, p=p)
@@ -326,7 +326,7 @@ def test_results_are_allocated_once_whoever_comes_first(monkeypatch: pytest.Monk
         time.sleep(0.05)  # the other thread has its first part by now
         return np.empty(shape, dtype)
 
-    p = Run(RECIPES["fp32"].policy, NUMPY).bind("layernorm", "norm")
+    p = Run(RECIPES["fp32"].policy, NUMPY).precision("layernorm", "norm")
     p.xp = SimpleNamespace(empty=slow_empty)
     x = np.arange(24, dtype=np.float32).reshape(8, 3)
     (doubled,) = p.by_example(lambda part: (2 * part,), x.size, x)

@@ -230,7 +230,7 @@ def test_a_block_of_queries_does_not_touch_what_it_does_not_see(recipe: str, mon
     qkv, dO = draw_qkv(fmt, fmt)
     queries_at_a_time(monkeypatch, 2)
     y, _ = ours(policy_of(recipe), "attention", [qkv], dO, n_head=H)
-    _, (_, P) = OPS["attention"].forward(qkv, p=Run(policy_of(recipe), NUMPY).bind("attention", "h"), n_head=H)
+    _, (_, P) = OPS["attention"].forward(qkv, p=Run(policy_of(recipe), NUMPY).precision("attention", "h"), n_head=H)
     assert np.array_equal(wide(P) == 0, np.broadcast_to(np.triu(np.ones((T, T), bool), 1), P.shape))
     qkv[:, 2:] = math.nan
     z, _ = ours(policy_of(recipe), "attention", [qkv], dO, n_head=H)

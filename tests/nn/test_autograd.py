@@ -68,7 +68,7 @@ def ones_like(x: Array, backend: Backend = NUMPY) -> Array:
 
 def by_hand(run: Run, op: Op) -> tuple[Op, Any]:
     """The operation as this run's backend computes it, and its precision."""
-    return run.op(op), run.bind(op.name, "by hand")
+    return run.op(op), run.precision(op.name, "by hand")
 
 
 # --------------------------------------------------------------------------------------------------- one tensor, many uses
@@ -429,7 +429,7 @@ def test_names_are_the_scopes_and_the_operations_name() -> None:
     assert [entry.output.name for entry in t.entries] == ["h.0.mlp.fc", "h.0.relu", "fc"]
     assert [entry.p.place for entry in t.entries] == ["h.0.mlp.fc", "h.0.relu", "fc"]
     # And so they read two different weights.
-    p = make_run("fp32").bind("linear", "-")
+    p = make_run("fp32").precision("linear", "-")
     for value, w in zip((inside, outside), weights.values(), strict=True):
         assert same_bits(value.array, linear.forward(x, w, None, p=p)[0])
 

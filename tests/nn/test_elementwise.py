@@ -111,7 +111,7 @@ def test_sums_over_rows_do_not_stop_at_the_precision_of_16_bits(fmt: str) -> Non
 @pytest.mark.parametrize("fmt", UNIFORM)
 @pytest.mark.parametrize("op", ["relu", "silu", "gelu_tanh", "gelu_erf"])
 def test_bits_do_not_depend_on_the_blocks_of_a_long_array(op: str, fmt: str) -> None:
-    # Two blocks of `Bound.map` and a bit, against pieces that no block boundary falls into, and against a monitored run.
+    # Two blocks of `OpPrecision.map` and a bit, against pieces that no block boundary falls into, and against a monitored run.
     n, piece = 2 * MAP_BLOCK + 37, 1001
     x = array(np.random.default_rng(9).standard_normal(n) * 3, fmt)
     y, (dx,) = run(fmt, op, [x], [])

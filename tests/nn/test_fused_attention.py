@@ -21,7 +21,7 @@ from refimpl.parity.judge import judge_trace
 from refimpl.parity.other_kernels import other_kernel
 from refimpl.parity.tolerances import distance
 from refimpl.parity.trace import Trace, record
-from refimpl.precision.context import Bound, Monitor, Run
+from refimpl.precision.context import Monitor, OpPrecision, Run
 from refimpl.precision.policy import ATTENTION, Policy, with_attention
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.memory.measure import measure_run
@@ -45,7 +45,7 @@ def policy_of(recipe: str, kind: str = "fused") -> Policy:
 
 
 def both_ways(op: Op, qkv: Array, dO: Array, policy: Policy, monitor: Monitor | None = None) -> tuple[Array, Array]:
-    p = Run(policy, NUMPY, monitor).bind("attention", "here")
+    p = Run(policy, NUMPY, monitor).precision("attention", "here")
     O, saved = op.forward(qkv, p=p, n_head=2)  # noqa: E741
     return O, op.backward(dO, saved, p=p, n_head=2)[0]
 
@@ -146,32 +146,32 @@ def test_pytorchs_math_kernel_has_the_rows_of_math(recipe: str) -> None:
 def broken(scale: bool = True, mask: int = 0, round_S: bool = False, round_P: bool = False) -> Op:
     """A kernel with one fault. It is `fused_attention`, written again in as few lines as it takes."""
 
-    def weights(q: Array, k: Array, p: Bound) -> Array:
-        S = p["scores"].gemm(q, k.swapaxes(-1, -2)) * (1 / math.sqrt(q.shape[-1]) if scale else 1.0)
-        S = p["scores"].wide(p["values"].cast(S, "P")) if round_S else S
+    def weights(q: Array, k: Array, p: OpPrecision) -> Array:
+        S = p["scores"].matmul(q, k.swapaxes(-1, -2)) * (1 / math.sqrt(q.shape[-1]) if scale else 1.0)
+        S = p["scores"].widen(p["values"].cast(S, "P")) if round_S else S
         T = S.shape[-1]
         return np.where(np.arange(T)[:, None] + mask >= np.arange(T), S, np.float32(-math.inf))
 
-    def forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any]:
+    def forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any]:
         q, k, v = split_heads(qkv, n_head)
         S, values = weights(q, k, p), p["values"]
         E, top = np.exp(S - S.max(-1, keepdims=True)), S.max(-1, keepdims=True)
         total = E.sum(-1, keepdims=True)
-        z = values.gemm(values.cast(E / total, "P"), v) if round_P else values.gemm(values.cast(E, "P"), v) / total
-        O = merge_heads(values.out(z, "O", qkv))  # noqa: E741
+        z = values.matmul(values.cast(E / total, "P"), v) if round_P else values.matmul(values.cast(E, "P"), v) / total
+        O = merge_heads(values.round(z, "O", qkv))  # noqa: E741
         return O, (qkv, O, top + np.log(total))
 
-    def backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
+    def backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array]:
         qkv, O, lse = saved  # noqa: E741
         (q, k, v), (B, T) = split_heads(qkv, n_head), dO.shape[:2]
         dO, O = (widen(x, "fp32").reshape(B, T, n_head, -1).transpose(0, 2, 1, 3) for x in (dO, O))  # noqa: E741
         P, values = np.exp(weights(q, k, p) - lse), p["values"]
-        dP = values.gemm(dO, v.swapaxes(-1, -2))
+        dP = values.matmul(dO, v.swapaxes(-1, -2))
         dS = p["scores"].cast(P * (dP - (dO * O).sum(-1, keepdims=True)), "dS")
         root = np.float32(1 / math.sqrt(q.shape[-1]) if scale else 1.0)
-        gradients = (p["scores"].gemm(dS, k) * root, p["scores"].gemm(dS.swapaxes(-1, -2), q) * root,
-                     values.gemm(values.cast(P, "P").swapaxes(-1, -2), dO))  # fmt: skip
-        together = np.stack([values.out(g, "g", qkv) for g in gradients]).transpose(1, 3, 0, 2, 4)
+        gradients = (p["scores"].matmul(dS, k) * root, p["scores"].matmul(dS.swapaxes(-1, -2), q) * root,
+                     values.matmul(values.cast(P, "P").swapaxes(-1, -2), dO))  # fmt: skip
+        together = np.stack([values.round(g, "g", qkv) for g in gradients]).transpose(1, 3, 0, 2, 4)
         return (together.reshape(qkv.shape),)
 
     return Op("attention", forward, backward)

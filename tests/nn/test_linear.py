@@ -194,7 +194,7 @@ def test_as_pytorch(case: Case) -> None:
 def test_linear_without_bias_and_in_three_dimensions(fmt: str) -> None:
     rng = np.random.default_rng(14)
     x, w, dy = (array(rng.standard_normal(shape), fmt) for shape in ((4, 16, 96), (80, 96), (4, 16, 80)))
-    p = Run(get_recipe(fmt).policy, NUMPY).bind("linear", "here")
+    p = Run(get_recipe(fmt).policy, NUMPY).precision("linear", "here")
     y, saved = OPS["linear"].forward(x, w, None, p=p)
     dx, dw, db = OPS["linear"].backward(dy, saved, w, None, p=p)
     y_torch, (dx_torch, dw_torch) = theirs(F.linear, [x, w], dy)
@@ -218,8 +218,8 @@ def test_control_rounding_before_the_bias_is_noticed(fmt: str) -> None:
     case = Case("linear", fmt, (fmt,) * 3)
     x, w, b = reference(case).operands
     run, wanted = Run(get_recipe(fmt).policy, NUMPY), reference(case).expected[0]
-    y, _ = OPS["linear"].forward(x, w, None, p=run.bind("linear", "here"))
-    twice, _ = OPS["add"].forward(y, b, p=run.bind("add", "here"))
+    y, _ = OPS["linear"].forward(x, w, None, p=run.precision("linear", "here"))
+    twice, _ = OPS["add"].forward(y, b, p=run.precision("add", "here"))
     assert agreement(twice, wanted.theirs, wanted.exact, fmt).ours_outside > 0.1 * twice.size
 
 

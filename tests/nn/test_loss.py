@@ -148,7 +148,7 @@ def test_cross_entropy_with_ignored_targets(fmt: str, ignore_index: int) -> None
     rng, op = np.random.default_rng(22), OPS["cross_entropy"]
     z, targets = array(rng.standard_normal((60, 50)), fmt), rng.integers(0, 50, 60)
     targets[rng.permutation(60)[:25]] = ignore_index
-    p = Run(policy_of(fmt), NUMPY).bind("cross_entropy", "loss")
+    p = Run(policy_of(fmt), NUMPY).precision("cross_entropy", "loss")
     y, saved = op.forward(z, targets, p, ignore_index=ignore_index)
     dz, _ = op.backward(np.float32(1024), saved, p, ignore_index=ignore_index)
     y_torch, (dz_torch, _) = theirs(

@@ -1,7 +1,7 @@
 """Mutants: take any one rounding away from an operation, or make it a wrong one, and a named test turns red.
 
 A mutant is (recipe, site, kind). A site is a place where an operation rounds, such as `attention.scores.S` or `linear.dw.dw`
-(`Bound.round` is the only function that does). Sites are not listed here: every case of torch_cases.py runs with a
+(`OpPrecision.round_to` is the only function that does). Sites are not listed here: every case of torch_cases.py runs with a
 monitor that is called with each rounding. A rounding that changes no element of the data has no mutants, and a wrong rounding
 counts only if it is wrong for at least one element. The kinds:
 
@@ -13,10 +13,10 @@ counts only if it is wrong for at least one element. The kinds:
 
 (Ties are not among them: where they go is decided in one function, refimpl.numerics.casts, and test_casts.py tries every one.)
 
-Each is switched on inside `Bound.round`, by this test alone, while the checks of all cases that reach the site run: the
-checks that the tests of operations make of the same cases. A mutant is killed *by values* if a result is none that a correct
-evaluation can give, *by format* if the values pass and only the type of a result is wrong. Some that are `removed` are
-*made up for*: the same FP32 array is rounded a moment later, when the next operation casts its operands in, so that no bit
+Each is switched on inside `OpPrecision.round_to`, by this test alone, while the checks of all cases that reach the site
+run: the checks that the tests of operations make of the same cases. A mutant is killed *by values* if a result is none that
+a correct evaluation can give, *by format* if the values pass and only the type of a result is wrong. Some that are `removed`
+are *made up for*: the same FP32 array is rounded a moment later, when the next operation casts its operands in, so that no bit
 of any result differs. Those are counted apart, and only if that later rounding was seen. The rest survives.
 
     python -m pytest tests/nn/test_mutants.py -s                 a recipe of each kind
@@ -39,7 +39,7 @@ from torch_cases import CASES, Case
 
 from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import format_of, widens_to
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 
 Array = np.ndarray
 KINDS = ["removed", "disguised", "truncated", "twice", "rarely"]
@@ -167,7 +167,7 @@ def mutants(recipe: str) -> Iterator[Mutant]:
 
 
 GATHERED = {"attention.scores.dq", "attention.scores.dk", "attention.values.dv"}
-"""These are copied into one array that `Bound.empty` makes. It must have room for what was not rounded."""
+"""These are copied into one array that `OpPrecision.empty` makes. It must have room for what was not rounded."""
 
 
 @dataclass
@@ -184,12 +184,13 @@ def same_values(a: Array, b: Array) -> bool:
 
 
 def switch_on(mutant: Mutant, patch: pytest.MonkeyPatch) -> Switched:
-    """Replace `Bound.round` by one that is wrong at the site of the mutant. A gradient that was not rounded to the format
-    that its operand was seen in is not rounded to the format that it is stored in either: those are two halves of one cast."""
-    right, right_empty, state = Bound.round, Bound.empty, Switched()
+    """Replace `OpPrecision.round_to` by one that is wrong at the site of the mutant. A gradient that was not rounded to the
+    format that its operand was seen in is not rounded to the format that it is stored in either: those are two halves of one
+    cast."""
+    right, right_empty, state = OpPrecision.round_to, OpPrecision.empty, Switched()
     at = {mutant.site, mutant.site + ".stored"} if mutant.kind == "removed" else {mutant.site}
 
-    def wrong(self: Bound, x: Any, fmt: str, site: str) -> Any:
+    def wrong(self: OpPrecision, x: Any, fmt: str, site: str) -> Any:
         name = f"{self.op}.{site}"
         if not is_rounding(x, fmt):
             return right(self, x, fmt, site)
@@ -200,13 +201,13 @@ def switch_on(mutant: Mutant, patch: pytest.MonkeyPatch) -> Switched:
             state.made_up_for.add(name)
         return right(self, x, fmt, site)
 
-    def roomy(self: Bound, shape: tuple[int, ...], fmt: str) -> Any:
+    def roomy(self: OpPrecision, shape: tuple[int, ...], fmt: str) -> Any:
         if mutant.site in GATHERED and mutant.kind in ("removed", "disguised") and fmt in LOW:
             return WRONG[mutant.kind](np.empty(shape, np.float32), fmt)
         return right_empty(self, shape, fmt)
 
-    patch.setattr(Bound, "round", wrong)
-    patch.setattr(Bound, "empty", roomy)
+    patch.setattr(OpPrecision, "round_to", wrong)
+    patch.setattr(OpPrecision, "empty", roomy)
     return state
 
 

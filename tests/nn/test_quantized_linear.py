@@ -32,7 +32,7 @@ from refimpl.numerics.quantization.registry import SCHEMES, quantize_operand, ro
 from refimpl.numerics.quantization.rotation import random_signs, rotate
 from refimpl.numerics.quantization.scaling_state import ScalingState
 from refimpl.precision import context
-from refimpl.precision.context import Bound, Run
+from refimpl.precision.context import OpPrecision, Run
 from refimpl.precision.policy import EVERY_OTHER, Policy, Precision, low_products, uniform, with_sums
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import forward_backward
@@ -68,7 +68,7 @@ def run_of(policy: Policy | str, monitor: Any = None, seed: int = SEED) -> Run:
 
 def linear(run: Run, x: Array, w: Array, b: Array, dy: Array, place: str = PLACE) -> tuple[Any, dict[str, Array]]:
     """What the operation saved, and its four results."""
-    p = run.bind("linear", place)
+    p = run.precision("linear", place)
     y, saved = OPS["linear"].forward(x, w, b, p=p)
     return saved, dict(zip(("y", "dx", "dw", "db"), (y, *OPS["linear"].backward(dy, saved, w, b, p=p)), strict=True))
 
@@ -177,7 +177,7 @@ def spelled_out(name: str, x: Array, w: Array, b: Array, dy: Array) -> dict[str,
     """Each operand quantized along the axis that its own product sums over, from the BF16 tensor; db from dy as it is."""
     (x_y, w_y, dy_dx, w_dx, dy_dw, x_dw), acc = SPELLED[name]
     assert x_y and w_y and dy_dx and w_dx
-    gemm = partial(NUMPY.gemm, acc="fp32")  # in the same blocks of rows: on some BLAS a row depends on those beside it
+    gemm = partial(NUMPY.matmul, acc="fp32")  # in the same blocks of rows: on some BLAS a row depends on those beside it
     y = product(x_y(x, 1, 0), w_y(w, 1, 0).T, acc, gemm) + widen(b, "fp32")
     dx = product(dy_dx(dy, 1, 0), w_dx(w, 0, 1), acc, gemm)
     dw = product(dy_dw(dy, 0, 1).T, x_dw(x, 0, 1), acc, gemm) if dy_dw and x_dw else gemm(dy.T, x)
@@ -239,7 +239,7 @@ def test_all_other_operations_are_those_of_bf16(name: str) -> None:
     qkv, dO = normal(2, 6, 24), normal(2, 6, 8, seed=1)
     results = []
     for policy in (name, "bf16"):
-        p = run_of(policy).bind("attention", "transformer.h.0.attn")
+        p = run_of(policy).precision("attention", "transformer.h.0.attn")
         O, saved = OPS["attention"].forward(qkv, p=p, n_head=2)  # noqa: E741
         results.append({"O": O, "dqkv": OPS["attention"].backward(dO, saved, p=p, n_head=2)[0]})
     assert_same(*results)
@@ -490,7 +490,7 @@ def test_a_frozen_run_shares_all_but_what_it_would_change() -> None:
     frozen = run.frozen()
     assert (frozen.policy, frozen.backend, frozen.monitor) == (run.policy, run.backend, monitor)
     assert frozen.scales.is_frozen and not run.scales.is_frozen and frozen.scales.seed == SEED
-    assert frozen.bind("linear", PLACE).run is frozen
+    assert frozen.precision("linear", PLACE).run is frozen
     first = frozen.scales.random_bits("dy", (8,))
     assert np.array_equal(run.scales.random_bits("dy", (8,)), first)  # drawing there has not advanced this one
     frozen.scales.after_pass()
@@ -746,7 +746,7 @@ def test_a_monitor_sees_rotated_elements_rotated() -> None:
      ("relu", (normal(2, 3),), {}), ("layernorm", (normal(2, 3), normal(3), normal(3)), {})],
 )  # fmt: skip
 def test_only_factors_of_linear_can_be_quantized(op: str, args: tuple[Array, ...], static: dict[str, int]) -> None:
-    p = run_of(Policy("p", {EVERY_OTHER: Precision("e4m3-tensor", "fp32", "bf16")})).bind(op, "here")
+    p = run_of(Policy("p", {EVERY_OTHER: Precision("e4m3-tensor", "fp32", "bf16")})).precision(op, "here")
     with pytest.raises(TypeError, match="only the factors of linear's products can be quantized, not to e4m3-tensor") as error:
         OPS[op].forward(*args, p=p, **static)
     assert "\n" not in str(error.value) and op in str(error.value)
@@ -757,7 +757,7 @@ def test_both_factors_are_quantized_or_none(alone: str) -> None:
     policy = Policy("p", {EVERY_OTHER: Precision({alone: "e4m3-tensor"}, "fp32", "bf16")})
     x, w, b, _ = operands()
     with pytest.raises(TypeError, match=r"linear\.y: a policy quantizes both factors of a product, or none"):
-        OPS["linear"].forward(x, w, b, p=run_of(policy).bind("linear", "here"))
+        OPS["linear"].forward(x, w, b, p=run_of(policy).precision("linear", "here"))
 
 
 def test_a_device_that_knows_no_schemes_refuses_them() -> None:
@@ -783,7 +783,7 @@ def test_sums_of_a_linear_layer_are_those_of_its_accumulator(acc: str, fmt: str)
     dy = cast(widen(dy, "fp32") * np.float32(1e4), fmt)
     _, ours = linear(run_of(policy), x, w, b, dy)
     wide = widen(b, "fp32"), widen(dy, "fp32").sum(0)
-    gemm = partial(NUMPY.gemm, acc="fp32")
+    gemm = partial(NUMPY.matmul, acc="fp32")
     products = {"y": matmul(x, w.T, acc, gemm), "dx": matmul(dy, w, acc, gemm), "dw": matmul(dy.T, x, acc, gemm)}
     results = {**products, "y": products["y"] + wide[0], "db": wide[1]}
     assert_same(ours, {key: cast(array, fmt) for key, array in results.items()})
@@ -803,7 +803,7 @@ def test_fp16_sums_stop_growing_and_chunks_of_64_go_on() -> None:
     """4096 products of 1: 2048 + 1 is a tie that goes to 2048 (Wang et al. 2018 call it swamping)."""
     x, w, b = np.ones((1, 4096), np.float16), np.ones((1, 4096), np.float16), np.zeros(1, np.float16)
     for name, total in (("fp16", 4096), ("fp16-sums", 2048), ("fp16-sums-64", 4096)):
-        assert OPS["linear"].forward(x, w, b, p=run_of(name).bind("linear", PLACE))[0][0, 0] == total, name
+        assert OPS["linear"].forward(x, w, b, p=run_of(name).precision("linear", PLACE))[0][0, 0] == total, name
 
 
 # ------------------------------------------------------------------------------------------------------------- the tables
@@ -896,14 +896,14 @@ def test_control_a_quantized_tensor_that_is_quantized_again_for_its_other_axis_i
 
 @pytest.mark.parametrize("name", SPELLED)
 def test_control_db_from_the_quantized_dy_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = Bound.cast
+    make = OpPrecision.cast
 
-    def quantized_first(p: Bound, x: Array, operand: str, axis: int | None = None) -> Any:
+    def quantized_first(p: OpPrecision, x: Array, operand: str, axis: int | None = None) -> Any:
         if p.op == "linear.db":
-            return make(run_of("fp8-e4m3").bind("linear", PLACE)["dx"], x, operand, 1).dequantize("bf16")
+            return make(run_of("fp8-e4m3").precision("linear", PLACE)["dx"], x, operand, 1).dequantize("bf16")
         return make(p, x, operand, axis)
 
-    monkeypatch.setattr(Bound, "cast", quantized_first)
+    monkeypatch.setattr(OpPrecision, "cast", quantized_first)
     with pytest.raises(AssertionError, match="db"):
         assert_spelled_out(name)
 
@@ -911,7 +911,7 @@ def test_control_db_from_the_quantized_dy_is_noticed(name: str, monkeypatch: pyt
 def test_control_a_bias_that_is_added_after_the_rounding_is_noticed() -> None:
     x, w, b, dy = operands()
     _, ours = linear(run_of("fp8"), x, w, b, dy)
-    plain = OPS["linear"].forward(x, w, None, p=run_of("fp8").bind("linear", PLACE))[0]
+    plain = OPS["linear"].forward(x, w, None, p=run_of("fp8").precision("linear", PLACE))[0]
     with pytest.raises(AssertionError):
         assert_same({"y": cast(widen(plain, "fp32") + widen(b, "fp32"), "bf16")}, {"y": ours["y"]})
 

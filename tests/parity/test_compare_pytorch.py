@@ -117,7 +117,7 @@ def test_relus_on_given_branches_are_counted_and_bounded() -> None:
     assert not result.agrees
     branches = compare_pytorch.Branches()
     branches.given = {"relu": np.array([True, False, True, False])}
-    p = Run(get_recipe("fp32").policy, NUMPY).bind("relu", "relu")
+    p = Run(get_recipe("fp32").policy, NUMPY).precision("relu", "relu")
     y, saved = branches.op.forward(np.array([1, 2, -1, -1], np.float32), p=p)
     assert y.tolist() == [1, 0, -1, 0] and branches.other == 2 and branches.farthest == pytest.approx(2 / np.sqrt(7 / 4))
     assert branches.op.backward(np.ones(4, np.float32), saved, p=p)[0].tolist() == [1, 0, 1, 0]

@@ -200,7 +200,7 @@ def agree(ours: Array, expected: Array, exact: Near) -> None:
 
 def run_op(name: str, recipe: str, /, *operands: Any, **static: Any) -> tuple[Array, Any]:
     """Forward in the recipe of that name: all in this format, sums in FP32."""
-    return OPS[name].forward(*operands, p=Run(get_recipe(recipe).policy, NUMPY).bind(name, "here"), **static)
+    return OPS[name].forward(*operands, p=Run(get_recipe(recipe).policy, NUMPY).precision(name, "here"), **static)
 
 
 def wide(x: Array) -> Near:
@@ -251,7 +251,7 @@ def run_sum(case: Case) -> None:
     total, *others = case.arrays(len(case.inputs))
     exact = wide(total)
     for x in others:
-        p = Run(get_recipe("fp32").policy, NUMPY).bind("fan_in", "here")
+        p = Run(get_recipe("fp32").policy, NUMPY).precision("fan_in", "here")
         total, exact = fan_in.forward(total, x, p)[0], exact + wide(x)
     agree(total, case.outputs[0], exact)
 
@@ -273,7 +273,7 @@ def run_swish(case: Case) -> None:
 def run_erf(case: Case) -> None:
     """The polynomial inside gelu_erf; ONNX's vector is the C library's erf."""
     (x,) = case.arrays(1)
-    agree(erf(x, Run(get_recipe("fp32").policy, NUMPY).bind("gelu_erf", "here")), case.outputs[0], wide(x).erf())
+    agree(erf(x, Run(get_recipe("fp32").policy, NUMPY).precision("gelu_erf", "here")), case.outputs[0], wide(x).erf())
 
 
 def run_reshape(case: Case) -> None:

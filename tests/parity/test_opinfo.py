@@ -460,7 +460,7 @@ def test_control_rounding_towards_zero_is_noticed(name: str, fmt: str, op_db: di
 
 def rounds_before_the_bias(x: Array, w: Array, b: Array | None, p: Any) -> Any:
     y, saved = linear_op.forward(x, w, None, p=p)
-    return (y if b is None else p.out(p.wide(y) + p.wide(b), "y", y)), saved
+    return (y if b is None else p.round(p.widen(y) + p.widen(b), "y", y)), saved
 
 
 def keeps_the_last(dy: Array, saved: Any, w: Array, p: Any) -> Any:
@@ -471,7 +471,7 @@ def keeps_the_last(dy: Array, saved: Any, w: Array, p: Any) -> Any:
 
 def forgets_the_mean(dy: Array, saved: Any, w: Array, b: Array, p: Any) -> Any:
     _, _, rstd, x_format = saved
-    return p.grad(p.wide(dy) * p.wide(w) * rstd, "x", x_format), *layernorm_op.backward(dy, saved, w, b, p=p)[1:]
+    return p.round_grad(p.widen(dy) * p.widen(w) * rstd, "x", x_format), *layernorm_op.backward(dy, saved, w, b, p=p)[1:]
 
 
 WRONG = {

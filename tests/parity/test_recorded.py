@@ -63,7 +63,7 @@ from refimpl.optim.optimizer import Optimizer, Rule, Schedule
 from refimpl.optim.state import State
 from refimpl.parity.fused_optimizers import ExactAdamW, ExactSGD, adamw_step, norm_like_torch
 from refimpl.parity.pytorch import RECIPES
-from refimpl.precision.context import Bound, Run
+from refimpl.precision.context import OpPrecision, Run
 from refimpl.precision.policy import Policy, Precision
 from refimpl.precision.recipes import get_recipe
 from refimpl.step import train_step
@@ -330,14 +330,14 @@ UNROUNDED = ("relu", "reshape", "transpose", "split")
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.op not in UNROUNDED and set(case.results) & set(LOW)])
 def test_control_without_its_roundings_an_operation_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its values: the comparison of formats, which would notice too, is not made here."""
-    case, rounding = CASES[name], Bound.round
+    case, rounding = CASES[name], OpPrecision.round_to
 
-    def unrounded(self: Bound, x: Array, fmt: str, site: str) -> Array:
+    def unrounded(self: OpPrecision, x: Array, fmt: str, site: str) -> Array:
         return rounding(self, x, fmt, site) if widens_to(format_of(x), fmt) else x
 
     policy = get_recipe(case.recipes[0]).policy
     check_values(KEPT, case, policy)
-    monkeypatch.setattr(Bound, "round", unrounded)
+    monkeypatch.setattr(OpPrecision, "round_to", unrounded)
     red(check_values, KEPT, case, policy)
 
 
@@ -570,9 +570,9 @@ class WorstProducts(Backend):
         super().__init__("worst products", np)
         object.__setattr__(self, "rng", rng)  # the dataclass is frozen
 
-    def gemm(self, a: Array, b: Array, acc: str) -> Array:
-        size = super().gemm(abs(a), abs(b), acc)
-        return super().gemm(a, b, acc) + gamma(a.shape[-1]) * size * self.rng.choice([-1.0, 1.0], size.shape)
+    def matmul(self, a: Array, b: Array, acc: str) -> Array:
+        size = super().matmul(abs(a), abs(b), acc)
+        return super().matmul(a, b, acc) + gamma(a.shape[-1]) * size * self.rng.choice([-1.0, 1.0], size.shape)
 
 
 def in_fp64(recipe: str) -> Policy:
@@ -585,15 +585,15 @@ def noisy_run(model: str, recipe: str, seed: int) -> Rows:
 
     They are gamma_K |A||B| in a matrix product and 4 ulp elsewhere, which is what bounds.py allows an exp or a tanh.
     """
-    rng, rounding = np.random.default_rng(seed), Bound.round
+    rng, rounding = np.random.default_rng(seed), OpPrecision.round_to
 
-    def with_errors(self: Bound, x: Array, fmt: str, site: str) -> Array:
+    def with_errors(self: OpPrecision, x: Array, fmt: str, site: str) -> Array:
         if x.dtype == np.float64:
             x = x * (1 + FUNCTION * rng.choice([-1.0, 1.0], np.shape(x)))
         return rounding(self, x, fmt, site)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bound, "round", with_errors)
+        patch.setattr(OpPrecision, "round_to", with_errors)
         return run(model, recipe, in_fp64(recipe), WorstProducts(rng))
 
 

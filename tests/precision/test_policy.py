@@ -10,7 +10,7 @@ from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.ops import matmul
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.state import State
-from refimpl.precision.context import Bound, Run
+from refimpl.precision.context import OpPrecision, Run
 from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, Policy, Precision
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.step import forward_backward
@@ -18,8 +18,8 @@ from refimpl.step import forward_backward
 A, B, C, D = (Precision(fmt, "fp32", fmt) for fmt in ("fp16", "bf16", "fp32", "fp64"))
 
 
-def bound(row: Precision, monitor: object = None, op: str = "linear", place: str = "h.0.fc") -> Bound:
-    return Run(Policy("test", {EVERY_OTHER: row}), NUMPY, monitor).bind(op, place)
+def bound(row: Precision, monitor: object = None, op: str = "linear", place: str = "h.0.fc") -> OpPrecision:
+    return Run(Policy("test", {EVERY_OTHER: row}), NUMPY, monitor).precision(op, place)
 
 
 def ones(fmt: str, *shape: int) -> np.ndarray:
@@ -105,8 +105,8 @@ def test_control_a_lookup_by_part_before_place_is_noticed(monkeypatch: pytest.Mo
 
 def test_operations_are_handed_the_row_of_their_place() -> None:
     run = Run(Policy("p", BY_PLACE), NUMPY)
-    assert [run.bind("linear", place)["dw"].row for place in ("lm_head", "h.0.fc")] == [C, B]
-    assert run.bind("linear", "lm_head").row is C and run.bind("linear", "h.1.fc")["y"].row is D
+    assert [run.precision("linear", place)["dw"].row for place in ("lm_head", "h.0.fc")] == [C, B]
+    assert run.precision("linear", "lm_head").row is C and run.precision("linear", "h.1.fc")["y"].row is D
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_an_accumulator_that_nothing_would_heed_is_refused(key: str, acc: str) -
 def test_matmul_sums_in_its_accumulator() -> None:
     """Of 4096 ones in FP16, 2048 + 1 is a tie that goes to 2048; test_quantized_linear.py has the products of linear."""
     for acc, total in (("fp16", 2048), ("fp32", 4096)):
-        p = Run(Policy("p", {EVERY_OTHER: A, "matmul": Precision("fp16", acc, "fp16")}), NUMPY).bind("matmul", "here")
+        p = Run(Policy("p", {EVERY_OTHER: A, "matmul": Precision("fp16", acc, "fp16")}), NUMPY).precision("matmul", "here")
         row, column, one = ones("fp16", 1, 4096), ones("fp16", 4096, 1), ones("fp16", 1, 1)
         y, _ = matmul.forward(row, column, p=p)
         da, _ = matmul.backward(row, matmul.forward(one, row, p=p)[1], p=p)
@@ -167,7 +167,7 @@ def test_inputs_are_one_format_or_a_table() -> None:
 
 def test_parts_of_an_operation_have_rows_of_their_own() -> None:
     run = Run(Policy("p", {"attention.softmax": C, EVERY_OTHER: A}), NUMPY)
-    p = run.bind("attention", "h.0.attn")
+    p = run.precision("attention", "h.0.attn")
     assert p.row is A
     assert p["softmax"].row is C and p["scores"].row is A
     assert p["softmax"] is p["softmax"]
@@ -177,11 +177,11 @@ def test_parts_of_an_operation_have_rows_of_their_own() -> None:
 def test_a_run_binds_each_place_once_and_runs_share_nothing() -> None:
     policy = Policy("p", {EVERY_OTHER: A})
     run, other = Run(policy, NUMPY), Run(policy, NUMPY)
-    assert run.bind("linear", "a") is run.bind("linear", "a")
-    assert run.bind("linear", "a") is not run.bind("linear", "b")
-    assert run.bind("linear", "a") is not run.bind("add", "a")
-    assert run.bind("linear", "a") is not other.bind("linear", "a")
-    assert run.bind("linear", "a").run is run
+    assert run.precision("linear", "a") is run.precision("linear", "a")
+    assert run.precision("linear", "a") is not run.precision("linear", "b")
+    assert run.precision("linear", "a") is not run.precision("add", "a")
+    assert run.precision("linear", "a") is not other.precision("linear", "a")
+    assert run.precision("linear", "a").run is run
 
 
 # ------------------------------------------------------------------------------------------------- what `p` does to arrays
@@ -212,12 +212,12 @@ def test_cast_rounds_each_operand_its_own_way() -> None:
 
 @pytest.mark.parametrize(("given", "acc"), [("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "fp32"), ("fp32", "fp64")])
 def test_wide_takes_to_the_accumulation_format(given: str, acc: str) -> None:
-    assert format_of(bound(Precision("fp16", acc, "fp16")).wide(ones(given))) == acc
+    assert format_of(bound(Precision("fp16", acc, "fp16")).widen(ones(given))) == acc
 
 
 def test_wide_never_rounds() -> None:
     with pytest.raises(TypeError, match="would round"):
-        bound(Precision("fp64", "fp32", "fp64")).wide(ones("fp64"))
+        bound(Precision("fp64", "fp32", "fp64")).widen(ones("fp64"))
 
 
 @pytest.mark.parametrize(("row", "operands", "expected"), [
@@ -231,16 +231,16 @@ def test_wide_never_rounds() -> None:
 def test_out_rounds_to_the_rows_format_or_the_widest_operand(row: str, operands: tuple[str, ...], expected: str) -> None:
     p = bound(Precision(SAME, "fp32", row))
     z = np.float32([1 + 2**-20])
-    y = p.out(z, "y", *(ones(fmt) for fmt in operands))
+    y = p.round(z, "y", *(ones(fmt) for fmt in operands))
     assert format_of(y) == expected
     assert (y is z) == (expected == "fp32")
 
 
 def test_gemm_accumulates_in_acc_and_rounds_nothing() -> None:
     a, b = np.float16([[2048, 1]]), np.float16([[1], [1]])
-    y = bound(Precision("fp16", "fp32", "fp16")).gemm(a, b)
+    y = bound(Precision("fp16", "fp32", "fp16")).matmul(a, b)
     assert format_of(y) == "fp32" and y[0, 0] == 2049  # fp16 has no 2049
-    y = bound(Precision("fp32", "fp64", "fp32")).gemm(np.float32([[2**24, 1]]), np.float32([[1], [1]]))
+    y = bound(Precision("fp32", "fp64", "fp32")).matmul(np.float32([[2**24, 1]]), np.float32([[1], [1]]))
     assert format_of(y) == "fp64" and y[0, 0] == 2**24 + 1  # fp32 has no 2^24 + 1
 
 
@@ -267,7 +267,7 @@ def test_grad_is_rounded_to_what_was_seen_and_stored_as_the_tensor(
     inputs: str, stored: str, rounded: str | None, expected_format: str, expected_value: float
 ) -> None:
     p = bound(Precision(inputs, "fp32", "fp32"))
-    g = p.grad(np.float32([ONE_AND_A_BIT]), "x", stored, rounded=rounded)
+    g = p.round_grad(np.float32([ONE_AND_A_BIT]), "x", stored, rounded=rounded)
     assert format_of(g) == expected_format
     assert float(g[0]) == expected_value
 
@@ -275,7 +275,7 @@ def test_grad_is_rounded_to_what_was_seen_and_stored_as_the_tensor(
 def test_grad_rounds_twice_where_the_seen_format_does_not_fit_the_stored_one() -> None:
     monitor = Recorder()
     p = bound(Precision("bf16", "fp32", "bf16"), monitor)
-    g = p.grad(np.float32([ONE_AND_A_BIT]), "x", "fp16")
+    g = p.round_grad(np.float32([ONE_AND_A_BIT]), "x", "fp16")
     assert format_of(g) == "fp16" and g[0] == 1.0
     assert monitor.sites == ["h.0.fc:linear.dx", "h.0.fc:linear.dx.stored"]
 
@@ -308,8 +308,8 @@ def test_the_monitor_hears_of_each_rounding_by_name() -> None:
     p = bound(Precision("fp16", "fp32", "bf16"), monitor, op="attention", place="transformer.h.3.attn")
     x = np.float32([1 + 2**-12])
     y = p.cast(x, "q")
-    p["scores"].out(x, "S", x)
-    p["scores"].grad(x, "k", "fp32")
+    p["scores"].round(x, "S", x)
+    p["scores"].round_grad(x, "k", "fp32")
     assert monitor.sites == [
         "transformer.h.3.attn:attention.q",
         "transformer.h.3.attn:attention.scores.S",
@@ -324,13 +324,13 @@ def test_the_monitor_hears_nothing_where_nothing_is_rounded() -> None:
     p = bound(Precision("fp16", "fp32", "fp16"), monitor)
     x = ones("fp16")
     p.cast(x, "x")  # has the format already
-    p.wide(x)  # exact
-    p.gemm(ones("fp16", 2, 2), ones("fp16", 2, 2))
-    p.out(x, "y", x)
-    p.grad(x, "x", "fp32")  # only widened
+    p.widen(x)  # exact
+    p.matmul(ones("fp16", 2, 2), ones("fp16", 2, 2))
+    p.round(x, "y", x)
+    p.round_grad(x, "x", "fp32")  # only widened
     bound(Precision(SAME, "fp32", SAME), monitor).cast(ones("fp32"), "x")
     assert monitor.sites == []
-    p.out(np.float32([1]), "y", x)
+    p.round(np.float32([1]), "y", x)
     assert monitor.sites == ["h.0.fc:linear.y"]
 
 

@@ -213,7 +213,7 @@ def assert_agrees(ours: Array, theirs: Array, exact: Near, fmt: str, name: str =
 def ours(
     policy: Policy, op: str, operands: list[Array], dy: Array, monitor: Monitor | None = None, **static: Any
 ) -> tuple[Array, list[Array]]:
-    p = Run(policy, NUMPY, monitor).bind(op, "here")
+    p = Run(policy, NUMPY, monitor).precision(op, "here")
     params = operands if op == "cast" else operands[len(operands) - len(OPS[op].params) :]
     y, saved = OPS[op].forward(*operands, p=p, **static)
     return y, list(OPS[op].backward(dy, saved, *params, p=p, **static))

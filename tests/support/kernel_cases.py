@@ -42,7 +42,7 @@ from refimpl.optim.gradients import check_and_measure
 from refimpl.optim.layout import GRAIN
 from refimpl.optim.optimizer import AdamW, Optimizer, Schedule
 from refimpl.optim.state import State
-from refimpl.precision.context import Bound, Run
+from refimpl.precision.context import OpPrecision, Run
 from refimpl.precision.recipes import get_recipe
 
 EPS = np.float32(1e-5)
@@ -77,10 +77,10 @@ class CFunctions:
         return self.c_function("tanhf", x)
 
 
-def bound(fmt: str, op: str, functions: Any = None) -> Bound:
+def bound(fmt: str, op: str, functions: Any = None) -> OpPrecision:
     """The `p` of an operation in the recipe `fmt`, with exp, log and tanh from `functions`."""
     backend = NumPyBackend("functions", functions) if functions else NUMPY
-    return Run(get_recipe(fmt).policy, backend).bind(op, "here")
+    return Run(get_recipe(fmt).policy, backend).precision(op, "here")
 
 
 # ------------------------------------------------------------------------------------------------------------- arrays

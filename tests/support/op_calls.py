@@ -11,7 +11,7 @@ from arrays import DTYPE, Array, array, wide
 
 from refimpl.backends.base import NUMPY
 from refimpl.nn.ops import OPS
-from refimpl.precision.context import Bound, Monitor, Run
+from refimpl.precision.context import Monitor, OpPrecision, Run
 from refimpl.precision.recipes import get_recipe
 
 UNIT = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # unit roundoff: half the distance from 1 to the next value
@@ -23,8 +23,8 @@ UNIFORM = ["fp32", "fp16", "bf16"]
 TINY = {"fp16": 2.0**-24, "bf16": 2.0**-133, "fp32": 2.0**-149}  # the smallest subnormal
 
 
-def bound(recipe: str, op: str, monitor: Monitor | None = None) -> Bound:
-    return Run(get_recipe(recipe).policy, NUMPY, monitor).bind(op, "here")
+def bound(recipe: str, op: str, monitor: Monitor | None = None) -> OpPrecision:
+    return Run(get_recipe(recipe).policy, NUMPY, monitor).precision(op, "here")
 
 
 def rounded_once(x: Any, fmt: str) -> Array:

@@ -330,7 +330,7 @@ def fan_in_reference(case: Case) -> Reference:
 
 def fan_in_results(case: Case, monitor: Monitor | None) -> list[Array]:
     a, b, c = reference(case).operands
-    p = Run(policy_of(case.recipe), NUMPY, monitor).bind("fan_in", "here")
+    p = Run(policy_of(case.recipe), NUMPY, monitor).precision("fan_in", "here")
     return [fan_in.forward(fan_in.forward(a, b, p)[0], c, p)[0]]
 
 

@@ -89,13 +89,13 @@ class Reversed(NumPyBackend):
     def ops(self) -> Mapping[str, Any]:
         return {}
 
-    def gemm(self, a: np.ndarray, b: np.ndarray, acc: str) -> np.ndarray:
+    def matmul(self, a: np.ndarray, b: np.ndarray, acc: str) -> np.ndarray:
         a, b = (np.ascontiguousarray(x) for x in (widen(a, acc)[..., ::-1], widen(b, acc)[..., ::-1, :]))
         product: np.ndarray = np.matmul(a, b)
         return product
 
-    def gemm_then(self, a: Any, b: Any, acc: str, finish: Callable[[Any], Any], fmt: str) -> Any:
-        return finish(self.gemm(a, b, acc))
+    def matmul_then(self, a: Any, b: Any, acc: str, finish: Callable[[Any], Any], fmt: str) -> Any:
+        return finish(self.matmul(a, b, acc))
 
 
 @pytest.mark.slow

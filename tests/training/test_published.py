@@ -176,10 +176,10 @@ def test_a_linear_layers_sums_of_4096_products(recipe: str, low: float, high: fl
     rounds. K 2^-14 / 6 is 4.2 % for positive products and e8m14 (accumulate.py), 128 2^-14 / 6 0.13 %."""
     rng = np.random.default_rng(0)
     x, w = (cast(rng.random((16, 4096)), "bf16") for _ in range(2))
-    p = Run(RECIPES[recipe].policy, NUMPY).bind("linear", "h.0")["y"]
+    p = Run(RECIPES[recipe].policy, NUMPY).precision("linear", "h.0")["y"]
     a, b = p.cast(x, "x", axis=1), p.cast(w, "w", axis=1)
     exact = a.dequantize("fp64") @ b.dequantize("fp64").T
-    error = float((np.abs(p.gemm(a, b.T) - exact) / exact).max())
+    error = float((np.abs(p.matmul(a, b.T) - exact) / exact).max())
     print(f"{recipe}: {error:.2e}")
     assert low <= error <= high
 
@@ -240,21 +240,21 @@ def test_adams_epsilon_is_zero_in_fp16() -> None:
 
 def test_a_mask_that_is_added_overflows_and_one_that_chooses_does_not() -> None:
     """transformers #17306: fp16's lowest number + -16 is -Inf, so that a row that is masked as a whole is -Inf - -Inf = NaN."""
-    p = Run(uniform("fp16", "fp32"), NUMPY).bind("attention", "h.0.attn")["softmax"]
+    p = Run(uniform("fp16", "fp32"), NUMPY).precision("attention", "h.0.attn")["softmax"]
     lowest = np.float32(-65504)
     scores = np.full((4, 4), -16, np.float32)
     added = cast(scores + lowest, "fp16")
     assert np.isneginf(added).all() and cast(np.float32(-15) + lowest, "fp16") == lowest  # 16 is half an ulp there
     with np.errstate(invalid="ignore"):
-        assert np.isnan(unrounded_softmax(p.wide(added), p)).all()
+        assert np.isnan(unrounded_softmax(p.widen(added), p)).all()
     chosen = cast(np.where(np.zeros((4, 4), bool), scores, lowest), "fp16")
-    assert np.array_equal(unrounded_softmax(p.wide(chosen), p), np.full((4, 4), 0.25, np.float32))
+    assert np.array_equal(unrounded_softmax(p.widen(chosen), p), np.full((4, 4), 0.25, np.float32))
 
 
 @pytest.mark.parametrize("score", [-16.0, -60000.0])
 def test_our_attention_has_no_row_that_is_masked_as_a_whole(score: float) -> None:
     """`hide_later` chooses, and a position always sees itself: whatever the scores, the rows that see k keys have 1/k each."""
-    p = Run(uniform("fp16", "fp32"), NUMPY).bind("attention", "h.0.attn")
+    p = Run(uniform("fp16", "fp32"), NUMPY).precision("attention", "h.0.attn")
     z = np.full((1, 1, 5, 5), score, np.float32)
     hide_later(z, slice(0, 5), p, -math.inf)
     P = unrounded_softmax(z, p["softmax"])

@@ -151,8 +151,8 @@ def test_every_product_of_a_training_is_computed_on_the_thread_that_asks(
 # ------------------------------------------------------------------------------------------------- who calls the BLAS
 
 CALLERS = {
-    "numerics/accumulators.py": "the default of `multiply`; a run gives its backend's gemm",
-    "backends/base.py": "the backends' gemm",
+    "numerics/accumulators.py": "the default of `multiply`; a run gives its backend's matmul",
+    "backends/base.py": "the backends' matmul",
     "tools/bench/steps.py": "measures the BLAS itself",
     "parity/tolerances.py": "norms that a report shows",
     "tools/compare_recipes/runs.py": "means that a picture shows",

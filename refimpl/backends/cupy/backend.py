@@ -40,11 +40,11 @@ class CupyBackend(Backend):
         """Return a b, summed in FP32 and rounded once to `fmt`: `cublas.product`."""
         return cublas.product(a, b, fmt, out)
 
-    def gemm(self, a: Array, b: Array, acc: str) -> Array:
+    def matmul(self, a: Array, b: Array, acc: str) -> Array:
         """Multiply as `Backend` does, but without widened copies of 16-bit operands."""
         if acc == "fp32" and format_of(a) == format_of(b) and format_of(a) in FORMATS:
             return self.product(a, b, acc)
-        return super().gemm(a, b, acc)
+        return super().matmul(a, b, acc)
 
 
 def cupy_backend() -> Backend:

@@ -21,7 +21,7 @@ from refimpl.nn.ops import OPS, fan_in
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import format_of
-from refimpl.precision.context import Bound
+from refimpl.precision.context import OpPrecision
 from refimpl.precision.policy import SAME
 
 ROW = (THREADS,)
@@ -36,11 +36,11 @@ class Fused(tuple[Any, ...]):
 def with_fallback(definition: Op, forward: Callable[..., Any], backward: Callable[..., Any]) -> Op:
     """Return an operation that runs `forward`, and its definition where `forward` returns None."""
 
-    def either_forward(*arrays: Any, p: Bound, **static: Any) -> tuple[Array, Any]:
+    def either_forward(*arrays: Any, p: OpPrecision, **static: Any) -> tuple[Array, Any]:
         result = forward(*arrays, p=p, **static)
         return definition.forward(*arrays, p=p, **static) if result is None else result
 
-    def either_backward(dy: Array, saved: Any, *params: Any, p: Bound, **static: Any) -> tuple[Array | None, ...]:
+    def either_backward(dy: Array, saved: Any, *params: Any, p: OpPrecision, **static: Any) -> tuple[Array | None, ...]:
         how = backward if isinstance(saved, Fused) else definition.backward
         gradients: tuple[Array | None, ...] = how(dy, saved, *params, p=p, **static)
         return gradients
@@ -48,30 +48,30 @@ def with_fallback(definition: Op, forward: Callable[..., Any], backward: Callabl
     return Op(definition.name, either_forward, either_backward, definition.params)
 
 
-def one_format(p: Bound, *arrays: Array | None) -> str | None:
+def one_format(p: OpPrecision, *arrays: Array | None) -> str | None:
     """Return the format that all these arrays (operands after their cast) have, if kernels exist for it; else None."""
     formats = {format_of(x) for x in arrays if x is not None}
     fmt = formats.pop() if len(formats) == 1 else ""
     return fmt if fmt in FORMATS and p.row.acc == "fp32" else None
 
 
-def keeps(p: Bound, fmt: str) -> bool:
+def keeps(p: OpPrecision, fmt: str) -> bool:
     """Return whether a row reads operands of this format without a cast, and returns the same format."""
     inputs = {p.row.inputs} if isinstance(p.row.inputs, str) else set(p.row.inputs.values())
     return p.row.acc == "fp32" and fmt in FORMATS and inputs | {p.row.out} <= {SAME, fmt}
 
 
-def launcher(p: Bound, fmt: str) -> Any:
+def launcher(p: OpPrecision, fmt: str) -> Any:
     """Return the kernels of the run's backend for a storage format."""
     return p.run.backend.kernels(fmt)
 
 
-def in_order(p: Bound, x: Array) -> Array:
+def in_order(p: OpPrecision, x: Array) -> Array:
     """Return `x`, or a copy in C order, which kernels need."""
     return p.xp.ascontiguousarray(x)
 
 
-def elementwise(p: Bound, kernel: str, fmt: str, *arrays: Array) -> Array:
+def elementwise(p: OpPrecision, kernel: str, fmt: str, *arrays: Array) -> Array:
     """Return a new array y of the shape of the first, computed by `kernel(arrays..., y, n)`."""
     arrays = tuple(in_order(p, x) for x in arrays)
     y = p.empty(arrays[0].shape, fmt)
@@ -82,33 +82,33 @@ def elementwise(p: Bound, kernel: str, fmt: str, *arrays: Array) -> Array:
 # ---------------------------------------------------------------------------------------------------- pointwise
 
 
-def add_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any] | None:
+def add_forward(a: Array, b: Array, p: OpPrecision) -> tuple[Array, Any] | None:
     """Return y = a + b, for equal shapes."""
     ac, bc = p.cast(a, "a"), p.cast(b, "b")
     fmt = one_format(p, ac, bc)
-    if fmt is None or a.shape != b.shape or p.out_format(format_of(a), format_of(b)) != fmt:
+    if fmt is None or a.shape != b.shape or p.result_format(format_of(a), format_of(b)) != fmt:
         return None
     return elementwise(p, "add_forward", fmt, ac, bc), (format_of(a), b.shape, format_of(b))
 
 
-def fan_in_forward(a: Array, b: Array, p: Bound) -> tuple[Array, Any] | None:
+def fan_in_forward(a: Array, b: Array, p: OpPrecision) -> tuple[Array, Any] | None:
     """Return the sum of two gradients."""
     fmt = one_format(p, a, b)
-    if fmt is None or p.out_format(fmt) != fmt:
+    if fmt is None or p.result_format(fmt) != fmt:
         return None
     return elementwise(p, "add_forward", fmt, a, b), None
 
 
-def gelu_tanh_forward(x: Array, p: Bound) -> tuple[Array, Any] | None:
+def gelu_tanh_forward(x: Array, p: OpPrecision) -> tuple[Array, Any] | None:
     """Return y = x/2 (1 + tanh(...))."""
     xc = p.cast(x, "x")
     fmt = one_format(p, xc)
-    if fmt is None or format_of(x) != fmt or p.out_format(fmt) != fmt:
+    if fmt is None or format_of(x) != fmt or p.result_format(fmt) != fmt:
         return None
     return elementwise(p, "gelu_tanh_forward", fmt, xc), Fused((xc,))
 
 
-def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
+def gelu_tanh_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx."""
     (x,) = saved
     return (elementwise(p, "gelu_tanh_backward", format_of(x), dy, x),)
@@ -117,12 +117,12 @@ def gelu_tanh_backward(dy: Array, saved: Any, p: Bound) -> tuple[Array]:
 # ---------------------------------------------------------------------------------------------------- layer norm
 
 
-def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any] | None:
+def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array, Any] | None:
     """Return y, computed with mean and rstd in one kernel."""
     xc, wc, bc = p.cast(x, "x"), p.cast(w, "w"), None if b is None else p.cast(b, "b")
     fmt = one_format(p, xc, wc, bc)
     stored = {format_of(array) for array in (x, w, b) if array is not None}
-    if fmt is None or p.out_format(format_of(x)) != fmt or stored != {fmt}:
+    if fmt is None or p.result_format(format_of(x)) != fmt or stored != {fmt}:
         return None
     xc, C = in_order(p, xc), x.shape[-1]
     y, mean, rstd = p.empty(x.shape, fmt), p.empty((*x.shape[:-1], 1), "fp32"), p.empty((*x.shape[:-1], 1), "fp32")
@@ -131,7 +131,7 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Ar
     return y, Fused((xc, mean, rstd))
 
 
-def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array | None, ...]:
     """Return dx, computed by rows, and dw and db, computed by columns in a second kernel."""
     x, mean, rstd = saved
     fmt, rows, C, dy = format_of(x), mean.size, x.shape[-1], in_order(p, dy)
@@ -155,7 +155,7 @@ def columns(C: int) -> tuple[int]:
 # ---------------------------------------------------------------------------------------------------- products
 
 
-def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array, Any] | None:
+def linear_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array, Any] | None:
     """Return y = x w^T + b, rounded once: the GEMM's sums stay in FP32 until the bias is added.
 
     cuBLAS can add a bias (beta = 1), but on an H200 it rounded first: a quarter of the results were one ulp off.
@@ -163,7 +163,7 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
     row = p["y"]
     xc, wc, bc = row.cast(as_rows(x), "x"), row.cast(w, "w"), None if b is None else row.cast(b, "b")
     fmt = one_format(row, xc, wc, bc)
-    if fmt is None or row.out_format(format_of(x), format_of(w)) != fmt or not p["dx"].row == p["dw"].row == row.row:
+    if fmt is None or row.result_format(format_of(x), format_of(w)) != fmt or not p["dx"].row == p["dw"].row == row.row:
         return None
     y = p.run.backend.product(xc, wc.T, fmt if bc is None else "fp32")
     if bc is not None:
@@ -172,7 +172,7 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: Bound) -> tuple[Array
     return y.reshape(*x.shape[:-1], len(w)), Fused((xc, x.shape, format_of(x)))
 
 
-def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) -> tuple[Array | None, ...]:
+def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array | None, ...]:
     """Return dx = dy w,  dw = dy^T x, each one GEMM that rounds,  and db = the sum of the rows of dy."""
     x, x_shape, x_format = saved
     fmt, dy, row, product = format_of(x), in_order(p, as_rows(dy)), p["dx"], p.run.backend.product
@@ -184,7 +184,7 @@ def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: Bound) 
     return widen(dx, x_format).reshape(x_shape), widen(dw, format_of(w)), db if b is None else widen(db, format_of(b))
 
 
-def split_heads(x: Array, shape: tuple[int, ...], p: Bound) -> Array:
+def split_heads(x: Array, shape: tuple[int, ...], p: OpPrecision) -> Array:
     """Split the heads: x (B, T, parts H D) -> `shape`, which is (parts, B, H, T, D)."""
     parts, B, H, T, D = shape
     fmt, y = format_of(x), p.empty(shape, format_of(x))
@@ -192,7 +192,7 @@ def split_heads(x: Array, shape: tuple[int, ...], p: Bound) -> Array:
     return y
 
 
-def merge_heads(y: Array, p: Bound) -> Array:
+def merge_heads(y: Array, p: OpPrecision) -> Array:
     """Join the heads: y (parts, B, H, T, D) -> (B, T, parts H D)."""
     (parts, B, H, T, D), fmt = y.shape, format_of(y)
     x = p.empty((B, T, parts * H * D), fmt)
@@ -200,7 +200,7 @@ def merge_heads(y: Array, p: Bound) -> Array:
     return x
 
 
-def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any] | None:
+def attention_forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any] | None:
     """Return O = softmax(mask(q k^T / sqrt(D))) v: two batched GEMMs, and a kernel before, between and after them."""
     fmt = format_of(qkv)
     if not all(keeps(p[part], fmt) for part in ("scores", "scale", "softmax", "values")):
@@ -215,7 +215,7 @@ def attention_forward(qkv: Array, p: Bound, n_head: int) -> tuple[Array, Any] | 
     return merge_heads(product(P, v, fmt)[None], p), Fused((heads, P))
 
 
-def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Array]:
+def attention_backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array]:
     """Return the gradient of qkv: dv = P^T dO,  dP = dO v^T,  dS from P and dP in one kernel,  dq = dS k,  dk = dS^T q."""
     heads, P = saved
     (_, B, H, T, D), fmt, product = heads.shape, format_of(heads), p.run.backend.product
@@ -235,7 +235,7 @@ def attention_backward(dO: Array, saved: Any, p: Bound, n_head: int) -> tuple[Ar
 # ---------------------------------------------------------------------------------------------------- embedding, loss
 
 
-def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None, Array]:
+def embedding_backward(dy: Array, saved: Any, w: Array, p: OpPrecision) -> tuple[None, Array]:
     """Return dw[r] = the sum of dy over all positions of token r, in their order: no atomics, so the same bits each time."""
     (tokens,), fmt = saved, format_of(w)
     dw = p.empty(w.shape, fmt)
@@ -244,19 +244,19 @@ def embedding_backward(dy: Array, saved: Any, w: Array, p: Bound) -> tuple[None,
     return None, dw
 
 
-def embedding_forward(tokens: Array, w: Array, p: Bound) -> tuple[Array, Any] | None:
+def embedding_forward(tokens: Array, w: Array, p: OpPrecision) -> tuple[Array, Any] | None:
     """Return y[i] = w[tokens[i]]."""
     wc = p.cast(w, "w")
-    if one_format(p, w, wc) is None or p.out_format(format_of(w)) != format_of(w) or tokens.dtype != np.int64:
+    if one_format(p, w, wc) is None or p.result_format(format_of(w)) != format_of(w) or tokens.dtype != np.int64:
         return None
     return wc[tokens], Fused((in_order(p, tokens),))
 
 
 def cross_entropy_forward(
-    logits: Array, targets: Array, p: Bound, ignore_index: int = IGNORE_INDEX
+    logits: Array, targets: Array, p: OpPrecision, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Array, Any] | None:
     """Return the mean loss. Logits are read in their own format, and widened one value at a time."""
-    fmt, out = one_format(p, logits), p.out_format("fp32")
+    fmt, out = one_format(p, logits), p.result_format("fp32")
     if fmt is None or out != "fp32" or p.row.input("logits") not in ("fp32", SAME) or targets.dtype != np.int64:
         return None
     z, target, V = in_order(p, logits.reshape(-1, logits.shape[-1])), in_order(p, targets.reshape(-1)), logits.shape[-1]
@@ -268,7 +268,7 @@ def cross_entropy_forward(
     return loss, Fused((z, target, largest, log_sum, counted, logits.shape))
 
 
-def cross_entropy_backward(dloss: Array, saved: Any, p: Bound, ignore_index: int = IGNORE_INDEX) -> tuple[Array, None]:
+def cross_entropy_backward(dloss: Array, saved: Any, p: OpPrecision, ignore_index: int = IGNORE_INDEX) -> tuple[Array, None]:
     """Return dz = (softmax(z) - onehot(target)) dloss / n in the n rows that count, 0 in the others."""
     z, target, largest, log_sum, counted, shape = saved
     dz, fmt, sizes = p.empty(z.shape, format_of(z)), format_of(z), (np.int32(shape[-1]), np.int64(ignore_index))
