@@ -8,6 +8,8 @@
     tolerances.py          derived bounds: how far a correct run may differ from ours
     other_kernels.py       fused attention as another correct kernel computes it
     diff.py                compares two traces and prints the verdict
+    mistakes.py            known mistakes, to be injected into a run; mistakes_forward.py, mistakes_update.py define them
+    known_mistake.py, hooks.py            the class of a mistake; an optimizer that observes or changes the updates of another
     mistake_table.py       which known mistakes the judge finds, as a table
     pytorch.py             trains with PyTorch and with refimpl side by side; pytorch_model.py is PyTorch's side
     fused_optimizers.py    AdamW and SGD, equal to PyTorch's fused CPU kernels to the last bit

@@ -13,12 +13,12 @@ from refimpl.numerics.formats import FORMATS, format_of, is_float
 from refimpl.parity.coverage import Coverage, coverage_of, is_input, steps_in_words, verdict
 from refimpl.parity.findings import Finding
 from refimpl.parity.judge import Judge, explanations
+from refimpl.parity.mistakes import MISTAKES
 from refimpl.parity.tolerances import fp64
 from refimpl.parity.trace import BY_PARAMETER, POINTS, Trace, parse_key
 from refimpl.parity.trace_checks import checked
 from refimpl.parity.trace_settings import config_from, stated
 from refimpl.training.console import table
-from refimpl.training.mistakes import MISTAKES
 
 GROUPS = 12
 """The number of reasons that are printed; `--json` has all."""

@@ -5,7 +5,7 @@ the trace's batch, and after each stage the trace's tensors replace ours. So no 
 point covers that point alone (`tolerances.py`). Parameters and operations are judged one by one: a tensor that is missing
 affects only those that depend on it. Tensors that cannot be judged are listed with the reason (`coverage.py`).
 
-A departure is explained by replaying with each known mistake (`training/mistakes.py`): the mistakes with which everything up
+A departure is explained by replaying with each known mistake (`mistakes.py`): the mistakes with which everything up
 to the departure is within its bounds are named.
 """
 
@@ -25,6 +25,8 @@ from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.parity.findings import Finding, find, without_overflows
+from refimpl.parity.hooks import plain_optimizer
+from refimpl.parity.mistakes import MISTAKES, inject
 from refimpl.parity.operations import Basis, Operation, bases, operations_of, together
 from refimpl.parity.replay_start import resume_from, start_from
 from refimpl.parity.tolerances import Bounds, U, fp64, l2, norm_error, update_bound
@@ -35,8 +37,6 @@ from refimpl.precision.policy import ATTENTION
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import forward_backward
 from refimpl.training.config import Config
-from refimpl.training.mistakes import MISTAKES, inject
-from refimpl.training.setup import plain_optimizer
 
 JUDGED = tuple(
     name for name, recipe in RECIPES.items() if recipe.policy.in_formats and {*recipe.state_encodings().values()} <= {*FORMATS}

@@ -12,10 +12,10 @@ from typing import Any
 
 from refimpl.parity.coverage import coverage_of, verdict
 from refimpl.parity.judge import Judge, explanations
+from refimpl.parity.mistakes import MISTAKES, inject
 from refimpl.parity.replay_start import start_from
 from refimpl.parity.trace import BY_PLACE, Recorder, Trace, key, parse_key, record, split_batch, write_down
 from refimpl.training.config import Config
-from refimpl.training.mistakes import MISTAKES, inject
 
 SIZES: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "lr": 1e-3, "steps": 2, "warmup": 1,

@@ -20,13 +20,14 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.state import State
+from refimpl.parity.hooks import UpdateArguments, WrappedOptimizer
+from refimpl.parity.mistakes import inject
 from refimpl.training.checkpoint import check_exchanged, parse_header, read_tensors, sealed, write_tensors, written_here
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.generate import check_has_bytes
-from refimpl.training.mistakes import inject
 from refimpl.training.schema import Integer, Table, Words, check
-from refimpl.training.setup import Training, UpdateArguments, WrappedOptimizer
+from refimpl.training.setup import Training
 from refimpl.training.trainer import BATCHES, INIT, generator
 
 VERSION = 1

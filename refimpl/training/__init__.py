@@ -1,7 +1,7 @@
 """A training run: settings, data, the loop over steps, logs and checkpoints.
 
     config.py, schema.py      the settings of a run, checked; checks of data read from JSON
-    setup.py                  the objects of a run that a step takes
+    setup.py                  the objects of a run that a step takes; faults that are injected into them
     trainer.py, run.py        the loop over steps; a run in a folder, from start to report
     data.py, ngrams.py        corpora and batches; the losses that a model must beat
     generate.py               validation loss and samples
@@ -9,7 +9,6 @@
     run_folder.py, folder_lock.py, metrics.py   the folder of a run, its lock, its log and plot
     memory_limits.py, activation_memory.py      whether a run fits into memory; formulas for its activations
     non_finite.py             where Inf or NaN first appears in a step
-    mistakes.py               known mistakes, which a run can inject; mistakes_forward.py, mistakes_update.py define them
     cli.py, console.py, signals.py, program.py  the frame of every command: exit codes, output, Ctrl-C
     arguments.py, flags.py, outputs.py          the parser, the flags of a run, the files of reports
 """

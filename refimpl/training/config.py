@@ -28,7 +28,6 @@ from refimpl.precision.policy import ATTENTION, with_attention
 from refimpl.precision.recipes import MASTERS_FROM, Recipe, get_recipe
 from refimpl.training.data import EXAMPLES
 from refimpl.training.memory_limits import need, require_memory
-from refimpl.training.mistakes import MISTAKES
 from refimpl.training.setup import Training
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -150,8 +149,6 @@ class Config:
             raise UsageError(f"--masters-from is {self.masters_from!r}: choose {' or '.join(MASTERS_FROM)}")
         if self.attention not in ATTENTION:
             raise UsageError(unknown("attention", self.attention, ATTENTION))
-        if self.mistake != "none" and self.mistake not in MISTAKES:
-            raise UsageError(unknown("mistake", self.mistake, MISTAKES))
         if self.examples not in EXAMPLES:
             raise UsageError(unknown("examples", self.examples, EXAMPLES))
         if self.examples == "lines" and self.model == "mlp":

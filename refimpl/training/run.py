@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,6 @@ from refimpl.training.config import Config
 from refimpl.training.console import printable
 from refimpl.training.generate import sample
 from refimpl.training.metrics import plot_run, read_metrics
-from refimpl.training.mistakes import announcement
 from refimpl.training.ngrams import NgramBaselines, ngram_entropies
 from refimpl.training.run_folder import (
     CHECKPOINT,
@@ -42,6 +41,7 @@ from refimpl.training.run_folder import (
     read_config,
     write_config,
 )
+from refimpl.training.setup import NO_FAULTS, Fault, find_fault
 from refimpl.training.signals import ENDED
 from refimpl.training.trainer import SAMPLE, Trainer, generator
 
@@ -53,8 +53,18 @@ MANY_SKIPPED = 0.1
 """The share of skipped steps above which a run ends with a warning."""
 
 
-def train(given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool, init_from: Path | None) -> int:
-    """Train a model in a folder, and print how it went. Return the exit code: 0, or 130 after Ctrl-C."""
+def train(
+    given: dict[str, Any],
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    init_from: Path | None,
+    faults: Mapping[str, Fault] = NO_FAULTS,
+) -> int:
+    """Train a model in a folder, and print how it went. Return the exit code: 0, or 130 after Ctrl-C.
+
+    faults: those that --mistake may name.
+    """
     with only_rank_0_prints():
         if resume and init_from is not None:
             raise UsageError("--resume and --init-from contradict each other: a resumed run has its own weights")
@@ -63,10 +73,12 @@ def train(given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool
         if first is not None:  # sizes that are not given are taken from the file
             given = {"model": first[1].name, **first[1].config, **given}
         config, _ = prepare_folder(given, out, resume, overwrite)
+        find_fault(config.mistake, faults)  # refuses an unknown one before there is a folder
         comm = comm_of_arrays(config, comm)
         threads = max(1, cores() // comm.on_host.on_machine) if comm.size > 1 else None
         with own_folder(config, out, comm, resume, overwrite) as folder, threadpool_limits(threads):
-            return _resume(config, folder, comm) if resume else _begin(config, folder, comm, first)
+            trainer = Trainer(config, folder, comm, faults)
+            return _resume(trainer) if resume else _begin(trainer, first)
 
 
 def comm_of_arrays(config: Config, comm: Comm) -> Comm:
@@ -93,22 +105,22 @@ def only_rank_0_prints() -> Iterator[None]:
             raise type(error)(f"rank {rank}: {error}") from error
 
 
-def _begin(config: Config, folder: Path, comm: Comm, first: tuple[Path, Model, dict[str, np.ndarray]] | None) -> int:
+def _begin(trainer: Trainer, first: tuple[Path, Model, dict[str, np.ndarray]] | None) -> int:
     """Start a new run. first: the file with its first weights, the model in that file, and the weights."""
-    trainer = Trainer(config, folder, comm)
+    config = trainer.config
     if first is not None:
         start_from(first[0], first[1:], trainer.model, trainer.state, config.rounds_masters)
     baselines = ngram_entropies(trainer.corpus.train, trainer.corpus.valid)
-    comm.barrier()  # until all ranks have read the folder as it was
+    trainer.comm.barrier()  # until all ranks have read the folder as it was
     if trainer.writes:
-        open_folder(config, folder, first and first[0])
+        open_folder(config, trainer.folder, first and first[0])
     return _train(trainer, baselines, "")
 
 
-def _resume(config: Config, folder: Path, comm: Comm) -> int:
+def _resume(trainer: Trainer) -> int:
     """Resume a run from its checkpoint, or start it if it has none yet."""
+    config, folder = trainer.config, trainer.folder
     planned, weights = read_config(folder)["steps"], first_weights(folder)
-    trainer = Trainer(config, folder, comm)
     trainer.restore()
     done, steps = trainer.progress.step, config.steps
     assert steps is not None
@@ -118,7 +130,7 @@ def _resume(config: Config, folder: Path, comm: Comm) -> int:
     if not done and weights is not None:
         raise UsageError(f"{folder} has no checkpoint to resume: start the run again with --init-from {weights}")
     baselines = ngram_entropies(trainer.corpus.train, trainer.corpus.valid)
-    comm.barrier()
+    trainer.comm.barrier()
     if trainer.writes:
         write_config(config, folder, None if weights is None else Path(weights))
     note = f"resumed after step {done} of {steps}" if done else f"no checkpoint in {folder}: starting at step 1 of {steps}"
@@ -169,8 +181,8 @@ SAVED = "stopping: the checkpoint is written; again to stop at once"
 def _announce(trainer: Trainer, baselines: NgramBaselines) -> None:
     config, model, state = trainer.config, trainer.model, trainer.state
     print(f"{model.name}, {model.n_params:,} parameters, recipe {trainer.recipe.name}: {trainer.recipe.summary}")
-    if config.mistake != "none":
-        print(announcement(config.mistake))
+    if trainer.fault is not None:
+        print(trainer.fault.announcement)
     kinds = " + ".join(f"{kind} {buffer.nbytes / model.n_params:g}" for kind, buffer in state.buffers.items())
     rank = f" on each of {trainer.comm.size} ranks, ZeRO stage {config.zero}" if trainer.comm.size > 1 else ""
     print(f"model states: {kinds} = {state.nbytes / model.n_params:g} bytes per parameter, as measured{rank}")
@@ -234,12 +246,12 @@ def _draw(trainer: Trainer, baselines: NgramBaselines) -> None:
 
 def warn(trainer: Trainer) -> None:
     """Print warnings, as the last lines: many skipped steps, an injected mistake."""
-    config, progress = trainer.config, trainer.progress
+    progress = trainer.progress
     if progress.skipped > MANY_SKIPPED * progress.step:
         share = 100 * progress.skipped / progress.step
         print(f"WARNING: {progress.skipped} of {progress.step} steps ({share:.0f} %) were skipped: they changed no weight")
-    if config.mistake != "none":
-        print(announcement(config.mistake))
+    if trainer.fault is not None:
+        print(trainer.fault.announcement)
 
 
 def _exchanged(trainer: Trainer, counted: float) -> str:

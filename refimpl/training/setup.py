@@ -1,14 +1,15 @@
-"""The objects of a training run that `step.train_step` takes, as one object."""
+"""The objects of a training run that `step.train_step` takes, as one object; and faults, which change them on purpose."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from refimpl.errors import UsageError, unknown
 from refimpl.nn.models.model import Model
-from refimpl.numerics.arrays import Array
 from refimpl.optim.loss_scale import LossScale
-from refimpl.optim.optimizer import Optimizer, Rule
+from refimpl.optim.optimizer import Optimizer
 from refimpl.optim.state import State
 from refimpl.precision.context import Monitor, Run
 from refimpl.step import Batch, StepResult, train_step
@@ -38,32 +39,22 @@ class Training:
         return train_step(self.model, batches, self.state, self.optimizer, self.loss_scale, self.run, self.max_norm)
 
 
-UpdateArguments = tuple[Array, Array | float, Array]  # 1/S, the clip coefficient, found_inf
-
-
-def plain_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return the innermost optimizer, without those that are wrapped around it."""
-    while isinstance(optimizer, WrappedOptimizer):
-        optimizer = optimizer.inner
-    return optimizer
-
-
-class WrappedOptimizer(Optimizer):
-    """An optimizer around another one. `before` is called ahead of each update, and returns the inner update's arguments."""
-
-    def __init__(self, inner: Optimizer, before: Callable[[State, Array, Array | float, Array], UpdateArguments]) -> None:
-        self.inner, self.before, self.schedule = inner, before, inner.schedule
+class Fault(Protocol):
+    """Something that a run does wrong on purpose. The known mistakes of `parity/mistakes.py` are of this kind."""
 
     @property
-    def rule(self) -> Rule:  # type: ignore[override]
-        """The update rule of the innermost optimizer."""
-        return self.inner.rule
+    def announcement(self) -> str:
+        """The line that says so beside the numbers of the run."""
 
-    def use(self, rule: Rule) -> None:
-        self.inner.use(rule)
+    def inject(self, training: Training) -> None:
+        """Change a run that has not begun. Errors: UsageError if the run lacks what the fault needs."""
 
-    def lr(self, state: State) -> Array:
-        return self.inner.lr(state)
 
-    def update(self, state: State, inverse_scale: Array, clip: Array | float, found_inf: Array) -> None:
-        self.inner.update(state, *self.before(state, inverse_scale, clip, found_inf))
+NO_FAULTS: Mapping[str, Fault] = {}
+
+
+def find_fault(name: str, faults: Mapping[str, Fault]) -> Fault | None:
+    """Return the fault of --mistake, None for 'none'. faults: those that there are. Errors: UsageError for another name."""
+    if name != "none" and name not in faults:
+        raise UsageError(unknown("mistake", name, ("none", *faults)))
+    return faults.get(name)

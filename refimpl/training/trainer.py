@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from refimpl.training.config import Config
 from refimpl.training.data import Corpus, load_corpus, sample_batch, sequential_batches
 from refimpl.training.generate import check_has_bytes, mean_loss
 from refimpl.training.metrics import MetricsLog, read_metrics
-from refimpl.training.mistakes import inject
 from refimpl.training.non_finite import Origin, explained, find_origin, known_since
 from refimpl.training.run_folder import CHECKPOINT, METRICS
-from refimpl.training.setup import Training
+from refimpl.training.setup import NO_FAULTS, Fault, Training, find_fault
 from refimpl.training.signals import Stop
 
 SKIPS_BEFORE_STOP = 50
@@ -44,13 +43,15 @@ def generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,))))
 
 
-def start(config: Config, comm: Comm | None = None) -> Training:
-    """Return a run before its first step, with initial weights, and with the configuration's known mistake injected.
+def start(config: Config, comm: Comm | None = None, faults: Mapping[str, Fault] = NO_FAULTS) -> Training:
+    """Return a run before its first step, with initial weights, and with the fault of --mistake injected.
 
-    comm: this process's rank, if there are several.
+    comm: this process's rank, if there are several. faults: those that --mistake may name.
     """
+    fault = find_fault(config.mistake, faults)
     training = config.make_training(config.make_backend(), comm)
-    inject(config.mistake, training)
+    if fault is not None:
+        fault.inject(training)
     weights = training.model.initial_weights(generator(config.seed, INIT))
     training.state.load_weights(weights, rounded=config.rounds_masters)
     return training
@@ -66,12 +67,14 @@ class Progress:
 
 
 class Trainer:
-    """One run and the loop over its steps. It writes to `folder`, which `prepare_folder` has checked.
+    """One run and the loop over its steps. It writes to `folder`, which `prepare_folder` has checked. faults: as in `start`.
 
     Each rank has a Trainer. All do the same, each with its rows of a batch; only rank 0 writes files.
     """
 
-    def __init__(self, config: Config, folder: Path, comm: Comm | None = None) -> None:
+    def __init__(
+        self, config: Config, folder: Path, comm: Comm | None = None, faults: Mapping[str, Fault] = NO_FAULTS
+    ) -> None:
         assert config.block_size is not None
         check_has_bytes(config.vocab_size, "--vocab-size")
         self.config, self.folder, self.comm = config, folder, comm or Serial()
@@ -79,7 +82,8 @@ class Trainer:
         self.exchanged = 0  # bytes received from other ranks in training steps
         self.recipe = config.make_recipe()
         self.corpus: Corpus = load_corpus(config.data, config.block_size)
-        self.training = start(config, self.comm)
+        self.fault = find_fault(config.mistake, faults)
+        self.training = start(config, self.comm, faults)
         self.model, self.state = self.training.model, self.training.state
         self.loss_scale, self.run = self.training.loss_scale, self.training.run
         self.backend = self.state.backend

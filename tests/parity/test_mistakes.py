@@ -21,11 +21,11 @@ from refimpl.numerics.casts import widen
 from refimpl.optim.scaler_rules import SCALERS
 from refimpl.parity import mistake_table
 from refimpl.parity.judge import Judge, explanations, judge_trace
+from refimpl.parity.mistakes import MISTAKES, listing
+from refimpl.parity.mistakes_forward import _toward_zero
 from refimpl.parity.trace import Trace, record
 from refimpl.step import forward_backward
 from refimpl.training.config import Config
-from refimpl.training.mistakes import MISTAKES, listing
-from refimpl.training.mistakes_forward import _toward_zero
 from refimpl.training.trainer import Trainer, start
 
 TINY: dict[str, Any] = {
@@ -306,7 +306,7 @@ def test_unscaling_after_each_micro_batch_leaves_the_last() -> None:
     right, wrong = (flat(t, 1, "2.grads") for t in both("unscale-each-micro-batch", steps=1))
     assert np.linalg.norm(wrong) < np.linalg.norm(right)
     c = config("unscale-each-micro-batch", mistake="unscale-each-micro-batch", grad_accum=3, steps=1, init_scale=1024.0)
-    training, trace = start(c), record(c)
+    training, trace = start(c, faults=MISTAKES), record(c)
     batches, gradients = trace.inputs(1), list[np.ndarray]()
     assert batches is not None
     for batch in batches:  # each alone, from a third of S
@@ -381,7 +381,7 @@ def test_no_bias_correction_scales_the_first_update() -> None:
 
 def test_unknown_mistakes_and_runs_without_room_are_refused() -> None:
     with pytest.raises(UsageError, match="unknown mistake 'x': choose one of no-masters"):
-        Config.of({**TINY, "mistake": "x"})
+        record(config("x", mistake="x"))
     for name, more, needs in (
         ("no-masters", {"recipe": "fp32"}, "separate masters"),
         ("cast-twice", {"recipe": "fp32"}, "in 16 bits"),
@@ -444,7 +444,7 @@ def test_an_ignored_inf_reaches_the_weights_through_fp32_gradients_too() -> None
 def test_a_mistaken_loss_scale_is_still_its_projects(name: str, scaler: str) -> None:
     """Whoever trains asks it for its floor, and whether it is exhausted."""
     own = config(name, loss_scale=scaler, init_scale=4.0).make_loss_scale()
-    training = start(config(name, loss_scale=scaler, init_scale=4.0, mistake=name))
+    training = start(config(name, loss_scale=scaler, init_scale=4.0, mistake=name), faults=MISTAKES)
     scale = training.loss_scale
     assert isinstance(scale, type(own)) and scale.scaler is own.scaler
     for _ in range(20):
@@ -457,14 +457,16 @@ def test_a_mistaken_loss_scale_is_still_its_projects(name: str, scaler: str) -> 
 
 def test_a_run_with_a_mistaken_scale_ends_at_the_floor_of_its_project(tmp_path: Path) -> None:
     more = {"loss_scale": "deepspeed", "hysteresis": 1, "init_scale": 4.0, "lr": 1e9, "warmup": 0, "clip": 0.0, "steps": 40}
-    run = Trainer(config("scale-in-16-bits", mistake="scale-in-16-bits", log_every=5, eval_batches=1, **more), tmp_path)
+    c = config("scale-in-16-bits", mistake="scale-in-16-bits", log_every=5, eval_batches=1, **more)
+    run = Trainer(c, tmp_path, faults=MISTAKES)
     with pytest.raises(TrainingStopped, match="the loss scale is 1, below which deepspeed does not go"):
         run.train(NoBar())
 
 
 def test_a_replaced_state_keeps_the_seed_of_its_random_numbers() -> None:
     for seed in (0, 7):
-        training = start(config("accumulate-in-16-bits", recipe="bf16-sr", mistake="accumulate-in-16-bits", seed=seed))
+        c = config("accumulate-in-16-bits", recipe="bf16-sr", mistake="accumulate-in-16-bits", seed=seed)
+        training = start(c, faults=MISTAKES)
         assert training.state.seed == seed
 
 

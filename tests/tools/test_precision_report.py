@@ -27,6 +27,7 @@ from script_loader import load_script
 
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast
+from refimpl.parity.mistakes import MISTAKES
 from refimpl.parity.trace import record, save
 from refimpl.tools.html.figures import Picture
 from refimpl.tools.html.page import CSS
@@ -61,7 +62,6 @@ from refimpl.tools.precision_report.tables import (
 from refimpl.tools.precision_report.verdicts import percent, power, verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
-from refimpl.training.mistakes import announcement
 from refimpl.training.run import train
 
 TINY: dict[str, Any] = {
@@ -695,7 +695,7 @@ def test_the_page_lands_under_runs_beside_older_ones(tmp_path: Path, monkeypatch
     precision_page = (tmp_path / "runs" / "report-fp16-no-unscale-2.html").read_text()
     assert complaints(precision_page) == [] and older.read_text() == "an older one"
     assert "<h1>Precision report: gpt, fp16, with the MISTAKE no-unscale</h1>" in precision_page
-    assert f"<p>{announcement('no-unscale')}.</p>" in precision_page
+    assert f"<p>{MISTAKES['no-unscale'].announcement}.</p>" in precision_page
 
 
 def test_a_run_of_train_py_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

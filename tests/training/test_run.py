@@ -22,6 +22,7 @@ from recipe_lists import MECHANISMS, others_slow
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.numerics.casts import widen
 from refimpl.numerics.quantization.scaling_state import ScalingState
+from refimpl.parity.mistakes import MISTAKES
 from refimpl.precision.recipes import RECIPES
 from refimpl.training.checkpoint import load, save
 from refimpl.training.config import Config
@@ -46,7 +47,7 @@ def text(tmp_path: Path) -> str:
 
 def run(folder: Path, text: str, resume: bool = False, **flags: Any) -> int:
     given = flags if resume else {**TINY, "data": text, **flags}
-    return train(given, folder, resume, False, None)
+    return train(given, folder, resume, False, None, faults=MISTAKES)
 
 
 def stop_at(folder: Path, text: str, step: int, **flags: Any) -> None:
@@ -54,7 +55,7 @@ def stop_at(folder: Path, text: str, step: int, **flags: Any) -> None:
     from refimpl.training.run_folder import open_folder, prepare_folder
 
     config, folder = prepare_folder({**TINY, "data": text, "log_every": 1, **flags}, folder, False, False)
-    trainer = Trainer(config, folder)
+    trainer = Trainer(config, folder, faults=MISTAKES)
     open_folder(config, folder)
     assert not trainer.train(NoBar(stop_at=step))
     assert trainer.progress.step == step
@@ -218,6 +219,31 @@ def test_a_mistake_is_said_at_both_ends_and_on_the_picture(
     assert lines[1].startswith(said) and lines[-1].startswith(said)
     assert lines[-2] == "WARNING: 8 of 8 steps (100 %) were skipped: they changed no weight"
     assert "seed 0" in titles[0] and "MISTAKE injected: scale-never-backs-off" in titles[0]
+
+
+def test_a_mistake_that_nobody_handed_to_the_run_is_refused(text: str, tmp_path: Path) -> None:
+    """A run must not say that it makes a mistake, and train without it."""
+    given = {**TINY, "data": text, "mistake": "decay-all"}
+    for refused in (lambda: start(Config.of(given)), lambda: train(given, tmp_path / "r", False, False, None)):
+        with pytest.raises(UsageError, match="unknown mistake 'decay-all': choose one of none"):
+            refused()
+    with pytest.raises(UsageError, match=r"unknown mistake 'decay-al': .* did you mean decay-all"):
+        run(tmp_path / "r", text, mistake="decay-al")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_resumed_run_still_makes_its_mistake(text: str, tmp_path: Path) -> None:
+    flags = {"mistake": "decay-all", "recipe": "bf16"}
+    run(tmp_path / "right", text, recipe="bf16")
+    run(tmp_path / "whole", text, **flags)
+    stop_at(tmp_path / "parts", text, 3, **flags)
+    run(tmp_path / "parts", text, resume=True)
+    right, whole, parts = (load(tmp_path / name)[0] for name in ("right", "whole", "parts"))
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+    gains = "master.transformer.ln_f.weight"
+    assert not np.array_equal(right[gains], whole[gains])
+    with pytest.raises(UsageError, match="has mistake decay-all, not none: it cannot be resumed"):
+        run(tmp_path / "parts", text, resume=True, mistake="none", steps=9)
 
 
 @pytest.mark.parametrize(("skipped", "warned"), [(0, False), (2, False), (3, True)])

@@ -9,8 +9,8 @@
 from refimpl.training.cli import main as run_program
 
 from refimpl.errors import UsageError, unknown
+from refimpl.parity.mistakes import MISTAKES, listing
 from refimpl.training.arguments import Parser
-from refimpl.training.mistakes import MISTAKES, listing
 
 
 def run(names: list[str] | None) -> None:

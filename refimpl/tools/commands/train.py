@@ -10,6 +10,7 @@ from refimpl.training.cli import main as run_program
 
 from pathlib import Path
 
+from refimpl.parity.mistakes import MISTAKES
 from refimpl.training.arguments import Parser
 from refimpl.training.flags import add_config_flags
 from refimpl.training.run import train
@@ -30,7 +31,7 @@ def run() -> int:
     """Run the training that the command line describes. Return the exit code."""
     arguments = vars(parser().parse_args())
     special = {name: arguments.pop(name) for name in ("out", "resume", "overwrite", "init_from")}
-    return train(arguments, **special)
+    return train(arguments, **special, faults=MISTAKES)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.optim.state import State
+from refimpl.parity.mistakes import MISTAKES
 from refimpl.parity.trace import batches_of, checked_start, load
 from refimpl.parity.trace_checks import checked
 from refimpl.parity.trace_settings import config_from
@@ -56,7 +57,7 @@ class Source:
 def fresh(config: Config) -> Source:
     """Return a new run."""
     assert config.steps is not None
-    training = start(config)
+    training = start(config, faults=MISTAKES)
     batches = _on_device(batches_of(config, None), training)
     return Source(f"a new run of {_steps(config.steps)}", config, training, batches, config.steps)
 
@@ -73,7 +74,7 @@ def from_trace(path: Path) -> Source:
     assert config.steps is not None
     config = replace(config, steps=max(config.steps, len(trace.steps)))
     trace, _ = checked(trace, config.make_model())
-    training = start(config)
+    training = start(config, faults=MISTAKES)
     training.state.load_weights(checked_start(trace.at(0, "4.master"), training))
     batches = _on_device(batches_of(config, trace), training)
     return Source(f"the {_steps(len(trace.steps))} of the trace {path.name}", config, training, batches, len(trace.steps))
@@ -96,7 +97,7 @@ def from_checkpoint(folder: Path, steps: int) -> Source:
     saved, (_, header) = read_config(folder), checkpoint.load(folder / CHECKPOINT)
     check_run_header(folder / CHECKPOINT, header)
     done = header["progress"]["step"]  # perhaps further than planned: a run can be resumed with more steps
-    trainer = Trainer(Config.of({**saved, "steps": max(Config.of(saved).steps or 0, done + steps)}), folder)
+    trainer = Trainer(Config.of({**saved, "steps": max(Config.of(saved).steps or 0, done + steps)}), folder, faults=MISTAKES)
     trainer.load_checkpoint()
     batches = (trainer.next_batches() for _ in range(steps))
     what = f"{_steps(steps)} from the checkpoint of {folder.name} at step {done}"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from refimpl.numerics.formats import FORMATS
 from refimpl.optim.scaler_rules import find_scaler
+from refimpl.parity.mistakes import MISTAKES
 from refimpl.tools.precision_report.collect import Inspection, StepRow, has_own_scale, uncounted
 from refimpl.tools.precision_report.counts import LOWEST, Counts, by_kind, kind_of
 from refimpl.tools.precision_report.verdicts import NEGLIGIBLE, Verdict, decibels, percent, plain_name, powers
-from refimpl.training.mistakes import announcement
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,8 @@ def summary(inspection: Inspection) -> list[str]:
 
 
 def _the_mistake(inspection: Inspection) -> str:
-    return "" if inspection.config.mistake == "none" else f"{announcement(inspection.config.mistake)}."
+    mistake = inspection.config.mistake
+    return "" if mistake == "none" else f"{MISTAKES[mistake].announcement}."
 
 
 def _the_run(inspection: Inspection) -> str:

@@ -9,28 +9,25 @@ which must notice every one of them; and they explain why another implementation
 
 from __future__ import annotations
 
-from refimpl.errors import UsageError
-from refimpl.training.known_mistake import Mistake, NotApplicable
-from refimpl.training.mistakes_forward import FORWARD
-from refimpl.training.mistakes_update import UPDATE
+from refimpl.errors import UsageError, unknown
+from refimpl.parity.known_mistake import Mistake
+from refimpl.parity.mistakes_forward import FORWARD
+from refimpl.parity.mistakes_update import UPDATE
 from refimpl.training.setup import Training
 
 MISTAKES: dict[str, Mistake] = {mistake.name: mistake for mistake in (*FORWARD, *UPDATE)}
 
 
 def inject(name: str, training: Training) -> None:
-    """Inject the named mistake into a run that has not begun. Errors: UsageError if the run lacks what the mistake needs."""
+    """Inject the named mistake into a run that has not begun; 'none' changes nothing.
+
+    Errors: UsageError for an unknown name, or if the run lacks what the mistake needs.
+    """
     if name == "none":
         return
-    try:
-        MISTAKES[name].make(training)
-    except NotApplicable as error:
-        raise UsageError(f"--mistake {name} needs {error}") from None
-
-
-def announcement(name: str) -> str:
-    """Return the line that a run with an injected mistake prints beside its numbers."""
-    return f"MISTAKE injected: {name}: {MISTAKES[name].what}"
+    if name not in MISTAKES:
+        raise UsageError(unknown("mistake", name, MISTAKES))
+    MISTAKES[name].inject(training)
 
 
 def listing() -> str:

@@ -15,10 +15,11 @@ from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.optim.gradients import inverse_of
 from refimpl.optim.loss_scale import DynamicLossScale
 from refimpl.optim.state import Sink, State
+from refimpl.parity.hooks import UpdateArguments, WrappedOptimizer
+from refimpl.parity.known_mistake import Mistake, low_format, need
 from refimpl.precision.context import OpPrecision
 from refimpl.precision.policy import SAME, Precision
-from refimpl.training.known_mistake import Mistake, low_format, need
-from refimpl.training.setup import Training, UpdateArguments, WrappedOptimizer
+from refimpl.training.setup import Training
 
 S = TypeVar("S", bound=State)
 

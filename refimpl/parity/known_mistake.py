@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from refimpl.errors import UsageError
 from refimpl.numerics.formats import FORMATS
 from refimpl.training.setup import Training
 
@@ -13,7 +14,7 @@ from refimpl.training.setup import Training
 class Mistake:
     """A known mistake: its name, what is done wrong, what is seen of it, and the point of a trace that departs first.
 
-    make: injects the mistake into a run that has not begun. Errors: NotApplicable if the run lacks what the mistake needs.
+    make: changes a run that has not begun. Errors: NotApplicable if the run lacks what the mistake needs.
     """
 
     name: str
@@ -21,6 +22,18 @@ class Mistake:
     seen: str
     departs: str
     make: Callable[[Training], None]
+
+    def inject(self, training: Training) -> None:
+        """Inject the mistake into a run that has not begun. Errors: UsageError if the run lacks what the mistake needs."""
+        try:
+            self.make(training)
+        except NotApplicable as error:
+            raise UsageError(f"--mistake {self.name} needs {error}") from None
+
+    @property
+    def announcement(self) -> str:
+        """The line that a run with this mistake prints beside its numbers."""
+        return f"MISTAKE injected: {self.name}: {self.what}"
 
 
 class NotApplicable(Exception):

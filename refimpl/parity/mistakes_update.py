@@ -17,9 +17,10 @@ from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse
 from refimpl.optim.loss_scale import DynamicLossScale
 from refimpl.optim.optimizer import AdamW
 from refimpl.optim.state import State
-from refimpl.training.known_mistake import Mistake, need
-from refimpl.training.mistakes_forward import change_scale
-from refimpl.training.setup import Training, UpdateArguments, WrappedOptimizer, plain_optimizer
+from refimpl.parity.hooks import UpdateArguments, WrappedOptimizer, plain_optimizer
+from refimpl.parity.known_mistake import Mistake, need
+from refimpl.parity.mistakes_forward import change_scale
+from refimpl.training.setup import Training
 
 # -- 3. gradients up, and what step 4 makes of them -------------------------------------------------------------------
 
