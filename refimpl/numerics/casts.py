@@ -16,6 +16,9 @@ from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
 def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = None) -> Array:
     """Round every value of `x` to the nearest value of format `fmt`, ties to the even fraction.
 
+    `rounding.round_to_nearest_even` is the definition, written out for one number. FP64 reaches formats narrower than FP32 by
+    way of FP32, in two roundings: beside a tie of the format the second can start from the tie.
+
     x: an array of any format. out: an array of format `fmt` to write to; it may be `x` itself where nothing changes.
     Where `x` already has the format it is returned, not copied.
 
@@ -44,6 +47,8 @@ def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = No
         x = _clip_to(x, fmt)
     if fmt == "tf32":
         return _store(_round_to_tf32(x), out)
+    if fmt == "e8m0" and x.dtype != target.dtype:
+        x = _round_smallest_e8m0(x)
     if x.dtype == target.dtype:
         return _store(x, out)
     return _convert(x, target.dtype, out)
@@ -109,6 +114,12 @@ def _round_to_tf32(x: Array) -> Array:
     odd = (bits >> dropped) & 1
     rounded = ((bits + ((1 << (dropped - 1)) - 1) + odd) >> dropped) << dropped
     return (rounded * (x == x) + bits * (x != x)).view(np.float32)
+
+
+def _round_smallest_e8m0(x: Array) -> Array:
+    """Return x in fp32, with 2^-127 in place of the numbers that are nearest to it: ml_dtypes 0.6 rounds them up to 2^-126."""
+    x, smallest = widen(x, "fp32"), FORMATS["e8m0"].smallest_normal
+    return np.where((x > smallest) & (x < 1.5 * smallest), smallest, x)
 
 
 def _clip_to(x: Array, fmt: str) -> Array:

@@ -40,20 +40,20 @@ def stochastic_round(x: Array, fmt: str, bits: Array, out: Array | None = None, 
 
 
 def round_exactly(x: Array, fmt: str, bits: Array) -> Array:
-    """Round to any format, as defined: |x| / u is a whole number of ulps u and a fraction; away where bits / 2^32 < fraction.
+    """Round to any format, as defined: by the steps of `rounding.rounding_steps`, but away from zero where bits / 2^32 < rest.
 
-    Every line is exact: u is a power of two, the whole number fits the format's significand, bits are compared in fp64.
+    Every line is exact: an ulp is a power of two, `kept` fits the format's significand, bits are compared in fp64.
     Returns fp32; values beyond the largest of `fmt` are left for `cast` to turn into overflows.
     """
     row = FORMATS[fmt]
     finite = np.isfinite(x)
     magnitude = np.where(finite, abs(x), 0)
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, 1 - row.bias) - row.fraction_bits  # the exponent of u
-    t = np.ldexp(magnitude, -exponent)
-    whole = np.floor(t)
-    away = bits < np.ldexp(widen(t - whole, "fp64"), 32)
+    exponent = np.maximum(np.frexp(magnitude)[1] - 1, 1 - row.bias) - row.fraction_bits  # that of an ulp
+    ulps = np.ldexp(magnitude, -exponent)
+    kept = np.floor(ulps)
+    away = bits < np.ldexp(widen(ulps - kept, "fp64"), 32)
     with np.errstate(over="ignore"):
-        return np.where(finite, np.copysign(np.ldexp(whole + away, exponent), x), x)
+        return np.where(finite, np.copysign(np.ldexp(kept + away, exponent), x), x)
 
 
 def _round_to_bf16(x: Array, bits: Array) -> Array:
