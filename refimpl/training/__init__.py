@@ -8,7 +8,7 @@
     checkpoint.py, checkpoint_states.py         files that are never half-written; model states in and out of them
     run_folder.py, folder_lock.py, metrics.py   the folder of a run, its lock, its log and plot
     memory_limits.py, activation_memory.py      whether a run fits into memory; formulas for its activations
-    non_finite.py             where Inf or NaN first appears in a step
+    stopping.py, non_finite.py    when a run stops, and advice; where Inf or NaN first appears in a step
     cli.py, console.py, signals.py, program.py  the frame of every command: exit codes, output, Ctrl-C
     arguments.py, flags.py, outputs.py          the parser, the flags of a run, the files of reports
 """

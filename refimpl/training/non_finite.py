@@ -17,8 +17,6 @@ from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import is_float
 from refimpl.optim.micro_batches import divided, divisors
 from refimpl.precision.context import Observer
-from refimpl.precision.recipes import RECIPES
-from refimpl.training.config import Config
 from refimpl.training.setup import Training
 
 Batch = tuple[Array, Array]
@@ -160,52 +158,3 @@ def _of_parameters(training: Training, entry: Entry) -> Origin | None:
 def _leaf(name: str, weights: Mapping[str, Array]) -> str:
     """Return the name of the parameter behind a name on the tape: 'h.0.fc.weight.fp16' -> 'h.0.fc.weight'."""
     return name if name in weights else name.rpartition(".")[0]
-
-
-# -- advice ------------------------------------------------------------------------------------------------------------
-
-
-def explained(origin: Origin, config: Config, updates: int, since: str = "") -> str:
-    """Return origin and advice as sentences. updates: the number made so far. since: what `known_since` returned."""
-    cause = f"{origin.text}{since if origin.stage == 'parameter' else ''}"
-    return f"{cause}. {advice(origin, config, updates, since)}"
-
-
-def advice(origin: Origin, config: Config, updates: int, since: str = "") -> str:
-    """Return what the user can do about it."""
-    not_cause = "The loss is not finite before backward begins, so the loss scale is not the cause"
-    if origin.stage == "targets":
-        return "Neither loss scale nor learning rate is the cause: check the targets, and --ignore-index"
-    if origin.stage == "parameter":
-        if since or updates == 0:
-            return "Neither loss scale nor learning rate is the cause, and no step can repair it: start from other weights"
-        made = "An update caused it"
-        if config.mistake != "none":
-            return f"{not_cause}, and no step can repair it. {made}, with --mistake {config.mistake} injected"
-        return f"{not_cause}, and no step can repair it. {made}: try a smaller --lr from an earlier checkpoint"
-    options = _options(config, backward=origin.stage == "backward")
-    if origin.in_loss:
-        grown = ["a smaller --lr if the weights have grown"] if updates else ["other weights to start from"]
-        return f"{not_cause}. Try {', or '.join([*options, *grown])}"
-    return f"Try {', or '.join(['a smaller --lr', *options])}"
-
-
-def _options(config: Config, backward: bool) -> list[str]:
-    """Return the flags that avoid the overflow: a format with a wider exponent, and in backward another loss scale."""
-    options = []
-    if "fp16" in config.recipe:
-        other = config.recipe.replace("fp16", "bf16")
-        options.append(f"--recipe {other if other in RECIPES else 'bf16'}")
-    if backward and "fp16" in config.recipe and config.loss_scale == "none":
-        options.append("--loss-scale dynamic, which can go below 1")
-    elif backward and config.loss_scale not in ("none", None) and not config.make_loss_scale().adapts:
-        options.append("a smaller --loss-scale, or dynamic")
-    return options
-
-
-def known_since(updates: int, step: int, first_step: int) -> str:
-    """Return ' since before the first step' if the fault was seen before any update of this process, else ''."""
-    if updates == 0:
-        return " since before the first step"
-    return f" since before step {step}, the first after the checkpoint" if step == first_step > 1 else ""
-

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.distributed.collectives import Comm, Serial, shares_of
-from refimpl.errors import TrainingStopped, UsageError
-from refimpl.numerics.formats import FORMATS
-from refimpl.optim.loss_scale import DynamicLossScale
+from refimpl.errors import UsageError
 from refimpl.step import Batch, StepResult
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import check_run_header, load_scales, load_state_arrays, scale_arrays, state_arrays
@@ -22,15 +20,11 @@ from refimpl.training.config import Config
 from refimpl.training.data import Corpus, load_corpus, sample_batch, sequential_batches
 from refimpl.training.generate import check_has_bytes, mean_loss
 from refimpl.training.metrics import MetricsLog, read_metrics
-from refimpl.training.non_finite import Origin, explained, find_origin, known_since
 from refimpl.training.run_folder import CHECKPOINT, METRICS
 from refimpl.training.setup import NO_FAULTS, Fault, Training, find_fault
 from refimpl.training.signals import Stop
+from refimpl.training.stopping import StopRules
 
-SKIPS_BEFORE_STOP = 50
-"""The number of steps skipped in a row that ends a run whose scale is constant, at its floor or below SMALLEST_SCALE: a smaller
-scale would not help."""
-SMALLEST_SCALE = 2.0**-14
 FINAL_EVAL_BLOCKS = 1024
 STOPPING = "stopping after this step, with a checkpoint; again to stop at once"
 
@@ -65,6 +59,11 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
 
+    def count(self, skipped: bool) -> None:
+        """Count one more step whose result is known as skipped, or not."""
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
 
 class Trainer:
     """One run and the loop over its steps. It writes to `folder`, which `prepare_folder` has checked. faults: as in `start`.
@@ -91,8 +90,7 @@ class Trainer:
         self.progress = Progress()
         self.log = MetricsLog(folder / METRICS)
         self._pending: list[tuple[int, StepResult, list[Batch]]] = []
-        self._first_step = 1
-        self._bad_losses = 0  # steps in a row whose loss was not finite
+        self._rules = StopRules(config, self.training)
         self._window_start = time.perf_counter()
         self._owes_evaluation = False
         self.stop = Stop(STOPPING, speaks=self.writes)
@@ -107,7 +105,7 @@ class Trainer:
         steps = self.config.steps
         assert steps is not None
         self._window_start = time.perf_counter()
-        self._first_step = self.progress.step + 1
+        self._rules.first_step = self.progress.step + 1
         with self.stop:
             if self._owes_evaluation:
                 self._print(bar, self._evaluate(False))
@@ -129,7 +127,7 @@ class Trainer:
         return self.progress.step == steps
 
     @staticmethod
-    def _print(bar: Any, report: str) -> None:
+    def _print(bar: Any, report: str | None) -> None:
         if report:
             bar.write(report)
 
@@ -167,9 +165,9 @@ class Trainer:
         self._log(rows)
         bar.update(len(rows))
         for row, (_, _, batches) in zip(rows, self._pending, strict=True):
-            self._check_step(row, batches, bar)
-        self._stop_if_exhausted(rows[-1], batches)
-        self._stop_at_zero(rows[-1], batches)
+            self.progress.count(row["skipped"])
+            self._print(bar, self._rules.check_step(row, batches, self.progress.skipped_in_a_row))
+        self._rules.check_scale(rows[-1], batches, self.progress.step, self.save)
         bar.set_postfix_str(
             f"loss {rows[-1]['loss']:.3f}, scale {rows[-1]['loss_scale']:g}, skipped {self.progress.skipped}, {rate:,.0f} tok/s"
         )
@@ -179,64 +177,6 @@ class Trainer:
     def _log(self, rows: list[dict[str, Any]]) -> None:
         if self.writes:
             self.log.write(rows)
-
-    def _check_step(self, row: dict[str, Any], batches: list[Batch], bar: Any) -> None:
-        """Report where a loss that is not finite comes from, and stop a run whose steps no longer change anything."""
-        progress = self.progress
-        progress.skipped += row["skipped"]
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if row["skipped"] else 0
-        self._bad_losses = 0 if math.isfinite(row["loss"]) else self._bad_losses + 1
-        stuck = row["skipped"] and self.config.loss_scale == "none"
-        if self._bad_losses == 1 or stuck:
-            origin = self._origin(row, batches)
-            why = f"step {row['step']}: the loss is {row['loss']:g}: {self._explained(origin, row)}"
-            if stuck or origin.stage == "parameter":  # a NaN in a weight stays, whatever the loss scale
-                raise TrainingStopped(f"{why}. No weight was changed by this step" if row["skipped"] else why)
-            bar.write(why)
-        if not row["skipped"]:
-            return
-        S = row["loss_scale"]
-        collapsed = not self.loss_scale.adapts or S < SMALLEST_SCALE or self._floor >= S or math.isinf(S)
-        if max(progress.skipped_in_a_row if collapsed else 0, self._bad_losses) >= SKIPS_BEFORE_STOP:
-            raise TrainingStopped(
-                f"step {row['step']}: {progress.skipped_in_a_row} steps in a row were skipped and the loss scale is "
-                f"{row['loss_scale']:g}: {self._explained(self._origin(row, batches), row)}"
-            )
-
-    @property
-    def _floor(self) -> float:
-        """The floor of the loss scale; 0 for one without a floor, or one that sets `exhausted` there."""
-        scale = self.loss_scale
-        return scale.scaler.floor if isinstance(scale, DynamicLossScale) and not scale.scaler.stops else 0.0
-
-    def _stop_if_exhausted(self, row: dict[str, Any], batches: list[Batch]) -> None:
-        """Stop a run whose loss scale is exhausted, with a checkpoint: the skipped steps have changed no weight."""
-        scale = self.loss_scale
-        if not isinstance(scale, DynamicLossScale) or not scale.scaler.stops or not bool(scale.exhausted):
-            return
-        path = self.save()
-        why, S = self._explained(self._origin(row, batches), row), float(scale.scale)
-        raise TrainingStopped(
-            f"by step {self.progress.step}: the loss scale is {S:g}, below which {scale.scaler.name} does not go: "
-            f"{why}. --loss-scale dynamic has no floor; to continue with it from these weights: --init-from {path}"
-        )
-
-    def _stop_at_zero(self, row: dict[str, Any], batches: list[Batch]) -> None:
-        """Stop a run whose loss scale is 0 or subnormal: gradients cannot be divided by it, and every step is skipped."""
-        S = float(self.loss_scale.scale)
-        if FORMATS["fp32"].smallest_normal > S:
-            raise TrainingStopped(
-                f"by step {self.progress.step}: the loss scale is {S:g}, and gradients cannot be divided by it: "
-                f"{self._explained(self._origin(row, batches), row)}"
-            )
-
-    def _origin(self, row: dict[str, Any], batches: list[Batch]) -> Origin:
-        """Return where Inf or NaN first appears in a step, computed again on its batches with the present weights."""
-        return find_origin(self.training, batches, self.backend.from_host(np.asarray(row["loss_scale"], np.float32)))
-
-    def _explained(self, origin: Origin, row: dict[str, Any]) -> str:
-        updates = int(self.state.t)
-        return explained(origin, self.config, updates, known_since(updates, row["step"], self._first_step))
 
     def _evaluate(self, final: bool) -> str:
         """Log the validation loss, and return the line to print: '' if a signal asked to stop before it was complete."""

@@ -25,8 +25,9 @@ from refimpl.tools.precision_report.main import data, terminal_text
 from refimpl.tools.precision_report.page import precision_page
 from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.config import Config
-from refimpl.training.non_finite import Origin, explained, find_origin, known_since
+from refimpl.training.non_finite import Origin, find_origin
 from refimpl.training.setup import Training
+from refimpl.training.stopping import explained, known_since
 from refimpl.training.trainer import Trainer, start
 
 Array = Any

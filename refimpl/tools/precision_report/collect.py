@@ -34,7 +34,8 @@ from refimpl.training.config import Config
 from refimpl.training.non_finite import find_origin
 from refimpl.training.run_folder import CHECKPOINT, read_config
 from refimpl.training.setup import Training
-from refimpl.training.trainer import SKIPS_BEFORE_STOP, Trainer, start
+from refimpl.training.stopping import SKIPS_BEFORE_STOP
+from refimpl.training.trainer import Trainer, start
 
 SWEEP = range(0, 26, 2)
 """Exponents of the loss scales of the backward passes at the end: 2^0 to 2^24."""
