@@ -7,7 +7,7 @@ from refimpl.errors import TrainingStopped, UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.numerics.casts import cast, widen
-from refimpl.optim.loss_scale import make_loss_scale
+from refimpl.optim.loss_scalers import make_loss_scale
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
 from refimpl.optim.state import State
 from refimpl.precision.context import Run

@@ -88,6 +88,7 @@ ALLOWED_TYPE_CALLS = {
     # settings and checkpoints: Python numbers that become the 0-d scale
     ("optim/loss_scale.py", "np.float32(init_scale)"),
     ("optim/loss_scale.py", "np.float32(scale)"),
+    ("optim/loss_scalers.py", "np.float32(scale)"),
     # a Python number, as a kernel takes it
     ("backends/cupy/launch.py", "np.float32(value)"),
 }

@@ -20,7 +20,7 @@ from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.numerics.casts import cast, widen
 from refimpl.optim.gradients import check_and_measure
-from refimpl.optim.loss_scale import make_loss_scale
+from refimpl.optim.loss_scalers import make_loss_scale
 from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import Batch
@@ -428,7 +428,7 @@ def test_a_scale_whose_inverse_is_infinite_changes_no_weight(backend: Backend, S
     """0 * (1/0) is NaN: without a look at 1/S the first good step would make every weight NaN, as it does in PyTorch."""
     training, data = Training(backend, MLP, "fp16"), batch()
     training.loss_scale = make_loss_scale("torch", 2.0**-126, xp=backend.xp)
-    training.loss_scale.value = backend.from_host(np.asarray(S, np.float32))
+    training.loss_scale._scale = backend.from_host(np.asarray(S, np.float32))
     before = training.bits("weights", "grads")
     result = training.step(data)
     assert bool(backend.to_host(result.skipped))

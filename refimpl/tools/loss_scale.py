@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.optim.loss_scale import make_loss_scale
-from refimpl.optim.scaler_rules import SCALERS
+from refimpl.optim.loss_scalers import SCALER_RULES, make_loss_scale
 from refimpl.training.console import table
 from refimpl.training.outputs import target
 
@@ -45,23 +44,23 @@ def show_loss_scale(
     Errors: UsageError for invalid arguments, an unknown scaler, or a picture that cannot be written.
     """
     if compare == (scaler is not None):
-        raise UsageError(f"give one scaler ({', '.join(SCALERS)}), or --compare for all")
-    names = list(SCALERS) if scaler is None else [scaler]
-    taken = {name: {k: v for k, v in knobs.items() if not compare or k in SCALERS[name].knobs} for name in names}
+        raise UsageError(f"give one scaler ({', '.join(SCALER_RULES)}), or --compare for all")
+    names = list(SCALER_RULES) if scaler is None else [scaler]
+    taken = {name: {k: v for k, v in knobs.items() if not compare or k in SCALER_RULES[name].knobs} for name in names}
     traces = {name: trace(name, overflows, init_scale, interval, **taken[name]) for name in names}
     if plot is not None:
         print(f"drawn: {plot_traces(plot, traces, overflows, overwrite)}", file=sys.stderr)
     for name, found in traces.items():
         if found.ends_at:
-            where = SCALERS[name].stops.replace("to", "that would take S to").replace("the floor", "its floor")
+            where = SCALER_RULES[name].stops.replace("to", "that would take S to").replace("the floor", "its floor")
             print(f"{name} ends the run at step {found.ends_at}: an overflow {where}", file=sys.stderr)
     print(_table(traces, overflows) if compare else " ".join(map(number_text, traces[names[0]].scales)))
 
 
 def trace(name: str, overflows: str, init_scale: float, interval: int, **knobs: Any) -> Trace:
     """Run one scaler over a pattern. Errors: UsageError for an unknown scaler, a wrong pattern or invalid settings."""
-    if name not in SCALERS:
-        raise UsageError(f"no scaler {name!r}; there are {', '.join(SCALERS)}")
+    if name not in SCALER_RULES:
+        raise UsageError(f"no scaler {name!r}; there are {', '.join(SCALER_RULES)}")
     if not overflows or set(overflows) - {"0", "1"}:
         raise UsageError(f"--overflows {overflows!r}: it must be 0s and 1s, one per step; 1 is an overflow")
     scale = make_loss_scale(name, init_scale, interval, **knobs)

@@ -22,7 +22,7 @@ from refimpl.numerics.bits import bit_string
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, digits, format_of, ulp
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
-from refimpl.optim.scaler_rules import find_scaler
+from refimpl.optim.loss_scalers import find_scaler
 from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import StepResult, forward_backward
@@ -139,7 +139,7 @@ def inspect_steps(
     index: the element; by default (3, 5), or as near as the parameter's shape allows.
     step: the first step to report on, from 1; by default the first that is not skipped for an overflow.
     lr: the largest learning rate, reached after 20 updates of warm-up as in scripts/train.py.
-    loss_scale: a key of `scaler_rules.SCALERS`, 'dynamic', 'none' or a number; by default the recipe's. init_scale: the
+    loss_scale: a key of `loss_scalers.SCALER_RULES`, 'dynamic', 'none' or a number; by default the recipe's. init_scale: the
     initial value of a dynamic one.
     Errors: UsageError for an unknown recipe or parameter, an index out of range, invalid numbers, or a recipe not in FOLLOWED.
     """

@@ -19,9 +19,9 @@ from refimpl.nn.models.model import LOSS_MEANS, Model
 from refimpl.nn.ops import fused_attention
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.quantization.scaling_state import ScalingState
-from refimpl.optim.loss_scale import LossScale, make_loss_scale
+from refimpl.optim.loss_scale import LossScale
+from refimpl.optim.loss_scalers import find_scaler, make_loss_scale
 from refimpl.optim.optimizer import SCHEDULES, SGD, AdamW, Optimizer, Rule, Schedule
-from refimpl.optim.scaler_rules import find_scaler
 from refimpl.optim.state import State
 from refimpl.precision.context import Run
 from refimpl.precision.policy import ATTENTION, with_attention

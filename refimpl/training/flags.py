@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from refimpl.optim.loss_scalers import SCALER_RULES
 from refimpl.optim.optimizer import SCHEDULES
-from refimpl.optim.scaler_rules import SCALERS
 from refimpl.precision.recipes import RECIPES
 from refimpl.training.config import MODEL_DEFAULTS, Config
 
@@ -41,7 +41,7 @@ HELP = {
     "loss_mean": "mean over tokens (all targets but ignored ones), or over micro-batches (the mean of their means)",
     "masters_from": "masters start from the original FP32 weights, or from rounded ones (default: the recipe's)",
     "attention": "unfused (each operation rounds), fused (one kernel, as FlashAttention), or math (all FP32, one rounding)",
-    "loss_scale": f"dynamic (torch), none, a number, or the rule of a project: {', '.join(SCALERS)} (default: the recipe's)",
+    "loss_scale": f"dynamic (torch), none, a number, or a project's rule: {', '.join(SCALER_RULES)} (default: the recipe's)",
     "init_scale": "first value of a loss scale that adapts (default: its project's)",
     "growth_interval": "good steps before the loss scale grows (default: its project's)",
     "hysteresis": "overflows before the loss scale backs off (2), for the projects that have one",

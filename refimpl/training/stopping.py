@@ -20,7 +20,7 @@ import numpy as np
 
 from refimpl.errors import TrainingStopped
 from refimpl.numerics.formats import FORMATS
-from refimpl.optim.loss_scale import DynamicLossScale
+from refimpl.optim.loss_scalers import ProjectLossScale
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import Batch
 from refimpl.training.config import Config
@@ -66,10 +66,10 @@ class StopRules:
     def check_scale(self, row: Mapping[str, Any], batches: Sequence[Batch], step: int, save: Callable[[], Path]) -> None:
         """Stop a run whose loss scale is exhausted or 0. row, batches: the last step's. save: write a checkpoint."""
         scale, S = self.training.loss_scale, float(self.training.loss_scale.scale)
-        if isinstance(scale, DynamicLossScale) and scale.scaler.stops and bool(scale.exhausted):
+        if isinstance(scale, ProjectLossScale) and scale.rule.stops and bool(scale.exhausted):
             path = save()
             raise TrainingStopped(
-                f"by step {step}: the loss scale is {S:g}, below which {scale.scaler.name} does not go: "
+                f"by step {step}: the loss scale is {S:g}, below which {scale.rule.name} does not go: "
                 f"{self._why(row, batches)}. --loss-scale dynamic has no floor; to continue with it from these weights: "
                 f"--init-from {path}"
             )
@@ -82,7 +82,7 @@ class StopRules:
         """Return whether a loss scale S becomes no smaller, or so small that it makes no difference."""
         scale = self.training.loss_scale
         # a scaler that stops at its floor is exhausted there: check_scale
-        floor = scale.scaler.floor if isinstance(scale, DynamicLossScale) and not scale.scaler.stops else 0.0
+        floor = scale.rule.floor if isinstance(scale, ProjectLossScale) and not scale.rule.stops else 0.0
         return not scale.adapts or floor >= S or S < SMALLEST_SCALE or math.isinf(S)
 
     def _origin(self, row: Mapping[str, Any], batches: Sequence[Batch]) -> Origin:

@@ -1,5 +1,5 @@
-"""optim.loss_scale: PyTorch's and every other project's loss scaler, step by step, against recorded traces, against its own
-control flow, and PyTorch's against torch.amp.GradScaler.
+"""optim.loss_scale and optim.loss_scalers: PyTorch's and every other project's loss scaler, step by step, against recorded
+traces, against its own control flow, and PyTorch's against torch.amp.GradScaler.
 
 1 is an overflow, a trace is the scale after each step. No number has a tolerance: a loss scale is exact. The restatements are
 written from what each project does, as it does it: with branches, on Python's numbers.
@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import sys
+import textwrap
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,14 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 from recipe_lists import others_slow
-from scaler_traces import FP32_MAX, GOLDEN, PATIENT, TINY, TOP, follow, fp32
+from scaler_traces import FP32_MAX, GOLDEN, PATIENT, TINY, TOP, exhausted, follow, fp32, stored, with_row
 from strict_backend import STRICT
 from strict_cupy import WaitError, counter
 
 from refimpl.backends.base import Backend
-from refimpl.optim import loss_scale as module
-from refimpl.optim.loss_scale import DynamicLossScale, make_loss_scale
-from refimpl.optim.scaler_rules import SCALERS, Scaler
+from refimpl.optim import loss_scale, loss_scalers
+from refimpl.optim.loss_scale import DynamicLossScale
+from refimpl.optim.loss_scalers import SCALER_RULES, ScalerRule, make_loss_scale
 from refimpl.tools.loss_scale import number_text
 
 # ---------------------------------------------------------------------------------------------------------- golden traces
@@ -105,14 +107,14 @@ def wrong_traces(make: Callable[..., Any], xp: Any, only: str | None = None) -> 
     for name, hysteresis, pattern, step in EXHAUSTED:
         if only in (None, name):
             scale = make(name, 2.0, 3, xp, hysteresis)
-            flags = [(follow(scale, c), bool(scale.exhausted))[1] for c in pattern]
+            flags = [(follow(scale, c), exhausted(scale))[1] for c in pattern]
             if flags != [bool(step) and i >= step for i in range(1, len(pattern) + 1)]:
                 wrong.append(f"{name} {hysteresis} {pattern} exhausted")
     return wrong
 
 
 def test_golden_traces(backend: Backend) -> None:
-    assert {name for name, _ in GOLDEN} == set(SCALERS)
+    assert {name for name, _ in GOLDEN} == set(SCALER_RULES)
     assert wrong_traces(make_loss_scale, backend.xp) == []
 
 
@@ -132,21 +134,24 @@ def test_growth_needs_good_steps_in_a_row(backend: Backend) -> None:
 Steps = Iterator[float | str]  # the scale after each step; 'stop' where the project ends the run
 
 
+def written_rule() -> str:
+    """The rule in the docstring of DynamicLossScale: its indented lines, which are Python."""
+    lines = re.search(r"(?m)^ +if found_inf:\n(?: {8}.*\n)+", DynamicLossScale.__doc__ or "")
+    assert lines is not None
+    return textwrap.dedent(lines[0])
+
+
 def pytorch_with(
-    scale: float, growth: float, backoff: float, interval: int, pattern: list[bool]
+    scale: float, growth: float, backoff: float, interval: int, pattern: list[bool], rule: str | None = None
 ) -> Iterator[tuple[float, int]]:
-    """The scale and its counter, for any factors."""
-    scale, tracker = fp32(scale), 0
+    """The scale and its counter, for any factors, by the rule as it is written."""
+    code = compile(written_rule() if rule is None else rule, "the docstring of DynamicLossScale", "exec")
+    names = {"fp32": fp32, "isfinite": math.isfinite, "growth_factor": growth, "backoff_factor": backoff,
+             "growth_interval": interval, "S": fp32(scale), "good_steps": 0}  # fmt: skip
     for overflow in pattern:
-        if overflow:
-            scale, tracker = fp32(scale * backoff), 0
-        else:
-            tracker += 1
-            if tracker == interval:
-                if not math.isinf(fp32(scale * growth)):
-                    scale = fp32(scale * growth)
-                tracker = 0
-        yield scale, tracker
+        names["found_inf"] = overflow
+        exec(code, names)
+        yield names["S"], names["good_steps"]
 
 
 def pytorch(scale: float, interval: int, hysteresis: int, pattern: list[bool]) -> Steps:
@@ -314,41 +319,55 @@ def a_case(rng: np.random.Generator, floor: float) -> tuple[float, int, int, lis
     return max(start, floor), interval, int(rng.integers(1, 5)), pattern.tolist()
 
 
-@pytest.mark.parametrize("name", SCALERS)
+@pytest.mark.parametrize("name", SCALER_RULES)
 def test_random_patterns_equal_the_restatement(name: str, backend: Backend) -> None:
     patterns = 25 if backend.on_host else 4
     moved = stopped = 0
     for seed in range(patterns):
-        start, interval, hysteresis, pattern = a_case(np.random.default_rng(seed), SCALERS[name].floor)
+        start, interval, hysteresis, pattern = a_case(np.random.default_rng(seed), SCALER_RULES[name].floor)
         scale = make_loss_scale(name, start, interval, backend.xp, hysteresis if name in PATIENT else None)
         for step, (overflow, expected) in enumerate(zip(pattern, RESTATED[name](start, interval, hysteresis, pattern))):  # noqa: B905 (it may stop)
-            before = float(scale.value)
+            before = stored(scale)
             scale.update(backend.xp.asarray(overflow))
-            assert bool(scale.exhausted) == (expected == "stop"), (seed, step)
+            assert exhausted(scale) == (expected == "stop"), (seed, step)
             if expected == "stop":
                 stopped += 1
                 break
-            assert float(scale.value) == expected, (seed, step)
+            assert stored(scale) == expected, (seed, step)
             moved += before != expected
-    assert moved > 4 * patterns and (stopped > 0 or not backend.on_host) == bool(SCALERS[name].stops or not backend.on_host)
+    assert moved > 4 * patterns
+    assert not backend.on_host or (stopped > 0) == bool(SCALER_RULES[name].stops)
     assert scale.scale.dtype == np.float32 and scale.scale.shape == ()
-    assert {scale.growth_tracker.dtype, scale.hysteresis_tracker.dtype} == {np.dtype(np.int32)}
+    assert {x.dtype for x in (scale.good_steps, getattr(scale, "left", scale.good_steps))} == {np.dtype(np.int32)}
+
+
+@pytest.mark.parametrize("seed", others_slow(range(200), plain=range(20)))
+def test_pytorchs_row_of_the_table_is_pytorchs_rule(seed: int) -> None:
+    """The default of each field of ScalerRule leaves the rule as it is in DynamicLossScale."""
+    start, interval, _, pattern = a_case(np.random.default_rng(seed), 0.0)
+    simple, row = make_loss_scale("torch", start, interval), with_row(SCALER_RULES["torch"], start, interval)
+    assert type(simple) is DynamicLossScale
+    for overflow in pattern:
+        for scale in (simple, row):
+            scale.update(np.asarray(overflow))
+        assert simple.state_dict() == row.state_dict()
+        assert simple.scale.dtype == row.scale.dtype and simple.good_steps.dtype == row.good_steps.dtype
 
 
 def test_an_overflow_from_a_start_at_fairseqs_least_scale_ends_the_run() -> None:
     scale = make_loss_scale("fairseq", 1e-4, 3)
-    assert follow(scale, "00") == [1e-4, 1e-4] and not scale.exhausted
-    assert follow(scale, "1") == [1e-4] and scale.exhausted
+    assert follow(scale, "00") == [1e-4, 1e-4] and not exhausted(scale)
+    assert follow(scale, "1") == [1e-4] and exhausted(scale)
 
 
 def test_an_update_waits_for_nothing() -> None:
-    for name in SCALERS:
+    for name in SCALER_RULES:
         scale, found_inf = make_loss_scale(name, xp=STRICT.xp), STRICT.xp.asarray(True)
         with counter.no_sync():
             for _ in range(3):
                 scale.update(found_inf)
             with pytest.raises(WaitError):
-                bool(scale.exhausted)
+                float(scale.scale)
 
 
 @pytest.mark.parametrize("seed", others_slow(range(200), plain=range(20)))
@@ -362,10 +381,10 @@ def test_any_factors_equal_the_restatement(seed: int, backend: Backend) -> None:
     measured = []
     for overflow in pattern:
         scale.update(backend.xp.asarray(overflow))
-        measured.append((float(scale.scale), int(scale.growth_tracker)))
+        measured.append((float(scale.scale), int(scale.good_steps)))
     assert measured == list(pytorch_with(init, growth, backoff, interval, pattern))
     assert scale.scale.dtype == np.float32 and scale.scale.shape == ()
-    assert scale.growth_tracker.dtype == np.int32 and scale.growth_tracker.shape == ()
+    assert scale.good_steps.dtype == np.int32 and scale.good_steps.shape == ()
 
 
 def test_backoff_rounds_once_from_double(backend: Backend) -> None:
@@ -407,7 +426,7 @@ OTHER: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-def matters(scaler: Scaler, field: str) -> bool:
+def matters(scaler: ScalerRule, field: str) -> bool:
     """Whether a field can be seen in a trace: others of the row may hide it."""
     if scaler.gradual and field not in ("gradual", "floor", "ceiling", "fmt"):
         return False
@@ -421,7 +440,7 @@ def matters(scaler: Scaler, field: str) -> bool:
     return not hidden.get(field, False)
 
 
-MUTANTS = [(name, field, value) for name, scaler in SCALERS.items() for field, values in OTHER.items() for value in values
+MUTANTS = [(name, field, value) for name, scaler in SCALER_RULES.items() for field, values in OTHER.items() for value in values
            if value != getattr(scaler, field) and matters(scaler, field)]  # fmt: skip
 
 
@@ -429,13 +448,11 @@ MUTANTS = [(name, field, value) for name, scaler in SCALERS.items() for field, v
 def test_every_fact_of_every_row_shows_in_a_golden_trace(
     name: str, field: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SCALERS, name, dataclasses.replace(SCALERS[name], **{field: value}))
+    monkeypatch.setitem(SCALER_RULES, name, dataclasses.replace(SCALER_RULES[name], **{field: value}))
 
     def make(name: str, start: float, interval: int, xp: Any, hysteresis: int | None = None) -> Any:
-        scaler = SCALERS[name]
-        if hysteresis is not None and scaler.hysteresis == 1:
-            hysteresis = None
-        return make_loss_scale(name, max(start, scaler.floor), interval, xp, hysteresis)
+        rule = SCALER_RULES[name]
+        return with_row(rule, max(start, rule.floor), interval, xp, hysteresis if rule.hysteresis > 1 else None)
 
     with np.errstate(all="ignore"):
         assert wrong_traces(make, np, only=name)
@@ -443,51 +460,89 @@ def test_every_fact_of_every_row_shows_in_a_golden_trace(
 
 def test_all_facts_are_mutated() -> None:
     described = {"name", "source", "init_scale", "growth_interval", "knobs"}  # test_the_page_has_the_facts, test_knobs
-    assert {field for _, field, _ in MUTANTS} == {f.name for f in dataclasses.fields(Scaler)} - described
+    assert {field for _, field, _ in MUTANTS} == {f.name for f in dataclasses.fields(ScalerRule)} - described
 
 
-BROKEN = [
-    ("good_steps = self.growth_tracker + 1", "good_steps = self.growth_tracker + 2"),
-    ("xp.where(found_inf | grow, restart", "xp.where(grow, restart"),
-    ("xp.where(found_inf | grow, restart", "xp.where(found_inf, restart"),
+BROKEN_PYTORCH = [
+    ("good_steps = self.good_steps + 1", "good_steps = self.good_steps + 2"),
+    ("good_steps == self.growth_interval", "good_steps > self.growth_interval"),
+    ("xp.where(found_inf | due, 0, good_steps)", "xp.where(due, 0, good_steps)"),
+    ("xp.where(found_inf | due, 0, good_steps)", "xp.where(found_inf, 0, good_steps)"),
     ("exact * self.backoff_factor", "exact / 4"),
     ("exact * self.growth_factor", "exact * 4"),
-    ("smaller = xp.maximum(smaller, scaler.floor)", "pass"),
-    ("larger = xp.minimum(larger, scaler.ceiling)", "pass"),
-    ("grow if scaler.unbounded else grow & xp.isfinite(larger)", "grow"),
-    ("grow if scaler.unbounded else grow & xp.isfinite(larger)", "grow & xp.isfinite(larger)"),
-    ("+ bool(scaler.late)", ""),
+    ("due & xp.isfinite(larger)", "due"),
+    ("xp.where(found_inf, smaller, S_if_good)", "xp.where(found_inf, S, S_if_good)"),
+]
+BROKEN_OTHERS = [
+    ("good_steps = self.good_steps + 1", "good_steps = self.good_steps + 2"),
+    ("xp.where(found_inf | due, restart", "xp.where(due, restart"),
+    ("xp.where(found_inf | due, restart", "xp.where(found_inf, restart"),
+    ('widen(self._scale, "fp64") * self.backoff_factor', 'widen(self._scale, "fp64") / 4'),
+    ('widen(self._scale, "fp64") * self.growth_factor', 'widen(self._scale, "fp64") * 4'),
+    ("smaller = self.xp.maximum(smaller, rule.floor)", "pass"),
+    ("larger = self.xp.minimum(larger, self.rule.ceiling)", "pass"),
+    ("return larger if self.rule.unbounded else ", "return larger if True else "),
+    ("return larger if self.rule.unbounded else ", "return "),
+    ("+ bool(rule.late)", ""),
     ("restart + 1)", "restart)"),
-    ("self.hysteresis_tracker - 1", "self.hysteresis_tracker"),
-    ("xp.where(grow, full, self.hysteresis_tracker)", "self.hysteresis_tracker"),
+    ("self.left - 1", "self.left"),
+    ("xp.where(due, full, self.left)", "self.left"),
     ("xp.where(found_inf, left, refilled)", "refilled"),
-    ("smaller = xp.where(backs_off, smaller, self.value)", "pass"),
+    ("smaller = self.xp.where(backs_off, smaller, self._scale)", "pass"),
     ("return found_inf & (left == 0)", "return left == 0"),
     ("return found_inf & (left == 0)", "return found_inf"),
-    (" & (self.value == self.scaler.floor)", ""),
+    (" & (self._scale == self.rule.floor)", ""),
     ("ends = backs_off & ", "ends = found_inf & "),
-    ("found_inf & (smaller <= self.scaler.floor)", "found_inf & (smaller < self.scaler.floor / 2)"),
+    ("found_inf & (smaller <= self.rule.floor)", "found_inf & (smaller < self.rule.floor / 2)"),
     ("self.exhausted = self.exhausted | ", "self.exhausted = "),
-    ("return self.xp.where(ends, self.value, smaller)", "return smaller"),
+    ("return self.xp.where(ends, self._scale, smaller)", "return smaller"),
     ("overflows / steps >= self", "overflows / steps > self"),
     ("self.steps_since_change + 1", "self.steps_since_change + 2"),
-    ("xp.where(backs_off | (grow & ~found_inf), 0, steps)", "xp.where(backs_off, 0, steps)"),
-    ("xp.where(backs_off | (grow & ~found_inf), 0, steps)", "xp.where(grow & ~found_inf, 0, steps)"),
+    ("xp.where(backs_off | (due & ~found_inf), 0, steps)", "xp.where(backs_off, 0, steps)"),
+    ("xp.where(backs_off | (due & ~found_inf), 0, steps)", "xp.where(due & ~found_inf, 0, steps)"),
     ("xp.where(backs_off, 0, overflows)", "overflows"),
     ("backs_off = found_inf & (overflows", "backs_off = (overflows"),
     ("self.overflowed = self.overflowed | found_inf", "self.overflowed = found_inf"),
     ("2.0 ** (1 / self.growth_interval)", "2.0"),
     ("S * self.backoff_factor, grown", "S, grown"),
-    ("if scaler.gradual else min(init_scale, scaler.ceiling)", ""),
-]  # fmt: skip
+    ("if rule.gradual else min(init_scale, rule.ceiling)", ""),
+]
+BROKEN = [(loss_scale, *change) for change in BROKEN_PYTORCH] + [(loss_scalers, *change) for change in BROKEN_OTHERS]
 
 
-@pytest.mark.parametrize(("right", "wrong"), BROKEN)
-def test_a_broken_rule_fails_the_golden_traces(right: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "right", "wrong"), BROKEN)
+def test_a_broken_rule_fails_the_golden_traces(
+    module: types.ModuleType, right: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = inspect.getsource(module)
     assert text.count(right) == 1
     broken = types.ModuleType("broken_loss_scale")
     monkeypatch.setitem(sys.modules, broken.__name__, broken)
     exec(compile(text.replace(right, wrong), "broken", "exec"), broken.__dict__)
+    if module is loss_scale:
+        monkeypatch.setattr(loss_scalers, "DynamicLossScale", broken.DynamicLossScale)
+    make = make_loss_scale if module is loss_scale else broken.make_loss_scale
     with np.errstate(all="ignore"):
-        assert wrong_traces(broken.make_loss_scale, np)
+        assert wrong_traces(make, np)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("S * backoff_factor)", "S * backoff_factor / 2)"),
+        ("    good_steps = 0\nelse", "    pass\nelse"),
+        ("good_steps + 1", "good_steps + 2"),
+        ("if isfinite(fp32(S * growth_factor))", "if True"),
+        ("        good_steps = 0", "        pass"),
+    ],
+)
+def test_the_written_rule_is_held_to_each_of_its_lines(right: str, wrong: str) -> None:
+    """Negative control of the restatement: with one line of the docstring changed, it is no longer the class's rule."""
+    assert written_rule().count(right) == 1
+    differs = False
+    for seed in range(20):
+        start, interval, _, pattern = a_case(np.random.default_rng(seed), 0.0)
+        changed = pytorch_with(start, 2.0, 0.5, interval, pattern, written_rule().replace(right, wrong))
+        bits = "".join("01"[overflow] for overflow in pattern)
+        differs |= [S for S, _ in changed] != follow(make_loss_scale("torch", start, interval), bits)
+    assert differs

@@ -14,11 +14,12 @@ import pytest
 from paths import DOCS
 from progress_bars import NoBar
 from recipe_lists import others_slow
+from scaler_traces import exhausted
 from strict_backend import STRICT
 
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.numerics.casts import widen
-from refimpl.optim.scaler_rules import SCALERS
+from refimpl.optim.loss_scalers import SCALER_RULES
 from refimpl.parity import mistake_table
 from refimpl.parity.judge import Judge, explanations, judge_trace
 from refimpl.parity.mistakes import MISTAKES, listing
@@ -440,18 +441,19 @@ def test_an_ignored_inf_reaches_the_weights_through_fp32_gradients_too() -> None
 
 
 @pytest.mark.parametrize("name", ["scale-in-16-bits", "scale-never-backs-off"])
-@pytest.mark.parametrize("scaler", SCALERS)
+@pytest.mark.parametrize("scaler", SCALER_RULES)
 def test_a_mistaken_loss_scale_is_still_its_projects(name: str, scaler: str) -> None:
     """Whoever trains asks it for its floor, and whether it is exhausted."""
     own = config(name, loss_scale=scaler, init_scale=4.0).make_loss_scale()
     training = start(config(name, loss_scale=scaler, init_scale=4.0, mistake=name), faults=MISTAKES)
     scale = training.loss_scale
-    assert isinstance(scale, type(own)) and scale.scaler is own.scaler
+    rule = SCALER_RULES[scaler]
+    assert isinstance(scale, type(own)) and scale.state_dict() == own.state_dict()
     for _ in range(20):
         own.update(np.bool_(True))
         scale.update(np.bool_(True))
     deaf = name == "scale-never-backs-off"
-    assert bool(scale.exhausted) == (bool(own.scaler.stops) and not deaf) == (bool(own.exhausted) and not deaf)
+    assert exhausted(scale) == (bool(rule.stops) and not deaf) == (exhausted(own) and not deaf)
     assert float(scale.scale) >= 4 if deaf else float(scale.scale) == np.float16(float(own.scale))
 
 

@@ -431,7 +431,7 @@ def check_scaler(v: Vectors, i: int) -> None:
     for step, overflow in enumerate(v["scaler.overflow"]):
         scale.update(overflow)
         assert float(scale.scale) == v[f"scaler.{i}.scale"][step], f"step {step + 1}"
-        assert int(scale.growth_tracker) == v[f"scaler.{i}.tracker"][step], f"step {step + 1}"
+        assert int(scale.good_steps) == v[f"scaler.{i}.tracker"][step], f"step {step + 1}"
 
 
 def check_unscaling(v: Vectors, i: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from refimpl.backends.base import Backend
 from refimpl.nn.models.model import Model
-from refimpl.optim.loss_scale import make_loss_scale
+from refimpl.optim.loss_scalers import make_loss_scale
 from refimpl.optim.optimizer import AdamW, Optimizer, Rule, Schedule
 from refimpl.optim.state import State
 from refimpl.precision.context import Run

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.optim.scaler_rules import SCALERS
+from refimpl.optim.loss_scalers import SCALER_RULES, GradualLossScale, ProjectLossScale, ScalerRule
 
-PATIENT = [name for name, scaler in SCALERS.items() if scaler.hysteresis > 1]
+PATIENT = [name for name, scaler in SCALER_RULES.items() if scaler.hysteresis > 1]
 FP32_MAX = float(np.finfo(np.float32).max)
 TOP, TINY = 2.0**127, 2.0**-126
 
@@ -20,8 +20,24 @@ def follow(scale: Any, pattern: str) -> list[float]:
     scales = []
     for c in pattern:
         scale.update(scale.xp.asarray(c == "1"))
-        scales.append(float(scale.value))
+        scales.append(stored(scale))
     return scales
+
+
+def stored(scale: Any) -> float:
+    """S as the project keeps it: some do so in double precision."""
+    return float(scale.state_dict()["scale"])
+
+
+def exhausted(scale: Any) -> bool:
+    """Whether the run should end, by a rule that ends runs."""
+    return bool(scale.state_dict().get("exhausted"))
+
+
+def with_row(rule: ScalerRule, start: float, interval: int, xp: Any = np, hysteresis: int | None = None) -> ProjectLossScale:
+    """A loss scale that computes a row of the table, PyTorch's included, with the usual factors."""
+    kind = GradualLossScale if rule.gradual else ProjectLossScale
+    return kind(rule, start, 2.0, 0.5, interval, rule.hysteresis if hysteresis is None else hysteresis, xp)
 
 
 def fp32(x: float) -> float:

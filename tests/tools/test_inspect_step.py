@@ -21,7 +21,7 @@ from progress_bars import NoBar
 from refimpl import step
 from refimpl.errors import UsageError
 from refimpl.numerics.formats import FORMATS
-from refimpl.optim.scaler_rules import SCALERS
+from refimpl.optim.loss_scalers import SCALER_RULES
 from refimpl.precision.recipes import RECIPES
 from refimpl.tools import step_inspector as module
 from refimpl.tools.step_inspector import (
@@ -420,6 +420,6 @@ def test_the_script_runs_and_ends_with_2_on_wrong_input() -> None:
     assert (bad.returncode, bad.stdout) == (2, "") and bad.stderr.startswith("error: unknown parameter 'nothing': choose")
     assert bad.stderr.count("\n") == 1
     listed = "".join(run("inspect_step.py", "--help").stdout.split())  # lines are broken at hyphens
-    assert all(name in listed for name in (*FOLLOWED, *SCALERS)) and "bf16-kahan" not in listed
+    assert all(name in listed for name in (*FOLLOWED, *SCALER_RULES)) and "bf16-kahan" not in listed
     for wrong in (["inspect_step.py", "--index", "x"], ["recipes.py", "--recipe", "fp17"]):
         assert run(*wrong).returncode == 2

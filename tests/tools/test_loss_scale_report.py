@@ -14,7 +14,7 @@ from scaler_traces import FP32_MAX, GOLDEN, PATIENT, TINY, TOP, A, B
 from script_loader import load_script
 
 from refimpl.errors import UsageError
-from refimpl.optim.scaler_rules import SCALERS, Scaler
+from refimpl.optim.loss_scalers import SCALER_RULES, ScalerRule
 from refimpl.tools.loss_scale import number_text, show_loss_scale, trace
 
 SCRIPT = str(SCRIPTS / "loss_scale.py")
@@ -26,7 +26,7 @@ def printed(capsys: pytest.CaptureFixture[str], line: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", SCALERS)
+@pytest.mark.parametrize("name", SCALER_RULES)
 def test_one_line_of_scales(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for hysteresis in {h for n, h in GOLDEN if n == name}:
         for pattern, expected in GOLDEN[name, hysteresis].items():
@@ -45,7 +45,7 @@ def test_numbers() -> None:
 
 def test_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     header, _, *rows = printed(capsys, f"--compare --overflows {B} --hysteresis 2").splitlines()
-    assert header.split() == ["overflow", *B] and [row.split()[0] for row in rows] == list(SCALERS)
+    assert header.split() == ["overflow", *B] and [row.split()[0] for row in rows] == list(SCALER_RULES)
     for row in rows:
         name, *scales = row.split()
         assert " ".join(scales) == GOLDEN[name, 2 if name in PATIENT else None][B]
@@ -109,7 +109,7 @@ def test_as_a_process() -> None:
 # --------------------------------------------------------------------------------------------------------------- the page
 
 
-def facts(scaler: Scaler) -> list[str]:
+def facts(scaler: ScalerRule) -> list[str]:
     """The line of a scaler in the table of docs/loss_scaling.md."""
     good_steps = {"": f"{scaler.growth_interval}", "always": f"{scaler.growth_interval + 1}",
                   "first": f"{scaler.growth_interval + 1}, then {scaler.growth_interval}"}[scaler.late]  # fmt: skip
@@ -130,4 +130,4 @@ def facts(scaler: Scaler) -> list[str]:
 def test_the_page_has_the_facts() -> None:
     lines = (DOCS / "loss_scaling.md").read_text().splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
-    assert table == [facts(scaler) for scaler in SCALERS.values()]
+    assert table == [facts(scaler) for scaler in SCALER_RULES.values()]

@@ -93,7 +93,7 @@ def test_a_scale_of_zero_ends_the_run_at_once(tmp_path: Path) -> None:
 
 def test_megatrons_infinite_scale_ends_the_run(tmp_path: Path) -> None:
     run = trainer(tmp_path / "r", loss_scale="megatron", init_scale=2.0**127, steps=100, eval_every=100)
-    run.loss_scale.value = np.asarray(np.float32(math.inf))
+    run.loss_scale._scale = np.asarray(np.float32(math.inf))
     with pytest.raises(TrainingStopped, match="50 steps in a row were skipped and the loss scale is inf"):
         run.train(NoBar())
 

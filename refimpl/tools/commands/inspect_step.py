@@ -10,7 +10,7 @@ from refimpl.training.cli import main as run_program
 
 import argparse
 
-from refimpl.optim.scaler_rules import SCALERS
+from refimpl.optim.loss_scalers import SCALER_RULES
 from refimpl.tools.step_inspector import FOLLOWED, PARAMETER, inspect_step
 from refimpl.training.arguments import Parser
 
@@ -30,7 +30,7 @@ def parser() -> Parser:
     result.add_argument("--steps", type=int, metavar="K", help="number of steps to show (1)")
     result.add_argument("--seed", type=int, help="seed of weights and batches (0)")
     result.add_argument("--lr", type=float, help="largest learning rate, after 20 updates of warm-up (3e-4)")
-    result.add_argument("--loss-scale", help=f"dynamic, none, a number, or {', '.join(SCALERS)} (the recipe's)")
+    result.add_argument("--loss-scale", help=f"dynamic, none, a number, or {', '.join(SCALER_RULES)} (the recipe's)")
     result.add_argument("--init-scale", type=float, help="initial value of a dynamic loss scale (65536, or its project's)")
     result.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")
     return result

@@ -12,7 +12,7 @@ from refimpl.training.cli import main as run_program
 
 from pathlib import Path
 
-from refimpl.optim.scaler_rules import SCALERS
+from refimpl.optim.loss_scalers import SCALER_RULES
 from refimpl.tools.loss_scale import PICTURE, show_loss_scale
 from refimpl.training.arguments import Parser
 
@@ -20,7 +20,7 @@ from refimpl.training.arguments import Parser
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("scaler", nargs="?", metavar="SCALER", help=", ".join(SCALERS))
+    result.add_argument("scaler", nargs="?", metavar="SCALER", help=", ".join(SCALER_RULES))
     result.add_argument("--overflows", default="1010100000", metavar="PATTERN", help="1 (overflow) or 0 per step (1010100000)")
     result.add_argument("--init-scale", type=float, default=1024.0, help="the scale before the first step (1024)")
     result.add_argument("--interval", type=int, default=3, help="good steps before the scale grows (3)")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.numerics.casts import widen
-from refimpl.optim.loss_scale import make_loss_scale
+from refimpl.optim.loss_scalers import make_loss_scale
 from refimpl.optim.state import State
 from refimpl.parity.trace import batches_of
 from refimpl.step import Batch, forward_backward

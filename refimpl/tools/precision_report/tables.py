@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from refimpl.numerics.formats import FORMATS
-from refimpl.optim.scaler_rules import find_scaler
+from refimpl.optim.loss_scalers import find_scaler
 from refimpl.parity.mistakes import MISTAKES
 from refimpl.tools.precision_report.collect import Inspection, StepRow, has_own_scale, uncounted
 from refimpl.tools.precision_report.counts import LOWEST, Counts, by_kind, kind_of
