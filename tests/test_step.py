@@ -19,9 +19,12 @@ from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.numerics.casts import cast, widen
+from refimpl.optim.adamw import AdamW
 from refimpl.optim.gradients import check_and_measure
 from refimpl.optim.loss_scalers import make_loss_scale
-from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.schedule import Schedule
+from refimpl.optim.sgd import SGD
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import Batch
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from refimpl.backends.malloc import keep_freed_memory
+from refimpl.backends.numpy_passes import NUMPY_PASSES
 from refimpl.backends.threads import workers
 from refimpl.errors import UsageError, unknown
 from refimpl.numerics.arrays import Array
@@ -39,7 +40,7 @@ class Backend:
 
     @property
     def passes(self) -> Mapping[str, Callable[..., Any]]:
-        """Return fast versions of passes over flat buffers, by name: `measure` and `fold` of gradients.py, `AdamW`."""
+        """Return fast versions of passes over flat buffers, by name: `measure` and `fold` of gradients.py, `adamw`, `sgd`."""
         return {}
 
     def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:
@@ -134,6 +135,10 @@ class NumPyBackend(Backend):
     @property
     def ops(self) -> Mapping[str, Any]:
         return _numpy_ops()
+
+    @property
+    def passes(self) -> Mapping[str, Callable[..., Any]]:
+        return NUMPY_PASSES
 
     def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:
         return workers().map(f, parts) if size >= SHARED else super().each(f, parts, size)

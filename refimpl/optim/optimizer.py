@@ -1,4 +1,4 @@
-"""Optimizers: AdamW and SGD, in PyTorch's order of operations, on the flat buffers in blocks.
+"""The optimizer: an update rule, AdamW or SGD, on the flat buffers in blocks.
 
 A block is decoded to FP32, updated, and encoded again, which rounds nothing if the states are FP32. No optimizer hides a copy
 of the masters: it updates `state.master`.
@@ -6,16 +6,17 @@ of the masters: it updates `state.master`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
+from refimpl.optim.adamw import AdamW
 from refimpl.optim.gradients import unscaled
+from refimpl.optim.schedule import Schedule
+from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.precision.state_encodings import replace_unless
 
@@ -34,121 +35,11 @@ class Rule(Protocol):
         """Apply weight decay to a slice of a block, in place, before its update. Called for the parameters that decay."""
 
     def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
-        """Update w and the moments in place, all in one format, from the unscaled, clipped gradient g, which is overwritten."""
+        """Update w and the moments in place, all in one format, from the unscaled, clipped gradient g."""
 
 
-@dataclass(frozen=True)
-class AdamW:
-    """Adam with decoupled weight decay.
-
-        w  = w (1 - lr wd)                        for matrices only
-        m  = m + (1 - beta1) (g - m)
-        v  = v beta2 + (1 - beta2) g g
-        w  = w - (lr / (1 - beta1^t)) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-
-    Bias corrections are computed in double precision. Source: Loshchilov and Hutter 2019, arXiv 1711.05101; Kingma and Ba
-    2015, arXiv 1412.6980. PyTorch: torch.optim.AdamW, whose kernels fuse some of these products with their sums.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    moments: tuple[str, ...] = ("m", "v")
-
-    def scalars(self, lr: float, t: int) -> tuple[float, ...]:
-        beta1, beta2 = self.betas
-        return 1 - lr * self.weight_decay, lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
-
-    def decay(self, w: Array, g: Array, scalars: Array) -> None:
-        w *= scalars[0]
-
-    def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
-        """Compute the last three lines of the formula, in the memory of `difference` and `g` once they have been read."""
-        (m, v), (beta1, beta2) = moments, self.betas
-        _, step_size, root_correction = scalars
-        difference = g - m
-        difference *= 1 - beta1
-        m += difference
-        v *= beta2
-        square = difference  # the same memory
-        xp.multiply(g, 1 - beta2, out=square)
-        square *= g
-        v += square
-        denominator = xp.sqrt(v, out=square)
-        denominator /= root_correction
-        denominator += self.eps
-        step = xp.multiply(m, step_size, out=g)
-        step /= denominator
-        w -= step
-
-
-@dataclass(frozen=True)
-class SGD:
-    """Stochastic gradient descent with momentum (unless it is 0) and decoupled weight decay, as in AdamW.
-
-        w = w (1 - lr wd);   m = momentum m + g;   w = w - lr m
-
-    PyTorch: torch.optim.SGD with weight_decay=0.
-    Differs from the source: torch.optim.SGD adds the decay to the gradient, g + wd w.
-    """
-
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-
-    @property
-    def moments(self) -> tuple[str, ...]:
-        return ("m",) if self.momentum else ()
-
-    def scalars(self, lr: float, t: int) -> tuple[float, ...]:
-        return 1 - lr * self.weight_decay, lr
-
-    def decay(self, w: Array, g: Array, scalars: Array) -> None:
-        w *= scalars[0]
-
-    def update_block(self, w: Array, g: Array, moments: Sequence[Array], scalars: Array, xp: Any) -> None:
-        """Compute the last two formulas; g becomes the step."""
-        if moments:
-            (m,) = moments
-            m *= self.momentum
-            m += g
-            xp.multiply(m, scalars[1], out=g)
-        else:
-            g *= scalars[1]
-        w -= g
-
-
-SCHEDULES = ("cosine", "linear", "constant")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate of each update: linear warm-up to lr, then the curve `shape`, one of SCHEDULES.
-
-        update t = 0, 1, ...:  lr (t + 1) / (warmup + 1)  while t < warmup;  then, with p = (t - warmup) / (steps - warmup),
-
-        cosine     min_lr + (lr - min_lr) (1 + cos(pi p)) / 2
-        linear     min_lr + (lr - min_lr) (1 - p)
-        constant   lr; min_lr is not used
-
-    The rate would reach min_lr at update `steps`, one after the last. A skipped step does not advance the schedule.
-    Source: cosine: Loshchilov and Hutter 2017, arXiv 1608.03983, with warm-up as in nanoGPT.
-    PyTorch: torch.optim.lr_scheduler: LinearLR (warm-up), then CosineAnnealingLR, LinearLR or ConstantLR.
-    """
-
-    lr: float
-    min_lr: float
-    warmup: int
-    steps: int
-    shape: str = "cosine"
-
-    def __call__(self, t: int) -> float:
-        if t < self.warmup:
-            return self.lr * (t + 1) / (self.warmup + 1)
-        if self.shape == "constant":
-            return self.lr
-        progress = min(1.0, (t - self.warmup) / max(1, self.steps - self.warmup))
-        share = 1 - progress if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return self.min_lr + share * (self.lr - self.min_lr)
+FAST_PASSES: dict[type[Rule], str] = {AdamW: "adamw", SGD: "sgd"}
+"""The rules of which a backend may have a faster version, and its name in `Backend.passes`. A subclass is another rule."""
 
 
 class Optimizer:
@@ -182,8 +73,8 @@ class Optimizer:
         if state.backend.on_host and found_inf:  # reading found_inf costs nothing on the host; on a device it would wait
             return
         scalars = cast(self.scalars[state.t], state.math_format)
-        fast = state.backend.passes.get(type(self.rule).__name__) if self._all_fp32(state) else None
-        if fast is not None:
+        fast = state.backend.passes.get(FAST_PASSES.get(type(self.rule), ""))
+        if fast is not None and self._all_fp32(state):
             fast(self.rule, state, inverse_scale, clip, scalars, found_inf)
         else:
             state.each_block(lambda block: self._update_block(state, block, inverse_scale, clip, scalars, found_inf))

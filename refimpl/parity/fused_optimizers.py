@@ -25,8 +25,9 @@ import numpy as np
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of
+from refimpl.optim.adamw import AdamW
 from refimpl.optim.gradients import clip_coefficient
-from refimpl.optim.optimizer import SGD, AdamW
+from refimpl.optim.sgd import SGD
 
 Number = Any  # an fp32 array, or a Python float, which stands for the nearest fp32 number, as in PyTorch
 

@@ -13,9 +13,9 @@ import numpy as np
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of
+from refimpl.optim.adamw import AdamW
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.optim.loss_scale import DynamicLossScale
-from refimpl.optim.optimizer import AdamW
 from refimpl.optim.state import State
 from refimpl.parity.hooks import UpdateArguments, WrappedOptimizer, plain_optimizer
 from refimpl.parity.known_mistake import Mistake, need

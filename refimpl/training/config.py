@@ -19,9 +19,12 @@ from refimpl.nn.models.model import LOSS_MEANS, Model
 from refimpl.nn.ops import fused_attention
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.quantization.scaling_state import ScalingState
+from refimpl.optim.adamw import AdamW
 from refimpl.optim.loss_scale import LossScale
 from refimpl.optim.loss_scalers import find_scaler, make_loss_scale
-from refimpl.optim.optimizer import SCHEDULES, SGD, AdamW, Optimizer, Rule, Schedule
+from refimpl.optim.optimizer import Optimizer, Rule
+from refimpl.optim.schedule import SCHEDULES, Schedule
+from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.precision.context import Run
 from refimpl.precision.policy import ATTENTION, with_attention

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from refimpl.optim.loss_scalers import SCALER_RULES
-from refimpl.optim.optimizer import SCHEDULES
+from refimpl.optim.schedule import SCHEDULES
 from refimpl.precision.recipes import RECIPES
 from refimpl.training.config import MODEL_DEFAULTS, Config
 

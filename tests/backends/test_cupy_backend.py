@@ -27,7 +27,8 @@ from refimpl.numerics.compensated import merge, split
 from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.numerics.philox import random_bits
 from refimpl.numerics.stochastic_rounding import stochastic_round
-from refimpl.optim.optimizer import SGD, AdamW
+from refimpl.optim.adamw import AdamW
+from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace, record

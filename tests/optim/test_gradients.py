@@ -17,7 +17,9 @@ from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
-from refimpl.optim.optimizer import SGD, Optimizer, Schedule
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.schedule import Schedule
+from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.precision.recipes import get_recipe
 

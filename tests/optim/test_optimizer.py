@@ -19,7 +19,10 @@ import refimpl.optim.layout
 from refimpl.backends.base import Backend
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.casts import cast, widen
-from refimpl.optim.optimizer import SCHEDULES, SGD, AdamW, Optimizer, Schedule
+from refimpl.optim.adamw import AdamW
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.schedule import SCHEDULES, Schedule
+from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.precision.recipes import get_recipe
 

@@ -14,8 +14,10 @@ from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.bits import bits_of
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of, is_float
+from refimpl.optim.adamw import AdamW
 from refimpl.optim.layout import Layout, blocks
-from refimpl.optim.optimizer import AdamW, Optimizer, Schedule
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.schedule import Schedule
 from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES, get_recipe
 

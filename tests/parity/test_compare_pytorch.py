@@ -174,7 +174,7 @@ def test_a_decay_too_many_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch
 
 def test_a_biased_moment_is_found_in_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: another beta2 departs at v, where it acts first."""
-    from refimpl.optim.optimizer import AdamW
+    from refimpl.optim.adamw import AdamW
 
     monkeypatch.setattr(Config, "make_rule", lambda self: AdamW(betas=(0.9, 0.96), weight_decay=self.weight_decay))
     first = run("fp32", ODD).first_departure

@@ -19,7 +19,10 @@ from arrays import U, bits
 import refimpl.optim.layout
 from refimpl.backends.base import NUMPY
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
-from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
+from refimpl.optim.adamw import AdamW
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.schedule import Schedule
+from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.parity.fused_optimizers import (
     PIECE,

@@ -49,7 +49,10 @@ from refimpl.nn.models.model import Model, Parameter
 from refimpl.nn.ops import OPS, fan_in
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, is_float, widens_to
-from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
+from refimpl.optim.adamw import AdamW
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.schedule import Schedule
+from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe

@@ -59,7 +59,8 @@ from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.optim.loss_scale import DynamicLossScale
-from refimpl.optim.optimizer import Optimizer, Rule, Schedule
+from refimpl.optim.optimizer import Optimizer, Rule
+from refimpl.optim.schedule import Schedule
 from refimpl.optim.state import State
 from refimpl.parity.fused_optimizers import ExactAdamW, ExactSGD, adamw_step, norm_like_torch
 from refimpl.parity.pytorch import RECIPES

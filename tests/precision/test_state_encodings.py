@@ -31,8 +31,11 @@ from refimpl.numerics.compensated import kahan_update, merge, split
 from refimpl.numerics.formats import dtype_of
 from refimpl.numerics.philox import FIRST_OF_TENSORS, STREAMS, random_bits
 from refimpl.numerics.stochastic_rounding import stochastic_round
+from refimpl.optim.adamw import AdamW
 from refimpl.optim.gradients import check_and_measure
-from refimpl.optim.optimizer import SGD, AdamW, Optimizer, Schedule
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.schedule import Schedule
+from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES, STATE_KINDS
 from refimpl.precision.state_encodings import (

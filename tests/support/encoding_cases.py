@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from refimpl.backends.base import NUMPY, Backend
-from refimpl.optim.optimizer import SGD, AdamW, Rule
+from refimpl.optim.adamw import AdamW
+from refimpl.optim.optimizer import Rule
+from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.training.config import Config
 from refimpl.training.setup import Training

@@ -8,8 +8,10 @@ import numpy as np
 
 from refimpl.backends.base import Backend
 from refimpl.nn.models.model import Model
+from refimpl.optim.adamw import AdamW
 from refimpl.optim.loss_scalers import make_loss_scale
-from refimpl.optim.optimizer import AdamW, Optimizer, Rule, Schedule
+from refimpl.optim.optimizer import Optimizer, Rule
+from refimpl.optim.schedule import Schedule
 from refimpl.optim.state import State
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe

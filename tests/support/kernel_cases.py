@@ -38,9 +38,11 @@ from refimpl.nn.ops import OPS, fan_in
 from refimpl.nn.softmax import unrounded_softmax
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of
+from refimpl.optim.adamw import AdamW
 from refimpl.optim.gradients import check_and_measure
 from refimpl.optim.layout import GRAIN
-from refimpl.optim.optimizer import AdamW, Optimizer, Schedule
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.schedule import Schedule
 from refimpl.optim.state import State
 from refimpl.precision.context import OpPrecision, Run
 from refimpl.precision.recipes import get_recipe

@@ -35,7 +35,7 @@ from refimpl.nn.ops import OPS, fan_in
 from refimpl.nn.softmax import softmax_slope, unrounded_softmax
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of
-from refimpl.optim.optimizer import AdamW
+from refimpl.optim.adamw import AdamW
 
 Array = Any
 Grid = tuple[int, ...]

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from refimpl.errors import UsageError
-from refimpl.optim.optimizer import SGD, AdamW, Schedule
+from refimpl.optim.adamw import AdamW
+from refimpl.optim.schedule import Schedule
+from refimpl.optim.sgd import SGD
 from refimpl.training import checkpoint
 from refimpl.training.config import Config
 from refimpl.training.run import train

@@ -35,7 +35,7 @@ def fold(state: Any, squares: Array, bad: Array) -> tuple[Array, Array]:
 
 
 def adamw(rule: Any, state: Any, inverse_scale: Array, clip: Array | float, scalars: Array, found_inf: Array) -> None:
-    """Update whole buffers as `optim.optimizer.AdamW` does, in one kernel, which changes nothing where found_inf is set.
+    """Update whole buffers as `optim.adamw.AdamW` does, in one kernel, which changes nothing where found_inf is set.
 
     It does not write 16-bit weights: step 1 casts the masters, at 6 more bytes of memory traffic per parameter, of 32.
     """
@@ -51,4 +51,4 @@ def adamw(rule: Any, state: Any, inverse_scale: Array, clip: Array | float, scal
     )  # fmt: skip
 
 
-CUPY_PASSES: Mapping[str, Any] = {"measure": measure, "fold": fold, "AdamW": adamw}
+CUPY_PASSES: Mapping[str, Any] = {"measure": measure, "fold": fold, "adamw": adamw}

@@ -10,7 +10,7 @@ import numpy as np
 
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
-from refimpl.optim.optimizer import AdamW
+from refimpl.optim.adamw import AdamW
 from refimpl.tools.experiments.experiment import Experiment, Result
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import numpy as np
 
 from refimpl.backends.base import NUMPY
 from refimpl.nn.models.model import Parameter
-from refimpl.optim.optimizer import AdamW, Optimizer, Schedule
+from refimpl.optim.adamw import AdamW
+from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.schedule import Schedule
 from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES
 from refimpl.tools.experiments.experiment import Experiment, Result
