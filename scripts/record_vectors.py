@@ -445,7 +445,6 @@ def run_config(model: str, recipe: str) -> Config:
 def run_inputs(model: str) -> tuple[dict[str, Array], list[tuple[Array, Array]]]:
     """Return initial weights, with biases other than 0, and a batch of (tokens, targets) per step."""
     config, stream = run_config(model, "fp32"), Stream(SEED + 8)
-    assert config.batch_size and config.block_size
     weights = {}
     for name, spec in config.make_model().parameters.items():
         spread = np.float32(spec.std * math.sqrt(3) or 0.1)

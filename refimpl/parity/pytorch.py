@@ -223,7 +223,6 @@ def import_torch() -> Any:
 
 def _batches(config: Config) -> Any:
     """Yield (tokens, targets, overflow) per step; overflow, true twice if S is dynamic: put an Inf into the gradients."""
-    assert config.block_size and config.batch_size and config.steps
     corpus, rng = load_corpus(config.data, config.block_size), np.random.default_rng(config.seed + 1)
     injected = {config.steps // 7, config.steps // 2} if config.loss_scale == "dynamic" and config.steps >= 7 else set()
     sizes = config.batch_size, config.block_size
@@ -232,7 +231,6 @@ def _batches(config: Config) -> Any:
 
 
 def _side_by_side(config: Config, weights: Tensors, batches: list[Any], theirs: PyTorchTraining) -> Comparison:
-    assert config.batch_size and config.block_size
     predictions = config.batch_size * (config.block_size if config.model == "gpt" else 1)
     ours, result, trace = RefimplRun(config, weights), Comparison(config.recipe, predictions), Trace()
     theirs.write_states(trace, 0)

@@ -166,7 +166,6 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        assert config.n_layer and config.n_head and config.n_embd and config.block_size
         width, bias = config.n_embd, config.bias
         self.transformer = nn.ModuleDict(
             {
@@ -203,7 +202,6 @@ class ByteMLP(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        assert config.n_layer and config.n_embd and config.block_size
         width = 4 * config.n_embd
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         sizes = [config.block_size * config.n_embd] + [width] * config.n_layer
@@ -255,7 +253,6 @@ class PyTorchTraining:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        assert config.lr is not None
         groups = [
             {"params": [p for p in self.masters.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.masters.values() if p.dim() < 2], "weight_decay": 0.0},
@@ -267,7 +264,6 @@ class PyTorchTraining:
     def _lr(self) -> float:
         """Return the learning rate after `updates` updates: linear warm-up, then constant, or linear or cosine decay."""
         c, t = self.config, self.updates
-        assert c.lr is not None and c.min_lr is not None and c.steps is not None
         if t < c.warmup:
             return c.lr * (t + 1) / (c.warmup + 1)
         if c.schedule == "constant":

@@ -304,7 +304,6 @@ def checked_start(start: Mapping[str, np.ndarray], training: Training) -> Mappin
 
 def batches_of(config: Config, source: Trace | None) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Yield the batches of `config.steps` steps, from a trace or sampled as the trainer does. Errors: UsageError."""
-    assert config.block_size and config.batch_size and config.steps
     if source is not None:
         for step in source.steps[: config.steps]:
             batches = source.inputs(step)

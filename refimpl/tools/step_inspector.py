@@ -177,7 +177,6 @@ def inspect_steps(
 
 def _train(config: Config, parameter: str) -> Iterator[_Observed]:
     """Train, and yield after every step the data of a report on one parameter."""
-    assert config.batch_size is not None and config.block_size is not None
     corpus, training = load_corpus(config.data, config.block_size), start(config)
     state, scale = training.state, training.loss_scale
     batches = generator(config.seed, BATCHES)

@@ -1,6 +1,7 @@
 """A training run: settings, data, the loop over steps, logs and checkpoints.
 
-    config.py, schema.py      the settings of a run, checked; checks of data read from JSON
+    config.py, schema.py      the settings of a run: flags as given, and all of them, checked; checks of data read from JSON
+    resume.py                 which settings a resumed run may change
     setup.py                  the objects of a run that a step takes; faults that are injected into them
     trainer.py, run.py        the loop over steps; a run in a folder, from start to report
     data.py, ngrams.py        corpora and batches; the losses that a model must beat

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias
 
 from refimpl.backends.base import Backend, get_backend
 from refimpl.distributed.collectives import Comm, Serial
@@ -39,30 +39,34 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """The defaults of the settings that depend on the model."""
 
+Flags: TypeAlias = Mapping[str, Any]
+"""The settings that are given, by flags of scripts/train.py or by a file, under the names of Config's fields. A setting that is
+absent or None is not given."""
+
 SCALER_SETTINGS = ("growth_factor", "backoff_factor", "scale_floor")
 """Settings of a loss scale that are None if they are the project's own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings of one run: the flags of scripts/train.py, with nanoGPT's names. None means the model's default.
+    """The settings of one run, complete and checked, with nanoGPT's names. `Config.of` makes one from the flags that are given.
 
-    `free` in a field's metadata marks settings that may change when a run is resumed. Other `steps` change the schedule of the
-    learning rate. Another `backend` or number of ranks, or with micro-batches another `zero`, may change last bits. The other
-    free settings do not affect training.
+    A field without a default here has one that depends on others, as the comments say. None means: masters_from, as the recipe
+    says; hysteresis, growth_factor, backoff_factor, scale_floor, as the project of the loss scale has it, or none; zero, a run
+    by itself, not one of several ranks.
     """
 
     model: str = "gpt"
     recipe: str = "fp16"
-    backend: str = field(default="numpy", metadata={"free": True})
+    backend: str = "numpy"
     data: str = "pydoc"
     examples: str = "blocks"
-    steps: int | None = field(default=None, metadata={"free": True})
-    batch_size: int | None = None
-    block_size: int | None = None
-    n_layer: int | None = None
-    n_head: int | None = None
-    n_embd: int | None = None
+    steps: int  # this and the next five by the model: MODEL_DEFAULTS
+    batch_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
     vocab_size: int = 256
     bias: bool = True
     optimizer: str = "adamw"
@@ -70,18 +74,18 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    lr: float | None = None
-    min_lr: float | None = None
+    lr: float  # by the model
+    min_lr: float  # lr / 10; lr if the schedule is constant
     schedule: str = "cosine"
     warmup: int = 50
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # 0 for sgd
     clip: float = 1.0
     grad_accum: int = 1
     ignore_index: int = IGNORE_INDEX
     loss_mean: str = "tokens"
     masters_from: str | None = None
     attention: str = "unfused"
-    loss_scale: str | None = None
+    loss_scale: str  # the recipe's
     init_scale: float = 65536.0
     growth_interval: int = 2000
     hysteresis: int | None = None
@@ -90,48 +94,22 @@ class Config:
     scale_floor: float | None = None
     seed: int = 0
     mistake: str = "none"
-    eval_every: int = field(default=100, metadata={"free": True})
-    eval_batches: int = field(default=20, metadata={"free": True})
-    log_every: int = field(default=10, metadata={"free": True})
-    sample_bytes: int = field(default=300, metadata={"free": True})
-    zero: int | None = field(default=None, metadata={"free": True})
+    eval_every: int = 100
+    eval_batches: int = 20
+    log_every: int = 10
+    sample_bytes: int = 300
+    zero: int | None = None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Config:
+    def of(cls, flags: Flags) -> Config:
         """Return the configuration with defaults for the settings that are not given, all of it checked.
 
         Errors: UsageError that names the flag and what it must be.
         """
-        check_types(given)
-        config = cls(**given)
-        if config.model not in MODEL_DEFAULTS:
-            raise UsageError(unknown("model", config.model, MODEL_DEFAULTS))
-        recipe = get_recipe(config.recipe)
-        filled = {**MODEL_DEFAULTS[config.model], **{k: v for k, v in asdict(config).items() if v is not None}}
-        filled.setdefault("min_lr", filled["lr"] / (1 if filled["schedule"] == "constant" else 10))
-        filled.setdefault("masters_from", None)
-        filled.setdefault("zero", None)
-        filled |= {name: filled.get(name) for name in SCALER_SETTINGS}
-        filled.setdefault("loss_scale", recipe.loss_scale)
-        if filled["optimizer"] == "sgd" and "weight_decay" not in given:
-            filled["weight_decay"] = 0.0
-        cls._fill_loss_scale(filled, given)
-        config = cls(**{f.name: filled[f.name] for f in fields(cls)})
+        check_types(flags)
+        config = cls(**_resolve({name: value for name, value in flags.items() if value is not None}))
         config._check()
         return config
-
-    @staticmethod
-    def _fill_loss_scale(filled: dict[str, Any], given: Mapping[str, Any]) -> None:
-        """Fill in the defaults of a named loss scaler. Configurations call 'torch' 'dynamic'."""
-        scaler = find_scaler(filled["loss_scale"])
-        filled.setdefault("hysteresis", scaler.hysteresis if scaler is not None and scaler.hysteresis > 1 else None)
-        if scaler is None:
-            return
-        if scaler.name == "torch":
-            filled["loss_scale"] = "dynamic"
-        filled |= {name: getattr(scaler, name) for name in ("init_scale", "growth_interval") if given.get(name) is None}
-        own = {"growth_factor": 2.0, "backoff_factor": 0.5, "scale_floor": scaler.floor}
-        filled |= {name: None for name, value in own.items() if filled[name] == value}
 
     def _check(self) -> None:
         least = {"steps": 1, "batch_size": 1, "block_size": 1, "n_layer": 1, "n_embd": 1, "grad_accum": 1, "eval_every": 1}
@@ -140,13 +118,13 @@ class Config:
             least["n_head"] = 1
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
-                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: it must be at least {minimum}")
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}: it must be at least {minimum}")
         for name in ("lr", "init_scale"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: it must be positive and finite")
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}: it must be positive and finite")
         for name in ("min_lr", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: it must be 0 or more and finite")
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}: it must be 0 or more and finite")
         self._check_optimizer()
         if self.masters_from not in (None, *MASTERS_FROM):
             raise UsageError(f"--masters-from is {self.masters_from!r}: choose {' or '.join(MASTERS_FROM)}")
@@ -174,7 +152,7 @@ class Config:
             raise UsageError(unknown("optimizer", self.optimizer, ("adamw", "sgd")))
         for name in ("momentum", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: it must be 0 or more and below 1")
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}: it must be 0 or more and below 1")
         smallest, largest = FORMATS["fp32"].smallest_normal, FORMATS["fp32"].max
         if not smallest <= self.eps <= largest:
             raise UsageError(
@@ -183,20 +161,11 @@ class Config:
             )
         for name in ("momentum",) if self.optimizer == "adamw" else ("beta1", "beta2", "eps"):
             if getattr(self, name) != getattr(Config, name):
-                raise UsageError(f"{_flag(name)} is {getattr(self, name)}: --optimizer {self.optimizer} has none")
+                raise UsageError(f"{flag(name)} is {getattr(self, name)}: --optimizer {self.optimizer} has none")
         if self.schedule not in SCHEDULES:
             raise UsageError(unknown("schedule", self.schedule, SCHEDULES))
         if self.schedule == "constant" and self.min_lr != self.lr:
             raise UsageError(f"--min-lr is {self.min_lr}: leave it out, since --schedule constant stays at --lr, {self.lr}")
-
-    def conflicts(self, saved: Mapping[str, Any]) -> list[str]:
-        """Return, per flag, how this run differs from a saved one in the settings that a resumed run must not change.
-
-        A setting missing from `saved` did not exist when the run was saved: it had today's default.
-        """
-        here = asdict(self)
-        there = {f.name: saved.get(f.name, f.default) for f in fields(self) if not f.metadata.get("free")}
-        return [f"{_flag(k)} {value} there, {here[k]} here" for k, value in there.items() if value != here[k]]
 
     def make_model(self) -> Model:
         """Return the model of these sizes."""
@@ -204,7 +173,7 @@ class Config:
         sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.model == "mlp":
             return mlp_model(MLPConfig(**sizes), *how)
-        return gpt_model(GPTConfig(n_head=self.n_head or 0, bias=self.bias, **sizes), *how)
+        return gpt_model(GPTConfig(n_head=self.n_head, bias=self.bias, **sizes), *how)
 
     @property
     def no_target(self) -> int | None:
@@ -219,7 +188,6 @@ class Config:
 
     def make_schedule(self) -> Schedule:
         """Return the schedule of the learning rate."""
-        assert self.lr is not None and self.min_lr is not None and self.steps is not None
         return Schedule(self.lr, self.min_lr, self.warmup, self.steps, self.schedule)
 
     def make_optimizer(self, backend: Backend) -> Optimizer:
@@ -228,7 +196,6 @@ class Config:
 
     def make_loss_scale(self, xp: Any = None) -> LossScale:
         """Return the loss scale of --loss-scale, or the recipe's."""
-        assert self.loss_scale is not None
         more: dict[str, Any] = {} if xp is None else {"xp": xp}
         knobs = {name: getattr(self, name) for name in ("hysteresis", *SCALER_SETTINGS)}
         return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, **knobs, **more)
@@ -247,7 +214,6 @@ class Config:
             state = State(model, encodings, backend, self.seed)
         else:
             state = ShardedState(model, encodings, backend, self.seed, comm, self.zero)
-        assert self.batch_size is not None
         if self.batch_size % comm.size:
             raise UsageError(
                 f"--batch-size {self.batch_size} cannot be shared equally by {comm.size} ranks: start a number that divides it"
@@ -272,27 +238,55 @@ class Config:
         return replace(recipe, policy=with_attention(recipe.policy, self.attention))
 
 
+def _resolve(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are given, with those defaults that depend on others."""
+    model = given.get("model", Config.model)
+    if model not in MODEL_DEFAULTS:
+        raise UsageError(unknown("model", model, MODEL_DEFAULTS))
+    settings = {**MODEL_DEFAULTS[model], **given}
+    constant = settings.get("schedule", Config.schedule) == "constant"
+    settings.setdefault("min_lr", settings["lr"] / (1 if constant else 10))
+    settings.setdefault("loss_scale", get_recipe(settings.get("recipe", Config.recipe)).loss_scale)
+    if settings.get("optimizer") == "sgd":
+        settings.setdefault("weight_decay", 0.0)
+    return _resolve_loss_scale(settings)
+
+
+def _resolve_loss_scale(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the defaults of a named loss scaler; where they are its own, None. 'torch' becomes 'dynamic'."""
+    scaler = find_scaler(settings["loss_scale"])
+    if scaler is None:
+        return settings
+    rule = "dynamic" if scaler.name == "torch" else settings["loss_scale"]
+    starts = {"init_scale": scaler.init_scale, "growth_interval": scaler.growth_interval}
+    hysteresis = {"hysteresis": scaler.hysteresis} if scaler.hysteresis > 1 else {}
+    own = {"growth_factor": 2.0, "backoff_factor": 0.5, "scale_floor": scaler.floor}
+    others = {name: value for name, value in settings.items() if name not in own or value != own[name]}
+    return {**starts, **hysteresis, **others, "loss_scale": rule}
+
+
 _TYPES: dict[str, tuple[Any, str]] = {
     "str": (str, "a text"), "int": (Integral, "an integer"), "float": (Real, "a number"), "bool": (bool, "true or false"),
 }  # fmt: skip
 _LARGEST = 2**63 - 1
 
 
-def check_types(given: Mapping[str, Any]) -> None:
+def check_types(flags: Flags) -> None:
     """Check the type of each setting, which may come from a file. Errors: UsageError for an unknown setting or a wrong type."""
-    annotations = {f.name: str(f.type).partition(" | ") for f in fields(Config)}
-    for name, value in given.items():
-        if name not in annotations:
-            raise UsageError(unknown("setting", name, annotations))
-        kind, _, none = annotations[name]
+    known = {f.name: f for f in fields(Config)}
+    for name, value in flags.items():
+        if name not in known:
+            raise UsageError(unknown("setting", name, known))
+        kind, _, none = str(known[name].type).partition(" | ")
         python_type, what = _TYPES[kind]
-        if value is None and none:
+        if value is None and (none or known[name].default is MISSING):  # not given
             continue
         if not isinstance(value, python_type) or isinstance(value, bool) != (kind == "bool"):
-            raise UsageError(f"{_flag(name)} is {value!r:.60}: it must be {what}")
+            raise UsageError(f"{flag(name)} is {value!r:.60}: it must be {what}")
         if kind == "int" and abs(int(value)) > _LARGEST:
-            raise UsageError(f"{_flag(name)} is about 2^{int(value).bit_length()}: it must be below 2^63")
+            raise UsageError(f"{flag(name)} is about 2^{int(value).bit_length()}: it must be below 2^63")
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return the flag of a setting: 'n_layer' -> '--n-layer'."""
     return "--" + name.replace("_", "-")

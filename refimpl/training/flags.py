@@ -67,7 +67,7 @@ NUMBERS = {"momentum", "beta1", "beta2", "eps", "lr", "min_lr", "weight_decay", 
 
 def _default(name: str) -> str:
     per_model = [f"{model} {values[name]}" for model, values in MODEL_DEFAULTS.items() if name in values]
-    default = getattr(Config, name)
+    default = getattr(Config, name, None)
     return f" ({', '.join(per_model)})" if per_model else "" if default is None else f" ({default})"
 
 

@@ -50,14 +50,12 @@ class Need:
 
 def n_params(config: Config) -> int:
     """Return the number of parameters of a run's model, computed from models of one and two layers: --n-layer may be 10^9."""
-    assert config.n_layer is not None
     one, two = (replace(config, n_layer=n).make_model().n_params for n in (1, 2))
     return one + (config.n_layer - 1) * (two - one)
 
 
 def need(config: Config, ranks: int = 1, on_machine: int = 1) -> Need:
     """Return the needs of a run on a machine that `on_machine` of its ranks share."""
-    assert config.batch_size is not None and config.block_size is not None and config.steps is not None
     recipe, rule, n = config.make_recipe(), config.make_rule(), n_params(config)
     states = sum(per_rank(n, recipe.bytes_by_buffer(rule.moments, config.grad_accum), config.zero or 0, ranks).values())
     if config.backend == "cupy":  # the host samples the first weights; the device reports its own lack of memory

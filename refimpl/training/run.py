@@ -24,7 +24,7 @@ from refimpl.distributed.zero import exchanged
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.nn.models.model import Model
 from refimpl.training.checkpoint_states import read_weights, start_from
-from refimpl.training.config import Config
+from refimpl.training.config import Config, Flags
 from refimpl.training.console import printable
 from refimpl.training.generate import sample
 from refimpl.training.metrics import plot_run, read_metrics
@@ -54,7 +54,7 @@ MANY_SKIPPED = 0.1
 
 
 def train(
-    given: dict[str, Any],
+    given: Flags,
     out: Path | None,
     resume: bool,
     overwrite: bool,
@@ -123,7 +123,6 @@ def _resume(trainer: Trainer) -> int:
     planned, weights = read_config(folder)["steps"], first_weights(folder)
     trainer.restore()
     done, steps = trainer.progress.step, config.steps
-    assert steps is not None
     if done == steps:
         print(f"already at step {done} of {steps}; give --steps N for more")
         return 0
@@ -165,7 +164,7 @@ def _train(trainer: Trainer, baselines: NgramBaselines, note: str) -> int:
         trainer.stop.saying = SAVED
         if not trainer.stopping():
             _report(trainer, baselines, trainer.progress.step - done)
-        elif trainer.progress.step < (steps or 0):
+        elif trainer.progress.step < steps:
             print(f"\nstopped after step {trainer.progress.step} of {steps}; continue with: --resume --out {folder}")
             _draw(trainer, baselines)
         else:
@@ -257,10 +256,9 @@ def warn(trainer: Trainer) -> None:
 def _exchanged(trainer: Trainer, counted: float) -> str:
     """Return the line with the bytes that a rank received per step, counted and as ZeRO predicts them."""
     config, model, comm = trainer.config, trainer.model, trainer.comm
-    assert config.zero is not None
     states = trainer.recipe.bytes_by_buffer(config.make_rule().moments, config.grad_accum)
     again = sum(int(np.prod(model.parameters[name].shape)) for name in set(model.tied.values()))
-    predicted = float(exchanged(model.n_params, states, config.zero, comm.size, again, config.grad_accum))
+    predicted = float(exchanged(model.n_params, states, config.zero or 0, comm.size, again, config.grad_accum))
     return (
         f"a rank received {counted:,.0f} bytes per step from the others; ZeRO stage {config.zero} predicts {predicted:,.0f}, "
         f"{predicted / model.n_params:.2f} bytes per parameter"

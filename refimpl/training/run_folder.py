@@ -17,8 +17,9 @@ import numpy as np
 from refimpl.distributed.collectives import Comm
 from refimpl.errors import UsageError
 from refimpl.training.checkpoint import FILE_NAME, write_text_atomically
-from refimpl.training.config import Config, check_types
+from refimpl.training.config import Config, Flags, check_types
 from refimpl.training.folder_lock import locked
+from refimpl.training.resume import refuse_changes
 from refimpl.training.schema import Table, Text, check
 
 CHECKPOINT = FILE_NAME
@@ -34,7 +35,7 @@ NAMED = ("optimizer", "schedule", "masters_from", "loss_scale", "mistake", "seed
 """Settings that appear in the name of a run's folder, beside model and recipe, if they are not the defaults."""
 
 
-def prepare_folder(given: dict[str, Any], out: Path | None, resume: bool, overwrite: bool) -> tuple[Config, Path]:
+def prepare_folder(given: Flags, out: Path | None, resume: bool, overwrite: bool) -> tuple[Config, Path]:
     """Return the configuration and the folder of a run. Nothing is written.
 
     A new run takes a folder without a checkpoint, or a new one under runs/ if `out` is None. With `resume`, settings that are
@@ -46,7 +47,8 @@ def prepare_folder(given: dict[str, Any], out: Path | None, resume: bool, overwr
         if out is None:
             raise UsageError("--resume needs --out DIR: the folder of the run to resume")
         saved = read_config(out)
-        return Config.of({**saved, **_that_may_change(saved, given)}), out
+        refuse_changes(saved, given)
+        return Config.of({**saved, **given}), out
     config = Config.of(given)
     if out is None:
         return config, next(path for path in numbered(Path("runs") / run_name(config)) if not path.exists())
@@ -158,17 +160,6 @@ def write_config(config: Config, folder: Path, init_from: Path | None = None) ->
     """Write config.json. init_from: the file with the first weights, if any. Errors: UsageError."""
     started = {} if init_from is None else {INIT_FROM: str(init_from)}
     write_text_atomically(folder / CONFIG, json.dumps({**asdict(config), **started}, indent=2) + "\n")
-
-
-def _that_may_change(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings given for a resumed run. Errors: UsageError if one changes that determines the numbers."""
-    fixed = {f.name: saved.get(f.name, f.default) for f in fields(Config) if not f.metadata.get("free")}
-    for name, value in given.items():
-        if name in fixed and value != fixed[name]:
-            raise UsageError(
-                f"the run in --out has {name.replace('_', '-')} {fixed[name]}, not {value}: it cannot be resumed as another run"
-            )
-    return given
 
 
 def read_config(folder: Path) -> dict[str, Any]:

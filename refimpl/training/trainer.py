@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from refimpl.training.config import Config
 from refimpl.training.data import Corpus, load_corpus, sample_batch, sequential_batches
 from refimpl.training.generate import check_has_bytes, mean_loss
 from refimpl.training.metrics import MetricsLog, read_metrics
+from refimpl.training.resume import checkpoint_settings, conflicts
 from refimpl.training.run_folder import CHECKPOINT, METRICS
 from refimpl.training.setup import NO_FAULTS, Fault, Training, find_fault
 from refimpl.training.signals import Stop
@@ -74,7 +75,6 @@ class Trainer:
     def __init__(
         self, config: Config, folder: Path, comm: Comm | None = None, faults: Mapping[str, Fault] = NO_FAULTS
     ) -> None:
-        assert config.block_size is not None
         check_has_bytes(config.vocab_size, "--vocab-size")
         self.config, self.folder, self.comm = config, folder, comm or Serial()
         self.writes = self.comm.rank == 0
@@ -103,7 +103,6 @@ class Trainer:
         Errors: TrainingStopped if training cannot continue; the last checkpoint stays.
         """
         steps = self.config.steps
-        assert steps is not None
         self._window_start = time.perf_counter()
         self._rules.first_step = self.progress.step + 1
         with self.stop:
@@ -144,7 +143,6 @@ class Trainer:
     def next_batches(self) -> list[Batch]:
         """Return this rank's rows of the next step's micro-batches, which all ranks sample alike from the training part."""
         batch_size, block_size = self.config.batch_size, self.config.block_size
-        assert batch_size is not None and block_size is not None
         rows = shares_of(batch_size, self.comm.size)[self.comm.rank]
         micro_batches = []
         for _ in range(self.config.grad_accum):
@@ -159,7 +157,7 @@ class Trainer:
         if not self._pending:
             return
         seconds = time.perf_counter() - self._window_start
-        tokens = self.config.batch_size * self.config.block_size * self.config.grad_accum  # type: ignore[operator]
+        tokens = self.config.batch_size * self.config.block_size * self.config.grad_accum
         rate = tokens * len(self._pending) / seconds
         rows = [_row(step, result, rate) for step, result, _ in self._pending]
         self._log(rows)
@@ -194,7 +192,6 @@ class Trainer:
         Return None if a signal asked to stop before the last batch.
         """
         config = self.config
-        assert config.batch_size is not None and config.block_size is not None
         sizes, no_target = (config.batch_size, config.block_size), config.no_target
         self.state.weights_down()
         batches: Iterable[tuple[np.ndarray, np.ndarray]]
@@ -220,12 +217,11 @@ class Trainer:
     def _header(self) -> dict[str, Any]:
         """Return the checkpoint's header: what determines the rest of the run, beside arrays. Without times and paths, so that
         equal runs write equal bytes."""
-        bound = [f.name for f in fields(self.config) if not f.metadata.get("free") and f.name != "data"]
         return {
             "model": self.model.name,
             "sizes": dict(self.model.config),
             "recipe": self.recipe.name,
-            "config": {name: getattr(self.config, name) for name in bound},
+            "config": checkpoint_settings(self.config),
             "corpus": self.corpus.description,
             "progress": asdict(self.progress),
             "t": int(self.state.t),
@@ -265,9 +261,9 @@ class Trainer:
         check_run_header(path, header)
         if header["corpus"] != self.corpus.description:
             raise UsageError(f"{path} was trained on other data than --data {self.config.data} has now")
-        conflicts = self.config.conflicts({**header["config"], "data": self.config.data})
-        if conflicts:
-            raise UsageError(f"{path} is another run: {'; '.join(conflicts)}")
+        other = conflicts(self.config, header["config"])
+        if other:
+            raise UsageError(f"{path} is another run: {'; '.join(other)}")
         sizes = dict(self.model.config)
         if {**sizes, **header["sizes"]} != sizes:
             raise UsageError(f"{path} is of a model with the sizes {header['sizes']}, not those of its run: it is damaged")
@@ -283,7 +279,7 @@ class Trainer:
             raise UsageError(f"{path} has a damaged loss scale: {error}") from error
         self.batches.bit_generator.state = header["generator"]
         self.progress = progress
-        if self.progress.step > (self.config.steps or 0):
+        if self.progress.step > self.config.steps:
             raise UsageError(f"{path} is at step {self.progress.step} already, --steps is {self.config.steps}")
 
 

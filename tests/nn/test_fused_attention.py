@@ -26,6 +26,7 @@ from refimpl.precision.policy import ATTENTION, Policy, with_attention
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.memory.measure import measure_run
 from refimpl.training.config import Config
+from refimpl.training.resume import conflicts
 
 Array = Any
 TINY: dict[str, Any] = {
@@ -84,7 +85,7 @@ def test_it_runs_in_every_recipe_and_keeps_what_was_predicted(recipe: str, kind:
 def test_it_is_part_of_the_configuration() -> None:
     c = Config.of({**TINY, "attention": "fused"})
     assert record(c).config["attention"] == "fused" and c.make_recipe().policy.fused_attention
-    assert c.conflicts({**vars(c), "attention": "unfused"}) == ["--attention unfused there, fused here"]
+    assert conflicts(c, {**vars(c), "attention": "unfused"}) == ["--attention unfused there, fused here"]
     with pytest.raises(UsageError, match="unknown attention 'x': choose one of unfused, fused, math"):
         Config.of({**TINY, "attention": "x"})
 

@@ -83,7 +83,6 @@ class RecipeRun:
         if self.ended:
             return
         config, state = self.config, self.training.state
-        assert config.batch_size is not None and config.block_size is not None
         sizes = config.batch_size, config.block_size
         batches = [sample_batch(corpus.train, *sizes, self.batches, config.no_target) for _ in range(config.grad_accum)]
         counted = len(self.losses) % COUNT_EVERY == COUNT_EVERY - 1
@@ -102,7 +101,6 @@ class RecipeRun:
     def finish(self, corpus: Corpus, seed: int) -> None:
         """Compute the validation loss; `seed` chooses the batches, the same for all runs."""
         config, rng = self.config, generator(seed, EVALUATION)
-        assert config.batch_size is not None and config.block_size is not None
         sizes = config.batch_size, config.block_size
         batches = (sample_batch(corpus.valid, *sizes, rng, config.no_target) for _ in range(config.eval_batches))
         self.training.state.weights_down()
@@ -202,7 +200,6 @@ def compare(
         raise UsageError(f"--seeds is {seeds}: it must be at least 2, to compare two runs")
     if perturbations < 1:
         raise UsageError(f"--perturbations is {perturbations}: it must be at least 1")
-    assert config.block_size is not None and config.steps is not None
     configs = [for_recipe(config, name) for name in recipes]
     others_configs = [replace(config, seed=config.seed + i) for i in range(1, seeds)]
     require_memory([need(each) for each in (*configs, *others_configs, *[config] * perturbations)], "the comparison")

@@ -144,7 +144,6 @@ def tape_lines(config: Config, training: Training, batch: Batch) -> dict[str, li
 def predicted_activations(config: Config) -> list[Term]:
     """Return the terms of the formula for a run's activations."""
     sizes, recipe = sizes_of(config), config.make_recipe()
-    assert config.batch_size is not None
     if isinstance(sizes, GPTConfig):
         return gpt_activations(sizes, recipe, config.batch_size, sizes.block_size)
     return mlp_activations(sizes, recipe, config.batch_size)
@@ -268,7 +267,6 @@ def _text(result: Measurement) -> str:
     parts.append(f"NOT as predicted: {'; '.join(result.wrong)}" if result.wrong else "All predictions are equal to the byte.")
     own = sizes_of(config)
     if isinstance(own, GPTConfig):
-        assert config.batch_size is not None
         parts.append(paper_text(own, config.make_recipe(), config.batch_size, own.block_size))
     return "\n\n".join(parts)
 
@@ -293,7 +291,6 @@ def paper_rows(config: Config) -> list[Row]:
     sizes = sizes_of(config)
     if not isinstance(sizes, GPTConfig):
         return []
-    assert config.batch_size is not None
     return against_paper(sizes, config.make_recipe(), config.batch_size, sizes.block_size)
 
 

@@ -57,7 +57,6 @@ class Source:
 
 def fresh(config: Config) -> Source:
     """Return a new run."""
-    assert config.steps is not None
     training = start(config, faults=MISTAKES)
     batches = _on_device(batches_of(config, None), training)
     return Source(f"a new run of {_steps(config.steps)}", config, training, batches, config.steps)
@@ -72,7 +71,6 @@ def from_trace(path: Path) -> Source:
     if not trace.config:
         raise UsageError(f"{path} holds no configuration: it must come from `scripts/trace.py record`")
     config = config_from(trace.config)
-    assert config.steps is not None
     config = replace(config, steps=max(config.steps, len(trace.steps)))
     trace, _ = checked(trace, config.make_model())
     training = start(config, faults=MISTAKES)
@@ -98,7 +96,7 @@ def from_checkpoint(folder: Path, steps: int) -> Source:
     saved, (_, header) = read_config(folder), checkpoint.load(folder / CHECKPOINT)
     check_run_header(folder / CHECKPOINT, header)
     done = header["progress"]["step"]  # perhaps further than planned: a run can be resumed with more steps
-    trainer = Trainer(Config.of({**saved, "steps": max(Config.of(saved).steps or 0, done + steps)}), folder, faults=MISTAKES)
+    trainer = Trainer(Config.of({**saved, "steps": max(Config.of(saved).steps, done + steps)}), folder, faults=MISTAKES)
     trainer.load_checkpoint()
     batches = (trainer.next_batches() for _ in range(steps))
     what = f"{_steps(steps)} from the checkpoint of {folder.name} at step {done}"
