@@ -6,11 +6,13 @@ of the masters: it updates `state.master`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 
+from refimpl.backends.base import Backend
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.optim.adamw import AdamW
@@ -18,7 +20,9 @@ from refimpl.optim.gradients import unscaled
 from refimpl.optim.schedule import Schedule
 from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
-from refimpl.precision.state_encodings import replace_unless
+from refimpl.precision.state_encodings import BufferSlices, replace_unless
+
+BuffersByKind = Mapping[str, BufferSlices]
 
 
 class Rule(Protocol):
@@ -73,6 +77,7 @@ class Optimizer:
         if state.backend.on_host and found_inf:  # reading found_inf costs nothing on the host; on a device it would wait
             return
         scalars = cast(self.scalars[state.t], state.math_format)
+        clip = clip if isinstance(clip, float) else widen(clip, state.math_format)
         fast = state.backend.passes.get(FAST_PASSES.get(type(self.rule), ""))
         if fast is not None and self._all_fp32(state):
             fast(self.rule, state, inverse_scale, clip, scalars, found_inf)
@@ -91,21 +96,42 @@ class Optimizer:
     def _update_block(
         self, state: State, block: slice, inverse_scale: Array, clip: Array | float, scalars: Array, found_inf: Array
     ) -> None:
-        fmt, xp = state.math_format, state.backend.xp
-        buffers = {kind: state.buffer_slices(kind, block) for kind in self._updated(state)}
-        new = buffers
-        if not state.backend.on_host:  # found_inf is known to the device only: update a copy, then keep it or not
-            new = {kind: {part: x.copy() for part, x in slices.items()} for kind, slices in buffers.items()}
-        w, *moments = (state.encodings[kind].read(slices, fmt) for kind, slices in new.items())
-        g = unscaled(state, block, inverse_scale)
-        g *= clip if isinstance(clip, float) else widen(clip, fmt)
-        for start, stop in state.layout.decayed:
-            overlap = slice(max(start - block.start, 0), max(stop - block.start, 0))
-            self.rule.decay(w[overlap], g[overlap], scalars)
-        encoding = state.encodings[state.master_kind]
-        encoding.change(new[state.master_kind], w, lambda x: self.rule.update_block(x, g, moments, scalars, xp))
-        for (kind, slices), values in zip(new.items(), (w, *moments), strict=True):
-            state.write(kind, slices, values, f"update.{kind}", block.start)
-        if not state.backend.on_host:
-            for kind, slices in buffers.items():
-                replace_unless(found_inf, slices, new[kind], xp)
+        kinds = self._updated(state)
+        with changed_unless(found_inf, {kind: state.buffer_slices(kind, block) for kind in kinds}, state.backend) as stored:
+            # 1. Read masters and moments in FP32: where they are stored so, the buffers themselves, else decoded copies.
+            w, *moments = (state.encodings[kind].read(stored[kind], state.math_format) for kind in kinds)
+
+            # 2. Unscale the gradients, then clip them.
+            g = unscaled(state, block, inverse_scale)
+            g *= clip
+
+            # 3. Decay the matrices.
+            for start, stop in state.layout.decayed:
+                matrix = slice(max(start - block.start, 0), max(stop - block.start, 0))
+                self.rule.decay(w[matrix], g[matrix], scalars)
+
+            # 4. Update. Kahan summation has the rule update zeros, and adds what it makes of them to w.
+            def update(values: Array) -> None:
+                self.rule.update_block(values, g, moments, scalars, state.backend.xp)
+
+            state.encodings[kinds[0]].change(stored[kinds[0]], w, update)
+
+            # 5. Write: round to the stored formats. What was read from the buffers themselves is there already.
+            for kind, values in zip(kinds, (w, *moments), strict=True):
+                state.write(kind, stored[kind], values, f"update.{kind}", block.start)
+
+
+@contextmanager
+def changed_unless(found_inf: Array, stored: BuffersByKind, backend: Backend) -> Iterator[BuffersByKind]:
+    """Yield the arrays to change for the update of a block; afterwards those of `stored` are changed unless found_inf is set.
+
+    On the host `Optimizer.update` has looked at found_inf, and they are `stored` itself. On a device nobody knows found_inf
+    without waiting: they are copies, and the device chooses between old and new.
+    """
+    if backend.on_host:
+        yield stored
+        return
+    new = {kind: {part: x.copy() for part, x in parts.items()} for kind, parts in stored.items()}
+    yield new
+    for kind, parts in stored.items():
+        replace_unless(found_inf, parts, new[kind], backend.xp)
