@@ -105,6 +105,18 @@ def test_fp64_is_pythons_own_reading_of_a_fraction() -> None:
         assert round_to_nearest_even(tie, "fp64") == float(tie)
 
 
+@pytest.mark.parametrize("fmt", ["fp16", "fp32"])
+def test_it_is_numpys_own_conversion_from_fp64(fmt: str) -> None:
+    """NumPy rounds FP64 to FP16 once, not by way of FP32."""
+    rng = np.random.default_rng(4)
+    anywhere = rng.standard_normal(1000) * 2.0 ** rng.integers(-152, 130, 1000)
+    ties = (1 + rng.integers(0, 2**12, 500) / 2.0**12) * 2.0 ** rng.integers(-30, 18, 500)
+    x = np.concatenate([anywhere, ties, ties * (1 + 2.0**-45), -ties * (1 - 2.0**-45)])
+    with np.errstate(over="ignore"):
+        theirs = x.astype(dtype_of(fmt)).tolist()
+    assert [round_to_nearest_even(number, fmt) for number in x.tolist()] == theirs
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_steps_are_the_number(fmt: str) -> None:
     rng = np.random.default_rng(1)

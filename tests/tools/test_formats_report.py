@@ -8,7 +8,6 @@ import json
 import math
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +21,7 @@ from script_loader import load_script
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import FORMATS
+from refimpl.tools.formats.numbers import read_number, shown
 from refimpl.tools.formats.plot import plot_formats, spacing
 from refimpl.tools.formats.report import (
     COMMON,
@@ -30,12 +30,9 @@ from refimpl.tools.formats.report import (
     facts_text,
     number_data,
     numbers_text,
-    read_number,
     remarks,
     resolution,
-    rounded_once,
     show_formats,
-    shown,
     store,
 )
 
@@ -358,30 +355,6 @@ def test_what_is_stored_is_what_cast_stores_and_off_by_half_an_ulp_at_most(fmt: 
             assert abs(stored.error_ulps) <= limit or "raised" in stored.happened
             assert (stored.error_ulps == 0) == stored.happened.startswith("exact")
             assert (stored.error_ulps > 0) == (stored.value > number)
-
-
-@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt not in ("fp64", "e8m0")])
-def test_rounding_once_is_the_nearest_value_with_an_even_fraction_at_ties(fmt: str) -> None:
-    """Against exact arithmetic: neither neighbor is nearer, and at a tie the code is even."""
-    row = FORMATS[fmt]
-    for number in samples(2):
-        once = rounded_once(number, fmt)
-        if not row.smallest_normal <= abs(once) <= row.max:
-            continue
-        e = math.frexp(once)[1] - 1
-        above = math.ldexp(row.eps, e)
-        below = above / 2 if abs(once) == 2.0**e > row.smallest_normal else above
-        away = (Fraction(number) - Fraction(once)) * (1 if once > 0 else -1)
-        assert -Fraction(below) / 2 <= away <= Fraction(above) / 2
-        if away == Fraction(above) / 2:
-            assert (abs(once) / above) % 2 == 0
-
-
-@pytest.mark.parametrize("fmt", ["fp16", "fp32"])
-def test_rounding_once_is_numpys_own_conversion(fmt: str) -> None:
-    for number in samples(3):
-        if abs(number) < 65504:
-            assert rounded_once(number, fmt) == float(np.array(number).astype(FORMATS[fmt].dtype))
 
 
 @pytest.mark.parametrize("fmt", ["fp64", "fp32", "fp16", "bf16", "e4m3", "e5m2"])

@@ -4,6 +4,7 @@
     python scripts/formats.py 0.1 65519.99 65520 6e-8 1e-3       each number in the common formats: bits, error, what happened
     python scripts/formats.py 1+2^-11+2^-30 --format fp16,bf16   rounded twice, as PyTorch rounds FP64 to 16 bits
     python scripts/formats.py 448 464.1 -inf --format e4m3 --overflow inf
+    python scripts/formats.py 0.1 65520 --explain fp16           how a number is rounded, step by step
     python scripts/formats.py --plot                             spacing and ranges, drawn in formats.png
 """
 
@@ -34,6 +35,9 @@ def parser() -> Parser:
         "--overflow", choices=("saturate", "inf"), default="saturate",
         help="in formats of 8 bits and fewer, numbers that are too large become the largest value, or Inf or NaN (saturate)",
     )  # fmt: skip
+    result.add_argument(
+        "--explain", metavar="NAME,...", help="show step by step how these formats round each number, from its exact value"
+    )
     result.add_argument(
         "--plot", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"also draw the formats (a new {PICTURE})"
     )

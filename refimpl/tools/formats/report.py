@@ -1,22 +1,22 @@
-"""The `formats` command: the facts of each format, and how it stores a given number."""
+"""The `formats` command: the facts of each format, and how it stores a given number. Lessons: `explain.py`."""
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.numerics.bits import bit_string
 from refimpl.numerics.casts import cast
-from refimpl.numerics.formats import FORMATS, digits, ulp
+from refimpl.numerics.formats import FORMATS, ulp
+from refimpl.numerics.rounding import round_to_nearest_even
+from refimpl.tools.formats.explain import explained
+from refimpl.tools.formats.numbers import Number, convention, fields, power_of_two, read_number, shown
 from refimpl.tools.formats.plot import plot_formats
 from refimpl.tools.precision_report.counts import Effects, effects_of
 from refimpl.training.console import json_text, table
@@ -32,15 +32,22 @@ def show_formats(
     plot: Path | None = None,
     overwrite: bool = False,
     as_json: bool = False,
+    explain: str | None = None,
 ) -> None:
     """Print the facts of the formats or, if there are `values`, how each format stores them.
 
     values: texts for `read_number`. formats: comma-separated names. overflow: argument of `cast` for formats of 8 bits and
-    fewer. plot: a file to draw the formats in. Errors: UsageError for arguments that cannot be read, or a file that cannot be
-    written.
+    fewer. plot: a file to draw the formats in. explain: formats, as `formats`, in which to show each rounding step by step.
+    Errors: UsageError for arguments that cannot be read or do not go together, or a file that cannot be written.
     """
     chosen = chosen_formats(formats) if formats is not None else None
     given = [read_number(text) for text in values]
+    if explain is not None:
+        if not given or chosen or as_json or plot:
+            wrong = "instead of --format, --json and --plot" if given else "with a number: formats.py 0.1 --explain fp16"
+            raise UsageError(f"--explain prints how a number is rounded: give it {wrong}")
+        print("\n\n".join(explained(number, fmt, overflow) for number in given for fmt in chosen_formats(explain)))
+        return
     if plot is not None:
         shown = chosen or [fmt for fmt in FORMATS if fmt != "fp64"]  # on fp64's scale the others would be dots
         print(f"drawn: {plot_formats(plot, shown, overwrite)}", file=sys.stderr)
@@ -124,13 +131,7 @@ def _as_torch(value: float) -> str:
 
 
 def _with_power(value: float | None) -> str:
-    return "-" if value is None else f"{_as_torch(value)} ({_power_of_two(value)})"
-
-
-def _power_of_two(value: float) -> str:
-    """Return '2^-24' for 2^-24, '-2^3' for -8, and '' for a value that is not a power of two."""
-    significand, exponent = math.frexp(value)
-    return f"{'-' * (value < 0)}2^{exponent - 1}" if abs(significand) == 0.5 else ""
+    return "-" if value is None else f"{_as_torch(value)} ({power_of_two(value)})"
 
 
 def remarks(chosen: Sequence[str]) -> list[str]:
@@ -164,8 +165,8 @@ def remarks(chosen: Sequence[str]) -> list[str]:
         (
             {"fp16"},
             "`tiny` of torch.finfo is the smallest normal value, not the smallest value: below"
-            f" {_power_of_two(fp16.smallest_normal)} fp16 has"
-            f"\n  subnormal values at a distance of {_power_of_two(fp16.smallest_subnormal)}.",
+            f" {power_of_two(fp16.smallest_normal)} fp16 has"
+            f"\n  subnormal values at a distance of {power_of_two(fp16.smallest_subnormal)}.",
         ),
         (
             {"e4m3"},
@@ -182,67 +183,6 @@ def remarks(chosen: Sequence[str]) -> list[str]:
         ),
     ]
     return [remark for about, remark in every if about <= set(chosen)]
-
-
-# ---------------------------------------------------------------------------------------------------- numbers as written
-
-_UNSIGNED = r"""(?:
-    2\^[+-]?\d{1,4}                                                        # a power of two: 2^-24
-    | 0x(?:[\da-f]+\.?[\da-f]*|\.[\da-f]+)(?:p[+-]?\d{1,4})?               # a hexadecimal float: 0x1.8p-24
-    | (?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,4})?                                # a decimal: 6e-8
-)"""
-_FLAGS = re.VERBOSE | re.IGNORECASE | re.ASCII
-_TERM = re.compile(rf"[+-]?{_UNSIGNED}", _FLAGS)
-_SUM = re.compile(rf"[+-]?{_UNSIGNED}(?:[+-]{_UNSIGNED})*", _FLAGS)
-_WORD = re.compile(r"[+-]?(inf|infinity|nan)", _FLAGS)
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number as text and in FP64, and whether the two are equal."""
-
-    text: str
-    fp64: float
-    exact: bool
-
-
-def read_number(text: str) -> Number:
-    """Return a number from its text, rounded once to FP64.
-
-    The text may be '0.1', '-1e-8', '0x1p-24', '2^-24', a sum such as '1+2^-11+2^-30', 'inf' or 'nan'. Errors: UsageError.
-    """
-    if _WORD.fullmatch(text):
-        return Number(text, float(text), True)
-    try:
-        if not _SUM.fullmatch(text):
-            raise ValueError
-        terms = [_term(term) for term in _TERM.findall(text)]
-    except ValueError:
-        raise UsageError(
-            f"{text[:60] + ' ...' * (len(text) > 60)!r} is not a number; examples: "
-            f"0.1, -1e-8, 0x1p-24, 2^-24, 1+2^-11, inf, nan (exponents of up to four digits)"
-        ) from None
-    exactly = sum(terms, Fraction(0))
-    try:
-        fp64 = float(exactly)
-    except OverflowError:
-        fp64 = math.inf if exactly > 0 else -math.inf
-    if fp64 == 0 and len(terms) == 1 and text.startswith("-"):
-        fp64 = -0.0
-    return Number(text, fp64, math.isfinite(fp64) and Fraction(fp64) == exactly)
-
-
-def _term(text: str) -> Fraction:
-    """Return one term of a sum exactly. Errors: ValueError for more digits than Python reads."""
-    sign = -1 if text.startswith("-") else 1
-    text = text.lstrip("+-").lower()
-    if text.startswith("2^"):
-        return sign * Fraction(2) ** int(text[2:])
-    if text.startswith("0x"):
-        significand, _, power = text[2:].partition("p")
-        whole, _, fraction = significand.partition(".")
-        return sign * int(whole + fraction, 16) * Fraction(2) ** (int(power or 0) - 4 * len(fraction))
-    return sign * Fraction(text)
 
 
 # ---------------------------------------------------------------------------------------------------- numbers as stored
@@ -266,51 +206,31 @@ class Stored:
 def store(number: float, fmt: str, overflow: str = "saturate") -> Stored:
     """Round an FP64 number to a format by `cast`, and describe the result.
 
+    `cast` rounds FP64 numbers to FP32 first if the format is narrower, which is said where it changes the result.
     overflow: 'saturate' or 'inf', for formats of 8 bits and fewer; wider ones always overflow to infinity.
+    Source: Figueroa 1995, 'When is double rounding innocuous?'.
     """
     y = _cast(number, fmt, overflow)
     value = float(y)
     effects = effects_of(np.array(number), y, fmt)
     happened = _what_happened(number, value, fmt, effects)
-    once = float(_cast(rounded_once(number, fmt), fmt, overflow))
+    once = value if math.isnan(number) else round_to_nearest_even(number, fmt, convention(fmt, overflow))
     if once != value and not (math.isnan(once) and math.isnan(value)):
         happened += f", {_TWICE}; one rounding gives {shown(once, fmt)}"
     other_way = "inf" if overflow == "saturate" else "saturate"
     other = _cast(number, fmt, other_way)
-    if bit_string(other) != bit_string(y):
+    if fields(other, fmt) != fields(y, fmt):
         happened += f" (--overflow {other_way}: {shown(float(other), fmt)})"
     within = math.isfinite(number) and math.isfinite(value) and not effects.saturated
     error = (value - number) / ulp(fmt, number) if within else None
-    return Stored(_fields(y, fmt), value, shown(value, fmt), error, happened)
+    return Stored(fields(y, fmt), value, shown(value, fmt), error, happened)
 
 
 _TWICE = "through fp32"
 
 
 def _cast(number: float, fmt: str, overflow: str) -> Any:
-    return cast(np.array(number), fmt, overflow=overflow if FORMATS[fmt].bits <= 8 else None)
-
-
-def _fields(y: Any, fmt: str) -> str:
-    """Return a value's bits; for TF32 without the last 13, which are zero: it has 10 of the 23 fraction bits of fp32."""
-    dropped = FORMATS["fp32"].fraction_bits - FORMATS["tf32"].fraction_bits
-    return bit_string(y)[:-dropped] if fmt == "tf32" else bit_string(y)
-
-
-def rounded_once(number: float, fmt: str) -> float:
-    """Return the nearest value of a format, as if it had no largest value, in a single rounding from FP64.
-
-        round(|number| / ulp) * ulp        round: to the nearest integer, ties to even
-
-    `cast` first rounds to fp32, as PyTorch does: if that gives a tie, the second rounding can have another result.
-    e8m0 has no zero: numbers that would round to it become the smallest value. Infinities and NaN are returned unchanged.
-    Source: IEEE 754-2019 section 4.3.1 (roundTiesToEven); Figueroa 1995, 'When is double rounding innocuous?'.
-    """
-    if not math.isfinite(number):
-        return number
-    step = ulp(fmt, number)
-    nearest = math.copysign(round(abs(number) / step) * step, number)
-    return max(nearest, FORMATS[fmt].smallest_normal) if not FORMATS[fmt].sign_bits and number > 0 else nearest
+    return cast(np.array(number), fmt, overflow=convention(fmt, overflow))
 
 
 def _what_happened(number: float, value: float, fmt: str, effects: Effects) -> str:
@@ -329,17 +249,6 @@ def _what_happened(number: float, value: float, fmt: str, effects: Effects) -> s
     if effects.flushed:
         return "flushed to zero" + f", a {tie}" * bool(effects.tie)
     return (tie if effects.tie else "rounded") + ", subnormal" * bool(effects.subnormal)
-
-
-def shown(value: float, fmt: str) -> str:
-    """Return a value as text: exactly if 12 digits suffice, otherwise with as many digits as identify it in its format."""
-    if math.isnan(value):
-        return "NaN"
-    exactly = f"{value:.12g}"
-    if float(exactly) == value:
-        return exactly
-    power = _power_of_two(value)
-    return digits(value, fmt) + f" ({power})" * bool(power)
 
 
 def numbers_text(numbers: Sequence[Number], chosen: Sequence[str], overflow: str) -> str:
