@@ -34,7 +34,7 @@ for name in ("SIGINT", "SIGHUP"):  # a shell that starts tests in the background
 BLAS_TESTS = {
     f"test_{name}"
     for name in (
-        "accumulators", "attention", "autograd", "checkpoint", "compare_recipes", "ddp", "elementwise", "embedding",
+        "accumulators", "attention", "autograd", "by_hand", "checkpoint", "compare_recipes", "ddp", "elementwise", "embedding",
         "every_operation", "experiments", "fused_attention", "gradients", "ignored_targets", "inspect_precision",
         "linear", "loss", "mistakes", "models", "mpi", "norm", "numpy_ops", "onnx", "opinfo", "optimizer", "policy",
         "published", "quantization", "quantized_linear", "recorded", "run", "same_bits", "shape", "softmax", "step",

@@ -6,7 +6,7 @@ import argparse
 import ast
 
 import pytest
-from paths import COMMANDS, SCRIPTS
+from paths import COMMANDS, EXAMPLES, SCRIPTS
 from script_loader import load_script
 
 from refimpl.errors import UsageError, one_line, unknown
@@ -54,11 +54,13 @@ def test_one_line_and_exit_code_2(
 
 
 def test_every_script_has_this_parser() -> None:
-    """argparse's own prints its usage before an error. freeze_cupy_api.py runs where refimpl is not installed."""
+    """argparse's own prints its usage before an error. freeze_cupy_api.py runs where refimpl is not installed, examples
+    have no flags.
+    """
     commands = sorted(COMMANDS.glob("[!_]*.py"))
     scripts = [path for path in sorted(SCRIPTS.glob("*.py")) if path.name not in {command.name for command in commands}]
     for path in commands + scripts:
-        if path.name != "freeze_cupy_api.py":
+        if path.stem not in ("freeze_cupy_api", *EXAMPLES):
             names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
             assert "ArgumentParser" not in names and "Parser(" in path.read_text(), path.name
 

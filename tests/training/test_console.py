@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from paths import SCRIPTS
+from paths import EXAMPLES, SCRIPTS
 
 from refimpl.errors import UsageError
 from refimpl.training.console import printable
@@ -96,7 +96,7 @@ def test_one_line_for_each_end(error: BaseException, code: int, line: str, capsy
     assert ended.value.code == code and told.startswith(line) and told.count("\n") == 1
 
 
-ALL = sorted(path.stem for path in SCRIPTS.glob("*.py"))
+ALL = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem not in EXAMPLES)
 ASKED = {"train": "--help", "generate": "--help", "convert": "--help", "trace": "--help", "pytorch_trace": "--help",
          "compare_pytorch": "--help", "bench": "--help", "record_vectors": "--help", "gpu_check": "--predict",
          "compare_recipes": "--help", "inspect_precision": "--help", "loss_scale": "--compare"}  # fmt: skip

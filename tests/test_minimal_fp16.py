@@ -1,0 +1,51 @@
+"""scripts/minimal_fp16.py: short, without files, and what it shows: a scale that is found, and a model that learns."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+from paths import SCRIPTS
+from script_loader import load_script
+
+SCRIPT = SCRIPTS / "minimal_fp16.py"
+
+
+def test_it_is_short_and_has_no_config() -> None:
+    text = SCRIPT.read_text()
+    assert len(text.splitlines()) <= 60
+    modules = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    modules |= {name.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for name in node.names}
+    assert modules == {"typing", "numpy", "refimpl"} and "Config.of" not in text
+
+
+def test_the_first_steps_are_skipped_and_the_loss_falls(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-W", "error", SCRIPT], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    line = re.compile(r" *(\d+) +(\S+) 2\^(\d+) +(\d+)(  an overflow: skipped)?")
+    rows = [line.fullmatch(text) for text in done.stdout.splitlines()[1:]]
+    assert all(rows) and [int(row[1]) for row in rows if row] == list(range(1, 31))
+    losses, exponents, skips = ([float(row[i]) for row in rows if row] for i in (2, 3, 4))
+    skipped = [bool(row[5]) for row in rows if row]
+    # An untrained model gives each of 256 bytes the same probability: log 256 = 5.5. Nothing changes before the first update.
+    assert exponents[0] == 20 and skipped[0] and skipped[1] and not all(skipped[:5])
+    assert all(5.4 < x < 5.7 for x in losses[: skipped.index(False) + 1]) and losses[-1] < 3.5
+    assert skips == [sum(skipped[:i]) for i in range(1, 31)]
+    for before, after, was_skipped in zip(exponents, exponents[1:], skipped, strict=False):
+        assert after - before == -1 if was_skipped else after - before in (0, 1)
+    assert max(after - before for before, after in pairwise(exponents)) == 1  # it grows back once
+
+
+def test_batches_are_pieces_of_the_text_and_the_bytes_after_them() -> None:
+    import numpy as np
+
+    script = load_script("minimal_fp16")
+    tokens, targets = script.draw_batch(np.random.default_rng(0))
+    assert tokens.shape == targets.shape == (script.BATCH, script.BLOCK)
+    for piece, following in zip(tokens, targets, strict=True):
+        assert bytes([*piece, following[-1]]) in script.TEXT and np.array_equal(piece[1:], following[:-1])
