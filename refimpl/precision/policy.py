@@ -75,13 +75,20 @@ class Policy:
 
     def row(self, key: str, place: str = "") -> Precision:
         """Return the most specific row for an operation or a part of one. Rows of its place come before those of all places."""
+        return self.rows[self.row_key(key, place)]
+
+    def row_key(self, key: str, place: str = "") -> str:
+        """Return the key of that row.
+
+        For `linear.y` at `lm_head` it is the first that the table has of lm_head:linear.y, lm_head:linear, linear.y, linear, *.
+        """
         for prefix in (f"{place}:", ""):
             refined = key
             while refined:
                 if prefix + refined in self.rows:
-                    return self.rows[prefix + refined]
+                    return prefix + refined
                 refined = refined.rpartition(".")[0]
-        return self.rows[EVERY_OTHER]
+        return EVERY_OTHER
 
     @property
     def in_formats(self) -> bool:

@@ -7,13 +7,29 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from hand_training import Training
+from op_calls import SHAPES
+from op_calls import run as run_op
 
+from refimpl.backends.base import NUMPY
 from refimpl.errors import UsageError
+from refimpl.nn.models import GPTConfig, MLPConfig, Model, gpt_model, mlp_model
+from refimpl.nn.ops import OPS
 from refimpl.numerics.bits import bit_string
 from refimpl.numerics.formats import FORMATS, digits, ulp
 from refimpl.precision.policy import Policy, Precision
 from refimpl.precision.recipes import RECIPES, Recipe
-from refimpl.tools.recipes_table import recipe_text, recipes_data, recipes_text, show_recipes
+from refimpl.tools.recipes_table import (
+    MOVES,
+    PARTS,
+    applied_rows,
+    recipe_text,
+    recipes_data,
+    recipes_text,
+    rows_text,
+    shared_casts,
+    show_recipes,
+)
 from refimpl.training.console import json_text, table
 
 SMALL = ["fp16", "bf16", "e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "e8m0"]  # few enough values to look at each
@@ -166,3 +182,127 @@ def test_an_unknown_recipe_lists_the_names() -> None:
     with pytest.raises(UsageError) as caught:
         show_recipes("fp17")
     assert all(name in str(caught.value) for name in RECIPES)
+
+
+# ------------------------------------------------------------------------------------------- the row of each operation
+
+MODELS = {
+    "gpt": gpt_model(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=4, vocab_size=32)),
+    "mlp": mlp_model(MLPConfig(n_layer=1, n_embd=16, block_size=4, vocab_size=32)),
+}
+
+
+class Lookups:
+    """The keys and places that are looked up in policies from now on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: set[tuple[str, str]] = set()
+        look_up = Policy.row_key
+
+        def recorded(policy: Policy, key: str, place: str = "") -> str:
+            self.seen.add((key, place))
+            return look_up(policy, key, place)
+
+        monkeypatch.setattr(Policy, "row_key", recorded)
+
+    def names(self) -> set[tuple[str, str]]:
+        """Operations and parts with their places, without what is looked up and not used.
+
+        That is the row of an operation which has parts, and of one that computes nothing. `layernorm.y` is how the tape asks
+        for the format of a parameter of an operation without parts.
+        """
+        found = set()
+        for key, place in self.seen:
+            op, _, part = key.partition(".")
+            if op not in MOVES and (part or op not in PARTS):
+                found.add((key if op in PARTS else op, place))
+        return found
+
+
+def train_one_step(model: Model, recipe: str) -> None:
+    tokens = np.random.default_rng(0).integers(0, 32, (2, 4))
+    Training(NUMPY, model, recipe).step((tokens, tokens))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("recipe", ["fp16", "amp-fp16", "amp-bf16-cpu", "pure-bf16", "fp8", "nvfp4", "fp16-sums"])
+def test_every_row_of_a_training_step_is_printed(recipe: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups = Lookups(monkeypatch)
+    train_one_step(MODELS[model], recipe)
+    names = lookups.names()
+    policy, printed = RECIPES[recipe].policy, {row.name: row for row in applied_rows(RECIPES[recipe])}
+    for name, place in names:
+        if name == "cast":
+            continue
+        row = printed.get(f"{place}:{name}", printed.get(name))
+        assert row is not None, f"{name} at {place} is not printed"
+        assert (row.precision, row.key) == (policy.row(name, place), policy.row_key(name, place)), (name, place)
+    # and of an operation that ran, nothing is printed that it does not look up
+    ran = {name.partition(".")[0] for name, _ in names}
+    assert {name for name in printed if ":" not in name and name.partition(".")[0] in ran} == {name for name, _ in names}
+    casts = {place.rpartition(".")[2] for name, place in names if name == "cast"}  # 'lm_head.weight.fp16'
+    assert casts == {row.precision.out for row in shared_casts(RECIPES[recipe])}
+
+
+def test_a_step_of_both_models_looks_up_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control: the records are not empty, nor is the comparison above."""
+    lookups = Lookups(monkeypatch)
+    for model in MODELS.values():
+        train_one_step(model, "amp-fp16")
+    names = {name for name, _ in lookups.names()}
+    parts = {f"{op}.{part}" for op, of in PARTS.items() for part in of}
+    assert names >= parts | {"layernorm", "gelu_tanh", "relu", "add", "embedding", "cross_entropy", "fan_in", "cast"}
+    assert ("linear.dw", "transformer.h.0.mlp.c_fc") in lookups.names()
+
+
+@pytest.mark.parametrize("op", [op for op in SHAPES if op not in (*MOVES, "cast")])
+def test_the_rows_of_every_operation_are_printed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row.name for row in applied_rows(RECIPES["amp-fp16"]) if row.name.partition(".")[0] == op}
+    lookups, (inputs, params, static) = Lookups(monkeypatch), SHAPES[op].draw("fp32")
+    run_op("amp-fp16", op, inputs, params, **static)
+    assert rows == {name for name, _ in lookups.names()}
+
+
+@pytest.mark.parametrize("op", [*MOVES, "cast"])
+def test_operations_without_a_row_do_what_no_row_says(op: str) -> None:
+    inputs, params, static = SHAPES[op].draw("fp32")
+    y, gradients = run_op("bf16", op, inputs, params, **static)
+    assert y.dtype == (np.float16 if op == "cast" else np.float32) and gradients[0].dtype == np.float32
+
+
+def test_rows_as_text() -> None:
+    lines = [line.split() for line in rows_text(RECIPES["amp-fp16"]).splitlines()]
+    assert ["linear.db", "fp16", "fp32", "fp16", "linear"] in lines
+    assert ["attention.softmax", "fp32", "fp32", "fp32", "attention.softmax"] in lines
+    assert ["attention.scale", "same", "fp32", "same", "*"] in lines
+    assert ["cast", "fp32", "-", "fp16", "linear"] in lines
+    lines = [line.split() for line in rows_text(RECIPES["nvfp4"]).splitlines()]
+    at = lines.index(["linear.dw", "dy:", "nvfp4-rotated-sr", "fp32", "bf16", "linear.dw"])
+    assert lines[at + 1] == ["x:", "nvfp4-rotated"]
+    assert ["lm_head:linear.dw", "bf16", "fp32", "bf16", "lm_head:linear"] in lines
+    assert "cast:" not in rows_text(RECIPES["nvfp4"]) and "cast:" in rows_text(RECIPES["amp-fp16"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_rows_of_every_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    show_recipes(name, rows=True)
+    text, recipe = capsys.readouterr().out, RECIPES[name]
+    assert max(map(len, text.splitlines())) <= 80
+    listed = [line.split()[0] for line in text.split("\n\n")[1].splitlines()[2:] if not line.startswith(" ")]
+    assert listed == [row.name for row in applied_rows(recipe)]
+    ops = {name.rpartition(":")[2].partition(".")[0] for name in listed}
+    assert ops | {*MOVES, "cast"} == {*OPS, "fan_in"}
+
+
+def test_rows_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+    show_recipes("nvfp4", as_json=True, rows=True)
+    data = json.loads(capsys.readouterr().out)
+    rows = data.pop("rows")["nvfp4"]
+    assert data == recipes_data([RECIPES["nvfp4"]])
+    assert rows["linear.dw"] == {**data["policies"]["nvfp4"]["linear.dw"], "key": "linear.dw"}
+    assert list(rows) == [row.name for row in applied_rows(RECIPES["nvfp4"])]
+
+
+def test_rows_are_those_of_one_recipe() -> None:
+    with pytest.raises(UsageError, match="--rows prints the rows of one recipe: --recipe fp16 --rows"):
+        show_recipes(rows=True)

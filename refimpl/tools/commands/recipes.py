@@ -2,6 +2,7 @@
 
     python scripts/recipes.py
     python scripts/recipes.py --recipe amp-fp16
+    python scripts/recipes.py --recipe amp-fp16 --rows       the formats of every operation, and the key of its row
     python scripts/recipes.py --json
 """
 
@@ -15,6 +16,7 @@ def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
     result.add_argument("--recipe", metavar="NAME", dest="name", help="print one recipe in detail")
+    result.add_argument("--rows", action="store_true", help="print the row of the policy that applies to each operation")
     result.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")
     return result
 
