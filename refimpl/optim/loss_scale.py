@@ -47,26 +47,19 @@ class DynamicLossScale:
                     S = fp32(S * growth_factor)
                 good_steps = 0
 
-    S has no floor: when every step overflows, it is halved down to 0. A product is computed in double precision and rounded
-    once. S and good_steps are 0-d arrays of the backend.
+    S has no floor: if every step overflows, it is halved down to 0. Products are computed in double precision and rounded once.
 
     Errors: UsageError for a scale that is not positive, a growth factor <= 1, a backoff factor >= 1, an interval below 1.
-    Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2, for the idea; torch/amp/grad_scaler.py for constants and
-      timing.
-    PyTorch: torch.amp.GradScaler, whose state_dict has the same keys and values.
+    Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2. PyTorch: torch.amp.GradScaler, with an equal state_dict.
     Differs from the source: CuPy's kernels flush subnormal numbers, so with CuPy an S below 2^-126 is 0.
     """
 
     adapts = True
 
     def __init__(
-        self,
-        init_scale: float = 65536.0,
-        growth_factor: float = 2.0,
-        backoff_factor: float = 0.5,
-        growth_interval: int = 2000,
-        xp: Any = np,
-    ) -> None:
+        self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5,
+        growth_interval: int = 2000, xp: Any = np,
+    ) -> None:  # fmt: skip
         check_settings(init_scale, growth_factor, backoff_factor, growth_interval)
         self.xp = xp
         self.growth_factor, self.backoff_factor, self.growth_interval = growth_factor, backoff_factor, growth_interval
@@ -79,8 +72,7 @@ class DynamicLossScale:
 
     def update(self, found_inf: Array) -> None:
         """Adapt S after a step, by the rule above."""
-        xp, S = self.xp, self._scale
-        exact = widen(S, "fp64")
+        xp, S, exact = self.xp, self._scale, widen(self._scale, "fp64")
         smaller, larger = cast(exact * self.backoff_factor, "fp32"), cast(exact * self.growth_factor, "fp32")
         good_steps = self.good_steps + 1
         due = good_steps == self.growth_interval
@@ -92,19 +84,16 @@ class DynamicLossScale:
     def state_dict(self) -> dict[str, float | int]:
         """Return the state for a checkpoint, under PyTorch's names."""
         return {
-            "scale": float(self._scale),
-            "growth_factor": self.growth_factor,
-            "backoff_factor": self.backoff_factor,
-            "growth_interval": self.growth_interval,
-            "_growth_tracker": int(self.good_steps),
-        }
+            "scale": float(self._scale), "growth_factor": self.growth_factor, "backoff_factor": self.backoff_factor,
+            "growth_interval": self.growth_interval, "_growth_tracker": int(self.good_steps),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         """Load a state. All of it is checked before anything changes. Errors: ValueError, as `SavedState` says."""
-        new = SavedState(state, self.state_dict().keys())
-        scale = new.scale("scale", SMALLEST, LARGEST, "fp32")
-        growth_factor, backoff_factor, growth_interval = new.settings()
-        good_steps = new.count("_growth_tracker", 0, growth_interval - 1)
+        saved = SavedState(state, self.state_dict().keys())
+        scale = saved.scale("scale", SMALLEST, LARGEST, "fp32")
+        growth_factor, backoff_factor, growth_interval = saved.settings()
+        good_steps = saved.count("_growth_tracker", 0, growth_interval - 1)
         self.growth_factor, self.backoff_factor, self.growth_interval = growth_factor, backoff_factor, growth_interval
         self._scale, self.good_steps = self.xp.asarray(np.float32(scale)), self.xp.asarray(np.int32(good_steps))
 

@@ -213,17 +213,17 @@ class ProjectLossScale(DynamicLossScale):
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         """Load a state. All of it is checked before anything changes. Errors: ValueError, as `SavedState` says."""
-        new, rule, xp = SavedState(state, self.state_dict().keys()), self.rule, self.xp
-        scale = new.scale("scale", *self._range(), rule.fmt)
-        growth_factor, backoff_factor, growth_interval = new.settings()
-        good_steps = new.count("_growth_tracker", 0, growth_interval - (not rule.late))
+        saved, rule, xp = SavedState(state, self.state_dict().keys()), self.rule, self.xp
+        scale = saved.scale("scale", *self._range(), rule.fmt)
+        growth_factor, backoff_factor, growth_interval = saved.settings()
+        good_steps = saved.count("_growth_tracker", 0, growth_interval - (not rule.late))
         if rule.hysteresis > 1:
-            hysteresis = new.count("hysteresis", 1)
-            left = new.count("_hysteresis_tracker", 0, hysteresis)
+            hysteresis = saved.count("hysteresis", 1)
+            left = saved.count("_hysteresis_tracker", 0, hysteresis)
         if rule.tolerance:
-            steps, overflows = new.count("_steps_since_change", 0), new.count("_overflows", 0)
-        exhausted = rule.stops and new.count("exhausted", 0, 1)
-        self._load_more(new)
+            steps, overflows = saved.count("_steps_since_change", 0), saved.count("_overflows", 0)
+        exhausted = rule.stops and saved.count("exhausted", 0, 1)
+        self._load_more(saved)
         self._store(scale)
         self.growth_factor, self.backoff_factor, self.growth_interval = growth_factor, backoff_factor, growth_interval
         self.good_steps, self.exhausted = xp.asarray(np.int32(good_steps)), xp.asarray(np.bool_(exhausted))
@@ -238,7 +238,7 @@ class ProjectLossScale(DynamicLossScale):
         largest = sys.float_info.max if rule.fmt == "fp64" and rule.unbounded else LARGEST
         return max(rule.floor, SMALLEST), largest if rule.gradual else min(largest, rule.ceiling)
 
-    def _load_more(self, new: SavedState) -> None:
+    def _load_more(self, saved: SavedState) -> None:
         """Load the entries that only a subclass has."""
 
 
@@ -268,8 +268,8 @@ class GradualLossScale(ProjectLossScale):
     def state_dict(self) -> dict[str, float | int]:
         return super().state_dict() | {"overflowed": int(self.overflowed)}
 
-    def _load_more(self, new: SavedState) -> None:
-        self.overflowed = self.xp.asarray(np.bool_(new.count("overflowed", 0, 1)))
+    def _load_more(self, saved: SavedState) -> None:
+        self.overflowed = self.xp.asarray(np.bool_(saved.count("overflowed", 0, 1)))
 
 
 def make_loss_scale(

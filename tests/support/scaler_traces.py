@@ -48,6 +48,16 @@ def fp32(x: float) -> float:
         return math.inf
 
 
+def a_case(rng: np.random.Generator, floor: float) -> tuple[float, int, int, list[bool]]:
+    """A start (often near one of the ends, some with fractions), an interval, a hysteresis, and 60 steps."""
+    low, high = math.log2(floor) if floor else -149, 127
+    exponent = rng.choice([rng.uniform(low, high), low + 3 * rng.random(), high - 3 * rng.random()])
+    start = fp32(2.0 ** (round(exponent) if rng.random() < 0.5 else exponent))
+    pattern = rng.random(60) < rng.choice([0.0, 0.05, 0.15, 0.4, 0.9])
+    interval = int(rng.integers(1, 8) if rng.random() < 0.7 else rng.integers(20, 45))
+    return max(start, floor), interval, int(rng.integers(1, 5)), pattern.tolist()
+
+
 A, B, C = "00000000", "1010100000", "1110000101"
 TORCH = {
     A: "1024 1024 2048 2048 2048 4096 4096 4096",
