@@ -19,7 +19,7 @@ from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import is_float
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import fp32_weights, model_of
-from refimpl.training.generate import BYTES, check_has_bytes
+from refimpl.training.data import BYTES, check_has_bytes
 from refimpl.training.non_finite import contents
 
 MASKS = (".attn.bias", ".attn.masked_bias")

@@ -24,11 +24,9 @@ from refimpl.parity.hooks import UpdateArguments, WrappedOptimizer
 from refimpl.parity.mistakes import inject
 from refimpl.training.checkpoint import check_exchanged, parse_header, read_tensors, sealed, write_tensors, written_here
 from refimpl.training.config import Config
-from refimpl.training.data import load_corpus, sample_batch
-from refimpl.training.generate import check_has_bytes
+from refimpl.training.data import check_has_bytes, load_corpus, sample_batch
 from refimpl.training.schema import Integer, Table, Words, check
-from refimpl.training.setup import Training
-from refimpl.training.trainer import BATCHES, INIT, generator
+from refimpl.training.setup import BATCHES, INIT, Training, generator
 
 VERSION = 1
 HEADER = Table(optional={"version": Integer(), "order": Words(), "config": Table(), "settings": Table()})
@@ -271,7 +269,7 @@ def record(config: Config, source: Trace | None = None) -> Trace:
     recorder = Recorder(training, trace)
     inject(config.mistake, training)
     start = source.at(0, "4.master") if source else training.model.initial_weights(generator(config.seed, INIT))
-    rounded = not source and (config.masters_from or config.make_recipe().masters_from) == "rounded"
+    rounded = not source and config.rounds_masters
     training.state.load_weights(checked_start(start, training), rounded)
     recorder.states(training)
     recorder.counters(training)

@@ -30,7 +30,7 @@ from refimpl.tools.scale_remarks import explain
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.data import load_corpus, sample_batch
-from refimpl.training.trainer import BATCHES, generator, start
+from refimpl.training.setup import BATCHES, generator, start
 
 PARAMETER = "transformer.h.0.mlp.c_fc.weight"
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}

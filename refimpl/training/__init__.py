@@ -2,10 +2,10 @@
 
     config.py, schema.py      the settings of a run: flags as given, and all of them, checked; checks of data read from JSON
     resume.py                 which settings a resumed run may change
-    setup.py                  the objects of a run that a step takes; faults that are injected into them
+    setup.py                  the start of a run: the objects that a step takes, random numbers, faults to inject
     trainer.py, run.py        the loop over steps; a run in a folder, from start to report
     data.py, ngrams.py        corpora and batches; the losses that a model must beat
-    generate.py               validation loss and samples
+    evaluate.py, sampling.py  the loss of a model on a text; text sampled from a model
     checkpoint.py, checkpoint_states.py         files that are never half-written; model states in and out of them
     run_folder.py, folder_lock.py, metrics.py   the folder of a run, its lock, its log and plot
     memory_limits.py, activation_memory.py      whether a run fits into memory; formulas for its activations

@@ -20,6 +20,8 @@ import numpy as np
 
 from refimpl.errors import UsageError
 
+BYTES = 256
+"""The number of token ids that are bytes. A model may have more ids, which are not used."""
 MIB = 1 << 20
 
 # The fingerprint of a larger file is that of evenly spaced blocks, which include the first and the last MiB.
@@ -32,6 +34,15 @@ SHARED_PARAGRAPH = 40
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idle_test"}
 # These differ from machine to machine under the same Python version (build paths, the distributor's hooks).
 SKIPPED_FILES = re.compile(r"(_sysconfigdata.*|sitecustomize|usercustomize)\.py")
+
+
+def check_has_bytes(vocab_size: int, whose: str) -> None:
+    """Raise UsageError for a vocabulary of fewer than 256 ids, whose meaning is not known here."""
+    if vocab_size < BYTES:
+        raise UsageError(
+            f"{whose} is {vocab_size}, but text is read and written as bytes, which needs {BYTES} ids: train a model of "
+            "characters or other tokens again on bytes"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- the corpus

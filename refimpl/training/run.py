@@ -26,7 +26,6 @@ from refimpl.nn.models.model import Model
 from refimpl.training.checkpoint_states import read_weights, start_from
 from refimpl.training.config import Config, Flags
 from refimpl.training.console import printable
-from refimpl.training.generate import sample
 from refimpl.training.metrics import plot_run, read_metrics
 from refimpl.training.ngrams import NgramBaselines, ngram_entropies
 from refimpl.training.run_folder import (
@@ -41,9 +40,10 @@ from refimpl.training.run_folder import (
     read_config,
     write_config,
 )
-from refimpl.training.setup import NO_FAULTS, Fault, find_fault
+from refimpl.training.sampling import sample
+from refimpl.training.setup import NO_FAULTS, SAMPLE, Fault, find_fault, generator
 from refimpl.training.signals import ENDED
-from refimpl.training.trainer import SAMPLE, Trainer, generator
+from refimpl.training.trainer import Trainer
 
 PATIENCE = 1.0
 """Seconds that another rank waits before it raises: if rank 0 fails alike, it ends all ranks first, with one message."""

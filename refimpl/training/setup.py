@@ -1,11 +1,14 @@
-"""The objects of a training run that `step.train_step` takes, as one object; and faults, which change them on purpose."""
+"""The start of a run: the objects that `step.train_step` takes, as one object; random numbers; faults injected on purpose."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
+from refimpl.distributed.collectives import Comm
 from refimpl.errors import UsageError, unknown
 from refimpl.nn.models.model import Model
 from refimpl.optim.loss_scale import LossScale
@@ -13,6 +16,17 @@ from refimpl.optim.optimizer import Optimizer
 from refimpl.optim.state import State
 from refimpl.precision.context import Monitor, Run
 from refimpl.step import Batch, StepResult, train_step
+
+if TYPE_CHECKING:
+    from refimpl.training.config import Config
+
+# Each use of random numbers has its own stream, so that evaluating or sampling more often changes neither batches nor weights.
+INIT, BATCHES, EVALUATION, SAMPLE = range(4)
+
+
+def generator(seed: int, stream: int) -> np.random.Generator:
+    """Return the random number generator of one stream, independent of the other streams of the same seed."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,))))
 
 
 @dataclass
@@ -58,3 +72,17 @@ def find_fault(name: str, faults: Mapping[str, Fault]) -> Fault | None:
     if name != "none" and name not in faults:
         raise UsageError(unknown("mistake", name, ("none", *faults)))
     return faults.get(name)
+
+
+def start(config: Config, comm: Comm | None = None, faults: Mapping[str, Fault] = NO_FAULTS) -> Training:
+    """Return a run before its first step, with initial weights, and with the fault of --mistake injected.
+
+    comm: this process's rank, if there are several. faults: those that --mistake may name.
+    """
+    fault = find_fault(config.mistake, faults)
+    training = config.make_training(config.make_backend(), comm)
+    if fault is not None:
+        fault.inject(training)
+    weights = training.model.initial_weights(generator(config.seed, INIT))
+    training.state.load_weights(weights, rounded=config.rounds_masters)
+    return training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,39 +17,16 @@ from refimpl.step import Batch, StepResult
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import check_run_header, load_scales, load_state_arrays, scale_arrays, state_arrays
 from refimpl.training.config import Config
-from refimpl.training.data import Corpus, load_corpus, sample_batch, sequential_batches
-from refimpl.training.generate import check_has_bytes, mean_loss
+from refimpl.training.data import Corpus, check_has_bytes, load_corpus, sample_batch
+from refimpl.training.evaluate import validation_loss
 from refimpl.training.metrics import MetricsLog, read_metrics
 from refimpl.training.resume import checkpoint_settings, conflicts
 from refimpl.training.run_folder import CHECKPOINT, METRICS
-from refimpl.training.setup import NO_FAULTS, Fault, Training, find_fault
+from refimpl.training.setup import BATCHES, NO_FAULTS, Fault, find_fault, generator, start
 from refimpl.training.signals import Stop
 from refimpl.training.stopping import StopRules
 
-FINAL_EVAL_BLOCKS = 1024
 STOPPING = "stopping after this step, with a checkpoint; again to stop at once"
-
-# Each use of random numbers has its own stream, so that evaluating or sampling more often changes neither batches nor weights.
-INIT, BATCHES, EVALUATION, SAMPLE = range(4)
-
-
-def generator(seed: int, stream: int) -> np.random.Generator:
-    """Return the random number generator of one stream, independent of the other streams of the same seed."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream,))))
-
-
-def start(config: Config, comm: Comm | None = None, faults: Mapping[str, Fault] = NO_FAULTS) -> Training:
-    """Return a run before its first step, with initial weights, and with the fault of --mistake injected.
-
-    comm: this process's rank, if there are several. faults: those that --mistake may name.
-    """
-    fault = find_fault(config.mistake, faults)
-    training = config.make_training(config.make_backend(), comm)
-    if fault is not None:
-        fault.inject(training)
-    weights = training.model.initial_weights(generator(config.seed, INIT))
-    training.state.load_weights(weights, rounded=config.rounds_masters)
-    return training
 
 
 @dataclass
@@ -179,38 +156,12 @@ class Trainer:
     def _evaluate(self, final: bool) -> str:
         """Log the validation loss, and return the line to print: '' if a signal asked to stop before it was complete."""
         started = time.perf_counter()
-        loss = self.validation_loss(final)
+        loss = validation_loss(self.training, self.config, self.corpus.valid, final, self.stopping)
         self._window_start += time.perf_counter() - started
         if loss is None:
             return ""
         self._log([{"step": self.progress.step, "val_loss": loss}])
         return f"step {self.progress.step}: validation loss {loss:.4f} nats per byte ({loss / math.log(2):.3f} bits)"
-
-    def validation_loss(self, final: bool) -> float | None:
-        """Return the mean loss on the same sampled validation batches each time, or if `final` on the first 1024 blocks of it.
-
-        Return None if a signal asked to stop before the last batch.
-        """
-        config = self.config
-        sizes, no_target = (config.batch_size, config.block_size), config.no_target
-        self.state.weights_down()
-        batches: Iterable[tuple[np.ndarray, np.ndarray]]
-        if final:
-            batches = sequential_batches(self.corpus.valid, *sizes, FINAL_EVAL_BLOCKS, no_target)
-        else:
-            rng = generator(config.seed, EVALUATION)
-            batches = (sample_batch(self.corpus.valid, *sizes, rng, no_target) for _ in range(config.eval_batches))
-        cut = []
-
-        def until_stopped() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for batch in batches:
-                if self.stopping():
-                    cut.append(True)
-                    return
-                yield batch
-
-        loss = mean_loss(self.model, self.state, self.run, until_stopped())
-        return None if cut else loss
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

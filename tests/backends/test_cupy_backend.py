@@ -36,7 +36,8 @@ from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.bench.gpu_check import OnDevice, no_waits, speed, train_both
 from refimpl.training.config import Config
-from refimpl.training.trainer import INIT, Trainer, generator, start
+from refimpl.training.setup import INIT, generator, start
+from refimpl.training.trainer import Trainer
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytestmark = [

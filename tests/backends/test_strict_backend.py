@@ -39,7 +39,7 @@ from refimpl.precision.policy import EVERY_OTHER, SAME, Policy, Precision
 from refimpl.precision.recipes import RECIPES
 from refimpl.precision.state_encodings import Plain, get_encoding
 from refimpl.training.config import Config
-from refimpl.training.trainer import start
+from refimpl.training.setup import start
 
 Array = Any
 MODELS = ("gpt", "mlp")

@@ -17,7 +17,7 @@ from rank_runs import on_ranks
 from refimpl.nn.models.model import Model
 from refimpl.parity.pytorch import TRAJECTORY
 from refimpl.training.config import Config
-from refimpl.training.trainer import INIT, generator
+from refimpl.training.setup import INIT, generator
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 SIZES: dict[str, Any] = {

@@ -355,7 +355,7 @@ RESUMED = ("fp16", "bf16-sr", "fp8-delayed", EIGHT_BIT, "adam-8bit-fp32-embeddin
 @pytest.mark.parametrize("recipe", others_slow(RESUMED, plain={*RESUMED} - {EIGHT_BIT}))  # which the last has, and more
 def test_stopped_and_resumed_it_goes_on_bit_for_bit(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On three ranks, of which the last is told to stop; on as many it ends where it would have ended, on two it goes on."""
-    monkeypatch.setattr("refimpl.training.trainer.FINAL_EVAL_BLOCKS", 4)
+    monkeypatch.setattr("refimpl.training.evaluate.FINAL_EVAL_BLOCKS", 4)
     made = config(recipe, 2, n_layer=1, steps=6, log_every=2, eval_every=100, eval_batches=1)
     whole, parts, fewer = (tmp_path / name for name in ("whole", "parts", "fewer"))
     for folder in (whole, parts, fewer):

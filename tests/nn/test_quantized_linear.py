@@ -38,9 +38,9 @@ from refimpl.precision.recipes import RECIPES
 from refimpl.step import forward_backward
 from refimpl.tools.precision_report.counts import RoundingMonitor
 from refimpl.training.config import Config
-from refimpl.training.generate import mean_loss, sample
-from refimpl.training.setup import Training
-from refimpl.training.trainer import start
+from refimpl.training.evaluate import mean_loss
+from refimpl.training.sampling import sample
+from refimpl.training.setup import Training, start
 
 Array = np.ndarray
 PLACE = "transformer.h.0.mlp.c_fc"

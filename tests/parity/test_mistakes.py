@@ -27,7 +27,8 @@ from refimpl.parity.mistakes_forward import _toward_zero
 from refimpl.parity.trace import Trace, record
 from refimpl.step import forward_backward
 from refimpl.training.config import Config
-from refimpl.training.trainer import Trainer, start
+from refimpl.training.setup import start
+from refimpl.training.trainer import Trainer
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "lr": 1e-3, "steps": 3, "warmup": 1,

@@ -21,10 +21,11 @@ from refimpl.optim.state import State
 from refimpl.parity.state_dict import export, from_state_dict, import_, to_state_dict
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import RECIPES
+from refimpl.tools.commands.generate import run as generate
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import load_for_inference, load_initial_weights, state_arrays
-from refimpl.training.generate import generate_text, sample
 from refimpl.training.run import train
+from refimpl.training.sampling import sample
 
 MODELS = {
     "gpt": gpt_model(GPTConfig(2, 3, 12, 5)), "mlp": mlp_model(MLPConfig(2, 6, 4)),
@@ -209,7 +210,7 @@ def test_any_vocabulary_works_or_is_refused_at_import(kind: str, vocab_size: int
     assert load_for_inference(tmp_path / "run")[0].config == model.config  # the folder of a run is taken, too
     with pytest.raises(UsageError, match=r"has other sizes than this run: n_embd \d instead of 16; what is not given"):
         train({**given, "n_embd": 16}, tmp_path / "other", False, False, tmp_path / "start")
-    generate_text(tmp_path / "run", "be", 3, 0.8, 0, None)
+    generate(tmp_path / "run", "be", 3, 0.8, 0, None)
 
 
 def test_ids_that_are_no_bytes_are_never_sampled() -> None:
@@ -237,7 +238,7 @@ def test_weights_that_are_not_finite_are_told(
     import_(tmp_path / "w", tmp_path / "start", MODELS["gpt"].config["n_head"])
     said = capsys.readouterr().out
     assert f"transformer.h.0.mlp.c_fc.weight holds {found}: it can neither" in said and "use it" not in said
-    generate_text(tmp_path / "start", "x", 5, 0.8, 0, None)
+    generate(tmp_path / "start", "x", 5, 0.8, 0, None)
     out, err = capsys.readouterr()
     assert out == "x\n" and "not finite after 0 bytes" in err
 

@@ -22,7 +22,7 @@ from refimpl.parity.judge import Judge, judge_trace
 from refimpl.parity.trace import POINTS, Trace, load, record, save
 from refimpl.training import checkpoint
 from refimpl.training.config import Config
-from refimpl.training.trainer import start
+from refimpl.training.setup import start
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "lr": 1e-3, "steps": 2, "warmup": 1,

@@ -19,7 +19,7 @@ from refimpl.distributed.collectives import shares_of
 from refimpl.parity.pytorch_model import PyTorchTraining
 from refimpl.parity.trace import batches_of
 from refimpl.training.config import Config
-from refimpl.training.trainer import INIT, generator
+from refimpl.training.setup import INIT, generator
 
 
 class Parallel(DistributedDataParallel):

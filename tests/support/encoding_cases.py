@@ -20,8 +20,8 @@ from refimpl.optim.optimizer import Rule
 from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.training.config import Config
-from refimpl.training.setup import Training
-from refimpl.training.trainer import INIT, Trainer, generator
+from refimpl.training.setup import INIT, Training, generator
+from refimpl.training.trainer import Trainer
 
 WEIGHTS = ("bf16-stochastic", "bf16-kahan", "bf16-remainder")
 RULES: Mapping[str, Rule] = {"adamw": AdamW(), "sgd": SGD()}

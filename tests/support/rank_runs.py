@@ -13,8 +13,7 @@ from refimpl.distributed.threads import run_ranks
 from refimpl.parity.trace import batches_of
 from refimpl.training.checkpoint_states import state_arrays
 from refimpl.training.config import Config
-from refimpl.training.setup import Training
-from refimpl.training.trainer import start
+from refimpl.training.setup import Training, start
 
 SIZES: dict[str, Any] = {
     "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 12, "lr": 1e-3, "warmup": 1, "steps": 4,

@@ -32,8 +32,8 @@ from refimpl.tools.compare_recipes.runs import (
 )
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sample_batch
-from refimpl.training.generate import mean_loss
-from refimpl.training.trainer import BATCHES, EVALUATION, generator, start
+from refimpl.training.evaluate import mean_loss
+from refimpl.training.setup import BATCHES, EVALUATION, generator, start
 
 SIZES: dict[str, Any] = {
     "model": "gpt", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 21, "warmup": 2,

@@ -46,7 +46,7 @@ from refimpl.tools.bench.gpu_cost import (
 from refimpl.tools.memory.measure import forward
 from refimpl.training.activation_memory import gpt_activations
 from refimpl.training.config import Config
-from refimpl.training.trainer import start
+from refimpl.training.setup import start
 
 H100 = GPUS["h100"]
 LOW = ("fp32", "fp16", "bf16")

@@ -28,7 +28,7 @@ from refimpl.tools.memory.measure import (
     tape_memory,
 )
 from refimpl.training.config import Config
-from refimpl.training.trainer import INIT, generator
+from refimpl.training.setup import INIT, generator
 
 TINY: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}
 SCRIPT = SCRIPTS / "memory.py"

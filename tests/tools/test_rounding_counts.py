@@ -28,7 +28,7 @@ from refimpl.tools.precision_report.counts import (
 )
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sample_batch
-from refimpl.training.trainer import BATCHES, INIT, generator
+from refimpl.training.setup import BATCHES, INIT, generator
 
 NARROW = ["fp16", "bf16", "e4m3", "e5m2", "e3m2", "e2m3", "e2m1"]
 TINY: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 8, "warmup": 2}

@@ -19,7 +19,7 @@ from refimpl.precision.recipes import RECIPES, Recipe, get_recipe
 from refimpl.tools.memory.measure import arrays_in, forward, tape_memory
 from refimpl.training.activation_memory import Term, against_paper, count, gpt_activations, mlp_activations, weight_copies
 from refimpl.training.config import Config
-from refimpl.training.trainer import INIT, generator
+from refimpl.training.setup import INIT, generator
 
 SIZES = [(1, 1, 8, 4, 1, 4), (2, 2, 16, 8, 3, 5), (3, 4, 32, 16, 2, 16)]  # n_layer, n_head, n_embd, block_size, B, T
 

@@ -15,7 +15,7 @@ from refimpl.training import memory_limits
 from refimpl.training.config import Config
 from refimpl.training.memory_limits import TABLE_BYTES, TARGET_BYTES, Need, limits, n_params, need, require_memory
 from refimpl.training.run import train
-from refimpl.training.trainer import start
+from refimpl.training.setup import start
 
 GPT: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}
 

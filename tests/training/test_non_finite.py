@@ -26,9 +26,9 @@ from refimpl.tools.precision_report.page import precision_page
 from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.non_finite import Origin, find_origin
-from refimpl.training.setup import Training
+from refimpl.training.setup import Training, start
 from refimpl.training.stopping import explained, known_since
-from refimpl.training.trainer import Trainer, start
+from refimpl.training.trainer import Trainer
 
 Array = Any
 FC, PROJ = "transformer.h.1.mlp.c_fc.weight", "transformer.h.1.mlp.c_proj.weight"

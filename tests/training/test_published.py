@@ -35,9 +35,8 @@ from refimpl.tools.experiments.toy_runs import SMALL
 from refimpl.tools.experiments.updates import predicted_share
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sequential_batches
-from refimpl.training.generate import mean_loss
-from refimpl.training.setup import Training
-from refimpl.training.trainer import start
+from refimpl.training.evaluate import mean_loss
+from refimpl.training.setup import Training, start
 
 pytestmark = pytest.mark.usefixtures("pythons_manual", "one_blas_thread")
 

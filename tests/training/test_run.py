@@ -28,7 +28,8 @@ from refimpl.training.checkpoint import load, save
 from refimpl.training.config import Config
 from refimpl.training.metrics import MetricsLog, plot_run, read_metrics
 from refimpl.training.run import train, warn
-from refimpl.training.trainer import Progress, Trainer, start
+from refimpl.training.setup import start
+from refimpl.training.trainer import Progress, Trainer
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 8, "warmup": 2, "eval_every": 3,
@@ -76,7 +77,7 @@ OF_EACH_KIND = [*((recipe, 3) for recipe in MECHANISMS if recipe not in STATELES
 def test_resumed_run_equals_one_never_stopped(
     recipe: str, step: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refimpl.training.trainer.FINAL_EVAL_BLOCKS", 4)
+    monkeypatch.setattr("refimpl.training.evaluate.FINAL_EVAL_BLOCKS", 4)
     assert run(tmp_path / "whole", text, recipe=recipe) == 0
     stop_at(tmp_path / "parts", text, step, recipe=recipe)
     assert run(tmp_path / "parts", text, resume=True) == 0

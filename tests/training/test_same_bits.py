@@ -22,8 +22,8 @@ import refimpl
 from refimpl.backends import base as backends
 from refimpl.backends.threads import Workers
 from refimpl.training.config import Config
-from refimpl.training.generate import sample
 from refimpl.training.run_folder import CHECKPOINT
+from refimpl.training.sampling import sample
 from refimpl.training.trainer import Trainer
 
 SIZES: dict[str, Any] = {

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from progress_bars import NoBar
 
+import refimpl.training.trainer as trainer_module
+from refimpl.training import data, evaluate
 from refimpl.training.checkpoint import load
 from refimpl.training.config import Config
-from refimpl.training.generate import sample
 from refimpl.training.metrics import read_metrics
 from refimpl.training.run_folder import open_folder
+from refimpl.training.sampling import sample
 from refimpl.training.signals import Interrupted, Stop
 from refimpl.training.trainer import Trainer
 
@@ -128,9 +130,7 @@ def trainer(tmp_path: Path, **flags: Any) -> Trainer:
 
 
 def test_in_an_evaluation_the_next_batch_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import refimpl.training.trainer as module
-
-    drawn, draw = [0], module.sample_batch
+    drawn, draw = [0], data.sample_batch
 
     def sample_batch(*arguments: Any) -> Any:
         drawn[0] += 1
@@ -138,7 +138,8 @@ def test_in_an_evaluation_the_next_batch_is_the_end(tmp_path: Path, monkeypatch:
             signal.raise_signal(signal.SIGTERM)
         return draw(*arguments)
 
-    monkeypatch.setattr(module, "sample_batch", sample_batch)
+    for module in (trainer_module, evaluate):
+        monkeypatch.setattr(module, "sample_batch", sample_batch)
     run, bar = trainer(tmp_path, eval_every=2), NoBar()
     assert not run.train(bar)
     assert drawn[0] == 4 and not bar.written and run.progress.step == 2

@@ -11,8 +11,8 @@ import pytest
 
 from refimpl.errors import TrainingStopped
 from refimpl.training.config import Config
+from refimpl.training.setup import start
 from refimpl.training.stopping import SKIPS_BEFORE_STOP, SMALLEST_SCALE, StopRules
-from refimpl.training.trainer import start
 
 TINY: dict[str, Any] = {"model": "mlp", "n_layer": 1, "n_embd": 4, "block_size": 4, "batch_size": 2, "steps": 4, "warmup": 1}
 BATCH = np.zeros((2, 4), np.int64), np.zeros((2, 4), np.int64)

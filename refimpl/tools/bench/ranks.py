@@ -26,7 +26,7 @@ from refimpl.tools.bench.gpu_cost import GPUS
 from refimpl.tools.bench.steps import MODELS, WARM_UP
 from refimpl.training.config import Config
 from refimpl.training.console import table
-from refimpl.training.trainer import start
+from refimpl.training.setup import start
 
 STAGES = (0, 1, 2, 3)
 

@@ -31,7 +31,7 @@ from refimpl.parity.trace import batches_of
 from refimpl.tools.memory.measure import process_memory
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
-from refimpl.training.trainer import start
+from refimpl.training.setup import start
 
 MODELS: dict[str, dict[str, int]] = {
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12},

@@ -25,10 +25,10 @@ from refimpl.precision.policy import Policy
 from refimpl.precision.recipes import RECIPES, Recipe, get_recipe
 from refimpl.training.config import Config
 from refimpl.training.data import Corpus, load_corpus, sample_batch
-from refimpl.training.generate import mean_loss
+from refimpl.training.evaluate import mean_loss, validation_batches
 from refimpl.training.memory_limits import need, require_memory
+from refimpl.training.setup import BATCHES, INIT, generator, start
 from refimpl.training.signals import say
-from refimpl.training.trainer import BATCHES, EVALUATION, INIT, generator, start
 
 BASELINE = "fp32"
 DEFAULT = ("fp32", "fp16", "bf16", "amp-bf16", "pure-bf16", "bf16-sr", "bf16-kahan", "fp8", "mxfp8", "nvfp4")
@@ -100,9 +100,7 @@ class RecipeRun:
 
     def finish(self, corpus: Corpus, seed: int) -> None:
         """Compute the validation loss; `seed` chooses the batches, the same for all runs."""
-        config, rng = self.config, generator(seed, EVALUATION)
-        sizes = config.batch_size, config.block_size
-        batches = (sample_batch(corpus.valid, *sizes, rng, config.no_target) for _ in range(config.eval_batches))
+        batches = validation_batches(self.config, corpus.valid, seed)
         self.training.state.weights_down()
         self.val_loss = mean_loss(self.training.model, self.training.state, self.training.run, batches)
 

@@ -15,8 +15,7 @@ from refimpl.parity.trace import batches_of
 from refimpl.step import Batch, forward_backward
 from refimpl.tools.experiments.experiment import Experiment, Result
 from refimpl.training.config import Config
-from refimpl.training.setup import Training
-from refimpl.training.trainer import start
+from refimpl.training.setup import Training, start
 
 SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "warmup": 5}
 """The model of these experiments: 0.1 million parameters, 256 tokens per step."""

@@ -30,8 +30,7 @@ from refimpl.tools.memory.report import paper_text
 from refimpl.training.activation_memory import Row, Term, against_paper, gpt_activations, mlp_activations, weight_copies
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
-from refimpl.training.setup import Training
-from refimpl.training.trainer import start
+from refimpl.training.setup import Training, start
 
 STEPS = 3
 """The default number of training steps before the measurement."""

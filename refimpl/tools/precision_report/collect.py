@@ -33,9 +33,9 @@ from refimpl.training.checkpoint_states import check_run_header
 from refimpl.training.config import Config
 from refimpl.training.non_finite import find_origin
 from refimpl.training.run_folder import CHECKPOINT, read_config
-from refimpl.training.setup import Training
+from refimpl.training.setup import Training, start
 from refimpl.training.stopping import SKIPS_BEFORE_STOP
-from refimpl.training.trainer import Trainer, start
+from refimpl.training.trainer import Trainer
 
 SWEEP = range(0, 26, 2)
 """Exponents of the loss scales of the backward passes at the end: 2^0 to 2^24."""
