@@ -61,10 +61,10 @@ def _each_block(
     """Unscale and clip the gradients, decay the masters, and apply `formula` to them, block by block."""
 
     def update(block: slice) -> None:
-        w, *moments = (state.block(kind, block) for kind in (state.master_kind, *rule.moments))
-        g = widen(state.block("grads", block), "fp32") * inverse_scale
+        w, *moments = (state.flat(kind)[block] for kind in (state.master_kind, *rule.moments))
+        g = widen(state.grads[block], "fp32") * inverse_scale
         g *= clip
-        for start, stop in state.layout.decayed:
+        for start, stop in state.decayed:
             decayed = w[max(start - block.start, 0) : max(stop - block.start, 0)]
             decayed *= scalars[0]
         formula(w, g, *moments)

@@ -32,7 +32,7 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import widen
 from refimpl.optim.layout import GRAIN, HasParameters, Layout
 from refimpl.optim.state import Sink, State
-from refimpl.precision.state_encodings import MAIN, buffer_name
+from refimpl.precision.state_encodings import MAIN, BufferSpec, buffer_name
 
 
 class ShardedState(State):
@@ -45,8 +45,10 @@ class ShardedState(State):
         size = Layout.of(model).size
         self.comm, self.stage, self.ranks = comm, stage, comm.size
         self.shares = shares_of(size, comm.size, GRAIN)
-        self.whole_index = slice(0, size)
+        self.share = self.shares[comm.rank] if stage else slice(0, size)  # the part of the flat index that is updated here
+        self.first = self.share.start
         super().__init__(model, stored, backend, seed)
+        self.decayed = tuple(clipped(start, stop, self.share) for start, stop in self.layout.decayed)
         self.layers = list(layers_of(self.layout))
         self.layer_of = {name: layer for layer in self.layers for name in layer.slots}
         self._buckets: Buckets | None = None
@@ -59,22 +61,26 @@ class ShardedState(State):
     def _divided(self, kind: str, part: str = MAIN) -> bool:
         return self.stage >= SHARDED_FROM.get(buffer_name(kind, part), 1)
 
-    def stored_slice(self, kind: str, part: str = MAIN) -> slice:
-        """Return the range of the flat index that this rank stores: its share, or all if the kind is not divided."""
-        return self.shares[self.comm.rank] if self._divided(kind, part) else self.whole_index
-
-    def capacity(self, kind: str, part: str) -> int:
-        """Return the number of parameters that a buffer has room for: shards are padded to the size of a full share."""
-        return share_size(self.layout.size, self.ranks, GRAIN) if self._divided(kind, part) else self.layout.size
+    def allocate(self, kind: str, part: str, spec: BufferSpec) -> Array:
+        """Return a new buffer of zeros, for all parameters or for a share. Shares are padded to the size of a full one."""
+        if not self._divided(kind, part):
+            return super().allocate(kind, part, spec)
+        mine = spec.slice(self.share)
+        padded = spec.size(share_size(self.layout.size, self.ranks, GRAIN))
+        return self.backend.xp.zeros(padded if spec.first is None else mine.stop - mine.start, spec.dtype)
 
     def views(self, kind: str) -> dict[str, Array]:
         """Return name -> view, or nothing for a kind that is divided: its shards end within parameters."""
         return {} if self._divided(kind) else super().views(kind)
 
+    def flat(self, kind: str, part: str = MAIN) -> Array:
+        """Return this rank's share of a kind."""
+        buffer, mine = super().flat(kind, part), self.encodings[kind].parts[part].slice(self.share)
+        return buffer[: mine.stop - mine.start] if self._divided(kind, part) else buffer[mine]
+
     def local_part(self, kind: str, layer: Layer) -> Array:
-        """Return a view of the part of a layer that lies in this rank's shard."""
-        share, first = layer.shares(self.shares)[self.comm.rank], layer.span.start
-        return self.block(kind, slice(first + share.start, first + share.stop))
+        """Return a view of the part of a layer that lies in this rank's share."""
+        return self.flat(kind)[slice(*clipped(layer.span.start, layer.span.stop, self.share))]
 
     # -- step 1: weights down -----------------------------------------------------------------------------------------
 
@@ -84,7 +90,7 @@ class ShardedState(State):
         if self._fetched is not None:
             self._fetched.forget()
         elif self.stage >= 1:
-            self.comm.all_gather(self.local("weights"), self.shares, self.weights)
+            self.comm.all_gather(self.weights, self.shares, self.buffers["weights"])
 
     # -- step 2: gradients --------------------------------------------------------------------------------------------
 
@@ -103,7 +109,7 @@ class ShardedState(State):
         elif last and self.stage == 0:
             self.grads[...] = self.comm.all_reduce(self.grads)
         elif last:
-            self.local("grads")[...] = self.comm.reduce_scatter(self.grads, self.shares)()
+            self.grads[...] = self.comm.reduce_scatter(self.buffers["grads"], self.shares)()
 
     def mean_over_ranks(self, loss: Array) -> Array:
         """Return the mean over ranks of the loss, 0-d. All ranks have equally many examples."""
@@ -134,14 +140,19 @@ class ShardedState(State):
         if not self._divided(kind, part):
             return super().gather(kind, part)
         spec = self.encodings[kind].parts[part]
-        local = self.buffer_slices(kind, self.local_slice)[part]
-        shares = [spec.slice(share) for share in self.shares]
-        return self.comm.all_gather(local, shares, self.backend.xp.empty(spec.size(self.layout.size), spec.dtype))
+        whole = self.backend.xp.empty(spec.size(self.layout.size), spec.dtype)
+        return self.comm.all_gather(self.flat(kind, part), [spec.slice(share) for share in self.shares], whole)
 
     def load_gathered(self, kind: str, part: str, values: Array) -> None:
-        """Set this rank's share of a buffer from what `gather` returned."""
-        share = self.encodings[kind].parts[part].slice(self.stored_slice(kind, part))
-        self.buffers[buffer_name(kind, part)][: share.stop - share.start] = values[share]
+        """Set this rank's share of a buffer from what `gather` returned, or the whole buffer if it is not divided."""
+        if not self._divided(kind, part):
+            return super().load_gathered(kind, part, values)
+        self.flat(kind, part)[...] = values[self.encodings[kind].parts[part].slice(self.share)]
+
+
+def clipped(start: int, stop: int, span: slice) -> tuple[int, int]:
+    """Return the edges of the part of a range that lies in `span`, relative to the start of `span`."""
+    return min(max(start, span.start), span.stop) - span.start, min(max(stop, span.start), span.stop) - span.start
 
 
 # -- layers, the unit of exchange at stages 2 and 3 ----------------------------------------------------------------------------
@@ -165,8 +176,7 @@ class Layer:
 
     def shares(self, all_shares: list[slice]) -> list[slice]:
         """Return the slice of the layer that lies in each rank's shard, relative to the layer's start."""
-        first, last = self.span.start, self.span.stop
-        return [slice(*(min(max(edge, first), last) - first for edge in (s.start, s.stop))) for s in all_shares]
+        return [slice(*clipped(share.start, share.stop, self.span)) for share in all_shares]
 
     def parameter(self, name: str, values: Array) -> Array:
         """Return a view of a parameter in the layer's values, in its shape."""

@@ -52,10 +52,10 @@ def measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
     no_inverse = ~xp.isfinite(factor)
 
     def of_block(block: slice) -> tuple[Array, Array]:
-        scaled = widen(state.block("grads", block), fmt)
+        scaled = widen(state.grads[block], fmt)
         g = scaled * factor
         if keeps:
-            state.block("main_grads", block)[...] = g
+            state.flat("main_grads")[block][...] = g
         squares = by_grain(g * g, lambda x: x.sum(-1), xp)
         return squares, by_grain(~xp.isfinite(scaled), lambda x: x.any(-1), xp) | no_inverse
 
@@ -72,8 +72,8 @@ def fold(state: State, squares: Array, bad: Array) -> tuple[Array, Array]:
 def unscaled(state: State, block: slice, inverse_scale: Array) -> Array:
     """Return the FP32 gradients of a block, divided by S: a copy of main_grads if there are any, else from the 16-bit ones."""
     if "main_grads" in state.stored:
-        return state.block("main_grads", block).copy()
-    return widen(state.block("grads", block), state.math_format) * widen(inverse_scale, state.math_format)
+        return state.flat("main_grads")[block].copy()
+    return widen(state.grads[block], state.math_format) * widen(inverse_scale, state.math_format)
 
 
 def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
@@ -92,11 +92,10 @@ def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
 def first_non_finite(state: State) -> str | None:
     """Return the name of the first parameter whose gradient has an Inf or NaN, or None. Waits for the device and all ranks."""
     first = state.layout.size
-    for block in blocks(state.local_slice):
-        gradients = state.block("grads", block)
-        bad = ~np.isfinite(state.backend.to_host(widen(gradients, state.math_format)))
+    for block in blocks(state.grads.size):
+        bad = ~np.isfinite(state.backend.to_host(widen(state.grads[block], state.math_format)))
         if bad.any():
-            first = block.start + int(bad.argmax())
+            first = state.first + block.start + int(bad.argmax())
             break
     first = state.min_over_ranks(first)
     return state.layout.name_at(first) if first < state.layout.size else None

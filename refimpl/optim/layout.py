@@ -89,16 +89,26 @@ class Layout:
         slots = {name: slot for name, slot in self.slots.items() if first is None or slot[1] <= first}
         return {name: buffer[start:stop].reshape(shape) for name, (start, stop, shape) in slots.items()}
 
+    def parameters_in(self, start: int, stop: int) -> Iterator[tuple[str, slice, slice]]:
+        """Yield (name, elements, place) of each parameter in the range of the flat index from start to stop.
+
+        elements: those of its elements that are in the range. place: where they are, relative to `start`.
+        """
+        for name, (first, last, _) in self.slots.items():
+            begin, end = max(first, start), min(last, stop)
+            if begin < end:
+                yield name, slice(begin - first, end - first), slice(begin - start, end - start)
+
     def name_at(self, index: int) -> str:
         """Return the name of the parameter at an index of the flat buffers."""
         return next(name for name, (start, stop, _) in self.slots.items() if start <= index < stop)
 
 
-def blocks(indices: slice, on_host: bool = True) -> Iterator[slice]:
-    """Yield the blocks that cover a range of the flat index: BLOCK elements each, or DEVICE_BLOCK on a device."""
+def blocks(size: int, on_host: bool = True) -> Iterator[slice]:
+    """Yield the blocks that cover a flat array: BLOCK elements each, or DEVICE_BLOCK on a device."""
     step = BLOCK if on_host else DEVICE_BLOCK
-    for start in range(indices.start, indices.stop, step):
-        yield slice(start, min(start + step, indices.stop))
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
 
 
 def by_grain(x: Array, fold: Callable[[Array], Array], xp: Any) -> Array:

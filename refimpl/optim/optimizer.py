@@ -97,7 +97,7 @@ class Optimizer:
         self, state: State, block: slice, inverse_scale: Array, clip: Array | float, scalars: Array, found_inf: Array
     ) -> None:
         kinds = self._updated(state)
-        with changed_unless(found_inf, {kind: state.buffer_slices(kind, block) for kind in kinds}, state.backend) as stored:
+        with changed_unless(found_inf, {kind: state.parts(kind, block) for kind in kinds}, state.backend) as stored:
             # 1. Read masters and moments in FP32: where they are stored so, the buffers themselves, else decoded copies.
             w, *moments = (state.encodings[kind].read(stored[kind], state.math_format) for kind in kinds)
 
@@ -106,7 +106,7 @@ class Optimizer:
             g *= clip
 
             # 3. Decay the matrices.
-            for start, stop in state.layout.decayed:
+            for start, stop in state.decayed:
                 matrix = slice(max(start - block.start, 0), max(stop - block.start, 0))
                 self.rule.decay(w[matrix], g[matrix], scalars)
 
@@ -118,7 +118,7 @@ class Optimizer:
 
             # 5. Write: round to the stored formats. What was read from the buffers themselves is there already.
             for kind, values in zip(kinds, (w, *moments), strict=True):
-                state.write(kind, stored[kind], values, f"update.{kind}", block.start)
+                state.write(kind, block, stored[kind], values)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ A recipe may encode a kind in another way than as plain numbers: see `precision/
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -29,13 +30,13 @@ R = TypeVar("R")
 
 
 class State:
-    """The flat buffers of one run, by kind, and `t`, the number of updates made (skipped steps do not count).
+    """The states of a run on one host: a flat array per kind, `state.grads[block]`, and `t`, the number of updates made.
 
-    local_slice: the range of the flat index that is updated here. On one host it is the whole index; with several ranks
-    each updates its own range, and may store no more than that (`distributed.zero.ShardedState`).
+    Skipped steps do not count as updates. `distributed.zero.ShardedState` has the states of one of several ranks: there
+    `weights`, `grads`, `master` and `flat` are the part that this rank updates, which begins at the parameter `first`.
     """
 
-    ranks = 1
+    ranks, first = 1, 0
 
     def __init__(self, model: HasParameters, stored: Mapping[str, str], backend: Backend, seed: int = 0) -> None:
         """Allocate zeroed buffers.
@@ -47,93 +48,65 @@ class State:
         if not backend.on_host:
             self.refuse_codes(f"--backend {backend.name}")
         self.formats = {kind: encoding.fmt for kind, encoding in self.encodings.items()}
-        self.local_slice = self.stored_slice("master")
-        xp = backend.xp
+        self.master_kind = "master" if "master" in stored else "weights"  # what the optimizer updates
+        self.master_format = self.formats[self.master_kind]
+        self.math_format = "fp64" if self.master_format == "fp64" else "fp32"  # what the optimizer computes in
         self.buffers = {
-            buffer_name(kind, part): xp.zeros(self.buffer_size(kind, part, spec), spec.dtype)
+            buffer_name(kind, part): self.allocate(kind, part, spec)
             for kind, encoding in self.encodings.items() for part, spec in encoding.parts.items()
         }  # fmt: skip
-        self.t = xp.zeros((), np.int64)
-        start, stop = self.local_slice.start, self.local_slice.stop
-        decayed = np.clip(np.array(self.layout.decayed, np.int64).reshape(-1, 2).T, start, stop)
-        self.decayed = backend.from_host((decayed - start).copy())  # starts and stops, relative to the start of local_slice
+        self.t = backend.xp.zeros((), np.int64)
+        self.decayed = self.layout.decayed  # the ranges of the flat arrays that weight decay acts on
         self.monitor: Monitor | None = None
         self.weight_views: Mapping[str, Array] = self.views("weights")
         self.grad_views = self.views("grads") if "grads" in stored else {}
 
-    # -- buffers; a kind has one per part of its encoding: MAIN, and perhaps 'scales', 'compensation', ... -------------------
+    # -- arrays: a kind has one, or more where its encoding has several parts, such as codes (MAIN) and 'scales' --------------
 
-    def stored_slice(self, kind: str, part: str = MAIN) -> slice:
-        """Return the range of the flat index whose values this rank stores: on one host, all of it."""
-        return slice(0, self.layout.size)
-
-    def capacity(self, kind: str, part: str) -> int:
-        """Return the number of parameters that a buffer has room for."""
-        return self.layout.size
-
-    def buffer_size(self, kind: str, part: str, spec: BufferSpec) -> int:
-        """Return the number of elements to allocate: the capacity, or what is stored if few parameters have this part."""
-        stored = spec.slice(self.stored_slice(kind, part))
-        return spec.size(self.capacity(kind, part)) if spec.first is None else stored.stop - stored.start
+    def allocate(self, kind: str, part: str, spec: BufferSpec) -> Array:
+        """Return a new buffer of zeros."""
+        return self.backend.xp.zeros(spec.size(self.layout.size), spec.dtype)
 
     def views(self, kind: str) -> dict[str, Array]:
-        """Return name -> view of that parameter in its shape, for a kind that is stored here as a whole."""
+        """Return name -> view of that parameter in its shape."""
         return self.layout.views(self.buffers[kind])
 
-    def buffer_slices(self, kind: str, block: slice) -> dict[str, Array]:
-        """Return the views of a kind's buffers, by part, that belong to a block of the flat index."""
-        views = {}
-        for part, spec in self.encodings[kind].parts.items():
-            first, elements = spec.slice(self.stored_slice(kind, part)).start, spec.slice(block)
-            views[part] = self.buffers[buffer_name(kind, part)][elements.start - first : elements.stop - first]
-        return views
-
-    def block(self, kind: str, block: slice) -> Array:
-        """Return a view of a block of a kind's main buffer: numbers in the format of its encoding, or codes."""
-        return self.buffer_slices(kind, block)[MAIN]
-
-    def local(self, kind: str) -> Array:
-        """Return a view of a kind's main buffer over `local_slice`."""
-        return self.block(kind, self.local_slice)
-
-    def values(self, kind: str) -> Array:
-        """Return a kind's values over `local_slice`, for reading: a view where the buffer holds them, else an FP32 copy."""
-        return self.encodings[kind].values(self.buffer_slices(kind, self.local_slice))
+    def flat(self, kind: str, part: str = MAIN) -> Array:
+        """Return the flat array of a kind: numbers in the format of its encoding, or codes."""
+        return self.buffers[buffer_name(kind, part)]
 
     @property
     def weights(self) -> Array:
         """The model weights, which forward and backward read."""
-        return self.buffers["weights"]
+        return self.flat("weights")
 
     @property
     def grads(self) -> Array:
         """The gradients of the scaled loss, which backward writes."""
-        return self.buffers["grads"]
+        return self.flat("grads")
 
     @property
     def master(self) -> Array:
         """The masters, which the optimizer updates: the weights themselves in a recipe without separate masters."""
-        return self.buffers.get("master", self.weights)
+        return self.flat(self.master_kind)
 
-    @property
-    def master_kind(self) -> str:
-        """The kind that the optimizer updates: 'master', or 'weights' in a recipe without separate masters."""
-        return "master" if "master" in self.stored else "weights"
+    def parts(self, kind: str, block: slice) -> dict[str, Array]:
+        """Return a block of a kind as its encoding reads and writes it: part -> view of the array."""
+        return {part: self.flat(kind, part)[spec.slice(block)] for part, spec in self.encodings[kind].parts.items()}
 
-    @property
-    def master_format(self) -> str:
-        """The format of the kind that the optimizer updates."""
-        return self.formats[self.master_kind]
-
-    @property
-    def math_format(self) -> str:
-        """The format that the optimizer computes in: fp32, or fp64 if the states are fp64."""
-        return "fp64" if self.master_format == "fp64" else "fp32"
+    def values(self, kind: str) -> Array:
+        """Return a kind's values, for reading: the array itself where it holds them, else an FP32 copy."""
+        return self.encodings[kind].values(self.parts(kind, slice(0, self.master.size)))
 
     @property
     def nbytes(self) -> int:
         """The bytes of all model states."""
         return sum(int(buffer.nbytes) for buffer in self.buffers.values())
+
+    @cached_property
+    def decayed_edges(self) -> Array:
+        """The starts and the stops of `decayed` in an array of the backend, for kernels."""
+        return self.backend.from_host(np.array(self.decayed, np.int64).reshape(-1, 2).T.copy())
 
     def refuse_codes(self, who: str) -> None:
         """Raise UsageError if a kind is stored as 8-bit codes with scales. who: the subject of the message."""
@@ -149,16 +122,12 @@ class State:
         rounded: set the masters to the rounded copy too, as Apex O2, Megatron, DeepSpeed and llm.c do, which make a 16-bit
         model first and then its masters. PyTorch: a model trained with autocast keeps its FP32 weights.
         """
-        encoding = self.encodings[self.master_kind]
-        for name, (start, stop, _) in self.layout.slots.items():
-            local = slice(max(start, self.local_slice.start), min(stop, self.local_slice.stop))
-            if local.start >= local.stop:
-                continue
-            source = self.backend.from_host(weights[name].reshape(-1)[local.start - start : local.stop - start])
+        for name, elements, place in self.layout.parameters_in(self.first, self.first + self.master.size):
+            source = self.backend.from_host(weights[name].reshape(-1)[elements])
             if rounded:
                 source = cast(source, self.formats["weights"])
             wide = widen(source, self.math_format)
-            encoding.start(self.buffer_slices(self.master_kind, local), wide)
+            self.encodings[self.master_kind].start(self.parts(self.master_kind, place), wide)
         self.weights_down()
 
     def weights_down(self) -> None:
@@ -166,11 +135,9 @@ class State:
 
         Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.1.
         """
-        if "master" not in self.stored:
-            return
-        masters, weights = self.local("master"), self.local("weights")
-        cast(masters, self.formats["weights"], out=weights)
-        self._report("weights_down", masters, weights, self.local_slice.start)
+        if self.master_kind == "master":
+            cast(self.master, self.formats["weights"], out=self.weights)
+            self._report("weights_down", self.master, self.weights, start=0)
 
     # -- step 2 --------------------------------------------------------------------------------------------------------------
 
@@ -188,33 +155,34 @@ class State:
             view += widen(gradient, self.formats["grads"])
 
         if first:
-            self.grads[...] = 0  # a parameter that this step does not use must not keep the gradient of the last step
+            # A parameter that this step does not use must not keep the gradient of the last step.
+            self.buffers["grads"][...] = 0
         return store if first else add
 
     # -- steps 3 and 4 -------------------------------------------------------------------------------------------------------
 
     def each_block(self, f: Callable[[slice], R]) -> list[R]:
-        """Return `f` of each block of `local_slice`, in order; the backend may compute several at a time."""
-        pieces, size = blocks(self.local_slice, self.backend.on_host), self.local_slice.stop - self.local_slice.start
+        """Return `f` of each block of the flat arrays, in order; the backend may compute several at a time."""
+        size = self.master.size
+        pieces = blocks(size, self.backend.on_host)
         if self.monitor is not None:  # monitors need not be thread-safe
             return [f(block) for block in pieces]
         return self.backend.each(f, pieces, size)
 
-    def write(self, kind: str, slices: Mapping[str, Array], values: Array, site: str, start: int) -> None:
-        """Encode `values` into `slices`, which `buffer_slices` returned for a block that begins at index `start`."""
+    def write(self, kind: str, block: slice, parts: Mapping[str, Array], values: Array) -> None:
+        """Encode the updated `values` of a block into `parts`, which `parts(kind, block)` returned, or copies of them."""
         encoding = self.encodings[kind]
-        encoding.write(slices, values, RandomKey(self.seed, self.t, start, self.backend.xp, kind))
+        encoding.write(parts, values, RandomKey(self.seed, self.t, self.first + block.start, self.backend.xp, kind))
         if isinstance(encoding, Plain):
-            self._report(site, values, slices[MAIN], start)
+            self._report(f"update.{kind}", values, parts[MAIN], block.start)
 
     def _report(self, site: str, values: Array, rounded: Array, start: int) -> None:
-        """Report a rounding of the values from index `start` on to the monitor, per parameter, at sites `parameter:site`."""
+        """Report a rounding of the values from `start` on to the monitor, per parameter, at sites `parameter:site`."""
         if self.monitor is None or widens_to(format_of(values), format_of(rounded)):
             return
-        for name, (first, last, _) in self.layout.slots.items():
-            overlap = slice(max(first - start, 0), max(last - start, 0))
-            if rounded[overlap].size:
-                self.monitor(f"{name}:{site}", values[overlap], rounded[overlap])
+        start += self.first
+        for name, _, place in self.layout.parameters_in(start, start + values.size):
+            self.monitor(f"{name}:{site}", values[place], rounded[place])
 
     # -- exchange among ranks: nothing to do on one host; `distributed.zero.ShardedState` overrides these ---------------------
 
@@ -222,7 +190,7 @@ class State:
         """Sum the gradients over ranks, after the backward of a micro-batch. last: whether it is the step's last one."""
 
     def gather_grains(self, *grains: Array) -> tuple[Array, ...]:
-        """Return arrays over all grains from arrays over those of `local_slice`."""
+        """Return arrays over all grains from arrays over those that are updated here."""
         return grains
 
     def mean_over_ranks(self, loss: Array) -> Array:

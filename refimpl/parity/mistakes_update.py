@@ -190,9 +190,7 @@ def _rule(kind: type[AdamW]) -> Callable[[Training], None]:
 
 def _decay_all(training: Training) -> None:
     need(getattr(training.optimizer.rule, "weight_decay", 0) > 0, "--weight-decay above 0")
-    layout, local, backend = training.state.layout, training.state.local_slice, training.state.backend
-    training.state.layout = replace(layout, decayed=((0, layout.size),))
-    training.state.decayed = backend.from_host(np.array([[0], [local.stop - local.start]]))
+    training.state.decayed = ((0, training.state.layout.size),)
 
 
 def _eps_in_16_bits(training: Training) -> None:

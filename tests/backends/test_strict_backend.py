@@ -565,7 +565,7 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
         "WaitError: float() waits",
     ),
     "a copy from the host in each step": (
-        edited(cupy_passes, "starts, stops = state.decayed",
+        edited(cupy_passes, "starts, stops = state.decayed_edges",
                "starts, stops = state.backend.from_host(np.array(state.layout.decayed, np.int64).T.copy())"),
         "a step copies or waits: Counter(",
     ),

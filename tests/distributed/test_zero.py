@@ -127,7 +127,7 @@ def test_ranks_for_which_nothing_is_left(recipe: str) -> None:
     for stage in (1, 2, 3):
         divided = on_ranks(config(recipe, stage, **small), 7)
         assert all(result.same_as(whole[0]) for result in divided)
-        shares = [result.training.state.local_slice for result in divided]
+        shares = [result.training.state.share for result in divided]
         assert [share.stop > share.start for share in shares] == [True] * 3 + [False] * 4
 
 

@@ -176,7 +176,7 @@ def test_ranks_with_unequal_counts_are_one_batch(ranks: int) -> None:
     def run(comm: Comm) -> tuple[float, Array, slice]:
         training = start(config, comm)
         loss = forward_backward(training.model, batches[comm.rank], training.state, np.asarray(np.float32(1024)), training.run)
-        return float(loss), np.array(training.state.grads), training.state.local_slice
+        return float(loss), np.array(training.state.grads), training.state.share
 
     for loss, grads, own in run_ranks(ranks, run):
         assert loss == pytest.approx(whole_loss, rel=1e-6)

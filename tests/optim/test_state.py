@@ -108,7 +108,7 @@ def test_name_at_finds_the_parameter_of_every_index() -> None:
 @pytest.mark.parametrize(("size", "block"), [(0, 4), (1, 4), (4, 4), (5, 4), (1000, 7), (70_000, 1 << 16)])
 def test_blocks_cover_everything_once(size: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refimpl.optim.layout, "BLOCK", block)
-    parts = list(blocks(slice(0, size)))
+    parts = list(blocks(size))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(size))
     assert all(part.stop - part.start == block for part in parts[:-1])
 

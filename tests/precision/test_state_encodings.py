@@ -163,7 +163,7 @@ def test_no_two_kinds_of_state_draw_the_same_bits() -> None:
     state = State(toy(), {**dict.fromkeys(kinds, "bf16-stochastic"), "grads": "fp32"}, NUMPY)
     x = cast(np.full(SIZE, 1 + 2.0**-8), "fp32")
     for kind in kinds:
-        state.write(kind, state.buffer_slices(kind, slice(0, SIZE)), x, f"update.{kind}", 0)
+        state.write(kind, slice(0, SIZE), state.parts(kind, slice(0, SIZE)), x)
     assert len({state.buffers[kind].tobytes() for kind in kinds}) == len(kinds)
     assert set(STATE_KINDS) < set(STREAMS) and len(set(STREAMS.values())) == len(STREAMS) <= FIRST_OF_TENSORS
 

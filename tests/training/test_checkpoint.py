@@ -45,7 +45,7 @@ def state_of(recipe: str, seed: int = 0) -> State:
     for kind in ("m", "v"):
         values = rng.standard_normal(state.layout.size)
         start = cast(values if kind == "m" else values**2, state.math_format)
-        state.encodings[kind].start(state.buffer_slices(kind, everything), start)
+        state.encodings[kind].start(state.parts(kind, everything), start)
     for name in ("weights_compensation", "weights_remainder"):
         if name in state.buffers:
             bits = bits_of(state.buffers[name]) if is_float(state.buffers[name]) else state.buffers[name]

@@ -17,7 +17,7 @@ from refimpl.numerics.formats import format_of
 
 def measure(state: Any, inverse_scale: Array) -> tuple[Array, Array]:
     """Return for each block of `state.grain` gradients the sum of squares, unscaled, and whether any, or 1/S, is Inf or NaN."""
-    xp, grads, grain = state.backend.xp, state.local("grads"), state.layout.grain
+    xp, grads, grain = state.backend.xp, state.grads, state.layout.grain
     count = -(-grads.size // grain)
     squares, bad = xp.empty(count, np.float32), xp.empty(count, np.bool_)
     sizes = np.int64(grads.size), np.int32(grain)
@@ -40,11 +40,11 @@ def adamw(rule: Any, state: Any, inverse_scale: Array, clip: Array | float, scal
     It does not write 16-bit weights: step 1 casts the masters, at 6 more bytes of memory traffic per parameter, of 32.
     """
     beta1, beta2 = rule.betas
-    w, m, v, grads = (state.local(kind) for kind in (state.master_kind, "m", "v", "grads"))
+    w, m, v, grads = (state.flat(kind) for kind in (state.master_kind, "m", "v", "grads"))
     numbers = [number(x) for x in (1 - beta1, beta2, 1 - beta2, rule.eps)]
     if isinstance(clip, float):
         clip = state.backend.xp.full((), clip, np.float32)
-    starts, stops = state.decayed
+    starts, stops = state.decayed_edges
     state.backend.kernels(format_of(grads)).adamw(
         elementwise_grid(grads.size), (THREADS,), w, m, v, grads, inverse_scale, clip, scalars, found_inf,
         starts, stops, np.int32(len(starts)), *numbers, np.int64(grads.size),
