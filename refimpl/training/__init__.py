@@ -1,12 +1,12 @@
 """A training run: settings, data, the loop over steps, logs and checkpoints.
 
     config.py, schema.py      the settings of a run: flags as given, and all of them, checked; checks of data read from JSON
-    resume.py                 which settings a resumed run may change
     setup.py                  the start of a run: the objects that a step takes, random numbers, faults to inject
     trainer.py, run.py        the loop over steps; a run in a folder, from start to report
     data.py, ngrams.py        corpora and batches; the losses that a model must beat
     evaluate.py, sampling.py  the loss of a model on a text; text sampled from a model
     checkpoint.py, checkpoint_states.py         files that are never half-written; model states in and out of them
+    resume.py                 what a checkpoint says of its run; which settings may change when it is resumed
     run_folder.py, folder_lock.py, metrics.py   the folder of a run, its lock, its log and plot
     memory_limits.py, activation_memory.py      whether a run fits into memory; formulas for its activations
     stopping.py, non_finite.py    when a run stops, and advice; where Inf or NaN first appears in a step

@@ -5,42 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from refimpl.distributed.collectives import Comm, Serial, shares_of
-from refimpl.errors import UsageError
 from refimpl.step import Batch, StepResult
 from refimpl.training import checkpoint
-from refimpl.training.checkpoint_states import check_run_header, load_scales, load_state_arrays, scale_arrays, state_arrays
+from refimpl.training.checkpoint_states import scale_arrays, state_arrays
 from refimpl.training.config import Config
 from refimpl.training.data import Corpus, check_has_bytes, load_corpus, sample_batch
 from refimpl.training.evaluate import validation_loss
 from refimpl.training.metrics import MetricsLog, read_metrics
-from refimpl.training.resume import checkpoint_settings, conflicts
+from refimpl.training.resume import Progress, load_run, run_header
 from refimpl.training.run_folder import CHECKPOINT, METRICS
 from refimpl.training.setup import BATCHES, NO_FAULTS, Fault, find_fault, generator, start
 from refimpl.training.signals import Stop
 from refimpl.training.stopping import StopRules
 
 STOPPING = "stopping after this step, with a checkpoint; again to stop at once"
-
-
-@dataclass
-class Progress:
-    """The position of a run: the numbers in a checkpoint beside arrays, loss scale and generator."""
-
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-
-    def count(self, skipped: bool) -> None:
-        """Count one more step whose result is known as skipped, or not."""
-        self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
 
 class Trainer:
@@ -165,22 +147,6 @@ class Trainer:
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _header(self) -> dict[str, Any]:
-        """Return the checkpoint's header: what determines the rest of the run, beside arrays. Without times and paths, so that
-        equal runs write equal bytes."""
-        return {
-            "model": self.model.name,
-            "sizes": dict(self.model.config),
-            "recipe": self.recipe.name,
-            "config": checkpoint_settings(self.config),
-            "corpus": self.corpus.description,
-            "progress": asdict(self.progress),
-            "t": int(self.state.t),
-            "loss_scale": self.loss_scale.state_dict(),
-            "delayed_scales": len(self.run.scales.delayed),
-            "generator": self.batches.bit_generator.state,
-        }
-
     def save(self) -> Path:
         """Write the checkpoint: weights, masters and moments by parameter name, and the header. Return its path.
 
@@ -189,7 +155,8 @@ class Trainer:
         self.state.weights_down()
         path, arrays = self.folder / CHECKPOINT, state_arrays(self.state)
         if self.writes:
-            checkpoint.save(path, {**arrays, **scale_arrays(self.run)}, self._header())
+            header = run_header(self.config, self.corpus, self.training, self.progress, self.batches)
+            checkpoint.save(path, {**arrays, **scale_arrays(self.run)}, header)
         return path
 
     def restore(self) -> None:
@@ -208,30 +175,7 @@ class Trainer:
     def load_checkpoint(self) -> None:
         """Load the checkpoint, as `restore` does, but leave the log alone: no file is changed."""
         path = self.folder / CHECKPOINT
-        arrays, header = checkpoint.load(path)
-        check_run_header(path, header)
-        if header["corpus"] != self.corpus.description:
-            raise UsageError(f"{path} was trained on other data than --data {self.config.data} has now")
-        other = conflicts(self.config, header["config"])
-        if other:
-            raise UsageError(f"{path} is another run: {'; '.join(other)}")
-        sizes = dict(self.model.config)
-        if {**sizes, **header["sizes"]} != sizes:
-            raise UsageError(f"{path} is of a model with the sizes {header['sizes']}, not those of its run: it is damaged")
-        progress = Progress(**header["progress"])
-        load_scales(path, self.run, progress.step, arrays)
-        if len(self.run.scales.delayed) != header.get("delayed_scales", 0):
-            raise UsageError(f"{path} lacks some of the scales that its quantization had: it is damaged")
-        load_state_arrays(path, arrays, self.state)
-        self.state.t = self.backend.xp.asarray(np.int64(header["t"]))
-        try:
-            self.loss_scale.load_state_dict(header["loss_scale"])
-        except (KeyError, ValueError, UsageError) as error:
-            raise UsageError(f"{path} has a damaged loss scale: {error}") from error
-        self.batches.bit_generator.state = header["generator"]
-        self.progress = progress
-        if self.progress.step > self.config.steps:
-            raise UsageError(f"{path} is at step {self.progress.step} already, --steps is {self.config.steps}")
+        self.progress = load_run(path, self.config, self.corpus, self.training, self.batches)
 
 
 def _row(step: int, result: StepResult, tokens_per_s: float) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def test_a_resumed_run_ends_with_the_same_bits(recipe: str, tmp_path: Path, monk
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_control_what_a_checkpoint_loses_shows(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """t for draws; the second part for the others."""
-    load = refimpl.training.trainer.load_state_arrays
+    load = refimpl.training.resume.load_state_arrays
 
     def forgetful(path: Path, arrays: Any, state: Any) -> None:
         load(path, arrays, state)
@@ -242,7 +242,7 @@ def test_control_what_a_checkpoint_loses_shows(recipe: str, tmp_path: Path, monk
                 state.buffers[name][...] = 0
         state.seed += recipe == "bf16-sr"
 
-    monkeypatch.setattr(refimpl.training.trainer, "load_state_arrays", forgetful)
+    monkeypatch.setattr(refimpl.training.resume, "load_state_arrays", forgetful)
     monkeypatch.setattr(Config, "make_backend", lambda self: STRICT)
     whole, halves = resumed(STRICT, recipe, tmp_path)
     assert whole["weights"] != halves["weights"]

@@ -27,9 +27,10 @@ from refimpl.precision.recipes import RECIPES
 from refimpl.training.checkpoint import load, save
 from refimpl.training.config import Config
 from refimpl.training.metrics import MetricsLog, plot_run, read_metrics
+from refimpl.training.resume import Progress
 from refimpl.training.run import train, warn
 from refimpl.training.setup import start
-from refimpl.training.trainer import Progress, Trainer
+from refimpl.training.trainer import Trainer
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 8, "warmup": 2, "eval_every": 3,
