@@ -79,14 +79,14 @@ def test_a_weight_that_is_not_finite_stops_the_run_at_once() -> None:
 
 def test_a_loss_scale_that_cannot_be_divided_by_stops_the_run(tmp_path: Path) -> None:
     for scale, stops in ((1.0, False), (2.0**-126, False), (2.0**-127, True), (0.0, True)):
-        kept, saved = rules(), list[Path]()
+        kept, saved = rules(loss_scale="1"), list[Path]()
 
         def save(saved: list[Path] = saved) -> Path:
             saved.append(tmp_path)
             return tmp_path
 
         loss_scale: Any = kept.training.loss_scale
-        loss_scale.value = np.asarray(np.float32(scale))
+        loss_scale.scale = np.asarray(np.float32(scale))
         if not stops:
             kept.check_scale(GOOD, [BATCH], 7, save)
             continue
