@@ -265,6 +265,9 @@ def _resolve_loss_scale(settings: dict[str, Any]) -> dict[str, Any]:
     return {**starts, **hysteresis, **others, "loss_scale": rule}
 
 
+KINDS = {f.name: str(f.type).partition(" | ")[0] for f in fields(Config)}
+"""The type of each setting: 'str', 'int', 'float' or 'bool'."""
+
 _TYPES: dict[str, tuple[Any, str]] = {
     "str": (str, "a text"), "int": (Integral, "an integer"), "float": (Real, "a number"), "bool": (bool, "true or false"),
 }  # fmt: skip
@@ -273,17 +276,16 @@ _LARGEST = 2**63 - 1
 
 def check_types(flags: Flags) -> None:
     """Check the type of each setting, which may come from a file. Errors: UsageError for an unknown setting or a wrong type."""
-    known = {f.name: f for f in fields(Config)}
+    optional = {f.name for f in fields(Config) if f.default in (None, MISSING)}
     for name, value in flags.items():
-        if name not in known:
-            raise UsageError(unknown("setting", name, known))
-        kind, _, none = str(known[name].type).partition(" | ")
-        python_type, what = _TYPES[kind]
-        if value is None and (none or known[name].default is MISSING):  # not given
+        if name not in KINDS:
+            raise UsageError(unknown("setting", name, KINDS))
+        python_type, what = _TYPES[KINDS[name]]
+        if value is None and name in optional:
             continue
-        if not isinstance(value, python_type) or isinstance(value, bool) != (kind == "bool"):
+        if not isinstance(value, python_type) or isinstance(value, bool) != (KINDS[name] == "bool"):
             raise UsageError(f"{flag(name)} is {value!r:.60}: it must be {what}")
-        if kind == "int" and abs(int(value)) > _LARGEST:
+        if KINDS[name] == "int" and abs(int(value)) > _LARGEST:
             raise UsageError(f"{flag(name)} is about 2^{int(value).bit_length()}: it must be below 2^63")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from refimpl.optim.loss_scalers import SCALER_RULES
 from refimpl.optim.schedule import SCHEDULES
 from refimpl.precision.recipes import RECIPES
-from refimpl.training.config import MODEL_DEFAULTS, Config
+from refimpl.training.config import KINDS, MODEL_DEFAULTS, Config, flag
 
 HELP = {
     "model": "gpt or mlp",
@@ -56,13 +56,6 @@ HELP = {
     "sample_bytes": "bytes of text to generate at the end",
     "zero": "ZeRO stage, 0 to 3, for training on several ranks (docs/ranks.md)",
 }
-INTEGERS = {
-    "steps", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "warmup", "grad_accum",
-    "growth_interval", "hysteresis", "ignore_index", "seed", "eval_every", "eval_batches", "log_every", "sample_bytes",
-    "zero",
-}  # fmt: skip
-NUMBERS = {"momentum", "beta1", "beta2", "eps", "lr", "min_lr", "weight_decay", "clip", "init_scale",
-           "growth_factor", "backoff_factor", "scale_floor"}  # fmt: skip
 
 
 def _default(name: str) -> str:
@@ -80,10 +73,10 @@ def add_config_flags(
     """
     own = defaults or {}
     for name in names:
-        flag, default = f"--{name.replace('_', '-')}", own.get(name, argparse.SUPPRESS)
-        if isinstance(getattr(Config, name, None), bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[name])
+        default = own.get(name, argparse.SUPPRESS)
+        if KINDS[name] == "bool":
+            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=default, help=HELP[name])
             continue
-        kind = int if name in INTEGERS else float if name in NUMBERS else str
+        parse = {"int": int, "float": float, "str": str}[KINDS[name]]
         text = HELP[name] + (f" ({own[name]})" if name in own else _default(name))
-        parser.add_argument(flag, type=kind, default=default, help=text)
+        parser.add_argument(flag(name), type=parse, default=default, help=text)
