@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refimpl.backends.base import get_backend
+from refimpl.backends.choose import get_backend
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model

@@ -87,5 +87,5 @@ def forward_backward(model: Model, batches: Sequence[Batch], state: State, S: Ar
         tape.backward(loss, grad_output=divided(S, n, xp), sink=state.gradient_sink(first=i == 0))
         state.reduce_gradients(last=i == len(batches) - 1)
         total = total + divided(loss.array, n / state.ranks, xp)
-    run.scales.after_pass()  # (FP8 with delayed scaling: the largest values of this pass make the scales of the next)
+    run.after_step()  # (FP8 with delayed scaling: the largest values of these passes make the scales of the next)
     return state.mean_over_ranks(total)

@@ -19,7 +19,7 @@ from strict_backend import BACKENDS
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from refimpl.backends.base import Backend
-from refimpl.backends.threads import workers
+from refimpl.backends.numpy.threads import workers
 from refimpl.training.data import _documentation
 
 DRAWN_TEXT = str(SUPPORT / "drawn_text")
@@ -36,7 +36,7 @@ BLAS_TESTS = {
     for name in (
         "accumulators", "attention", "autograd", "by_hand", "checkpoint", "compare_recipes", "ddp", "elementwise", "embedding",
         "every_operation", "experiments", "fused_attention", "gradients", "ignored_targets", "inspect_precision",
-        "linear", "loss", "mistakes", "models", "mpi", "norm", "numpy_ops", "onnx", "opinfo", "optimizer", "policy",
+        "linear", "loss", "mistakes", "models", "mpi", "norm", "numpy_table", "onnx", "opinfo", "optimizer", "policy",
         "published", "quantization", "quantized_linear", "recorded", "run", "same_bits", "shape", "softmax", "step",
         "strict_backend", "threads", "trace", "zero",
     )

@@ -267,7 +267,7 @@ APART = [
     (("numerics.formats",), ("numerics",)),
     (("nn.autograd",), ("nn.linear", "nn.attention", "nn.norm", "nn.loss", "nn.models")),  # it adds gradients by `fan_in`
     (("nn.linear", "nn.attention", "nn.norm", "nn.elementwise", "nn.loss", "nn.embedding", "nn.shape"), ("nn.autograd",)),
-    (("backends.base", "backends.numpy_ops", "backends.threads", "backends.malloc"), ("backends.cupy.ops",)),
+    (("backends.base", "backends.numpy.table", "backends.numpy.backend"), ("backends.cupy",)),
 ]
 
 

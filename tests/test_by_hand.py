@@ -18,7 +18,7 @@ from arrays import Array
 from paths import SCRIPTS
 from script_loader import load_script
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.nn.op import Op

@@ -14,7 +14,8 @@ from recipe_lists import MECHANISMS, others_slow
 from strict_backend import BACKENDS, STRICT
 
 import refimpl.optim.layout
-from refimpl.backends.base import NUMPY, Backend
+from refimpl.backends.base import Backend
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model

@@ -11,7 +11,7 @@ import test_optimizer
 import test_state
 import test_step
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.numerics.casts import cast, widen
 from refimpl.optim import gradients
 from refimpl.optim.optimizer import Optimizer

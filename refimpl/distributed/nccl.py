@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends.base import get_backend
+from refimpl.backends.choose import get_backend
 from refimpl.distributed.collectives import Comm, Shares
 from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array

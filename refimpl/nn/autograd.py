@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from refimpl.nn.op import Op
-from refimpl.nn.ops import cast_parameter, fan_in
+from refimpl.nn.ops import cast_parameter, fan_in, selected
 from refimpl.numerics.arrays import Array
+from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.precision.context import OpPrecision, Run
 
 Sink = Callable[[str, Array], None]
@@ -58,17 +59,51 @@ class Entry:
     static: dict[str, Any]
 
 
+class Parameters:
+    """The parameters of a model for the time of one tape: which name a tied one has, and which copies autocast has made.
+
+    weights: name -> array. tied: name -> the name of the parameter that it shares.
+    """
+
+    def __init__(self, weights: Mapping[str, Array], tied: Mapping[str, str]):
+        self.weights, self.tied = weights, tied
+        self.leaves: dict[str, Value] = {}
+        self.copies: dict[tuple[str, str], Value] = {}
+
+    def leaf(self, name: str) -> Value | None:
+        """Return the parameter of that name, or None if the model has none (a bias)."""
+        name = self.tied.get(name, name)
+        if name not in self.weights:
+            return None
+        return self.leaves.setdefault(name, Value(None, Node(name)))
+
+    def array(self, w: Value | None) -> Array | None:
+        """Return the array of a parameter: looked up in `weights`, or the shared copy, which lives as long as the tape."""
+        if w is None:
+            return None
+        return self.weights[w.node.name] if w.array is None else w.array
+
+    def copied_to(self, leaf: Value, operand: str, p: OpPrecision) -> str | None:
+        """Return the 16-bit format of the copy that an operation reads in place of the parameter, or None if it reads that.
+
+        This is autocast's cast of FP32 weights, done once per step for all uses of a parameter. Quantized weights have no copy:
+        each product quantizes its own operands.
+        """
+        fmt = p["y"].row.input(operand)  # `linear.y` for linear; without parts, the operation's own row
+        if fmt not in FORMATS or fmt == format_of(self.array(leaf)) or FORMATS[fmt].bits != 16:
+            return None
+        return fmt
+
+
 class Tape:
     """Records operations on the parameters of one model, in one run.
 
-    weights: name -> array. tied: name -> the name of the parameter that it shares. record=False: forward only.
+    weights, tied: as in `Parameters`. record=False: forward only.
     """
 
     def __init__(self, run: Run, weights: Mapping[str, Array], tied: Mapping[str, str] | None = None, record: bool = True):
-        self.run, self.weights, self.tied, self.record = run, weights, tied or {}, record
+        self.run, self.parameters, self.record = run, Parameters(weights, tied or {}), record
         self.entries: list[Entry] = []
-        self._leaves: dict[str, Value] = {}
-        self._casts: dict[tuple[str, str], Value] = {}
         self._prefix = ""
 
     @contextmanager
@@ -83,26 +118,21 @@ class Tape:
     def __call__(self, op: Op, name: str, *inputs: Any, **static: Any) -> Value:
         """Run one operation and record it. Inputs are Values, or plain arrays without a gradient (tokens)."""
         place = self._prefix + name
-        op = self.run.op(op)
-        p = self.run.precision(op.name, place)
+        op = selected(op, self.run, place)
+        p = self.run.precision(op.row, place)
         params = tuple(self._parameter(f"{place}.{param}", operand, p) for param, operand in op.params)
-        result = self._apply(op, place, p, inputs, params, static)
+        result = self._apply(op, p, inputs, params, static)
         if self.run.observer is not None:
             result.array = self.run.observer("activations", place, result.array)
         return result
 
     def _apply(
-        self,
-        op: Op,
-        place: str,
-        p: OpPrecision,
-        inputs: tuple[Any, ...],
-        params: tuple[Value | None, ...],
-        static: dict[str, Any],
+        self, op: Op, p: OpPrecision, inputs: tuple[Any, ...], params: tuple[Value | None, ...], static: dict[str, Any]
     ) -> Value:
+        """Call an operation's forward function, and append what its backward function will need."""
         arrays = [x.array if isinstance(x, Value) else x for x in inputs]
-        y, saved = op.forward(*arrays, *(self._fetch(w) for w in params), p=p, **static)
-        output = Node(place)
+        y, saved = op.forward(*arrays, *map(self.parameters.array, params), p=p, **static)
+        output = Node(p.place)
         if self.record:
             nodes = tuple(x.node if isinstance(x, Value) else None for x in inputs)
             for node in (*nodes, *(w.node for w in params if w)):
@@ -112,30 +142,19 @@ class Tape:
         return Value(y, output)
 
     def _parameter(self, name: str, operand: str, p: OpPrecision) -> Value | None:
-        """Return a parameter, or its 16-bit copy that all uses share where the policy casts it; None if the model has none.
+        """Return a parameter, or its 16-bit copy where the policy casts it; None if the model has none of that name.
 
         The cast is a recorded operation, whose backward widens the sum of all gradients of the copy.
         """
-        name = self.tied.get(name, name)
-        if name not in self.weights:
-            return None
-        if name not in self._leaves:
-            self._leaves[name] = Value(None, Node(name))
-        leaf = self._leaves[name]
-        fmt = p.leaf_format(operand, self.weights[name])
-        if fmt is None:
+        leaf = self.parameters.leaf(name)
+        fmt = None if leaf is None else self.parameters.copied_to(leaf, operand, p)
+        if leaf is None or fmt is None:
             return leaf
-        if (name, fmt) not in self._casts:
-            place = f"{name}.{fmt}"
-            cast_p = self.run.precision(cast_parameter.name, place)
-            self._casts[name, fmt] = self._apply(cast_parameter, place, cast_p, (), (leaf,), {"fmt": fmt})
-        return self._casts[name, fmt]
-
-    def _fetch(self, w: Value | None) -> Array | None:
-        """Return the array of a parameter: looked up in `weights`, or the shared copy, which lives as long as the tape."""
-        if w is None:
-            return None
-        return self.weights[w.node.name] if w.array is None else w.array
+        copies, key = self.parameters.copies, (leaf.node.name, fmt)
+        if key not in copies:
+            cast_p = self.run.precision(cast_parameter.name, f"{leaf.node.name}.{fmt}")
+            copies[key] = self._apply(cast_parameter, cast_p, (), (leaf,), {"fmt": fmt})
+        return copies[key]
 
     def backward(self, loss: Value, grad_output: Array, sink: Sink) -> None:
         """Replay the tape in reverse from d(loss) = grad_output, and call `sink` with each parameter's gradient once complete.
@@ -151,7 +170,7 @@ class Tape:
             operands = (*entry.inputs, *(w.node if w else None for w in entry.params))
             grads: tuple[Array | None, ...] = (None,) * len(operands)
             if dy is not None:
-                params = (self._fetch(w) for w in entry.params)
+                params = map(self.parameters.array, entry.params)
                 grads = entry.op.backward(dy, entry.saved, *params, p=entry.p, **entry.static)
             for node, gradient in zip(operands, grads, strict=True):
                 if node is not None:
@@ -160,11 +179,12 @@ class Tape:
     def _receive(self, node: Node, gradient: Array | None, sink: Sink) -> None:
         """Add the gradient of one use to that of the tensor. After its last use a parameter's gradient goes to `sink`."""
         if gradient is not None and node.grad is not None:
-            p = self.run.precision(fan_in.name, f"{node.name}.grad")
-            node.grad, _ = self.run.op(fan_in).forward(node.grad, gradient, p=p)
+            place = f"{node.name}.grad"
+            p = self.run.precision(fan_in.row, place)
+            node.grad, _ = selected(fan_in, self.run, place).forward(node.grad, gradient, p=p)
         elif gradient is not None:
             node.grad = gradient
         node.uses -= 1
-        if node.uses == 0 and node.name in self._leaves and node.grad is not None:
+        if node.uses == 0 and node.name in self.parameters.leaves and node.grad is not None:
             sink(node.name, node.grad)
             node.grad = None

@@ -18,11 +18,7 @@ def add_forward(a: Array, b: Array, p: OpPrecision) -> tuple[Array, Any]:
     a (..., S), b (S) -> y (..., S); mixed formats are promoted to the wider one. PyTorch: torch.add.
     """
     ac, bc = p.cast(a, "a"), p.cast(b, "b")
-    if a.shape == b.shape:
-        y = p.map(lambda a, b: a + b, lambda z: p.round(z, "y", a, b), ac, bc)
-    else:
-        y = p.round(p.widen(ac) + p.widen(bc), "y", a, b)
-    return y, (format_of(a), b.shape, format_of(b))
+    return p.round(p.widen(ac) + p.widen(bc), "y", a, b), (format_of(a), b.shape, format_of(b))
 
 
 def add_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array, Array]:
@@ -37,19 +33,19 @@ def fan_in_forward(a: Array, b: Array, p: OpPrecision) -> tuple[Array, Any]:
 
     a, b (...) of one format -> (...) of that format. PyTorch: the engine's accumulation of gradients.
     """
-    return p.map(lambda a, b: a + b, lambda z: p.round(z, "sum", a, b), a, b), None
+    return p.round(p.widen(a) + p.widen(b), "sum", a, b), None
 
 
 def relu_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
     """Return y = max(x, 0); NaN stays NaN. PyTorch: torch.relu."""
-    y = p.map(lambda z: p.xp.maximum(z, 0), lambda z: p.round(z, "y", x), p.cast(x, "x"))
+    y = p.round(p.xp.maximum(p.widen(p.cast(x, "x")), 0), "y", x)
     return y, (y, format_of(x))
 
 
 def relu_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = dy where y > 0 or y is NaN, else 0 (also at x = 0)."""
     y, x_format = saved
-    return (p.map(lambda d, z: p.xp.where(z <= 0, 0, d), lambda d: p.round_grad(d, "x", x_format), dy, y),)
+    return (p.round_grad(p.xp.where(p.widen(y) <= 0, 0, p.widen(dy)), "x", x_format),)
 
 
 def silu_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
@@ -58,18 +54,16 @@ def silu_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
     Source: Elfwing et al. 2017, arXiv 1702.03118. PyTorch: torch.nn.functional.silu.
     """
     xc = p.cast(x, "x")
-    return p.map(lambda z: z / (1 + p.xp.exp(-z)), lambda z: p.round(z, "y", x), xc), (xc, format_of(x))
+    z = p.widen(xc)
+    return p.round(z / (1 + p.xp.exp(-z)), "y", x), (xc, format_of(x))
 
 
 def silu_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = dy s (1 + x (1 - s)),  s = sigmoid(x)."""
     x, x_format = saved
-
-    def slope(d: Array, z: Array) -> Array:
-        s = 1 / (1 + p.xp.exp(-z))
-        return d * s * (1 + z * (1 - s))
-
-    return (p.map(slope, lambda d: p.round_grad(d, "x", x_format), dy, x),)
+    z = p.widen(x)
+    s = 1 / (1 + p.xp.exp(-z))
+    return (p.round_grad(p.widen(dy) * s * (1 + z * (1 - s)), "x", x_format),)
 
 
 BETA = math.sqrt(2 / math.pi)
@@ -81,24 +75,18 @@ def gelu_tanh_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
 
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu(x, approximate='tanh').
     """
-
-    def formula(z: Array) -> Array:
-        return 0.5 * z * (1 + p.xp.tanh(BETA * (z + KAPPA * (z * z * z))))
-
     xc = p.cast(x, "x")
-    return p.map(formula, lambda z: p.round(z, "y", x), xc), (xc, format_of(x))
+    z = p.widen(xc)
+    return p.round(0.5 * z * (1 + p.xp.tanh(BETA * (z + KAPPA * (z * z * z)))), "y", x), (xc, format_of(x))
 
 
 def gelu_tanh_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = dy ((1 + t)/2 + x/2 (1 - t^2) sqrt(2/pi) (1 + 3 0.044715 x^2)), with the tanh t computed again."""
     x, x_format = saved
-
-    def formula(d: Array, z: Array) -> Array:
-        t = p.xp.tanh(BETA * (z + KAPPA * (z * z * z)))
-        slope = (3 * KAPPA * BETA) * (z * z) + BETA  # the derivative of the argument of tanh
-        return d * (0.5 * ((1 + t) + slope * z * (1 - t * t)))
-
-    return (p.map(formula, lambda d: p.round_grad(d, "x", x_format), dy, x),)
+    z = p.widen(x)
+    t = p.xp.tanh(BETA * (z + KAPPA * (z * z * z)))
+    slope = (3 * KAPPA * BETA) * (z * z) + BETA  # the derivative of the argument of tanh
+    return (p.round_grad(p.widen(dy) * (0.5 * ((1 + t) + slope * z * (1 - t * t))), "x", x_format),)
 
 
 _math_erf = np.frompyfunc(math.erf, 1, 1)
@@ -126,20 +114,14 @@ def gelu_erf_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415. PyTorch: torch.nn.functional.gelu.
     """
     xc = p.cast(x, "x")
-
-    def formula(z: Array) -> Array:
-        return 0.5 * z * (1 + erf(z * math.sqrt(0.5), p))
-
-    return p.map(formula, lambda z: p.round(z, "y", x), xc), (xc, format_of(x))
+    z = p.widen(xc)
+    return p.round(0.5 * z * (1 + erf(z * math.sqrt(0.5), p)), "y", x), (xc, format_of(x))
 
 
 def gelu_erf_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = dy (Phi(x) + x phi(x)),  phi(x) = exp(-x^2/2) / sqrt(2 pi)."""
     x, x_format = saved
-
-    def slope(d: Array, z: Array) -> Array:
-        cdf = 0.5 * (1 + erf(z * math.sqrt(0.5), p))
-        pdf = p.xp.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-        return d * (cdf + z * pdf)
-
-    return (p.map(slope, lambda d: p.round_grad(d, "x", x_format), dy, x),)
+    z = p.widen(x)
+    cdf = 0.5 * (1 + erf(z * math.sqrt(0.5), p))
+    pdf = p.xp.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+    return (p.round_grad(p.widen(dy) * (cdf + z * pdf), "x", x_format),)

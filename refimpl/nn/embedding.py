@@ -27,5 +27,6 @@ def embedding_backward(dy: Array, saved: Any, w: Array, p: OpPrecision) -> tuple
     """
     tokens = saved.reshape(-1)
     rows = p.widen(dy).reshape(tokens.size, w.shape[-1])
-    dw = p.sum_by_index(rows, tokens, len(w))
+    dw = p.xp.zeros(w.shape, rows.dtype)
+    p.xp.add.at(dw, tokens, rows)  # dw[tokens[i]] += rows[i] for each i in turn; `dw[tokens] += rows` would add a token once
     return None, p.round_grad(dw, "w", format_of(w))

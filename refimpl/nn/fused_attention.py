@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from refimpl.nn.attention import hide_later, merge_heads, split_heads
+from refimpl.nn.attention import hide_later, merge_heads, merge_qkv, split_heads
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.context import OpPrecision
@@ -27,33 +27,25 @@ def fused_attention_forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Ar
     comes: the same formula, with different roundings of E.
     PyTorch: F.scaled_dot_product_attention(q, k, v, is_causal=True) under SDPBackend.FLASH_ATTENTION.
     """
-    B, T, _ = qkv.shape
-    O, lse = p.by_example(lambda part: _attend(part, p, n_head), B * n_head * T * T, qkv)  # noqa: E741
-    return O, (qkv, O, lse)
-
-
-def _attend(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Array]:
-    """Return O and log(sum(exp S))."""
-    q, k, v = split_heads(qkv, n_head)                                      # (B, H, T, D)
-    S, values = scores_of(q, k, p), p["values"]                               # (B, H, T, T)
+    q, k, v = split_heads(qkv, n_head)                                  # (B, H, T, D)
+    values = p["values"]
+    S = scores_of(q, k, p)                                              # (B, H, T, T)
     top = S.max(-1, keepdims=True)
     E = p.xp.exp(S - top)
-    total = p["softmax"].row_sum(E)                                         # (B, H, T, 1)
-    z = values.matmul(values.cast(E, "P"), values.cast(v, "v"))               # (B, H, T, D)
-    O = values.round_to(z / total, values.result_format(format_of(E), format_of(qkv)), "O")  # noqa: E741
-    return merge_heads(O), top + p.xp.log(total)
+    total = E.sum(-1, keepdims=True)                                    # (B, H, T, 1)
+    z = values.matmul(values.cast(E, "P"), values.cast(v, "v"))         # (B, H, T, D)
+    O = merge_heads(values.round(z / total, "O", E, qkv))               # noqa: E741
+    return O, (qkv, O, top + p.xp.log(total))
 
 
 def scores_of(q: Array, k: Array, p: OpPrecision) -> Array:
     """Return q k^T / sqrt(D) in `acc`, -Inf where the key comes after the query."""
     row = p["scores"]
     S = row.matmul(row.cast(q, "q"), row.cast(k, "k").swapaxes(-1, -2))
-    S *= 1 / math.sqrt(q.shape[-1])
-    hide_later(S, slice(0, q.shape[-2]), p, -math.inf)
-    return S
+    return hide_later(S * (1 / math.sqrt(q.shape[-1])), p, -math.inf)
 
 
-def fused_attention_backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array, ...]:
+def fused_attention_backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array]:
     """Return the gradient of qkv:
 
         P = exp(S - log(sum(exp S)))      dv = R(P)^T dO     dP = dO v^T     dS = R(P (dP - sum(dO O)))
@@ -63,32 +55,15 @@ def fused_attention_backward(dO: Array, saved: Any, p: OpPrecision, n_head: int)
     Source: Dao et al. 2022, algorithm 4. Differs from PyTorch: its CPU kernel rounds dk and dv after each 32 queries.
     """
     qkv, O, lse = saved  # noqa: E741
-    size = dO.shape[0] * n_head * dO.shape[1] ** 2
-    return p.by_example(lambda *saved: (_attend_backward(*saved, p=p, n_head=n_head),), size, dO, qkv, O, lse)
-
-
-def _attend_backward(dO: Array, qkv: Array, O: Array, lse: Array, *, p: OpPrecision, n_head: int) -> Array:  # noqa: E741
-    """Return the gradient of qkv."""
     fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
     scores, values = p["scores"], p["values"]
     B, H, T, D = q.shape
-
-    def heads(x: Array) -> Array:
-        return values.widen(x.reshape(B, T, H, D).transpose(0, 2, 1, 3))
-
-    dO, O = heads(dO), heads(O)  # noqa: E741
-    P = p.xp.exp(scores_of(q, k, p) - lse)
+    dO, O = (values.widen(x.reshape(B, T, H, D).transpose(0, 2, 1, 3)) for x in (dO, O))  # noqa: E741  (B, H, T, D)
+    P = p.xp.exp(scores_of(q, k, p) - lse)                                                 # (B, H, T, T)
     dv = values.matmul(values.cast(P, "P").swapaxes(-1, -2), dO)
     dP = values.matmul(dO, values.cast(v, "v").swapaxes(-1, -2))
-    dS = P * (dP - values.row_dot(dO, O))
-    hide_later(dS, slice(0, T), p, 0.0)  # P is 0 there, but 0 times an infinite dP would be NaN
-    dS = scores.cast(dS, "dS")
-    dq = scores.matmul(dS, scores.cast(k, "k"))
-    dk = scores.matmul(dS.swapaxes(-1, -2), scores.cast(q, "q"))
-    dq *= 1 / math.sqrt(D)
-    dk *= 1 / math.sqrt(D)
-
-    dqkv = p.empty((B, T, 3, H, D), fmt)
-    for i, d in enumerate((scores.round_grad(dq, "q", fmt), scores.round_grad(dk, "k", fmt), values.round_grad(dv, "v", fmt))):
-        dqkv[:, :, i] = d.transpose(0, 2, 1, 3)
-    return dqkv.reshape(qkv.shape)
+    dS = P * (dP - (dO * O).sum(-1, keepdims=True))
+    dS = scores.cast(hide_later(dS, p, 0.0), "dS")  # P is 0 there, but 0 times an infinite dP would be NaN
+    dq = scores.matmul(dS, scores.cast(k, "k")) * (1 / math.sqrt(D))
+    dk = scores.matmul(dS.swapaxes(-1, -2), scores.cast(q, "q")) * (1 / math.sqrt(D))
+    return (merge_qkv(scores.round_grad(dq, "q", fmt), scores.round_grad(dk, "k", fmt), values.round_grad(dv, "v", fmt), p),)

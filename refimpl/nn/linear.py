@@ -1,4 +1,7 @@
-"""Matrix products: linear, whose three products each have a row of the policy, and batched matmul."""
+"""Matrix products: linear, whose three products each have a row of the policy, and batched matmul.
+
+`quantized_linear.py` has the linear layer whose products read quantized operands, or sum in fewer bits than FP32.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import Any
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
-from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor
 from refimpl.precision.context import OpPrecision
 
 
@@ -22,44 +24,33 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple
     x (..., K), w (F, K), b (F,) or None -> y (..., F).
     Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.3. PyTorch: torch.nn.functional.linear.
     """
-    y = p["y"]
-    xc, wc = y.cast(as_rows(x), "x", axis=1), y.cast(w, "w", axis=1)
-    bias = None if b is None else y.widen(y.cast(b, "b"))
+    row = p["y"]
+    xc, wc = row.cast(as_rows(x), "x"), row.cast(w, "w")  # nothing to do where weights are stored in 16 bits; autocast rounds
+    z = row.matmul(xc, wc.T)                              # (M, F), sums in FP32
+    if b is not None:
+        z += row.widen(row.cast(b, "b"))
+    y = row.round(z, "y", x, w)                           # the one rounding
+    return y.reshape(*x.shape[:-1], len(w)), (kept(x, xc, p), x.shape, format_of(x))
 
-    def finish(z: Array) -> Array:
-        if bias is not None:
-            z += bias
-        return y.round(z, "y", x, w)
 
-    result = y.matmul_then(finish, y.result_format(format_of(x), format_of(w)), xc, wc.T)
-    # dw = dy^T x reads x again: save the cast copy if linear.dw reads the same format, else x itself. A quantized x cannot be
-    # reused, since dw sums over its other axis.
-    same = p["dw"].row.input("x") == y.row.input("x") and not isinstance(xc, QuantizedTensor)
-    return result.reshape(*x.shape[:-1], len(w)), (xc if same else x, x.shape, format_of(x))
+def kept(x: Array, xc: Array, p: OpPrecision) -> Array:
+    """Return what dw = dy^T x reads again: the cast copy `xc` if its row names the format that y read, else x itself."""
+    return xc if p["dw"].row.input("x") == p["y"].row.input("x") else as_rows(x)
 
 
 def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array | None, ...]:
     """Return dx = dy w,  dw = dy^T x,  db = the sum of the rows of dy, each rounded once.
 
-    Each product casts dy and its other operand as its own row says. dx sums over F, dw over the rows.
+    Each of the three casts what it reads as its own row says. dx sums over F, dw and db over the M rows.
     """
-    x, x_shape, x_format = saved
-    dy, x_row, w_row, b_row = as_rows(dy), p["dx"], p["dw"], p["db"]
-
-    def finish_dx(dx: Array) -> Array:
-        return x_row.round_grad(dx, "x", x_format, rounded=x_row.row.out)
-
-    def finish_dw(dw: Array) -> Array:
-        return w_row.round_grad(dw, "w", format_of(w), rounded=w_row.row.out)
-
-    dy_x, dy_w, dy_b = x_row.cast(dy, "dy", axis=1), w_row.cast(dy, "dy", axis=0), b_row.cast(dy, "dy")
-    one = dy_x is dy_w is dy_b and x_row.math == w_row.math == b_row.math  # then dy is widened once for all three
-    dy_x = x_row.widen(dy_x)
-    dy_w, dy_b = (dy_x, dy_x) if one else (w_row.widen(dy_w), b_row.widen(dy_b))
-    dx = x_row.matmul_then(finish_dx, x_format, dy_x, x_row.cast(w, "w", axis=0))
-    dw = w_row.matmul_then(finish_dw, format_of(w), dy_w.T, w_row.cast(as_rows(x), "x", axis=0))
-    db = None if b is None else b_row.round_grad(dy_b.sum(0), "b", format_of(b), rounded=b_row.row.out)
-    return dx.reshape(x_shape), dw, db
+    x, x_shape, x_format = saved                                           # x (M, K)
+    dy, x_row, w_row, b_row = as_rows(dy), p["dx"], p["dw"], p["db"]       # dy (M, F)
+    dx = x_row.matmul(x_row.cast(dy, "dy"), x_row.cast(w, "w"))            # (M, K)
+    dw = w_row.matmul(w_row.cast(dy, "dy").T, w_row.cast(x, "x"))          # (F, K)
+    db = None if b is None else b_row.widen(b_row.cast(dy, "dy")).sum(0)   # (F,)
+    dx = x_row.round_grad(dx, "x", x_format).reshape(x_shape)
+    dw = w_row.round_grad(dw, "w", format_of(w))
+    return dx, dw, None if b is None else b_row.round_grad(db, "b", format_of(b))
 
 
 def matmul_forward(a: Array, b: Array, p: OpPrecision) -> tuple[Array, Any]:

@@ -24,9 +24,17 @@ def no_backward(*arrays: Any, **static: Any) -> tuple[Array | None, ...]:
 
 @dataclass(frozen=True)
 class Op:
-    """A named forward/backward pair. `params`: (name of a parameter in the model, name of its operand in the policy's row)."""
+    """A named forward/backward pair.
+
+    params: (name of a parameter in the model, name of its operand in the policy's row).
+    row: the key of its row in a policy, if that is not its name.
+    """
 
     name: str
     forward: Callable[..., tuple[Array, Any]]
     backward: Callable[..., tuple[Array | None, ...]] = no_backward
     params: tuple[tuple[str, str], ...] = ()
+    row: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "row", self.row or self.name)

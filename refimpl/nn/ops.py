@@ -1,7 +1,7 @@
 """The operations that models are made of, in one table by name. Each is a forward/backward pair of plain functions: `op.py`.
 
-The models here use some of them; the others (matmul, rmsnorm, silu, ...) are for your own. Two operations are not in the table:
-`fused_attention`, which replaces `attention` where a policy says so, and `fan_in`, with which the tape adds gradients.
+The models here use some of them; the others (matmul, rmsnorm, silu, ...) are for your own. Not in the table are `fan_in`, with
+which the tape adds gradients, and what a policy can select: `quantized_linear` for `linear`, `fused_attention` for `attention`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from refimpl.nn.linear import linear_backward, linear_forward, matmul_backward, 
 from refimpl.nn.loss import cross_entropy_backward, cross_entropy_forward
 from refimpl.nn.norm import layernorm_backward, layernorm_forward, rmsnorm_backward, rmsnorm_forward
 from refimpl.nn.op import Op
+from refimpl.nn.quantized_linear import quantized_linear_backward, quantized_linear_forward
 from refimpl.nn.shape import (
     cast_backward,
     cast_forward,
@@ -37,11 +38,13 @@ from refimpl.nn.shape import (
     transpose_forward,
 )
 from refimpl.nn.softmax import softmax_backward, softmax_forward
+from refimpl.precision.context import Run
 
 linear = Op("linear", linear_forward, linear_backward, params=(("weight", "w"), ("bias", "b")))
+quantized_linear = Op("quantized_linear", quantized_linear_forward, quantized_linear_backward, linear.params, row="linear")
 matmul = Op("matmul", matmul_forward, matmul_backward)
 attention = Op("attention", attention_forward, attention_backward)
-fused_attention = Op("attention", fused_attention_forward, fused_attention_backward)
+fused_attention = Op("fused_attention", fused_attention_forward, fused_attention_backward, row="attention")
 layernorm = Op("layernorm", layernorm_forward, layernorm_backward, params=(("weight", "w"), ("bias", "b")))
 rmsnorm = Op("rmsnorm", rmsnorm_forward, rmsnorm_backward, params=(("weight", "w"),))
 softmax_op = Op("softmax", softmax_forward, softmax_backward)
@@ -81,3 +84,22 @@ OPS: dict[str, Op] = {
     )
 }
 """Name -> operation."""
+
+SELECTED: dict[str, Op] = {op.name: op for op in (quantized_linear, fused_attention)}
+"""Name -> operation that a policy can select in place of one in OPS."""
+
+_OURS = {*OPS.values(), fan_in}
+
+
+def selected(op: Op, run: Run, place: str) -> Op:
+    """Return what runs where a model calls `op`: the run's override, else the operation that the policy selects.
+
+    Of the latter the backend may have a fast version. An operation that is not one of ours runs as it is, whatever its name.
+    """
+    if op.name in run.overrides:
+        override: Op = run.overrides[op.name]
+        return override
+    if op not in _OURS:
+        return op
+    version: Op = run.version(SELECTED.get(run.policy.operation(op.name, place), op))
+    return version

@@ -48,4 +48,4 @@ def cast_forward(w: Array, p: OpPrecision, fmt: str) -> tuple[Array, Any]:
 
 def cast_backward(dy: Array, saved: Any, w: Array, p: OpPrecision, fmt: str) -> tuple[Array]:
     """Return the gradient of the copy, widened to the format of the parameter."""
-    return (p.round_grad(dy, "w", format_of(w), rounded=fmt),)
+    return (p.store_grad(p.round_to(dy, fmt, "dw"), "w", format_of(w)),)

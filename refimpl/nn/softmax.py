@@ -11,16 +11,13 @@ from refimpl.precision.context import OpPrecision
 
 def unrounded_softmax(z: Array, p: OpPrecision) -> Array:
     """Return exp(z - max z) / sum(exp(z - max z)) over the last axis, not rounded: z is in the accumulation format."""
-    e = p.xp.exp(z - z.max(-1, keepdims=True))
-    e /= p.row_sum(e)
-    return e
+    e = p.xp.exp(z - z.max(-1, keepdims=True))  # without the maximum exp would overflow, in FP32 from z = 89 on
+    return e / e.sum(-1, keepdims=True)
 
 
-def softmax_slope(dy: Array, y: Array, p: OpPrecision) -> Array:
+def softmax_slope(dy: Array, y: Array) -> Array:
     """Return dz = y (dy - sum(dy y)) over the last axis, not rounded: y and dy are in the accumulation format."""
-    dz = dy - p.row_dot(dy, y)
-    dz *= y
-    return dz
+    return (dy - (dy * y).sum(-1, keepdims=True)) * y
 
 
 def softmax_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
@@ -32,4 +29,4 @@ def softmax_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
 def softmax_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     """Return dx = y (dy - sum(dy y)), with the rounded y that forward stored."""
     y, x_format = saved
-    return (p.round_grad(softmax_slope(p.widen(dy), p.widen(y), p), "x", x_format),)
+    return (p.round_grad(softmax_slope(p.widen(dy), p.widen(y)), "x", x_format),)

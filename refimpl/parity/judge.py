@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.autograd import Tape
 from refimpl.nn.models.model import Model
 from refimpl.parity.trace import in_batch

@@ -48,10 +48,10 @@ def forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any]:
     S, values = scores_of(q, k, p), p["values"]
     top = S.max(-1, keepdims=True)
     E = p.xp.exp(S - top)
-    total = p["softmax"].row_sum(E)
+    total = E.sum(-1, keepdims=True)
     factor = 1 + EXP_ERROR if S.shape[-1] <= KEYS else math.sqrt(2)  # a power of two would move no rounding
     z = values.matmul(values.cast(E * factor, "P"), values.cast(v, "v"))
-    O = values.round_to(z / (factor * total), values.result_format(format_of(E), format_of(qkv)), "O")  # noqa: E741
+    O = values.round(z / (factor * total), "O", E, qkv)  # noqa: E741
     O = merge_heads(O)  # noqa: E741
     return O, (qkv, O, top + p.xp.log(total))
 
@@ -64,9 +64,8 @@ def backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array]
     B, H, T, D = q.shape
     dO, O = (values.widen(x.reshape(B, T, H, D).transpose(0, 2, 1, 3)) for x in (dO, O))  # noqa: E741
     P = p.xp.exp(scores_of(q, k, p) - lse) * (1 + EXP_ERROR)
-    dS = P * (values.matmul(dO, values.cast(v, "v").swapaxes(-1, -2)) - values.row_dot(dO, O))
-    hide_later(dS, slice(0, T), p, 0.0)
-    dS, P = scores.cast(dS, "dS"), values.cast(P, "P")
+    dS = P * (values.matmul(dO, values.cast(v, "v").swapaxes(-1, -2)) - (dO * O).sum(-1, keepdims=True))
+    dS, P = scores.cast(hide_later(dS, p, 0.0), "dS"), values.cast(P, "P")
     dq = scores.round_grad(scores.matmul(dS, scores.cast(k, "k")) / math.sqrt(D), "q", fmt)
     dk, dv = p.xp.zeros_like(k), p.xp.zeros_like(v)
     for start in range(0, T, QUERIES):

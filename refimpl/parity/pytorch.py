@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.op import Op
 from refimpl.numerics.arrays import Array

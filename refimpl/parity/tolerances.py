@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, is_float, ulp
@@ -17,7 +17,6 @@ from refimpl.optim.state import Sink, State
 from refimpl.parity.other_kernels import other_kernel
 from refimpl.parity.trace import Recorder, Trace, in_batch, key
 from refimpl.precision.context import Run
-from refimpl.precision.policy import Policy
 from refimpl.precision.recipes import get_recipe
 from refimpl.step import Batch, forward_backward
 from refimpl.training.setup import Training
@@ -200,7 +199,7 @@ class Bounds:
         if self._exact_sums is None:
             run = self.training.run
             rows = {key: replace(row, acc="fp64") if row.acc == "fp32" else row for key, row in run.policy.rows.items()}
-            exact, exact_run = self._same_weights(), Run(Policy("exact sums", rows), NUMPY, overrides=run.overrides)
+            exact, exact_run = self._same_weights(), Run(replace(run.policy, rows=rows), NUMPY, overrides=run.overrides)
             self._exact_sums, self._addends = self._run(exact, exact_run, self.S, follow=True), exact.addends
         return self._exact_sums
 

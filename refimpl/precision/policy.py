@@ -22,8 +22,8 @@ SAME = "same"
 EVERY_OTHER = "*"
 """The key of the row for all operations that a policy does not list."""
 
-PRODUCTS = ("linear.y", "linear.dx", "linear.dw", "matmul")
-"""The rows that may name an accumulator of fewer bits than FP32; `accumulators.matmul` forms their sums."""
+PRODUCTS = ("linear.y", "linear.dx", "linear.dw")
+"""The rows that may quantize operands, or name an accumulator of fewer bits than FP32. `quantized_linear` computes them."""
 
 WIDE = ("fp32", "fp64")
 """The formats that arithmetic is done in."""
@@ -50,6 +50,11 @@ class Precision:
         """Return whether any operand is quantized."""
         return any(name in SCHEMES for name in ([self.inputs] if isinstance(self.inputs, str) else self.inputs.values()))
 
+    @property
+    def in_formats(self) -> bool:
+        """Return whether no operand is quantized and sums are formed in FP32 or FP64."""
+        return self.acc in WIDE and not self.quantizes
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -60,7 +65,7 @@ class Policy:
     one layer: `lm_head:linear`.
 
     fused_attention: whether attention runs as `nn/fused_attention.py` computes it, not operation by operation.
-    Errors: ValueError for an accumulator of fewer bits in a row that is not a product's.
+    Errors: ValueError for a scheme or an accumulator of fewer bits in a row that is not one of PRODUCTS.
     """
 
     name: str
@@ -69,9 +74,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         for key, row in self.rows.items():
-            if row.acc not in WIDE and key.rpartition(":")[2] not in PRODUCTS:
+            if not row.in_formats and key.rpartition(":")[2] not in PRODUCTS:
                 products = ", ".join(PRODUCTS)
-                raise ValueError(f"policy {self.name}: row {key!r} sums in {row.acc}, which only products can: {products}")
+                raise ValueError(f"policy {self.name}: row {key!r} quantizes or sums in fewer bits, as only {products} can")
 
     def row(self, key: str, place: str = "") -> Precision:
         """Return the most specific row for an operation or a part of one. Rows of its place come before those of all places."""
@@ -90,10 +95,20 @@ class Policy:
                 refined = refined.rpartition(".")[0]
         return EVERY_OTHER
 
+    def operation(self, name: str, place: str) -> str:
+        """Return the name of the operation that computes `name` at a place: usually itself.
+
+        It is `quantized_linear` for a linear layer of which a product quantizes or sums in fewer bits, and `fused_attention`
+        for attention where the policy says so.
+        """
+        if name == "linear" and not all(self.row(product, place).in_formats for product in PRODUCTS):
+            return "quantized_linear"
+        return "fused_attention" if name == "attention" and self.fused_attention else name
+
     @property
     def in_formats(self) -> bool:
         """Return whether nothing is quantized and all sums are formed in FP32 or FP64."""
-        return not any(row.quantizes or row.acc not in WIDE for row in self.rows.values())
+        return all(row.in_formats for row in self.rows.values())
 
 
 ATTENTION = ("unfused", "fused", "math")

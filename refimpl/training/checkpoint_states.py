@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends.base import NUMPY, Backend
+from refimpl.backends.base import Backend
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model

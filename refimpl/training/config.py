@@ -8,7 +8,8 @@ from dataclasses import MISSING, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
-from refimpl.backends.base import Backend, get_backend
+from refimpl.backends.base import Backend
+from refimpl.backends.choose import get_backend
 from refimpl.distributed.collectives import Comm, Serial
 from refimpl.distributed.zero import ShardedState
 from refimpl.errors import UsageError, unknown
@@ -16,7 +17,6 @@ from refimpl.nn.loss import IGNORE_INDEX
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import LOSS_MEANS, Model
-from refimpl.nn.ops import fused_attention
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.quantization.scaling_state import ScalingState
 from refimpl.optim.adamw import AdamW
@@ -219,8 +219,7 @@ class Config:
                 f"--batch-size {self.batch_size} cannot be shared equally by {comm.size} ranks: start a number that divides it"
             )
         optimizer, loss_scale = self.make_optimizer(backend), self.make_loss_scale(backend.xp)
-        overrides = {"attention": fused_attention} if recipe.policy.fused_attention else {}
-        run = Run(recipe.policy, backend, overrides=overrides, scales=ScalingState(self.seed, over_ranks=comm.on_host.largest))
+        run = Run(recipe.policy, backend, scales=ScalingState(self.seed, over_ranks=comm.on_host.largest))
         return Training(model, state, optimizer, loss_scale, run, self.clip or math.inf, self.grad_accum)
 
     def make_backend(self) -> Backend:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from refimpl.backends.base import NUMPY
-from refimpl.backends.threads import cores
+from refimpl.backends.numpy.backend import NUMPY
+from refimpl.backends.numpy.threads import cores
 from refimpl.distributed.collectives import Comm, Serial
 from refimpl.distributed.mpi import launched, mpi_comm
 from refimpl.distributed.nccl import nccl_comm

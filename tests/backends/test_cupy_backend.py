@@ -19,8 +19,9 @@ import pytest
 from progress_bars import NoBar
 
 import refimpl.optim.layout
-from refimpl.backends.base import NUMPY, get_backend
+from refimpl.backends.choose import get_backend
 from refimpl.backends.cupy.launch import Kernels, source
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.numerics.bits import bits_of, from_bits
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.compensated import merge, split

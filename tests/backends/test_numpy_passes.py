@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import refimpl.optim.layout
-from refimpl.backends.base import NUMPY, SHARED, NumPyBackend
-from refimpl.backends.numpy_passes import NUMPY_PASSES
+from refimpl.backends.numpy.backend import NUMPY, SHARED, NumPyBackend
+from refimpl.backends.numpy.table import PASSES
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.casts import cast
 from refimpl.optim.adamw import AdamW
@@ -96,7 +96,7 @@ def calls(rule: Rule, recipe: str) -> list[str]:
 
     @dataclass(frozen=True)
     class Watched(NumPyBackend):
-        passes = {name: partial(note, name) for name in NUMPY_PASSES}  # type: ignore[assignment]  # noqa: RUF012
+        passes = {name: partial(note, name) for name in PASSES}  # type: ignore[assignment]  # noqa: RUF012
 
     backend = Watched("watched", np, on_host=True)
     model = Model("toy", {}, {"a": Parameter((30, 10), std=1.0)}, {}, None, None)
@@ -107,7 +107,7 @@ def calls(rule: Rule, recipe: str) -> list[str]:
 
 
 def test_each_rule_has_its_own() -> None:
-    assert set(NUMPY_PASSES) == set(FAST_PASSES.values()) and DEFINITIONS.passes == {}
+    assert set(PASSES) == set(FAST_PASSES.values()) and DEFINITIONS.passes == {}
     for name, rule in RULES.items():
         assert calls(rule, "fp16") == [FAST_PASSES[type(rule)]], name
 

@@ -23,11 +23,12 @@ from recipe_lists import MECHANISMS, others_slow
 from strict_backend import PLAIN, STRICT, StrictBackend, on_host, put
 from strict_cupy import Counter, WaitError, counter, xp
 
-from refimpl.backends.base import NUMPY, Backend
+from refimpl.backends.base import Backend
 from refimpl.backends.cupy import cublas
 from refimpl.backends.cupy import ops as cupy_ops
 from refimpl.backends.cupy import passes as cupy_passes
 from refimpl.backends.cupy.ops import CUPY_OPS, Fused
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.ops import OPS, fan_in
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of

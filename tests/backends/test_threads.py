@@ -18,11 +18,12 @@ from fake_blas import FakeBlas
 from recipe_lists import others_slow
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-import refimpl.backends.base as backends
-from refimpl.backends.base import NUMPY, WHOLE, Backend, row_blocks
-from refimpl.backends.threads import Workers, workers
+import refimpl.backends.numpy.backend as backends
+from refimpl.backends.base import Backend
+from refimpl.backends.numpy import blocks
+from refimpl.backends.numpy.backend import NUMPY, WHOLE, row_blocks
+from refimpl.backends.numpy.threads import Workers, workers
 from refimpl.optim import layout
-from refimpl.precision import context
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import RECIPES
 from refimpl.tools.bench.steps import MODELS, Ours
@@ -140,7 +141,7 @@ def test_threads_heed_the_callers_errstate() -> None:
 
 FORKED = """
 import os, sys
-from refimpl.backends.threads import workers
+from refimpl.backends.numpy.threads import workers
 if workers().threads < 2:
     sys.exit("one thread")
 workers().map(abs, range(4))
@@ -292,10 +293,10 @@ def test_a_step_in_parts_is_the_step(recipe: str, monkeypatch: pytest.MonkeyPatc
 
     with threadpool_limits(1):  # since those workers cannot tell the true BLAS
         monkeypatch.setattr(backends, "SHARED", 1 << 60)
-        monkeypatch.setattr(context, "MAP_BLOCK", 1 << 60)
+        monkeypatch.setattr(blocks, "BLOCK", 1 << 60)
         whole = states(1)
         monkeypatch.setattr(backends, "SHARED", 0)
-        monkeypatch.setattr(context, "MAP_BLOCK", 1 << 10)
+        monkeypatch.setattr(blocks, "BLOCK", 1 << 10)
         assert states(3) == whole
 
 
@@ -311,13 +312,13 @@ def test_a_single_row_of_a_norm_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> N
         return [a.tobytes() for a in (y, *layernorm.backward(dy, saved, w, b, p=p))]
 
     whole = both()
-    monkeypatch.setattr(context, "MAP_BLOCK", 16)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
     assert both() == whole
 
 
 def test_results_are_allocated_once_whoever_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "SHARED", 0)
-    monkeypatch.setattr(context, "MAP_BLOCK", 1)
+    monkeypatch.setattr(blocks, "BLOCK", 1)
     two, made = Workers(FakeBlas(2)), list[tuple[int, ...]]()
     monkeypatch.setattr(backends, "workers", lambda: two)
 
@@ -326,16 +327,15 @@ def test_results_are_allocated_once_whoever_comes_first(monkeypatch: pytest.Monk
         time.sleep(0.05)  # the other thread has its first part by now
         return np.empty(shape, dtype)
 
-    p = Run(RECIPES["fp32"].policy, NUMPY).precision("layernorm", "norm")
-    p.xp = SimpleNamespace(empty=slow_empty)
+    monkeypatch.setattr(blocks, "np", SimpleNamespace(empty=slow_empty))
     x = np.arange(24, dtype=np.float32).reshape(8, 3)
-    (doubled,) = p.by_example(lambda part: (2 * part,), x.size, x)
+    (doubled,) = blocks.by_example(NUMPY, lambda part: (2 * part,), x.size, x)
     assert made == [(8, 3)] and np.array_equal(doubled, 2 * x)
 
 
 def test_a_monitor_sees_whole_arrays_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "SHARED", 0)
-    monkeypatch.setattr(context, "MAP_BLOCK", 1 << 6)
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 6)
     monkeypatch.setattr(layout, "BLOCK", 1 << 6)
     ours, seen = Ours(MODELS["smoke"], "pure-fp16"), list[tuple[str, int, int]]()
 

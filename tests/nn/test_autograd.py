@@ -17,11 +17,26 @@ from strict_backend import on_host
 from torch_cases import RECIPES as TORCH_RECIPES
 from torch_cases import Case, check, reference
 
-from refimpl.backends.base import NUMPY, Backend
+from refimpl.backends.base import Backend
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.op import Op
-from refimpl.nn.ops import OPS, add, cross_entropy, embedding, fan_in, gelu_tanh, layernorm, linear, relu, reshape, silu, split
+from refimpl.nn.ops import (
+    OPS,
+    add,
+    cross_entropy,
+    embedding,
+    fan_in,
+    gelu_tanh,
+    layernorm,
+    linear,
+    relu,
+    reshape,
+    selected,
+    silu,
+    split,
+)
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 
@@ -68,7 +83,7 @@ def ones_like(x: Array, backend: Backend = NUMPY) -> Array:
 
 def by_hand(run: Run, op: Op) -> tuple[Op, Any]:
     """The operation as this run's backend computes it, and its precision."""
-    return run.op(op), run.precision(op.name, "by hand")
+    return selected(op, run, "by hand"), run.precision(op.row, "by hand")
 
 
 # --------------------------------------------------------------------------------------------------- one tensor, many uses

@@ -7,14 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from arrays import AMP, DTYPE, FORMATS, LOW, array, same_bits, wide
+from arrays import AMP, DTYPE, FORMATS, LOW, array, wide
 from bounds import Agreement, agreement
 from derivatives import Call, assert_close, away_from_zero, check_derivative, draw, forward, normal_numbers
 from op_calls import INF, NAN, TINY, UNIFORM, UNIT, bound, rounded_once, run, same
 from torch_cases import RECIPES, Case, cases_of, check, check_special_values, low_of, reference, results, subnormal
 
 from refimpl.nn.ops import OPS, fan_in
-from refimpl.precision.context import MAP_BLOCK
 
 # ---------------------------------------------------------------------------------------------------------------- formula
 
@@ -106,20 +105,6 @@ def test_autocast_adds_fp32_and_16_bit_in_fp32(recipe: str) -> None:
 def test_sums_over_rows_do_not_stop_at_the_precision_of_16_bits(fmt: str) -> None:
     n = 4096  # adding ones in bf16 stops at 256, in fp16 at 2048
     assert same(run(fmt, "add", [array(np.ones((n, 1)), fmt), array([0.0], fmt)], [])[1][1], [n])
-
-
-@pytest.mark.parametrize("fmt", UNIFORM)
-@pytest.mark.parametrize("op", ["relu", "silu", "gelu_tanh", "gelu_erf"])
-def test_bits_do_not_depend_on_the_blocks_of_a_long_array(op: str, fmt: str) -> None:
-    # Two blocks of `OpPrecision.map` and a bit, against pieces that no block boundary falls into, and against a monitored run.
-    n, piece = 2 * MAP_BLOCK + 37, 1001
-    x = array(np.random.default_rng(9).standard_normal(n) * 3, fmt)
-    y, (dx,) = run(fmt, op, [x], [])
-    parts = [run(fmt, op, [x[i : i + piece]], []) for i in range(0, n, piece)]
-    assert same_bits(y, np.concatenate([part for part, _ in parts]))
-    assert same_bits(dx, np.concatenate([gradient for _, (gradient,) in parts]))
-    watched = bound(fmt, op, lambda site, before, after: None)
-    assert same_bits(y, OPS[op].forward(x, p=watched)[0])
 
 
 # --------------------------------------------------------------------------------------------------------- special values

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from strict_backend import STRICT
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
+from refimpl.backends.numpy.table import OPS as FAST
 from refimpl.errors import UsageError
 from refimpl.nn.attention import merge_heads, split_heads
 from refimpl.nn.op import Op
@@ -193,7 +194,7 @@ def run_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Config, Op],
     def run(config: Config, op: Op) -> Trace:
         source = large_scores(config)
         with monkeypatch.context() as patched:
-            patched.setattr("refimpl.training.config.fused_attention", op)
+            patched.setitem(FAST, "fused_attention", op)
             return record(config, source)
 
     yield run

@@ -12,7 +12,7 @@ from derivatives import Call, assert_close, check_derivative, draw, forward, nor
 from op_calls import INF, NAN, TINY, UNIFORM, bound, rounded_once, run, same
 from torch_cases import Case, F, assert_agrees, cases_of, check, outside, reference, subnormal, tensor, theirs
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.ops import OPS
 from refimpl.precision.context import Run
 from refimpl.precision.policy import EVERY_OTHER, Policy, Precision

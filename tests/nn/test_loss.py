@@ -26,7 +26,7 @@ from torch_cases import (
     theirs,
 )
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.ops import OPS
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
-from refimpl.nn.ops import OPS
+from refimpl.nn.ops import OPS, quantized_linear, selected
+from refimpl.nn.quantized_linear import operand as operand_of
 from refimpl.numerics.accumulators import matmul
 from refimpl.numerics.bits import bits_of
 from refimpl.numerics.casts import cast, widen
@@ -31,7 +32,6 @@ from refimpl.numerics.quantization.quantized_tensor import QuantizedTensor, bloc
 from refimpl.numerics.quantization.registry import SCHEMES, quantize_operand, rotated_operand
 from refimpl.numerics.quantization.rotation import random_signs, rotate
 from refimpl.numerics.quantization.scaling_state import ScalingState
-from refimpl.precision import context
 from refimpl.precision.context import OpPrecision, Run
 from refimpl.precision.policy import EVERY_OTHER, Policy, Precision, low_products, uniform, with_sums
 from refimpl.precision.recipes import RECIPES
@@ -68,9 +68,9 @@ def run_of(policy: Policy | str, monitor: Any = None, seed: int = SEED) -> Run:
 
 def linear(run: Run, x: Array, w: Array, b: Array, dy: Array, place: str = PLACE) -> tuple[Any, dict[str, Array]]:
     """What the operation saved, and its four results."""
-    p = run.precision("linear", place)
-    y, saved = OPS["linear"].forward(x, w, b, p=p)
-    return saved, dict(zip(("y", "dx", "dw", "db"), (y, *OPS["linear"].backward(dy, saved, w, b, p=p)), strict=True))
+    op, p = selected(OPS["linear"], run, place), run.precision("linear", place)
+    y, saved = op.forward(x, w, b, p=p)
+    return saved, dict(zip(("y", "dx", "dw", "db"), (y, *op.backward(dy, saved, w, b, p=p)), strict=True))
 
 
 def assert_same(ours: dict[str, Array], expected: dict[str, Array]) -> None:
@@ -740,24 +740,13 @@ def test_a_monitor_sees_rotated_elements_rotated() -> None:
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    ("op", "args", "static"),
-    [("matmul", (normal(2, 3), normal(3, 2)), {}), ("attention", (normal(1, 4, 12),), {"n_head": 1}),
-     ("relu", (normal(2, 3),), {}), ("layernorm", (normal(2, 3), normal(3), normal(3)), {})],
-)  # fmt: skip
-def test_only_factors_of_linear_can_be_quantized(op: str, args: tuple[Array, ...], static: dict[str, int]) -> None:
-    p = run_of(Policy("p", {EVERY_OTHER: Precision("e4m3-tensor", "fp32", "bf16")})).precision(op, "here")
-    with pytest.raises(TypeError, match="only the factors of linear's products can be quantized, not to e4m3-tensor") as error:
-        OPS[op].forward(*args, p=p, **static)
-    assert "\n" not in str(error.value) and op in str(error.value)
-
-
 @pytest.mark.parametrize("alone", ["x", "w"])
 def test_both_factors_are_quantized_or_none(alone: str) -> None:
-    policy = Policy("p", {EVERY_OTHER: Precision({alone: "e4m3-tensor"}, "fp32", "bf16")})
+    bf16 = Precision("bf16", "fp32", "bf16")
+    policy = Policy("p", {EVERY_OTHER: bf16, "linear.y": Precision({alone: "e4m3-tensor"}, "fp32", "bf16")})
     x, w, b, _ = operands()
     with pytest.raises(TypeError, match=r"linear\.y: a policy quantizes both factors of a product, or none"):
-        OPS["linear"].forward(x, w, b, p=run_of(policy).precision("linear", "here"))
+        quantized_linear.forward(x, w, b, p=run_of(policy).precision("linear", "here"))
 
 
 def test_a_device_that_knows_no_schemes_refuses_them() -> None:
@@ -803,7 +792,7 @@ def test_fp16_sums_stop_growing_and_chunks_of_64_go_on() -> None:
     """4096 products of 1: 2048 + 1 is a tie that goes to 2048 (Wang et al. 2018 call it swamping)."""
     x, w, b = np.ones((1, 4096), np.float16), np.ones((1, 4096), np.float16), np.zeros(1, np.float16)
     for name, total in (("fp16", 4096), ("fp16-sums", 2048), ("fp16-sums-64", 4096)):
-        assert OPS["linear"].forward(x, w, b, p=run_of(name).precision("linear", PLACE))[0][0, 0] == total, name
+        assert quantized_linear.forward(x, w, b, p=run_of(name).precision("linear", PLACE))[0][0, 0] == total, name
 
 
 # ------------------------------------------------------------------------------------------------------------- the tables
@@ -874,7 +863,7 @@ def test_control_the_wrong_axis_is_noticed(name: str, monkeypatch: pytest.Monkey
     def along_the_other(scales: ScalingState, scheme: str, x: Array, axis: int, tensor: str) -> QuantizedTensor:
         return quantize_operand(scales, scheme, x, 1 - axis, tensor)
 
-    monkeypatch.setattr(context, "quantize_operand", along_the_other)
+    monkeypatch.setattr("refimpl.nn.quantized_linear.quantize_operand", along_the_other)
     with pytest.raises((AssertionError, ValueError)):
         assert_spelled_out(name)
 
@@ -889,19 +878,19 @@ def test_control_a_quantized_tensor_that_is_quantized_again_for_its_other_axis_i
             x = quantize_operand(scales, scheme.replace("-rotated", ""), x, 1, tensor).dequantize("bf16")
         return quantize_operand(scales, scheme, x, axis, tensor)
 
-    monkeypatch.setattr(context, "quantize_operand", from_the_other)
+    monkeypatch.setattr("refimpl.nn.quantized_linear.quantize_operand", from_the_other)
     with pytest.raises(AssertionError, match="dw"):
         assert_spelled_out(name)
 
 
 @pytest.mark.parametrize("name", SPELLED)
 def test_control_db_from_the_quantized_dy_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = OpPrecision.cast
+    plain = OpPrecision.cast
 
-    def quantized_first(p: OpPrecision, x: Array, operand: str, axis: int | None = None) -> Any:
+    def quantized_first(p: OpPrecision, x: Array, name: str) -> Any:
         if p.op == "linear.db":
-            return make(run_of("fp8-e4m3").precision("linear", PLACE)["dx"], x, operand, 1).dequantize("bf16")
-        return make(p, x, operand, axis)
+            return operand_of(run_of("fp8-e4m3").precision("linear", PLACE)["dx"], x, name, 1).dequantize("bf16")
+        return plain(p, x, name)
 
     monkeypatch.setattr(OpPrecision, "cast", quantized_first)
     with pytest.raises(AssertionError, match="db"):
@@ -911,7 +900,7 @@ def test_control_db_from_the_quantized_dy_is_noticed(name: str, monkeypatch: pyt
 def test_control_a_bias_that_is_added_after_the_rounding_is_noticed() -> None:
     x, w, b, dy = operands()
     _, ours = linear(run_of("fp8"), x, w, b, dy)
-    plain = OPS["linear"].forward(x, w, None, p=run_of("fp8").precision("linear", PLACE))[0]
+    plain = quantized_linear.forward(x, w, None, p=run_of("fp8").precision("linear", PLACE))[0]
     with pytest.raises(AssertionError):
         assert_same({"y": cast(widen(plain, "fp32") + widen(b, "fp32"), "bf16")}, {"y": ours["y"]})
 

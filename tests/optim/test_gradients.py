@@ -12,7 +12,8 @@ from arrays import U
 from threadpoolctl import threadpool_limits
 
 import refimpl.optim.layout
-from refimpl.backends.base import NUMPY, SHARED, Backend
+from refimpl.backends.base import Backend
+from refimpl.backends.numpy.backend import NUMPY, SHARED
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import refimpl.optim.layout
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model, Parameter

@@ -19,7 +19,7 @@ from refimpl.training.config import Config
 
 torch = pytest.importorskip("torch", reason="the comparison with PyTorch needs torch==2.13.0")
 
-from refimpl.backends.base import NUMPY  # noqa: E402
+from refimpl.backends.numpy.backend import NUMPY  # noqa: E402
 from refimpl.optim.gradients import clip_coefficient  # noqa: E402
 from refimpl.parity import pytorch as compare_pytorch  # noqa: E402
 from refimpl.parity.pytorch import RECIPES, Comparison, compare, report  # noqa: E402

@@ -17,7 +17,7 @@ import pytest
 from arrays import U, bits
 
 import refimpl.optim.layout
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.optim.adamw import AdamW
 from refimpl.optim.optimizer import Optimizer

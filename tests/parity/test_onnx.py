@@ -43,7 +43,7 @@ from bounds import (
     stored,
 )
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.elementwise import erf
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.nn.ops import OPS, fan_in

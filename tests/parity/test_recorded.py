@@ -51,7 +51,8 @@ from bounds import (
 from paths import TESTS
 from script_loader import load_script
 
-from refimpl.backends.base import NUMPY, Backend
+from refimpl.backends.base import Backend
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.nn.ops import OPS

@@ -11,7 +11,7 @@ import pytest
 from paths import SCRIPTS
 from safetensors.numpy import load_file, save_file
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model

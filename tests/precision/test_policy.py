@@ -5,13 +5,13 @@ import re
 import numpy as np
 import pytest
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
+from refimpl.nn.autograd import Parameters
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
-from refimpl.nn.ops import matmul
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.state import State
 from refimpl.precision.context import OpPrecision, Run
-from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, Policy, Precision
+from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, Policy, Precision, uniform, with_attention
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.step import forward_backward
 
@@ -132,9 +132,18 @@ def test_in_formats_says_whether_all_is_casts_and_plain_sums(row: Precision, in_
     "key", [EVERY_OTHER, "linear", "linear.db", "lm_head:linear", "attention.softmax", "attention.values", "layernorm", "add"]
 )
 def test_an_accumulator_that_nothing_would_heed_is_refused(key: str, acc: str) -> None:
-    """Only the products of linear, and matmul, sum otherwise than in FP32; elsewhere it would be FP32 in silence."""
-    odd = Precision("fp16", acc, "fp16")
-    message = re.escape(f"policy p: row {key!r} sums in {acc}, which only products can: linear.y, linear.dx, linear.dw, matmul")
+    """Only the products of linear sum otherwise than in FP32; elsewhere it would be FP32 in silence."""
+    refused_but_in_products(key, Precision("fp16", acc, "fp16"))
+
+
+@pytest.mark.parametrize("key", [EVERY_OTHER, "linear", "linear.db", "lm_head:linear", "attention.scores", "matmul", "relu"])
+def test_only_factors_of_linear_can_be_quantized(key: str) -> None:
+    refused_but_in_products(key, Precision("e4m3-tensor", "fp32", "bf16"))
+
+
+def refused_but_in_products(key: str, odd: Precision) -> None:
+    message = f"policy p: row {key!r} quantizes or sums in fewer bits, as only linear.y, linear.dx, linear.dw can"
+    message = re.escape(message)
     with pytest.raises(ValueError, match=f"^{message}$"):
         Policy("p", {EVERY_OTHER: A, key: odd})
     for product in PRODUCTS:
@@ -142,15 +151,13 @@ def test_an_accumulator_that_nothing_would_heed_is_refused(key: str, acc: str) -
             assert Policy("p", {EVERY_OTHER: A, place + product: odd}).row(product, "lm_head") is odd
 
 
-def test_matmul_sums_in_its_accumulator() -> None:
-    """Of 4096 ones in FP16, 2048 + 1 is a tie that goes to 2048; test_quantized_linear.py has the products of linear."""
-    for acc, total in (("fp16", 2048), ("fp32", 4096)):
-        p = Run(Policy("p", {EVERY_OTHER: A, "matmul": Precision("fp16", acc, "fp16")}), NUMPY).precision("matmul", "here")
-        row, column, one = ones("fp16", 1, 4096), ones("fp16", 4096, 1), ones("fp16", 1, 1)
-        y, _ = matmul.forward(row, column, p=p)
-        da, _ = matmul.backward(row, matmul.forward(one, row, p=p)[1], p=p)
-        _, db = matmul.backward(column, matmul.forward(column, one, p=p)[1], p=p)
-        assert [z.item() for z in (y, da, db)] == [total] * 3
+def test_the_policy_selects_the_operation_of_a_place() -> None:
+    odd, plain = Precision("bf16", "fp16", "bf16"), Precision("bf16", "fp32", "bf16")
+    for product in PRODUCTS:
+        policy = Policy("p", {EVERY_OTHER: plain, product: odd, "lm_head:linear": plain})
+        assert [policy.operation("linear", place) for place in ("h.0.fc", "lm_head")] == ["quantized_linear", "linear"]
+        assert policy.operation("attention", "h.0.attn") == "attention"
+    assert with_attention(uniform("fp16", "fp32"), "fused").operation("attention", "h.0.attn") == "fused_attention"
 
 
 def test_recipes_in_formats() -> None:
@@ -247,27 +254,24 @@ def test_gemm_accumulates_in_acc_and_rounds_nothing() -> None:
 ONE_AND_A_BIT = 1 + 2**-9  # a value of fp16 and fp32, but not of bf16
 
 
-@pytest.mark.parametrize(("inputs", "stored", "rounded", "expected_format", "expected_value"), [
+@pytest.mark.parametrize(("inputs", "stored", "expected_format", "expected_value"), [
     # uniform: the row's format is the tensor's
-    ("fp16", "fp16", None, "fp16", ONE_AND_A_BIT),
-    ("bf16", "bf16", None, "bf16", 1.0),
+    ("fp16", "fp16", "fp16", ONE_AND_A_BIT),
+    ("bf16", "bf16", "bf16", 1.0),
     # autocast: rounded to what the operation saw, widened to what the tensor is
-    ("bf16", "fp32", None, "fp32", 1.0),
-    ("fp16", "fp32", None, "fp32", ONE_AND_A_BIT),
+    ("bf16", "fp32", "fp32", 1.0),
+    ("fp16", "fp32", "fp32", ONE_AND_A_BIT),
     # SAME: rounded to the tensor's own format
-    (SAME, "bf16", None, "bf16", 1.0),
-    (SAME, "fp32", None, "fp32", ONE_AND_A_BIT),
+    (SAME, "bf16", "bf16", 1.0),
+    (SAME, "fp32", "fp32", ONE_AND_A_BIT),
     # an operation that saw more than the tensor has (cross-entropy of 16-bit logits): rounded on the way out
-    ("fp32", "bf16", None, "bf16", 1.0),
-    # `rounded` overrides the row
-    ("fp16", "fp32", "bf16", "fp32", 1.0),
-    ("bf16", "fp32", "fp32", "fp32", ONE_AND_A_BIT),
+    ("fp32", "bf16", "bf16", 1.0),
 ])  # fmt: skip
 def test_grad_is_rounded_to_what_was_seen_and_stored_as_the_tensor(
-    inputs: str, stored: str, rounded: str | None, expected_format: str, expected_value: float
+    inputs: str, stored: str, expected_format: str, expected_value: float
 ) -> None:
     p = bound(Precision(inputs, "fp32", "fp32"))
-    g = p.round_grad(np.float32([ONE_AND_A_BIT]), "x", stored, rounded=rounded)
+    g = p.round_grad(np.float32([ONE_AND_A_BIT]), "x", stored)
     assert format_of(g) == expected_format
     assert float(g[0]) == expected_value
 
@@ -291,7 +295,11 @@ def test_grad_rounds_twice_where_the_seen_format_does_not_fit_the_stored_one() -
     ("e4m3-tensor", "fp32", None),
 ])  # fmt: skip
 def test_which_parameters_are_cast_once_a_step(inputs: str, given: str, expected: str | None) -> None:
-    assert bound(Precision({"w": inputs}, "fp32", "fp16")).leaf_format("w", ones(given)) == expected
+    policy = Policy("p", {EVERY_OTHER: A, "linear.y": Precision({"w": inputs}, "fp32", "fp16")})
+    p = Run(policy, NUMPY).precision("linear", "here")
+    parameters = Parameters({"here.weight": ones(given)}, {})
+    leaf = parameters.leaf("here.weight")
+    assert leaf is not None and parameters.copied_to(leaf, "w", p) == expected
 
 
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "fp32"])

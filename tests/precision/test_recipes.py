@@ -13,7 +13,7 @@ from arrays import LOW
 from autocast_lists import FP32_ON_CPU, FP32_ON_CUDA, LOW_PRECISION
 from recipe_lists import MECHANISMS
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model

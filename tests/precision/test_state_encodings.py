@@ -17,11 +17,11 @@ from arrays import U
 from fake_blas import FakeBlas
 from hand_training import Training
 
-import refimpl.backends.base
+import refimpl.backends.numpy.backend
 import refimpl.optim.layout
 import refimpl.precision.state_encodings
-from refimpl.backends.base import NUMPY
-from refimpl.backends.threads import Workers
+from refimpl.backends.numpy.backend import NUMPY
+from refimpl.backends.numpy.threads import Workers
 from refimpl.errors import UsageError
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model, Parameter
@@ -191,10 +191,10 @@ def test_results_depend_on_neither_blocks_nor_threads(weights: str, moments: str
         else:
             with pytest.raises(ValueError, match="values that share an element"):
                 trained(weights, moments)
-    monkeypatch.setattr(refimpl.backends.base, "SHARED", 0)
+    monkeypatch.setattr(refimpl.backends.numpy.backend, "SHARED", 0)
     for threads in (1, 3):
         others = Workers(FakeBlas(threads))
-        monkeypatch.setattr(refimpl.backends.base, "workers", lambda others=others: others)
+        monkeypatch.setattr(refimpl.backends.numpy.backend, "workers", lambda others=others: others)
         assert trained(weights, moments) == whole
 
 

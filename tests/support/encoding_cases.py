@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends.base import NUMPY, Backend
+from refimpl.backends.base import Backend
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.optim.adamw import AdamW
 from refimpl.optim.optimizer import Rule
 from refimpl.optim.sgd import SGD

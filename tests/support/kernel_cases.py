@@ -31,8 +31,8 @@ from bounds import (
     stored,
 )
 
-from refimpl.backends.base import NUMPY, NumPyBackend
 from refimpl.backends.cupy.launch import COLUMNS, LANES, THREADS, WARP, WARPS, elementwise_grid
+from refimpl.backends.numpy.backend import NUMPY, NumPyBackend
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.nn.ops import OPS, fan_in
 from refimpl.nn.softmax import unrounded_softmax

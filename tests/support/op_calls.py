@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from arrays import DTYPE, Array, array, wide
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.ops import OPS
 from refimpl.precision.context import Monitor, OpPrecision, Run
 from refimpl.precision.recipes import get_recipe

@@ -25,10 +25,11 @@ import strict_cupy
 from kernel_cases import bound
 from strict_cupy import counter
 
-from refimpl.backends.base import NUMPY, Backend
+from refimpl.backends.base import Backend
 from refimpl.backends.cupy import cublas
 from refimpl.backends.cupy.backend import CupyBackend
 from refimpl.backends.cupy.launch import COLUMNS, THREADS, WARPS, Kernels, Module
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.attention import hide_later
 from refimpl.nn.norm import EPS
 from refimpl.nn.ops import OPS, fan_in
@@ -143,23 +144,19 @@ def merge_heads(
 
 def causal_softmax_forward(fmt: str, grid: Grid, S: Array, P: Array, queries: np.int32, scale: np.float32) -> None:
     covers_rows(grid, int(queries), S.size // queries**2)
-    p, rows = bound(fmt, "attention")["softmax"], slice(0, int(queries))
-    z = widen(cast(widen(S.reshape(-1, queries, queries)) * scale, fmt)).copy()
-    hide_later(z, rows, p, -math.inf)
-    z = unrounded_softmax(z, p)
-    hide_later(z, rows, p, 0.0)  # later keys are 0 also where a row is NaN
-    put(P, cast(z, fmt))
+    p = bound(fmt, "attention")["softmax"]
+    z = widen(cast(widen(S.reshape(-1, queries, queries)) * scale, fmt))
+    z = unrounded_softmax(hide_later(z, p, -math.inf), p)
+    put(P, cast(hide_later(z, p, 0.0), fmt))  # later keys are 0 also where a row is NaN
 
 
 def causal_softmax_backward(
     fmt: str, grid: Grid, P: Array, dP: Array, dS: Array, queries: np.int32, scale: np.float32
 ) -> None:
     covers_rows(grid, int(queries), P.size // queries**2)
-    p, rows = bound(fmt, "attention")["softmax"], slice(0, int(queries))
-    d, probability = (widen(x.reshape(-1, queries, queries)).copy() for x in (dP, P))
-    hide_later(d, rows, p, 0.0)
-    d = softmax_slope(d, probability, p)
-    hide_later(d, rows, p, 0.0)
+    p = bound(fmt, "attention")["softmax"]
+    d, probability = (widen(x.reshape(-1, queries, queries)) for x in (dP, P))
+    d = hide_later(softmax_slope(hide_later(d, p, 0.0), probability), p, 0.0)
     put(dS, cast(widen(cast(d, fmt)) * scale, fmt))
 
 

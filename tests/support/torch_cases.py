@@ -33,6 +33,7 @@ from bounds import (
     attention_near,
     cross_entropy_near,
     embedding_near,
+    fast_versions,
     gamma,
     gelu_erf_near,
     gelu_tanh_near,
@@ -48,7 +49,8 @@ from bounds import (
     stored,
 )
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
+from refimpl.backends.numpy.table import OPS as FAST
 from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.ops import OPS, add, embedding, fan_in, linear
 from refimpl.precision.context import Monitor, Run
@@ -291,10 +293,15 @@ def results(case: Case, monitor: Monitor | None = None) -> list[Array]:
 
 
 def check(case: Case) -> None:
-    """The test of a case."""
-    for x, wanted in zip(results(case), reference(case).expected, strict=True):
-        assert_format(x, wanted.stored, wanted.name)
-        assert_agrees(x, wanted.theirs, wanted.exact, wanted.rounded, wanted.name)
+    """The test of a case: of the definition, and of the fast version where there is one."""
+    ours = [results(case)]
+    if case.op in FAST:
+        with fast_versions():
+            ours.append(results(case))
+    for values in ours:
+        for x, wanted in zip(values, reference(case).expected, strict=True):
+            assert_format(x, wanted.stored, wanted.name)
+            assert_agrees(x, wanted.theirs, wanted.exact, wanted.rounded, wanted.name)
 
 
 def cases_of(*ops: str) -> Iterator[Case]:

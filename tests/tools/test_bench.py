@@ -10,7 +10,7 @@ import time
 import pytest
 from paths import SCRIPTS
 
-from refimpl.backends.malloc import keep_freed_memory
+from refimpl.backends.numpy.malloc import keep_freed_memory
 from refimpl.errors import UsageError
 from refimpl.tools.bench.steps import MODELS, Ours, alternating, alternating_with_rests, bench, gemm_floor, machine, profile
 
@@ -19,7 +19,7 @@ SCRIPT = SCRIPTS / "bench.py"
 FAULTS = """
 import resource, sys
 import numpy as np
-from refimpl.backends.base import get_backend
+from refimpl.backends.choose import get_backend
 if sys.argv[1] == "kept":
     get_backend("numpy")
 def large():

@@ -14,7 +14,7 @@ import pytest
 from paths import ROOT, TESTS
 from script_loader import load_script
 
-from refimpl.backends.base import NumPyBackend
+from refimpl.backends.numpy.backend import NumPyBackend
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import widen
 from refimpl.parity.findings import Finding

@@ -21,7 +21,7 @@ import pytest
 from paths import ROOT
 from script_loader import load_script
 
-from refimpl.backends.base import get_backend
+from refimpl.backends.choose import get_backend
 from refimpl.backends.cupy.launch import Kernels
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model

@@ -58,7 +58,8 @@ def short_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_trace_is_the_same_run_once_more(tmp_path: Path) -> None:
-    trace = record(config())
+    """To the bit on the reference backend: on others watched steps run definitions in place of fast versions."""
+    trace = record(config(backend="reference"))
     save(tmp_path / "t.safetensors", trace)
     source = from_trace(tmp_path / "t.safetensors")
     rows = inspect(source, every=2).rows
@@ -69,7 +70,7 @@ def test_a_trace_is_the_same_run_once_more(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["apex-o2", "megatron-bf16", "bf16-remainder", "bf16-sr", "fp8-delayed", "nvfp4"])
 def test_the_trace_of_any_recipe_is_the_same_run_once_more(recipe: str, tmp_path: Path) -> None:
     """Its start, its random numbers and its scales too."""
-    trace = record(config(recipe))
+    trace = record(config(recipe, backend="reference"))
     save(tmp_path / "t.safetensors", trace)
     rows = inspect(from_trace(tmp_path / "t.safetensors")).rows
     assert [np.float32(row.loss) for row in rows] == [trace.get(step, "2.loss") for step in trace.steps]
@@ -82,7 +83,8 @@ def test_a_trace_without_a_configuration_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_goes_on_as_the_resumed_run_does_and_stays_as_it_is(tmp_path: Path) -> None:
-    flags = {**TINY, "recipe": "fp16", "eval_every": 3, "log_every": 1, "eval_batches": 1, "sample_bytes": 0}
+    flags = {**TINY, "recipe": "fp16", "backend": "reference", "eval_every": 3, "log_every": 1}
+    flags |= {"eval_batches": 1, "sample_bytes": 0}
     train({**flags, "steps": 9}, tmp_path / "whole", False, False, None)
     train({**flags, "steps": 9}, tmp_path / "part", False, False, None)
     with (tmp_path / "part" / "metrics.jsonl").open("a") as log:  # a line that the checkpoint has not come to: resuming cuts it

@@ -11,7 +11,7 @@ from hand_training import Training
 from op_calls import SHAPES
 from op_calls import run as run_op
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.models import GPTConfig, MLPConfig, Model, gpt_model, mlp_model
 from refimpl.nn.ops import OPS

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model

@@ -19,7 +19,7 @@ import pytest
 from progress_bars import NoBar
 from safetensors.numpy import save_file
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.optim.state import State
 from refimpl.parity import trace

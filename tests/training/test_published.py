@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.attention import hide_later
 from refimpl.nn.ops import OPS
+from refimpl.nn.quantized_linear import multiply, operand
 from refimpl.nn.softmax import unrounded_softmax
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.quantization.fp8 import DelayedScaling
@@ -176,9 +177,9 @@ def test_a_linear_layers_sums_of_4096_products(recipe: str, low: float, high: fl
     rng = np.random.default_rng(0)
     x, w = (cast(rng.random((16, 4096)), "bf16") for _ in range(2))
     p = Run(RECIPES[recipe].policy, NUMPY).precision("linear", "h.0")["y"]
-    a, b = p.cast(x, "x", axis=1), p.cast(w, "w", axis=1)
+    a, b = operand(p, x, "x", axis=1), operand(p, w, "w", axis=1)
     exact = a.dequantize("fp64") @ b.dequantize("fp64").T
-    error = float((np.abs(p.matmul(a, b.T) - exact) / exact).max())
+    error = float((np.abs(multiply(p, a, b.T) - exact) / exact).max())
     print(f"{recipe}: {error:.2e}")
     assert low <= error <= high
 
@@ -255,8 +256,7 @@ def test_our_attention_has_no_row_that_is_masked_as_a_whole(score: float) -> Non
     """`hide_later` chooses, and a position always sees itself: whatever the scores, the rows that see k keys have 1/k each."""
     p = Run(uniform("fp16", "fp32"), NUMPY).precision("attention", "h.0.attn")
     z = np.full((1, 1, 5, 5), score, np.float32)
-    hide_later(z, slice(0, 5), p, -math.inf)
-    P = unrounded_softmax(z, p["softmax"])
+    P = unrounded_softmax(hide_later(z, p, -math.inf), p["softmax"])
     assert np.allclose(P[0, 0], np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None], rtol=1e-6)
     # and through the whole operation: q k^T / sqrt(4) is half of the score, so that q k^T is none that overflows; all v are 1
     k = math.sqrt(-score) / 2

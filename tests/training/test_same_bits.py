@@ -19,8 +19,8 @@ from progress_bars import NoBar
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import refimpl
-from refimpl.backends import base as backends
-from refimpl.backends.threads import Workers
+from refimpl.backends.numpy import backend as backends
+from refimpl.backends.numpy.threads import Workers
 from refimpl.training.config import Config
 from refimpl.training.run_folder import CHECKPOINT
 from refimpl.training.sampling import sample
@@ -101,7 +101,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from threadpoolctl import threadpool_limits
-from refimpl.backends.threads import workers
+from refimpl.backends.numpy.threads import workers
 from test_same_bits import train
 threads, text, folder = sys.argv[1:]
 with threadpool_limits(int(threads) if int(threads) > workers.__wrapped__().threads else None):
@@ -153,6 +153,8 @@ def test_every_product_of_a_training_is_computed_on_the_thread_that_asks(
 CALLERS = {
     "numerics/accumulators.py": "the default of `multiply`; a run gives its backend's matmul",
     "backends/base.py": "the backends' matmul",
+    "backends/numpy/backend.py": "the same, in blocks of rows",
+    "backends/cupy/ops.py": "CuPy's",
     "tools/bench/steps.py": "measures the BLAS itself",
     "parity/tolerances.py": "norms that a report shows",
     "tools/compare_recipes/runs.py": "means that a picture shows",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def with_fallback(definition: Op, forward: Callable[..., Any], backward: Callabl
         gradients: tuple[Array | None, ...] = how(dy, saved, *params, p=p, **static)
         return gradients
 
-    return Op(definition.name, either_forward, either_backward, definition.params)
+    return replace(definition, forward=either_forward, backward=either_backward)
 
 
 def one_format(p: OpPrecision, *arrays: Array | None) -> str | None:
@@ -244,6 +245,13 @@ def embedding_backward(dy: Array, saved: Any, w: Array, p: OpPrecision) -> tuple
     return None, dw
 
 
+def embedding_backward_by_product(dy: Array, tokens: Array, w: Array, p: OpPrecision) -> tuple[None, Array]:
+    """Return dw in formats that no kernel has, as a product with ones and zeros: CuPy's `add.at` would add in any order."""
+    rows, xp = p.widen(dy).reshape(tokens.size, w.shape[-1]), p.xp
+    belongs = xp.where(xp.arange(len(w))[:, None] == tokens.reshape(-1), xp.ones((), rows.dtype), xp.zeros((), rows.dtype))
+    return None, p.round_grad(xp.matmul(belongs, rows), "w", format_of(w))
+
+
 def embedding_forward(tokens: Array, w: Array, p: OpPrecision) -> tuple[Array, Any] | None:
     """Return y[i] = w[tokens[i]]."""
     wc = p.cast(w, "w")
@@ -285,7 +293,7 @@ CUPY_OPS: Mapping[str, Op] = {
         with_fallback(OPS["layernorm"], layernorm_forward, layernorm_backward),
         with_fallback(OPS["linear"], linear_forward, linear_backward),
         with_fallback(OPS["attention"], attention_forward, attention_backward),
-        with_fallback(OPS["embedding"], embedding_forward, embedding_backward),
+        with_fallback(replace(OPS["embedding"], backward=embedding_backward_by_product), embedding_forward, embedding_backward),
         with_fallback(OPS["cross_entropy"], cross_entropy_forward, cross_entropy_backward),
     )
 }

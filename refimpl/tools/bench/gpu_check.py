@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends.base import get_backend
+from refimpl.backends.choose import get_backend
 from refimpl.parity.findings import Finding
 from refimpl.parity.judge import judge_trace
 from refimpl.parity.pytorch import STAGE_STEPS, TRAJECTORY

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,10 +22,9 @@ from typing import Any
 import numpy as np
 import threadpoolctl
 
-from refimpl.backends.threads import cores
+from refimpl.backends.numpy.attention import query_blocks
+from refimpl.backends.numpy.threads import cores
 from refimpl.errors import UsageError, unknown
-from refimpl.nn.attention import query_blocks
-from refimpl.nn.op import Op
 from refimpl.nn.ops import OPS
 from refimpl.numerics.casts import cast
 from refimpl.parity.trace import batches_of
@@ -229,8 +229,8 @@ def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:
 
     run, optimizer = ours.training.run, ours.training.optimizer
     run.overrides = {
-        name: Op(name, watch(f"{name} forward", op.forward), watch(f"{name} backward", op.backward), op.params)
-        for name, op in ((name, run.op(op)) for name, op in OPS.items())
+        name: replace(op, forward=watch(f"{name} forward", op.forward), backward=watch(f"{name} backward", op.backward))
+        for name, op in ((name, run.version(op)) for name, op in OPS.items())
     }
     optimizer.update = watch("update", optimizer.update)  # type: ignore[method-assign]
     for _ in range(WARM_UP):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends.base import NUMPY
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.models.model import Parameter
 from refimpl.optim.adamw import AdamW
 from refimpl.optim.optimizer import Optimizer

@@ -173,7 +173,7 @@ def tape_memory(tape: Tape) -> tuple[dict[str, int], int]:
     Memory that several entries share counts for the first of them; that of the weights themselves does not count.
     The layers of a model are added up: 'transformer.h.0.ln_1' and those of other layers count as 'transformer.h.i.ln_1'.
     """
-    seen = {id(owner(w)) for w in tape.weights.values()}
+    seen = {id(owner(w)) for w in tape.parameters.weights.values()}
     copies = owned_bytes((w.array for entry in tape.entries for w in entry.params if w and w.array is not None), seen)
     activations: dict[str, int] = {}
     for entry in tape.entries:

@@ -7,7 +7,7 @@ are FP32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,3 @@ def _each_block(
         formula(w, g, *moments)
 
     state.each_block(update)
-
-
-NUMPY_PASSES: Mapping[str, Callable[..., Any]] = {"adamw": adamw, "sgd": sgd}

@@ -1,0 +1,32 @@
+"""The fast versions for the host, by the name of the definition that each replaces: operations of `nn/`, updates of `optim/`.
+
+The roundings are those of the definition. So are the bits, except where a sum has another order: `linear` and `attention` (rows
+in blocks, dk and dv over blocks of queries), `fused_attention` and `layernorm` (sums of rows by einsum), `embedding` (rows of a
+token added pairwise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from refimpl.backends.numpy import attention, elementwise, embedding, linear, norm, passes
+from refimpl.nn import ops
+from refimpl.nn.op import Op
+
+OPS: Mapping[str, Op] = {
+    "linear": replace(ops.linear, forward=linear.linear_forward, backward=linear.linear_backward),
+    "attention": replace(ops.attention, forward=attention.attention_forward, backward=attention.attention_backward),
+    "fused_attention": replace(
+        ops.fused_attention, forward=attention.fused_attention_forward, backward=attention.fused_attention_backward
+    ),
+    "add": replace(ops.add, forward=elementwise.add_forward),
+    "fan_in": replace(ops.fan_in, forward=elementwise.fan_in_forward),
+    "relu": replace(ops.relu, forward=elementwise.relu_forward, backward=elementwise.relu_backward),
+    "gelu_tanh": replace(ops.gelu_tanh, forward=elementwise.gelu_tanh_forward, backward=elementwise.gelu_tanh_backward),
+    "layernorm": replace(ops.layernorm, forward=norm.layernorm_forward, backward=norm.layernorm_backward),
+    "embedding": replace(ops.embedding, backward=embedding.embedding_backward),
+}
+
+PASSES: Mapping[str, Callable[..., Any]] = {"adamw": passes.adamw, "sgd": passes.sgd}

@@ -1,0 +1,270 @@
+"""The fast versions in backends/numpy/table.py against their definitions: to the bit where sums have the same order, else
+within the bound of a reordered FP32 sum. A run takes them unless it has a monitor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import bounds
+import numpy as np
+import pytest
+from arrays import array, wide
+from bounds import Near, assert_agrees, attention_near, embedding_near, layernorm_near, linear_near, near
+from recipe_lists import BASIC
+
+from refimpl.backends.base import REFERENCE, Backend
+from refimpl.backends.numpy import backend as numpy_backend
+from refimpl.backends.numpy import blocks
+from refimpl.backends.numpy.attention import QUERIES
+from refimpl.backends.numpy.backend import NUMPY
+from refimpl.backends.numpy.table import OPS as FAST
+from refimpl.nn.op import Op
+from refimpl.nn.ops import OPS, SELECTED, fan_in, gelu_tanh
+from refimpl.numerics.casts import cast
+from refimpl.numerics.formats import format_of
+from refimpl.precision.context import OpPrecision, Run
+from refimpl.precision.policy import with_attention
+from refimpl.precision.recipes import RECIPES
+from refimpl.tools.bench.steps import MODELS, Ours
+
+Array = Any
+
+DEFINITIONS = {**OPS, **SELECTED, "fan_in": fan_in}
+SAME_BITS = ("add", "fan_in", "relu", "gelu_tanh")
+REORDERED = ("linear", "attention", "fused_attention", "layernorm", "embedding")
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 6e-8, 1.0, -1.0, 11.0, 300.0, -65504.0, 3e38, np.inf, -np.inf, np.nan]
+SHAPES = [(1,), (7,), (0, 4), (3, 1), (5, 14), (2, 3, 28), (40, 700)]
+
+
+def test_every_entry_of_the_table_is_compared_below() -> None:
+    assert {*SAME_BITS, *REORDERED} == {*FAST} == {*NUMPY.ops}
+    for name, op in FAST.items():
+        definition = DEFINITIONS[name]
+        assert (op.name, op.params, op.row) == (definition.name, definition.params, definition.row) and op != definition
+
+
+def drawn(shape: tuple[int, ...], fmt: str, special: bool, seed: int) -> Array:
+    """Normal numbers of several sizes, with special ones among them if wanted."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape) * rng.choice([0.01, 1.0, 5.0], shape)
+    if special:
+        x[rng.random(shape) < 0.1] = rng.choice(SPECIAL)
+    return cast(x, fmt)
+
+
+def called(op: Op, backend: Backend, recipe: str, operands: list[Array], dy: Array | None = None, **static: Any) -> list[Array]:
+    """All that an operation returns and saves, forward and backward, on a backend."""
+    p = Run(RECIPES[recipe].policy, backend).precision(op.row, "here")
+    with np.errstate(all="ignore"):
+        y, saved = op.forward(*operands, p=p, **static)
+        if op.name == "fan_in":
+            return [y]
+        dy = drawn(y.shape, format_of(y), False, 2) if dy is None else dy
+        params = operands[len(operands) - len(op.params) :] if op.params else []
+        kept = [x for x in (saved if isinstance(saved, tuple) else (saved,)) if hasattr(x, "dtype")]
+        return [y, *kept, *(g for g in op.backward(dy, saved, *params, p=p, **static) if g is not None)]
+
+
+def comparable(results: list[Array]) -> list[bytes]:
+    """Format, shape and bits, every NaN the same: which of two NaNs a sum hands on is the processor's choice."""
+    found = []
+    for x in results:
+        bits = x.copy()
+        bits[np.isnan(x)] = np.nan
+        found.append(f"{x.dtype} {x.shape}".encode() + bits.tobytes())
+    return found
+
+
+def both(name: str, recipe: str, operands: list[Array], **more: Any) -> tuple[list[Array], list[Array]]:
+    """The results of the fast version, and of its definition on the backend that has nothing else."""
+    fast, definition = FAST[name], DEFINITIONS[name]
+    return called(fast, NUMPY, recipe, operands, **more), called(definition, REFERENCE, recipe, operands, **more)
+
+
+# ----------------------------------------------------------------------------------------------------------- the same bits
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["finite", "special"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("recipe", [name for name in BASIC if not name.endswith("-cpu")])
+@pytest.mark.parametrize("name", SAME_BITS)
+def test_an_elementwise_version_gives_the_bits_of_its_definition(
+    name: str, recipe: str, shape: tuple[int, ...], special: bool
+) -> None:
+    fmt = RECIPES[recipe].policy.row("linear.y").out  # of activations
+    operands = [drawn(shape, fmt, special, seed) for seed in range(2 if name in ("add", "fan_in") else 1)]
+    fast, definition = both(name, recipe, operands)
+    assert comparable(fast) == comparable(definition)
+
+
+def test_a_broadcast_sum_too() -> None:
+    fast, definition = both("add", "fp16", [drawn((3, 5, 4), "fp16", True, 0), drawn((5, 4), "fp16", True, 1)])
+    assert comparable(fast) == comparable(definition)
+
+
+def test_the_comparison_bites() -> None:
+    """With another order of the same factors some last bits differ."""
+
+    def reordered(x: Array, p: OpPrecision) -> tuple[Array, Any]:
+        y, saved = gelu_tanh.forward(x, p=p)
+        return cast(cast(y, "fp64") * (1 + 2.0**-23), format_of(y)), saved
+
+    x = drawn((5, 14), "fp32", False, 1)
+    wrong, right = (called(op, REFERENCE, "fp32", [x]) for op in (replace(gelu_tanh, forward=reordered), gelu_tanh))
+    assert comparable(wrong) != comparable(right)
+
+
+# ---------------------------------------------------------------------------------------------------- sums in another order
+
+
+def linear_case(fmt: str, M: int, K: int, F: int) -> tuple[list[Array], Array, list[Near], dict[str, Any]]:
+    rng = np.random.default_rng(5)
+    x, w, b, dy = (array(rng.standard_normal(shape), fmt) for shape in ((M, K), (F, K), (F,), (M, F)))
+    return [x, w, b], dy, linear_near(*(near(wide(a)) for a in (x, w, b, dy))), {}
+
+
+def layernorm_case(fmt: str, M: int, C: int) -> tuple[list[Array], Array, list[Near], dict[str, Any]]:
+    rng = np.random.default_rng(6)
+    x, w, b, dy = (array(rng.standard_normal(shape), fmt) for shape in ((M, C), (C,), (C,), (M, C)))
+    return [x, w, b], dy, layernorm_near(*(near(wide(a)) for a in (x, w, b, dy))), {}
+
+
+def embedding_case(fmt: str, n: int, V: int, C: int) -> tuple[list[Array], Array, list[Near], dict[str, Any]]:
+    rng = np.random.default_rng(7)
+    tokens, w, dy = rng.integers(0, V, n), array(rng.standard_normal((V, C)), fmt), array(rng.standard_normal((n, C)), fmt)
+    return [tokens, w], dy, embedding_near(tokens, near(wide(w)), near(wide(dy))), {}
+
+
+def attention_case(fmt: str, B: int, T: int) -> tuple[list[Array], Array, list[Near], dict[str, Any]]:
+    rng = np.random.default_rng(8)
+    C = bounds.H * bounds.D
+    qkv, dO = array(rng.standard_normal((B, T, 3 * C)), fmt), array(rng.standard_normal((B, T, C)), fmt)
+    return [qkv], dO, attention_near(qkv, dO, fmt), {"n_head": bounds.H}
+
+
+def assert_within_bounds(name: str, fmt: str, case: tuple[list[Array], Array, list[Near], dict[str, Any]]) -> None:
+    operands, dy, exact, static = case
+    fast, definition = both(name, fmt, operands, dy=dy, **static)
+    gradients = len(exact) - 1
+    pairs = zip([fast[0], *fast[-gradients:]], [definition[0], *definition[-gradients:]], exact, strict=True)
+    for i, (ours, theirs, truth) in enumerate(pairs):
+        assert ours.dtype == theirs.dtype
+        assert_agrees(ours, theirs, truth, fmt, f"{name} {i}")
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "fp16", "bf16"])
+def test_a_version_with_reordered_sums_gives_what_a_correct_evaluation_can(fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits most results are decided, and so identical; see bounds.py."""
+    assert_within_bounds("linear", fmt, linear_case(fmt, 33, 64, 40))
+    assert_within_bounds("layernorm", fmt, layernorm_case(fmt, 9, 96))
+    assert_within_bounds("embedding", fmt, embedding_case(fmt, 200, 7, 12))
+    assert_within_bounds("attention", fmt, attention_case(fmt, 3, bounds.T))
+
+
+def test_so_it_is_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of products, examples, and queries, of which the last block is short."""
+    monkeypatch.setattr(numpy_backend, "WHOLE", 0)
+    monkeypatch.setattr(numpy_backend, "ROWS", 32)
+    monkeypatch.setattr(numpy_backend, "SHARED", 0)
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 9)
+    T = 2 * QUERIES + 5
+    monkeypatch.setattr(bounds, "CAUSAL", np.tril(np.ones((T, T), bool)))
+    assert_within_bounds("linear", "fp32", linear_case("fp32", 200, 48, 24))
+    assert_within_bounds("layernorm", "fp32", layernorm_case("fp32", 70, 33))
+    assert_within_bounds("attention", "fp32", attention_case("fp32", 2, T))
+
+
+def test_a_wrong_version_is_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = FAST["layernorm"].forward
+
+    def rounded_twice(x: Array, w: Array, b: Array, p: OpPrecision) -> tuple[Array, Any]:
+        y, saved = forward(x, w, None, p=p)
+        return p.round(p.widen(y) + p.widen(b), "y", x), saved
+
+    monkeypatch.setitem(FAST, "layernorm", replace(FAST["layernorm"], forward=rounded_twice))  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="layernorm 0"):
+        assert_within_bounds("layernorm", "bf16", layernorm_case("bf16", 9, 96))
+
+
+@pytest.mark.parametrize("T", [1, 5, QUERIES, QUERIES + 1])
+@pytest.mark.parametrize("name", ["attention", "fused_attention"])
+def test_attention_in_fp64_is_that_of_its_definition(name: str, T: int) -> None:
+    qkv, dO = drawn((3, T, 24), "fp64", False, 1), drawn((3, T, 8), "fp64", False, 2)
+    for fast, definition in zip(*both(name, "fp64", [qkv], dy=dO, n_head=2), strict=True):
+        np.testing.assert_allclose(fast, definition, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("fmt", ["fp16", "bf16"])
+def test_fused_attention_rounds_where_its_definition_does(fmt: str) -> None:
+    """In one block only the sums of rows have another order: of what is stored in 16 bits, most is the same to the bit. A
+    rounding more or less would change about half."""
+    policy = with_attention(RECIPES[fmt].policy, "fused")
+    qkv, dO, found = drawn((3, 20, 24), fmt, False, 1), drawn((3, 20, 8), fmt, False, 2), []
+    for op, backend in ((FAST["fused_attention"], NUMPY), (DEFINITIONS["fused_attention"], REFERENCE)):
+        p = Run(policy, backend).precision("attention", "here")
+        O, saved = op.forward(qkv, p=p, n_head=2)  # noqa: E741
+        found.append((O, *op.backward(dO, saved, p=p, n_head=2)))
+    for fast, definition in zip(*found, strict=True):
+        assert fast.dtype == definition.dtype and (wide(fast) == wide(definition)).mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ["linear", "layernorm", "embedding"])
+def test_special_values_go_where_those_of_the_definition_go(name: str) -> None:
+    x, w, b = (drawn(shape, "fp16", True, i) for i, shape in enumerate(((40, 30), (20, 30), (20,))))
+    operands: list[Array] = {"linear": [x, w, b], "layernorm": [x, w[0], x[1]], "embedding": [np.arange(40) % 20, w]}[name]
+    dy = drawn((40, 20) if name == "linear" else (40, 30), "fp16", True, 9)
+    for fast, definition in zip(*both(name, "fp16", operands, dy=dy), strict=True):
+        for kind in (np.isnan, np.isposinf, np.isneginf):
+            assert np.array_equal(kind(wide(fast)), kind(wide(definition)))
+
+
+def test_keys_that_a_block_does_not_see_are_left_out() -> None:
+    """The one difference: 0 times an Inf that comes later is NaN in the definition, as in PyTorch, and left out in blocks."""
+    qkv = np.ones((1, QUERIES + 1, 3), np.float32)
+    qkv[0, -1, 2] = np.inf  # v of the last position
+    fast, definition = both("attention", "fp32", [qkv], n_head=1)
+    assert np.isnan(definition[0][0, :-1]).all() and np.isfinite(fast[0][0, :QUERIES]).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- what is taken
+
+
+@pytest.mark.parametrize("name", ["gelu_tanh", "layernorm"])
+def test_in_blocks_on_threads_the_bits_are_those_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, b = drawn((64, 130), "bf16", True, 1), drawn((130,), "bf16", False, 2), drawn((130,), "bf16", False, 3)
+    operands = [x] if name == "gelu_tanh" else [x, w, b]
+    whole = comparable(called(FAST[name], NUMPY, "bf16", operands))
+    monkeypatch.setattr(blocks, "BLOCK", 512)
+    monkeypatch.setattr(numpy_backend, "SHARED", 0)
+    assert comparable(called(FAST[name], NUMPY, "bf16", operands)) == whole
+
+
+def noting(op: Op, label: str, names: list[str]) -> Op:
+    def forward(*arrays: Any, **more: Any) -> tuple[Array, Any]:
+        names.append(f"{label} {op.name}")
+        return op.forward(*arrays, **more)
+
+    return replace(op, forward=forward)
+
+
+def test_a_step_takes_the_fast_versions_and_a_monitored_one_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    fast_versions = {name: noting(op, "fast", names) for name, op in NUMPY.ops.items()}
+    monkeypatch.setattr(type(NUMPY), "ops", property(lambda self: fast_versions))
+    ours = Ours(MODELS["smoke"], "fp16")
+    ours.step()
+    assert set(names) == {f"fast {name}" for name in FAST if name not in ("relu", "fused_attention")}
+    names.clear()
+    ours.training.set_monitor(lambda site, before, after: None)
+    ours.step()
+    assert names == []
+    ours.training.set_monitor(None)
+    ours.training.run.overrides = {"gelu_tanh": noting(gelu_tanh, "override", names)}
+    ours.step()
+    assert "override gelu_tanh" in names and "fast gelu_tanh" not in names
+
+
+def test_the_reference_has_nothing_but_the_definitions() -> None:
+    assert REFERENCE.ops == {} and REFERENCE.passes == {} and type(REFERENCE) is Backend
