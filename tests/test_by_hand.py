@@ -18,6 +18,7 @@ from arrays import Array
 from paths import SCRIPTS
 from script_loader import load_script
 
+from refimpl.backends.base import REFERENCE, Backend
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.models.model import Model, Parameter
@@ -58,14 +59,14 @@ LAYER = Model("layer", {}, {"layer.weight": Parameter(by_hand.W.shape)}, {}, lam
 KINDS = {"w": "weights", "dw": "grads", "master": "master", "m": "m", "v": "v"}
 
 
-def refimpl_steps() -> list[dict[str, Any]]:
+def refimpl_steps(backend: Backend = REFERENCE) -> list[dict[str, Any]]:
     """The same training by `train_step`: what each step did."""
     row, rule = get_recipe("fp16"), AdamW((by_hand.BETA1, by_hand.BETA2), by_hand.EPS, weight_decay=0.0)
-    state = State(LAYER, row.state_encodings(rule.moments), NUMPY)
+    state = State(LAYER, row.state_encodings(rule.moments), backend)
     state.load_weights({"layer.weight": by_hand.W})
     optimizer = Optimizer(rule, Schedule(by_hand.LR, by_hand.LR, 0, STEPS, "constant"))
     loss_scale = make_loss_scale("dynamic", growth_interval=by_hand.GROWTH_INTERVAL)
-    run, done = Run(row.policy, NUMPY), []
+    run, done = Run(row.policy, backend), []
     for _ in range(STEPS):
         result = train_step(LAYER, [(by_hand.X, by_hand.TARGET)], state, optimizer, loss_scale, run)
         arrays = {name: state.views(kind)["layer.weight"].copy() for name, kind in KINDS.items()}
@@ -84,8 +85,9 @@ def first_difference(script: types.ModuleType, theirs: list[dict[str, Any]]) -> 
     return ""
 
 
-def test_train_step_does_the_same_to_the_bit() -> None:
-    theirs = refimpl_steps()
+@pytest.mark.parametrize("backend", [REFERENCE, NUMPY], ids=lambda backend: backend.name)
+def test_train_step_does_the_same_to_the_bit(backend: Backend) -> None:
+    theirs = refimpl_steps(backend)
     assert first_difference(by_hand, theirs) == ""
     assert [step["skipped"] for step in theirs[:6]] == [True, False, False, False, True, False]
     assert {step["S"] for step in theirs} == {65536.0, 32768.0}

@@ -21,6 +21,7 @@ def test_it_is_short_and_has_no_config() -> None:
     modules = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
     modules |= {name.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for name in node.names}
     assert modules == {"typing", "numpy", "refimpl"} and "Config.of" not in text
+    assert 'get_backend("reference")' in text  # what is read is what runs
 
 
 def test_the_first_steps_are_skipped_and_the_loss_falls(tmp_path: Path) -> None:
