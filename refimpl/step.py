@@ -68,7 +68,8 @@ def train_step(
 
     # 4. Update the FP32 masters, or skip.
     #    (+) Clip by the norm of the unscaled gradients.  (+) If found_inf is set, nothing changes.  (+) S adapts.
-    optimizer.update(state, inverse_scale, clip_coefficient(norm, max_norm), found_inf)
+    coefficient = clip_coefficient(norm, max_norm)
+    optimizer.update(state, inverse_scale, coefficient, found_inf)
     loss_scale.update(found_inf)
 
     return StepResult(loss, lr, S, norm, found_inf)
@@ -78,14 +79,14 @@ def forward_backward(model: Model, batches: Sequence[Batch], state: State, S: Ar
     """Run forward and backward over all micro-batches. Leave d(S L)/dw in `state.grads`, and return the mean loss L, 0-d.
 
     A micro-batch whose share of the mean is 1/n starts backward from S/n, so that the sum of the gradients is that of the mean.
-    With several ranks, `reduce_gradients` sums them over ranks; on one host it does nothing.
+    With several ranks, `reduce` sums gradients and losses over ranks; on one host it returns the loss.
     """
+    state.zero_grad()
     total, xp = 0.0, run.backend.xp
-    for i, ((tokens, targets), n) in enumerate(zip(batches, divisors(model, batches, state), strict=True)):
+    for (tokens, targets), n in zip(batches, divisors(model, batches, state), strict=True):
         tape = Tape(run, state.weight_views, model.tied)
         loss = model.loss(tape, tokens, targets)
-        tape.backward(loss, grad_output=divided(S, n, xp), sink=state.gradient_sink(first=i == 0))
-        state.reduce_gradients(last=i == len(batches) - 1)
-        total = total + divided(loss.array, n / state.ranks, xp)
+        tape.backward(loss, grad_output=divided(S, n, xp), sink=state.accumulate_grad)
+        total = total + divided(loss.array, n, xp)
     run.after_step()  # (FP8 with delayed scaling: the largest values of these passes make the scales of the next)
-    return state.mean_over_ranks(total)
+    return state.reduce(total)

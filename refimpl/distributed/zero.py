@@ -31,7 +31,7 @@ from refimpl.distributed.collectives import Comm, Pending, share_size, shares_of
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import widen
 from refimpl.optim.layout import GRAIN, HasParameters, Layout
-from refimpl.optim.state import Sink, State
+from refimpl.optim.state import State
 from refimpl.precision.state_encodings import MAIN, BufferSpec, buffer_name
 
 
@@ -51,7 +51,7 @@ class ShardedState(State):
         self.decayed = tuple(clipped(start, stop, self.share) for start, stop in self.layout.decayed)
         self.layers = list(layers_of(self.layout))
         self.layer_of = {name: layer for layer in self.layers for name in layer.slots}
-        self._buckets: Buckets | None = None
+        self._buckets = Buckets(self)
         self._fetched = FetchedWeights(self) if self._divided("weights") else None
         if self._fetched is not None:
             self.weight_views = self._fetched
@@ -94,26 +94,31 @@ class ShardedState(State):
 
     # -- step 2: gradients --------------------------------------------------------------------------------------------
 
-    def gradient_sink(self, first: bool) -> Sink:
-        """Return the function that takes gradients: into their buffer, or at stages 2 and 3 into buckets per layer."""
-        if not self._divided("grads"):
-            return super().gradient_sink(first)
-        self._buckets = Buckets(self, first)
-        return self._buckets.put
+    def zero_grad(self) -> None:
+        """Set all gradients of this rank to zero."""
+        super().zero_grad()
+        if self._divided("grads"):
+            self._buckets = Buckets(self)
 
-    def reduce_gradients(self, last: bool) -> None:
-        """Replace the gradients by their sums over ranks: all of them at stage 0, else those of this rank's share."""
-        if self._buckets is not None:
+    def accumulate_grad(self, name: str, gradient: Array) -> None:
+        """Add a gradient to the buffer, or at stages 2 and 3 put it into the bucket of its layer."""
+        if self._divided("grads"):
+            self._buckets.put(name, gradient)
+        else:
+            super().accumulate_grad(name, gradient)
+
+    def reduce(self, loss: Array) -> Array:
+        """Replace the gradients by their sums over ranks: all of them at stage 0, else those of this rank's share.
+
+        Return the sum of the ranks' losses, each of which is a share of the mean over the whole batch.
+        """
+        if self._divided("grads"):
             self._buckets.finish()
-            self._buckets = None
-        elif last and self.stage == 0:
+        elif self.stage == 0:
             self.grads[...] = self.comm.all_reduce(self.grads)
-        elif last:
+        else:
             self.grads[...] = self.comm.reduce_scatter(self.buffers["grads"], self.shares)()
-
-    def mean_over_ranks(self, loss: Array) -> Array:
-        """Return the mean over ranks of the loss, 0-d. All ranks have equally many examples."""
-        return self.sum_over_ranks(loss) / self.ranks
+        return self.sum_over_ranks(loss)
 
     def sum_over_ranks(self, count: Array) -> Array:
         """Return the sum over ranks of a number, 0-d."""
@@ -196,33 +201,40 @@ def layers_of(layout: Layout) -> Iterator[Layer]:
 
 
 class Buckets:
-    """The gradients of one micro-batch, layer by layer, at stages 2 and 3.
+    """The gradients of a step, layer by layer, at stages 2 and 3.
 
     A layer's gradients are sent to their shards when the last of them has been computed, and awaited when the next layer is
     complete: with MPI they travel while backward continues. So a rank holds the gradients of two layers at a time.
     """
 
-    def __init__(self, state: ShardedState, first: bool) -> None:
-        self.state, self.first = state, first
-        self.missing = {layer: set(layer.slots) for layer in state.layers}
+    def __init__(self, state: ShardedState) -> None:
+        self.state = state
+        self.missing = {*state.layer_of}  # parameters without a gradient in this micro-batch
+        self.zero = {*state.layers}  # layers whose sum is zero yet
         self.values: dict[Layer, Array] = {}
         self.sent: tuple[Layer, Pending] | None = None
 
     def put(self, name: str, gradient: Array) -> None:
-        """Store a gradient in the format of the buffer, and send its layer if it is complete. This is backward's sink."""
+        """Store a gradient in the format of the buffer, and send its layer if it is complete."""
+        if name not in self.missing:  # the next micro-batch has begun; this one had no gradients for `missing`
+            self.finish()
         layer = self.state.layer_of[name]
         widen(gradient, self.state.formats["grads"], out=layer.parameter(name, self._values(layer)))
-        self.missing[layer].discard(name)
-        if not self.missing[layer]:
+        self.missing.remove(name)
+        if self.missing.isdisjoint(layer.slots):
             self._send(layer)
+        if not self.missing:
+            self.finish()
 
     def finish(self) -> None:
-        """Send the incomplete layers, with a gradient of zero for unused parameters, and wait for all of them."""
-        for layer in reversed(self.state.layers):
-            if self.missing[layer]:
-                self._values(layer)
-                self._send(layer)
+        """End a micro-batch: send its incomplete layers, with a gradient of zero for unused parameters, and wait for all."""
+        if len(self.missing) < len(self.state.layer_of):
+            for layer in reversed(self.state.layers):
+                if not self.missing.isdisjoint(layer.slots):
+                    self._values(layer)
+                    self._send(layer)
         self._arrive()
+        self.missing = {*self.state.layer_of}
 
     def _values(self, layer: Layer) -> Array:
         if layer not in self.values:
@@ -230,7 +242,6 @@ class Buckets:
         return self.values[layer]
 
     def _send(self, layer: Layer) -> None:
-        self.missing[layer].clear()
         self._arrive()
         self.sent = layer, self.state.comm.reduce_scatter(self.values.pop(layer), layer.shares(self.state.shares))
 
@@ -240,8 +251,9 @@ class Buckets:
             return
         layer, arrived = self.sent
         local, total = self.state.local_part("grads", layer), arrived()
-        if self.first:
+        if layer in self.zero:
             local[...] = total
+            self.zero.remove(layer)
         else:
             local += total
         self.sent = None

@@ -25,7 +25,6 @@ from refimpl.optim.layout import HasParameters, Layout, blocks
 from refimpl.precision.context import Monitor
 from refimpl.precision.state_encodings import MAIN, BufferSpec, Plain, RandomKey, buffer_name, get_encoding
 
-Sink = Callable[[str, Array], None]
 R = TypeVar("R")
 
 
@@ -60,6 +59,7 @@ class State:
         self.monitor: Monitor | None = None
         self.weight_views: Mapping[str, Array] = self.views("weights")
         self.grad_views = self.views("grads") if "grads" in stored else {}
+        self.without_grad = {*self.grad_views}  # the parameters that have had no gradient in this step
 
     # -- arrays: a kind has one, or more where its encoding has several parts, such as codes (MAIN) and 'scales' --------------
 
@@ -141,23 +141,29 @@ class State:
 
     # -- step 2 --------------------------------------------------------------------------------------------------------------
 
-    def gradient_sink(self, first: bool) -> Sink:
-        """Return the function that backward hands each gradient to: it stores those of a step's first micro-batch, adds others.
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, before the first micro-batch of a step.
+
+        PyTorch: optimizer.zero_grad(), which by default drops them, so that there too the first new one is stored, not added.
+        """
+        self.buffers["grads"][...] = 0
+        self.without_grad = {*self.grad_views}
+
+    def accumulate_grad(self, name: str, gradient: Array) -> None:
+        """Add the gradient of a parameter that backward has finished. The first of a step is stored as it is.
 
         Sums over micro-batches are FP32 (`Recipe.state_encodings` makes the buffer FP32), never 16 bits.
         """
+        view, fmt = self.grad_views[name], self.formats["grads"]
+        if name in self.without_grad:
+            widen(gradient, fmt, out=view)  # 0 + gradient would be the same, but for one more pass over memory and -0
+            self.without_grad.remove(name)
+        else:
+            view += widen(gradient, fmt)
 
-        def store(name: str, gradient: Array) -> None:
-            widen(gradient, self.formats["grads"], out=self.grad_views[name])
-
-        def add(name: str, gradient: Array) -> None:
-            view = self.grad_views[name]
-            view += widen(gradient, self.formats["grads"])
-
-        if first:
-            # A parameter that this step does not use must not keep the gradient of the last step.
-            self.buffers["grads"][...] = 0
-        return store if first else add
+    def reduce(self, loss: Array) -> Array:
+        """Return the loss of a step, 0-d. With several ranks, sum the gradients and the loss over ranks."""
+        return loss
 
     # -- steps 3 and 4 -------------------------------------------------------------------------------------------------------
 
@@ -186,16 +192,9 @@ class State:
 
     # -- exchange among ranks: nothing to do on one host; `distributed.zero.ShardedState` overrides these ---------------------
 
-    def reduce_gradients(self, last: bool) -> None:
-        """Sum the gradients over ranks, after the backward of a micro-batch. last: whether it is the step's last one."""
-
     def gather_grains(self, *grains: Array) -> tuple[Array, ...]:
         """Return arrays over all grains from arrays over those that are updated here."""
         return grains
-
-    def mean_over_ranks(self, loss: Array) -> Array:
-        """Return the mean over ranks of a loss, 0-d."""
-        return loss
 
     def sum_over_ranks(self, count: Array) -> Array:
         """Return the sum over ranks of a number, 0-d."""

@@ -14,7 +14,7 @@ from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.optim.gradients import inverse_of
 from refimpl.optim.loss_scale import DynamicLossScale
-from refimpl.optim.state import Sink, State
+from refimpl.optim.state import State
 from refimpl.parity.hooks import UpdateArguments, WrappedOptimizer
 from refimpl.parity.known_mistake import Mistake, low_format, need
 from refimpl.precision.context import OpPrecision
@@ -44,9 +44,9 @@ class StaleWeights(State):
         if self.fresh:
             super().weights_down()
 
-    def gradient_sink(self, first: bool) -> Sink:
+    def zero_grad(self) -> None:
         self.fresh = False
-        return super().gradient_sink(first)
+        super().zero_grad()
 
 
 def _replace_state(training: Training, kind: type[S], **formats: str) -> S:
@@ -188,14 +188,12 @@ def _norm_in_16_bits(training: Training) -> None:
 class SixteenBitSums(State):
     """Gradients of micro-batches that are added in a 16-bit buffer: small ones are lost beside the sum."""
 
-    def gradient_sink(self, first: bool) -> Sink:
-        store, fmt = super().gradient_sink(first), self.formats["grads"]
-
-        def add(name: str, gradient: Array) -> None:
+    def accumulate_grad(self, name: str, gradient: Array) -> None:
+        if name in self.without_grad:
+            super().accumulate_grad(name, gradient)
+        else:
             view = self.grad_views[name]
-            cast(widen(view, "fp32") + widen(gradient, "fp32"), fmt, out=view)
-
-        return store if first else add
+            cast(widen(view, "fp32") + widen(gradient, "fp32"), self.formats["grads"], out=view)
 
 
 def _accumulate_in_16_bits(training: Training) -> None:
@@ -248,11 +246,17 @@ class UnscaledEachTime(State):
 
     inverse_scale: Callable[[], Array]
 
-    def reduce_gradients(self, last: bool) -> None:
-        super().reduce_gradients(last)
-        if not last:
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self.of_micro_batch: set[str] = set()
+
+    def accumulate_grad(self, name: str, gradient: Array) -> None:
+        if name in self.of_micro_batch:  # the next one begins
+            self.of_micro_batch.clear()
             view = self.grads
             view *= self.inverse_scale()
+        self.of_micro_batch.add(name)
+        super().accumulate_grad(name, gradient)
 
 
 def _unscale_each_micro_batch(training: Training) -> None:
@@ -271,15 +275,16 @@ class KeptGradients(State):
     factors: tuple[Array | float, ...] | None = None
     kept: Array | None = None
 
-    def gradient_sink(self, first: bool) -> Sink:
-        if not first or self.factors is None:
-            return super().gradient_sink(first)
+    def zero_grad(self) -> None:
+        if self.factors is None:
+            super().zero_grad()
+            return
         if self.kept is None:
             self.kept = self.grads.copy()
             for factor in self.factors:
                 self.kept *= factor
         self.grads[...] = self.kept
-        return super().gradient_sink(False)
+        self.without_grad = set()
 
 
 def _gradients_not_zeroed(training: Training) -> None:

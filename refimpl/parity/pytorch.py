@@ -30,7 +30,7 @@ from refimpl.nn.op import Op
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import format_of
-from refimpl.optim.state import Sink, State
+from refimpl.optim.state import State
 from refimpl.parity.findings import Finding
 from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace
@@ -118,15 +118,10 @@ class OverflowingState(State):
 
     overflow = False
 
-    def gradient_sink(self, first: bool) -> Sink:
-        store = super().gradient_sink(first)
-
-        def sink(name: str, gradient: Array) -> None:
-            store(name, gradient)
-            if self.overflow and name == next(iter(self.layout.slots)):
-                self.grad_views[name].reshape(-1)[0] = math.inf
-
-        return sink
+    def accumulate_grad(self, name: str, gradient: Array) -> None:
+        super().accumulate_grad(name, gradient)
+        if self.overflow and name == next(iter(self.layout.slots)):
+            self.grad_views[name].reshape(-1)[0] = math.inf
 
 
 class Branches:

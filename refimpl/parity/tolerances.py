@@ -13,7 +13,7 @@ from refimpl.backends.numpy.backend import NUMPY
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, is_float, ulp
-from refimpl.optim.state import Sink, State
+from refimpl.optim.state import State
 from refimpl.parity.other_kernels import other_kernel
 from refimpl.parity.trace import Recorder, Trace, in_batch, key
 from refimpl.precision.context import Run
@@ -79,14 +79,9 @@ class Addends(State):
 
     addends: dict[str, list[Array]]
 
-    def gradient_sink(self, first: bool) -> Sink:
-        sink = super().gradient_sink(first)
-
-        def keep(name: str, gradient: Array) -> None:
-            self.addends.setdefault(name, []).append(np.array(gradient))
-            sink(name, gradient)
-
-        return keep
+    def accumulate_grad(self, name: str, gradient: Array) -> None:
+        self.addends.setdefault(name, []).append(np.array(gradient))
+        super().accumulate_grad(name, gradient)
 
 
 class Bounds:

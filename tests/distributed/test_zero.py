@@ -136,20 +136,15 @@ def test_an_infinity_on_one_rank_skips_the_step_on_all(stage: int, victim: int) 
     def spoil(training: Training, comm: Comm) -> None:
         if comm.rank != victim:
             return
-        sink_of, step = training.state.gradient_sink, iter(range(100))
+        accumulate, step = training.state.accumulate_grad, iter(range(100))
 
-        def gradient_sink(first: bool) -> Any:
-            sink, bad = sink_of(first), next(step) == 2
+        def spoiled(name: str, gradient: np.ndarray) -> None:
+            if name == "transformer.h.1.attn.c_proj.weight" and next(step) == 2:  # which has one gradient per step
+                gradient = gradient.copy()
+                gradient[3, 3] = np.inf
+            accumulate(name, gradient)
 
-            def put(name: str, gradient: np.ndarray) -> None:
-                if bad and name == "transformer.h.1.attn.c_proj.weight":
-                    gradient = gradient.copy()
-                    gradient[3, 3] = np.inf
-                sink(name, gradient)
-
-            return put
-
-        training.state.gradient_sink = gradient_sink  # type: ignore[method-assign]
+        training.state.accumulate_grad = spoiled  # type: ignore[method-assign]
 
     results = on_ranks(config("fp16", stage, init_scale=1024.0), 3, spoil)
     assert all([step[2] for step in result.steps] == [False, False, True, False] for result in results)
@@ -222,11 +217,12 @@ def test_gradients_that_sum_exactly_give_the_same_bits_on_any_number_of_ranks(st
         state.load_weights(start)
         optimizer = made.make_optimizer(backend)
         for _ in range(2):
-            sink, mine = state.gradient_sink(first=True), np.array_split(range(12), comm.size)[comm.rank]
+            state.zero_grad()
+            mine = np.array_split(range(12), comm.size)[comm.rank]
             for name in reversed(names):
                 share = np.sum([twelfths[i][name] for i in mine], axis=0, dtype=np.float32)
-                sink(name, cast(share, state.formats["grads"]))
-            state.reduce_gradients(last=True)
+                state.accumulate_grad(name, cast(share, state.formats["grads"]))
+            state.reduce(np.float32(0))
             found_inf, norm = check_and_measure(state, np.float32(0.25))
             optimizer.update(state, np.float32(0.25), clip_coefficient(norm, 1.0), found_inf)
             state.weights_down()
@@ -406,11 +402,11 @@ def test_every_rank_names_the_first_bad_gradient_of_all(stage: int) -> None:
     def first(comm: Comm) -> list[str | None]:
         state, names = made.make_training(made.make_backend(), comm).state, []
         for bad in ((), ("transformer.ln_f.bias",), ("transformer.ln_f.bias", "transformer.h.0.mlp.c_fc.weight")):
-            sink = state.gradient_sink(first=True)
+            state.zero_grad()
             for name in bad:
                 shape = made.make_model().parameters[name].shape
-                sink(name, cast(np.full(shape, np.inf if comm.rank == 1 else 0, np.float32), "bf16"))
-            state.reduce_gradients(last=True)
+                state.accumulate_grad(name, cast(np.full(shape, np.inf if comm.rank == 1 else 0, np.float32), "bf16"))
+            state.reduce(np.float32(0))
             names.append(first_non_finite(state))
         return names
 
@@ -423,15 +419,41 @@ def test_a_parameter_without_a_gradient_has_one_of_zero_at_any_stage() -> None:
     def gradients(comm: Comm) -> np.ndarray:
         state = made.make_training(made.make_backend(), comm).state
         state.grads[...] = 7  # of the step before
-        sink = state.gradient_sink(first=True)
-        sink("transformer.ln_f.bias", cast(np.full(32, comm.rank + 1, np.float32), "bf16"))
-        state.reduce_gradients(last=True)
+        state.zero_grad()
+        state.accumulate_grad("transformer.ln_f.bias", cast(np.full(32, comm.rank + 1, np.float32), "bf16"))
+        state.reduce(np.float32(0))
         return state.gather("grads", "")
 
     for whole in run_ranks(3, gradients):
         start, stop, _ = made.make_training(made.make_backend()).state.layout.slots["transformer.ln_f.bias"]
         assert (widen(whole[start:stop]) == 1 + 2 + 3).all()
         assert not widen(whole[:start]).any() and not widen(whole[stop:]).any()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_parameter_without_a_gradient_in_one_micro_batch_has_the_sum_of_the_others(stage: int) -> None:
+    """Micro-batches follow one another without a sign: the next one begins with a gradient that this one has had already."""
+    made = config("bf16", stage, grad_accum=3)
+    names = ("transformer.ln_f.weight", "transformer.ln_f.bias", "transformer.wpe.weight")
+    parameters = made.make_model().parameters
+
+    def gradients(comm: Comm) -> tuple[int, np.ndarray]:
+        state = made.make_training(made.make_backend(), comm).state
+        for _ in range(2):  # the second step sees nothing of the first
+            state.zero_grad()
+            for micro_batch in ((0, 1, 2), (0, 2), (0,), (0, 1)):
+                for i in micro_batch:
+                    value = np.full(parameters[names[i]].shape, comm.rank + 1, np.float32)
+                    state.accumulate_grad(names[i], cast(value, "bf16"))
+            assert state.reduce(np.float32(comm.rank)) == 0 + 1 + 2
+        return state.first, np.array(state.grads)
+
+    layout = made.make_training(made.make_backend()).state.layout
+    expected = np.zeros(layout.size, np.float32)
+    for name, times in zip(names, (4, 2, 2), strict=True):
+        layout.views(expected)[name][...] = times * (1 + 2 + 3)
+    for first, grads in run_ranks(3, gradients):
+        assert grads.size and np.array_equal(grads, expected[first : first + grads.size])
 
 
 def test_layers_are_numbered_blocks_and_single_modules() -> None:

@@ -278,32 +278,36 @@ def test_weights_down_does_nothing_where_the_weights_are_the_masters(name: str) 
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16", "fp32", "amp-fp16"])
-def test_the_sink_stores_the_first_gradients_over_what_was_there(name: str) -> None:
+def test_the_first_gradients_of_a_step_are_stored_over_what_was_there(name: str) -> None:
     state = state_of(toy(a=(2, 3), b=(4,)), name)
     state.grads[:] = 99.0
     fmt = state.formats["grads"]
-    sink = state.gradient_sink(first=True)
-    sink("b", np.arange(4).astype(dtype_of(fmt)))
+    state.zero_grad()
+    state.accumulate_grad("b", np.arange(4).astype(dtype_of(fmt)))
     assert np.array_equal(widen(state.grads), [0] * 7 + [1, 2, 3])  # a parameter without a gradient has none, not the last one
-    sink("a", np.full((2, 3), 7).astype(dtype_of(fmt)))
+    state.accumulate_grad("a", np.full((2, 3), 7).astype(dtype_of(fmt)))
     assert np.array_equal(widen(state.grads), [7] * 6 + [0, 1, 2, 3])
+    state.zero_grad()
+    assert not state.grads.any()
+    state.accumulate_grad("b", cast(np.full(4, -0.0), fmt))
+    assert np.signbit(widen(state.grads)).tolist() == [False] * 6 + [True] * 4  # -0 is not added to 0
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16", "fp64"])
-def test_the_sink_adds_the_others_in_fp32_at_least(name: str) -> None:
+def test_the_others_are_added_in_fp32_at_least(name: str) -> None:
     state = state_of(toy(a=(2, 2)), name, grad_accum=2)
     fmt = get_recipe(name).state["grads"]
     sum_format = "fp64" if name == "fp64" else "fp32"
     assert format_of(state.grads) == sum_format
     large, small = (np.full((2, 2), x).astype(dtype_of(fmt)) for x in (256.0, 2.0**-6))
-    state.gradient_sink(first=True)("a", large)
-    for _ in range(3):
-        state.gradient_sink(first=False)("a", small)
+    state.zero_grad()
+    for gradient in (large, small, small, small):
+        state.accumulate_grad("a", gradient)
     assert (state.grads == 256 + 3 * 2.0**-6).all()  # in 16 bits each of these additions would vanish
     assert float((large + small)[0, 0]) == 256.0 or name == "fp64"
 
 
-def test_the_sink_refuses_a_gradient_that_would_be_rounded() -> None:
+def test_a_gradient_that_would_be_rounded_is_refused() -> None:
     state = state_of(toy(a=(2,)), "fp16")
     with pytest.raises(TypeError, match="would round"):
-        state.gradient_sink(first=True)("a", np.zeros(2, np.float32))
+        state.accumulate_grad("a", np.zeros(2, np.float32))

@@ -560,20 +560,15 @@ def test_without_a_remainder_it_is_another_training() -> None:
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
     """spoil(x): gradients have x in one place from now on; spoil(0): they are left alone again."""
     found = [0.0]
-    sink = State.gradient_sink
+    accumulate = State.accumulate_grad
 
-    def gradient_sink(self: State, first: bool) -> Callable[[str, Array], None]:
-        store = sink(self, first)
+    def spoiled(self: State, name: str, gradient: Array) -> None:
+        if found[0] and name == "lm_head.bias":
+            gradient = gradient.copy()
+            gradient[-1] = found[0]
+        accumulate(self, name, gradient)
 
-        def wrapper(name: str, gradient: Array) -> None:
-            if found[0] and name == "lm_head.bias":
-                gradient = gradient.copy()
-                gradient[-1] = found[0]
-            store(name, gradient)
-
-        return wrapper
-
-    monkeypatch.setattr(State, "gradient_sink", gradient_sink)
+    monkeypatch.setattr(State, "accumulate_grad", spoiled)
     yield lambda x: found.__setitem__(0, x)
 
 
