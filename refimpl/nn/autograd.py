@@ -89,7 +89,7 @@ class Parameters:
         This is autocast's cast of FP32 weights, done once per step for all uses of a parameter. Quantized weights have no copy:
         each product quantizes its own operands.
         """
-        fmt = p["y"].row.input(operand)  # `linear.y` for linear; without parts, the operation's own row
+        fmt = p["y"].inputs[operand]  # `linear.y` for linear; without parts, the operation's own row
         if fmt not in FORMATS or fmt == format_of(self.array(leaf)) or FORMATS[fmt].bits != 16:
             return None
         return fmt

@@ -30,12 +30,8 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple
     if b is not None:
         z += row.widen(row.cast(b, "b"))
     y = row.round(z, "y", x, w)                           # the one rounding
-    return y.reshape(*x.shape[:-1], len(w)), (kept(x, xc, p), x.shape, format_of(x))
-
-
-def kept(x: Array, xc: Array, p: OpPrecision) -> Array:
-    """Return what dw = dy^T x reads again: the cast copy `xc` if its row names the format that y read, else x itself."""
-    return xc if p["dw"].row.input("x") == p["y"].row.input("x") else as_rows(x)
+    same = p["dw"].inputs["x"] == row.inputs["x"]         # dw = dy^T x reads the copy, unless its row asks for another format
+    return y.reshape(*x.shape[:-1], len(w)), (xc if same else as_rows(x), x.shape, format_of(x))
 
 
 def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array | None, ...]:

@@ -35,7 +35,7 @@ def quantized_linear_forward(x: Array, w: Array, b: Array | None, p: OpPrecision
     if b is not None:
         z += row.widen(row.cast(b, "b"))
     # dw sums over the rows of x, along which a quantized x has no scales
-    same = p["dw"].row.input("x") == row.row.input("x") and not isinstance(xc, QuantizedTensor)
+    same = p["dw"].inputs["x"] == row.inputs["x"] and not isinstance(xc, QuantizedTensor)
     return row.round(z, "y", x, w).reshape(*x.shape[:-1], len(w)), (xc if same else as_rows(x), x.shape, format_of(x))
 
 
@@ -58,7 +58,7 @@ def operand(row: OpPrecision, x: Array, name: str, axis: int) -> Any:
 
     The monitor sees its elements, divided by their scales, before and after rounding.
     """
-    scheme, scales = row.row.input(name), row.run.scales
+    scheme, scales = row.inputs[name], row.run.scales
     if scheme not in SCHEMES:
         return row.cast(x, name)
     q = quantize_operand(scales, scheme, x, axis, f"{row.place}.{name}")

@@ -34,23 +34,21 @@ def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = No
       `.to(torch.float8_e4m3fn)` does since 2.13.
     """
     target = FORMATS[fmt]
-    if overflow is None and target.bits <= 8:
+    narrow = target.bits <= 8
+    if overflow is None and narrow:
         raise TypeError(f"cast to {fmt}: say overflow='inf' or overflow='saturate', the conventions differ")
     if overflow not in (None, "inf", "saturate"):
         raise TypeError(f"cast: overflow is {overflow!r}; it is 'inf' or 'saturate'")
-    if target.bits <= 8 and not isinstance(x, np.ndarray | np.generic):
+    if narrow and not isinstance(x, np.ndarray | np.generic):
         raise TypeError(f"cast to {fmt}: CuPy has no such arrays; formats of 8 bits and fewer are for NumPy's alone")
-    _check_out(out, x, target.dtype)
-    if x.dtype == np.float64 and target.itemsize < 4:
+    if x.dtype == np.float64 and target.dtype.itemsize < 4:
         x = _convert(x, dtype_of("fp32"))  # fp64 is rounded twice, as PyTorch does
     if overflow == "saturate":
         x = _clip_to(x, fmt)
     if fmt == "tf32":
-        return _store(_round_to_tf32(x), out)
+        x = _round_to_tf32(x)
     if fmt == "e8m0" and x.dtype != target.dtype:
         x = _round_smallest_e8m0(x)
-    if x.dtype == target.dtype:
-        return _store(x, out)
     return _convert(x, target.dtype, out)
 
 
@@ -63,10 +61,7 @@ def widen(x: Array, fmt: str = "fp32", out: Array | None = None) -> Array:
     source = format_of(x)
     if not widens_to(source, fmt):
         raise TypeError(f"widen: {source} -> {fmt} would round; that is spelled cast")
-    _check_out(out, x, dtype_of(fmt))
-    if x.dtype == dtype_of(fmt):
-        return _store(x, out)
-    return _convert(x, dtype_of(fmt), out)
+    return _convert(x, FORMATS[fmt].dtype, out)
 
 
 def _convert(x: Array, dtype: np.dtype, out: Array | None = None) -> Array:
@@ -74,6 +69,10 @@ def _convert(x: Array, dtype: np.dtype, out: Array | None = None) -> Array:
 
     An overflow is a result here, not a warning.
     """
+    if out is not None:
+        _check_out(out, x, dtype)
+    if x.dtype == dtype:
+        return _store(x, out)
     if isinstance(x, np.ndarray) and x.size >= fast_cast.SMALL:
         fast = _FAST.get((x.dtype, dtype))
         if fast is not None:
@@ -89,10 +88,10 @@ _FP16, _FP32 = dtype_of("fp16"), dtype_of("fp32")
 _FAST = {(_FP32, _FP16): fast_cast.fp32_to_fp16, (_FP16, _FP32): fast_cast.fp16_to_fp32}
 
 
-def _check_out(out: Array | None, x: Array, dtype: np.dtype) -> None:
-    if out is not None and out.dtype != dtype:
+def _check_out(out: Array, x: Array, dtype: np.dtype) -> None:
+    if out.dtype != dtype:
         raise TypeError(f"out is {out.dtype}, not {dtype}: writing to it would round once more")
-    if out is not None and out.shape != x.shape:
+    if out.shape != x.shape:
         raise ValueError(f"out has the shape {out.shape}, x {x.shape}")
 
 

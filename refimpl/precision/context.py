@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -76,12 +77,15 @@ class OpPrecision:
         p.round_grad(dz, 'x', fmt)  round the gradient of operand x, and store it in fmt
         p['dw']                     the same for a part of the operation: the row `linear.dw`
 
-    row: the row of the policy. math: the format of all arithmetic inside, the row's `acc`.
+    row: the row of the policy. inputs: operand -> the format that the row names for it.
+    math: the format of all arithmetic inside, the row's `acc`.
     """
 
     def __init__(self, run: Run, op: str, place: str) -> None:
         self.run, self.op, self.place = run, op, place
         self.row = run.policy.row(op, place)
+        inputs = self.row.inputs
+        self.inputs = defaultdict(lambda: inputs) if isinstance(inputs, str) else defaultdict(lambda: SAME, inputs)
         self.math = self.row.acc if self.row.acc in WIDE else "fp32"  # products with an accumulator hand over FP32
         self.xp = run.backend.xp
         self._parts: dict[str, OpPrecision] = {}
@@ -94,7 +98,7 @@ class OpPrecision:
 
     def cast(self, x: Array, operand: str) -> Array:
         """Cast an operand to the format that the row names for it; with SAME, leave it as it is."""
-        fmt = self.row.input(operand)
+        fmt = self.inputs[operand]
         return x if fmt in (SAME, format_of(x)) else self.round_to(x, fmt, operand)
 
     def widen(self, x: Array) -> Array:
@@ -117,7 +121,7 @@ class OpPrecision:
         R16(dy^T x), widened to FP32.
         stored: the format of the operand before its cast.
         """
-        fmt = self.row.input(operand)
+        fmt = self.inputs[operand]
         return self.store_grad(self.round_to(dz, stored if fmt == SAME else fmt, f"d{operand}"), operand, stored)
 
     def store_grad(self, dz: Array, operand: str, stored: str) -> Array:

@@ -265,7 +265,7 @@ def cross_entropy_forward(
 ) -> tuple[Array, Any] | None:
     """Return the mean loss. Logits are read in their own format, and widened one value at a time."""
     fmt, out = one_format(p, logits), p.result_format("fp32")
-    if fmt is None or out != "fp32" or p.row.input("logits") not in ("fp32", SAME) or targets.dtype != np.int64:
+    if fmt is None or out != "fp32" or p.inputs["logits"] not in ("fp32", SAME) or targets.dtype != np.int64:
         return None
     z, target, V = in_order(p, logits.reshape(-1, logits.shape[-1])), in_order(p, targets.reshape(-1)), logits.shape[-1]
     each, largest, log_sum = (p.empty(target.shape, "fp32") for _ in range(3))
