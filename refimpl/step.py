@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refimpl.backends.numpy.threads import one_thread_per_product
 from refimpl.nn.autograd import Tape
 from refimpl.nn.models.model import Model
 from refimpl.numerics.arrays import Array
@@ -75,6 +76,7 @@ def train_step(
     return StepResult(loss, lr, S, norm, found_inf)
 
 
+@one_thread_per_product()  # of the BLAS: with several, the order of sums could depend on their number
 def forward_backward(model: Model, batches: Sequence[Batch], state: State, S: Array, run: Run) -> Array:
     """Run forward and backward over all micro-batches. Leave d(S L)/dw in `state.grads`, and return the mean loss L, 0-d.
 

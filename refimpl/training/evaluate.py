@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from refimpl.backends.numpy.threads import one_thread_per_product
 from refimpl.nn.autograd import Tape
 from refimpl.nn.models.model import Model
 from refimpl.optim.state import State
@@ -20,6 +21,7 @@ Batches = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
+@one_thread_per_product()
 def mean_loss(model: Model, state: State, run: Run, batches: Batches) -> float:
     """Return the mean loss over all targets of the batches (tokens, targets), in nats per byte; NaN without any target."""
     total, n, run = 0.0, 0, run.frozen()

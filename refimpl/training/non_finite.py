@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from refimpl.backends.numpy.threads import one_thread_per_product
 from refimpl.nn.autograd import Entry, Sink, Tape
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import widen
@@ -87,6 +88,7 @@ def contents(x: np.ndarray) -> str:
 
 
 @np.errstate(all="ignore")
+@one_thread_per_product()
 def find_origin(training: Training, batches: Sequence[Batch], S: Array) -> Origin:
     """Return where Inf or NaN first appears in a step, computed again with the present weights and loss scale S.
 

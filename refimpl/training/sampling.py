@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from refimpl.backends.numpy.threads import one_thread_per_product
 from refimpl.nn.autograd import Tape
 from refimpl.nn.models.model import Model
 from refimpl.numerics.casts import widen
@@ -17,6 +18,7 @@ START = b"\n"
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
+@one_thread_per_product()
 def sample(
     model: Model,
     state: State,

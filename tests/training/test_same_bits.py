@@ -20,6 +20,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import refimpl
 from refimpl.backends.numpy import backend as backends
+from refimpl.backends.numpy import threads as of_backends
 from refimpl.backends.numpy.threads import Workers
 from refimpl.training.config import Config
 from refimpl.training.run_folder import CHECKPOINT
@@ -71,7 +72,8 @@ def of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on this process works like one whose BLAS has so many threads: call it within that limit."""
     workers = Workers(*BLAS)
     assert workers.threads == threads
-    monkeypatch.setattr(backends, "workers", lambda: workers)
+    for module in (backends, of_backends):
+        monkeypatch.setattr(module, "workers", lambda: workers)
 
 
 @needs_blas
@@ -126,9 +128,10 @@ def test_processes_with_different_numbers_of_threads_write_the_same_checkpoint(
 
 
 @needs_blas
+@pytest.mark.parametrize("backend", ["numpy", "reference"])
 @pytest.mark.parametrize("recipe", ["bf16", "fp8", "nvfp4", "fp16-sums-64"])
 def test_every_product_of_a_training_is_computed_on_the_thread_that_asks(
-    recipe: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, backend: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In steps, evaluations and samples; and afterwards the BLAS has the threads that it had."""
     multiply, seen = np.matmul, list[int]()
@@ -141,6 +144,7 @@ def test_every_product_of_a_training_is_computed_on_the_thread_that_asks(
     with threadpool_limits(2):
         of_threads(2, monkeypatch)
         config = {**SIZES, "n_embd": 32, "block_size": 64, "steps": 1, "recipe": recipe, "data": text}
+        config["backend"] = backend
         trainer = Trainer(Config.of(config), tmp_path)
         trainer.train(NoBar())
         sample(trainer.model, trainer.state, trainer.run, 3, np.random.default_rng(0))

@@ -131,6 +131,16 @@ def workers() -> Workers:
     return Workers(*([blas for blas in found if "numpy" in blas.filepath] or found))
 
 
+@contextmanager
+def one_thread_per_product() -> Iterator[None]:
+    """Let the BLAS compute each product on the calling thread, for the time of the context or of the decorated function.
+
+    For what calls products of the backend `reference`, which are NumPy's own. Products of `numpy` do so by themselves.
+    """
+    with workers().one_thread_per_product():
+        yield
+
+
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
