@@ -35,10 +35,10 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     Differs from the source: 1/S is infinite for S = 0, which a scale without a floor reaches, and for S < 2^-128. PyTorch
     then updates every weight to NaN; here the step is skipped.
     """
-    passes, plain = state.backend.passes, state.math_format == "fp32" and "main_grads" not in state.stored
-    measure_grains, fold_grains = (passes.get("measure", measure), passes.get("fold", fold)) if plain else (measure, fold)
-    squares, bad = state.gather_grains(*measure_grains(state, inverse_scale))
-    found_inf, norm = fold_grains(state, squares, bad)
+    fast = state.backend.passes if state.math_format == "fp32" and "main_grads" not in state.stored else {}
+    squares, bad = fast.get("measure", measure)(state, inverse_scale)
+    squares, bad = state.gather_grains(squares, bad)  # with several ranks, those of all
+    found_inf, norm = fast.get("fold", fold)(state, squares, bad)
     return found_inf, norm
 
 

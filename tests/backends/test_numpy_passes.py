@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import refimpl.optim.layout
+from refimpl.backends.base import REFERENCE, Backend
 from refimpl.backends.numpy.backend import NUMPY, SHARED, NumPyBackend
 from refimpl.backends.numpy.table import PASSES
 from refimpl.nn.models.model import Model, Parameter
@@ -21,15 +22,6 @@ from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.precision.recipes import get_recipe
 
-
-@dataclass(frozen=True)
-class Definitions(NumPyBackend):
-    """NumPy without fast versions of passes."""
-
-    passes = {}  # type: ignore[assignment]  # noqa: RUF012
-
-
-DEFINITIONS = Definitions("definitions", np, on_host=True)
 RULES: dict[str, Rule] = {
     "adamw": AdamW(weight_decay=0.3), "adamw, other betas": AdamW((0.99, 1 - 1e-9), eps=0.0),
     "sgd": SGD(0.9, weight_decay=0.3), "sgd without momentum": SGD(0.0),
@@ -38,7 +30,7 @@ SHAPES = {"a": (5, 7), "b": (300,), "c": (3, 40), "d": (2, 3, 2), "e": (1,), "f"
 SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 6e-8, 1.0, -1.0, 65504.0, -3e38, 1e30, np.inf, -np.inf, np.nan]
 
 
-def state_of(backend: NumPyBackend, recipe: str, rule: Rule, special: bool, **shapes: tuple[int, ...]) -> State:
+def state_of(backend: Backend, recipe: str, rule: Rule, special: bool, **shapes: tuple[int, ...]) -> State:
     """A state in the middle of training; with special values in a third of each buffer, if wanted."""
     parameters = {name: Parameter(shape, std=1.0) for name, shape in shapes.items()}
     state = State(Model("toy", {}, parameters, {}, None, None), get_recipe(recipe).state_encodings(rule.moments), backend)
@@ -71,7 +63,7 @@ def test_fast_updates_have_the_bits_of_the_formulas(
     for block in (7, 512, 1 << 16):
         monkeypatch.setattr(refimpl.optim.layout, "BLOCK", block)
         for clip in (1.0, np.float32(0.37)):
-            fast, plain = (state_of(backend, recipe, rule, special, **SHAPES) for backend in (NUMPY, DEFINITIONS))
+            fast, plain = (state_of(backend, recipe, rule, special, **SHAPES) for backend in (NUMPY, REFERENCE))
             before = fast.master.copy()
             assert updated(fast, rule, clip) == updated(plain, rule, clip)
             assert (fast.master != before).mean() > 0.5
@@ -80,7 +72,7 @@ def test_fast_updates_have_the_bits_of_the_formulas(
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_the_bits_are_the_same_where_threads_share_the_blocks(rule: Rule) -> None:
-    fast, plain = (state_of(backend, "fp16", rule, True, a=(700, 1000), b=(SHARED,)) for backend in (NUMPY, DEFINITIONS))
+    fast, plain = (state_of(backend, "fp16", rule, True, a=(700, 1000), b=(SHARED,)) for backend in (NUMPY, REFERENCE))
     assert updated(fast, rule) == updated(plain, rule)
 
 
@@ -107,7 +99,7 @@ def calls(rule: Rule, recipe: str) -> list[str]:
 
 
 def test_each_rule_has_its_own() -> None:
-    assert set(PASSES) == set(FAST_PASSES.values()) and DEFINITIONS.passes == {}
+    assert set(PASSES) == set(FAST_PASSES.values()) and REFERENCE.passes == {}
     for name, rule in RULES.items():
         assert calls(rule, "fp16") == [FAST_PASSES[type(rule)]], name
 
@@ -147,6 +139,6 @@ def test_a_subclass_runs_what_it_says() -> None:
 
 
 def test_a_change_of_one_operation_is_seen() -> None:
-    fast, plain = (state_of(backend, "fp32", AdamW(), False, **SHAPES) for backend in (NUMPY, DEFINITIONS))
+    fast, plain = (state_of(backend, "fp32", AdamW(), False, **SHAPES) for backend in (NUMPY, REFERENCE))
     ours, theirs = updated(fast, AdamW()), updated(plain, replace(AdamW(), eps=2e-8))
     assert ours["weights"] != theirs["weights"] and ours["m"] == theirs["m"]
