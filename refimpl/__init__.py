@@ -7,7 +7,7 @@ example trains a small GPT for 20 steps in FP16, with FP32 masters and a dynamic
     import refimpl as rf
 
     model = rf.gpt_model(rf.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16))
-    backend, recipe, rule = rf.get_backend("numpy"), rf.get_recipe("fp16"), rf.AdamW()
+    backend, recipe, rule = rf.get_backend("reference"), rf.get_recipe("fp16"), rf.AdamW()
     state = rf.State(model, recipe.state_encodings(rule.moments), backend)
     state.load_weights(model.initial_weights(np.random.default_rng(0)))
     optimizer = rf.Optimizer(rule, rf.Schedule(lr=1e-2, min_lr=1e-3, warmup=2, steps=20))

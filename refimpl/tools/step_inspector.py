@@ -102,7 +102,9 @@ def _of(key: str, quantity: str, x: Array, remark: str = "") -> Line:
 def _cite(function: Callable[..., Any]) -> str:
     """Return where a function is defined: 'refimpl/optim/state.py:118 State.weights_down'."""
     function = inspect.unwrap(function)
-    return f"{function.__module__.replace('.', '/')}.py:{function.__code__.co_firstlineno} {function.__qualname__}"
+    lines, first = inspect.getsourcelines(function)
+    line = first + next(i for i, text in enumerate(lines) if text.lstrip().startswith("def "))  # decorators come before it
+    return f"{function.__module__.replace('.', '/')}.py:{line} {function.__qualname__}"
 
 
 # ---------------------------------------------------------------------------------------------------- the observed step
@@ -147,7 +149,7 @@ def inspect_steps(
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}: it must be at least 1")
     last = (PATIENCE + 1 if step is None else step) + steps - 1
-    given: dict[str, Any] = {"model": "gpt", "recipe": recipe, **SIZES, "seed": seed, "lr": lr}
+    given: dict[str, Any] = {"model": "gpt", "recipe": recipe, "backend": "reference", **SIZES, "seed": seed, "lr": lr}
     given |= {"steps": max(SCHEDULE_STEPS, last), "loss_scale": loss_scale}
     config = Config.of(given if init_scale is None else {**given, "init_scale": init_scale})
     if recipe not in FOLLOWED:
