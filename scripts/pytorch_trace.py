@@ -19,7 +19,7 @@ from typing import Any
 from refimpl.errors import UsageError, unknown
 from refimpl.parity.pytorch import import_torch
 from refimpl.parity.trace import load
-from refimpl.precision.policy import ATTENTION
+from refimpl.precision.policy_variants import ATTENTION
 from refimpl.training.arguments import Parser
 from refimpl.training.config import Config
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refimpl.nn.op import Op
-from refimpl.nn.ops import cast_parameter, fan_in, selected
+from refimpl.nn.ops import OPS, SELECTED, cast_parameter, fan_in
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import FORMATS, format_of
 from refimpl.precision.context import OpPrecision, Run
@@ -188,3 +188,17 @@ class Tape:
         if node.uses == 0 and node.name in self.parameters.leaves and node.grad is not None:
             sink(node.name, node.grad)
             node.grad = None
+
+
+def selected(op: Op, run: Run, place: str) -> Op:
+    """Return what runs where a model calls `op`: the run's override, else the operation that the policy selects.
+
+    Of the latter the backend may have a fast version. An operation that is not one of ours runs as it is, whatever its name.
+    """
+    if op.name in run.overrides:
+        override: Op = run.overrides[op.name]
+        return override
+    if OPS.get(op.name, fan_in) is not op:
+        return op
+    version: Op = run.version(SELECTED.get(run.policy.operation(op.name, place), op))
+    return version

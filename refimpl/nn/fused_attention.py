@@ -4,7 +4,7 @@
 
 It rounds fewer times than `attention`, and at other places: neither S nor P is stored. E is rounded, since the second product
 reads 16 bits, and the product is divided by the sum of the unrounded E. Backward computes P again. Rows have the names of
-those of `attention`; `precision.policy.with_attention` makes them.
+those of `attention`; `precision.policy_variants.with_attention` makes them.
 """
 
 from __future__ import annotations

@@ -38,7 +38,6 @@ from refimpl.nn.shape import (
     transpose_forward,
 )
 from refimpl.nn.softmax import softmax_backward, softmax_forward
-from refimpl.precision.context import Run
 
 linear = Op("linear", linear_forward, linear_backward, params=(("weight", "w"), ("bias", "b")))
 quantized_linear = Op("quantized_linear", quantized_linear_forward, quantized_linear_backward, linear.params, row="linear")
@@ -87,19 +86,3 @@ OPS: dict[str, Op] = {
 
 SELECTED: dict[str, Op] = {op.name: op for op in (quantized_linear, fused_attention)}
 """Name -> operation that a policy can select in place of one in OPS."""
-
-_OURS = {*OPS.values(), fan_in}
-
-
-def selected(op: Op, run: Run, place: str) -> Op:
-    """Return what runs where a model calls `op`: the run's override, else the operation that the policy selects.
-
-    Of the latter the backend may have a fast version. An operation that is not one of ours runs as it is, whatever its name.
-    """
-    if op.name in run.overrides:
-        override: Op = run.overrides[op.name]
-        return override
-    if op not in _OURS:
-        return op
-    version: Op = run.version(SELECTED.get(run.policy.operation(op.name, place), op))
-    return version

@@ -33,7 +33,7 @@ from refimpl.parity.tolerances import Bounds, U, fp64, l2, norm_error, update_bo
 from refimpl.parity.trace import BY_PLACE, POINTS, SCALE_STATE, Recorder, Trace, in_batch, key, like, split_batch
 from refimpl.parity.trace_checks import checked
 from refimpl.parity.trace_settings import OWN_RATES, stated
-from refimpl.precision.policy import ATTENTION
+from refimpl.precision.policy_variants import ATTENTION
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import forward_backward
 from refimpl.training.config import Config

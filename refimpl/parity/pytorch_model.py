@@ -110,7 +110,7 @@ class Attention(nn.Module):
     """Causal self-attention, one operation per line, or by one of PyTorch's own kernels."""
 
     def __init__(self, width: int, n_head: int, bias: bool, kind: str = "unfused") -> None:
-        """Create the layer. kind: one of `policy.ATTENTION`."""
+        """Create the layer. kind: one of `policy_variants.ATTENTION`."""
         super().__init__()
         self.n_head, self.kernel = n_head, KERNELS.get(kind)
         self.c_attn = nn.Linear(width, 3 * width, bias)

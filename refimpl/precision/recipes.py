@@ -12,7 +12,8 @@ from fractions import Fraction
 
 from refimpl.errors import UsageError, unknown
 from refimpl.numerics.formats import FORMATS
-from refimpl.precision.policy import Policy, autocast_cpu, autocast_cuda, low_products, uniform, with_sums
+from refimpl.precision.policy import Policy, autocast_cpu, autocast_cuda, uniform
+from refimpl.precision.policy_variants import low_products, with_sums
 from refimpl.precision.state_encodings import BufferSpec, buffers_of
 
 MASTERS_FROM = ("original", "rounded")

@@ -27,7 +27,7 @@ from refimpl.optim.schedule import SCHEDULES, Schedule
 from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.precision.context import Run
-from refimpl.precision.policy import ATTENTION, with_attention
+from refimpl.precision.policy_variants import ATTENTION, with_attention
 from refimpl.precision.recipes import MASTERS_FROM, Recipe, get_recipe
 from refimpl.training.data import EXAMPLES
 from refimpl.training.memory_limits import need, require_memory

@@ -24,7 +24,7 @@ from refimpl.nn.ops import OPS, SELECTED, fan_in, gelu_tanh
 from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import format_of
 from refimpl.precision.context import OpPrecision, Run
-from refimpl.precision.policy import with_attention
+from refimpl.precision.policy_variants import with_attention
 from refimpl.precision.recipes import RECIPES
 from refimpl.tools.bench.steps import MODELS, Ours
 

@@ -19,7 +19,7 @@ from torch_cases import Case, check, reference
 
 from refimpl.backends.base import Backend
 from refimpl.backends.numpy.backend import NUMPY
-from refimpl.nn.autograd import Tape, Value
+from refimpl.nn.autograd import Tape, Value, selected
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.op import Op
 from refimpl.nn.ops import (
@@ -33,7 +33,6 @@ from refimpl.nn.ops import (
     linear,
     relu,
     reshape,
-    selected,
     silu,
     split,
 )

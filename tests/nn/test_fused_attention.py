@@ -23,7 +23,8 @@ from refimpl.parity.other_kernels import other_kernel
 from refimpl.parity.tolerances import distance
 from refimpl.parity.trace import Trace, record
 from refimpl.precision.context import Monitor, OpPrecision, Run
-from refimpl.precision.policy import ATTENTION, Policy, with_attention
+from refimpl.precision.policy import Policy
+from refimpl.precision.policy_variants import ATTENTION, with_attention
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.memory.measure import measure_run
 from refimpl.training.config import Config

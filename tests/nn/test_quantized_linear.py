@@ -17,7 +17,8 @@ import pytest
 
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
-from refimpl.nn.ops import OPS, quantized_linear, selected
+from refimpl.nn.autograd import selected
+from refimpl.nn.ops import OPS, quantized_linear
 from refimpl.nn.quantized_linear import operand as operand_of
 from refimpl.numerics.accumulators import matmul
 from refimpl.numerics.bits import bits_of
@@ -33,7 +34,8 @@ from refimpl.numerics.quantization.registry import SCHEMES, quantize_operand, ro
 from refimpl.numerics.quantization.rotation import random_signs, rotate
 from refimpl.numerics.quantization.scaling_state import ScalingState
 from refimpl.precision.context import OpPrecision, Run
-from refimpl.precision.policy import EVERY_OTHER, Policy, Precision, low_products, uniform, with_sums
+from refimpl.precision.policy import EVERY_OTHER, Policy, Precision, uniform
+from refimpl.precision.policy_variants import low_products, with_sums
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import forward_backward
 from refimpl.tools.precision_report.counts import RoundingMonitor

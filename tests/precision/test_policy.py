@@ -11,7 +11,8 @@ from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.state import State
 from refimpl.precision.context import OpPrecision, Run
-from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, Policy, Precision, uniform, with_attention
+from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, Policy, Precision, uniform
+from refimpl.precision.policy_variants import with_attention
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.step import forward_backward
 
