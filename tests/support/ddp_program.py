@@ -35,7 +35,7 @@ def main(config: Config, rank: int, ranks: int, place: str, out: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=ranks)
     training = PyTorchTraining(config, config.make_model().initial_weights(generator(config.seed, INIT)))
     training.model = Parallel(training.model)
-    rows = shares_of(config.batch_size or 0, ranks)[rank]
+    rows = shares_of(config.batch_size, ranks)[rank]
     results = [training.step(x[rows], y[rows]) for ((x, y),) in batches_of(config, None)]
     figures = {key: np.array([result[key] for result in results]) for key in ("loss", "skipped", "loss_scale")}
     np.savez(out, **figures, **{f"weights.{name}": w for name, w in training.weights().items()})

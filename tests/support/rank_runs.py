@@ -39,7 +39,7 @@ class Trained:
 
 def train(config: Config, comm: Comm, before: Callable[[Training, Comm], None] | None = None) -> Trained:
     """Train, each rank on its rows of the batches. before: called with the training before the first step."""
-    training, rows, steps = start(config, comm), shares_of(config.batch_size or 0, comm.size)[comm.rank], []
+    training, rows, steps = start(config, comm), shares_of(config.batch_size, comm.size)[comm.rank], []
     if before is not None:
         before(training, comm)
     received = comm.received.total()

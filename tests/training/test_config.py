@@ -73,6 +73,14 @@ def test_the_ends_of_the_ranges_are_taken() -> None:
     Config.of({**TINY, "beta1": math.nextafter(1, 0), "beta2": math.nextafter(1, 0), "eps": 1.0})
 
 
+def test_none_is_not_given_where_the_default_depends_on_others_or_has_a_meaning() -> None:
+    some = dict.fromkeys(("lr", "min_lr", "n_head", "loss_scale", "masters_from", "zero", "hysteresis"))
+    assert Config.of({**TINY, **some}) == Config.of({name: value for name, value in TINY.items() if name != "lr"})
+    for name, kind in (("seed", "an integer"), ("clip", "a number"), ("recipe", "a text"), ("bias", "true or false")):
+        with pytest.raises(UsageError, match=f"--{name} is None: it must be {kind}"):
+            Config.of({**TINY, name: None})
+
+
 # ------------------------------------------------------------------------------------------------------------ resumed runs
 
 

@@ -111,3 +111,9 @@ def test_the_checkpoint_of_another_run_is_refused(name: str, run: Path) -> None:
     checkpoint.save(path, arrays, {**header, "config": {**header["config"], name: OTHER[name]}})
     with pytest.raises(UsageError, match=f"is another run: --{name.replace('_', '-')} {OTHER[name]} there, .* here"):
         Trainer(Config.of(GIVEN), run).load_checkpoint()
+
+
+def test_fewer_steps_than_were_made_are_refused(run: Path) -> None:
+    with pytest.raises(UsageError, match=r"checkpoint\.safetensors is at step 4 already, --steps is 3"):
+        train({"steps": 3}, run, True, False, None)
+    assert train({"steps": 4}, run, True, False, None) == 0
