@@ -12,7 +12,7 @@ import numpy as np
 
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
-from refimpl.optim.layout import blocks, by_grain
+from refimpl.optim.layout import by_grain
 from refimpl.optim.state import State
 
 
@@ -87,15 +87,3 @@ def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
         return 1.0
     coefficient = (1.0 / (norm + 1e-6)) * max_norm
     return coefficient.clip(None, 1.0)
-
-
-def first_non_finite(state: State) -> str | None:
-    """Return the name of the first parameter whose gradient has an Inf or NaN, or None. Waits for the device and all ranks."""
-    first = state.layout.size
-    for block in blocks(state.grads.size):
-        bad = ~np.isfinite(state.backend.to_host(widen(state.grads[block], state.math_format)))
-        if bad.any():
-            first = state.first + block.start + int(bad.argmax())
-            break
-    first = state.min_over_ranks(first)
-    return state.layout.name_at(first) if first < state.layout.size else None

@@ -6,13 +6,11 @@ of the masters: it updates `state.master`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from refimpl.backends.base import Backend
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.optim.adamw import AdamW
@@ -20,9 +18,7 @@ from refimpl.optim.gradients import unscaled
 from refimpl.optim.schedule import Schedule
 from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
-from refimpl.precision.state_encodings import BufferSlices, replace_unless
-
-BuffersByKind = Mapping[str, BufferSlices]
+from refimpl.precision.state_encodings import changed_unless
 
 
 class Rule(Protocol):
@@ -119,19 +115,3 @@ class Optimizer:
             # 5. Write: round to the stored formats. What was read from the buffers themselves is there already.
             for kind, values in zip(kinds, (w, *moments), strict=True):
                 state.write(kind, block, stored[kind], values)
-
-
-@contextmanager
-def changed_unless(found_inf: Array, stored: BuffersByKind, backend: Backend) -> Iterator[BuffersByKind]:
-    """Yield the arrays to change for the update of a block; afterwards those of `stored` are changed unless found_inf is set.
-
-    On the host `Optimizer.update` has looked at found_inf, and they are `stored` itself. On a device nobody knows found_inf
-    without waiting: they are copies, and the device chooses between old and new.
-    """
-    if backend.on_host:
-        yield stored
-        return
-    new = {kind: {part: x.copy() for part, x in parts.items()} for kind, parts in stored.items()}
-    yield new
-    for kind, parts in stored.items():
-        replace_unless(found_inf, parts, new[kind], backend.xp)

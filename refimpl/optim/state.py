@@ -22,20 +22,19 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of, widens_to
 from refimpl.optim.layout import HasParameters, Layout, blocks
+from refimpl.optim.one_rank import OneRank
 from refimpl.precision.context import Monitor
 from refimpl.precision.state_encodings import MAIN, BufferSpec, Plain, RandomKey, buffer_name, get_encoding
 
 R = TypeVar("R")
 
 
-class State:
+class State(OneRank):
     """The states of a run on one host: a flat array per kind, `state.grads[block]`, and `t`, the number of updates made.
 
     Skipped steps do not count as updates. `distributed.zero.ShardedState` has the states of one of several ranks: there
     `weights`, `grads`, `master` and `flat` are the part that this rank updates, which begins at the parameter `first`.
     """
-
-    ranks, first = 1, 0
 
     def __init__(self, model: HasParameters, stored: Mapping[str, str], backend: Backend, seed: int = 0) -> None:
         """Allocate zeroed buffers.
@@ -161,10 +160,6 @@ class State:
         else:
             view += widen(gradient, fmt)
 
-    def reduce(self, loss: Array) -> Array:
-        """Return the loss of a step, 0-d. With several ranks, sum the gradients and the loss over ranks."""
-        return loss
-
     # -- steps 3 and 4 -------------------------------------------------------------------------------------------------------
 
     def each_block(self, f: Callable[[slice], R]) -> list[R]:
@@ -189,25 +184,3 @@ class State:
         start += self.first
         for name, _, place in self.layout.parameters_in(start, start + values.size):
             self.monitor(f"{name}:{site}", values[place], rounded[place])
-
-    # -- exchange among ranks: nothing to do on one host; `distributed.zero.ShardedState` overrides these ---------------------
-
-    def gather_grains(self, *grains: Array) -> tuple[Array, ...]:
-        """Return arrays over all grains from arrays over those that are updated here."""
-        return grains
-
-    def sum_over_ranks(self, count: Array) -> Array:
-        """Return the sum over ranks of a number, 0-d."""
-        return count
-
-    def min_over_ranks(self, index: int) -> int:
-        """Return the smallest of the ranks' numbers."""
-        return index
-
-    def gather(self, kind: str, part: str) -> Array:
-        """Return a buffer over the whole flat index, for a checkpoint."""
-        return self.buffers[buffer_name(kind, part)]
-
-    def load_gathered(self, kind: str, part: str, values: Array) -> None:
-        """Set a buffer from what `gather` returned."""
-        self.buffers[buffer_name(kind, part)][...] = values

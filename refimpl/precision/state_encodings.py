@@ -10,7 +10,8 @@ Buffers are flat arrays, named by kind and part: 'weights', 'weights_compensatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -176,6 +177,22 @@ def replace_unless(keep: Array, parts: BufferSlices, new: BufferSlices, xp: Any)
     for name, part in parts.items():
         x, y = (bits_of(z) if is_float(z) else z for z in (part, new[name]))
         x[...] = xp.where(keep, x, y)
+
+
+@contextmanager
+def changed_unless(found_inf: Array, stored: Mapping[str, BufferSlices], backend: Any) -> Iterator[Mapping[str, BufferSlices]]:
+    """Yield the arrays to change for the update of a block; afterwards those of `stored` are changed unless found_inf is set.
+
+    On the host `Optimizer.update` has looked at found_inf, and they are `stored` itself. On a device nobody knows found_inf
+    without waiting: they are copies, and the device chooses between old and new.
+    """
+    if backend.on_host:
+        yield stored
+        return
+    new = {kind: {part: x.copy() for part, x in parts.items()} for kind, parts in stored.items()}
+    yield new
+    for kind, parts in stored.items():
+        replace_unless(found_inf, parts, new[kind], backend.xp)
 
 
 SHARING = 256

@@ -21,7 +21,7 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bit_string
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, digits, format_of, ulp
-from refimpl.optim.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
+from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.optim.loss_scalers import find_scaler
 from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES
@@ -30,6 +30,7 @@ from refimpl.tools.scale_remarks import explain
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.data import load_corpus, sample_batch
+from refimpl.training.non_finite import first_non_finite
 from refimpl.training.setup import BATCHES, generator, start
 
 PARAMETER = "transformer.h.0.mlp.c_fc.weight"

@@ -16,7 +16,9 @@ from refimpl.nn.autograd import Entry, Sink, Tape
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import is_float
+from refimpl.optim.layout import blocks
 from refimpl.optim.micro_batches import divided, divisors
+from refimpl.optim.state import State
 from refimpl.precision.context import Observer
 from refimpl.training.setup import Training
 
@@ -160,3 +162,15 @@ def _of_parameters(training: Training, entry: Entry) -> Origin | None:
 def _leaf(name: str, weights: Mapping[str, Array]) -> str:
     """Return the name of the parameter behind a name on the tape: 'h.0.fc.weight.fp16' -> 'h.0.fc.weight'."""
     return name if name in weights else name.rpartition(".")[0]
+
+
+def first_non_finite(state: State) -> str | None:
+    """Return the name of the first parameter whose gradient has an Inf or NaN, or None. Waits for the device and all ranks."""
+    first = state.layout.size
+    for block in blocks(state.grads.size):
+        bad = ~np.isfinite(state.backend.to_host(widen(state.grads[block], state.math_format)))
+        if bad.any():
+            first = state.first + block.start + int(bad.argmax())
+            break
+    first = state.min_over_ranks(first)
+    return state.layout.name_at(first) if first < state.layout.size else None

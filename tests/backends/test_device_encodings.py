@@ -19,13 +19,12 @@ from strict_backend import PLAIN, STRICT, on_host
 from strict_cupy import WaitError, counter, xp
 
 import refimpl.optim.layout
-import refimpl.optim.optimizer
 import refimpl.precision.state_encodings
 from refimpl.numerics.bits import from_bits
 from refimpl.numerics.compensated import merge, split
 from refimpl.numerics.philox import random_bits
 from refimpl.numerics.stochastic_rounding import stochastic_round
-from refimpl.precision.state_encodings import MAIN, Kahan, RandomKey, Remainder, Stochastic
+from refimpl.precision.state_encodings import MAIN, Kahan, RandomKey, Remainder, Stochastic, replace_unless
 from refimpl.training.config import Config
 
 Array = Any
@@ -117,7 +116,7 @@ def on_devices(encoding: type, name: str, wrong: Callable[..., None]) -> Inject:
 
 def replacing(wrong: Callable[..., None]) -> Inject:
     """Another way to replace what is kept; it is for devices only."""
-    return lambda patch: patch.setattr(refimpl.optim.optimizer, "replace_unless", wrong)
+    return lambda patch: patch.setattr(refimpl.precision.state_encodings, "replace_unless", wrong)
 
 
 def round_to_nearest(self: Any, parts: Any, values: Array, key: RandomKey) -> None:
@@ -144,7 +143,7 @@ def ignores_found_inf(keep: Array, parts: Any, new: Any, xp: Any) -> None:
 
 def only_the_main_part(keep: Array, parts: Any, new: Any, xp: Any) -> None:
     right = {name: part for name, part in parts.items() if not name}
-    refimpl.precision.state_encodings.replace_unless(keep, right, new, xp)
+    replace_unless(keep, right, new, xp)
     ignores_found_inf(keep, {name: part for name, part in parts.items() if name}, new, xp)
 
 

@@ -23,13 +23,14 @@ from refimpl.distributed.zero import COMMUNICATION, SHARDED_FROM, FetchedWeights
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.numerics.casts import cast, widen
-from refimpl.optim.gradients import check_and_measure, clip_coefficient, first_non_finite
+from refimpl.optim.gradients import check_and_measure, clip_coefficient
 from refimpl.optim.layout import GRAIN
 from refimpl.optim.state import State
 from refimpl.parity.pytorch import TRAJECTORY
 from refimpl.precision.recipes import RECIPES
 from refimpl.training.config import Config
 from refimpl.training.metrics import read_metrics
+from refimpl.training.non_finite import first_non_finite
 from refimpl.training.run_folder import CHECKPOINT, METRICS
 from refimpl.training.setup import Training
 from refimpl.training.trainer import Trainer

@@ -17,12 +17,13 @@ from refimpl.backends.numpy.backend import NUMPY, SHARED
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
-from refimpl.optim.gradients import check_and_measure, clip_coefficient, first_non_finite, inverse_of
+from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
 from refimpl.optim.optimizer import Optimizer
 from refimpl.optim.schedule import Schedule
 from refimpl.optim.sgd import SGD
 from refimpl.optim.state import State
 from refimpl.precision.recipes import get_recipe
+from refimpl.training.non_finite import first_non_finite
 
 ONE = np.float32(1)
 
