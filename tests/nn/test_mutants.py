@@ -1,9 +1,10 @@
 """Mutants: take any one rounding away from an operation, or make it a wrong one, and a named test turns red.
 
 A mutant is (recipe, site, kind). A site is a place where an operation rounds, such as `attention.scores.S` or `linear.dw.dw`
-(`OpPrecision.round_to` is the only function that does). Sites are not listed here: every case of torch_cases.py runs with a
-monitor that is called with each rounding. A rounding that changes no element of the data has no mutants, and a wrong rounding
-counts only if it is wrong for at least one element. The kinds:
+(`OpPrecision.round_to` is the only function that does). Sites are not listed here: every case of torch_cases.py runs once, and
+each rounding is noted. A rounding that changes no element of the data has no mutants, and a wrong rounding counts only if it is
+wrong for at least one element. The definitions have their mutants, and so have the fast versions of the NumPy backend, whose
+attention then has several blocks of queries. The kinds:
 
     removed     the rounding is left out, and the FP32 value flows on
     disguised   the same, but the array goes on saying that it has the 16-bit format, so that only values can tell
@@ -35,6 +36,7 @@ import numpy as np
 import pytest
 import torch_cases
 from arrays import DTYPE, LOW, wide
+from bounds import fast_versions
 from torch_cases import CASES, Case
 
 from refimpl.numerics.casts import cast
@@ -130,9 +132,10 @@ class Mutant:
     recipe: str
     site: str  # operation.site
     kind: str
+    fast: bool  # in a fast version, or in a definition
 
     def __str__(self) -> str:
-        return f"{self.recipe} {self.site} {self.kind}"
+        return f"{self.recipe} {self.site} {self.kind}{' fast' * self.fast}"
 
 
 @dataclass
@@ -143,31 +146,45 @@ class Site:
     changed: Counter[str] = field(default_factory=Counter)
 
 
+def results(case: Case, fast: bool) -> list[Any]:
+    """Those of the fast versions with 3 + 1 queries, so that what several blocks give is put together and added up."""
+    if not fast:
+        return torch_cases.results(case)
+    with pytest.MonkeyPatch.context() as patch, fast_versions():
+        patch.setattr("refimpl.backends.numpy.attention.QUERIES", 3)
+        return torch_cases.results(case)
+
+
 @functools.cache
-def sites(recipe: str) -> dict[str, Site]:
-    """All roundings of a recipe, as the monitor is called with them."""
-    found: dict[str, Site] = {}
+def sites(recipe: str, fast: bool) -> dict[str, Site]:
+    """All roundings of a recipe."""
+    found, right = dict[str, Site](), OpPrecision.round_to
     for case in [case for case in ALL_CASES if case.recipe == recipe]:
 
-        def note(name: str, x: Array, y: Array, case: Case = case) -> None:
-            site = found.setdefault(name.partition(":")[2], Site())
-            if case not in site.cases:
-                site.cases.append(case)
-            for kind in KINDS:
-                wrong = wide(WRONG[kind](x, format_of(y)))
-                site.changed[kind] += np.count_nonzero(wrong != wide(y))
+        def noting(self: OpPrecision, x: Array, fmt: str, name: str, case: Case = case) -> Array:
+            y = right(self, x, fmt, name)
+            if is_rounding(x, fmt):
+                site = found.setdefault(f"{self.op}.{name}", Site())
+                if case not in site.cases:
+                    site.cases.append(case)
+                for kind in KINDS:
+                    site.changed[kind] += np.count_nonzero(wide(WRONG[kind](x, fmt)) != wide(y))
+            return y
 
-        torch_cases.results(case, note)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OpPrecision, "round_to", noting)
+            results(case, fast)
     return found
 
 
-def mutants(recipe: str) -> Iterator[Mutant]:
-    for name, site in sites(recipe).items():
-        yield from (Mutant(recipe, name, kind) for kind in KINDS if site.changed[kind])
+def mutants(recipe: str, fast: bool) -> Iterator[Mutant]:
+    for name, site in sites(recipe, fast).items():
+        yield from (Mutant(recipe, name, kind, fast) for kind in KINDS if site.changed[kind])
 
 
-GATHERED = {"attention.scores.dq", "attention.scores.dk", "attention.values.dv"}
-"""These are copied into one array that `OpPrecision.empty` makes. It must have room for what was not rounded."""
+GATHERED = {"attention.scores.dq", "attention.scores.dk", "attention.values.dv", "attention.softmax.P", "attention.values.O"}
+"""These are copied into one array that `OpPrecision.empty` makes, P and O if they are computed in blocks. It must have room for
+what was not rounded."""
 
 
 @dataclass
@@ -211,13 +228,11 @@ def switch_on(mutant: Mutant, patch: pytest.MonkeyPatch) -> Switched:
     return state
 
 
-@functools.cache
-def right_results(case: Case) -> list[Array]:
-    return torch_cases.results(case)
+right_results = functools.cache(results)
 
 
-def same_bits(case: Case, mutated: list[Any]) -> bool:
-    pairs = zip(mutated, right_results(case), strict=True)
+def same_bits(mutated: list[Any], right: list[Any]) -> bool:
+    pairs = zip(mutated, right, strict=True)
     return all(a.dtype == b.dtype and np.array_equal(wide(a), wide(b), equal_nan=True) for a, b in pairs)
 
 
@@ -227,8 +242,8 @@ VERDICTS = ["values", "format", "made up for", "survived"]
 def verdict(mutant: Mutant) -> tuple[str, str]:
     """What becomes of a mutant, and the case that says so. Each case is checked as `torch_cases.check` does."""
     wrong_format, unchanged, redone = "", True, ""
-    for case in sites(mutant.recipe)[mutant.site].cases:
-        right_results(case)  # before anything is switched
+    for case in sites(mutant.recipe, mutant.fast)[mutant.site].cases:
+        right = right_results(case, mutant.fast)
         formats: list[str] = []
 
         def note(x: Array, fmt: str, name: str, formats: list[str] = formats) -> None:
@@ -237,23 +252,22 @@ def verdict(mutant: Mutant) -> tuple[str, str]:
 
         with pytest.MonkeyPatch.context() as patch:
             state = switch_on(mutant, patch)
-            mutated = torch_cases.results(case)
-            patch.setattr(torch_cases, "results", lambda case, mutated=mutated: mutated)
+            mutated = results(case, mutant.fast)
             patch.setattr(torch_cases, "assert_format", note)
             try:
-                torch_cases.check(case)
+                torch_cases.check_results(case, mutated)
             except AssertionError as error:
                 return "values", f"{case}: {str(error).splitlines()[0]}"
         wrong_format = wrong_format or (f"{case}: {', '.join(formats)}" if formats else "")
-        unchanged = unchanged and same_bits(case, mutated) and bool(state.made_up_for)
+        unchanged = unchanged and same_bits(mutated, right) and bool(state.made_up_for)
         redone = ", ".join(sorted(state.made_up_for))
     if wrong_format:
         return "format", wrong_format
     return ("made up for", f"at {redone}") if unchanged else ("survived", "")
 
 
-def run(recipes: list[str]) -> dict[Mutant, tuple[str, str]]:
-    return {mutant: verdict(mutant) for recipe in recipes for mutant in mutants(recipe)}
+def run(recipes: list[str], fast: bool) -> dict[Mutant, tuple[str, str]]:
+    return {mutant: verdict(mutant) for recipe in recipes for mutant in mutants(recipe, fast)}
 
 
 def table(verdicts: dict[Mutant, tuple[str, str]]) -> str:
@@ -273,8 +287,8 @@ def table(verdicts: dict[Mutant, tuple[str, str]]) -> str:
 Record = Callable[[str, object], None]
 
 
-def assert_killed(recipes: list[str], record: Record) -> None:
-    verdicts = run(recipes)
+def assert_killed(recipes: list[str], fast: bool, record: Record) -> None:
+    verdicts = run(recipes, fast)
     print("\n" + table(verdicts))
     for mutant, (what, why) in verdicts.items():
         record(str(mutant), f"{what}: {why}")
@@ -287,23 +301,33 @@ def assert_killed(recipes: list[str], record: Record) -> None:
     assert not missed
 
 
+fast_or_not = pytest.mark.parametrize("fast", [False, True], ids=["definitions", "fast versions"])
+
+
+@fast_or_not
 @pytest.mark.parametrize("recipe", ["fp16", "bf16", "amp-fp16"])
-def test_every_wrong_rounding_turns_a_test_red(recipe: str, record_property: Record) -> None:
-    assert_killed([recipe], record_property)
+def test_every_wrong_rounding_turns_a_test_red(recipe: str, fast: bool, record_property: Record) -> None:
+    assert_killed([recipe], fast, record_property)
 
 
 @pytest.mark.slow
-def test_every_wrong_rounding_of_every_recipe_turns_a_test_red(record_property: Record) -> None:
-    assert_killed([recipe for recipe in RECIPES if recipe != "fp32"], record_property)
+@fast_or_not
+def test_every_wrong_rounding_of_every_recipe_turns_a_test_red(fast: bool, record_property: Record) -> None:
+    assert_killed([recipe for recipe in RECIPES if recipe != "fp32"], fast, record_property)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fast_versions_round_where_the_definitions_do(recipe: str) -> None:
+    assert {*sites(recipe, fast=True)} == {*sites(recipe, fast=False)}
 
 
 def test_fp32_rounds_nowhere() -> None:
-    assert sites("fp32") == {}
+    assert sites("fp32", fast=False) == {}
 
 
 def test_every_operation_that_computes_has_sites() -> None:
     # Those that only move values round nothing. relu rounds, but values that have the format already: no mutants there,
     # but for `twice` in FP16, where BF16 has too few bits for them.
-    found = {site.partition(".")[0] for recipe in ("fp16", "amp-fp16") for site in sites(recipe)}
+    found = {site.partition(".")[0] for recipe in ("fp16", "amp-fp16") for site in sites(recipe, fast=False)}
     moving = {op for op, counterpart in torch_cases.COUNTERPARTS.items() if counterpart.formula is None}
     assert found == {*torch_cases.COUNTERPARTS, "attention", "fan_in", "cast"} - moving, found

@@ -17,17 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from arrays import Array, U, rounded, wide
 
+from refimpl.backends.base import REFERENCE, Backend
 from refimpl.backends.numpy.backend import NUMPY
-from refimpl.backends.numpy.table import OPS as FAST
-from refimpl.nn.op import Op
 from refimpl.nn.ops import OPS
-from refimpl.precision.context import Monitor, Run
+from refimpl.precision.context import Run
 from refimpl.precision.policy import Policy
 
 FRACTION_BITS = {"fp32": 23, "fp16": 10, "bf16": 7}
@@ -214,27 +214,30 @@ def assert_agrees(ours: Array, theirs: Array, exact: Near, fmt: str, name: str =
 # -------------------------------------------------------------------------------------------- arrays, and refimpl's side
 
 
-def ours(
-    policy: Policy, op: str, operands: list[Array], dy: Array, monitor: Monitor | None = None, **static: Any
-) -> tuple[Array, list[Array]]:
+def ours(policy: Policy, op: str, operands: list[Array], dy: Array, **static: Any) -> tuple[Array, list[Array]]:
     """The definition of an operation, or inside of `fast_versions` what the NumPy backend runs in its place."""
-    version, p = _versions.get(op, OPS[op]), Run(policy, NUMPY, monitor).precision(op, "here")
+    version, p = backend().ops.get(op, OPS[op]), Run(policy, backend()).precision(op, "here")
     params = operands if op == "cast" else operands[len(operands) - len(version.params) :]
     y, saved = version.forward(*operands, p=p, **static)
     return y, list(version.backward(dy, saved, *params, p=p, **static))
 
 
-_versions: dict[str, Op] = {}
+_backend: ContextVar[Backend] = ContextVar("backend", default=REFERENCE)
+
+
+def backend() -> Backend:
+    """The backend that computes our results: REFERENCE, or inside of `fast_versions` NUMPY."""
+    return _backend.get()
 
 
 @contextmanager
 def fast_versions() -> Iterator[None]:
-    """Let `ours` take the fast versions of the NumPy backend."""
-    _versions.update(FAST)
+    """Compute our results by the NumPy backend, which has fast versions."""
+    token = _backend.set(NUMPY)
     try:
         yield
     finally:
-        _versions.clear()
+        _backend.reset(token)
 
 
 # ---------------------------------------------------------------------------------------------------------- the formulas
