@@ -13,7 +13,7 @@ import numpy as np
 from refimpl.errors import UsageError
 from refimpl.optim.loss_scalers import SCALER_RULES, make_loss_scale
 from refimpl.training.console import table
-from refimpl.training.outputs import target
+from refimpl.training.pictures import figure_for_flag, save
 
 PICTURE = Path("loss_scale.png")
 
@@ -89,18 +89,9 @@ def plot_traces(path: Path, traces: Mapping[str, Trace], overflows: str, overwri
 
     Errors: UsageError without matplotlib, for a name that does not end in .png, or if the file cannot be written.
     """
-    if path.suffix != ".png":
-        raise UsageError(f"--plot {path}: the picture is a PNG, so its name must end in .png")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install -e '.[plot]'") from None
-    picture = target("--plot", None if path is PICTURE else path, PICTURE, overwrite)
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, picture = figure_for_flag(path, PICTURE, overwrite, 9, 5)
     _draw(figure.subplots(), traces, overflows)
-    return picture.write(lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    return picture.write(lambda temporary: save(figure, temporary))
 
 
 def _draw(axes: Any, traces: Mapping[str, Trace], overflows: str) -> None:

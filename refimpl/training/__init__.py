@@ -11,5 +11,6 @@
     memory_limits.py, activation_memory.py      whether a run fits into memory; formulas for its activations
     stopping.py, non_finite.py    when a run stops, and advice; where Inf or NaN first appears in a step
     cli.py, console.py, signals.py, program.py  the frame of every command: exit codes, output, Ctrl-C
-    arguments.py, flags.py, outputs.py          the parser, the flags of a run, the files of reports
+    arguments.py, flags.py        the parser, the flags of a run
+    outputs.py, pictures.py       the files of reports, and pictures as PNG
 """

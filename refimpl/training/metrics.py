@@ -9,6 +9,7 @@ from typing import Any
 
 from refimpl.errors import UsageError
 from refimpl.training.checkpoint import write_atomically, write_text_atomically
+from refimpl.training.pictures import new_figure, save
 from refimpl.training.schema import FINITE, Integer, Maybe, OneOf, Table, check
 
 
@@ -68,16 +69,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def plot_run(folder: Path, baselines: dict[int, float], title: str) -> Path | None:
     """Plot losses, n-gram baselines, loss scale and skipped steps to `loss.png`. Return its path; None without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(9, 6)
+    if figure is None:
         return None
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [row for row in rows if {"loss", "loss_scale", "skipped"} <= row.keys()]
     evals = [row for row in rows if "val_loss" in row]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     _draw_losses(top, steps, evals, baselines)
     top.set_title(title)
@@ -90,7 +87,7 @@ def plot_run(folder: Path, baselines: dict[int, float], title: str) -> Path | No
     if skipped:
         bottom.legend()
     path = folder / "loss.png"
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write_atomically(path, lambda temporary: save(figure, temporary))
     return path
 
 

@@ -28,6 +28,7 @@ from refimpl.training.config import Config, Flags
 from refimpl.training.console import printable
 from refimpl.training.metrics import plot_run, read_metrics
 from refimpl.training.ngrams import NgramBaselines, ngram_entropies
+from refimpl.training.pictures import NO_PICTURE
 from refimpl.training.run_folder import (
     CHECKPOINT,
     CONFIG,
@@ -240,7 +241,7 @@ def _draw(trainer: Trainer, baselines: NgramBaselines) -> None:
     written = [name for name in (CONFIG, METRICS, CHECKPOINT) if (folder / name).exists()] + ([PICTURE] if picture else [])
     print(f"written to {folder}: {', '.join(written)}")
     if importlib.util.find_spec("matplotlib") is None:
-        print("(no picture: it needs matplotlib, pip install -e '.[plot]')")
+        print(NO_PICTURE)
 
 
 def warn(trainer: Trainer) -> None:

@@ -15,6 +15,7 @@ from refimpl.tools.experiments.updates import HUNDRED_UPDATES, MOVED_WEIGHTS
 from refimpl.tools.experiments.values import ACCUMULATE, FLUSH, LOST_UPDATE
 from refimpl.training.checkpoint import write_atomically
 from refimpl.training.console import table
+from refimpl.training.pictures import NO_PICTURE, new_figure, save
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -48,7 +49,7 @@ def show_experiments(names: Sequence[str], out: Path, seed: int) -> None:
 
 
 def _drawn(path: Path | None) -> str:
-    return f"drawn: {path}" if path else "(no picture: it needs matplotlib, pip install -e '.[plot]')"
+    return f"drawn: {path}" if path else NO_PICTURE
 
 
 def draw(experiment: Experiment, result: Result, folder: Path, seed: int = 0) -> Path | None:
@@ -56,13 +57,9 @@ def draw(experiment: Experiment, result: Result, folder: Path, seed: int = 0) ->
 
     Errors: UsageError if the folder cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(7, 4.5)
+    if figure is None:
         return None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     experiment.draw(axes, result.data)
     axes.set_title(experiment.question)
@@ -72,5 +69,5 @@ def draw(experiment: Experiment, result: Result, folder: Path, seed: int = 0) ->
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write_atomically(path, lambda temporary: save(figure, temporary))
     return path

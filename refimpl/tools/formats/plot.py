@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refimpl.errors import UsageError
 from refimpl.numerics.formats import FORMATS, ulp
-from refimpl.training.outputs import target
+from refimpl.training.pictures import figure_for_flag, save
 
 PICTURE = Path("formats.png")
 
@@ -19,17 +18,9 @@ def plot_formats(path: Path, formats: Sequence[str], overwrite: bool = False) ->
 
     Errors: UsageError without matplotlib, for a name that does not end in .png, or if the file cannot be written.
     """
-    if path.suffix != ".png":
-        raise UsageError(f"--plot {path}: the picture is a PNG, so its name must end in .png")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install -e '.[plot]'") from None
-    picture = target("--plot", None if path is PICTURE else path, PICTURE, overwrite)
-    figure = Figure(figsize=(11, 10), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, picture = figure_for_flag(path, PICTURE, overwrite, 11, 10)
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     top, bottom = figure.subplots(2, 1, height_ratios=(3, 2))
     _draw_spacing(top, formats)
     _draw_ranges(bottom, formats)
@@ -37,7 +28,7 @@ def plot_formats(path: Path, formats: Sequence[str], overwrite: bool = False) ->
     for axis in (top.xaxis, top.yaxis, bottom.xaxis):
         axis.set_major_formatter(powers)
         axis.set_major_locator(MaxNLocator(12, integer=True))
-    return picture.write(lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    return picture.write(lambda temporary: save(figure, temporary))
 
 
 def spacing(fmt: str) -> tuple[list[float], list[float]]:

@@ -1,0 +1,41 @@
+"""Pictures as PNG files. They need matplotlib, which is optional."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from refimpl.errors import UsageError
+from refimpl.training.outputs import Target, target
+
+NO_PICTURE = "(no picture: it needs matplotlib, pip install -e '.[plot]')"
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of that size in inches, or None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_for_flag(path: Path, default: Path, overwrite: bool, width: float, height: float) -> tuple[Any, Target]:
+    """Return an empty figure, and the file of `--plot PATH` that it will be written to.
+
+    Errors: UsageError without matplotlib, for a name that does not end in .png, or if the file cannot be written.
+    """
+    if path.suffix != ".png":
+        raise UsageError(f"--plot {path}: the picture is a PNG, so its name must end in .png")
+    figure = new_figure(width, height)
+    if figure is None:
+        raise UsageError("--plot needs matplotlib: pip install -e '.[plot]'")
+    return figure, target("--plot", None if path is default else path, default, overwrite)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG."""
+    figure.savefig(path, format="png", dpi=110)
