@@ -140,19 +140,10 @@ def autocast_cuda(low: str) -> Policy:
 
 
 def autocast_cpu(low: str) -> Policy:
-    """Return torch.autocast('cpu') as a policy: products in `low`, losses in FP32; others, softmax and norms too, unchanged.
+    """Return torch.autocast('cpu') as a policy: as on CUDA, but softmax and norms are unchanged instead of FP32.
 
     PyTorch: aten/src/ATen/autocast_mode.h.
     """
-    product, high = Precision(low, "fp32", low), Precision("fp32", "fp32", "fp32")
-    return Policy(
-        f"autocast-cpu-{low}",
-        {
-            "linear": product,
-            "matmul": product,
-            "attention.scores": product,
-            "attention.values": product,
-            "cross_entropy": high,
-            EVERY_OTHER: Precision(SAME, "fp32", SAME),
-        },
-    )
+    unchanged = ("attention.softmax", "softmax", "layernorm", "rmsnorm")
+    rows = {key: row for key, row in autocast_cuda(low).rows.items() if key not in unchanged}
+    return Policy(f"autocast-cpu-{low}", rows)
