@@ -278,7 +278,7 @@ ADAPTING = {
     "good steps": {"add__int32_int_int32": 1, "equal__int32_int_bool": 1, "isfinite__float32_bool": 1},
     "which of them": {
         "bitwise_and__bool_bool_bool": 1, "where__bool_float32_float32_float32": 2, "bitwise_or__bool_bool_bool": 1,
-        "where__bool_int32_int32_int32": 1,
+        "where__bool_int_int32_int32": 1,
     },
 }  # fmt: skip
 """Further ones for a dynamic loss scale."""
@@ -290,8 +290,6 @@ def _zero_dimensional(t: Ledger, recipe: Recipe) -> None:
     for kernels in (*ZERO_DIMENSIONAL.values(), *(ADAPTING.values() if adapts else ())):
         for name, times in kernels.items():
             t.launch("0-d arithmetic", f"cupy_{name}", times)
-    if adapts:
-        t.lines.append(Line("0-d arithmetic", CLEAR, 1, 4))
 
 
 # ---------------------------------------------------------------------------------------------------- the prediction
