@@ -58,11 +58,11 @@ def fused_attention_backward(dO: Array, saved: Any, p: OpPrecision, n_head: int)
     fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
     scores, values = p["scores"], p["values"]
     B, H, T, D = q.shape
-    dO, O = (values.widen(x.reshape(B, T, H, D).transpose(0, 2, 1, 3)) for x in (dO, O))  # noqa: E741  (B, H, T, D)
-    P = p.xp.exp(scores_of(q, k, p) - lse)                                                 # (B, H, T, T)
+    dO, O = (x.reshape(B, T, H, D).transpose(0, 2, 1, 3) for x in (dO, O))  # noqa: E741  (B, H, T, D)
+    P = p.xp.exp(scores_of(q, k, p) - lse)                                   # (B, H, T, T)
     dv = values.matmul(values.cast(P, "P").swapaxes(-1, -2), dO)
     dP = values.matmul(dO, values.cast(v, "v").swapaxes(-1, -2))
-    dS = P * (dP - (dO * O).sum(-1, keepdims=True))
+    dS = P * (dP - (values.widen(dO) * values.widen(O)).sum(-1, keepdims=True))
     dS = scores.cast(hide_later(dS, p, 0.0), "dS")  # P is 0 there, but 0 times an infinite dP would be NaN
     dq = scores.matmul(dS, scores.cast(k, "k")) * (1 / math.sqrt(D))
     dk = scores.matmul(dS.swapaxes(-1, -2), scores.cast(q, "q")) * (1 / math.sqrt(D))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections import Counter as Counted
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,13 +18,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import op_calls
 import pytest
 import strict_backend
 from recipe_lists import MECHANISMS, others_slow
 from strict_backend import PLAIN, STRICT, StrictBackend, on_host, put
 from strict_cupy import Counter, WaitError, counter, xp
 
-from refimpl.backends.base import Backend
+from refimpl.backends.base import REFERENCE, Backend
 from refimpl.backends.cupy import cublas
 from refimpl.backends.cupy import ops as cupy_ops
 from refimpl.backends.cupy import passes as cupy_passes
@@ -133,9 +135,10 @@ LAUNCHES_A_LAYER, GEMMS_A_LAYER = 45, 18  # launches with the GEMMs among them, 
 UNIFORM = ("fp32", "fp16", "bf16")
 
 
-def third_step(backend: Backend, recipe: str, n_layer: int, model: str = "gpt") -> Counter:
+def third_step(backend: Backend, recipe: str, n_layer: int, model: str = "gpt", **more: Any) -> Counter:
     """What the third step costs, its batch on the device already; a wait is an error."""
-    training = on(backend, start, config(recipe, model, n_layer=n_layer, n_embd=32, block_size=16, batch_size=4, clip=1.0))
+    sizes: dict[str, Any] = {"n_layer": n_layer, "n_embd": 32, "block_size": 16, "batch_size": 4, "clip": 1.0}
+    training = on(backend, start, config(recipe, model, **sizes, **more))
     rng = np.random.default_rng(0)
     for _ in range(3):
         batch = tuple(backend.from_host(rng.integers(0, 256, (4, 16))) for _ in range(2))
@@ -177,6 +180,55 @@ def test_a_step_of_any_recipe_waits_for_nothing(recipe: str, model: str) -> None
     for backend in (STRICT, PLAIN):
         costs = third_step(backend, recipe, 2, model)
         assert (costs.h2d, costs.d2h, costs.syncs) == (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Watched(StrictBackend):
+    """The backend; `operands` counts its products by the formats of both operands."""
+
+    operands: Counted[tuple[str, str]] = field(default_factory=Counted)
+
+    def matmul(self, a: Array, b: Array, acc: str) -> Array:
+        self.operands[format_of(a), format_of(b)] += 1
+        return super().matmul(a, b, acc)
+
+    def product(self, a: Array, b: Array, fmt: str, out: Array | None = None) -> Array:
+        self.operands[format_of(a), format_of(b)] += 1
+        return super().product(a, b, fmt, out)
+
+
+@pytest.mark.parametrize("attention", ["unfused", "fused"])
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "amp-fp16", "amp-bf16", "amp-bf16-cpu"])
+def test_every_product_of_a_step_reads_16_bits(recipe: str, attention: str) -> None:
+    """A definition that is run for want of a kernel multiplies what it cast, not copies of it in FP32."""
+    backend, low = Watched("watched", xp), "fp16" if "fp16" in recipe else "bf16"
+    third_step(backend, recipe, 1, attention=attention)
+    assert set(backend.operands) == {(low, low)}
+
+
+def test_products_that_are_asked_for_in_fp32_read_fp32() -> None:
+    """The control."""
+    backend = Watched("watched", xp)
+    third_step(backend, "fp16", 1, attention="math")
+    assert backend.operands["fp32", "fp32"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "amp-fp16"])
+@pytest.mark.parametrize("op", sorted(set(OPS) - set(CUPY_OPS)))
+def test_an_operation_without_a_kernel_computes_what_it_does_on_the_host_and_waits_for_nothing(op: str, recipe: str) -> None:
+    xs, params, static = op_calls.SHAPES[op].draw("fp16" if recipe == "fp16" else "fp32")
+
+    def results(backend: Backend) -> list[bytes]:
+        arrays = [backend.from_host(x) for x in (*xs, *params)]
+        p = Run(RECIPES[recipe].policy, backend).precision(op, "here")
+        counter.reset()
+        with counter.no_sync():
+            y, saved = OPS[op].forward(*arrays, p=p, **static)
+            gradients = OPS[op].backward(y, saved, *arrays[len(xs) :], p=p, **static)
+        assert (counter.h2d, counter.d2h, counter.syncs) == (0, 0, 0)
+        return [on_host(x).tobytes() for x in (y, *gradients)]
+
+    assert results(STRICT) == results(REFERENCE)
 
 
 def launches_of_update(backend: Backend, recipe: str) -> tuple[int, int, int]:
