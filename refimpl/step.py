@@ -28,7 +28,11 @@ Batch = tuple[Array, Array]
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step as 0-d arrays. On a device, reading one waits for it: read them when you log, not every step."""
+    """The outcome of a step: numbers on the host, 0-d arrays on a device. Reading those waits: do it when you log, not always.
+
+    loss: the mean, without S. lr: the learning rate of the update, made or skipped. loss_scale: the S of this step.
+    grad_norm: of the unscaled gradients, before clipping. skipped: found_inf.
+    """
 
     loss: Array
     lr: Array
@@ -37,8 +41,10 @@ class StepResult:
     skipped: Array
 
 
-# In 16 bits, an Inf or NaN is a result that step 3 checks for. NumPy need not warn of it.
+# In 16 bits, an Inf or NaN is a result that step 3 checks for: NumPy need not warn of it. And the BLAS computes each product on
+# one thread, since with several the order of sums could depend on their number.
 @np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore")
+@one_thread_per_product()
 def train_step(
     model: Model,
     batches: Sequence[Batch],
@@ -68,7 +74,7 @@ def train_step(
     found_inf, norm = check_and_measure(state, inverse_scale)
 
     # 4. Update the FP32 masters, or skip.
-    #    (+) Clip by the norm of the unscaled gradients.  (+) If found_inf is set, nothing changes.  (+) S adapts.
+    #    (+) Clip by the norm of the unscaled gradients.  (+) If found_inf is set, masters, moments and t stay.  (+) S adapts.
     coefficient = clip_coefficient(norm, max_norm)
     optimizer.update(state, inverse_scale, coefficient, found_inf)
     loss_scale.update(found_inf)
@@ -76,7 +82,6 @@ def train_step(
     return StepResult(loss, lr, S, norm, found_inf)
 
 
-@one_thread_per_product()  # of the BLAS: with several, the order of sums could depend on their number
 def forward_backward(model: Model, batches: Sequence[Batch], state: State, S: Array, run: Run) -> Array:
     """Run forward and backward over all micro-batches. Leave d(S L)/dw in `state.grads`, and return the mean loss L, 0-d.
 
@@ -90,5 +95,5 @@ def forward_backward(model: Model, batches: Sequence[Batch], state: State, S: Ar
         loss = model.loss(tape, tokens, targets)
         tape.backward(loss, grad_output=divided(S, n, xp), sink=state.accumulate_grad)
         total = total + divided(loss.array, n, xp)
-    run.after_step()  # (FP8 with delayed scaling: the largest values of these passes make the scales of the next)
+    run.after_step()  # (FP8 with delayed scaling: the largest values of these passes make the next scales, skipped or not)
     return state.reduce(total)

@@ -3,7 +3,7 @@
     python scripts/minimal_fp16.py
 
 Set a breakpoint at `train_step` and step into it: refimpl/step.py is the algorithm. The backend 'reference' runs the
-definitions of operations and nothing else; 'numpy' is faster.
+definitions of operations, without any fast version; 'numpy' is faster.
 """
 
 from typing import Any

@@ -9,7 +9,7 @@ before, so that the policy's rows have been looked up.
 
 from __future__ import annotations
 
-from refimpl.training.cli import main
+from refimpl.training.cli import main  # first: Ctrl-C is answered from here on
 
 import re
 import sys
@@ -80,45 +80,54 @@ def one_linear_layer() -> list[tuple[str, str]]:
     """Return the calls behind one forward of a linear layer in FP16."""
     run = rf.Run(rf.get_recipe("fp16").policy, rf.get_backend("reference"))
     p, rng = run.precision("linear", "mlp.c_fc"), np.random.default_rng(0)
-    x, w, b = (rf.cast(rng.standard_normal(shape, np.float32), "fp16") for shape in ((2, 3, 8), (5, 8), (5,)))
+    x, w, b = (rf.cast(rng.standard_normal(shape, np.float32), "fp16") for shape in ((16, 32, 32), (128, 32), (128,)))
     linear_forward(x, w, b, p)
     return calls_of(lambda: linear_forward(x, w, b, p))
 
 
 def down_to_a_rounding(place: str = "transformer.h.0.mlp.c_fc") -> list[tuple[str, str]]:
-    """Return the calls in progress, from `train_step` on, when the output of a linear layer of a GPT is rounded."""
+    """Return the calls in progress, from `train_step` to `cast`, when the output of a linear layer of a GPT is rounded."""
     model = rf.gpt_model(rf.GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4))
     backend, recipe, rule = rf.get_backend("reference"), rf.get_recipe("fp16"), rf.AdamW()
     state = rf.State(model, recipe.state_encodings(rule.moments), backend)
     state.load_weights(model.initial_weights(np.random.default_rng(0)))
-    stack: list[tuple[str, str]] = []
-
-    def monitor(site: str, before: Any, after: Any) -> None:
-        frame: FrameType | None = sys._getframe(1)
-        while site == f"{place}:linear.y.y" and frame is not None and stack[-1:] != [("step.py", "train_step")]:
-            if frame.f_code.co_filename.startswith(PACKAGE):
-                stack.append(place_of(frame))
-            frame = frame.f_back
-
-    run = rf.Run(recipe.policy, backend, monitor)
+    run = rf.Run(recipe.policy, backend)
     tokens = np.zeros((1, 4), np.int64)
     optimizer = rf.Optimizer(rule, rf.Schedule(1e-3, 1e-3, 0, 1))
-    rf.train_step(model, [(tokens, tokens)], state, optimizer, rf.make_loss_scale("dynamic"), run)
-    return stack[::-1]
+    stack: list[tuple[str, str]] = []
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        caller = frame.f_back
+        if stack or event != "call" or place_of(frame) != ("numerics/casts.py", "cast") or caller is None:
+            return
+        if caller.f_locals.get("site") == "y" and caller.f_locals["self"].place == place:
+            above: FrameType | None = frame
+            while above is not None:
+                if above.f_code.co_filename.startswith(PACKAGE):
+                    stack.insert(0, place_of(above))
+                above = above.f_back
+
+    sys.setprofile(note)
+    try:
+        rf.train_step(model, [(tokens, tokens)], state, optimizer, rf.make_loss_scale("dynamic"), run)
+    finally:
+        sys.setprofile(None)
+    return stack[stack.index(("step.py", "train_step")) :]
 
 
 def counts() -> list[Count]:
     """Return all that is limited."""
     files, calls, stack = evening(), one_linear_layer(), down_to_a_rounding()
+    elsewhere = {file for file, _ in stack} - {*files}
     lines = sum(len((ROOT / "refimpl" / file).read_text(encoding="utf-8").splitlines()) for file in files)
     return [
         Count("lines of the evening in README", lines, 1800),
-        Count("its files", len(files), 16),
+        Count("files of the evening", len(files), 16),
         Count("calls of one FP16 linear forward", len(calls), 30),
-        Count("its distinct functions", len(set(calls)), 15),
-        Count("its files", len({file for file, _ in calls}), 5),
+        Count("distinct functions behind that forward", len(set(calls)), 15),
+        Count("files behind that forward", len({file for file, _ in calls}), 5),
         Count("files of one weight through a step", len(way_of_a_weight()), 9),
-        Count("files between train_step and a rounding that are not of the evening", len({f for f, _ in stack} - {*files}), 0),
+        Count("files in progress from train_step to a rounding, not of the evening", len(elsewhere), 0),
     ]
 
 
@@ -141,7 +150,7 @@ def run() -> int:
     update, found = parser.parse_args().update, counts()
     for count in found:
         print(f"{count.number:6} (at most {count.limit:4})   {count.what}")
-    print("\nFrom the step to the rounding of one activation:\n")
+    print("\nThe calls in progress when an activation is rounded:\n")
     for file, function in down_to_a_rounding():
         print(f"    {file:24} {function}")
     if update:

@@ -18,7 +18,7 @@ from refimpl.nn.ops import OPS
 PACKAGE = ROOT / "refimpl"
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 
-# The only modules that convert: casts, and their fast version, which only casts may use.
+# The only modules that convert: casts, and their fast version for the NumPy backend.
 CASTS = ("numerics/casts.py", "numerics/fast_cast.py")
 # PyTorch programs kept beside the project, as a witness and to be timed: their tensors are not arrays of ours.
 FOREIGN = ("parity/pytorch_model.py", "tools/bench/pytorch.py")
@@ -151,9 +151,9 @@ def test_conversion_checkers_bite(checker: object, bad: list[str], good: list[st
     assert len(checker("\n".join(bad))) == len(bad)
 
 
-def test_only_casts_use_their_fast_version() -> None:
+def test_only_the_numpy_backend_uses_fast_conversions() -> None:
     users = {name for name in FILES if "numerics.fast_cast" in imports(source(name))}
-    assert users <= {"numerics/casts.py"}, users
+    assert users == {"backends/numpy/backend.py"}, users
 
 
 # --------------------------------------------------------------------------------------------- (c) the direction of imports

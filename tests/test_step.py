@@ -326,6 +326,23 @@ def test_micro_batches_are_summed_in_fp32(recipe: str, backend: Backend) -> None
     assert training.state.nbytes == 18 * MLP.n_params
 
 
+@pytest.mark.parametrize("recipe", ["fp16", "pure-bf16"])
+def test_a_state_for_one_micro_batch_refuses_a_second(recipe: str) -> None:
+    """It would be summed in 16 bits."""
+    training = Training(NUMPY, MLP, recipe)
+    with pytest.raises(UsageError, match=r"several micro-batches: State needs state_encodings\(grad_accum=...\)"):
+        training.step(batch(1), batch(2))
+    Training(NUMPY, MLP, "fp32").step(batch(1), batch(2))  # FP32 gradients are summed as they are
+
+
+def test_a_step_without_micro_batches_is_refused() -> None:
+    training = Training(NUMPY, MLP, "fp16")
+    before = training.bits()
+    with pytest.raises(UsageError, match="no micro-batches: a step needs at least one"):
+        training.step()
+    assert training.bits("grads") == {kind: bits for kind, bits in before.items() if kind != "grads"}
+
+
 def test_gradients_of_the_last_step_are_forgotten(backend: Backend) -> None:
     one, other = (Training(backend, MLP, "fp32", grad_accum=2) for _ in range(2))
     parts = [batch(2), batch(3)]

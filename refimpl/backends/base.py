@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,7 @@ R = TypeVar("R")
 class Backend:
     """An array library and its primitives, in a readable form that works with any library.
 
-    With it, a run executes the definitions in `nn/` and `optim/` and nothing else. A faster backend names in `ops` and `passes`
+    With it, a run executes the definitions in `nn/` and `optim/`. A faster backend names in `ops` and `passes`
     what it replaces; each entry rounds at the places of the definition of the same name.
     """
 
@@ -30,8 +30,8 @@ class Backend:
     xp: Any
     on_host: bool = False  # whether Python reads values without waiting, and blocks fit a CPU cache
 
-    cast = staticmethod(casts.cast)
-    widen = staticmethod(casts.widen)
+    cast: ClassVar[Callable[..., Array]] = staticmethod(casts.cast)
+    widen: ClassVar[Callable[..., Array]] = staticmethod(casts.widen)
 
     @property
     def ops(self) -> Mapping[str, Any]:
@@ -50,8 +50,8 @@ class Backend:
     def matmul(self, a: Array, b: Array, acc: str) -> Array:
         """Multiply a (..., M, K) and b (..., K, N) in the accumulation format `acc`: widen both, multiply, do not round.
 
-        Products of 16-bit values are exact in fp32, so tensor cores compute the same, except for the order and the rounding of
-        their sums.
+        Products of two FP16 values, and of two BF16 values unless they leave the range of FP32, are exact in FP32. So tensor
+        cores compute the same, except for the order and the rounding of their sums.
         """
         return self.xp.matmul(self.widen(a, acc), self.widen(b, acc))
 
@@ -65,4 +65,4 @@ class Backend:
 
 
 REFERENCE = Backend("reference", np, on_host=True)
-"""The definitions, and nothing else, on NumPy."""
+"""NumPy, and the definitions without any fast version."""

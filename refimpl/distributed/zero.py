@@ -29,7 +29,6 @@ import numpy as np
 from refimpl.backends.base import Backend
 from refimpl.distributed.collectives import Comm, Pending, share_size, shares_of
 from refimpl.numerics.arrays import Array
-from refimpl.numerics.casts import widen
 from refimpl.optim.layout import GRAIN, HasParameters, Layout
 from refimpl.optim.state import State
 from refimpl.precision.state_encodings import MAIN, BufferSpec, buffer_name
@@ -219,7 +218,7 @@ class Buckets:
         if name not in self.missing:  # the next micro-batch has begun; this one had no gradients for `missing`
             self.finish()
         layer = self.state.layer_of[name]
-        widen(gradient, self.state.formats["grads"], out=layer.parameter(name, self._values(layer)))
+        self.state.backend.widen(gradient, self.state.formats["grads"], out=layer.parameter(name, self._values(layer)))
         self.missing.remove(name)
         if self.missing.isdisjoint(layer.slots):
             self._send(layer)

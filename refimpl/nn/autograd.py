@@ -83,10 +83,10 @@ class Parameters:
             return None
         return self.weights[w.node.name] if w.array is None else w.array
 
-    def copied_to(self, leaf: Value, operand: str, p: OpPrecision) -> str | None:
+    def copy_format(self, leaf: Value, operand: str, p: OpPrecision) -> str | None:
         """Return the 16-bit format of the copy that an operation reads in place of the parameter, or None if it reads that.
 
-        This is autocast's cast of FP32 weights, done once per step for all uses of a parameter. Quantized weights have no copy:
+        This is autocast's cast of FP32 weights, once per micro-batch for all uses of a parameter. Quantized weights have none:
         each product quantizes its own operands.
         """
         fmt = p["y"].inputs[operand]  # `linear.y` for linear; without parts, the operation's own row
@@ -119,7 +119,7 @@ class Tape:
         """Run one operation and record it. Inputs are Values, or plain arrays without a gradient (tokens)."""
         place = self._prefix + name
         op = selected(op, self.run, place)
-        p = self.run.precision(op.row, place)
+        p = self.run.precision(op.key, place)
         params = tuple(self._parameter(f"{place}.{param}", operand, p) for param, operand in op.params)
         result = self._apply(op, p, inputs, params, static)
         if self.run.observer is not None:
@@ -147,7 +147,7 @@ class Tape:
         The cast is a recorded operation, whose backward widens the sum of all gradients of the copy.
         """
         leaf = self.parameters.leaf(name)
-        fmt = None if leaf is None else self.parameters.copied_to(leaf, operand, p)
+        fmt = None if leaf is None else self.parameters.copy_format(leaf, operand, p)
         if leaf is None or fmt is None:
             return leaf
         copies, key = self.parameters.copies, (leaf.node.name, fmt)
@@ -159,8 +159,11 @@ class Tape:
     def backward(self, loss: Value, grad_output: Array, sink: Sink) -> None:
         """Replay the tape in reverse from d(loss) = grad_output, and call `sink` with each parameter's gradient once complete.
 
-        What an entry saved is freed as soon as it is used.
+        What an entry saved is freed as soon as it is used. Errors: RuntimeError for a tape that has recorded nothing, or whose
+        backward has run.
         """
+        if not self.entries:
+            raise RuntimeError("nothing is recorded: backward has run already, or the tape was made with record=False")
         loss.node.grad = grad_output
         while self.entries:
             entry = self.entries.pop()
@@ -180,7 +183,7 @@ class Tape:
         """Add the gradient of one use to that of the tensor. After its last use a parameter's gradient goes to `sink`."""
         if gradient is not None and node.grad is not None:
             place = f"{node.name}.grad"
-            p = self.run.precision(fan_in.row, place)
+            p = self.run.precision(fan_in.key, place)
             node.grad, _ = selected(fan_in, self.run, place).forward(node.grad, gradient, p=p)
         elif gradient is not None:
             node.grad = gradient
@@ -198,7 +201,7 @@ def selected(op: Op, run: Run, place: str) -> Op:
     if op.name in run.overrides:
         override: Op = run.overrides[op.name]
         return override
-    if OPS.get(op.name, fan_in) is not op:
+    if op is not fan_in and OPS.get(op.name) is not op:  # a user's own operation, which may bear a name of ours
         return op
     version: Op = run.version(SELECTED.get(run.policy.operation(op.name, place), op))
     return version

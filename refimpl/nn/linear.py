@@ -24,13 +24,13 @@ def linear_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple
     x (..., K), w (F, K), b (F,) or None -> y (..., F).
     Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.3. PyTorch: torch.nn.functional.linear.
     """
-    row = p["y"]
-    xc, wc = row.cast(as_rows(x), "x"), row.cast(w, "w")  # nothing to do where weights are stored in 16 bits; autocast rounds
-    z = row.matmul(xc, wc.T)                              # (M, F), sums in FP32
+    y_p = p["y"]
+    xc, wc = y_p.cast(as_rows(x), "x"), y_p.cast(w, "w")  # autocast rounds x here; w is in 16 bits already (`Tape._parameter`)
+    z = y_p.matmul(xc, wc.T)                              # (M, F), sums in FP32
     if b is not None:
-        z += row.widen(row.cast(b, "b"))
-    y = row.round(z, "y", x, w)                           # the one rounding
-    same = p["dw"].inputs["x"] == row.inputs["x"]         # dw = dy^T x reads the copy, unless its row asks for another format
+        z += y_p.widen(y_p.cast(b, "b"))
+    y = y_p.round(z, "y", x, w)                           # the one rounding
+    same = p["dw"].inputs["x"] == y_p.inputs["x"]         # dw = dy^T x reads the copy, unless its row asks for another format
     return y.reshape(*x.shape[:-1], len(w)), (xc if same else as_rows(x), x.shape, format_of(x))
 
 
@@ -40,13 +40,13 @@ def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPreci
     Each of the three casts what it reads as its own row says. dx sums over F, dw and db over the M rows.
     """
     x, x_shape, x_format = saved                                           # x (M, K)
-    dy, x_row, w_row, b_row = as_rows(dy), p["dx"], p["dw"], p["db"]       # dy (M, F)
-    dx = x_row.matmul(x_row.cast(dy, "dy"), x_row.cast(w, "w"))            # (M, K)
-    dw = w_row.matmul(w_row.cast(dy, "dy").T, w_row.cast(x, "x"))          # (F, K)
-    db = None if b is None else b_row.widen(b_row.cast(dy, "dy")).sum(0)   # (F,)
-    dx = x_row.round_grad(dx, "x", x_format).reshape(x_shape)
-    dw = w_row.round_grad(dw, "w", format_of(w))
-    return dx, dw, None if b is None else b_row.round_grad(db, "b", format_of(b))
+    dy, dx_p, dw_p, db_p = as_rows(dy), p["dx"], p["dw"], p["db"]       # dy (M, F)
+    dx = dx_p.matmul(dx_p.cast(dy, "dy"), dx_p.cast(w, "w"))            # (M, K)
+    dw = dw_p.matmul(dw_p.cast(dy, "dy").T, dw_p.cast(x, "x"))          # (F, K)
+    db = None if b is None else db_p.widen(db_p.cast(dy, "dy")).sum(0)   # (F,)
+    dx = dx_p.round_grad(dx, "x", x_format).reshape(x_shape)
+    dw = dw_p.round_grad(dw, "w", format_of(w))
+    return dx, dw, None if b is None else db_p.round_grad(db, "b", format_of(b))
 
 
 def matmul_forward(a: Array, b: Array, p: OpPrecision) -> tuple[Array, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from refimpl.errors import UsageError
 from refimpl.nn.indices import check_indices
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
@@ -19,9 +20,12 @@ def cross_entropy_forward(logits: Array, targets: Array, p: OpPrecision, ignore_
     logits (..., V), targets (...) integers -> a 0-d loss, NaN where all targets are ignored. The largest logit of each row is
     subtracted first. Saved: the logits as stored, two numbers per row and the number of rows that count, but no second array of
     the size of the logits.
-    Errors: UsageError for a target that is neither in 0 to V - 1 nor ignored (on the host only: see `check_indices`).
+    Errors: UsageError for targets of another shape, and for one that is neither in 0 to V - 1 nor ignored (the latter on the
+      host only: see `check_indices`).
     PyTorch: torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=ignore_index).
     """
+    if targets.shape != logits.shape[:-1]:
+        raise UsageError(f"{p.place}: targets {targets.shape} for logits {logits.shape}: there must be one per row of logits")
     check_indices(targets, logits.shape[-1], "target", p, ignore_index)
     zc = p.cast(logits, "logits").reshape(-1, logits.shape[-1])
     z, target = p.widen(zc), targets.reshape(-1)
@@ -33,8 +37,7 @@ def cross_entropy_forward(logits: Array, targets: Array, p: OpPrecision, ignore_
     at_target = z[p.xp.arange(target.size), p.xp.where(counts, target, 0)][:, None]
     row_loss = log_sum - (at_target - largest)
     loss = p.xp.where(counts[:, None], row_loss, 0).sum() / n
-    saved_logits = logits if format_of(logits) != format_of(zc) else zc
-    return p.round(loss, "loss", zc), (saved_logits, largest, log_sum, target, n, logits.shape, format_of(logits))
+    return p.round(loss, "loss", zc), (logits, largest, log_sum, target, n, logits.shape, format_of(logits))
 
 
 def cross_entropy_backward(dloss: Array, saved: Any, p: OpPrecision, ignore_index: int = IGNORE_INDEX) -> tuple[Array, None]:

@@ -4,8 +4,8 @@
     backward(dy, saved, *params, p, **static)      -> one gradient per input, then one per parameter
 
 `p` holds the formats (see `context.OpPrecision`). Each function casts its operands, computes in the accumulation format, and
-rounds its result once. `saved` holds the activations that backward needs, in the format that they are stored in. It never holds
-a parameter: those are arguments of backward too.
+rounds each result once (attention has four). `saved` holds the activations that backward needs, in the format that they are
+stored in. It never holds a parameter: those are arguments of backward too.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Op:
     """A named forward/backward pair.
 
     params: (name of a parameter in the model, name of its operand in the policy's row).
-    row: the key of its row in a policy, if that is not its name.
+    key: that of its row in a policy, if it is not the name.
     """
 
     name: str
     forward: Callable[..., tuple[Array, Any]]
     backward: Callable[..., tuple[Array | None, ...]] = no_backward
     params: tuple[tuple[str, str], ...] = ()
-    row: str = ""
+    key: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "row", self.row or self.name)
+        object.__setattr__(self, "key", self.key or self.name)

@@ -40,10 +40,10 @@ from refimpl.nn.shape import (
 from refimpl.nn.softmax import softmax_backward, softmax_forward
 
 linear = Op("linear", linear_forward, linear_backward, params=(("weight", "w"), ("bias", "b")))
-quantized_linear = Op("quantized_linear", quantized_linear_forward, quantized_linear_backward, linear.params, row="linear")
+quantized_linear = Op("quantized_linear", quantized_linear_forward, quantized_linear_backward, linear.params, key="linear")
 matmul = Op("matmul", matmul_forward, matmul_backward)
 attention = Op("attention", attention_forward, attention_backward)
-fused_attention = Op("fused_attention", fused_attention_forward, fused_attention_backward, row="attention")
+fused_attention = Op("fused_attention", fused_attention_forward, fused_attention_backward, key="attention")
 layernorm = Op("layernorm", layernorm_forward, layernorm_backward, params=(("weight", "w"), ("bias", "b")))
 rmsnorm = Op("rmsnorm", rmsnorm_forward, rmsnorm_backward, params=(("weight", "w"),))
 softmax_op = Op("softmax", softmax_forward, softmax_backward)

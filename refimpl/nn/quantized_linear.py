@@ -29,14 +29,14 @@ def quantized_linear_forward(x: Array, w: Array, b: Array | None, p: OpPrecision
     Source: Micikevicius et al. 2022, arXiv 2209.05433 (FP8); each scheme and each accumulator names its own.
     PyTorch: torch._scaled_mm.
     """
-    row = p["y"]
-    xc, wc = operand(row, as_rows(x), "x", axis=1), operand(row, w, "w", axis=1)
-    z = multiply(row, xc, wc.T)
+    y_p = p["y"]
+    xc, wc = operand(y_p, as_rows(x), "x", axis=1), operand(y_p, w, "w", axis=1)
+    z = multiply(y_p, xc, wc.T)
     if b is not None:
-        z += row.widen(row.cast(b, "b"))
+        z += y_p.widen(y_p.cast(b, "b"))
     # dw sums over the rows of x, along which a quantized x has no scales
-    same = p["dw"].inputs["x"] == row.inputs["x"] and not isinstance(xc, QuantizedTensor)
-    return row.round(z, "y", x, w).reshape(*x.shape[:-1], len(w)), (xc if same else as_rows(x), x.shape, format_of(x))
+    same = p["dw"].inputs["x"] == y_p.inputs["x"] and not isinstance(xc, QuantizedTensor)
+    return y_p.round(z, "y", x, w).reshape(*x.shape[:-1], len(w)), (xc if same else as_rows(x), x.shape, format_of(x))
 
 
 def quantized_linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array | None, ...]:
@@ -45,47 +45,47 @@ def quantized_linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, 
     dx quantizes dy and w along F, dw quantizes dy and x along the rows: each from the unquantized tensor.
     """
     x, x_shape, x_format = saved
-    dy, x_row, w_row, b_row = as_rows(dy), p["dx"], p["dw"], p["db"]
-    dx = multiply(x_row, operand(x_row, dy, "dy", axis=1), operand(x_row, w, "w", axis=0))
-    dw = multiply(w_row, operand(w_row, dy, "dy", axis=0).T, operand(w_row, x, "x", axis=0))
-    dx, dw = gradient(x_row, dx, "x", x_format).reshape(x_shape), gradient(w_row, dw, "w", format_of(w))
-    db = None if b is None else gradient(b_row, b_row.widen(b_row.cast(dy, "dy")).sum(0), "b", format_of(b))
+    dy, dx_p, dw_p, db_p = as_rows(dy), p["dx"], p["dw"], p["db"]
+    dx = multiply(dx_p, operand(dx_p, dy, "dy", axis=1), operand(dx_p, w, "w", axis=0))
+    dw = multiply(dw_p, operand(dw_p, dy, "dy", axis=0).T, operand(dw_p, x, "x", axis=0))
+    dx, dw = gradient(dx_p, dx, "x", x_format).reshape(x_shape), gradient(dw_p, dw, "w", format_of(w))
+    db = None if b is None else gradient(db_p, db_p.widen(db_p.cast(dy, "dy")).sum(0), "b", format_of(b))
     return dx, dw, db
 
 
-def operand(row: OpPrecision, x: Array, name: str, axis: int) -> Any:
+def operand(p: OpPrecision, x: Array, name: str, axis: int) -> Any:
     """Return an operand of a product as its row names it: cast to a format, or quantized along `axis`, which is summed over.
 
     The monitor sees its elements, divided by their scales, before and after rounding.
     """
-    scheme, scales = row.inputs[name], row.run.scales
+    scheme, scales = p.inputs[name], p.run.scales
     if scheme not in SCHEMES:
-        return row.cast(x, name)
-    q = quantize_operand(scales, scheme, x, axis, f"{row.place}.{name}")
-    if row.run.monitor is not None:
-        row.run.monitor(f"{row.place}:{row.op}.{name}", *rounding(row, rotated_operand(scales, scheme, x, axis), q))
+        return p.cast(x, name)
+    q = quantize_operand(scales, scheme, x, axis, f"{p.place}.{name}")
+    if p.run.monitor is not None:
+        p.run.monitor(f"{p.place}:{p.op}.{name}", *rounding(p, rotated_operand(scales, scheme, x, axis), q))
     return q
 
 
-def rounding(row: OpPrecision, x: Array, q: QuantizedTensor) -> tuple[Array, Array]:
+def rounding(p: OpPrecision, x: Array, q: QuantizedTensor) -> tuple[Array, Array]:
     """Return the elements of x before and after rounding, both divided by their scales."""
-    with row.xp.errstate(over="ignore", under="ignore", invalid="ignore"):
+    with p.xp.errstate(over="ignore", under="ignore", invalid="ignore"):
         scale = spread(q.scale_values(), q.block, q.shape) * (1 if q.tensor_scale is None else q.tensor_scale)
-        before = widen(x, "fp32") / row.xp.where(scale == 0, 1, scale)  # a block too small for its scale: 0, kept as zeros
+        before = widen(x, "fp32") / p.xp.where(scale == 0, 1, scale)  # a block too small for its scale: 0, kept as zeros
     return before, from_bits(q.codes * (scale != 0), q.fmt)
 
 
-def multiply(row: OpPrecision, a: Any, b: Any) -> Array:
+def multiply(p: OpPrecision, a: Any, b: Any) -> Array:
     """Multiply two operands in the row's accumulator, unrounded. Errors: TypeError where only one of them is quantized."""
     if isinstance(a, QuantizedTensor) != isinstance(b, QuantizedTensor):
-        raise TypeError(f"{row.op}: a policy quantizes both factors of a product, or none")
-    acc, in_fp32 = row.row.acc, partial(row.run.backend.matmul, acc=row.math)
+        raise TypeError(f"{p.op}: a policy quantizes both factors of a product, or none")
+    acc, in_fp32 = p.row.acc, partial(p.run.backend.matmul, acc=p.math)
     if isinstance(a, QuantizedTensor):
         return product(a, b, acc, in_fp32)
-    return row.matmul(a, b) if acc == row.math else matmul(a, b, acc, in_fp32)
+    return p.matmul(a, b) if acc == p.math else matmul(a, b, acc, in_fp32)
 
 
-def gradient(row: OpPrecision, dz: Array, name: str, stored: str) -> Array:
+def gradient(p: OpPrecision, dz: Array, name: str, stored: str) -> Array:
     """Round a gradient to the row's `out`: the format of an operand that was quantized says nothing about its gradient."""
-    dz = row.round_to(dz, stored if row.row.out == SAME else row.row.out, f"d{name}")
-    return row.store_grad(dz, name, stored)
+    dz = p.round_to(dz, stored if p.row.out == SAME else p.row.out, f"d{name}")
+    return p.store_grad(dz, name, stored)

@@ -42,7 +42,7 @@ def split_backward(dy: Array, saved: Any, p: OpPrecision, start: int, stop: int)
 
 
 def cast_forward(w: Array, p: OpPrecision, fmt: str) -> tuple[Array, Any]:
-    """Return R(w), the 16-bit copy of a parameter that all its uses in a step share. PyTorch: autocast's cached cast."""
+    """Return R(w), the 16-bit copy of a parameter that all its uses in a micro-batch share. PyTorch: autocast's cached cast."""
     return p.round_to(w, fmt, "w"), None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from refimpl.numerics import fast_cast
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
 
@@ -25,10 +24,11 @@ def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = No
     overflow: what a value becomes whose rounded magnitude exceeds the format's largest.
       'inf'       an infinity; NaN in a format without infinities; the largest value in a format without either
                   (IEEE 754, ml_dtypes; the default for 16 bits and more)
-      'saturate'  the largest finite value of the same sign, also for infinities; NaN stays NaN
+      'saturate'  the largest finite value of the same sign, also for infinities; NaN stays NaN, or is a zero in a format
+                  without one
     FP8 and narrower formats have no default, since libraries disagree.
 
-    Errors: TypeError where `overflow` is missing for a format of 8 bits or fewer, or `x` is not NumPy's for one of them.
+    Errors: TypeError for a format of 8 bits or fewer where `overflow` is missing, or `x` is not a NumPy array.
     Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.1; IEEE 754-2019, section 4.3.1 (roundTiesToEven).
     PyTorch: `x.to(torch.float16)`, bit for bit except for NaN payloads; `overflow='saturate'` is what
       `.to(torch.float8_e4m3fn)` does since 2.13.
@@ -65,27 +65,16 @@ def widen(x: Array, fmt: str = "fp32", out: Array | None = None) -> Array:
 
 
 def _convert(x: Array, dtype: np.dtype, out: Array | None = None) -> Array:
-    """Convert with the array library, which rounds to nearest even; FP32 <-> FP16 with `fast_cast`, to the same bits.
-
-    An overflow is a result here, not a warning.
-    """
+    """Convert with the array library, which rounds to nearest even. An overflow is a result here, not a warning."""
     if out is not None:
         _check_out(out, x, dtype)
     if x.dtype == dtype:
         return _store(x, out)
-    if isinstance(x, np.ndarray) and x.size >= fast_cast.SMALL:
-        fast = _FAST.get((x.dtype, dtype))
-        if fast is not None:
-            return fast(x, np.empty_like(x, dtype) if out is None else out)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if out is None:
             return x.astype(dtype)
         out[...] = x
         return out
-
-
-_FP16, _FP32 = dtype_of("fp16"), dtype_of("fp32")
-_FAST = {(_FP32, _FP16): fast_cast.fp32_to_fp16, (_FP16, _FP32): fast_cast.fp16_to_fp32}
 
 
 def _check_out(out: Array, x: Array, dtype: np.dtype) -> None:

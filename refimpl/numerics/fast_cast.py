@@ -1,4 +1,4 @@
-"""Fast conversions fp32 -> fp16 and fp16 -> fp32 of NumPy arrays, for casts.py.
+"""Fast conversions fp32 -> fp16 and fp16 -> fp32 of NumPy arrays: `cast` and `widen` for the NumPy backend.
 
 They return the same bits as NumPy's own conversion (`x.astype(...)`) for every input, NaN payloads included. NumPy converts
 FP16 one element at a time, with a branch for each kind of value, and raises the CPU's underflow flag for each inexact
@@ -22,6 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from refimpl.numerics import casts
+from refimpl.numerics.formats import FORMATS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -54,6 +57,23 @@ _FP16_INF, _FP16_MINUS_INF = 0x7C00, 0xFC00
 # All fp16 values in the order of their codes, as NumPy widens them: a table for blocks with an infinity or a NaN.
 _WIDENED = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 _WIDENED.setflags(write=False)
+
+
+def cast(x: Array, fmt: str, out: Array | None = None) -> Array:
+    """Return `casts.cast(x, fmt, out)`, to the bit."""
+    fast = {(np.float32, "fp16"): fp32_to_fp16, (np.float16, "fp32"): fp16_to_fp32}.get((x.dtype.type, fmt))
+    return casts.cast(x, fmt, out) if fast is None or x.size < SMALL else _into(fast, x, fmt, out)
+
+
+def widen(x: Array, fmt: str, out: Array | None = None) -> Array:
+    """Return `casts.widen(x, fmt, out)`, to the bit."""
+    fits = x.dtype == np.float16 and fmt == "fp32" and x.size >= SMALL
+    return _into(fp16_to_fp32, x, fmt, out) if fits else casts.widen(x, fmt, out)
+
+
+def _into(fast: Callable[[Array, Array], Array], x: Array, fmt: str, out: Array | None) -> Array:
+    """Convert into `out`, or into a new array."""
+    return fast(x, np.empty_like(x, FORMATS[fmt].dtype) if out is None else out)
 
 
 def fp32_to_fp16(x: Array, out: Array) -> Array:

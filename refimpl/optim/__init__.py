@@ -1,7 +1,7 @@
 """Model states, gradients, optimizers and the loss scale: the functions that steps 1, 3 and 4 of the algorithm call.
 
     layout.py           the place of each parameter in the flat buffers, and the blocks in which they are processed
-    one_rank.py         what the states of one host exchange with other ranks: nothing
+    exchange.py         what a state exchanges with other ranks: on one host, nothing
     state.py            masters, weights, gradients and moments as flat buffers with named views
     gradients.py        step 3: whether all gradients are finite, their norm, and the clip coefficient
     micro_batches.py    gradient accumulation: the share of each micro-batch in the mean loss

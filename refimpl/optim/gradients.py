@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.optim.layout import by_grain
@@ -32,7 +33,7 @@ def check_and_measure(state: State, inverse_scale: Array) -> tuple[Array, Array]
     Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2.
     PyTorch: GradScaler.unscale_, then the norm in torch.nn.utils.clip_grad_norm_ (the norm of the tensors' norms, which
     differs by rounding only).
-    Differs from the source: 1/S is infinite for S = 0, which a scale without a floor reaches, and for S < 2^-128. PyTorch
+    Differs from the source: 1/S is infinite for S = 0, which a scale without a floor reaches, and for S <= 2^-128. PyTorch
     then updates every weight to NaN; here the step is skipped.
     """
     fast = state.backend.passes if state.math_format == "fp32" and "main_grads" not in state.stored else {}
@@ -52,7 +53,7 @@ def measure(state: State, inverse_scale: Array) -> tuple[Array, Array]:
     no_inverse = ~xp.isfinite(factor)
 
     def of_block(block: slice) -> tuple[Array, Array]:
-        scaled = widen(state.grads[block], fmt)
+        scaled = state.backend.widen(state.grads[block], fmt)
         g = scaled * factor
         if keeps:
             state.flat("main_grads")[block][...] = g
@@ -70,10 +71,10 @@ def fold(state: State, squares: Array, bad: Array) -> tuple[Array, Array]:
 
 
 def unscaled(state: State, block: slice, inverse_scale: Array) -> Array:
-    """Return the FP32 gradients of a block, divided by S: a copy of main_grads if there are any, else from the 16-bit ones."""
+    """Return the gradients of a block, divided by S, in FP32 (FP64 in recipe fp64): from main_grads, if there are any."""
     if "main_grads" in state.stored:
         return state.flat("main_grads")[block].copy()
-    return widen(state.grads[block], state.math_format) * widen(inverse_scale, state.math_format)
+    return state.backend.widen(state.grads[block], state.math_format) * widen(inverse_scale, state.math_format)
 
 
 def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
@@ -81,8 +82,11 @@ def clip_coefficient(norm: Array, max_norm: float) -> Array | float:
 
     max_norm = inf disables clipping. The norm must be that of the unscaled gradients: with S = 65536, that of the scaled ones
     would exceed max_norm in almost every step.
+    Errors: UsageError for a max_norm that is not above 0.
     Source: Pascanu et al. 2013, arXiv 1211.5063. PyTorch: torch.nn.utils.clip_grad_norm_.
     """
+    if not max_norm > 0:
+        raise UsageError(f"max_norm is {max_norm}: it must be above 0; inf means no clipping")
     if math.isinf(max_norm):
         return 1.0
     coefficient = (1.0 / (norm + 1e-6)) * max_norm

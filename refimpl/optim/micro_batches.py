@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.errors import UsageError
 from refimpl.nn.models.model import Model
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
@@ -26,8 +27,11 @@ def divisors(model: Model, batches: Sequence[tuple[Array, Array]], state: State)
     With N_i targets in micro-batch i (without ignored ones) and N in all micro-batches of all ranks, the divisor is N / N_i:
     Inf if N_i is 0, NaN if N is 0, and exactly the number of micro-batches if all N_i are equal. For a mean of means
     (`nn.models.model.LOSS_MEANS`) it is always that number. Each is a 0-d array on the device of the batches.
+    Errors: UsageError without any micro-batch.
     PyTorch: a training loop does this by hand: cross_entropy(..., reduction='sum') / N.
     """
+    if not batches:
+        raise UsageError("no micro-batches: a step needs at least one")
     n = len(batches) * state.ranks
     if n == 1 or model.loss_mean == "micro-batches":
         return [n] * len(batches)

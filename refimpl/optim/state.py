@@ -20,16 +20,16 @@ from refimpl.backends.base import Backend
 from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
-from refimpl.numerics.formats import format_of, widens_to
+from refimpl.numerics.formats import FORMATS, format_of, widens_to
+from refimpl.optim.exchange import Exchange
 from refimpl.optim.layout import HasParameters, Layout, blocks
-from refimpl.optim.one_rank import OneRank
 from refimpl.precision.context import Monitor
 from refimpl.precision.state_encodings import MAIN, BufferSpec, Plain, RandomKey, buffer_name, get_encoding
 
 R = TypeVar("R")
 
 
-class State(OneRank):
+class State(Exchange):
     """The states of a run on one host: a flat array per kind, `state.grads[block]`, and `t`, the number of updates made.
 
     Skipped steps do not count as updates. `distributed.zero.ShardedState` has the states of one of several ranks: there
@@ -42,7 +42,7 @@ class State(OneRank):
         stored: kind -> name of its encoding, as `Recipe.state_encodings` returns it. seed: for encodings that round at random.
         """
         self.layout, self.stored, self.backend, self.seed = Layout.of(model), dict(stored), backend, seed
-        self.encodings = {kind: get_encoding(name).of(self.layout.embeddings) for kind, name in stored.items()}
+        self.encodings = {kind: get_encoding(name).of(self.layout.embeddings, backend) for kind, name in stored.items()}
         if not backend.on_host:
             self.refuse_codes(f"--backend {backend.name}")
         self.formats = {kind: encoding.fmt for kind, encoding in self.encodings.items()}
@@ -132,10 +132,11 @@ class State(OneRank):
     def weights_down(self) -> None:
         """Round the masters to the format of the model weights. Do nothing if the weights are their own masters.
 
+        An update smaller than half the distance between two 16-bit numbers would be rounded away; FP32 masters add such up.
         Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.1.
         """
         if self.master_kind == "master":
-            cast(self.master, self.formats["weights"], out=self.weights)
+            self.backend.cast(self.master, self.formats["weights"], out=self.weights)
             self._report("weights_down", self.master, self.weights, start=0)
 
     # -- step 2 --------------------------------------------------------------------------------------------------------------
@@ -151,14 +152,17 @@ class State(OneRank):
     def accumulate_grad(self, name: str, gradient: Array) -> None:
         """Add the gradient of a parameter that backward has finished. The first of a step is stored as it is.
 
-        Sums over micro-batches are FP32 (`Recipe.state_encodings` makes the buffer FP32), never 16 bits.
+        Sums over micro-batches are FP32, never 16 bits: `Recipe.state_encodings` makes the buffer FP32 for several.
+        Errors: UsageError for a second gradient where it did not.
         """
         view, fmt = self.grad_views[name], self.formats["grads"]
         if name in self.without_grad:
-            widen(gradient, fmt, out=view)  # 0 + gradient would be the same, but for one more pass over memory and -0
+            self.backend.widen(gradient, fmt, out=view)  # as 0 + gradient, without a pass over memory, and -0 stays -0
             self.without_grad.remove(name)
+        elif FORMATS[fmt].bits < 32:
+            raise UsageError("several micro-batches: State needs state_encodings(grad_accum=...), which sums gradients in FP32")
         else:
-            view += widen(gradient, fmt)
+            view += self.backend.widen(gradient, fmt)
 
     # -- steps 3 and 4 -------------------------------------------------------------------------------------------------------
 

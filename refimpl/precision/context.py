@@ -77,7 +77,8 @@ class OpPrecision:
         p.round_grad(dz, 'x', fmt)  round the gradient of operand x, and store it in fmt
         p['dw']                     the same for a part of the operation: the row `linear.dw`
 
-    row: the row of the policy. inputs: operand -> the format that the row names for it.
+    For a format that is not the row's there are round_to, store_grad and result_format, which the verbs above call.
+    row: the row of the policy. inputs: operand -> the format that it names. place: the name in the model. xp: array library.
     math: the format of all arithmetic inside, the row's `acc`.
     """
 
@@ -111,14 +112,13 @@ class OpPrecision:
 
     def round(self, z: Array, site: str, *operands: Array) -> Array:
         """Round a result to the row's `out`; with SAME, to the widest format among `operands`, which are as they arrived."""
-        fmt = self.row.out
-        return self.round_to(z, widest(*map(format_of, operands)) if fmt == SAME else fmt, site)
+        return self.round_to(z, self.row.out if self.row.out != SAME else self.result_format(*map(format_of, operands)), site)
 
     def round_grad(self, dz: Array, operand: str, stored: str) -> Array:
         """Round the gradient of an operand to the format that the operand was cast to, then convert it to the operand's own.
 
-        Thus a gradient has no more precision than the value that the operation read: under autocast a weight gradient is
-        R16(dy^T x), widened to FP32.
+        Thus a gradient has no more precision than the value that the operation read: where autocast casts an FP32 x to 16 bits,
+        dx is rounded to 16 bits and then widened to FP32.
         stored: the format of the operand before its cast.
         """
         fmt = self.inputs[operand]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl.errors import UsageError, unknown
+from refimpl.numerics import casts
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of, from_bits
 from refimpl.numerics.casts import cast, widen
@@ -76,21 +77,25 @@ class RandomKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Plain:
-    """Store numbers of one format, rounded to nearest even."""
+    """Store numbers of one format, rounded to nearest even.
+
+    convert: what has `cast` and `widen`: the module of that name, or a backend.
+    """
 
     fmt: str
+    convert: Any = field(default=casts, compare=False, repr=False)
 
     @property
     def parts(self) -> Mapping[str, BufferSpec]:
         return {MAIN: BufferSpec(dtype_of(self.fmt))}
 
-    def of(self, embeddings: int) -> Encoding:
-        """Return the encoding for a model whose first `embeddings` parameters are embeddings: here, itself."""
-        return self
+    def of(self, embeddings: int, convert: Any = casts) -> Encoding:
+        """Return the encoding for a model whose first `embeddings` parameters are embeddings, and what converts."""
+        return replace(self, convert=convert)
 
     def read(self, parts: BufferSlices, fmt: str) -> Array:
         """Return the values in the format `fmt`; where that is the stored one, the buffer itself."""
-        return widen(parts[MAIN], fmt)
+        return self.convert.widen(parts[MAIN], fmt)
 
     def values(self, parts: BufferSlices) -> Array:
         """Return the values in the format that they are stored in, for reading only."""
@@ -102,7 +107,7 @@ class Plain:
 
     def write(self, parts: BufferSlices, values: Array, key: RandomKey) -> None:
         """Store the values."""
-        cast(values, self.fmt, out=parts[MAIN])
+        self.convert.cast(values, self.fmt, out=parts[MAIN])
 
     def start(self, parts: BufferSlices, values: Array) -> None:
         """Store the FP32 values that a run starts from, rounded to nearest."""
@@ -217,7 +222,7 @@ class Blockwise:
     def parts(self) -> Mapping[str, BufferSpec]:
         return {MAIN: BufferSpec(np.dtype(np.uint8)), "scales": BufferSpec(dtype_of("fp32"), SHARING)}
 
-    def of(self, embeddings: int) -> Encoding:
+    def of(self, embeddings: int, convert: Any = casts) -> Encoding:
         """Return the encoding for a model whose first `embeddings` parameters are embeddings: here, itself."""
         return self
 
@@ -266,7 +271,7 @@ class FP32Embeddings(Blockwise):
     def parts(self) -> Mapping[str, BufferSpec]:
         return {**super().parts, "embeddings": BufferSpec(dtype_of("fp32"), first=self.embeddings)}
 
-    def of(self, embeddings: int) -> Encoding:
+    def of(self, embeddings: int, convert: Any = casts) -> Encoding:
         return replace(self, embeddings=embeddings)
 
     def read(self, parts: BufferSlices, fmt: str) -> Array:

@@ -14,7 +14,7 @@ from refimpl.training.config import KINDS, MODEL_DEFAULTS, Config, flag
 HELP = {
     "model": "gpt or mlp",
     "recipe": ", ".join(RECIPES),
-    "backend": "numpy (fast), reference (the definitions of the operations and nothing else) or cupy (an NVIDIA GPU)",
+    "backend": "numpy (fast), reference (the definitions, without any fast version) or cupy (an NVIDIA GPU)",
     "data": "pydoc (Python's manual), stdlib (its library's sources), or any file",
     "examples": "blocks of consecutive bytes, or lines: blocks that end with a line, padded (gpt)",
     "steps": "training steps",

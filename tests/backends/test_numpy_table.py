@@ -42,7 +42,7 @@ def test_every_entry_of_the_table_is_compared_below() -> None:
     assert {*SAME_BITS, *REORDERED} == {*FAST} == {*NUMPY.ops}
     for name, op in FAST.items():
         definition = DEFINITIONS[name]
-        assert (op.name, op.params, op.row) == (definition.name, definition.params, definition.row) and op != definition
+        assert (op.name, op.params, op.key) == (definition.name, definition.params, definition.key) and op != definition
 
 
 def drawn(shape: tuple[int, ...], fmt: str, special: bool, seed: int) -> Array:
@@ -56,7 +56,7 @@ def drawn(shape: tuple[int, ...], fmt: str, special: bool, seed: int) -> Array:
 
 def called(op: Op, backend: Backend, recipe: str, operands: list[Array], dy: Array | None = None, **static: Any) -> list[Array]:
     """All that an operation returns and saves, forward and backward, on a backend."""
-    p = Run(RECIPES[recipe].policy, backend).precision(op.row, "here")
+    p = Run(RECIPES[recipe].policy, backend).precision(op.key, "here")
     with np.errstate(all="ignore"):
         y, saved = op.forward(*operands, p=p, **static)
         if op.name == "fan_in":

@@ -82,7 +82,7 @@ def ones_like(x: Array, backend: Backend = NUMPY) -> Array:
 
 def by_hand(run: Run, op: Op) -> tuple[Op, Any]:
     """The operation as this run's backend computes it, and its precision."""
-    return selected(op, run, "by hand"), run.precision(op.row, "by hand")
+    return selected(op, run, "by hand"), run.precision(op.key, "by hand")
 
 
 # --------------------------------------------------------------------------------------------------- one tensor, many uses
@@ -333,6 +333,16 @@ def test_without_recording_the_result_is_the_same_and_nothing_is_kept(recipe: st
     forward_only, other = small_tape(recipe, record=False, backend=backend)
     assert wide(loss.array) == wide(other.array) and math.isfinite(float(loss.array))
     assert forward_only.entries == [] and recorded.entries
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_backward_without_a_record_is_an_error(record: bool) -> None:
+    """A second time, or on a tape that recorded nothing: silence would look like gradients of zero."""
+    tape, loss = small_tape("fp32", record=record)
+    if record:
+        tape.backward(loss, ones_like(loss.array), Collector())
+    with pytest.raises(RuntimeError, match="nothing is recorded"):
+        tape.backward(loss, ones_like(loss.array), Collector())
 
 
 def test_without_recording_activations_go_with_their_last_use() -> None:

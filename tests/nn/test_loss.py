@@ -27,6 +27,7 @@ from torch_cases import (
 )
 
 from refimpl.backends.numpy.backend import NUMPY
+from refimpl.errors import UsageError
 from refimpl.nn.ops import OPS
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
@@ -59,6 +60,13 @@ def test_cross_entropy_is_the_mean_of_minus_the_log_of_the_target_probability() 
 def test_one_class_is_certain(fmt: str) -> None:
     loss, (dz, _) = run(fmt, "cross_entropy", [array([[3.0]], fmt), np.array([0])], [])
     assert loss == 0 and same(dz, [[0.0]])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (4,), (1, 4, 1)])
+def test_targets_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    """(1, 1) would be broadcast, to a loss and gradients that look as if nothing were wrong."""
+    with pytest.raises(UsageError, match=r"here: targets .* for logits \(1, 4, 7\): there must be one per row of logits"):
+        OPS["cross_entropy"].forward(draw(1, 4, 7), np.zeros(shape, np.int64), p=bound("fp32", "cross_entropy"))
 
 
 # -------------------------------------------------------------------------------------------------------------- roundings

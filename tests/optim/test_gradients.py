@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 import refimpl.optim.layout
 from refimpl.backends.base import Backend
 from refimpl.backends.numpy.backend import NUMPY, SHARED
+from refimpl.errors import UsageError
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
@@ -213,6 +214,13 @@ def test_clip_coefficient(norm: float, max_norm: float, expected: float, backend
     # the 1e-6 in the denominator, and three roundings: sum, reciprocal, product (expected itself is exact)
     assert abs(float(coefficient) - expected) <= expected * (1e-6 / max(norm, 1) + 4 * U)
     assert coefficient <= 1
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
+def test_a_norm_that_nothing_can_have_is_refused(max_norm: float) -> None:
+    with pytest.raises(UsageError, match=r"max_norm is .*: it must be above 0; inf means no clipping"):
+        clip_coefficient(np.float32(1), max_norm)
+    assert clip_coefficient(np.float32(1), math.inf) == 1.0
 
 
 @pytest.mark.parametrize("seed", range(20))

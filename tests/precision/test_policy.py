@@ -300,7 +300,7 @@ def test_which_parameters_are_cast_once_a_step(inputs: str, given: str, expected
     p = Run(policy, NUMPY).precision("linear", "here")
     parameters = Parameters({"here.weight": ones(given)}, {})
     leaf = parameters.leaf("here.weight")
-    assert leaf is not None and parameters.copied_to(leaf, "w", p) == expected
+    assert leaf is not None and parameters.copy_format(leaf, "w", p) == expected
 
 
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "fp32"])

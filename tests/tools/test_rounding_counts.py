@@ -249,7 +249,7 @@ def test_no_rounding_of_a_tensor_escapes(recipe: str, model: str, monkeypatch: p
         return result
 
     monitor = RoundingMonitor()
-    training = watched(recipe, None, model=model)
+    training = watched(recipe, None, model=model, backend="reference")
     training.set_monitor(monitor)
     corpus = load_corpus("pydoc", TINY["block_size"])
     batch = sample_batch(corpus.train, TINY["batch_size"], TINY["block_size"], generator(1, BATCHES))

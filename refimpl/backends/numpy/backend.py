@@ -11,7 +11,7 @@ import numpy as np
 
 from refimpl.backends.base import Backend
 from refimpl.backends.numpy.threads import workers
-from refimpl.numerics import casts
+from refimpl.numerics import fast_cast
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import dtype_of
 
@@ -25,8 +25,8 @@ CONVERTED = 1 << 18
 """Elements that a thread converts at a time."""
 
 ROWS = 384
-"""The least rows per block of a matrix product that is cut into blocks. For each block the BLAS packs the whole right operand
-again. So 2048 rows make four blocks.
+"""A product is cut into more than two blocks only while each has so many rows on average, for the BLAS packs the whole right
+operand again for each block. 2048 rows make four blocks.
 """
 
 WHOLE = 1 << 21
@@ -34,7 +34,7 @@ WHOLE = 1 << 21
 
 
 def row_blocks(M: int, multiplications: int) -> list[slice]:
-    """Return the blocks of rows in which a product of M rows is computed: one, or two, four, ... equal ones.
+    """Return the blocks of rows in which a product of M rows is computed: one, or two, four, ... of which the last is shorter.
 
     They depend on the shape alone, never on the number of threads: how a BLAS sums a row may depend on how many rows it gets.
 
@@ -68,13 +68,13 @@ class NumPyBackend(Backend):
     def each(self, f: Callable[[T], R], parts: Iterable[T], size: int) -> list[R]:
         return workers().map(f, parts) if size >= SHARED else super().each(f, parts, size)
 
-    def cast(self, x: Array, fmt: str) -> Array:  # type: ignore[override]
+    def cast(self, x: Array, fmt: str, out: Array | None = None) -> Array:
         """Round as `casts.cast` does, to the bit, on several threads."""
-        return _converted(casts.cast, x, fmt)
+        return _converted(fast_cast.cast, x, fmt, out)
 
-    def widen(self, x: Array, fmt: str) -> Array:  # type: ignore[override]
+    def widen(self, x: Array, fmt: str, out: Array | None = None) -> Array:
         """Widen as `casts.widen` does, on several threads."""
-        return _converted(casts.widen, x, fmt)
+        return _converted(fast_cast.widen, x, fmt, out)
 
     def matmul(self, a: Array, b: Array, acc: str) -> Array:
         """Multiply as `Backend` does: two matrices in `row_blocks`, the matrices of a batch one by one."""
@@ -100,7 +100,7 @@ class NumPyBackend(Backend):
         def product(rows: slice) -> None:
             part = result[rows]
             z = part if fmt == acc else np.empty(part.shape, dtype_of(acc))
-            y = finish(np.matmul(casts.widen(a[rows], acc), b, out=z))
+            y = finish(np.matmul(fast_cast.widen(a[rows], acc), b, out=z))
             if y is not part:
                 part[...] = y
 
@@ -108,17 +108,19 @@ class NumPyBackend(Backend):
         return result
 
 
-def _converted(change: Callable[[Array, str], Array], x: Array, fmt: str) -> Array:
-    """Return `change(x, fmt)`, computed in parts."""
+def _converted(change: Callable[..., Array], x: Array, fmt: str, out: Array | None = None) -> Array:
+    """Return `change(x, fmt, out)`, computed in parts."""
     if x.size < SHARED or x.dtype == dtype_of(fmt) or workers().at_work:
-        return change(x, fmt)
-    if not x.flags.c_contiguous:
-        return _converted(change, x.T, fmt).T if x.T.flags.c_contiguous else change(x, fmt)
-    flat, result = x.reshape(-1), np.empty(x.shape, dtype_of(fmt))
-    target = result.reshape(-1)
+        return change(x, fmt, out)
+    if out is None and not x.flags.c_contiguous and x.T.flags.c_contiguous:
+        return _converted(change, x.T, fmt).T
+    result = np.empty(x.shape, dtype_of(fmt)) if out is None else out
+    if not (x.flags.c_contiguous and result.flags.c_contiguous and result.shape == x.shape):
+        return change(x, fmt, out)
+    flat, target = x.reshape(-1), result.reshape(-1)
 
     def part(start: int) -> None:
-        target[start : start + CONVERTED] = change(flat[start : start + CONVERTED], fmt)
+        change(flat[start : start + CONVERTED], fmt, target[start : start + CONVERTED])
 
     workers().map(part, range(0, x.size, CONVERTED))
     return result

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from refimpl.numerics.arrays import Array
-from refimpl.numerics.casts import widen
 
 
 def adamw(rule: Any, state: Any, inverse_scale: Array, clip: Array | float, scalars: Array, found_inf: Array) -> None:
@@ -62,7 +61,7 @@ def _each_block(
 
     def update(block: slice) -> None:
         w, *moments = (state.flat(kind)[block] for kind in (state.master_kind, *rule.moments))
-        g = widen(state.grads[block], "fp32") * inverse_scale
+        g = state.backend.widen(state.grads[block], "fp32") * inverse_scale
         g *= clip
         for start, stop in state.decayed:
             decayed = w[max(start - block.start, 0) : max(stop - block.start, 0)]

@@ -1,8 +1,8 @@
 """The fast versions for the host, by the name of the definition that each replaces: operations of `nn/`, updates of `optim/`.
 
-The roundings are those of the definition. So are the bits, except where a sum has another order: `linear` and `attention` (rows
-in blocks, dk and dv over blocks of queries), `fused_attention` and `layernorm` (sums of rows by einsum), `embedding` (rows of a
-token added pairwise).
+The roundings are those of the definition. So are the bits, except where a sum has another order: products in blocks of rows
+(`linear`), or of queries (`attention`, where dk and dv are summed over the blocks); sums over the last axis by einsum
+(`layernorm`, and the softmax of `attention` and `fused_attention`); the gradient of `embedding`, added pairwise per token.
 """
 
 from __future__ import annotations

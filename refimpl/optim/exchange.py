@@ -1,4 +1,4 @@
-"""What the states of one host exchange with other ranks: nothing. `distributed.zero.ShardedState` overrides these."""
+"""What a state exchanges with the states of other ranks: here there are none. `distributed.zero.ShardedState` has others."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from refimpl.numerics.arrays import Array
 from refimpl.precision.state_encodings import buffer_name
 
 
-class OneRank:
-    """The exchange of a state that is alone.
+class Exchange:
+    """What the step asks of a state that may be one of several. Here it is alone.
 
-    first: the parameter at which the part begins that this rank updates.
+    ranks: how many there are. first: the parameter at which the part begins that this one updates.
     """
 
     ranks, first = 1, 0
