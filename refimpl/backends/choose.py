@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from refimpl.backends.base import REFERENCE, Backend
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.backends.numpy.malloc import keep_freed_memory
 from refimpl.errors import UsageError, unknown
 
 BACKENDS = ("numpy", "reference", "cupy")
+ON_HOST: Mapping[str, Backend] = {"numpy": NUMPY, "reference": REFERENCE}
 
 
 def get_backend(name: str) -> Backend:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.backends.choose import ON_HOST
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array
@@ -87,7 +88,8 @@ class Judge:
             config, changed = replace(config, grad_accum=n), [*changed, f"the trace has {n} micro-batches per step"]
         self.notes = [*mapped, *changed]
         self.own_rates = theirs.settings.get("schedule") == OWN_RATES
-        self.training, self.ours = config.make_training(NUMPY), Trace()
+        backend = ON_HOST.get(config.backend, NUMPY)  # a trace from a device is judged on the host
+        self.training, self.ours = config.make_training(backend), Trace()
         self.recorder = Recorder(self.training, self.ours, follow=self.theirs)
         inject(mistake, self.training)
         start_from(self.theirs, self.training)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refimpl.backends.numpy.backend import NUMPY
+from refimpl.backends.base import REFERENCE
 from refimpl.nn.autograd import Tape
 from refimpl.nn.models.model import Model
 from refimpl.parity.trace import in_batch
@@ -39,7 +39,7 @@ class Operation:
 def operations_of(model: Model) -> list[Operation]:
     """Return a model's operations in the order in which they run, the loss last, as its tape records them."""
     weights = {name: np.zeros(spec.shape, np.float32) for name, spec in model.parameters.items()}
-    tape = Tape(Run(get_recipe("fp32").policy, NUMPY), weights, model.tied)
+    tape = Tape(Run(get_recipe("fp32").policy, REFERENCE), weights, model.tied)
     tokens = np.zeros((1, model.config["block_size"]), np.int64)
     model.loss(tape, tokens, tokens)
     return [

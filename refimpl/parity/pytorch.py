@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refimpl.backends.numpy.backend import NUMPY
+from refimpl.backends.choose import ON_HOST
 from refimpl.errors import UsageError
 from refimpl.nn.op import Op
 from refimpl.numerics.arrays import Array
@@ -151,8 +151,9 @@ class RefimplRun:
     """refimpl's side: a training run without a folder, whose ReLUs take given branches."""
 
     def __init__(self, config: Config, weights: Tensors) -> None:
-        self.training = config.make_training(NUMPY)
-        self.state = OverflowingState(self.training.model, self.training.state.formats, NUMPY)
+        backend = config.make_backend()
+        self.training = config.make_training(backend)
+        self.state = OverflowingState(self.training.model, self.training.state.formats, backend)
         self.training.state = self.state
         self.branches = Branches()
         self.training.run.overrides = {**self.training.run.overrides, "relu": self.branches.op}
@@ -183,6 +184,8 @@ def compare(config: Config, spread: bool = True, device: str = "cpu") -> Compari
         raise UsageError("the PyTorch model takes one micro-batch per step, and SGD without weight decay")
     if config.loss_scale not in ("dynamic", "none") or config.masters_from == "rounded":
         raise UsageError("the PyTorch model has a GradScaler (dynamic) or no loss scale, and masters of the original weights")
+    if config.backend not in ON_HOST:
+        raise UsageError(f"--backend is {config.backend}: refimpl's side runs on the host, choose {' or '.join(ON_HOST)}")
     require_memory([need(config)])
     torch = import_torch()
     if device not in ("cpu", "cuda"):

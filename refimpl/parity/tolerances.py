@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.backends.numpy.backend import NUMPY
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, is_float, ulp
@@ -194,7 +193,7 @@ class Bounds:
         if self._exact_sums is None:
             run = self.training.run
             rows = {key: replace(row, acc="fp64") if row.acc == "fp32" else row for key, row in run.policy.rows.items()}
-            exact, exact_run = self._same_weights(), Run(replace(run.policy, rows=rows), NUMPY, overrides=run.overrides)
+            exact, exact_run = self._same_weights(), Run(replace(run.policy, rows=rows), run.backend, overrides=run.overrides)
             self._exact_sums, self._addends = self._run(exact, exact_run, self.S, follow=True), exact.addends
         return self._exact_sums
 
@@ -203,7 +202,7 @@ class Bounds:
         """Return our step, from the trace's values, with fused attention as another correct kernel computes it."""
         if self._other_kernel is None:
             run = self.training.run
-            other = Run(run.policy, NUMPY, overrides={**run.overrides, "attention": other_kernel})
+            other = Run(run.policy, run.backend, overrides={**run.overrides, "attention": other_kernel})
             self._other_kernel = self._run(self._same_weights(), other, self.S, follow=True)
         return self._other_kernel
 
@@ -212,9 +211,10 @@ class Bounds:
         """Return the step in FP64, from the weights of the trace."""
         if self._truth is None:
             recipe, training = get_recipe("fp64"), self.training
-            exact = State(training.model, recipe.state_encodings(()), NUMPY)
+            backend = training.run.backend
+            exact = State(training.model, recipe.state_encodings(()), backend)
             widen(training.state.weights, "fp64", out=exact.weights)
-            self._truth = self._run(exact, Run(recipe.policy, NUMPY), np.asarray(np.float64(self.S)), follow=False)
+            self._truth = self._run(exact, Run(recipe.policy, backend), np.asarray(np.float64(self.S)), follow=False)
         return self._truth
 
     def _same_weights(self) -> Addends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from paths import SCRIPTS
+from recipe_lists import others_slow
 
 from refimpl.errors import UsageError
 from refimpl.numerics.formats import format_of
@@ -43,10 +45,15 @@ def run(recipe: str, base: dict[str, Any] = SMALL, **more: Any) -> Comparison:
     return compare(Config.of({**base, "recipe": recipe, **more}), spread=False)
 
 
-@pytest.mark.parametrize("model", ["gpt", "mlp"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_fifty_steps_agree(recipe: str, model: str) -> None:
-    result = run(recipe, model=model)
+BY_DEFINITION = {("reference", *case) for case in (("fp32", "gpt"), ("bf16", "gpt"), ("amp-bf16", "gpt"), ("bf16", "mlp"))}
+
+
+@pytest.mark.parametrize(("backend", "recipe", "model"), others_slow(
+    itertools.product(("numpy", "reference"), RECIPES, ("gpt", "mlp")),
+    plain={*itertools.product(("numpy",), RECIPES, ("gpt", "mlp")), *BY_DEFINITION},
+))  # fmt: skip
+def test_fifty_steps_agree(backend: str, recipe: str, model: str) -> None:
+    result = run(recipe, model=model, backend=backend)
     assert result.agrees, report(result)
     summary = result.summary()
     assert summary["scales_equal"] and summary["skips_equal"] and summary["steps"] == 50
@@ -228,7 +235,23 @@ def test_loss_scales_and_starts_that_pytorchs_training_lacks_are_refused() -> No
             run("fp16", **more)
 
 
+def test_our_side_runs_the_definitions_alone_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the trajectory and in the judge: no fast version is even looked up."""
+
+    def refuse(self: object) -> None:
+        raise AssertionError("a fast version")
+
+    for table in ("ops", "passes"):
+        monkeypatch.setattr(type(NUMPY), table, property(refuse))
+    more: dict[str, Any] = {"attention": "fused", "steps": 2}
+    with pytest.raises(AssertionError, match="a fast version"):
+        run("bf16", ODD, **more)
+    run("bf16", ODD, **more, backend="reference")
+
+
 def test_devices_that_cannot_be_used_are_refused() -> None:
+    with pytest.raises(UsageError, match="--backend is cupy: refimpl's side runs on the host, choose numpy or reference"):
+        run("fp16", ODD, backend="cupy")
     config = Config.of({**ODD, "recipe": "amp-fp16"})
     with pytest.raises(UsageError, match="unknown device 'tpu': choose cpu or cuda"):
         compare(config, device="tpu")
@@ -249,7 +272,8 @@ def test_fifty_steps_agree_on_a_gpu(recipe: str) -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     script = SCRIPTS / "compare_pytorch.py"
-    flags = ["--recipe=amp-bf16", "--steps=8", "--n-layer=1", "--n-embd=16", f"--json={tmp_path / 'r.json'}"]
+    flags = ["--recipe=amp-bf16", "--backend=reference", "--steps=8", "--n-layer=1", "--n-embd=16"]
+    flags.append(f"--json={tmp_path / 'r.json'}")
     done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "PyTorch against itself" in done.stdout and "AGREES: amp-bf16, 8 steps" in done.stdout

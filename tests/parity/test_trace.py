@@ -15,7 +15,8 @@ from paths import ROOT
 from safetensors.numpy import save_file
 from script_loader import load_script
 
-from refimpl.backends.base import Backend
+from refimpl.backends.base import REFERENCE, Backend
+from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.parity.diff import diff_traces
 from refimpl.parity.judge import Judge, judge_trace
@@ -122,6 +123,17 @@ def test_recipes_that_no_bound_is_derived_for_are_recorded_and_not_judged(recipe
 def test_variants_that_round_to_nearest_are_judged(recipe: str) -> None:
     trace = record(config(recipe))
     assert all(finding.identical == 1 for finding in judge_trace(config(recipe), trace))
+
+
+def test_a_trace_is_judged_on_its_own_backend_or_for_a_device_on_the_host() -> None:
+    trace = record(config(backend="reference"))
+    assert trace.config["backend"] == "reference"
+    for name, backend in (("reference", REFERENCE), ("numpy", NUMPY), ("cupy", NUMPY)):
+        judge = Judge(config(backend=name), trace)
+        assert judge.training.run.backend is backend
+        findings = list(judge.findings())
+        assert not any(finding.departs for finding in findings)
+        assert backend is NUMPY or all(finding.identical == 1 for finding in findings)
 
 
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:

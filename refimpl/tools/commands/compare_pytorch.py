@@ -22,8 +22,8 @@ from refimpl.training.outputs import target
 DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "lr": 1e-3}
 """A model that trains in seconds. With the initial loss scale below, FP16 overflows once or twice."""
 CONFIG_FLAGS = (
-    "examples", "ignore_index", "weight_decay", "momentum", "beta1", "beta2", "eps", "min_lr", "schedule", "growth_factor",
-    "backoff_factor", "attention",
+    "backend", "examples", "ignore_index", "weight_decay", "momentum", "beta1", "beta2", "eps", "min_lr", "schedule",
+    "growth_factor", "backoff_factor", "attention",
 )  # fmt: skip
 
 
