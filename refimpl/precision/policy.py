@@ -65,7 +65,8 @@ class Policy:
     one layer: `lm_head:linear`.
 
     fused_attention: whether attention runs as `nn/fused_attention.py` computes it, not operation by operation.
-    Errors: ValueError for a scheme or an accumulator of fewer bits in a row that is not one of PRODUCTS.
+    Errors: ValueError for a table without `*`, an unknown operation, format, scheme or accumulator, and for a scheme or an
+    accumulator of fewer bits in a row that is not one of PRODUCTS: `policy_checks.py`.
     """
 
     name: str
@@ -73,10 +74,9 @@ class Policy:
     fused_attention: bool = False
 
     def __post_init__(self) -> None:
-        for key, row in self.rows.items():
-            if not row.in_formats and key.rpartition(":")[2] not in PRODUCTS:
-                products = ", ".join(PRODUCTS)
-                raise ValueError(f"policy {self.name}: row {key!r} quantizes or sums in fewer bits, as only {products} can")
+        from refimpl.precision.policy_checks import check_rows
+
+        check_rows(self.name, self.rows)
 
     def row(self, key: str, place: str = "") -> Precision:
         """Return the most specific row for an operation or a part of one. Rows of its place come before those of all places."""

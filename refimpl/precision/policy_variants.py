@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refimpl.precision.policy import EVERY_OTHER, Policy, Precision, uniform
+from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, Policy, Precision, uniform
 
 ATTENTION = ("unfused", "fused", "math")
 """Ways to compute attention: operation by operation in the policy's own rows, or as `with_attention` describes."""
@@ -32,9 +32,11 @@ def with_attention(policy: Policy, kind: str) -> Policy:
 
 
 def with_sums(name: str, acc: str) -> Policy:
-    """Return FP16 everywhere, with the products of linear layers summed in `acc`. db is not a product: its sum is in FP32."""
-    products = ("linear.y", "linear.dx", "linear.dw")
-    return Policy(name, {**uniform("fp16", "fp32").rows, **dict.fromkeys(products, Precision("fp16", acc, "fp16"))})
+    """Return `uniform("fp16", "fp32")` with the products of linear layers summed in `acc`.
+
+    The bias gradient db is not a product: its sum is in FP32.
+    """
+    return Policy(name, {**uniform("fp16", "fp32").rows, **dict.fromkeys(PRODUCTS, Precision("fp16", acc, "fp16"))})
 
 
 def low_products(

@@ -11,12 +11,10 @@ from refimpl.errors import UsageError
 from refimpl.nn.ops import OPS, fan_in
 from refimpl.numerics.formats import FORMATS
 from refimpl.precision.policy import EVERY_OTHER, SAME, Policy, Precision
+from refimpl.precision.policy_checks import PARTS
 from refimpl.precision.recipes import RECIPES, STATE_KINDS, Recipe, get_recipe
 from refimpl.precision.state_encodings import get_encoding
 from refimpl.training.console import json_text, table
-
-PARTS = {"linear": ("y", "dx", "dw", "db"), "attention": ("scores", "scale", "softmax", "values")}
-"""The parts of operations that look up rows of their own. The other operations have one row for everything."""
 
 MOVES = ("reshape", "transpose", "split")
 """Operations that compute nothing, and so use no row."""

@@ -4,14 +4,17 @@ import re
 
 import numpy as np
 import pytest
+from op_calls import SHAPES
 
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.autograd import Parameters
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
+from refimpl.nn.ops import OPS, SELECTED, fan_in
 from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.state import State
 from refimpl.precision.context import OpPrecision, Run
 from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, Policy, Precision, uniform
+from refimpl.precision.policy_checks import ROWS
 from refimpl.precision.policy_variants import with_attention
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.step import forward_backward
@@ -150,6 +153,53 @@ def refused_but_in_products(key: str, odd: Precision) -> None:
     for product in PRODUCTS:
         for place in ("", "lm_head:"):
             assert Policy("p", {EVERY_OTHER: A, place + product: odd}).row(product, "lm_head") is odd
+
+
+LACKS = "it lacks the row '*', of all operations that it does not list"
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ({"linaer.y": A, EVERY_OTHER: A}, "unknown row 'linaer.y': choose one of linear, .*, \\*; did you mean linear.y\\?"),
+        ({"lm_head:linaer": A, EVERY_OTHER: A}, "unknown row 'linaer': .*; did you mean linear\\?"),
+        ({"linear.dq": A, EVERY_OTHER: A}, "unknown row 'linear.dq': .*; did you mean linear.d[xwb]\\?"),
+        ({"layernorm.y": A, EVERY_OTHER: A}, "unknown row 'layernorm.y': .*; did you mean layernorm\\?"),  # it has no parts
+        ({"quantized_linear": A, EVERY_OTHER: A}, "unknown row 'quantized_linear': .*"),  # reads the row of linear
+        ({"linear ": A, EVERY_OTHER: A}, "unknown row 'linear ': .*; did you mean linear\\?"),
+        ({}, re.escape(LACKS)),
+        ({"linear": A, "lm_head:*": A}, re.escape(LACKS)),
+        ({EVERY_OTHER: Precision("fp17", "fp32", "fp16")},
+         "row '\\*': input 'fp17': choose one of same, fp64, .*, or a scheme of quantization; did you mean fp16\\?"),
+        ({EVERY_OTHER: A, "linear.y": Precision({"x": "fp16", "w": "e4m3-tensr"}, "fp32", "fp16")},
+         "row 'linear.y': input 'e4m3-tensr': .*; did you mean e4m3-tensor\\?"),
+        ({EVERY_OTHER: A, "h.0.fc:linear.dw": Precision("fp16", "fp32", "FP16")},
+         "row 'h.0.fc:linear.dw': output 'FP16': choose one of same, .*; did you mean fp16\\?"),
+        ({EVERY_OTHER: A, "linear.y": Precision("fp16", "fp32", "e4m3-tensor")}, "row 'linear.y': output 'e4m3-tensor': .*"),
+        ({EVERY_OTHER: Precision("fp16", "fp23", "fp16")},
+         "row '\\*': accumulator 'fp23': it is fp32, .*; did you mean fp32\\?"),
+        ({EVERY_OTHER: A, "linear.dw": Precision("fp16", "e8m99", "fp16")}, "row 'linear.dw': accumulator 'e8m99': it is .*"),
+        ({EVERY_OTHER: A, "linear": Precision("fp16", SAME, "fp16")}, "row 'linear': accumulator 'same': it is .*"),
+    ],
+)  # fmt: skip
+def test_a_table_with_a_mistake_is_refused(rows: dict[str, Precision], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^policy p: {says}$") as error:
+        Policy("p", rows)
+    assert "\n" not in str(error.value)
+
+
+def test_the_rows_that_can_be_are_those_of_the_operations_and_their_parts() -> None:
+    """What each operation looks up in forward and backward, with the operations that a policy selects."""
+    looked_up = {EVERY_OTHER, fan_in.key}
+    for policy in (uniform("bf16", "fp32"), get_recipe("fp8").policy, with_attention(uniform("bf16", "fp32"), "fused")):
+        for name, case in SHAPES.items():
+            run, chosen = Run(policy, NUMPY), {**OPS, **SELECTED}[policy.operation(name, "here")]
+            inputs, params, static = case.draw("bf16")
+            p = run.precision(chosen.key, "here")
+            y, saved = chosen.forward(*inputs, *params, p=p, **static)
+            chosen.backward(np.ones(np.shape(y), y.dtype), saved, *params, p=p, **static)
+            looked_up |= {chosen.key} | {part.op for part in p._parts.values()}
+    assert looked_up == set(ROWS) and len(ROWS) == len(set(ROWS))
 
 
 def test_the_policy_selects_the_operation_of_a_place() -> None:
