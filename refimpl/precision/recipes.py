@@ -88,11 +88,11 @@ def _state(weights: str, grads: str, master: str, moments: str, v: str = "", mai
 _MIXED = "Micikevicius et al. 2018, arXiv 1710.03740"
 _AUTOCAST = "PyTorch, aten/src/ATen/autocast_mode.h"
 _SR = "Gupta et al. 2015, arXiv 1502.02551; llm.c, train_gpt2.cu -w 0"
-_BF16 = uniform("bf16", "fp32")
 _FP8 = "Micikevicius et al. 2022, arXiv 2209.05433"
 _TE = "NVIDIA Transformer Engine, common/recipe"
 _MX = "Rouhani et al. 2023, arXiv 2310.10537"
 _SUMS = "DeepSeek-AI 2024, arXiv 2412.19437, section 3.3.2"
+_FP16, _BF16 = uniform("fp16", "fp32"), uniform("bf16", "fp32")
 _MASTERS = _state("bf16", "bf16", "fp32", "fp32")
 
 RECIPES: dict[str, Recipe] = {
@@ -103,9 +103,9 @@ RECIPES: dict[str, Recipe] = {
         Recipe("fp32", "all in single precision: the baseline", "-",
                uniform("fp32", "fp32"), _state("fp32", "fp32", "", "fp32"), "none"),
         Recipe("fp16", "FP16 weights and gradients, FP32 masters, dynamic loss scale: the published algorithm", _MIXED,
-               uniform("fp16", "fp32"), _state("fp16", "fp16", "fp32", "fp32"), "dynamic"),
-        Recipe("bf16", "BF16 weights and gradients, FP32 masters; its range needs no loss scale", _MIXED,
-               uniform("bf16", "fp32"), _state("bf16", "bf16", "fp32", "fp32"), "none"),
+               _FP16, _state("fp16", "fp16", "fp32", "fp32"), "dynamic"),
+        Recipe("bf16", "BF16 weights and gradients, FP32 masters; its range needs no loss scale",
+               "Kalamkar et al. 2019, arXiv 1905.12322", _BF16, _state("bf16", "bf16", "fp32", "fp32"), "none"),
         Recipe("amp-fp16", "FP32 weights, each operation cast as listed by CUDA autocast", _AUTOCAST,
                autocast_cuda("fp16"), _state("fp32", "fp32", "", "fp32"), "dynamic"),
         Recipe("amp-bf16", "FP32 weights, each operation cast as listed by CUDA autocast", _AUTOCAST,
@@ -115,11 +115,9 @@ RECIPES: dict[str, Recipe] = {
         Recipe("amp-bf16-cpu", "FP32 weights, each operation cast as listed by CPU autocast", _AUTOCAST,
                autocast_cpu("bf16"), _state("fp32", "fp32", "", "fp32"), "none"),
         Recipe("pure-fp16", "everything in FP16, no masters: the mistake that the algorithm avoids",
-               "Micikevicius et al. 2018, section 3.1", uniform("fp16", "fp32"),
-               _state("fp16", "fp16", "", "fp16"), "none"),
+               "Micikevicius et al. 2018, section 3.1", _FP16, _state("fp16", "fp16", "", "fp16"), "none"),
         Recipe("pure-bf16", "everything in BF16, no masters: the mistake that the algorithm avoids",
-               "Micikevicius et al. 2018, section 3.1", uniform("bf16", "fp32"),
-               _state("bf16", "bf16", "", "bf16"), "none"),
+               "Micikevicius et al. 2018, section 3.1", _BF16, _state("bf16", "bf16", "", "bf16"), "none"),
         Recipe("bf16-no-master", "BF16 weights and gradients, FP32 moments, no masters: what masters are for",
                "Zamirai et al. 2020, arXiv 2010.06192", _BF16, _state("bf16", "bf16", "", "fp32"), "none"),
         Recipe("bf16-sr", "no masters: BF16 weights, rounded stochastically after each update", _SR,
@@ -146,7 +144,7 @@ RECIPES: dict[str, Recipe] = {
                "Megatron-LM, docs of the distributed optimizer",
                _BF16, _state("bf16", "fp32", "fp32", "fp32"), "none", "rounded"),
         Recipe("apex-o2", "fp16 with an FP32 copy of the gradients; masters start from the rounded weights",
-               "NVIDIA Apex, amp O2; Megatron-LM's fp16", uniform("fp16", "fp32"),
+               "NVIDIA Apex, amp O2; Megatron-LM's fp16", _FP16,
                _state("fp16", "fp16", "fp32", "fp32", main_grads="fp32"), "dynamic", "rounded"),
         Recipe("fp8", "bf16 with linear layers in FP8: e4m3 forward, e5m2 for gradients, one scale per tensor",
                f"{_FP8}; {_TE}",

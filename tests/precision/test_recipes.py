@@ -41,6 +41,9 @@ PARTS: dict[str, dict[str, float]] = {
 def test_every_recipe_says_what_it_is_and_where_it_is_from() -> None:
     assert all(recipe.name == name and recipe.summary and recipe.source for name, recipe in RECIPES.items())
     assert all(tuple(recipe.state) == STATE_KINDS for recipe in RECIPES.values())
+    assert "arXiv 1710.03740" in RECIPES["fp16"].source  # which does not treat BF16
+    assert [name for name, recipe in RECIPES.items() if "1710.03740" in recipe.source and "bf16" in recipe.state.values()] == []
+    assert "Kalamkar et al. 2019, arXiv 1905.12322" in RECIPES["bf16"].source
 
 
 OWN_MASTERS = {
