@@ -291,7 +291,7 @@ class _Element:
         magnitude, nonzero = abs(widen(rounded, "fp64")), (unscaled != 0) & np.isfinite(unscaled)
         flushed = int((nonzero & (magnitude == 0)).sum())
         subnormal = int((nonzero & (magnitude > 0) & (magnitude < FORMATS[fmt].smallest_normal)).sum())
-        share = f"{subnormal} more subnormal, of {grads.size} in this tensor"
+        share = f"{subnormal} others become subnormal, of {grads.size} in this tensor"
         return [
             _of("without_scale", f"without S, in {fmt}", rounded[(*self.at, ...)], self._fate(unscaled, rounded, fmt)),
             Line("flushed_without_scale", "flushed without S", flushed, remark=share),
@@ -316,36 +316,44 @@ class _Element:
         """Return the block of part 3: gradients widened to FP32, checked, unscaled, and their norm."""
         result, state, stored = self.observed.result, self.observed.state, self.new("grads")
         g = widen(stored, self.math)
-        unscaled, coefficient = g * self.inverse_scale, self._coefficient()
         widened = f"exact: {format_of(stored)} -> {self.math}" if format_of(stored) != self.math else "nothing to widen"
         where = f"a gradient of {first_non_finite(state)} is Inf or NaN" if self.skipped else "all gradients are finite"
         kept = "; stored in main_grads" if "main_grads" in self.after else ""
-        clipping = f"min(1, {self.observed.config.clip:g} / (norm + 1e-6))" + ": not clipped" * (float(coefficient) == 1)
-        unused = "not used: the update is skipped" if self.skipped else ""
         lines = [
             _of("widened", "gradient, widened", g, widened),
             Line("found_inf", "found_inf", self.skipped, remark=where),
             _of("inverse_scale", "1/S", self.inverse_scale),
-            _of("unscaled", "gradient, unscaled", unscaled, f"divided by S before the norm is computed{kept}"),
+            _of("unscaled", "gradient, unscaled", g * self.inverse_scale, f"divided by S before the norm is computed{kept}"),
             _of("norm", "norm", result.grad_norm, f"of all {state.layout.size} unscaled gradients"),
-            _of("clip", "clip coefficient", coefficient, clipping),
-            _of("clipped", "gradient, clipped", unscaled * coefficient, unused),
         ]
-        return Block("3. gradients up", (_cite(inverse_of), _cite(check_and_measure), _cite(clip_coefficient)), tuple(lines))
-
-    def _coefficient(self) -> Array:
-        max_norm = self.observed.config.clip or math.inf
-        return widen(np.array(clip_coefficient(self.observed.result.grad_norm, max_norm)), self.math)
+        return Block("3. gradients up", (_cite(inverse_of), _cite(check_and_measure)), tuple(lines))
 
     # -- step 4 -----------------------------------------------------------------------------------------------------
 
     def update(self) -> Block:
         observed = self.observed
         rule, scale = observed.optimizer.rule, type(observed.loss_scale)
-        sources = (_cite(observed.optimizer.update), _cite(rule.update_block), _cite(scale.update))
-        if self.skipped:
-            return Block("4. update: skipped", sources, (*self._unchanged(), self._scale_line()))
-        return Block("4. update", sources, (*self._updated(), *self._moved(), self._scale_line()))
+        sources = (clip_coefficient, observed.optimizer.update, rule.update_block, scale.update)
+        title, lines = ("4. update: skipped", self._unchanged()) if self.skipped else ("4. update", self._updated())
+        return Block(title, tuple(map(_cite, sources)), (*self._clipped(), *lines, self._scale_line()))
+
+    def _coefficient(self) -> Array:
+        max_norm = self.observed.config.clip or math.inf
+        return widen(np.array(clip_coefficient(self.observed.result.grad_norm, max_norm)), self.math)
+
+    def _clipped_gradient(self) -> Array:
+        """Return the gradient as the update takes it: widened, divided by S and clipped."""
+        return widen(self.new("grads"), self.math) * self.inverse_scale * self._coefficient()
+
+    def _clipped(self) -> list[Line]:
+        """Return lines on clipping, which a skipped step computes too."""
+        coefficient = self._coefficient()
+        clipping = f"min(1, {self.observed.config.clip:g} / (norm + 1e-6))" + ": not clipped" * (float(coefficient) == 1)
+        unused = "not used: the update is skipped" if self.skipped else ""
+        return [
+            _of("clip", "clip coefficient", coefficient, clipping),
+            _of("clipped", "gradient, clipped", self._clipped_gradient(), unused),
+        ]
 
     def _unchanged(self) -> list[Line]:
         """Return lines on a skipped step: whether the states are as before."""
@@ -359,7 +367,7 @@ class _Element:
         return lines
 
     def _updated(self) -> list[Line]:
-        """Return lines on the update: states before and after it."""
+        """Return lines on the update: states before and after it, and what moved."""
         observed, config = self.observed, self.observed.config
         change, scalars = self._change()
         old, new = self.old(self.kind), self.new(self.kind)
@@ -384,15 +392,14 @@ class _Element:
         remark = f"after - before: {update / unit:+.4g} {what}"
         if update == 0 and float(change) != 0:
             remark = f"rounded away: Adam's update is {float(change) / unit:+.4g} {what}"
-        return [*lines, Line("update", "change", update, remark=remark)]
+        return [*lines, Line("update", "change", update, remark=remark), *self._moved()]
 
     def _change(self) -> tuple[Array, Array]:
         """Return Adam's update of this element, by its rule for a weight of 0 and the step's gradient and moments."""
         optimizer, scalars = self.observed.optimizer, cast(self.observed.optimizer.scalars[self.observed.t], self.math)
-        g = widen(self.new("grads"), self.math) * self.inverse_scale * self._coefficient()
         moments = [widen(self.old(kind), self.math).reshape(1).copy() for kind in optimizer.rule.moments]
         w = np.zeros_like(moments[0])
-        optimizer.rule.update_block(w, np.array(g).reshape(1), moments, scalars, np)
+        optimizer.rule.update_block(w, np.array(self._clipped_gradient()).reshape(1), moments, scalars, np)
         return w[0], scalars
 
     def _moved(self) -> list[Line]:

@@ -3,6 +3,7 @@
 Roundings are checked against NumPy's and ml_dtypes' own conversions, bits against the formula of each format.
 """
 
+import inspect
 import itertools
 import json
 import math
@@ -230,6 +231,20 @@ def test_sources_are_where_they_are_said_to_be() -> None:
         place, name = source.split()
         path, line = place.split(":")
         assert f"def {name.split('.')[-1]}(" in (ROOT / path).read_text().splitlines()[int(line) - 1]
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "amp-bf16"])
+def test_each_value_and_source_stands_in_the_step_that_computes_it(recipe: str) -> None:
+    """By the numbered comments of `train_step`: a function that it calls after `# 4.` is of block 4."""
+    numbered = re.split(r"\n    # (?=[1-4]\. )", inspect.getsource(step.train_step))
+    for report in (*reports(recipe), *reports(**OVERFLOW)):
+        for block, code in zip(report.blocks, numbered[1:], strict=True):
+            assert block.title[:2] == code[:2]
+            here = {"clip", "clipped"} & {line.key for line in block.lines}
+            assert here == ({"clip", "clipped"} if "clip_coefficient(" in code else set())
+            for called in ("weights_down", "forward_backward", "inverse_of", "check_and_measure", "clip_coefficient", "update"):
+                cited = any(source.split()[1].split(".")[-1] == called for source in block.sources)
+                assert cited == (f"{called}(" in code), (called, block.title)
 
 
 # ---------------------------------------------------------------------------------------------------- what it teaches
