@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterator
+import sys
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ def forward_backward(w: Any, S: float) -> tuple[Any, Any]:
     return np.mean(error * error), dw
 
 
-def train(steps: int, S: float = 2.0**16) -> Iterator[dict[str, Any]]:
-    """Yield what happened in each step."""
+def train(steps: int, S: float = 2.0**16) -> Any:
+    """Yield what happened in each step: a dictionary."""
     master, m, v, t, good_steps = W.copy(), np.zeros_like(W), np.zeros_like(W), 0, 0
     for _ in range(steps):
         w = master.astype(np.float16)  # 1. FP32 masters -> 16-bit weights, anew in each step
@@ -42,18 +42,19 @@ def train(steps: int, S: float = 2.0**16) -> Iterator[dict[str, Any]]:
             v = v * BETA2 + (1 - BETA2) * g * g
             master -= step_size * m / (np.sqrt(v) / root + EPS)
         yield {"S": S, "loss": loss, "w": w, "dw": dw, "skipped": skipped, "master": master.copy(), "m": m.copy(), "v": v}
-        good_steps += 1  # the scale adapts: only by growing does it find out again what is too large
+        good_steps += 1  # the scale adapts: it must grow from time to time, to find out whether a larger S fits
         if skipped or good_steps == GROWTH_INTERVAL:
             S, good_steps = S / 2 if skipped else S * 2, 0
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(print(f"{sys.argv[0]} takes no arguments, not {sys.argv[1]!r}", file=sys.stderr) or 2)
     for scale in (1, 32768):
         zeros = np.sum(forward_backward(W.astype(np.float16), scale)[1] == 0)
         print(f"backward from {scale:5} * loss: {zeros} of the ten gradients are 0 in FP16")
     print("\nstep      S     loss  largest FP16 gradient   first master -> as an FP16 weight")
     for step, now in enumerate(train(8), 1):
-        first, largest = now["master"][0, 0], np.abs(now["dw"]).max()
-        what = "inf: skipped, S halves" if now["skipped"] else f"{largest:g}"
+        first, what = now["master"][0, 0], "inf: skipped, S halves" if now["skipped"] else f"{np.abs(now['dw']).max():g}"
         print(f"{step:4} {now['S']:6g} {now['loss']:8.5f}  {what:22}  {first:.6f} -> {np.float16(first):.6f}")
     print("\nFP16 has no number between 1 and 1.000977. It loses an update of 0.0001; the master adds such updates up.")

@@ -2,10 +2,14 @@
 
     python scripts/minimal_fp16.py
 
-Set a breakpoint at `train_step` and step into it: refimpl/step.py is the algorithm. The backend 'reference' runs the
-definitions of operations, without any fast version; 'numpy' is faster.
+The algorithm is refimpl/step.py. To stop in its step 2 with a debugger, where `up` shows the other steps:
+
+    python -m pdb -c "import refimpl.step" -c "b refimpl.step.forward_backward" -c c scripts/minimal_fp16.py
+
+The backend 'reference' runs the definitions of operations, without any fast version; 'numpy' is faster.
 """
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -51,4 +55,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(print(f"{sys.argv[0]} takes no arguments, not {sys.argv[1]!r}", file=sys.stderr) or 2)
     main()

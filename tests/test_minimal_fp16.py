@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
-from paths import SCRIPTS
+import pytest
+from paths import ROOT, SCRIPTS
 from script_loader import load_script
 
 SCRIPT = SCRIPTS / "minimal_fp16.py"
@@ -20,8 +22,29 @@ def test_it_is_short_and_has_no_config() -> None:
     assert len(text.splitlines()) <= 60
     modules = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
     modules |= {name.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for name in node.names}
-    assert modules == {"typing", "numpy", "refimpl"} and "Config.of" not in text
+    assert modules == {"sys", "typing", "numpy", "refimpl"} and "Config.of" not in text
     assert 'get_backend("reference")' in text  # what is read is what runs
+
+
+def test_the_debugger_stops_where_the_script_says(tmp_path: Path) -> None:
+    """In `forward_backward` of the algorithm and not in a wrapper, with `train_step` one call up."""
+    command = re.search(r"^    python (-m pdb .*)$", SCRIPT.read_text(), re.MULTILINE)
+    assert command is not None
+    words = [str(ROOT / word) if word.startswith("scripts/") else word for word in shlex.split(command[1])]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, input="up\np float(S)\nq\n", capture_output=True, text=True, timeout=120
+    )
+    stops = re.findall(r"^.*> \S+refimpl/step\.py\(\d+\)(\w+)\(\)$", done.stdout, re.MULTILINE)
+    assert stops == ["forward_backward", "train_step"], done.stdout + done.stderr
+    assert "(Pdb) 1048576.0" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["minimal_fp16.py", "by_hand.py"])
+@pytest.mark.parametrize("arguments", [["--backend", "reference"], ["--help"], ["--foo"], ["x"]], ids=" ".join)
+def test_arguments_are_refused_and_not_ignored(script: str, arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, SCRIPTS / script, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{SCRIPTS / script} takes no arguments, not {arguments[0]!r}\n"
 
 
 def test_the_first_steps_are_skipped_and_the_loss_falls(tmp_path: Path) -> None:
