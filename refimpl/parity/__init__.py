@@ -14,4 +14,5 @@
     pytorch.py             trains with PyTorch and with refimpl side by side; pytorch_model.py is PyTorch's side
     fused_optimizers.py    AdamW and SGD, equal to PyTorch's fused CPU kernels to the last bit
     state_dict.py          weights to and from PyTorch
+    audit/                 what any PyTorch loop computes: so far, a recorder of every operation of a step
 """
