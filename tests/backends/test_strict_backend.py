@@ -31,6 +31,7 @@ from refimpl.backends.cupy import ops as cupy_ops
 from refimpl.backends.cupy import passes as cupy_passes
 from refimpl.backends.cupy.ops import CUPY_OPS, Fused
 from refimpl.backends.numpy.backend import NUMPY
+from refimpl.errors import UsageError
 from refimpl.nn.ops import OPS, fan_in
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import dtype_of, format_of
@@ -386,6 +387,14 @@ def test_what_they_do_not_know_the_definition_computes(name: str) -> None:
     expected, _, slopes = case.run(definition_of(case), STRICT)
     for ours, theirs in zip((y, *gradients), (expected, *slopes), strict=True):
         assert same_kinds(ours, theirs) and (ours is None or ours.tobytes() == theirs.tobytes())
+
+
+@pytest.mark.parametrize("targets", ["int64 4", "int64 2", "int64 3 1"])
+def test_targets_of_another_shape_are_refused_before_a_kernel_reads_past_the_last_row(targets: str) -> None:
+    STRICT.kernels.launched.clear()
+    with pytest.raises(UsageError, match="one per row of logits"):
+        Case("cross_entropy", ("fp16 3 5", targets), HIGH).run(CUPY_OPS["cross_entropy"], STRICT)
+    assert not STRICT.kernels.launched
 
 
 def test_every_fast_version_has_cases_of_both_kinds() -> None:
