@@ -121,7 +121,8 @@ def _begin(trainer: Trainer, first: tuple[Path, Model, dict[str, np.ndarray]] | 
 def _resume(trainer: Trainer) -> int:
     """Resume a run from its checkpoint, or start it if it has none yet."""
     config, folder = trainer.config, trainer.folder
-    planned, weights = read_config(folder)["steps"], first_weights(folder)
+    saved, weights = read_config(folder), first_weights(folder)
+    planned, backend = saved["steps"], saved.get("backend", Config.backend)
     trainer.restore()
     done, steps = trainer.progress.step, config.steps
     if done == steps:
@@ -142,6 +143,8 @@ def _resume(trainer: Trainer) -> int:
             f"; the schedule is replanned for {steps} steps instead of {planned}: the learning rate goes from {before:.3g} "
             f"to {after:.3g}"
         )
+    if backend != config.backend and done:
+        note += f"; with --backend {config.backend} instead of {backend}: last bits may differ from those of one backend"
     return _train(trainer, baselines, note)
 
 

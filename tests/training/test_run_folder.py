@@ -309,6 +309,18 @@ def test_more_steps_are_remembered_and_told(tmp_path: Path, capsys: pytest.Captu
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(("first", "second"), [("numpy", "reference"), ("reference", "numpy")])
+def test_another_backend_is_told(first: str, second: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train({**TINY, "backend": first}, tmp_path, False, False, None) == 0
+    capsys.readouterr()
+    assert train({"steps": 5, "backend": second}, tmp_path, True, False, None) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed after step 4 of 5")]
+    end = f"; with --backend {second} instead of {first}: last bits may differ from those of one backend"
+    assert note.endswith(end) and json.loads((tmp_path / CONFIG).read_text())["backend"] == second
+    assert train({"steps": 6}, tmp_path, True, False, None) == 0
+    assert "--backend" not in capsys.readouterr().out  # it goes on as it was
+
+
 def test_a_run_that_goes_on_as_planned_says_from_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(TINY, tmp_path, False, False, None) == 0
     arrays, header = load(tmp_path / CHECKPOINT)
