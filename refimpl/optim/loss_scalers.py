@@ -18,7 +18,7 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.optim.loss_scale import DynamicLossScale, LossScale, StaticLossScale
-from refimpl.optim.scale_checks import LARGEST, SMALLEST, SavedState
+from refimpl.optim.scale_checks import LARGEST, SMALLEST, SavedState, check_count
 
 
 @dataclass(frozen=True)
@@ -284,15 +284,15 @@ def make_loss_scale(
 ) -> LossScale:
     """Return the loss scale for a name in SCALER_RULES, 'dynamic' (PyTorch's), 'none', or a number.
 
-    The settings apply to a scale that adapts. None means the project's own value: factors 2 and 1/2, or 1/growth_factor if the
-    project has one factor. Errors: UsageError for any other name, for an impossible setting, and for a setting that the scale
-    does not have (`ScalerRule.knobs`).
+    None means the project's own value: factors 2 and 1/2, or 1/growth_factor if the project has one factor. Errors: UsageError
+    for any other name, for an impossible setting, and for a setting that the scale does not have: a constant one has none, and
+    one that adapts has init_scale, growth_interval and its `ScalerRule.knobs`.
     """
     given: dict[str, float | None] = {"growth_factor": growth_factor, "backoff_factor": backoff_factor,
                                       "scale_floor": scale_floor, "hysteresis": hysteresis}  # fmt: skip
     rule = find_scaler(kind)
     if rule is None:
-        return StaticLossScale(_constant(kind, given), xp)
+        return StaticLossScale(_constant(kind, {"init_scale": init_scale, "growth_interval": growth_interval, **given}), xp)
     _check_knobs(rule, given)
     start = rule.init_scale if init_scale is None else init_scale
     interval = rule.growth_interval if growth_interval is None else growth_interval
@@ -324,8 +324,8 @@ def _check_knobs(rule: ScalerRule, given: Mapping[str, float | None]) -> None:
         if value is not None and name not in rule.knobs:
             those = ", ".join(other.name for other in SCALER_RULES.values() if name in other.knobs)
             raise UsageError(f"{_words(name)} {value} with {rule.name}, which has no such setting; it is only for {those}")
-    if given["hysteresis"] is not None and given["hysteresis"] < 1:
-        raise UsageError(f"hysteresis {given['hysteresis']} with {rule.name}: it must be at least 1")
+    if given["hysteresis"] is not None:
+        check_count("hysteresis", given["hysteresis"])
 
 
 def _floor(rule: ScalerRule, floor: float | None) -> float:

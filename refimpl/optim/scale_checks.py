@@ -23,6 +23,12 @@ def check_scale(name: str, scale: float) -> None:
         raise UsageError(f"{name} {scale}: it must be positive and finite in FP32")
 
 
+def check_count(name: str, count: object) -> None:
+    """Raise UsageError unless the count is an integer of at least 1."""
+    if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
+        raise UsageError(f"{name} {count}: it must be a whole number, at least 1")
+
+
 def check_settings(init_scale: float, growth_factor: float, backoff_factor: float, growth_interval: int) -> None:
     """Raise UsageError for a setting that is impossible in every rule."""
     if not 1 < growth_factor <= _FP32.max:
@@ -30,8 +36,7 @@ def check_settings(init_scale: float, growth_factor: float, backoff_factor: floa
     if not 0 < backoff_factor < 1:
         raise UsageError(f"backoff factor {backoff_factor}: it must be between 0 and 1")
     check_scale("init scale", init_scale)
-    if growth_interval < 1:
-        raise UsageError(f"growth interval {growth_interval}: it must be at least 1")
+    check_count("growth interval", growth_interval)
 
 
 class SavedState:

@@ -22,7 +22,6 @@ from refimpl.numerics.bits import bit_string
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, digits, format_of, ulp
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
-from refimpl.optim.loss_scalers import find_scaler
 from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import StepResult, forward_backward
@@ -30,6 +29,7 @@ from refimpl.tools.scale_remarks import explain
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.data import load_corpus, sample_batch
+from refimpl.training.flags import refuse_unused
 from refimpl.training.non_finite import first_non_finite
 from refimpl.training.setup import BATCHES, generator, start
 
@@ -152,13 +152,14 @@ def inspect_steps(
     last = (PATIENCE + 1 if step is None else step) + steps - 1
     given: dict[str, Any] = {"model": "gpt", "recipe": recipe, "backend": "reference", **SIZES, "seed": seed, "lr": lr}
     given |= {"steps": max(SCHEDULE_STEPS, last), "loss_scale": loss_scale}
-    config = Config.of(given if init_scale is None else {**given, "init_scale": init_scale})
+    if init_scale is not None:
+        given["init_scale"] = init_scale
+    refuse_unused(given)
+    config = Config.of(given)
     if recipe not in FOLLOWED:
         stored = config.make_recipe().state_encodings()
         odd = ", ".join(f"{kind} as {kept}" for kind, kept in stored.items() if kept not in FORMATS)
         raise UsageError(f"recipe {recipe} stores {odd}, which this command cannot show: --help lists the recipes that it can")
-    if init_scale is not None and find_scaler(config.loss_scale or "") is None:
-        raise UsageError(f"--init-scale is for a loss scale that adapts, not {config.loss_scale!r}: add --loss-scale dynamic")
     model = config.make_model()
     parameter = model.tied.get(parameter, parameter)
     if parameter not in model.parameters:

@@ -43,6 +43,9 @@ Flags: TypeAlias = Mapping[str, Any]
 """The settings that are given, by flags of scripts/train.py or by a file, under the names of Config's fields. A setting that is
 absent or None is not given."""
 
+STARTS = ("init_scale", "growth_interval")
+"""Settings of a loss scale that adapts. They have defaults for every run, so that the same settings do for several recipes."""
+
 SCALER_SETTINGS = ("growth_factor", "backoff_factor", "scale_floor")
 """Settings of a loss scale that are None if they are the project's own."""
 
@@ -195,10 +198,11 @@ class Config:
         return Optimizer(self.make_rule(), self.make_schedule(), backend.xp)
 
     def make_loss_scale(self, xp: Any = None) -> LossScale:
-        """Return the loss scale of --loss-scale, or the recipe's."""
+        """Return the loss scale of --loss-scale, or the recipe's. A constant one uses none of STARTS."""
         more: dict[str, Any] = {} if xp is None else {"xp": xp}
-        knobs = {name: getattr(self, name) for name in ("hysteresis", *SCALER_SETTINGS)}
-        return make_loss_scale(self.loss_scale, self.init_scale, self.growth_interval, **knobs, **more)
+        starts = () if find_scaler(self.loss_scale) is None else STARTS
+        settings = {name: getattr(self, name) for name in (*starts, "hysteresis", *SCALER_SETTINGS)}
+        return make_loss_scale(self.loss_scale, **settings, **more)
 
     def make_training(self, backend: Backend, comm: Comm | None = None) -> Training:
         """Return the objects that a training step takes, those of one rank if there are several.

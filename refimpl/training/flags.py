@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from refimpl.optim.loss_scalers import SCALER_RULES
+from refimpl.errors import UsageError
+from refimpl.optim.loss_scalers import SCALER_RULES, find_scaler
 from refimpl.optim.schedule import SCHEDULES
-from refimpl.precision.recipes import RECIPES
-from refimpl.training.config import KINDS, MODEL_DEFAULTS, Config, flag
+from refimpl.precision.recipes import RECIPES, get_recipe
+from refimpl.training.config import KINDS, MODEL_DEFAULTS, STARTS, Config, Flags, flag
 
 HELP = {
     "model": "gpt or mlp",
@@ -62,6 +63,15 @@ def _default(name: str) -> str:
     per_model = [f"{model} {values[name]}" for model, values in MODEL_DEFAULTS.items() if name in values]
     default = getattr(Config, name, None)
     return f" ({', '.join(per_model)})" if per_model else "" if default is None else f" ({default})"
+
+
+def refuse_unused(given: Flags) -> None:
+    """Raise UsageError for a flag of a loss scale that adapts where the flags make it a constant one, which would ignore it."""
+    kind = given.get("loss_scale") or get_recipe(given.get("recipe", Config.recipe)).loss_scale
+    for name in STARTS:
+        if name in given and find_scaler(kind) is None:
+            what = f"{flag(name)} {given[name]} with loss scale {kind}"
+            raise UsageError(f"{what}: only one that adapts has it, as --loss-scale dynamic")
 
 
 def add_config_flags(

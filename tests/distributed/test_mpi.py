@@ -79,7 +79,8 @@ def test_mpis_own_sum_of_fp16_rounds_after_each_rank(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("ranks", "stage", "recipe"), [(2, 1, "fp16"), (3, 2, "bf16"), (4, 3, "fp32"), (2, 0, "fp8-delayed")])
 def test_processes_have_the_bits_of_threads(ranks: int, stage: int, recipe: str, tmp_path: Path) -> None:
-    out = good(ranks, TRAIN, *QUIET, f"--zero={stage}", f"--recipe={recipe}", f"--out={tmp_path}")
+    quiet = [word for word in QUIET if recipe == "fp16" or not word.startswith("--init-scale")]  # the others have a scale of 1
+    out = good(ranks, TRAIN, *quiet, f"--zero={stage}", f"--recipe={recipe}", f"--out={tmp_path}")
     threads = on_ranks(Config.of({**SIZES, "recipe": recipe, "zero": stage}), ranks)[0]
     arrays, _ = tensors(tmp_path)
     for name, array in threads.arrays.items():

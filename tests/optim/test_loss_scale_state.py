@@ -238,9 +238,13 @@ def test_the_defaults_are_each_projects_own() -> None:
     ("arguments", "says"),
     [
         (("torch", 8.0, 3, np, 2), "hysteresis 2 with torch, .*only for apex-kernel, megatron, deepspeed"),
-        (("megatron", 8.0, 3, np, 0), "hysteresis 0 with megatron: it must be at least 1"),
-        (("none", 8.0, 3, np, 2), "hysteresis 2 with loss scale none"),
-        (("128", 8.0, 3, np, 2), "hysteresis 2 with loss scale 128"),
+        (("megatron", 8.0, 3, np, 0), "hysteresis 0: it must be a whole number, at least 1"),
+        (("megatron", 8.0, 3, np, 1.5), "hysteresis 1.5: it must be a whole number, at least 1"),
+        (("megatron", 8.0, 2.5), "growth interval 2.5: it must be a whole number, at least 1"),
+        (("none", None, None, np, 2), "hysteresis 2 with loss scale none: only one that adapts can have it"),
+        (("128", None, None, np, 2), "hysteresis 2 with loss scale 128: only one that adapts can have it"),
+        (("128", 5.0), "init scale 5.0 with loss scale 128: only one that adapts can have it"),
+        (("none", None, 3), "growth interval 3 with loss scale none: only one that adapts can have it"),
         (("megatron", 0.5), "init scale 0.5: it must be at least 1, the floor of megatron"),
         (("flax", 2.0**-127), "the floor of flax"),
         (("Torch",), "loss scale 'Torch': choose one of torch, .*chainer, dynamic, none, or a number"),
@@ -286,6 +290,9 @@ def test_a_checkpoint_from_before_there_was_a_hysteresis_is_read() -> None:
         ({"backoff_factor": math.nan}, "backoff factor nan"),
         ({"growth_interval": 0}, "growth interval 0"),
         ({"growth_interval": -3}, "growth interval -3"),
+        ({"growth_interval": 2.5}, "growth interval 2.5: it must be a whole number"),
+        ({"growth_interval": 2.0}, "growth interval 2.0: it must be a whole number"),
+        ({"growth_interval": True}, "growth interval True: it must be a whole number"),
     ],
 )
 def test_bad_arguments_of_a_dynamic_scale(arguments: dict[str, float], message: str) -> None:
@@ -336,7 +343,8 @@ def test_a_static_scale_must_be_a_positive_number(bad: float) -> None:
     ],
 )
 def test_make_loss_scale(kind: str, expected_class: type, value: float, adapts: bool, backend: Backend) -> None:
-    scale = make_loss_scale(kind, init_scale=512.0, growth_interval=7, xp=backend.xp)
+    settings = {"init_scale": 512.0, "growth_interval": 7} if adapts else {}
+    scale = make_loss_scale(kind, **settings, xp=backend.xp)
     assert isinstance(scale.scale, backend.xp.ndarray)
     assert type(scale) is expected_class and float(scale.scale) == value and scale.adapts is adapts
     if adapts:

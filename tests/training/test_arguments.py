@@ -32,6 +32,31 @@ BAD = [
 ]
 
 
+CONSTANT = [("--loss-scale 128", "128"), ("--loss-scale none", "none"), ("--recipe bf16", "none")]
+
+
+@pytest.mark.parametrize(("scale", "kind"), CONSTANT)
+@pytest.mark.parametrize("words", ["--init-scale 65536", "--init-scale 5", "--growth-interval 3"])
+@pytest.mark.parametrize("command", ["train", "trace record --out o", "inspect_precision", "compare_pytorch", "inspect_step"])
+def test_a_constant_loss_scale_refuses_the_flags_of_one_that_adapts(
+    command: str, scale: str, kind: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also the default value: whoever gives it wants it used."""
+    if command == "compare_pytorch":
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+    name, *more = command.split()
+    if (name == "compare_pytorch" and "--loss-scale" in scale) or (name == "inspect_step" and "growth" in words):
+        pytest.skip("it has no such flag")
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *more, *scale.split(), *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        load_script(name).main()
+    flag, value = words.split()
+    shown = value if flag == "--growth-interval" else float(value)
+    assert ended.value.code == 2
+    says = f"error: {flag} {shown} with loss scale {kind}: only one that adapts has it, as --loss-scale dynamic\n"
+    assert capsys.readouterr().err == says
+
+
 @pytest.mark.parametrize("value", ["-1e-3", "-1E5", "-.5e2", "-inf", "-nan", "-3"])
 def test_a_negative_number_is_a_value_and_not_a_flag(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """argparse alone says 'expected one argument' of --lr -1e-3, and nothing of what is wrong with it."""

@@ -444,6 +444,9 @@ def test_command_line(text: str, tmp_path: Path) -> None:
     assert good.returncode == 0 and (tmp_path / "runs" / "mlp-fp16" / "checkpoint.safetensors").exists(), good.stderr
     bad = call("--recipe=fp99")
     assert bad.returncode == 2 and bad.stderr.startswith("error: unknown recipe 'fp99'") and bad.stderr.count("\n") == 1
+    unused = call("--loss-scale=128")
+    assert unused.returncode == 2 and unused.stderr.startswith("error: --init-scale 4194304.0 with loss scale 128: only one")
+    del flags[-2:]  # --growth-interval and --init-scale
     stopped = call("--recipe=pure-fp16", "--lr=1", "--steps=50", "--out=p")
     assert stopped.returncode == 1 and "stopped: step" in stopped.stderr and "Traceback" not in stopped.stderr
     generate = [sys.executable, str(script.with_name("generate.py")), "runs/mlp-fp16/checkpoint.safetensors"]

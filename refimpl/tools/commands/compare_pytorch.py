@@ -16,14 +16,16 @@ from typing import Any
 from refimpl.parity.pytorch import RECIPES, compare, report
 from refimpl.training.arguments import Parser
 from refimpl.training.config import Config
-from refimpl.training.flags import add_config_flags
+from refimpl.training.flags import add_config_flags, refuse_unused
 from refimpl.training.outputs import target
 
 DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "lr": 1e-3}
-"""A model that trains in seconds. With the initial loss scale below, FP16 overflows once or twice."""
+"""A model that trains in seconds."""
+START: dict[str, Any] = {"init_scale": 2.0**18, "growth_interval": 8}
+"""Settings of the loss scale, if it adapts and they are not given: with these FP16 overflows once or twice."""
 CONFIG_FLAGS = (
     "backend", "examples", "ignore_index", "weight_decay", "momentum", "beta1", "beta2", "eps", "min_lr", "schedule",
-    "growth_factor", "backoff_factor", "attention",
+    "growth_factor", "backoff_factor", "attention", "clip",
 )  # fmt: skip
 
 
@@ -41,9 +43,9 @@ def parser() -> Parser:
     add("--warmup", type=int, default=10)
     add("--optimizer", default="adamw", help="adamw or sgd")
     add_config_flags(result, CONFIG_FLAGS)
-    add("--clip", type=float, default=1.0)
-    add("--init-scale", type=float, default=2.0**18)
-    add("--growth-interval", type=int, default=8)
+    for name, value in START.items():
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, type=type(value), default=argparse.SUPPRESS, help=f"{value}; for a loss scale that adapts")
     add("--data", default="pydoc")
     add("--device", default="cpu", help="where PyTorch runs: cpu, or cuda with torch.autocast('cuda')")
     add("--json", type=Path, metavar="FILE", help="write the figures of the verdict")
@@ -56,7 +58,8 @@ def run(arguments: dict[str, Any]) -> int:
     path, overwrite, device = arguments.pop("json"), arguments.pop("overwrite"), arguments.pop("device")
     figures = target("--json", path, path, overwrite) if path else None
     arguments.setdefault("batch_size", 256 if arguments["model"] == "mlp" else 8)
-    result = compare(Config.of(arguments), device=device)
+    refuse_unused(arguments)
+    result = compare(Config.of({**START, **arguments}), device=device)
     print(report(result))
     if figures:
         figures.write_text(json.dumps(result.summary(), indent=2) + "\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from refimpl.tools.precision_report.main import MORE_STEPS, STEPS, inspect_precision
 from refimpl.training.arguments import Parser
-from refimpl.training.flags import add_config_flags
+from refimpl.training.flags import add_config_flags, refuse_unused
 
 CONFIG_FLAGS = (
     "model", "recipe", "data", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size",
@@ -49,6 +49,7 @@ def run() -> None:
     """Inspect the run that the command line describes."""
     arguments = vars(parser().parse_args())
     own = {name: arguments.pop(name) for name in OWN_FLAGS}
+    refuse_unused(arguments)
     inspect_precision(arguments, **own)
 
 

@@ -21,7 +21,7 @@ from refimpl.parity.trace_checks import checked
 from refimpl.training.arguments import Parser
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
-from refimpl.training.flags import HELP, add_config_flags
+from refimpl.training.flags import HELP, add_config_flags, refuse_unused
 from refimpl.training.outputs import target
 
 DEFAULTS: dict[str, Any] = {
@@ -59,6 +59,7 @@ def run(arguments: dict[str, Any]) -> int:
     source = load(like) if like else None
     if source:
         arguments["steps"] = min(arguments["steps"], len(source.steps))
+    refuse_unused(arguments)
     config = Config.of(arguments)
     if source:
         source, notes = checked(source, config.make_model())

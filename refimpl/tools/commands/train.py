@@ -12,8 +12,8 @@ from pathlib import Path
 
 from refimpl.parity.mistakes import MISTAKES
 from refimpl.training.arguments import Parser
-from refimpl.training.flags import add_config_flags
-from refimpl.training.run import train
+from refimpl.training.flags import add_config_flags, refuse_unused
+from refimpl.training.run import only_rank_0_prints, train
 
 
 def parser() -> Parser:
@@ -31,6 +31,9 @@ def run() -> int:
     """Run the training that the command line describes. Return the exit code."""
     arguments = vars(parser().parse_args())
     special = {name: arguments.pop(name) for name in ("out", "resume", "overwrite", "init_from")}
+    if not special["resume"]:  # a resumed run has the settings in its folder, and may change none of these
+        with only_rank_0_prints():
+            refuse_unused(arguments)
     return train(arguments, **special, faults=MISTAKES)
 
 
