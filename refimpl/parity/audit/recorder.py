@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,7 @@ class Recorder(TorchDispatchMode):
         self._model, self._optimizers, self._ema = model, tuple(optimizers), ema
         self._choose, self._observe = choose, observe
         self._places = Places(os.path.dirname(torch.__file__))
+        self._schemas: dict[Any, _Schema] = {}
         self._lock = threading.RLock()  # on CUDA, backward runs on one thread per device
         self._recording = self._reported = False
         self._roles: Roles | None = None
@@ -110,7 +111,7 @@ class Recorder(TorchDispatchMode):
             raise RuntimeError("this Recorder is recording already: leave its 'with' before entering it again")
         self._recording = True
         self.operations, self.seen = [], 0
-        self._phase = "other"
+        self._gradients_moved = False
         self._module: object = None
         self._nodes = Nodes(threading.get_ident(), torch._C._autograd._get_sequence_nr())
         self._paths = {id(module): path for path, module in self._model.named_modules()}
@@ -152,7 +153,8 @@ class Recorder(TorchDispatchMode):
             self.seen += 1
             keep = self._choose(operation)
         if keep is Keep.VALUES and self._observe is not None:
-            return _Call(operation, *_with_clones(func, operation.written, args, kwargs))
+            named = _named(self._schemas[func], args, kwargs)
+            return _Call(operation, *_with_clones([named[name] for name in operation.written], args, kwargs))
         return _Call(operation) if keep is not Keep.NOTHING else None
 
     def _after(self, call: _Call, output: Any) -> None:
@@ -188,10 +190,12 @@ class Recorder(TorchDispatchMode):
         if made_one:
             self._nodes.record(thread, number, site)
         self._find_roles(phase)
-        arguments, written = _arguments(func, args, kwargs)
+        schema = self._schemas.get(func) or self._schemas.setdefault(func, _schema(func))
+        named = _named(schema, args, kwargs)
         operation = Operation(
-            index=self.seen, name=str(func), overload=func,
-            arguments={name: self._facts(value) for name, value in arguments.items()}, written=written,
+            index=self.seen, name=schema.name, overload=func,
+            arguments={name: self._facts(value) for name, value in named.items()},
+            written=tuple(name for name in schema.written if name in named),
             phase=phase, recomputed=recomputed, module=site.module, line=site.line, code_line=site.code_line,
             node=node.name() if node is not None else None,
             sequence=number - 1 if made_one else node._sequence_nr() if node is not None else None,
@@ -208,13 +212,15 @@ class Recorder(TorchDispatchMode):
             operation.accumulates, operation.module = name, name.rpartition(".")[0]
 
     def _find_roles(self, phase: str) -> None:
-        """Look up gradients and states again when a part of the step ends: backward makes gradients, the optimizer states."""
-        if self._roles is not None:
-            if phase not in (self._phase, "forward", "backward"):
+        """Look up gradients and states again where they may have moved: after backward, and in the optimizer."""
+        if phase == "backward":
+            self._gradients_moved = True
+        if self._roles is not None and phase not in ("forward", "backward"):
+            if self._gradients_moved:
                 self._roles.find_parameters()
+                self._gradients_moved = False
             if phase == "step" and self._roles.states_are_new():
                 self._roles.find_states()
-        self._phase = phase
 
     def _facts(self, value: Any) -> Any:
         return self._roles.facts(value) if self._roles is not None else None
@@ -265,29 +271,43 @@ def _phase(mark: str, in_backward: bool, made_node: bool) -> str:
     return "forward" if made_node else "other"
 
 
-def _arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the arguments by the names of the schema, and the names of those that are written to."""
+class _Schema(NamedTuple):
+    """What is known of an operation before it is called: its name, its arguments' names, and which of them it writes to."""
+
+    name: str
+    arguments: tuple[str, ...]
+    written: tuple[str, ...]
+
+
+def _schema(func: Any) -> _Schema:
     schema = getattr(func, "_schema", None)
     if schema is None:  # an operation of higher order
-        return {**{str(i): value for i, value in enumerate(args)}, **kwargs}, ()
-    declared = schema.arguments
-    named = {argument.name: value for argument, value in zip(declared, args, strict=False)} | dict(kwargs)
+        return _Schema(str(func), (), ())
     undeclared = func.namespace in UNDECLARED_WRITES
-    written = [a.name for a in declared if undeclared or (a.alias_info is not None and a.alias_info.is_write)]
-    return named, tuple(name for name in written if name in named)
+    written = [a.name for a in schema.arguments if undeclared or (a.alias_info is not None and a.alias_info.is_write)]
+    return _Schema(str(func), tuple(a.name for a in schema.arguments), tuple(written))
+
+
+def _named(schema: _Schema, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by the names of the schema; those without a name there by their position."""
+    unnamed = (str(i) for i in range(len(schema.arguments), len(args)))
+    return {**dict(zip((*schema.arguments, *unnamed), args, strict=False)), **kwargs}
 
 
 def _with_clones(
-    func: Any, written: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    written: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return args and kwargs, in which every tensor that shares memory with a written argument is a clone."""
-    named, _ = _arguments(func, args, kwargs)
-    overwritten = {t.untyped_storage()._cdata for t in _tensors([named[name] for name in written]) if t.layout is torch.strided}
+    """Return args and kwargs, in which every tensor that is about to be written, or shares memory with one, is a clone."""
+    targets = list(_tensors(written))
+    if not targets:
+        return args, dict(kwargs)
+    same = {id(t) for t in targets}
+    storages = {t.untyped_storage()._cdata for t in targets if t.layout is torch.strided}
 
     def saved(value: Any) -> Any:
         if isinstance(value, Tensor):
-            shared = value.layout is torch.strided and value.untyped_storage()._cdata in overwritten
-            return value.clone() if shared else value
+            shares = value.layout is torch.strided and value.untyped_storage()._cdata in storages
+            return value.clone() if shares or id(value) in same else value
         if isinstance(value, list | tuple):
             return type(value)(saved(part) for part in value)
         return value

@@ -8,6 +8,7 @@ given away (the memory of its elements is released all the same).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -89,15 +90,14 @@ class Roles:
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format):
-            return str(value)
+            return _name(value)
         return f"<{type(value).__name__}>"
 
     def _facts(self, tensor: Tensor) -> TensorFacts:
         number = self._storage(tensor)
         offset = int(tensor.storage_offset()) if number is not None else 0
         role = self._role(number, offset) if number is not None else None
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return TensorFacts(tuple(tensor.shape), dtype, str(tensor.device), number, offset, role)
+        return TensorFacts(tuple(tensor.shape), _name(tensor.dtype), _name(tensor.device), number, offset, role)
 
     def _role(self, number: int, offset: int) -> Role | None:
         ranges = self._ranges.get(number)
@@ -128,6 +128,11 @@ def local(tensor: Tensor) -> Tensor:
     part = getattr(tensor, "_local_tensor", tensor)
     assert isinstance(part, Tensor)
     return part
+
+
+@cache
+def _name(value: torch.dtype | torch.device | torch.layout | torch.memory_format) -> str:
+    return str(value).removeprefix("torch.")
 
 
 def _count(optimizer: torch.optim.Optimizer) -> tuple[int, int]:

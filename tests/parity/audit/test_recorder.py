@@ -403,7 +403,7 @@ def test_lists_that_are_written_and_outputs_given_are_seen_as_they_were() -> Non
 
 
 def test_without_clones_an_observer_would_see_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refimpl.parity.audit.recorder._with_clones", lambda func, written, args, kwargs: (args, kwargs))
+    monkeypatch.setattr("refimpl.parity.audit.recorder._with_clones", lambda written, args, kwargs: (args, kwargs))
     x = torch.tensor([1.0, 2.0])
     ((_, (before, _), _),) = observed(lambda: x.add_(x))
     assert before.tolist() == [2, 4]
