@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from refimpl.parity.audit.nodes import Nodes, Site
 from refimpl.parity.audit.operation import Keep, Operation, Role
 from refimpl.parity.audit.place import Places
-from refimpl.parity.audit.roles import Roles
+from refimpl.parity.audit.roles import Roles, storage_of
 
 T = TypeVar("T")
 TRACED = (FakeTensor, FunctionalTensor)
@@ -302,11 +302,12 @@ def _with_clones(
     if not targets:
         return args, dict(kwargs)
     same = {id(t) for t in targets}
-    storages = {t.untyped_storage()._cdata for t in targets if t.layout is torch.strided}
+    storages = {storage._cdata for t in targets if (storage := storage_of(t)) is not None}
 
     def saved(value: Any) -> Any:
         if isinstance(value, Tensor):
-            shares = value.layout is torch.strided and value.untyped_storage()._cdata in storages
+            storage = storage_of(value)
+            shares = storage is not None and storage._cdata in storages
             return value.clone() if shares or id(value) in same else value
         if isinstance(value, list | tuple):
             return type(value)(saved(part) for part in value)

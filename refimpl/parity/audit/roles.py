@@ -112,15 +112,23 @@ class Roles:
             self.label(tensor, Role(kind, name))
 
     def _storage(self, tensor: Tensor) -> int | None:
-        if tensor.layout is not torch.strided:
+        storage = storage_of(tensor)
+        if storage is None:
             return None
-        storage = tensor.untyped_storage()
         address = storage._cdata
         number = self._numbers.get(address)
         if number is None:
             number = self._numbers[address] = len(self._numbers)
             self._alive.append(StorageWeakRef(storage))
         return number
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Return where a tensor's elements are; None for tensors of other layouts, and for those that torch.func wraps."""
+    try:
+        return tensor.untyped_storage() if tensor.layout is torch.strided else None
+    except NotImplementedError:
+        return None
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -124,6 +124,55 @@ def test_an_observer_that_changes_the_run_is_seen_by_the_comparison(bad: Any) ->
     assert "layers.0.qkv.weight" in changed and ("rng" in changed) == (bad is not overwrites)
 
 
+def per_sample(model: nn.Module, x: Tensor) -> None:
+    """Gradients of each sample by torch.func, and their mean by hand."""
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (sample,)).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for name, parameter in parameters.items():
+        parameter.grad = grads[name].mean(0)
+
+
+def plain_pass(model: nn.Module, x: Tensor) -> None:
+    model(x).square().sum().backward()
+
+
+NORMS = torch.nn.utils.parametrizations
+LESS_COMMON: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], None], Any]] = {
+    "sparse gradients": (lambda: nn.Embedding(9, 3, sparse=True), plain_pass, torch.optim.SparseAdam),
+    "weight norm": (lambda: NORMS.weight_norm(nn.Linear(4, 4)), plain_pass, torch.optim.NAdam),
+    "spectral norm": (lambda: NORMS.spectral_norm(nn.Linear(4, 4)), plain_pass, torch.optim.RMSprop),
+    "torch.func": (lambda: nn.Linear(4, 4), per_sample, torch.optim.Adafactor),
+    "muon": (lambda: nn.Linear(4, 4, bias=False), plain_pass, torch.optim.Muon),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LESS_COMMON)
+def test_less_common_ways_to_train_have_their_bits_too(name: str) -> None:
+    make, backward, optimizer_of = LESS_COMMON[name]
+
+    def train(record: bool = True, **options: Any) -> tuple[list[Tensor], Recorder]:
+        torch.manual_seed(5)
+        model = make()
+        optimizer = optimizer_of(model.parameters())
+        recorder = Recorder(model, [optimizer], **options)
+        for _ in range(3):
+            with recorder if record else nullcontext():
+                backward(model, torch.randint(9, (4,)) if name.startswith("sparse") else torch.randn(4, 4))
+                optimizer.step()
+                optimizer.zero_grad()
+        return [*(p.detach() for p in model.parameters()), torch.get_rng_state()], recorder
+
+    plain, _ = train(record=False)
+    for options in ({}, {"choose": values, "observe": reads_all}):
+        recorded_bits, recorder = train(**options)
+        assert all(torch.equal(a, b) for a, b in zip(plain, recorded_bits, strict=True))
+        assert recorder.failures == {} and {"forward", "step"} <= {o.phase for o in recorder.operations}
+
+
 def test_an_unrecorded_step_finds_nothing_of_the_recorder() -> None:
     loop = Loop()
     recorder = Recorder(loop.model, loop.optimizers)
@@ -409,6 +458,20 @@ def test_without_clones_an_observer_would_see_what_was_written(monkeypatch: pyte
     assert before.tolist() == [2, 4]
 
 
+def test_an_observer_records_no_gradients_and_none_of_its_own_operations() -> None:
+    layer = nn.Linear(3, 3)
+    found: list[bool] = []
+
+    def observe(operation: Operation, args: Any, kwargs: Any, output: Any) -> None:
+        found.append(any((x.double() * 2).requires_grad for x in each([args, kwargs, output])))
+
+    recorder = Recorder(layer, choose=values, observe=observe)
+    with recorder:
+        layer(torch.randn(2, 3))
+    names = [o.name for o in recorder.operations]
+    assert names == ["aten.randn.default", "aten.t.default", "aten.addmm.default"] and found == [False] * 3
+
+
 def test_a_collective_is_said_to_complete_later(group: None) -> None:
     operations = last_step("ddp", choose=values, observe=reads_all).operations
     reduced = [o for o in operations if o.name.startswith("c10d.allreduce_")]
@@ -559,9 +622,17 @@ def test_operations_of_other_threads_are_not_recorded() -> None:
 
 
 def test_a_compiled_model_is_recorded_as_the_program_that_it_was_compiled_from() -> None:
-    layer = nn.Linear(3, 3)
-    compiled = torch.compile(layer, backend="eager")
+    layer, graphs = nn.Linear(3, 3), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend)
     recorder = Recorder(layer)
+    compiled(torch.randn(2, 3)).sum().backward()
     with recorder:
         compiled(torch.randn(2, 3)).sum().backward()
+    compiled(torch.randn(2, 3)).sum().backward()
     assert [o.module for o in recorder.operations if o.name == "aten.addmm.default"] == [""]
+    assert len(graphs) == 1  # a recorded step does not make the others compile anew
