@@ -1,7 +1,4 @@
-"""The four steps of mixed-precision training by hand: one linear layer with ten weights, in NumPy alone.
-
-    python scripts/by_hand.py
-"""
+"""The four steps of mixed-precision training by hand, for a linear layer with ten weights: python scripts/by_hand.py"""
 
 import math
 import sys
@@ -27,7 +24,7 @@ def forward_backward(w: Any, S: float) -> tuple[Any, Any]:
 
 
 def train(steps: int, S: float = 2.0**16) -> Any:
-    """Yield what happened in each step: a dictionary."""
+    """Yield a dictionary of what happened, for each step."""
     master, m, v, t, good_steps = W.copy(), np.zeros_like(W), np.zeros_like(W), 0, 0
     for _ in range(steps):
         w = master.astype(np.float16)  # 1. FP32 masters -> 16-bit weights, anew in each step
@@ -49,7 +46,8 @@ def train(steps: int, S: float = 2.0**16) -> Any:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        sys.exit(print(f"{sys.argv[0]} takes no arguments, not {sys.argv[1]!r}", file=sys.stderr) or 2)
+        print(f"{sys.argv[0]} takes no arguments, not {sys.argv[1]!r}", file=sys.stderr)
+        sys.exit(2)
     for scale in (1, 32768):
         zeros = np.sum(forward_backward(W.astype(np.float16), scale)[1] == 0)
         print(f"backward from {scale:5} * loss: {zeros} of the ten gradients are 0 in FP16")
