@@ -1,6 +1,7 @@
 """The audit of a PyTorch training loop. What is there: the recorder, which sees every operation of a step.
 
-    recorder.py            `Recorder`, a context manager around the user's step, sees its operations from forward to optimizer
+    recorder.py            `Recorder`, a context manager around the user's step, sees its operations from forward to optimizer;
+                           `UncompiledRecorder` is the same for programs that torch.compile compiles
     operation.py           `Operation`: what is kept of one operation; `Keep`: how much of it
     place.py               where an operation was called: its phase, module and source line, from the Python frames
     nodes.py               which forward operation a node of the autograd graph belongs to, by sequence numbers

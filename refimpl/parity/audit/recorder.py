@@ -15,8 +15,8 @@ A recorded step gives the same parameters, outputs and random numbers, to the bi
 but clones of what is about to be overwritten, draws no random numbers, reads no value (which would synchronize), puts no hook
 on tensors or modules, and keeps no tensor. An exception in it, or in an observer, is kept, and reported once.
 
-What it cannot see: under torch.compile PyTorch runs the uncompiled program while a mode is active, so that is what is recorded;
-a replayed CUDA graph; kernels that an extension launches without the dispatcher; operations on other threads of the user's.
+What it cannot see: inside kernels that torch.compile has generated (but see `UncompiledRecorder`); a replayed CUDA graph;
+kernels that an extension launches without the dispatcher; operations on other threads of the user's.
 It has run on the CPU only. On CUDA backward runs on a thread of its own, which nodes.py and the lock here are made for.
 """
 
@@ -47,6 +47,8 @@ from refimpl.parity.audit.roles import Roles, storage_of
 T = TypeVar("T")
 TRACED = (FakeTensor, FunctionalTensor)
 """Tensors without values: somebody traces a program here, and computes nothing."""
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+"""The node that adds to a parameter's gradient."""
 UNDECLARED_WRITES = ("c10d",)
 """Namespaces whose schemas do not say which arguments are written: each tensor may be."""
 
@@ -129,6 +131,11 @@ class Recorder(TorchDispatchMode):
             text = "the recorder or its observer failed %d times; the training went on. The first time:\n%s"
             logging.getLogger(__name__).warning(text, count, self._first_traceback)
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Tell torch.compile to go on in spite of this mode, as it would without."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation as PyTorch would have, and look at it before and after."""
         kwargs = kwargs or {}
@@ -174,7 +181,7 @@ class Recorder(TorchDispatchMode):
 
     def _describe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
         thread, task = threading.get_ident(), torch._C._current_graph_task_id()
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         number = torch._C._autograd._get_sequence_nr()
         mark, module, line, code_line = self._places.of(sys._getframe(1))
         made_one = self._nodes.made_one(thread, number)
@@ -201,7 +208,7 @@ class Recorder(TorchDispatchMode):
             sequence=number - 1 if made_one else node._sequence_nr() if node is not None else None,
             accumulates=None,
         )  # fmt: skip
-        if node is not None and phase == "backward" and hasattr(node, "variable"):
+        if node is not None and phase == "backward" and operation.node == ACCUMULATE:
             self._name_accumulated(operation, node.variable)
         return operation
 
@@ -230,6 +237,8 @@ class Recorder(TorchDispatchMode):
         if module is None:
             return None
         path = self._paths.get(id(module))
+        if path is None:
+            path = self._paths.get(id(getattr(module, "_orig_mod", None)))  # what torch.compile wraps
         if isinstance(module, nn.Module) and module is not self._module and path is not None and self._roles is not None:
             self._roles.label_module(module, path)
         self._module = module
@@ -247,6 +256,19 @@ class Recorder(TorchDispatchMode):
                 # The text alone: a traceback holds frames, and those hold tensors.
                 self._first_traceback = self._first_traceback or traceback.format_exc()
             return None
+
+
+class UncompiledRecorder(Recorder):
+    """A recorder under which PyTorch runs what torch.compile has compiled, or would, as the program that it was written as.
+
+    So all of it is seen; but a recorded step has that program's bits, and torch.compile(fullgraph=True) raises, which
+    flex_attention makes use of.
+    """
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Tell torch.compile to step aside."""
+        return False
 
 
 @dataclass(slots=True)

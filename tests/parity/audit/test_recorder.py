@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from audit_loops import IMPLEMENTATIONS, LOOPS, VOCAB, Loop, OneRank
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode
 
 from refimpl.parity.audit.nodes import Nodes, Site
 from refimpl.parity.audit.operation import PHASES, Keep, Operation, Role, TensorFacts, tensors_in
-from refimpl.parity.audit.recorder import Recorder
+from refimpl.parity.audit.recorder import Recorder, UncompiledRecorder
 
 Bits = dict[str, Tensor]
 
@@ -621,18 +622,71 @@ def test_operations_of_other_threads_are_not_recorded() -> None:
     assert recorder.operations == []
 
 
-def test_a_compiled_model_is_recorded_as_the_program_that_it_was_compiled_from() -> None:
-    layer, graphs = nn.Linear(3, 3), []
+@pytest.mark.parametrize("uncompiled", [False, True])
+@pytest.mark.parametrize("steps", [{1}, {0, 1, 2}], ids=["between", "all"])
+def test_a_compiled_model_trains_as_without_the_recorder(uncompiled: bool, steps: set[int]) -> None:
+    def train(recorded_steps: set[int]) -> tuple[list[Tensor], list[Any], Recorder]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        graphs: list[Any] = []
 
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+        def backend(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
 
-    compiled = torch.compile(layer, backend=backend)
-    recorder = Recorder(layer)
-    compiled(torch.randn(2, 3)).sum().backward()
+        model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.LayerNorm(4))
+        compiled = torch.compile(model, backend=backend, fullgraph=not uncompiled)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        recorder = (UncompiledRecorder if uncompiled else Recorder)(model, [optimizer])
+        for step in range(3):
+            with recorder if step in recorded_steps else nullcontext():
+                compiled(torch.randn(5, 3)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()], graphs, recorder
+
+    plain, _, _ = train(set())
+    trained, graphs, recorder = train(steps)
+    assert all(torch.equal(a, b) for a, b in zip(plain, trained, strict=True)) and recorder.failures == {}
+    # A recorded step makes the others compile no more; uncompiled, it does not run the compiled program at all.
+    assert len(graphs) == (0 if uncompiled and len(steps) == 3 else 1)
+    modules = [o.module for o in recorder.operations if o.name == "aten.addmm.default"]
+    assert modules == (["0"] if uncompiled else [""])
+
+
+def test_what_needs_the_compiler_runs_and_uncompiled_says_that_it_cannot() -> None:
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="eager", fullgraph=True)
+    with Recorder(nn.Identity()) as recorder:
+        compiled(torch.ones(2))
+    assert "aten.sin.default" in [o.name for o in recorder.operations]
+    with pytest.raises(RuntimeError, match="fullgraph=True"), UncompiledRecorder(nn.Identity()):
+        compiled(torch.ones(2))
+
+
+def test_a_tensor_of_tensors_comes_as_the_operations_on_its_parts() -> None:
+    recorder = Recorder(nn.Identity())
+    x = TwoTensor(torch.ones(2), torch.zeros(2))
     with recorder:
-        compiled(torch.randn(2, 3)).sum().backward()
-    compiled(torch.randn(2, 3)).sum().backward()
-    assert [o.module for o in recorder.operations if o.name == "aten.addmm.default"] == [""]
-    assert len(graphs) == 1  # a recorded step does not make the others compile anew
+        y = x * 2
+    assert y.a.tolist() == [2, 2] and [o.name for o in recorder.operations] == ["aten.mul.Tensor"] * 2
+
+
+def test_only_autograds_own_node_accumulates() -> None:
+    """A function of the user's may keep anything on its node, also under the name that AccumulateGrad has for its parameter."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.variable = weight
+            return x * weight
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            return grad * ctx.variable, grad * 2
+
+    layer = nn.Linear(3, 3)
+    recorder = Recorder(layer)
+    with recorder:
+        Scaled.apply(torch.randn(3, 3), layer.weight).sum().backward()
+    assert [(o.name, o.accumulates) for o in recorder.operations if o.accumulates] == [("aten.detach.default", "weight")]
+    assert [o.sequence is not None for o in recorder.operations if o.node == "ScaledBackward"] == [True, True]
