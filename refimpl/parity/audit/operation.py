@@ -38,8 +38,9 @@ class Role(NamedTuple):
 class TensorFacts:
     """A tensor without its values.
 
-    storage: a number that two tensors of one recorded step share if and only if they share memory; None where a tensor has no
-    storage (sparse). offset: its first element in the storage. role: None for activations and temporaries.
+    storage: a number that tensors share if they share memory, and otherwise do not, unless one was made by no operation (as by
+    from_numpy) where another has died; None where a tensor has no storage (sparse). offset: its first element in the storage.
+    role: None for activations and temporaries.
     """
 
     shape: tuple[int, ...]

@@ -1,8 +1,9 @@
 """Which tensor is what: parameter, gradient, optimizer state, buffer, EMA, by the storage that it lives in.
 
 A parameter's views, and a gradient inside a bucket, are other tensors in the same storage. Addresses cannot tell storages
-apart, since PyTorch reuses them within a step: each storage gets a number, and a weak reference keeps its address from being
-given away (the memory of its elements is released all the same).
+apart, since PyTorch reuses them within a step, so each storage has a number. An output that shares memory with none of the
+operation's inputs is a new storage, whatever was at its address before. A storage with a role is held by a weak reference,
+which keeps its address from being used again. Not all are: on the CPU what is left of a dead storage cuts the heap into pieces.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Roles:
         self._optimizers = tuple(optimizers)
         self._names = {id(p): name for name, p in self._parameters.items()}
         self._numbers: dict[int, int] = {}
-        self._alive: list[StorageWeakRef] = []
+        self._count = 0
+        self._held: dict[int, StorageWeakRef] = {}
         self._ranges: dict[int, dict[int, tuple[int, Role]]] = {}  # storage -> first element -> (elements, role)
         self._states_seen = [(0, 0)] * len(self._optimizers)
         self._label_all("buffer", self._buffers)
@@ -70,8 +72,10 @@ class Roles:
     def label(self, tensor: Tensor, role: Role) -> None:
         """Give a tensor's elements a role."""
         tensor = local(tensor)
-        number = self._storage(tensor)
-        if number is not None:
+        number, storage = self._storage(tensor), storage_of(tensor)
+        if number is not None and storage is not None:
+            if storage._cdata not in self._held:
+                self._held[storage._cdata] = StorageWeakRef(storage)
             self._ranges.setdefault(number, {})[int(tensor.storage_offset())] = (tensor.numel(), role)
 
     def label_module(self, module: nn.Module, path: str) -> None:
@@ -80,6 +84,13 @@ class Roles:
             name = f"{path}.{key}" if path else key
             if parameter is not None and id(parameter) not in self._names and name in self._parameters:
                 self.label(parameter, Role("parameter", name))
+
+    def find_new(self, outputs: Iterable[Tensor], inputs: Iterable[TensorFacts]) -> None:
+        """Give the storages that an operation has made a number of their own."""
+        known = {t.storage for t in inputs}
+        for address in {storage._cdata for t in outputs if (storage := storage_of(t)) is not None}:
+            if address not in self._held and self._numbers.get(address) not in known:
+                self._new(address)
 
     def facts(self, value: Any) -> Any:
         """Return a value without its elements: tensors as `TensorFacts`, lists as tuples, objects as their type's name."""
@@ -116,11 +127,12 @@ class Roles:
         if storage is None:
             return None
         address = storage._cdata
-        number = self._numbers.get(address)
-        if number is None:
-            number = self._numbers[address] = len(self._numbers)
-            self._alive.append(StorageWeakRef(storage))
-        return number
+        return self._numbers[address] if address in self._numbers else self._new(address)
+
+    def _new(self, address: int) -> int:
+        self._numbers[address] = self._count
+        self._count += 1
+        return self._numbers[address]
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:

@@ -7,12 +7,15 @@ import gc
 import linecache
 import logging
 import re
+import resource
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the recorder records PyTorch: torch==2.13.0")
@@ -510,17 +513,54 @@ def test_no_tensor_outlives_its_use_because_of_the_recorder() -> None:
     assert [o.name for o in recorder.operations][-2:] == ["aten.exp_.default", "aten.mul.Tensor"]
 
 
+def peak_megabytes(body: Callable[[], object]) -> float:
+    """By how much a body raises the most memory that this process has ever had."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    body()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes on Linux")
+def test_the_memory_of_a_dead_tensor_is_given_back_while_recording() -> None:
+    def large() -> list[Tensor]:
+        return [torch.ones(4_000_000).mul_(2) for _ in range(2)]  # 32 MB
+
+    recorder = Recorder(nn.Identity())
+    peak_megabytes(lambda: [large() for _ in range(3)])
+    with recorder:
+        peak = peak_megabytes(lambda: [large() is None for _ in range(20)])
+    assert peak < 200 and recorder.seen == 80
+    assert peak_megabytes(lambda: [large() for _ in range(20)]) > 300  # what it takes to keep them
+
+
 def test_storages_are_told_apart_although_their_addresses_are_used_again() -> None:
     recorder = Recorder(nn.Identity())
     addresses = set()
     with recorder:
         for _ in range(50):
-            addresses.add(torch.ones(7).untyped_storage()._cdata)
-    assert len({o.outputs.storage for o in recorder.operations}) == 50
-    del recorder
-    with nullcontext():
-        again = {torch.ones(7).untyped_storage()._cdata for _ in range(50)}
-    assert len(addresses) == 50 > len(again)  # without a weak reference they are
+            x = torch.ones(7)
+            x.view(7, 1).mul_(2)
+            addresses.add(x.untyped_storage()._cdata)
+            del x
+    made, viewed, multiplied = (recorder.operations[i::3] for i in range(3))
+    assert len({o.outputs.storage for o in made}) == 50 > len(addresses)
+    assert [o.outputs.storage for o in made] == [o.outputs.storage for o in viewed] == [o.outputs.storage for o in multiplied]
+
+
+def test_a_role_dies_with_its_storage() -> None:
+    layer = nn.Linear(3, 3)
+    recorder = Recorder(layer)
+    with recorder:
+        for _ in range(20):
+            layer(torch.ones(2, 3)).sum().backward()
+            layer.zero_grad()
+            strangers = [torch.from_numpy(np.ones((3, 3), np.float32)) for _ in range(9)]  # made by no operation
+            for x in strangers:
+                x.mul(2)
+    roles = [t.role for o in recorder.operations if o.name == "aten.mul.Tensor" for t in tensors_in(o.arguments)]
+    assert roles == [None] * 180
+    gradients = [o.outputs.role for o in recorder.operations if o.accumulates == "weight"]
+    assert gradients == [Role("gradient", "weight")] * 20
 
 
 def test_facts_say_shape_type_and_place() -> None:
