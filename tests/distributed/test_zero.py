@@ -120,7 +120,9 @@ def test_ranks_learn_what_one_learns(ranks: int, recipe: str) -> None:
     assert 0 < math.sqrt(between / moved) <= drift_bar
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "bf16-kahan", "adam-8bit-fp32-embeddings"])
+@pytest.mark.parametrize("recipe", others_slow(
+    ["fp32", "bf16-kahan", "adam-8bit-fp32-embeddings"], plain=["adam-8bit-fp32-embeddings"]
+))  # fmt: skip
 def test_ranks_for_which_nothing_is_left(recipe: str) -> None:
     """Three grains and seven ranks: four have no share, and train along."""
     small = {"n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 4, "batch_size": 14, "steps": 2}
@@ -349,7 +351,7 @@ class StopsAt:
 RESUMED = ("fp16", "bf16-sr", "fp8-delayed", EIGHT_BIT, "adam-8bit-fp32-embeddings")
 
 
-@pytest.mark.parametrize("recipe", others_slow(RESUMED, plain={*RESUMED} - {EIGHT_BIT}))  # which the last has, and more
+@pytest.mark.parametrize("recipe", others_slow(RESUMED, plain={"fp16", "fp8-delayed", "adam-8bit-fp32-embeddings"}))
 def test_stopped_and_resumed_it_goes_on_bit_for_bit(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On three ranks, of which the last is told to stop; on as many it ends where it would have ended, on two it goes on."""
     monkeypatch.setattr("refimpl.training.evaluate.FINAL_EVAL_BLOCKS", 4)
