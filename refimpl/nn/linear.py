@@ -39,11 +39,11 @@ def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPreci
 
     Each of the three casts what it reads as its own row says. dx sums over F, dw and db over the M rows.
     """
-    x, x_shape, x_format = saved                                           # x (M, K)
+    x, x_shape, x_format = saved                                        # x (M, K)
     dy, dx_p, dw_p, db_p = as_rows(dy), p["dx"], p["dw"], p["db"]       # dy (M, F)
     dx = dx_p.matmul(dx_p.cast(dy, "dy"), dx_p.cast(w, "w"))            # (M, K)
     dw = dw_p.matmul(dw_p.cast(dy, "dy").T, dw_p.cast(x, "x"))          # (F, K)
-    db = None if b is None else db_p.widen(db_p.cast(dy, "dy")).sum(0)   # (F,)
+    db = None if b is None else db_p.widen(db_p.cast(dy, "dy")).sum(0)  # (F,)
     dx = dx_p.round_grad(dx, "x", x_format).reshape(x_shape)
     dw = dw_p.round_grad(dw, "w", format_of(w))
     return dx, dw, None if b is None else db_p.round_grad(db, "b", format_of(b))

@@ -74,7 +74,7 @@ class Policy:
     fused_attention: bool = False
 
     def __post_init__(self) -> None:
-        from refimpl.precision.policy_checks import check_rows
+        from refimpl.precision.policy_checks import check_rows  # here, since the checks need this module's names
 
         check_rows(self.name, self.rows)
 
