@@ -12,7 +12,8 @@
     quantization/            FP8, MX and NVFP4: codes with scales
     arrays.py                the type `Array`
 
-`cast` is the only way to round to nearest on the host. The other places that round: `stochastic_rounding`; `compensated.split`,
-whose ties go away from zero; `accumulators`, which can cut sums; the power-of-two scales of `quantization/fp8.py` and `mx.py`;
-the codebooks of `precision/state_encodings.py`; and on a device the kernels (`backends/cupy/kernels/cast.cuh`) and cuBLAS.
+`casts.cast`, and `fast_cast.cast` with the same bits, are the only ways to round arrays to nearest on the host. The other
+places that round: `stochastic_rounding`; `compensated.split`, whose ties go away from zero; `accumulators`, which can cut sums;
+the power-of-two scales of `quantization/fp8.py` and `mx.py`; the codebooks of `precision/state_encodings.py`; and on a device
+the kernels (`backends/cupy/kernels/cast.cuh`) and cuBLAS.
 """

@@ -1,7 +1,7 @@
 """Conversions between number formats: `cast` rounds to nearest, `widen` is exact and refuses any other conversion.
 
-On the host all rounding to nearest, ties to even, goes through `cast`, so it can be counted, shown or replaced in one place.
-The package's docstring lists what rounds otherwise.
+On the host all rounding to nearest, ties to even, is done by `cast`, or in the NumPy backend by `fast_cast.cast`, with the same
+bits. The package's docstring lists what rounds otherwise.
 """
 
 from __future__ import annotations

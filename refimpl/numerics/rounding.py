@@ -1,6 +1,7 @@
 """Rounding to nearest, ties to even, written out: what `casts.cast` does to one number, on exact fractions.
 
-`cast` leaves the rounding to the array library, or to bit tricks. This is the definition that it is tested against.
+`cast` leaves the rounding to the array library, and is tested against this definition; `fast_cast`, which does it by arithmetic
+on bits, is tested against `cast`.
 `python scripts/formats.py 0.1 --explain fp16` prints the steps for a number.
 """
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from arrays import assert_same_bits, bits
 
-from refimpl.numerics import fast_cast
+from refimpl.numerics import casts, fast_cast
 from refimpl.numerics.fast_cast import BLOCK, SMALL, fp16_to_fp32, fp32_to_fp16
+from refimpl.numerics.formats import dtype_of, format_of
 
 ALL_CODES = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 SIZES = [0, 1, SMALL - 1, SMALL, SMALL + 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK + 1, 3 * BLOCK + 5]
@@ -239,3 +240,36 @@ def test_threads_at_once(convert: Callable, source: type, target: type) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, range(2))) == [0, 0]
+
+
+# ---------------------------------------------------------------------------------------------- as the backend calls them
+
+WIDE_FORMATS = ("fp64", "fp32", "fp16", "bf16")
+
+
+@pytest.mark.parametrize("size", [SMALL - 1, SMALL])
+@pytest.mark.parametrize("into", [False, True], ids=["new", "out"])
+@pytest.mark.parametrize("target", WIDE_FORMATS)
+@pytest.mark.parametrize("source", WIDE_FORMATS)
+def test_cast_and_widen_are_those_of_casts(source: str, target: str, into: bool, size: int) -> None:
+    """Their results in every pair of formats, and their refusals."""
+    x = casts.cast(values(size, np.float32), source)
+    for name in ("cast", "widen"):
+        found = []
+        for module in (casts, fast_cast):
+            out = np.empty(size, dtype_of(target)) if into else None
+            try:
+                y = getattr(module, name)(x, target, out)
+            except TypeError as error:
+                found.append(str(error))
+                continue
+            assert format_of(y) == target and (out is None or y is out)
+            found.append(y.tobytes())
+        assert found[0] == found[1], name
+
+
+def test_what_is_written_to_must_have_the_format_and_the_shape() -> None:
+    x = values(SMALL, np.float32)
+    for out, error in ((np.empty(SMALL, np.float32), TypeError), (np.empty(SMALL + 1, np.float16), ValueError)):
+        with pytest.raises(error):
+            fast_cast.cast(x, "fp16", out)
