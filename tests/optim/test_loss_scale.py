@@ -30,7 +30,8 @@ from refimpl.optim.loss_scalers import make_loss_scale
 
 def written_rule() -> str:
     """The rule in the docstring of DynamicLossScale: its indented lines, which are Python."""
-    lines = re.search(r"(?m)^ +if found_inf:\n(?: {8}.*\n)+", DynamicLossScale.__doc__ or "")
+    text = inspect.getdoc(DynamicLossScale) or ""  # without the indentation that Python 3.13 takes away and others keep
+    lines = re.search(r"(?m)^ +if found_inf:\n(?: {4}.*\n)+", text)
     assert lines is not None
     return textwrap.dedent(lines[0])
 
