@@ -40,7 +40,7 @@ def test_each_command_has_a_script_that_says_the_same_in_one_line(name: str) -> 
         (["--version"], 0, "refimpl 0.", ""),
         (["trian"], 2, "", "did you mean train?"),
         (["recipes", "--rcipe"], 2, "", "did you mean --recipe? See python -m refimpl recipes --help"),
-        (["inspect-step", "--help"], 0, "    python -m refimpl inspect_step  ", ""),
+        (["inspect-step", "--help"], 0, "python -m refimpl inspect_step  ", ""),
         (["generate", "nowhere"], 2, "", "nowhere"),
     ],
 )
