@@ -20,9 +20,11 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.r
 
 # The only modules that convert: casts, and their fast version for the NumPy backend.
 CASTS = ("numerics/casts.py", "numerics/fast_cast.py")
-# PyTorch programs kept beside the project, as a witness and to be timed, and what records those of others: their tensors are
+# PyTorch programs kept beside the project, as a witness and to be timed, and the audit of other people's: their tensors are
 # not arrays of ours.
-FOREIGN = ("parity/pytorch_model.py", "parity/audit/recorder.py", "parity/audit/roles.py", "tools/bench/pytorch.py")
+FOREIGN = (
+    "parity/pytorch_model.py", "tools/bench/pytorch.py", *(name for name in FILES if name.startswith("parity/audit/")),
+)  # fmt: skip
 OURS = [name for name in FILES if name not in CASTS + FOREIGN]
 
 

@@ -1,5 +1,10 @@
-"""The audit of a PyTorch training loop. What is there: the recorder, which sees every operation of a step.
+"""The audit of a PyTorch training loop: every operation judged, known mistakes named.
 
+    session.py             `Audit`, the context manager around a user's training loop
+    step.py                `Step`: what is kept of one audited step; `View`: what a rule looks at
+    judge/                 every operation beside the same one in FP64; verdict.py: `Verdict`, its statistics and levels
+    rules/                 the catalogue of mistakes in training loops; finding.py: `Finding`, one of them found
+    values.py              `Values`: an operation while its tensors are alive; `Twin`: its result in FP64, with a bound
     recorder.py            `Recorder`, a context manager around the user's step, sees its operations from forward to optimizer;
                            `UncompiledRecorder` is the same for programs that torch.compile compiles
     operation.py           `Operation`: what is kept of one operation; `Keep`: how much of it
@@ -7,6 +12,8 @@
     nodes.py               which forward operation a node of the autograd graph belongs to, by sequence numbers
     roles.py               which tensor is what: parameter, gradient, optimizer state, buffer, EMA
 
-The recorder judges nothing and changes nothing: parameters, random numbers and outputs of a recorded step have the bits of
-an unrecorded one. recorder.py and roles.py need torch; this package does not import them.
+The audit changes nothing: parameters, random numbers and outputs of an audited step have the bits of an
+unaudited one. It needs torch.
 """
+
+from refimpl.parity.audit.session import Audit as Audit

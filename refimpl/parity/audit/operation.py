@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 PHASES = ("forward", "backward", "unscale", "clip", "step", "update", "other")
@@ -67,6 +67,7 @@ class Operation:
     node, sequence: name and sequence number of the autograd node that runs (in backward) or that the operation made.
     accumulates: the parameter to whose gradient AccumulateGrad adds here.
     error: why an observer failed on it, None if it did not.
+    verdicts: what the judge says of its results. probed: what rules have measured on its values, by probe (rules/table.py).
     """
 
     index: int
@@ -84,6 +85,8 @@ class Operation:
     accumulates: str | None
     outputs: Any = None
     error: str | None = None
+    verdicts: tuple[Any, ...] = ()
+    probed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def completes_later(self) -> bool:

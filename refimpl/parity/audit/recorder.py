@@ -33,7 +33,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -46,6 +46,7 @@ from refimpl.parity.audit.nodes import Nodes, Site
 from refimpl.parity.audit.operation import Keep, Operation, Role, tensors_in
 from refimpl.parity.audit.place import Places
 from refimpl.parity.audit.roles import Roles, storage_of
+from refimpl.parity.audit.values import Values
 
 T = TypeVar("T")
 TRACED = (FakeTensor, FunctionalTensor)
@@ -59,12 +60,8 @@ UNDECLARED_WRITES = ("c10d",)
 class Observer(Protocol):
     """Looks at the values of operations while they are alive."""
 
-    def __call__(self, operation: Operation, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Look at an operation that has run. No gradients are recorded here, and no operation of the observer is.
-
-        args, kwargs: what it was called with; tensors that it wrote to, or that share memory with one, are clones from before.
-        All other tensors are the user's own: an observer must not write to them, keep them, or draw random numbers.
-        """
+    def __call__(self, values: Values) -> None:
+        """Look at an operation that has run. No gradients are recorded here, and no operation of the observer is."""
 
 
 def facts_only(operation: Operation) -> Keep:
@@ -163,8 +160,11 @@ class Recorder(TorchDispatchMode):
             self.seen += 1
             keep = self._choose(operation)
         if keep is Keep.VALUES and self._observe is not None:
-            named = _named(self._schemas[func], args, kwargs)
-            return _Call(operation, keep, *_with_clones([named[name] for name in operation.written], args, kwargs))
+            schema = self._schemas[func]
+            named = _named(schema, args, kwargs)
+            written = {name: named[name] for name in operation.written}
+            args, kwargs = _with_clones(written, args, kwargs)
+            return _Call(operation, keep, Values(operation, schema.arguments, args, kwargs, None, written))
         return _Call(operation, keep)
 
     def _after(self, call: _Call, output: Any) -> None:
@@ -178,9 +178,10 @@ class Recorder(TorchDispatchMode):
             if operation.accumulates is not None and isinstance(output, Tensor) and self._roles is not None:
                 self._roles.label(output, Role("gradient", operation.accumulates))
             operation.outputs = self._facts(output)
-            if call.args is not None and self._observe is not None:
+            if call.values is not None and self._observe is not None:
+                call.values.output = output
                 try:
-                    self._observe(operation, call.args, call.kwargs, output)
+                    self._observe(call.values)
                 except Exception as error:
                     operation.error = _text(error)
                     raise
@@ -283,8 +284,7 @@ class _Call:
 
     operation: Operation
     keep: Keep
-    args: tuple[Any, ...] | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    values: Values | None = None
 
 
 def _phase(mark: str, in_backward: bool, made_node: bool) -> str:
@@ -324,10 +324,10 @@ def _named(schema: _Schema, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _with_clones(
-    written: list[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    written: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return args and kwargs, in which every tensor that is about to be written, or shares memory with one, is a clone."""
-    targets = list(_tensors(written))
+    targets = list(_tensors(list(written.values())))
     if not targets:
         return args, dict(kwargs)
     same = {id(t) for t in targets}

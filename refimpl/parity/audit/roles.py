@@ -101,14 +101,14 @@ class Roles:
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format):
-            return _name(value)
+            return name_of(value)
         return f"<{type(value).__name__}>"
 
     def _facts(self, tensor: Tensor) -> TensorFacts:
         number = self._storage(tensor)
         offset = int(tensor.storage_offset()) if number is not None else 0
         role = self._role(number, offset) if number is not None else None
-        return TensorFacts(tuple(tensor.shape), _name(tensor.dtype), _name(tensor.device), number, offset, role)
+        return TensorFacts(tuple(tensor.shape), name_of(tensor.dtype), name_of(tensor.device), number, offset, role)
 
     def _role(self, number: int, offset: int) -> Role | None:
         ranges = self._ranges.get(number)
@@ -151,7 +151,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @cache
-def _name(value: torch.dtype | torch.device | torch.layout | torch.memory_format) -> str:
+def name_of(value: torch.dtype | torch.device | torch.layout | torch.memory_format) -> str:
+    """Return PyTorch's name of a format, device or layout, without 'torch.' in front."""
     return str(value).removeprefix("torch.")
 
 

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from refimpl.parity.audit.nodes import Nodes, Site
 from refimpl.parity.audit.operation import PHASES, Keep, Operation, Role, TensorFacts, tensors_in
 from refimpl.parity.audit.recorder import Recorder, UncompiledRecorder
+from refimpl.parity.audit.values import Values
 
 Bits = dict[str, Tensor]
 
@@ -64,9 +65,9 @@ def each(value: Any) -> Iterator[Tensor]:
             yield from each(part)
 
 
-def reads_all(operation: Operation, args: Any, kwargs: Any, output: Any) -> None:
+def reads_all(seen: Values) -> None:
     """An observer that computes in FP64 with everything, as a judge does."""
-    for x in each([args, kwargs, output]):
+    for x in each([seen.args, seen.kwargs, seen.output]):
         if x.numel():
             x.double().sum().item()
 
@@ -106,18 +107,19 @@ def test_steps_between_unrecorded_ones_have_their_bits_too() -> None:
     assert differing(plain, loop.run(lambda step: recorder if step == 1 else nullcontext()).bits()) == []
 
 
-def draws(operation: Operation, args: Any, kwargs: Any, output: Any) -> None:
+def draws(seen: Values) -> None:
     torch.rand(1)
 
 
-def reexecutes(operation: Operation, args: Any, kwargs: Any, output: Any) -> None:
-    if "dropout" in operation.name or "bernoulli" in operation.name:
-        operation.overload(*(x.clone() if isinstance(x, Tensor) else x for x in args), **kwargs)
+def reexecutes(seen: Values) -> None:
+    name = seen.operation.name
+    if "dropout" in name or "bernoulli" in name:
+        seen.operation.overload(*(x.clone() if isinstance(x, Tensor) else x for x in seen.args), **seen.kwargs)
 
 
-def overwrites(operation: Operation, args: Any, kwargs: Any, output: Any) -> None:
-    if operation.name == "aten.addmm.default":
-        output.mul_(1.001)
+def overwrites(seen: Values) -> None:
+    if seen.operation.name == "aten.addmm.default":
+        seen.output.mul_(1.001)
 
 
 @pytest.mark.parametrize("bad", [draws, reexecutes, overwrites])
@@ -422,8 +424,9 @@ def observed(body: Callable[[], object], **options: Any) -> list[tuple[Operation
     """The operations of a body, with copies of their arguments and outputs."""
     found = []
 
-    def observe(operation: Operation, args: Any, kwargs: Any, output: Any) -> None:
-        found.append((operation, [x.clone() for x in each([args, kwargs])], [x.clone() for x in each(output)]))
+    def observe(seen: Values) -> None:
+        arguments, outputs = ([x.clone() for x in each(part)] for part in ([seen.args, seen.kwargs], seen.output))
+        found.append((seen.operation, arguments, outputs))
 
     recorder = Recorder(nn.Identity(), choose=values, observe=observe, **options)
     with recorder:
@@ -467,8 +470,8 @@ def test_an_observer_records_no_gradients_and_none_of_its_own_operations() -> No
     layer = nn.Linear(3, 3)
     found: list[bool] = []
 
-    def observe(operation: Operation, args: Any, kwargs: Any, output: Any) -> None:
-        found.append(any((x.double() * 2).requires_grad for x in each([args, kwargs, output])))
+    def observe(seen: Values) -> None:
+        found.append(any((x.double() * 2).requires_grad for x in each([seen.args, seen.kwargs, seen.output])))
 
     recorder = Recorder(layer, choose=values, observe=observe)
     with recorder:
@@ -495,7 +498,7 @@ def test_what_is_kept_of_an_operation_is_chosen() -> None:
         assert operation.outputs is None
         return {"aten.addmm.default": Keep.VALUES, "aten.add.Tensor": Keep.FACTS}.get(operation.name, Keep.NOTHING)
 
-    recorder = recorded(loop, choose=choose, observe=lambda operation, *rest: seen.append(operation.name))[1]
+    recorder = recorded(loop, choose=choose, observe=lambda values: seen.append(values.operation.name))[1]
     kept = [operation.name for operation in recorder.operations]
     assert set(kept) == {"aten.addmm.default", "aten.add.Tensor"} and set(seen) == {"aten.addmm.default"}
     assert kept.count("aten.addmm.default") == len(seen) // 3 and recorder.seen > 2 * len(kept)  # three steps
@@ -621,9 +624,9 @@ def test_a_failure_of_the_recorder_is_not_the_users(
 def test_a_failure_holds_no_tensor() -> None:
     alive: list[Any] = []
 
-    def observe(operation: Operation, args: Any, kwargs: Any, output: Any) -> None:
-        alive.append(weakref.ref(output))
-        raise ValueError(operation.name)
+    def observe(seen: Values) -> None:
+        alive.append(weakref.ref(seen.output))
+        raise ValueError(seen.operation.name)
 
     recorder = Recorder(nn.Identity(), choose=values, observe=observe)
     with recorder:

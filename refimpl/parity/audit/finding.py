@@ -1,0 +1,35 @@
+"""`Finding`: one mistake in the user's loop, with where, how much, what it does, and how to mend it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One mistake.
+
+    code, name: of the rule that found it, as in the catalogue. level: one of verdict.LEVELS but 'fine'. step: the first audited
+    step that shows it. module, line: where. number: the sentence with the measured figures. effect: what it does to
+    training. fix: what to change. parameters: the names concerned. operation: index in its step of the one that shows it,
+    None if it is not one operation. places: how many times it was seen, over all places and steps.
+    """
+
+    code: str
+    name: str
+    level: str
+    step: int
+    module: str | None
+    line: str
+    number: str
+    effect: str
+    fix: str
+    parameters: tuple[str, ...] = ()
+    operation: int | None = None
+    places: int = 1
+
+
+def merged(known: dict[str, Finding], found: Finding) -> None:
+    """Add a finding to those known, by code: the same mistake at many places is one finding, with their number."""
+    first = known.get(found.code)
+    known[found.code] = found if first is None else replace(first, places=first.places + found.places)

@@ -1,0 +1,58 @@
+"""`Judge`: judges operations as they run, and counts what it judged and what it could not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from refimpl.parity.audit.judge.table import family_of
+from refimpl.parity.audit.values import CannotJudge, Values, is_float
+from refimpl.parity.audit.verdict import Verdict, measure
+
+ALLOCATIONS = ("aten.empty", "aten.new_empty", "aten.resize_")
+"""Their elements are garbage until somebody writes them."""
+
+
+class Judge:
+    """Judges one operation at a time.
+
+    judged: elements judged, over all operations. unjudged: elements that were not, by reason.
+    """
+
+    def __init__(self) -> None:
+        self.judged = 0
+        self.unjudged: Counter[str] = Counter()
+
+    def __call__(self, values: Values) -> tuple[Verdict, ...]:
+        """Return the verdicts over an operation's results, one each; the twins of whole results stay in `values.twins`."""
+        results = {name: tensor for name, tensor in values.results() if is_float(tensor) and tensor.numel()}
+        if not results or not produces(values):
+            return ()
+        verdicts = []
+        why = "no function judges it: " + values.operation.name.rpartition(".")[0]
+        family = family_of(values.operation.name)
+        try:
+            for twin in family(values) if family is not None else ():
+                tensor = results.pop(twin.result)
+                verdicts.append(measure(twin, tensor.numel()))
+                self.judged += tensor.numel()
+                if twin.actual.shape == tensor.shape:
+                    values.twins[twin.result] = twin
+            why = "no twin for this result of " + values.operation.name if family is not None else why
+        except CannotJudge as reason:
+            why = str(reason)
+        for tensor in results.values():
+            self.unjudged[why] += tensor.numel()
+        return tuple(verdicts)
+
+
+def produces(values: Values) -> bool:
+    """Return whether an operation makes numbers: views, allocations and random numbers are no arithmetic."""
+    operation = values.operation
+    schema: Any = getattr(operation.overload, "_schema", None)
+    if schema is None or operation.name.startswith(ALLOCATIONS):
+        return False
+    views = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
+    return not views and torch.Tag.nondeterministic_seeded not in operation.overload.tags

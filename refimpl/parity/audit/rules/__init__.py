@@ -1,0 +1,9 @@
+"""The rules: each names one mistake of training loops. A rule is a function over a `View`; its docstring is the catalogue's.
+
+    entry.py               `Rule`, and the decorator `@rule`
+    table.py               `RULES` and `PROBES` of all groups
+    weights.py             A: weights, optimizer and its states
+    scale.py               B: loss scale, unscaling, clipping
+    sums.py                C: sums of gradients, over micro-batches, uses and ranks
+    operations.py          D: single operations
+"""

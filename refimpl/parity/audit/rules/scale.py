@@ -1,0 +1,7 @@
+"""Rules B: loss scale, unscaling, clipping."""
+
+from __future__ import annotations
+
+from refimpl.parity.audit.rules.entry import Probe
+
+PROBES: tuple[Probe, ...] = ()

@@ -1,0 +1,10 @@
+"""The catalogue: the rules and probes of all groups."""
+
+from __future__ import annotations
+
+from refimpl.parity.audit.rules import operations, scale, sums, weights
+from refimpl.parity.audit.rules.entry import Probe, Rule
+
+GROUPS = (weights, scale, sums, operations)
+RULES: dict[str, Rule] = {r.code: r for group in GROUPS for r in vars(group).values() if isinstance(r, Rule)}
+PROBES: dict[str, Probe] = {p.__name__: p for group in GROUPS for p in group.PROBES}

@@ -1,0 +1,7 @@
+"""Rules A: weights, the optimizer and its states."""
+
+from __future__ import annotations
+
+from refimpl.parity.audit.rules.entry import Probe
+
+PROBES: tuple[Probe, ...] = ()

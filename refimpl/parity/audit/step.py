@@ -1,0 +1,87 @@
+"""`Step`: what is kept of one audited step, and `View`: what a rule may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from refimpl.parity.audit.operation import Operation
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerFacts:
+    """An optimizer between two steps.
+
+    kind: name of its class. groups: its param_groups without the tensors, each with 'names' of its parameters ('' for one that
+    the model does not have). updates: the step counters of its states, by parameter. state_formats: (key, dtype) -> elements.
+    """
+
+    kind: str
+    groups: tuple[Mapping[str, Any], ...]
+    updates: Mapping[str, float]
+    state_formats: Mapping[tuple[str, str], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Border:
+    """The state of a training between two steps. scale, growth_tracker: of the GradScaler, None without one (or disabled).
+
+    scheduler: the values of `last_epoch` of each scheduler.
+    """
+
+    scale: float | None
+    growth_tracker: int | None
+    optimizers: tuple[OptimizerFacts, ...]
+    schedulers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call that is no operation: 'backward', or 'optimizer.step'.
+
+    index: that of the next operation. line: the user's. autocast: the format of an autocast around it, '' if none is on.
+    which: of an optimizer, its place among the audited ones.
+    """
+
+    name: str
+    index: int
+    line: str
+    autocast: str = ""
+    which: int | None = None
+
+
+@dataclass(slots=True)
+class Step:
+    """An audited step. number: counted from 1, unaudited steps included. calls: in order."""
+
+    number: int
+    before: Border
+    operations: list[Operation] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    after: Border | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterFacts:
+    """A parameter of the model. groups: the places among the optimizers of those that own it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool
+    groups: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a rule looks at, at the end of each audited step.
+
+    step: the one that has just ended. earlier: audited steps before it, the newest last; a few only. borders: of every step so
+    far, audited or not, by step number: the state after it (0: at the beginning); those of unaudited steps have no scale.
+    parameters: by name.
+    """
+
+    step: Step
+    earlier: Sequence[Step]
+    borders: Mapping[int, Border]
+    parameters: Mapping[str, ParameterFacts]
