@@ -4,6 +4,7 @@
     step.py                `Step`: what is kept of one audited step; `View`: what a rule looks at
     judge/                 every operation beside the same one in FP64; verdict.py: `Verdict`, its statistics and levels
     rules/                 the catalogue of mistakes in training loops; finding.py: `Finding`, one of them found
+    origins.py             where Inf and NaN begin, and which loss scale would have helped
     values.py              `Values`: an operation while its tensors are alive; `Twin`: its result in FP64, with a bound
     recorder.py            `Recorder`, a context manager around the user's step, sees its operations from forward to optimizer;
                            `UncompiledRecorder` is the same for programs that torch.compile compiles

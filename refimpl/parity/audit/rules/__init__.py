@@ -6,4 +6,5 @@
     scale.py               B: loss scale, unscaling, clipping
     sums.py                C: sums of gradients, over micro-batches, uses and ranks
     operations.py          D: single operations
+    overflow.py            D7 to D11: where Inf and NaN come from
 """
