@@ -11,5 +11,4 @@
     compare_recipes/       trains under several recipes and compares them
     experiments/           toy experiments
     bench/                 step times, scaling over ranks, checks on a GPU
-    html/                  parts of HTML pages
 """

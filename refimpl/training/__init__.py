@@ -12,5 +12,5 @@
     stopping.py, non_finite.py    when a run stops, and advice; where Inf or NaN first appears in a step
     cli.py, console.py, signals.py, program.py  the frame of every command: exit codes, output, Ctrl-C
     arguments.py, flags.py        the parser, the flags of a run
-    outputs.py, pictures.py       the files of reports, and pictures as PNG
+    outputs.py, pictures.py, html/              the files of reports, pictures as PNG, and parts of HTML pages
 """

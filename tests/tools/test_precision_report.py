@@ -29,8 +29,6 @@ from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast
 from refimpl.parity.mistakes import MISTAKES
 from refimpl.parity.trace import record, save
-from refimpl.tools.html.figures import Picture
-from refimpl.tools.html.page import CSS
 from refimpl.tools.precision_report import main as show_precision
 from refimpl.tools.precision_report.collect import Inspection, StepRow, fresh, inspect
 from refimpl.tools.precision_report.counts import LOWEST, Counts, kind_of
@@ -62,6 +60,8 @@ from refimpl.tools.precision_report.tables import (
 from refimpl.tools.precision_report.verdicts import percent, power, verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
+from refimpl.training.html.figures import Picture
+from refimpl.training.html.page import CSS
 from refimpl.training.run import train
 
 TINY: dict[str, Any] = {

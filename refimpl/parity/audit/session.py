@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from refimpl.parity.audit.finding import Finding, merged
+from refimpl.errors import UsageError, one_line
+from refimpl.parity.audit.borders import border_of, optimizers_of, parameters_of, schedulers_of
+from refimpl.parity.audit.calls import CallWatch
+from refimpl.parity.audit.finding import Finding, is_serious, merged
 from refimpl.parity.audit.judge.judge import Judge
 from refimpl.parity.audit.operation import Keep, Operation
-from refimpl.parity.audit.place import Places
 from refimpl.parity.audit.recorder import Recorder
-from refimpl.parity.audit.roles import name_of
+from refimpl.parity.audit.report.data import contents
+from refimpl.parity.audit.report.files import write_report
+from refimpl.parity.audit.report.flags import flags_in_force
+from refimpl.parity.audit.report.operation_table import OperationTable
+from refimpl.parity.audit.report.terminal import summary
+from refimpl.parity.audit.rules.entry import Rule
 from refimpl.parity.audit.rules.table import PROBES, RULES
-from refimpl.parity.audit.step import Border, Call, OptimizerFacts, ParameterFacts, Step, View
+from refimpl.parity.audit.step import Border, Step, View
 from refimpl.parity.audit.values import Values
 
 EARLIER = 3
 """How many audited steps are kept beside the current one."""
+MOST_BORDERS = 256
+"""How many borders are kept: the first one, and the newest."""
+MOST_OPERATIONS = 200_000
+"""How many operations of one step are looked at: a loop that never ends its step must not fill the memory."""
 
 
 class Audit:
     """Audits a training loop; `step()` ends each of its steps.
 
-    findings: the mistakes found so far, by code. steps: the audited steps that are kept, the newest last.
+    findings: the mistakes found so far, by code. steps: the audited steps that are kept, the newest last. number: how many
+    steps have ended; audited: the numbers of those audited. table: verdicts over the operations of all audited steps.
+    failures: exceptions of the audit itself by text, which have not disturbed the training.
     """
+
+    _running: ClassVar[Audit | None] = None
 
     def __init__(
         self,
@@ -42,142 +58,176 @@ class Audit:
         steps: int = 4,
         every: int = 100,
     ) -> None:
-        """optimizer, scheduler: one, or several. steps: how many of the first are audited, and then one in `every`."""
-        self._model, self._scaler = model, scaler
-        self._optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
-        several = isinstance(scheduler, list | tuple)
-        self._schedulers = tuple(scheduler) if several else () if scheduler is None else (scheduler,)
+        """optimizer, scheduler: one, or several. steps: how many of the first are audited, and then one in `every`.
+
+        Errors: UsageError for what is none of these.
+        """
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"Audit: model must be a torch.nn.Module, not {type(model).__name__}")
+        if scaler is not None and not hasattr(scaler, "get_scale"):
+            raise UsageError(f"Audit: scaler must be a torch.amp.GradScaler, not {type(scaler).__name__}")
+        if steps < 0 or every < 1:
+            raise UsageError(f"Audit: steps={steps}, every={every}: at least 0 and 1")
+        self.model, self.scaler, self.ema = model, scaler, ema
+        self.optimizers, self.schedulers = optimizers_of(optimizer), schedulers_of(scheduler)
         self._first, self._every = steps, every
-        self.judge = Judge()
+        self.judge, self.table = Judge(), OperationTable()
         self.findings: dict[str, Finding] = {}
         self.steps: deque[Step] = deque(maxlen=EARLIER + 1)
-        self.recorder = Recorder(model, self._optimizers, ema, choose=_all, observe=self._observe)
+        self.recorder = Recorder(model, self.optimizers, ema, choose=self._choose, observe=self._observe)
+        self._calls = CallWatch(self.optimizers, lambda: self.recorder.seen)
         self._borders: dict[int, Border] = {}
-        self._number = 0
+        self.number, self.audited, self.unended = 0, list[int](), ""
+        self.flags: list[dict[str, Any]] = []
+        self._failures: Counter[str] = Counter()
         self._recording = False
-        self._undo: list[Callable[[], None]] = []
+        self._stance: Any = None
 
     def __enter__(self) -> Audit:
-        """Begin the audit, at the beginning of a step."""
-        self._borders[0] = self._border(True)
-        self._begin()
+        """Begin the audit, at the beginning of a step. Errors: UsageError if one is running."""
+        if Audit._running is not None:
+            which = "this audit is" if Audit._running is self else "another audit is"
+            raise UsageError(f"{which} running already: leave its 'with' before the next")
+        Audit._running = self
+        self.begin_step()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        """End it; a step that has begun and was not ended is not judged."""
-        self._stop()
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        """End it, also where the loop has raised: what was found is kept, and the exception goes on.
+
+        Of a step that was begun and not ended only the rules about single operations are asked.
+        """
+        if self._recording and self.recorder.seen:
+            self._stop()
+            self.unended = f"{kind.__name__} in step {self.number + 1}" if kind is not None else "audit.step() was not called"
+            self._finish(complete=False)
+        else:
+            self._stop()
+        Audit._running = None
 
     def step(self) -> None:
-        """End a step of the training, and begin the next."""
-        ended = self._recording
+        """End a step of the training, and begin the next. Errors: UsageError outside of `with`."""
+        if Audit._running is not self:
+            raise UsageError("audit.step() outside of the audit: call it at the end of each step inside 'with Audit(...)'")
+        self.end_step()
+        self.begin_step()
+
+    def end_step(self) -> None:
+        """End a step: ask the rules, if it was audited."""
+        recorded = self._recording
         self._stop()
-        self._number += 1
-        if ended:
-            step = self.steps[-1]
-            step.operations = self.recorder.operations
-            step.after = self._borders[self._number] = self._border(True)
-            self._find()
-        self._begin()
+        self.number += 1
+        if recorded:
+            self._finish(complete=True)
+
+    def begin_step(self) -> None:
+        """Begin a step; one that is to be audited is recorded from here on."""
+        if self.due and not self._recording:
+            if self.number not in self._borders:
+                self._borders[self.number] = self._border()
+            self.steps.append(Step(self.number + 1, self._borders[self.number]))
+            self._guarded("", self._start)
+            if not self._recording:
+                self.steps.pop()
 
     @property
-    def parameters(self) -> Mapping[str, ParameterFacts]:
-        """The model's parameters by name."""
-        owners: dict[int, list[int]] = {}
-        for i, optimizer in enumerate(self._optimizers):
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    owners.setdefault(id(p), []).append(i)
-        return {
-            name: ParameterFacts(tuple(p.shape), name_of(p.dtype), p.requires_grad, tuple(owners.get(id(p), ())))
-            for name, p in self._model.named_parameters()
-        }
+    def due(self) -> bool:
+        """Whether the next step is to be audited."""
+        following = self.number + 1
+        return following <= self._first or following % self._every == 0
+
+    @property
+    def failures(self) -> Counter[str]:
+        """The exceptions of the audit itself, of rules and judges too."""
+        return self._failures + self.recorder.failures
+
+    def report(self, folder: str | Path = "runs/audit") -> Path:
+        """Write audit.html and audit.json to a folder, print the summary, and return the path of the page.
+
+        A report that is there is replaced. Of several processes each but the first writes to a folder rank1, rank2, ... in it.
+        Errors: UsageError if the files cannot be written.
+        """
+        rank = _rank()
+        data = contents(self)
+        page = write_report(Path(folder) / (f"rank{rank}" if rank else ""), data)
+        if not rank:
+            print("\n".join(summary(data, str(page))))
+        return page
 
     # ------------------------------------------------------------------------------------------------- one audited step
 
-    def _due(self) -> bool:
-        following = self._number + 1
-        return following <= self._first or following % self._every == 0
-
-    def _begin(self) -> None:
-        if not self._due():
-            return
-        before = self._borders.setdefault(self._number, self._border(True))
-        self.steps.append(Step(self._number + 1, before))
-        self._watch_calls(self.steps[-1].calls)
+    def _start(self) -> None:
+        if "torch._dynamo" in sys.modules:  # what torch.compile has compiled runs as it was written, so that all of it is seen
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._calls.start(self.steps[-1].calls)
         self.recorder.__enter__()
         self._recording = True
 
     def _stop(self) -> None:
         if self._recording:
-            self.recorder.__exit__(None, None, None)
             self._recording = False
-        while self._undo:
-            self._undo.pop()()
+            self.recorder.__exit__(None, None, None)
+        self._guarded("", self._calls.stop)
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+    def _finish(self, complete: bool) -> None:
+        """Ask the rules about the step that has been recorded. complete: whether it has ended as a step does."""
+        step = self.steps[-1]
+        step.operations = self.recorder.operations
+        self.flags = self.flags or flags_in_force()
+        self.audited.append(step.number)
+        if complete:
+            step.after = self._borders[self.number] = self._border()
+            while len(self._borders) > MOST_BORDERS:
+                del self._borders[list(self._borders)[1]]
+        parameters = self._guarded("", parameters_of, self.model, self.optimizers) or {}
+        view = View(step, tuple(self.steps)[:-1], self._borders, parameters)
+        for rule in RULES.values():
+            if complete or (rule.code.startswith("D") and rule.steps == 1):
+                self._guarded(f"rule {rule.code}: ", self._ask, rule, view)
+
+    def _ask(self, rule: Rule, view: View) -> None:
+        for finding in rule.find(view):
+            known = self.findings.get(finding.code)
+            merged(self.findings, finding)
+            if is_serious(finding.level) and (known is None or not is_serious(known.level)):
+                _say(self.findings[finding.code])
+
+    def _choose(self, operation: Operation) -> Keep:
+        """Choose to see the values of every operation."""
+        return Keep.VALUES if operation.index < MOST_OPERATIONS else Keep.NOTHING
 
     def _observe(self, values: Values) -> None:
         operation = values.operation
         operation.verdicts = self.judge(values)
+        self.table.add(self.number + 1, operation)
         for name, probe in PROBES.items():
             measured = probe(values)
             if measured is not None:
                 operation.probed[name] = measured
 
-    def _find(self) -> None:
-        view = View(self.steps[-1], tuple(self.steps)[:-1], self._borders, self.parameters)
-        for each in RULES.values():
-            for finding in each.find(view):
-                merged(self.findings, finding)
+    def _border(self) -> Border:
+        border = self._guarded("", border_of, self.model, self.optimizers, self.scaler, self.schedulers)
+        return border or Border(None, None, (), ())
 
-    def _border(self, audited: bool) -> Border:
-        scale = tracker = None
-        if audited and self._scaler is not None and self._scaler.is_enabled():
-            scale, tracker = float(self._scaler.get_scale()), int(self._scaler._get_growth_tracker())
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        optimizers = tuple(_optimizer_facts(o, names) for o in self._optimizers)
-        return Border(scale, tracker, optimizers, tuple(int(s.last_epoch) for s in self._schedulers))
-
-    def _watch_calls(self, calls: list[Call]) -> None:
-        """Note calls of backward and of optimizers, until `_undo` is called."""
-        backward = torch.autograd.backward
-        places = Places(torch.__path__[0])
-
-        def note(name: str, which: int | None = None) -> None:
-            with suppress(Exception):
-                line = places.of(sys._getframe(1)).line
-                device = next((d for d in ("cuda", "cpu") if torch.is_autocast_enabled(d)), None)
-                dtype = name_of(torch.get_autocast_dtype(device)) if device is not None else ""
-                calls.append(Call(name, self.recorder.seen, line, dtype, which))
-
-        def noted_backward(*args: Any, **kwargs: Any) -> Any:
-            note("backward")
-            return backward(*args, **kwargs)
-
-        def restore() -> None:
-            torch.autograd.backward = backward
-
-        torch.autograd.backward = noted_backward
-        self._undo.append(restore)
-        for i, optimizer in enumerate(self._optimizers):
-            handle = optimizer.register_step_pre_hook(lambda *_, which=i: note("optimizer.step", which))
-            self._undo.append(handle.remove)
+    def _guarded(self, prefix: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Return what a part of the audit returns, or None where it fails: its failures are not the user's."""
+        try:
+            return function(*args)
+        except Exception as error:
+            self._failures[one_line(f"{prefix}{type(error).__name__}: {error}", 300)] += 1
+            return None
 
 
-def _all(operation: Operation) -> Keep:
-    """Choose to see the values of every operation."""
-    return Keep.VALUES
+def _say(finding: Finding) -> None:
+    """Print a new finding on standard error, in one line."""
+    where = f" ({finding.line})" if finding.line else ""
+    with suppress(Exception):
+        text = f"audit: step {finding.step}: {finding.code} {finding.name}{where}: {finding.number}"
+        print(one_line(text, 400), file=sys.stderr, flush=True)
 
 
-def _optimizer_facts(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> OptimizerFacts:
-    groups, updates, formats = [], dict[str, float](), dict[tuple[str, str], int]()
-    for group in optimizer.param_groups:
-        plain = {key: v for key, v in group.items() if key != "params"}
-        plain |= {key: float(v) for key, v in plain.items() if isinstance(v, Tensor) and v.numel() == 1}
-        groups.append({**plain, "names": tuple(names.get(id(p), "") for p in group["params"])})
-    for p, state in optimizer.state.items():
-        for key, value in state.items() if isinstance(state, Mapping) else ():
-            if key == "step" and not isinstance(value, bool):
-                updates[names.get(id(p), "")] = float(value)
-            elif isinstance(value, Tensor):
-                entry = (str(key), name_of(value.dtype))
-                formats[entry] = formats.get(entry, 0) + value.numel()
-    return OptimizerFacts(type(optimizer).__name__, tuple(groups), updates, formats)
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0

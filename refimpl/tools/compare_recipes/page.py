@@ -22,11 +22,11 @@ from refimpl.tools.compare_recipes.runs import (
     meaning,
     rows,
 )
-from refimpl.tools.html.figures import Picture, as_svg
-from refimpl.tools.html.page import document, escape, figures, paragraphs, section, table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.console import table as text_table
+from refimpl.training.html.figures import Picture, as_svg
+from refimpl.training.html.page import document, escape, figures, paragraphs, section, table
 from refimpl.training.outputs import target
 
 PAGE = Path("runs/recipes.html")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from refimpl.numerics.formats import FORMATS
-from refimpl.tools.html.figures import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, Picture, as_svg
 from refimpl.tools.precision_report.collect import Inspection, StepRow
 from refimpl.tools.precision_report.counts import HIGHEST, LOWEST, Counts
 from refimpl.tools.precision_report.tables import (
@@ -24,6 +23,7 @@ from refimpl.tools.precision_report.tables import (
     zones,
 )
 from refimpl.tools.precision_report.verdicts import NEGLIGIBLE, percent, power
+from refimpl.training.html.figures import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, Picture, as_svg
 
 LOST, SUBNORMAL, NORMAL = "#f7dcd7", "#e9f1fa", "#c9def2"
 """Background colors of a histogram: values that become zero or overflow, the subnormal range, and the normal range."""

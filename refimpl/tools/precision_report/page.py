@@ -8,7 +8,6 @@ from dataclasses import asdict
 import ml_dtypes
 import numpy as np
 
-from refimpl.tools.html.page import document, escape, figures, paragraphs, section, table
 from refimpl.tools.precision_report.collect import Inspection
 from refimpl.tools.precision_report.counts import kind_of
 from refimpl.tools.precision_report.figures import all_pictures
@@ -24,6 +23,7 @@ from refimpl.tools.precision_report.tables import (
     worst_sentence,
 )
 from refimpl.tools.precision_report.verdicts import Verdict, verdicts_of
+from refimpl.training.html.page import document, escape, figures, paragraphs, section, table
 
 WORST = 20
 """The number of tensors with a verdict on the page."""

@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from refimpl.tools.html.figures import Picture
+from refimpl.training.html.figures import Picture
 
 CSS = """
 :root { color-scheme: light dark; --text: #1c1c1c; --soft: #5a5a5a; --page: #fff; --band: #f3f4f6; --line: #d4d7dc }
@@ -46,12 +46,12 @@ summary { cursor: pointer }
 """
 
 
-def document(title: str, sections: Iterable[str]) -> str:
-    """Return the whole page."""
+def document(title: str, sections: Iterable[str], more_css: str = "") -> str:
+    """Return the whole page. more_css: rules that only this page needs."""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n<h1>{text(title)}</h1>\n"
+        f"<title>{text(title)}</title>\n<style>{CSS}{more_css}</style>\n</head>\n<body>\n<main>\n<h1>{text(title)}</h1>\n"
         f"{''.join(sections)}</main>\n</body>\n</html>\n"
     )
 

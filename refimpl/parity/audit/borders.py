@@ -1,0 +1,93 @@
+"""What is read of model, optimizers, loss scale and schedulers between two steps, and which objects people wrap them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refimpl.errors import UsageError
+from refimpl.parity.audit.roles import name_of
+from refimpl.parity.audit.step import Border, OptimizerFacts, ParameterFacts
+
+Optimizers = Sequence[torch.optim.Optimizer]
+
+
+def optimizers_of(given: Any) -> tuple[torch.optim.Optimizer, ...]:
+    """Return the optimizers that are given, one or several, without what accelerate and others wrap them in.
+
+    Errors: UsageError for anything else.
+    """
+    several = (
+        (given,) if isinstance(given, torch.optim.Optimizer) else tuple(given) if isinstance(given, Iterable) else (given,)
+    )
+    for each in several:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise UsageError(f"Audit: optimizer must be a torch.optim.Optimizer, or several, not {type(each).__name__}")
+    return tuple(_inner(each, "optimizer") for each in several)
+
+
+def schedulers_of(given: Any) -> tuple[Any, ...]:
+    """Return the schedulers that are given: none, one or several. Errors: UsageError for what has no `last_epoch`."""
+    several = tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)
+    unwrapped = tuple(_inner(each, "scheduler") for each in several)
+    for each in unwrapped:
+        if not hasattr(each, "last_epoch"):
+            raise UsageError(f"Audit: scheduler must be one of torch.optim.lr_scheduler, or several, not {type(each).__name__}")
+    return unwrapped
+
+
+def _inner(wrapper: Any, attribute: str) -> Any:
+    """Return what is inside wrappers such as accelerate's, which hold it as `attribute` and have the same type or methods."""
+    kind = torch.optim.Optimizer if attribute == "optimizer" else torch.optim.lr_scheduler.LRScheduler
+    while isinstance(inner := getattr(wrapper, attribute, None), kind):
+        wrapper = inner
+    return wrapper
+
+
+def border_of(model: nn.Module, optimizers: Optimizers, scaler: Any, schedulers: Iterable[Any]) -> Border:
+    """Return the state of a training between two steps. It reads the scale, for which a GPU must finish its work."""
+    scale = tracker = None
+    if scaler is not None and scaler.is_enabled():
+        scale, tracker = float(scaler.get_scale()), int(scaler._get_growth_tracker())
+    names = {id(p): name for name, p in model.named_parameters()}
+    facts = tuple(_optimizer_facts(optimizer, names) for optimizer in optimizers)
+    return Border(scale, tracker, facts, tuple(int(scheduler.last_epoch) for scheduler in schedulers))
+
+
+def parameters_of(model: nn.Module, optimizers: Optimizers) -> dict[str, ParameterFacts]:
+    """Return the model's parameters by name."""
+    owners: dict[int, list[int]] = {}
+    for i, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                owners.setdefault(id(p), []).append(i)
+    return {
+        name: ParameterFacts(tuple(p.shape), name_of(p.dtype), p.requires_grad, tuple(owners.get(id(p), ())))
+        for name, p in model.named_parameters()
+    }
+
+
+def compiled_parts(model: nn.Module) -> Iterator[str]:
+    """Yield the paths of the modules that torch.compile has compiled, '' for the model itself."""
+    for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            yield path
+
+
+def _optimizer_facts(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> OptimizerFacts:
+    groups, updates, formats = [], dict[str, float](), dict[tuple[str, str], int]()
+    for group in optimizer.param_groups:
+        plain = {key: v for key, v in group.items() if key != "params"}
+        plain |= {key: float(v) for key, v in plain.items() if isinstance(v, Tensor) and v.numel() == 1}
+        groups.append({**plain, "names": tuple(names.get(id(p), "") for p in group["params"])})
+    for p, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(state, Mapping) else ():
+            if key == "step" and not isinstance(value, bool):
+                updates[names.get(id(p), "")] = float(value)
+            elif isinstance(value, Tensor):
+                entry = (str(key), name_of(value.dtype))
+                formats[entry] = formats.get(entry, 0) + value.numel()
+    return OptimizerFacts(type(optimizer).__name__, tuple(groups), updates, formats)

@@ -1,0 +1,79 @@
+"""What an audit found, as plain data: the content of audit.json. docs/audit.md describes every key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from refimpl.parity.audit.borders import compiled_parts
+from refimpl.parity.audit.finding import Finding, is_serious
+from refimpl.parity.audit.judge.judge import Judge
+from refimpl.parity.audit.report.flags import versions
+from refimpl.parity.audit.verdict import LEVELS
+
+if TYPE_CHECKING:
+    from refimpl.parity.audit.session import Audit
+
+VERSION = 1
+"""Of the data: keys may be added to it without a new version, but none removed or given another meaning."""
+MOST_MODULES = 50
+"""How many modules and parameters of a finding are listed."""
+
+
+def contents(audit: Audit) -> dict[str, Any]:
+    """Return what an audit has found so far."""
+    ranked = sorted(audit.findings.values(), key=lambda found: (LEVELS.index(found.level), found.step, found.code))
+    return {
+        "refimpl-audit": VERSION,
+        "verdict": "findings" if any(is_serious(found.level) for found in ranked) else "nothing above note",
+        "training": _training(audit),
+        "findings": [_finding(found) for found in ranked],
+        "coverage": _coverage(audit.judge),
+        "operations": audit.table.data(),
+        "flags": audit.flags,
+        "versions": versions(),
+        "failures": [{"text": text, "count": count} for text, count in audit.failures.most_common()],
+    }
+
+
+def _training(audit: Audit) -> dict[str, Any]:
+    """Return what was audited: the objects, the steps, and which program ran."""
+    parameters = list(audit.model.parameters())
+    formats: Counter[str] = Counter()
+    for p in parameters:
+        formats[str(p.dtype).removeprefix("torch.")] += p.numel()
+    compiled = sorted(compiled_parts(audit.model))
+    scaler = audit.scaler is not None and audit.scaler.is_enabled()
+    return {
+        "model": type(audit.model).__name__,
+        "parameters": sum(p.numel() for p in parameters),
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
+        "formats": dict(formats),
+        "optimizers": [type(o).__name__ for o in audit.optimizers],
+        "scaler": type(audit.scaler).__name__ if scaler else None,
+        "schedulers": [type(s).__name__ for s in audit.schedulers],
+        "steps": audit.number,
+        "audited": list(audit.audited),
+        "unended": audit.unended,
+        "program": "as written, not as compiled" if compiled else "as written",
+        "compiled": compiled,
+    }
+
+
+def _finding(found: Finding) -> dict[str, Any]:
+    data = asdict(found)
+    for key in ("modules", "parameters"):
+        data[key] = list(data[key][:MOST_MODULES])
+    return {**data, "modules_count": len(found.modules), "parameters_count": len(found.parameters)}
+
+
+def _coverage(judge: Judge) -> dict[str, Any]:
+    """Return how many elements of results in floating point were judged, and why others were not."""
+    total = judge.judged + judge.unjudged.total()
+    return {
+        "elements": total,
+        "judged": judge.judged,
+        "share": judge.judged / total if total else None,
+        "unjudged": [{"reason": reason, "elements": n} for reason, n in judge.unjudged.most_common()],
+    }

@@ -1,0 +1,285 @@
+"""The report of an audit: what it keeps, the summary, the page, the data; and that the audit never disturbs the training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
+import torch
+from torch import Tensor, nn
+
+from refimpl.errors import UsageError
+from refimpl.parity.audit import Audit
+from refimpl.parity.audit import session as session_module
+from refimpl.parity.audit.finding import Finding, merged
+from refimpl.parity.audit.judge.table import JUDGES
+from refimpl.parity.audit.report.data import contents
+from refimpl.parity.audit.report.operation_table import OperationTable
+from refimpl.parity.audit.report.page import audit_page
+from refimpl.parity.audit.report.terminal import summary
+from refimpl.parity.audit.rules.entry import Rule
+from refimpl.parity.audit.step import View
+from refimpl.parity.audit.values import Twin, Values
+
+
+class Loop:
+    """A small network with a GradScaler; `step` is the user's step."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.scaler = torch.amp.GradScaler("cpu")
+
+    def audit(self, **options: Any) -> Audit:
+        return Audit(self.model, self.optimizer, scaler=self.scaler, **options)
+
+    def step(self) -> None:
+        loss = self.model(torch.randn(5, 8)).square().mean()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+def finding(code: str = "D99", level: str = "wrong", step: int = 1, module: str | None = "fc", **more: Any) -> Finding:
+    words = {"number": "3 of 4 were zero", "effect": "nothing is learnt", "fix": "do not"}
+    return Finding(code, "a mistake", level, step, module, "/home/me/train.py:41", **{**words, **more})
+
+
+def audited(ran: int = 3, **options: Any) -> Audit:
+    loop = Loop()
+    with loop.audit(**options) as audit:
+        for _ in range(ran):
+            loop.step()
+            audit.step()
+    return audit
+
+
+def with_rule(monkeypatch: pytest.MonkeyPatch, *findings: Finding, code: str = "D99", error: Exception | None = None) -> None:
+    """Put one rule in the place of all."""
+
+    def find(view: View) -> Iterator[Finding]:
+        if error is not None:
+            raise error
+        yield from findings
+
+    monkeypatch.setattr(session_module, "RULES", {code: Rule(code, "a mistake", 1, find)})
+
+
+# ----------------------------------------------------------------------------------------------------------- the session
+
+
+def test_a_mistake_at_many_places_is_one_finding() -> None:
+    known: dict[str, Finding] = {}
+    merged(known, finding(level="note", module="a", number="first"))
+    merged(known, finding(level="wrong", module="b", number="second", places=3))
+    merged(known, finding(level="biased", module="a", number="third"))
+    one = known["D99"]
+    assert (one.level, one.number, one.places, one.modules) == ("wrong", "second", 5, ("a", "b"))
+
+
+def test_a_new_finding_is_said_once_and_a_note_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_rule(monkeypatch, finding(), finding(module="other"))
+    assert audited(3).findings["D99"].places == 6
+    assert capsys.readouterr().err == "audit: step 1: D99 a mistake (/home/me/train.py:41): 3 of 4 were zero\n"
+    with_rule(monkeypatch, finding(level="note"))
+    assert audited(2).findings["D99"].level == "note" and capsys.readouterr().err == ""
+
+
+def test_what_fails_in_a_rule_does_not_reach_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_rule(monkeypatch, error=ZeroDivisionError("of mine"))
+    audit = audited(2)
+    assert audit.number == 2 and audit.failures == {"rule D99: ZeroDivisionError: of mine": 2}
+    assert {"text": "rule D99: ZeroDivisionError: of mine", "count": 2} in contents(audit)["failures"]
+
+
+def test_a_loop_that_raises_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_rule(monkeypatch, finding())
+    loop = Loop()
+    with pytest.raises(OverflowError, match="mine"), loop.audit() as audit:
+        loop.model(torch.randn(5, 8))
+        raise OverflowError("mine")
+    assert list(audit.findings) == ["D99"] and audit.number == 0 and audit.audited == [1]
+    assert "OverflowError in step 1" in "\n".join(summary(contents(audit), "page"))
+    with_rule(monkeypatch, finding(code="B1"), code="B1")  # needs a whole step
+    with loop.audit() as audit:
+        loop.step()
+    assert audit.findings == {} and audit.unended == "audit.step() was not called"
+
+
+def test_wrong_use_is_one_line() -> None:
+    loop = Loop()
+    audit = loop.audit()
+    with pytest.raises(UsageError, match="at the end of each step inside 'with Audit"):
+        audit.step()
+    with audit:
+        with pytest.raises(UsageError, match="this audit is running already"):
+            audit.__enter__()
+        with pytest.raises(UsageError, match="another audit is running already"):
+            loop.audit().__enter__()
+        loop.step()
+        audit.step()
+    with pytest.raises(UsageError, match="outside of the audit"):
+        audit.step()
+    for wrong in ({"model": loop.optimizer}, {"optimizer": "adam"}, {"scaler": 3}, {"scheduler": 3}, {"every": 0}):
+        with pytest.raises(UsageError, match=r"^Audit: [^\n]*$"):
+            Audit(**{"model": loop.model, "optimizer": loop.optimizer, **wrong})
+
+
+def test_outside_of_audited_steps_nothing_of_the_audit_is_there() -> None:
+    loop = Loop()
+    backward = torch.autograd.backward
+    with loop.audit(steps=1, every=100) as audit:
+        assert torch.autograd.backward is not backward
+        loop.step()
+        audit.step()
+        assert torch.autograd.backward is backward and torch._C._len_torch_dispatch_stack() == 0
+        assert not loop.optimizer._optimizer_step_pre_hooks
+        for _ in range(5):
+            loop.step()
+            audit.step()
+    assert audit.audited == [1] and audit.number == 6
+
+
+def test_memory_does_not_grow_with_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "MOST_BORDERS", 5)
+    audit = audited(12, steps=12)
+    rows = len(audit.table.rows)
+    assert list(audit._borders) == [0, 9, 10, 11, 12] and len(audit.steps) == 4
+    assert rows == len(audited(2).table.rows)
+    monkeypatch.setattr(session_module, "MOST_OPERATIONS", 10)
+    assert len(audited(1).steps[0].operations) == 10
+
+
+# ------------------------------------------------------------------------------------------------------ table and coverage
+
+
+def test_the_table_adds_up_and_keeps_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(values: Values) -> Iterator[Twin]:
+        result: Tensor = values.output
+        yield Twin("out", result, result.double() * (2.0 if values.operation.module == "2" else 1.0), 0.0)
+
+    monkeypatch.setitem(JUDGES, "aten.addmm", half)
+    data = contents(audited(3))
+    row = data["operations"][0]
+    assert (row["operation"], row["inputs"], row["output"]) == ("aten.addmm.default", ["fp32"] * 3, "fp32")
+    assert (row["phase"], row["level"], row["results"], row["elements"]) == ("forward", "wrong", 6, 3 * 5 * (16 + 4))
+    assert row["worst"]["module"] == "2" and row["worst"]["step"] == 1
+    assert row["correctly_rounded"] == pytest.approx(16 / 20) and row["definition"] == ["PyTorch"]
+    levels = [each["level"] for each in data["operations"]]
+    assert levels == sorted(levels, key=["wrong", "fine"].index)
+
+
+def test_coverage_adds_up_and_says_why() -> None:
+    coverage = contents(audited(2))["coverage"]
+    assert coverage["judged"] + sum(each["elements"] for each in coverage["unjudged"]) == coverage["elements"]
+    assert 0 < coverage["share"] <= 1
+
+
+# ---------------------------------------------------------------------------------------------------- summary, page, data
+
+
+def many(n: int) -> dict[str, Any]:
+    """The data of an audit with n long findings."""
+    audit = audited(2)
+    for i in range(n):
+        long = " ".join(["a very long sentence with many figures"] * 10)
+        audit.findings[f"D{i:02}"] = finding(f"D{i:02}", number=long, fix=long, module="a.very.long.name" * 8)
+    return contents(audit)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 5, 60])
+def test_the_summary_has_at_most_40_lines_of_80_columns_and_every_code(n: int) -> None:
+    lines = summary(many(n), "/a/long/path" * 12)
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert f"{n} finding" in text if n else "Nothing found above a note." in text
+    assert "D00 a mistake: wrong, step 1, train.py:41" in text if n else True
+    assert "coverage: " in text and "all of it: " in text
+    if n == 60:
+        assert "and 5" in text  # those that there was no room for
+
+
+class Page(HTMLParser):
+    """Which elements a page has, that all are closed, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_needs_nothing_else() -> None:
+    data = many(3)
+    data["findings"][0]["number"] = "<script>alert(1)</script> & 2^-24"
+    text = audit_page(data)
+    page = Page(text)
+    assert text == audit_page(data)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")] and "http" not in text
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    headings = [title for title in ("Findings", "Operations", "Coverage", "Flags in force") if title in page.text]
+    assert headings == sorted(headings, key=page.text.index)
+    assert [attrs["class"] for tag, attrs in page.tags if tag == "article"] == ["wrong"] * 3
+    assert "<script>alert(1)</script> & 2-24" in page.text
+
+
+def test_every_number_of_the_page_is_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audit = audited(2)
+    page = audit.report(tmp_path / "new" / "folder")
+    out = capsys.readouterr().out
+    assert page == tmp_path / "new" / "folder" / "audit.html" and str(page) in out.replace("\n  ", "")
+    data = json.loads((page.parent / "audit.json").read_text())
+    assert audit_page(data) == page.read_text() and data["refimpl-audit"] == 1
+    assert {path.name for path in page.parent.iterdir()} == {"audit.html", "audit.json"}
+    audit.report(page.parent)  # replaces it
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be created"):
+        audited(1).report(tmp_path / "file")
+
+
+def test_a_report_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Loop().audit().report(tmp_path)
+    out = capsys.readouterr().out
+    assert "0 of 0 steps" in out and "no result in floating point was seen" in out
+
+
+def test_a_compiled_model_is_audited_as_it_is_written(tmp_path: Path) -> None:
+    loop = Loop()
+    compiled = torch.compile(loop.model, backend="eager", fullgraph=True)
+    with Audit(compiled, loop.optimizer) as audit:
+        compiled(torch.randn(5, 8)).square().mean().backward()
+        loop.optimizer.step()
+        audit.step()
+    assert audit.failures == {}
+    assert "aten.gelu.default" in {operation.name for operation in audit.steps[0].operations}
+    assert "without the compiler" in audit_page(contents(audit))
+
+
+def test_an_empty_table_has_no_rows() -> None:
+    assert OperationTable().data() == []
