@@ -51,7 +51,7 @@ class Call:
     which: int | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Step:
     """An audited step. number: counted from 1, unaudited steps included. calls: in order."""
 
