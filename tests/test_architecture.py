@@ -23,7 +23,8 @@ CASTS = ("numerics/casts.py", "numerics/fast_cast.py")
 # PyTorch programs kept beside the project, as a witness and to be timed, and the audit of other people's: their tensors are
 # not arrays of ours.
 FOREIGN = (
-    "parity/pytorch_model.py", "tools/bench/pytorch.py", *(name for name in FILES if name.startswith("parity/audit/")),
+    "parity/pytorch_model.py", "tools/bench/pytorch.py", "tools/audit_demo.py",
+    *(name for name in FILES if name.startswith("parity/audit/")),
 )  # fmt: skip
 OURS = [name for name in FILES if name not in CASTS + FOREIGN]
 

@@ -10,5 +10,6 @@
     memory/                memory of training, predicted and measured
     compare_recipes/       trains under several recipes and compares them
     experiments/           toy experiments
+    python_program.py      runs somebody's Python program as Python does; audit_demo.py: a training with three mistakes
     bench/                 step times, scaling over ranks, checks on a GPU
 """

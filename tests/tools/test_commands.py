@@ -21,7 +21,7 @@ def refimpl(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_lists_every_command() -> None:
-    assert list(commands()) == COMMANDS and len(COMMANDS) == 16
+    assert list(commands()) == COMMANDS and len(COMMANDS) == 17
     assert all(f"    {name} " in usage() for name in COMMANDS) and all(commands().values())
 
 

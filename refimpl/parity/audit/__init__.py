@@ -1,11 +1,14 @@
 """The audit of a PyTorch training loop: every operation judged, known mistakes named.
 
     session.py             `Audit`, the context manager around a user's training loop
+    report/                what it found, as a page, as data and for the terminal
+    program.py             `ProgramAudit`, the audit of a program that knows nothing of it; found.py: what trains in it
     step.py                `Step`: what is kept of one audited step; `View`: what a rule looks at
     judge/                 every operation beside the same one in FP64; verdict.py: `Verdict`, its statistics and levels
     rules/                 the catalogue of mistakes in training loops; finding.py: `Finding`, one of them found
     origins.py             where Inf and NaN begin, and which loss scale would have helped
     values.py              `Values`: an operation while its tensors are alive; `Twin`: its result in FP64, with a bound
+    borders.py, calls.py   what is read between two steps; calls of backward and of optimizers in a step
     recorder.py            `Recorder`, a context manager around the user's step, sees its operations from forward to optimizer;
                            `UncompiledRecorder` is the same for programs that torch.compile compiles
     operation.py           `Operation`: what is kept of one operation; `Keep`: how much of it

@@ -26,20 +26,20 @@ def optimizers_of(given: Any) -> tuple[torch.optim.Optimizer, ...]:
     for each in several:
         if not isinstance(each, torch.optim.Optimizer):
             raise UsageError(f"Audit: optimizer must be a torch.optim.Optimizer, or several, not {type(each).__name__}")
-    return tuple(_inner(each, "optimizer") for each in several)
+    return tuple(inner(each, "optimizer") for each in several)
 
 
 def schedulers_of(given: Any) -> tuple[Any, ...]:
     """Return the schedulers that are given: none, one or several. Errors: UsageError for what has no `last_epoch`."""
     several = tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)
-    unwrapped = tuple(_inner(each, "scheduler") for each in several)
+    unwrapped = tuple(inner(each, "scheduler") for each in several)
     for each in unwrapped:
         if not hasattr(each, "last_epoch"):
             raise UsageError(f"Audit: scheduler must be one of torch.optim.lr_scheduler, or several, not {type(each).__name__}")
     return unwrapped
 
 
-def _inner(wrapper: Any, attribute: str) -> Any:
+def inner(wrapper: Any, attribute: str) -> Any:
     """Return what is inside wrappers such as accelerate's, which hold it as `attribute` and have the same type or methods."""
     kind = torch.optim.Optimizer if attribute == "optimizer" else torch.optim.lr_scheduler.LRScheduler
     while isinstance(inner := getattr(wrapper, attribute, None), kind):

@@ -42,7 +42,7 @@ class Audit:
 
     findings: the mistakes found so far, by code. steps: the audited steps that are kept, the newest last. number: how many
     steps have ended; audited: the numbers of those audited. table: verdicts over the operations of all audited steps.
-    failures: exceptions of the audit itself by text, which have not disturbed the training.
+    recording: whether a step is being audited. failures: exceptions of the audit itself by text; none has reached the training.
     """
 
     _running: ClassVar[Audit | None] = None
@@ -80,7 +80,7 @@ class Audit:
         self.number, self.audited, self.unended = 0, list[int](), ""
         self.flags: list[dict[str, Any]] = []
         self._failures: Counter[str] = Counter()
-        self._recording = False
+        self.recording = False
         self._stance: Any = None
 
     def __enter__(self) -> Audit:
@@ -97,9 +97,9 @@ class Audit:
 
         Of a step that was begun and not ended only the rules about single operations are asked.
         """
-        if self._recording and self.recorder.seen:
+        if self.recording and self.recorder.seen:
             self._stop()
-            self.unended = f"{kind.__name__} in step {self.number + 1}" if kind is not None else "audit.step() was not called"
+            self.unended = f"{kind.__name__} in step {self.number + 1}" if kind is not None else "the audit ended within it"
             self._finish(complete=False)
         else:
             self._stop()
@@ -114,7 +114,7 @@ class Audit:
 
     def end_step(self) -> None:
         """End a step: ask the rules, if it was audited."""
-        recorded = self._recording
+        recorded = self.recording
         self._stop()
         self.number += 1
         if recorded:
@@ -122,12 +122,12 @@ class Audit:
 
     def begin_step(self) -> None:
         """Begin a step; one that is to be audited is recorded from here on."""
-        if self.due and not self._recording:
+        if self.due and not self.recording:
             if self.number not in self._borders:
                 self._borders[self.number] = self._border()
             self.steps.append(Step(self.number + 1, self._borders[self.number]))
             self._guarded("", self._start)
-            if not self._recording:
+            if not self.recording:
                 self.steps.pop()
 
     @property
@@ -161,11 +161,11 @@ class Audit:
             self._stance = torch.compiler.set_stance("force_eager")
         self._calls.start(self.steps[-1].calls)
         self.recorder.__enter__()
-        self._recording = True
+        self.recording = True
 
     def _stop(self) -> None:
-        if self._recording:
-            self._recording = False
+        if self.recording:
+            self.recording = False
             self.recorder.__exit__(None, None, None)
         self._guarded("", self._calls.stop)
         if self._stance is not None:

@@ -1,10 +1,10 @@
 """The report of an audit, from plain data: what the page and the terminal show is in audit.json.
 
-data.py                the data: everything that the audit found, as audit.json has it
-operation_table.py     `OperationTable`: the verdicts over all operations, added up per kind of operation as they come
-flags.py               what of PyTorch's settings decides how operations compute, as it is in force
-wording.py             numbers and places as text, the same on page and terminal
-terminal.py            the data as a few lines for the terminal
-page.py                the data as an HTML page
-files.py               audit.json and audit.html in a folder
+    data.py                the data: everything that the audit found, as audit.json has it
+    operation_table.py     `OperationTable`: the verdicts over all operations, added up per kind of operation as they come
+    flags.py               what of PyTorch's settings decides how operations compute, as it is in force
+    wording.py             numbers and places as text, the same on page and terminal
+    terminal.py            the data as a few lines for the terminal
+    page.py                the data as an HTML page
+    files.py               audit.json and audit.html in a folder
 """

@@ -53,7 +53,7 @@ def _training(audit: Audit) -> dict[str, Any]:
         "optimizers": [type(o).__name__ for o in audit.optimizers],
         "scaler": type(audit.scaler).__name__ if scaler else None,
         "schedulers": [type(s).__name__ for s in audit.schedulers],
-        "steps": audit.number,
+        "steps": audit.number + bool(audit.unended),
         "audited": list(audit.audited),
         "unended": audit.unended,
         "program": "as written, not as compiled" if compiled else "as written",

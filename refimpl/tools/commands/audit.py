@@ -1,0 +1,116 @@
+"""Audit a PyTorch training: judge every operation, and name known mistakes with their number and fix.
+
+    pip install torch==2.13.0
+    python scripts/audit.py --demo                                 a small training with three mistakes in it
+    python scripts/audit.py train.py --lr 1e-3                     your script with its arguments, unchanged
+    python scripts/audit.py --steps 2 --out runs/mine -m package.train --lr 1e-3
+    python scripts/audit.py --replay runs/audit/audit.json         judge kept operations once more
+
+docs/audit.md says how to read the report.
+Exit code: that of the script if it is not 0; else 0 if nothing above a note was found, 1 if something was, and 2 if no training
+was seen or the command line is wrong.
+"""
+
+from refimpl.training.cli import main as run_program
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from refimpl.errors import UsageError, one_line
+from refimpl.tools.python_program import check_program, run_python
+from refimpl.training.arguments import Parser
+from refimpl.training.run_folder import numbered
+
+OUT = Path("runs/audit")
+DATA = "audit.json"
+
+
+def parser() -> Parser:
+    """Return the parser of the flags; what follows the script or module belongs to it."""
+    result = Parser(description=__doc__, usage="audit.py [flags] SCRIPT ... | [flags] -m MODULE ...")
+    add = result.add_argument
+    add("--steps", type=int, default=4, help="how many of the first steps to audit (4)")
+    add("--every", type=int, default=100, help="and then every how manieth (100)")
+    add("--out", type=Path, metavar="FOLDER", help=f"where to write the report ({OUT}, or the next free number)")
+    add("--overwrite", action="store_true", help="replace the report in FOLDER")
+    add("--demo", action="store_true", help="audit a small training with three mistakes in it")
+    add("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="audit a module instead of a script")
+    add("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return result
+
+
+def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
+    """Return the flags, with `words`: the script or module and what follows it, and `is_module`."""
+    found: argparse.Namespace = parser().parse_args(words)
+    found.is_module = found.module is not None
+    found.words = [str(DEMO)] if found.demo else found.module if found.is_module else found.program
+    return found
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the flags say. Return the exit code. Errors: UsageError before any of the program runs."""
+    if arguments.demo and (arguments.is_module or arguments.program):
+        raise UsageError("--demo takes no script")
+    if not arguments.words:
+        raise UsageError("name a script, or -m and a module, or --demo; see --help")
+    if arguments.steps < 0 or arguments.every < 1:
+        raise UsageError("--steps must be at least 0, and --every at least 1")
+    check_program(arguments.words[0], arguments.is_module)
+    need_torch()
+    folder = folder_for(arguments.out, arguments.overwrite)
+    return audit_program(arguments.words, arguments.is_module, arguments.steps, arguments.every, folder)
+
+
+def audit_program(words: list[str], is_module: bool, steps: int, every: int, folder: Path) -> int:
+    """Run a program under the audit and write the report. Return the exit code."""
+    from refimpl.parity.audit.finding import is_serious
+    from refimpl.parity.audit.program import ProgramAudit
+
+    program = ProgramAudit(steps, every, say)
+    code = run_python(words[0], is_module, words[1:], program)
+    if program.audit is None or not program.audit.audited:
+        print(f"error: no step of a training was audited: {why_not(program.audit)}", file=sys.stderr)
+        return code or 2
+    program.audit.report(folder)
+    found = any(is_serious(finding.level) for finding in program.audit.findings.values())
+    return code or int(found)
+
+
+def why_not(audit: Any) -> str:
+    """Return why no step was audited."""
+    if audit is None:
+        return "no optimizer of torch.optim with parameters of a module made a step"
+    return f"{audit.number} steps ended, and --steps and --every chose none of them"
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, where the output of the program does not get mixed up with it."""
+    print(one_line(f"audit: {line}", 400), file=sys.stderr)
+
+
+def need_torch() -> None:
+    """Raise UsageError where PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError("the audit needs PyTorch: pip install torch==2.13.0")
+
+
+def folder_for(out: Path | None, overwrite: bool) -> Path:
+    """Return the folder of the report. Errors: UsageError if it is taken."""
+    if out is None:
+        return next(folder for folder in numbered(OUT) if not (folder / DATA).exists())
+    if (out / DATA).exists() and not overwrite:
+        raise UsageError(f"--out {out} has a report: name another folder, or --overwrite replaces it")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: name a folder")
+    return out
+
+
+DEMO = Path(__file__).parents[1] / "audit_demo.py"
+
+
+def main() -> None:
+    """Run the command and exit."""
+    run_program(lambda: run(arguments_of()), goes_on=True)
