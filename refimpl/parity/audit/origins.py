@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -135,9 +135,11 @@ class Origin:
         if self.forward:
             return "no loss scale helps: it is born before backward, whatever S"
         k = self.helpful_scale
-        if k is None:
-            return "no loss scale helps: FP64 is not finite there either"
-        return f"S <= 2^{k} would do (S was {self.scale:.6g})"
+        if k is not None:
+            return f"S <= 2^{k} would do (S was {self.scale:.6g})"
+        if self.found is None or self.found.exact is None:
+            return "whether a loss scale helps is not known: the operation could not be repeated in FP64"
+        return "no loss scale helps: FP64 is not finite there either"
 
 
 # ------------------------------------------------------------------------------------------------- while an operation runs
@@ -294,8 +296,12 @@ def wide(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------- at the end of a step
 
 
+@lru_cache(maxsize=1)
 def origin_of(step: Step) -> Origin | None:
-    """Return where Inf or NaN in the step's loss, gradients or update begins; None if these are finite."""
+    """Return where Inf or NaN in the step's loss, gradients or update begins; None if these are finite.
+
+    The answer for the last step is kept for the next rule.
+    """
     bad = [o for o in step.operations if found(o) is not None]
     reached = _ancestors(bad, _harmed(bad))
     scale = step.before.scale or 1.0

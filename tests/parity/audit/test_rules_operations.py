@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -78,8 +79,6 @@ def the_one(audit: Audit, code: str) -> Finding:
 
 def numbers(text: str) -> list[float]:
     """Return the numbers in a sentence."""
-    import re
-
     return [float(part.replace(",", "")) for part in re.findall(r"-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", text)]
 
 
@@ -412,3 +411,130 @@ def test_cancellation_is_a_note_with_its_share() -> None:
     small = (a != b) & ((a - b).abs() <= torch.maximum(a.abs(), b.abs()) / 32)
     assert finding.level == "note" and f"{small.double().mean().item():.0%} of the results" in finding.number
     assert "D24" not in audited(lambda x: x + x).findings
+
+
+# ------------------------------------------------------------------------------------------------- D7 to D11 Inf and NaN
+
+
+def attention(mask: Callable[[int, torch.dtype], Tensor]) -> Then:
+    return lambda x: F.softmax(x @ x.T + mask(len(x), x.dtype), -1) @ x
+
+
+def least_twice(n: int, dtype: torch.dtype) -> Tensor:
+    """A causal mask and a padding mask, both of the least number; the first key, which the first row needs, is padding."""
+    least = torch.finfo(dtype).min
+    return torch.full((n, n), least, dtype=dtype).triu(1) + (torch.arange(n) < 2) * least
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW, HALF])
+def test_masks_that_add_up_to_minus_inf_are_named_where_they_do(dtype: torch.dtype) -> None:
+    """NVIDIA-NeMo/Automodel#2658, with a row that has nothing else."""
+    only = lambda n, dtype: torch.full((n, n), torch.finfo(dtype).min, dtype=dtype) * 1.0  # noqa: E731
+    finding = the_one(audited(attention(lambda n, d: only(n, d) + only(n, d)), dtype), "D7")
+    assert f"{ROWS * ROWS:,} sums of finite numbers are -Inf" in finding.number and finding.level == "wrong"
+
+
+def test_masks_that_overflow_and_harm_nothing_are_a_note() -> None:
+    audit = audited(attention(least_twice), torch.float32)
+    assert serious(audit) == set() and audit.findings["D7"].level == "note" and "-3.40282e+38" in audit.findings["D7"].number
+
+
+def minus_inf(diagonal: int) -> Callable[[int, torch.dtype], Tensor]:
+    return lambda n, dtype: torch.full((n, n), -math.inf, dtype=dtype).triu(diagonal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+def test_rows_that_are_masked_out_entirely_are_counted(dtype: torch.dtype) -> None:
+    finding = the_one(audited(attention(minus_inf(-2)), dtype), "D8")
+    assert f"3 of {ROWS} rows" in finding.number  # rows 0 to 2 are masked from the diagonal below the main one on
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        attention(minus_inf(1)),
+        attention(lambda n, dtype: torch.zeros(n, n, dtype=dtype).masked_fill(torch.ones(n, n).triu(1).bool(), -math.inf)),
+        attention(lambda n, dtype: torch.full((n, n), torch.finfo(dtype).min, dtype=dtype).triu(1)),
+        lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None], torch.zeros(len(x), len(x)).bool())[0],
+        lambda x: torch.where(x > 0, x, -math.inf).clamp_min(-1),
+    ],
+    ids=["-inf", "masked_fill", "finfo.min", "SDPA of masked rows", "clamped"],
+)
+def test_an_inf_that_is_meant_is_not_found(then: Then) -> None:
+    for dtype in (torch.float32, LOW):
+        assert audited(then, dtype).findings == {}
+
+
+def test_an_overflow_of_fp16_in_forward_says_how_far_it_is_above_the_largest_number() -> None:
+    finding = the_one(audited(lambda x: 40000 * x - 1, HALF), "D9")
+    worst, said = 40000 * hidden(HALF).double().abs().max().item(), finding.number.replace("gives -", "gives ")
+    assert f"FP64 gives {worst:.6g}, {worst / 65504:.3g} times the largest float16" in said
+    assert "FORWARD of then" not in finding.number and "in first" in finding.number
+
+
+def test_an_overflow_under_autocast_is_of_the_product_that_makes_it() -> None:
+    finding = the_one(audited(lambda x: 1e5 * x.float(), torch.float32, autocast=HALF, scale=2.0**16), "D9")
+    assert "FORWARD of second: aten._to_copy (float16)" in finding.number and "S falls to 0" in finding.effect
+
+
+def test_an_overflow_that_the_model_clamps_is_not_found() -> None:
+    assert serious(audited(lambda x: (40000 * x).clamp(-6e4, 6e4) / 1e5, HALF)) == set()
+
+
+def summed(y: Tensor, target: Tensor) -> Tensor:
+    return (200 * y).abs().sum().float() / 1e4
+
+
+def test_a_sum_that_overflows_fp16_has_its_value_in_fp64() -> None:
+    finding = the_one(audited(lambda x: x, HALF, loss=summed), "D10")
+    torch.manual_seed(0)
+    y = Net(lambda x: x).to(HALF)(torch.randn(ROWS, N).to(HALF)).detach()
+    assert f"FP64 gives {(200 * y).abs().double().sum().item():.6g}" in finding.number
+    assert serious(audited(lambda x: x, torch.float32, loss=summed)) == set()
+
+
+def test_a_divisor_that_is_infinite_in_fp16_is_found() -> None:
+    def loss(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda y, target: (y.abs().sum() / torch.tensor(70000).to(dtype)).float()
+
+    finding = the_one(audited(lambda x: x, HALF, loss=loss(HALF)), "D10")
+    assert "the divisor 70000 is Inf" in finding.number
+    assert serious(audited(lambda x: x, HALF, loss=loss(torch.float32))) == set()
+
+
+@pytest.mark.parametrize(
+    ("then", "operation", "fix"),
+    [
+        (lambda x: (x * 0).square().sum(-1, keepdim=True).sqrt() + x, "BACKWARD", "sqrt(x + eps)"),
+        (lambda x: torch.where(x > 0, x.sqrt(), x), "aten.sqrt", "clamp it first"),
+        (lambda x: (x.relu() * 0).log() * 0 + x, "aten.log", "add eps"),
+        (lambda x: x / (x.relu() * 0), "aten.div", "clamp the divisor"),
+        (lambda x: (x.abs() * 1000).exp().log() + x, "aten.exp", "subtract the maximum"),
+    ],
+    ids=["sqrt'(0)", "where", "log 0", "0 / 0", "exp"],
+)
+@pytest.mark.parametrize("scale", [None, 2.0**16])
+def test_what_is_not_finite_is_named_where_it_begins(then: Then, operation: str, fix: str, scale: float | None) -> None:
+    finding = the_one(audited(then, torch.float32, scale=scale), "D11")
+    assert operation in finding.number and fix in finding.fix and "no loss scale helps" in finding.number
+
+
+def test_gradients_that_overflow_are_normal_with_a_loss_scale_and_a_finding_without() -> None:
+    def loss(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda y, target: factor * y.float().square().sum()
+
+    audit = audited(lambda x: x, torch.float32, loss=loss(100.0), scale=2.0**16, autocast=HALF)
+    assert serious(audit) == set() and audit.steps[0].after.scale == 2.0**15
+    finding = the_one(audited(lambda x: x, HALF, loss=loss(1e5)), "D11")
+    assert "S <= 2^-" in finding.number and "BACKWARD" in finding.number
+
+
+def test_weights_that_are_nan_after_an_overflow_are_not_found_again() -> None:
+    audit = audited(lambda x: 40000 * x - 1, HALF, steps=3)
+    assert serious(audit) == {"D9"} and audit.findings["D9"].step == 1
+
+
+def test_nan_in_the_data_is_said_to_be_there_before() -> None:
+    batch = torch.randn(ROWS, N)
+    batch[3, 4] = math.nan
+    assert "not finite before the step" in the_one(audited(lambda x: x, torch.float32, batch=batch), "D11").number

@@ -275,21 +275,7 @@ def norm_in_16_bits(view: View) -> Iterator[Finding]:
 
     Source: Shuheng5454/OpenTau#300, nntrainer/nntrainer#3935.
     """
-    flow = flow_of(view.step)
-    for o in _low_results(view, ("aten.rsqrt", "aten.sqrt")):
-        statistic = flow.source(o, "self", through=("aten.clone", *EPS_OPERATIONS))
-        if statistic is None or not (_is_low(statistic) and is_any(statistic, STATISTICS)):
-            continue
-        square = flow.source(statistic, "self")
-        if not is_any(statistic, ("aten.var",)) and (square is None or not _is_square(square)):
-            continue
-        rows: Scaled | None = next((r.probed["scaled_rows"] for r in flow.readers(o) if "scaled_rows" in r.probed), None)
-        rows = rows or next(
-            (r.probed["scaled_rows"] for c in flow.readers(o) if is_any(c, ("aten.reciprocal", "aten.add"))
-             for r in flow.readers(c) if "scaled_rows" in r.probed), None,
-        )  # fmt: skip
-        if rows is None:
-            continue
+    for o, _, rows in norms_by_hand(view):
         limit = torch.finfo(getattr(torch, _dtype(o))).max
         lost = rows.square > limit
         room = f", {rows.square / limit:.2g} times the largest float16" if _dtype(o) == "float16" else ""
@@ -301,6 +287,26 @@ def norm_in_16_bits(view: View) -> Iterator[Finding]:
             " statistics, which are rounded three times",
             fix="compute the statistics from x.float(), or use F.rms_norm or F.layer_norm",
         )  # fmt: skip
+
+
+def norms_by_hand(view: View) -> Iterator[tuple[Operation, Operation, Scaled]]:
+    """Yield the root, the square (or the variance) and the scaled rows of norms whose statistics are in 16 bits."""
+    flow = flow_of(view.step)
+    for o in _low_results(view, ("aten.rsqrt", "aten.sqrt")):
+        statistic = flow.source(o, "self", through=("aten.clone", *EPS_OPERATIONS))
+        if statistic is None or not (_is_low(statistic) and is_any(statistic, STATISTICS)):
+            continue
+        square = statistic if is_any(statistic, ("aten.var",)) else flow.source(statistic, "self")
+        rows = _scaled_by(flow, o)
+        if square is not None and rows is not None and (square is statistic or _is_square(square)):
+            yield o, square, rows
+
+
+def _scaled_by(flow: Flow, root: Operation) -> Scaled | None:
+    """Return what was measured where rows are scaled by a root, or by its reciprocal, or the root with eps."""
+    first = list(flow.readers(root))
+    second = [r for o in first if is_any(o, ("aten.reciprocal", "aten.add")) for r in flow.readers(o)]
+    return next((o.probed["scaled_rows"] for o in (*first, *second) if "scaled_rows" in o.probed), None)
 
 
 def _is_square(o: Operation) -> bool:

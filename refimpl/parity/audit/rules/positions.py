@@ -206,7 +206,7 @@ def cancelled(values: Values) -> Cancelled | None:
         return None
     x, y = (t.reshape(-1)[:4096].double() for t in (a, b))
     result = x - y if operation.name.startswith("aten.sub") else x + y
-    small = (result != 0) & (result.abs() <= CANCELLED * torch.maximum(x.abs(), y.abs()))
+    small = (result != 0) & result.isfinite() & (result.abs() <= CANCELLED * torch.maximum(x.abs(), y.abs()))
     return Cancelled(int(small.sum()), x.numel())
 
 
