@@ -1,0 +1,1 @@
+"""Mistakes C, of sums of gradients, in a Hugging Face model's loop."""
