@@ -19,9 +19,10 @@ from refimpl.parity.audit.finding import Finding, is_serious, merged
 from refimpl.parity.audit.judge.judge import Judge
 from refimpl.parity.audit.operation import Keep, Operation
 from refimpl.parity.audit.recorder import Recorder
-from refimpl.parity.audit.report.data import contents
+from refimpl.parity.audit.report.data import contents, kept_operations
 from refimpl.parity.audit.report.files import write_report
 from refimpl.parity.audit.report.flags import flags_in_force
+from refimpl.parity.audit.report.operands import Operands
 from refimpl.parity.audit.report.operation_table import OperationTable
 from refimpl.parity.audit.report.terminal import summary
 from refimpl.parity.audit.rules.entry import Rule
@@ -41,8 +42,9 @@ class Audit:
     """Audits a training loop; `step()` ends each of its steps.
 
     findings: the mistakes found so far, by code. steps: the audited steps that are kept, the newest last. number: how many
-    steps have ended; audited: the numbers of those audited. table: verdicts over the operations of all audited steps.
-    recording: whether a step is being audited. failures: exceptions of the audit itself by text; none has reached the training.
+    steps have ended; audited: the numbers of those audited. recording: whether a step is being audited. table: verdicts over
+    the operations of all audited steps; operands: of operations that can be judged once more.
+    failures: exceptions of the audit itself by text; none has reached the training.
     """
 
     _running: ClassVar[Audit | None] = None
@@ -71,7 +73,7 @@ class Audit:
         self.model, self.scaler, self.ema = model, scaler, ema
         self.optimizers, self.schedulers = optimizers_of(optimizer), schedulers_of(scheduler)
         self._first, self._every = steps, every
-        self.judge, self.table = Judge(), OperationTable()
+        self.judge, self.table, self.operands = Judge(), OperationTable(), Operands()
         self.findings: dict[str, Finding] = {}
         self.steps: deque[Step] = deque(maxlen=EARLIER + 1)
         self.recorder = Recorder(model, self.optimizers, ema, choose=self._choose, observe=self._observe)
@@ -149,7 +151,8 @@ class Audit:
         """
         rank = _rank()
         data = contents(self)
-        page = write_report(Path(folder) / (f"rank{rank}" if rank else ""), data)
+        tensors = {f"{name}/{key}": t for name, (kept, _) in kept_operations(self).items() for key, t in kept.tensors.items()}
+        page = write_report(Path(folder) / (f"rank{rank}" if rank else ""), data, tensors)
         if not rank:
             print("\n".join(summary(data, str(page))))
         return page
@@ -187,6 +190,7 @@ class Audit:
         for rule in RULES.values():
             if complete or (rule.code.startswith("D") and rule.steps == 1):
                 self._guarded(f"rule {rule.code}: ", self._ask, rule, view)
+        self.operands.end_step(self.findings, step.number)
 
     def _ask(self, rule: Rule, view: View) -> None:
         for finding in rule.find(view):
@@ -202,11 +206,12 @@ class Audit:
     def _observe(self, values: Values) -> None:
         operation = values.operation
         operation.verdicts = self.judge(values)
-        self.table.add(self.number + 1, operation)
+        worst_of = self.table.add(self.number + 1, operation)
         for name, probe in PROBES.items():
             measured = probe(values)
             if measured is not None:
                 operation.probed[name] = measured
+        self.operands.see(self.number + 1, values, worst_of)
 
     def _border(self) -> Border:
         border = self._guarded("", border_of, self.model, self.optimizers, self.scaler, self.schedulers)

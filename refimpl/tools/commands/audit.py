@@ -4,7 +4,7 @@
     python scripts/audit.py --demo                                 a small training with three mistakes in it
     python scripts/audit.py train.py --lr 1e-3                     your script with its arguments, unchanged
     python scripts/audit.py --steps 2 --out runs/mine -m package.train --lr 1e-3
-    python scripts/audit.py --replay runs/audit/audit.json         judge kept operations once more
+    python scripts/audit.py --replay runs/audit/audit.json         judge the operations once more on which findings rest
 
 docs/audit.md says how to read the report.
 Exit code: that of the script if it is not 0; else 0 if nothing above a note was found, 1 if something was, and 2 if no training
@@ -37,6 +37,7 @@ def parser() -> Parser:
     add("--out", type=Path, metavar="FOLDER", help=f"where to write the report ({OUT}, or the next free number)")
     add("--overwrite", action="store_true", help="replace the report in FOLDER")
     add("--demo", action="store_true", help="audit a small training with three mistakes in it")
+    add("--replay", type=Path, metavar="FILE", help="judge the operations once more that the audit of FILE has kept")
     add("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="audit a module instead of a script")
     add("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return result
@@ -52,8 +53,12 @@ def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the flags say. Return the exit code. Errors: UsageError before any of the program runs."""
-    if arguments.demo and (arguments.is_module or arguments.program):
-        raise UsageError("--demo takes no script")
+    for flag in ("demo", "replay"):
+        if getattr(arguments, flag) and (arguments.is_module or arguments.program):
+            raise UsageError(f"--{flag} takes no script")
+    if arguments.replay:
+        need_torch()
+        return replay(arguments.replay)
     if not arguments.words:
         raise UsageError("name a script, or -m and a module, or --demo; see --help")
     if arguments.steps < 0 or arguments.every < 1:
@@ -77,6 +82,24 @@ def audit_program(words: list[str], is_module: bool, steps: int, every: int, fol
     program.audit.report(folder)
     found = any(is_serious(finding.level) for finding in program.audit.findings.values())
     return code or int(found)
+
+
+def replay(path: Path) -> int:
+    """Judge the operations once more that an audit has kept, and print the verdicts. Return the exit code."""
+    from refimpl.parity.audit.report.replay import load_audit, replay_lines, replayed
+
+    data, tensors = load_audit(path)
+    names = {found["replay"]: f"{found['code']} {found['name']}" for found in reversed(data["findings"])}
+    serious = False
+    for one in replayed(data, tensors):
+        print("\n".join(replay_lines(one, names.get(one.kept["id"], "worst of its kind"))))
+        serious = serious or one.is_serious
+    skipped = [kept for kept in data["replays"] if kept["skipped"]]
+    for kept in skipped:
+        print(f"{names.get(kept['id'], 'worst of its kind')}: {kept['name']} cannot be judged again: {kept['skipped']}")
+    if not data["replays"]:
+        print("No finding rests on an operation, and none was worse than a note: nothing was kept.")
+    return int(serious)
 
 
 def why_not(audit: Any) -> str:

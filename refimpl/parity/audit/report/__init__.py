@@ -6,5 +6,7 @@
     wording.py             numbers and places as text, the same on page and terminal
     terminal.py            the data as a few lines for the terminal
     page.py                the data as an HTML page
-    files.py               audit.json and audit.html in a folder
+    operands.py            `Operands`: arguments and results of a few operations, kept to be judged once more
+    files.py               audit.html, audit.json and audit.safetensors in a folder
+    replay.py              judges the operations of such a folder once more
 """

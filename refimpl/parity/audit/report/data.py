@@ -10,6 +10,8 @@ from refimpl.parity.audit.borders import compiled_parts
 from refimpl.parity.audit.finding import Finding, is_serious
 from refimpl.parity.audit.judge.judge import Judge
 from refimpl.parity.audit.report.flags import versions
+from refimpl.parity.audit.report.operands import Kept
+from refimpl.parity.audit.report.operation_table import Kind
 from refimpl.parity.audit.verdict import LEVELS
 
 if TYPE_CHECKING:
@@ -23,18 +25,30 @@ MOST_MODULES = 50
 
 def contents(audit: Audit) -> dict[str, Any]:
     """Return what an audit has found so far."""
+    replays = kept_operations(audit)
+    names = {key: name for name, (_, keys) in replays.items() for key in keys}
     ranked = sorted(audit.findings.values(), key=lambda found: (LEVELS.index(found.level), found.step, found.code))
     return {
         "refimpl-audit": VERSION,
         "verdict": "findings" if any(is_serious(found.level) for found in ranked) else "nothing above note",
         "training": _training(audit),
-        "findings": [_finding(found) for found in ranked],
+        "findings": [{**_finding(found), "replay": names.get(found.code)} for found in ranked],
         "coverage": _coverage(audit.judge),
-        "operations": audit.table.data(),
+        "operations": [{**row, "replay": names.get(kind)} for kind, row in audit.table.data()],
         "flags": audit.flags,
         "versions": versions(),
+        "replays": [kept.data(name) for name, (kept, _) in replays.items()],
         "failures": [{"text": text, "count": count} for text, count in audit.failures.most_common()],
     }
+
+
+def kept_operations(audit: Audit) -> dict[str, tuple[Kept, list[str | Kind]]]:
+    """Return the operations that were kept, by a name of their own, with the codes and the kinds of operations they are of."""
+    found: dict[int, tuple[Kept, list[str | Kind]]] = {}
+    keys: list[tuple[str | Kind, Kept]] = [*audit.operands.of_findings.items(), *audit.operands.worst.items()]
+    for key, kept in keys:
+        found.setdefault(id(kept), (kept, []))[1].append(key)
+    return {f"r{i}": each for i, each in enumerate(found.values())}
 
 
 def _training(audit: Audit) -> dict[str, Any]:

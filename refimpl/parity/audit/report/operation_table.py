@@ -96,10 +96,10 @@ class OperationTable:
                 worst.append(kind)
         return worst
 
-    def data(self) -> list[dict[str, Any]]:
-        """Return the rows as plain data, worst first: by level, then by error over bound, then by size."""
+    def data(self) -> list[tuple[Kind, dict[str, Any]]]:
+        """Return the rows as plain data with their kinds, worst first: by level, then by error over bound, then by size."""
         ranked = sorted(self.rows.items(), key=lambda item: _rank(item[1]))
-        return [_row_data(kind, row) for kind, row in ranked]
+        return [(kind, _row_data(kind, row)) for kind, row in ranked]
 
 
 def _rank(row: Row) -> tuple[int, float, int]:

@@ -26,6 +26,7 @@ article.biased { border-left-color: var(--biased) }
 .worse b.level { color: var(--worse) }
 .biased b.level { color: var(--biased) }
 """
+REPLAY = "Its operands are kept: python scripts/audit.py --replay audit.json judges this operation once more."
 WORST = 30
 """How many kinds of operations the first table has; the second one has all."""
 
@@ -67,6 +68,8 @@ def _article(found: Mapping[str, Any]) -> str:
         if count > 1:
             named = ", ".join(wording.module_of(name) for name in names) + (", ..." if count > len(names) else "")
             body += f"<details>\n<summary>{head}: {count}</summary>\n<p>{text(named)}</p>\n</details>\n"
+    if found["replay"]:
+        body += f"<p class=\"where\">{text(REPLAY)}</p>\n"
     where = wording.seen({**found, "line": wording.place(found["line"], 3)})
     return (
         f'<article class="{found["level"].split()[0]}">\n<h3>{text(found["code"] + " " + found["name"])}</h3>\n'
