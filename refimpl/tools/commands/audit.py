@@ -38,6 +38,7 @@ def parser() -> Parser:
     add("--overwrite", action="store_true", help="replace the report in FOLDER")
     add("--demo", action="store_true", help="audit a small training with three mistakes in it")
     add("--replay", type=Path, metavar="FILE", help="judge the operations once more that the audit of FILE has kept")
+    add("--catalogue", action="store_true", help="print what the audit looks for")
     add("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="audit a module instead of a script")
     add("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return result
@@ -53,6 +54,12 @@ def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the flags say. Return the exit code. Errors: UsageError before any of the program runs."""
+    if arguments.catalogue:
+        need_torch()
+        from refimpl.parity.audit.report.catalogue_page import catalogue
+
+        print(catalogue(), end="")
+        return 0
     for flag in ("demo", "replay"):
         if getattr(arguments, flag) and (arguments.is_module or arguments.program):
             raise UsageError(f"--{flag} takes no script")
@@ -86,20 +93,23 @@ def audit_program(words: list[str], is_module: bool, steps: int, every: int, fol
 
 def replay(path: Path) -> int:
     """Judge the operations once more that an audit has kept, and print the verdicts. Return the exit code."""
+    from refimpl.parity.audit.finding import is_serious
     from refimpl.parity.audit.report.replay import load_audit, replay_lines, replayed
 
     data, tensors = load_audit(path)
-    names = {found["replay"]: f"{found['code']} {found['name']}" for found in reversed(data["findings"])}
-    serious = False
+    rests = {found["replay"]: found for found in reversed(data["findings"])}
+    names = {name: f"{found['code']} {found['name']}: {found['number']}" for name, found in rests.items()}
+    found_again = False
     for one in replayed(data, tensors):
-        print("\n".join(replay_lines(one, names.get(one.kept["id"], "worst of its kind"))))
-        serious = serious or one.is_serious
-    skipped = [kept for kept in data["replays"] if kept["skipped"]]
-    for kept in skipped:
-        print(f"{names.get(kept['id'], 'worst of its kind')}: {kept['name']} cannot be judged again: {kept['skipped']}")
+        name, finding = one.kept["id"], rests.get(one.kept["id"])
+        print("\n".join(replay_lines(one, names.get(name, "the worst of its kind"))))
+        found_again = found_again or one.is_serious or (finding is not None and is_serious(finding["level"]) and one.reproduced)
+    for kept in data["replays"]:
+        if kept["skipped"]:
+            print(f"{names.get(kept['id'], 'the worst of its kind')}\n  {kept['name']} was not kept: {kept['skipped']}")
     if not data["replays"]:
-        print("No finding rests on an operation, and none was worse than a note: nothing was kept.")
-    return int(serious)
+        print("No finding rests on an operation, and no operation was worse than a note: nothing was kept.")
+    return int(found_again)
 
 
 def why_not(audit: Any) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import DOCS
 
 pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
 import torch
@@ -19,11 +21,13 @@ from refimpl.parity.audit import Audit
 from refimpl.parity.audit import session as session_module
 from refimpl.parity.audit.finding import Finding, merged
 from refimpl.parity.audit.judge.table import JUDGES
+from refimpl.parity.audit.report.catalogue_page import catalogue
 from refimpl.parity.audit.report.data import contents
 from refimpl.parity.audit.report.operation_table import OperationTable
 from refimpl.parity.audit.report.page import audit_page
 from refimpl.parity.audit.report.terminal import summary
 from refimpl.parity.audit.rules.entry import Rule
+from refimpl.parity.audit.rules.table import RULES
 from refimpl.parity.audit.step import View
 from refimpl.parity.audit.values import Twin, Values
 
@@ -283,3 +287,33 @@ def test_a_compiled_model_is_audited_as_it_is_written(tmp_path: Path) -> None:
 
 def test_an_empty_table_has_no_rows() -> None:
     assert OperationTable().data() == []
+
+
+# ------------------------------------------------------------------------------------------------------------- catalogue
+
+
+def test_the_catalogue_in_docs_is_that_of_the_rules() -> None:
+    how = "python scripts/audit.py --catalogue > docs/audit_catalogue.md"
+    assert (DOCS / "audit_catalogue.md").read_text() == catalogue(), how
+
+
+def test_each_rule_has_an_entry_with_effect_and_fix() -> None:
+    entries = catalogue().split("\n### ")[1:]
+    assert [entry.split()[0] for entry in entries] == sorted(RULES, key=lambda code: (code[0], int(code[1:])))
+    for entry in entries:
+        assert "- **Effect:** " in entry and "- **Fix:** " in entry and "- **Source:** " in entry, entry
+
+
+def test_every_key_of_the_data_is_documented(tmp_path: Path) -> None:
+    page = (DOCS / "audit.md").read_text()
+
+    def keys(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            return set(value) | {key for part in value.values() for key in keys(part)}
+        return {key for part in value for key in keys(part)} if isinstance(value, list) else set()
+
+    data = many(1)
+    inner = {key for name in ("training", "findings", "operations", "coverage") for key in keys(data[name])}
+    named = set(re.findall(r"`([\w-]+)`", page))
+    formats = set(data["training"]["formats"])
+    assert (set(data) | inner) - formats - named == set()

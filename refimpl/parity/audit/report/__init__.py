@@ -7,6 +7,7 @@
     terminal.py            the data as a few lines for the terminal
     page.py                the data as an HTML page
     operands.py            `Operands`: arguments and results of a few operations, kept to be judged once more
+    catalogue_page.py      the catalogue of rules as a page of docs/
     files.py               audit.html, audit.json and audit.safetensors in a folder
     replay.py              judges the operations of such a folder once more
 """

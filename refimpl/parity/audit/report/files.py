@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from refimpl.errors import UsageError
@@ -24,9 +24,13 @@ def write_report(folder: Path, data: dict[str, Any], tensors: Mapping[str, Tenso
     except OSError as error:
         raise UsageError(f"{folder} cannot be created: {error.strerror}") from error
     if tensors:
-        write_atomically(folder / TENSORS, lambda temporary: save_file(dict(tensors), temporary))
+        write_atomically(folder / TENSORS, lambda temporary: _write(temporary, save(dict(tensors))))
     else:
         (folder / TENSORS).unlink(missing_ok=True)
     write_text_atomically(folder / DATA, json_text(data) + "\n")
     write_text_atomically(folder / PAGE, audit_page(data))
     return folder / PAGE
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

@@ -147,12 +147,15 @@ def replay_lines(one: Replayed, finding: str) -> Iterator[str]:
     """Yield what the terminal shows of an operation judged once more. finding: what it is of."""
     kept = one.kept
     where = ", ".join(filter(None, (wording.module_of(kept["module"]), wording.place(kept["line"]))))
-    yield f"{finding}: {wording.short_name(kept['name'])} in step {kept['step']}, {kept['phase']}{', ' * bool(where)}{where}"
+    yield finding
+    yield f"  {wording.short_name(kept['name'])} in step {kept['step']}, {kept['phase']}{', ' * bool(where)}{where}"
     for verdict in one.now:
         numbers = f"error / bound {wording.ratio(verdict['ratio'])}, {wording.share(verdict['equal'])} correctly rounded"
         level = ": ".join(filter(None, (verdict["level"], verdict["reason"])))
         yield f"  {verdict['result']} ({verdict['dtype']}): {level}"
         yield f"    {numbers}, excess {wording.ratio(verdict['excess'])} ulp, definition of {verdict['by']}"
+    if kept["measured"]:
+        yield f"  measured by the rules: {', '.join(kept['measured'].values())}"
     said = {
         True: "PyTorch gives the same bits here",
         False: "PyTorch gives other bits here",
