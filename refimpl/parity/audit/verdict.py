@@ -21,6 +21,10 @@ LEVELS = ("wrong", "worse than it need be", "biased", "note", "fine")
 BIAS = 0.1
 """A mean signed excess above this, in units in the last place, over at least ENOUGH results, is a bias."""
 ENOUGH = 1000
+JUST_WRONG = 1.001
+"""The least ratio of a result that had to be the correctly rounded one and is not."""
+MOSTLY = 0.999
+"""A kernel that is known to round badly is noted where fewer results than this are the correctly rounded ones."""
 LEAST_BITS = 18.0
 """FP32 products have 21 to 22 effective bits whatever K is, TF32 11.1, one bf16 product 8.1."""
 
@@ -32,7 +36,8 @@ class Verdict:
     result, by, note: as in `Twin`. dtype: of the result. elements: how many it has; judged: how many were looked at.
     ratio: the largest error, over its bound with the rounding of the result. where: the index of that one among those judged.
     equal: share that is the correctly rounded result. expected: the share that independent FP32 roundings leave, None where
-    no estimate is made. excess: mean of (result - correctly rounded) in units in the last place. bits: effective bits of a
+    no estimate is made. excess: mean of (result - correctly rounded) in units in the last place, where the bound is
+    well below one. bits: effective bits of a
     matrix product. level: one of LEVELS; reason: why, '' where it is fine.
     """
 
@@ -69,7 +74,9 @@ def measure(twin: Twin, elements: int) -> Verdict:
     error = (wide - exact).abs()
     bound = torch.as_tensor(twin.bound, dtype=torch.float64, device=exact.device)
     allowed = bound + info.eps / 2 * exact.abs() + _half_subnormal(actual.dtype)
-    ratio = error / allowed
+    spacing = ulp(exact.nan_to_num(0.0, 0.0, 0.0), actual.dtype)
+    # With a bound of 0 only the correctly rounded result will do: any other is more than half a unit away, or breaks a tie.
+    ratio = (2 * error / spacing).clamp(min=JUST_WRONG) if _is_zero(twin.bound) else error / allowed
     # Above half a unit beyond the largest number the rounded result is Inf, which is no error.
     overflow = info.max * (1 + info.eps / 4)
     beyond = actual.isinf() & (torch.sign(wide) * exact + bound >= overflow)
@@ -80,9 +87,12 @@ def measure(twin: Twin, elements: int) -> Verdict:
         return Verdict(twin.result, name_of(actual.dtype), twin.by, elements, 0, 0.0, (), 1.0, None, 0.0, None, "fine", "")
     at = int(ratio.argmax())
     worst, equal = float(ratio.flatten()[at]), float(same.double().mean())
-    spacing = ulp(exact.nan_to_num(0.0, 0.0, 0.0), actual.dtype)
-    away = torch.where(same, 0.0, ((wide - rounded.double()) / spacing)).nan_to_num(0.0, 0.0, 0.0)
-    excess = float(away.mean())
+    # Where the arithmetic before the last rounding may cost a unit by itself, its errors are not the rounding's.
+    spared = torch.as_tensor(twin.bound if twin.typical is None else 6 * twin.typical, dtype=torch.float64, device=exact.device)
+    close = (spared <= spacing / 4).expand(exact.shape)
+    away = torch.where(same | ~close, 0.0, ((wide - rounded.double()) / spacing)).nan_to_num(0.0, 0.0, 0.0)
+    count = int(close.sum())
+    excess = float(away.sum()) / max(count, 1)
     expected, outside = None, False
     if twin.typical is not None:
         typical = torch.as_tensor(twin.typical, dtype=torch.float64, device=exact.device).expand(exact.shape)
@@ -93,7 +103,9 @@ def measure(twin: Twin, elements: int) -> Verdict:
     if twin.products is not None:
         size, rms = _rms(twin.products), _rms(torch.where(same & (actual.dtype != torch.float32), 0.0, error))
         bits = -math.log2(rms / size) if rms > 0 and size > 0 and math.isfinite(rms) and math.isfinite(size) else None
-    level, reason = _level(worst, equal, expected, outside, excess, bits if actual.dtype == torch.float32 else None, n)
+    level, reason = _level(worst, equal, expected, outside, excess, bits if actual.dtype == torch.float32 else None, n, count)
+    if twin.note and level != "wrong" and equal < MOSTLY:
+        level, reason = "note", twin.note
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), actual.shape)) if actual.dim() else ()
     return Verdict(
         result=twin.result, dtype=name_of(actual.dtype), by=twin.by, elements=elements, judged=n, ratio=worst, where=where,
@@ -102,7 +114,7 @@ def measure(twin: Twin, elements: int) -> Verdict:
 
 
 def _level(
-    worst: float, equal: float, expected: float | None, outside: bool, excess: float, bits: float | None, n: int
+    worst: float, equal: float, expected: float | None, outside: bool, excess: float, bits: float | None, n: int, close: int
 ) -> tuple[str, str]:
     """Return the level and its reason."""
     if worst > 1:
@@ -113,9 +125,13 @@ def _level(
         return "worse than it need be", f"{equal:.1%} correctly rounded, where FP32 sums leave about {expected:.1%}"
     if outside:
         return "worse than it need be", "errors beyond six standard deviations of FP32 sums"
-    if n >= ENOUGH and abs(excess) > BIAS:
+    if close >= ENOUGH and abs(excess) > BIAS:
         return "biased", f"on average {excess:+.2f} units in the last place beyond correct rounding"
     return "fine", ""
+
+
+def _is_zero(bound: Tensor | float) -> bool:
+    return not isinstance(bound, Tensor) and bound == 0
 
 
 def _half_subnormal(dtype: torch.dtype) -> float:

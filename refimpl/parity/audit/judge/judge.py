@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from refimpl.parity.audit.judge.elementwise import default
 from refimpl.parity.audit.judge.table import family_of
 from refimpl.parity.audit.values import CannotJudge, Values, is_float
 from refimpl.parity.audit.verdict import Verdict, measure
 
-ALLOCATIONS = ("aten.empty", "aten.new_empty", "aten.resize_")
-"""Their elements are garbage until somebody writes them."""
+ALLOCATIONS = ("aten.empty", "aten.new_empty", "aten.resize_", "aten._unsafe_view", "aten._reshape_alias")
+"""They compute nothing: elements of the first ones are garbage until somebody writes them, the last ones are views."""
 
 
 class Judge:
@@ -31,8 +32,13 @@ class Judge:
         if not results or not produces(values):
             return ()
         verdicts = []
-        why = "no function judges it: " + values.operation.name.rpartition(".")[0]
+        if any(tensor.dtype == torch.float64 for tensor in results.values()):
+            self.unjudged["in FP64 already"] += sum(tensor.numel() for tensor in results.values())
+            return ()
         family = family_of(values.operation.name)
+        if family is None and torch.Tag.pointwise in values.operation.overload.tags:
+            family = default
+        why = "no function judges it: " + values.operation.name.rpartition(".")[0]
         try:
             for twin in family(values) if family is not None else ():
                 tensor = results.pop(twin.result)
@@ -43,8 +49,12 @@ class Judge:
             why = "no twin for this result of " + values.operation.name if family is not None else why
         except CannotJudge as reason:
             why = str(reason)
-        for tensor in results.values():
-            self.unjudged[why] += tensor.numel()
+        except Exception as error:
+            why = f"the judge failed on {values.operation.name}: {error}"
+            raise
+        finally:
+            for tensor in results.values():
+                self.unjudged[why] += tensor.numel()
         return tuple(verdicts)
 
 

@@ -1,0 +1,168 @@
+"""Sums, means, norms and pooling: sums of n terms in FP32, in any order.
+
+A result that is linear in its inputs, with coefficients >= 0, is within gamma(n + 2) of the same sum over absolute values, n
+the number of terms of one result: n products at most, n - 1 sums, a division.
+Source: Higham, Accuracy and Stability of Numerical Algorithms, sections 3.1 and 4.2.
+
+In practice roundings are independent, and the partial sums of a kernel many, so the error is about sqrt(n) u of that sum: a
+16-bit result beyond six times this, or that is seldom the correctly rounded one, was summed in fewer bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refimpl.parity.audit.judge.again import U, gamma, in_fp64, is_16_bit
+from refimpl.parity.audit.values import CannotJudge, Twin, Values, is_float
+
+SCALED = "the CPU kernel rounds 2 / n, and its products, to the tensor's format"
+WINDOWS = "the CPU kernel adds the gradients of overlapping windows in the tensor's format"
+PRODUCT = "the CPU kernel rounds each partial product to the tensor's format"
+
+
+def linear(terms: Callable[[Values], float]) -> Callable[[Values], Iterator[Twin]]:
+    """Return the function that judges a sum. terms: gives the number of terms of one result."""
+
+    def judge(values: Values) -> Iterator[Twin]:
+        exact, size, n = in_fp64(values), in_fp64(values, Tensor.abs), terms(values)
+        for name, actual in values.results():
+            if is_float(actual):
+                yield Twin(name, actual, exact[name], gamma(n + 2) * size[name], U * math.sqrt(n + 2) * size[name])
+
+    return judge
+
+
+def reduced(values: Values) -> float:
+    """Return how many elements one element of the result comes from."""
+    result = next(tensor for _, tensor in values.results())
+    return values.inputs["self"].numel() / max(result.numel(), 1)
+
+
+def window(values: Values) -> float:
+    """Return the number of elements in a pooling window."""
+    size = values.inputs["kernel_size"]
+    return float(math.prod(size if len(size) > 1 else size * 2))
+
+
+def overlap(values: Values) -> float:
+    """Return how many gradients one element may receive: all of its channel's."""
+    gradient = values.inputs["grad_output"]
+    return float(math.prod(gradient.shape[2:]))
+
+
+def spread_over(values: Values) -> float:
+    """Return the number of terms of an interpolation, or of its derivative: not more than the elements of a channel."""
+    source = values.inputs["grad_output" if "grad_output" in values.inputs else "self"]
+    return float(math.prod(source.shape[2:]))
+
+
+def running(values: Values) -> Iterator[Twin]:
+    """Judge cumsum: after i terms gamma(i) of the sum of absolute values so far, so gamma(n) of it everywhere."""
+    exact, size = in_fp64(values), in_fp64(values, Tensor.abs)
+    x = values.inputs["self"]
+    n = x.shape[values.inputs["dim"]] if x.dim() else 1
+    for name, actual in values.results():
+        yield Twin(name, actual, exact[name], gamma(n + 1) * size[name])
+
+
+def product(values: Values) -> Iterator[Twin]:
+    """Judge prod: n roundings of the result; the CPU's in 16 bits are in 16 bits."""
+    exact, n = in_fp64(values), reduced(values)
+    for name, actual in values.results():
+        rounds = is_16_bit(actual) and not actual.is_cuda
+        u = torch.finfo(actual.dtype).eps / 2 if rounds else U
+        yield Twin(name, actual, exact[name], n * u / (1 - min(n * u, 0.5)) * exact[name].abs(), note=PRODUCT if rounds else "")
+
+
+def variance(values: Values) -> Iterator[Twin]:
+    """Judge var and std, from x - mean, in one pass (Welford) or two.
+
+    The mean errs by d = gamma(n + 2) mean|x|, the variance by gamma(n + 6) var + 2 d sigma + d^2, the root by half of that
+    relative to the variance, and 2 roundings.
+    """
+    x = values.inputs["self"].double()
+    exact, n = in_fp64(values), reduced(values)
+    dim = values.inputs.get("dim")
+    axes = tuple(range(x.dim())) if dim is None else tuple(dim) if isinstance(dim, list | tuple) else (dim,)
+    rooted = "std" in values.operation.name
+    for name, actual in values.results():
+        r = exact[name]
+        mean = x.abs().mean(axes, keepdim=r.dim() == x.dim() and x.dim() > 0) if x.dim() else x.abs()
+        if name == "out.1":
+            yield Twin(name, actual, r, gamma(n + 2) * mean)
+            continue
+        var = r.square() if rooted else r
+        d = gamma(n + 2) * mean
+        error = gamma(n + 6) * var + 2 * d * var.sqrt() + d.square()
+        yield Twin(name, actual, r, error / (2 * r + 2.0**-126) + 2 * U * r if rooted else error)
+
+
+def norm(values: Values) -> Iterator[Twin]:
+    """Judge vector_norm and norm: gamma(n + 4) of the result, for the sum of |x|^p, its root, and one rounding per power."""
+    order = values.inputs.get("ord", values.inputs.get("p", 2))
+    exact, n = in_fp64(values), reduced(values)
+    power = abs(float(order)) if order is not None else 2.0
+    units = 1.0 if power in (0.0, math.inf) else n / max(power, 1.0) + 8 * max(power, 1.0)
+    # PyTorch's FP32 norm keeps at least 8 partial sums: with p = 2 no order of 8 sums is worse than n / 8 additions in a row
+    lanes = units if n * U < 0.25 else n / 8 / max(power, 1.0) + 16
+    for name, actual in values.results():
+        yield Twin(name, actual, exact[name], gamma(lanes) * exact[name].abs())
+
+
+def squared_loss(values: Values) -> Iterator[Twin]:
+    """Judge mse_loss and its like: the mean of positive functions of differences, each of at most four roundings."""
+    exact = in_fp64(values)
+    n = values.inputs["self"].numel()
+    for name, actual in values.results():
+        yield Twin(name, actual, exact[name], gamma(n + 5 if values.inputs.get("reduction", 1) else 5) * exact[name].abs())
+
+
+def squared_loss_gradient(values: Values) -> Iterator[Twin]:
+    """Judge mse_loss_backward: 2 g (x - y) / n in four roundings, of which only the difference can cancel, exactly rounded."""
+    exact = in_fp64(values)
+    for name, actual in values.results():
+        rounds = is_16_bit(actual) and not actual.is_cuda
+        u = torch.finfo(actual.dtype).eps / 2 if rounds else U
+        yield Twin(name, actual, exact[name], 4 * u * exact[name].abs(), note=SCALED if rounds else "")
+
+
+def pooled_maximum_gradient(values: Values) -> Iterator[Twin]:
+    """Judge the gradient of max pooling: an element receives the gradients of the windows whose maximum it is."""
+    given: dict[str, Any] = values.inputs
+    kernel = given["kernel_size"]
+    n = math.prod(kernel if len(kernel) > 1 else kernel * 2)
+    exact = in_fp64(values)["out"]
+    size, actual = _with_gradient(values, given["grad_output"].abs()), values.output
+    rounds = is_16_bit(actual) and not actual.is_cuda
+    u = torch.finfo(actual.dtype).eps / 2 if rounds else U
+    yield Twin("out", actual, exact, n * u / (1 - n * u) * size, note=WINDOWS if rounds else "")
+
+
+def _with_gradient(values: Values, gradient: Tensor) -> Tensor:
+    at = values.names.index("grad_output")
+    args = (*values.args[:at], gradient, *values.args[at + 1 :])
+    if len(args) <= at:
+        raise CannotJudge("the gradient is given by keyword")
+    return in_fp64(Values(values.operation, values.names, args, values.kwargs, values.output, {}))["out"]
+
+
+JUDGES = {
+    **dict.fromkeys(("aten.sum", "aten.mean", "aten.nansum", "aten.trace"), linear(reduced)),
+    **dict.fromkeys(("aten.avg_pool1d", "aten.avg_pool2d"), linear(window)),
+    **dict.fromkeys(("aten._adaptive_avg_pool2d", "aten.adaptive_avg_pool1d"), linear(spread_over)),
+    **dict.fromkeys(("aten.avg_pool2d_backward", "aten._adaptive_avg_pool2d_backward"), linear(overlap)),
+    **dict.fromkeys(("aten.upsample_bilinear2d", "aten.upsample_bilinear2d_backward"), linear(spread_over)),
+    "aten.upsample_nearest2d_backward": linear(spread_over),
+    "aten.cumsum": running,
+    "aten.prod": product,
+    **dict.fromkeys(("aten.var", "aten.std", "aten.var_mean", "aten.std_mean"), variance),
+    **dict.fromkeys(("aten.linalg_vector_norm", "aten.norm"), norm),
+    **dict.fromkeys(("aten.mse_loss", "aten.smooth_l1_loss", "aten.huber_loss"), squared_loss),
+    "aten.mse_loss_backward": squared_loss_gradient,
+    "aten.max_pool2d_with_indices_backward": pooled_maximum_gradient,
+}
