@@ -55,6 +55,12 @@ ACCUMULATE = "torch::autograd::AccumulateGrad"
 """The node that adds to a parameter's gradient."""
 UNDECLARED_WRITES = ("c10d",)
 """Namespaces whose schemas do not say which arguments are written: each tensor may be."""
+UNDECLARED_ARGUMENTS = {
+    "aten::native_batch_norm": ("running_mean", "running_var"),
+    "aten::cudnn_batch_norm": ("running_mean", "running_var"),
+    "aten::miopen_batch_norm": ("running_mean", "running_var"),
+}
+"""Arguments that are written although the schema does not say so."""
 
 
 class Observer(Protocol):
@@ -312,8 +318,11 @@ def _schema(func: Any) -> _Schema:
     schema = getattr(func, "_schema", None)
     if schema is None:  # an operation of higher order
         return _Schema(str(func), (), ())
-    undeclared = func.namespace in UNDECLARED_WRITES
-    written = [a.name for a in schema.arguments if undeclared or (a.alias_info is not None and a.alias_info.is_write)]
+    undeclared, known = func.namespace in UNDECLARED_WRITES, UNDECLARED_ARGUMENTS.get(schema.name, ())
+    written = [
+        a.name for a in schema.arguments
+        if undeclared or a.name in known or (a.alias_info is not None and a.alias_info.is_write)
+    ]  # fmt: skip
     return _Schema(str(func), tuple(a.name for a in schema.arguments), tuple(written))
 
 

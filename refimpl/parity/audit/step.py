@@ -38,10 +38,10 @@ class Border:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that is no operation: 'backward', or 'optimizer.step'.
+    """A call that is no operation: 'backward', 'optimizer.step', or 'autocast', which has been entered or left.
 
-    index: that of the next operation. line: the user's. autocast: the format of an autocast around it, '' if none is on.
-    which: of an optimizer, its place among the audited ones.
+    index: that of the next operation. line: the user's. autocast: the format of an autocast around it, '' if none is on; of
+    'autocast', the one that is on from there. which: of an optimizer, its place among the audited ones.
     """
 
     name: str

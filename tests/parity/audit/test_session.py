@@ -55,7 +55,8 @@ def test_the_first_steps_are_audited_and_then_one_in_every() -> None:
 def test_a_step_has_its_calls_and_the_states_around_it() -> None:
     _, audit = audited("fp16 scaler fused")
     first, second, third, _ = audit.steps
-    assert [call.name for call in first.calls] == ["backward", "optimizer.step"]
+    assert [call.name for call in first.calls] == ["autocast", "autocast", "backward", "optimizer.step"]
+    assert [call.autocast for call in first.calls] == ["float16", "", "", ""]
     scales = [step.before.scale for step in (first, second, third)]
     assert scales == [2.0**18, 2.0**17, 2.0**16]
     assert {call.line.rpartition(":")[0].rpartition("/")[2] for call in third.calls} == {"audit_loops.py"}
