@@ -3,6 +3,7 @@
     formats.py               each format as one row: bits, bias, what the largest exponent means
     casts.py                 `cast` rounds to nearest, ties to even; `widen` is exact and refuses any other conversion
     rounding.py              rounding to nearest, ties to even, written out for one number: the definition of `cast`
+    rounding_effects.py      what roundings did: exact, rounded, flushed, overflowed; rounding_words.py: the same in words
     fast_cast.py             the same for FP32 <-> FP16, faster, for the NumPy backend
     bits.py                  arrays of numbers as arrays of bit patterns, and back
     stochastic_rounding.py   stochastic rounding

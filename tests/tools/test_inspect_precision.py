@@ -14,6 +14,8 @@ from recipe_lists import others_slow
 import refimpl.tools.precision_report.collect
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast, widen
+from refimpl.numerics.rounding_effects import Counts
+from refimpl.numerics.rounding_words import percent
 from refimpl.parity.trace import Trace, record, save
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.tools.precision_report.collect import (
@@ -28,9 +30,9 @@ from refimpl.tools.precision_report.collect import (
     low_format,
     sweep_scales,
 )
-from refimpl.tools.precision_report.counts import Counts, kind_of
+from refimpl.tools.precision_report.counts import kind_of
 from refimpl.tools.precision_report.tables import summary
-from refimpl.tools.precision_report.verdicts import percent, plain_name, verdicts_of
+from refimpl.tools.precision_report.verdicts import plain_name, verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.metrics import read_metrics
 from refimpl.training.run import train

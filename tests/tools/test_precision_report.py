@@ -27,11 +27,13 @@ from script_loader import load_script
 
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast
+from refimpl.numerics.rounding_effects import LOWEST, Counts
+from refimpl.numerics.rounding_words import percent, power
 from refimpl.parity.mistakes import MISTAKES
 from refimpl.parity.trace import record, save
 from refimpl.tools.precision_report import main as show_precision
 from refimpl.tools.precision_report.collect import Inspection, StepRow, fresh, inspect
-from refimpl.tools.precision_report.counts import LOWEST, Counts, kind_of
+from refimpl.tools.precision_report.counts import kind_of
 from refimpl.tools.precision_report.figures import (
     all_pictures,
     draw_histogram,
@@ -57,7 +59,7 @@ from refimpl.tools.precision_report.tables import (
     zone_shares,
     zones,
 )
-from refimpl.tools.precision_report.verdicts import percent, power, verdicts_of
+from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.html.figures import Picture

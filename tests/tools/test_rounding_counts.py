@@ -13,19 +13,9 @@ from recipe_lists import BASIC, others_slow
 from refimpl.nn.ops import OPS
 from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
+from refimpl.numerics.rounding_effects import KINDS, LOWEST, OUTCOMES, Counts, effects_of, overflow_threshold
 from refimpl.precision.recipes import RECIPES
-from refimpl.tools.precision_report.counts import (
-    KINDS,
-    LOWEST,
-    OUTCOMES,
-    Counts,
-    RoundingMonitor,
-    by_kind,
-    effects_of,
-    kind_of,
-    overflow_threshold,
-    scaled_to_fit,
-)
+from refimpl.tools.precision_report.counts import RoundingMonitor, by_kind, kind_of, scaled_to_fit
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.setup import BATCHES, INIT, generator

@@ -19,8 +19,8 @@ from strict_backend import STRICT
 from refimpl.distributed.collectives import Comm
 from refimpl.distributed.threads import run_ranks
 from refimpl.errors import TrainingStopped
+from refimpl.numerics.rounding_effects import OUTCOMES, effects_of
 from refimpl.tools.precision_report.collect import Source, inspect
-from refimpl.tools.precision_report.counts import OUTCOMES, effects_of
 from refimpl.tools.precision_report.main import data, terminal_text
 from refimpl.tools.precision_report.page import precision_page
 from refimpl.tools.precision_report.verdicts import verdicts_of

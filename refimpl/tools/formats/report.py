@@ -15,10 +15,10 @@ from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import FORMATS, ulp
 from refimpl.numerics.rounding import round_to_nearest_even
+from refimpl.numerics.rounding_effects import Effects, effects_of
 from refimpl.tools.formats.explain import explained
 from refimpl.tools.formats.numbers import Number, convention, fields, power_of_two, read_number, shown
 from refimpl.tools.formats.plot import plot_formats
-from refimpl.tools.precision_report.counts import Effects, effects_of
 from refimpl.training.console import json_text, table
 
 COMMON = ("fp32", "tf32", "fp16", "bf16", "e4m3", "e5m2", "e2m1")

@@ -18,6 +18,7 @@ import numpy as np
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of
+from refimpl.numerics.rounding_effects import Counts
 from refimpl.optim.state import State
 from refimpl.parity.mistakes import MISTAKES
 from refimpl.parity.trace import batches_of, checked_start, load
@@ -27,7 +28,7 @@ from refimpl.precision.context import Monitor
 from refimpl.precision.recipes import Recipe
 from refimpl.precision.state_encodings import Plain, Remainder, Stochastic, get_encoding
 from refimpl.step import Batch, StepResult, forward_backward
-from refimpl.tools.precision_report.counts import Counts, RoundingMonitor, kind_of
+from refimpl.tools.precision_report.counts import RoundingMonitor, kind_of
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import check_run_header
 from refimpl.training.config import Config

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from refimpl.numerics.formats import FORMATS
+from refimpl.numerics.rounding_effects import HIGHEST, LOWEST, NEGLIGIBLE, Counts
+from refimpl.numerics.rounding_words import percent, power
 from refimpl.tools.precision_report.collect import Inspection, StepRow
-from refimpl.tools.precision_report.counts import HIGHEST, LOWEST, Counts
 from refimpl.tools.precision_report.tables import (
     exponents_text,
     loss_sentence,
@@ -22,7 +23,6 @@ from refimpl.tools.precision_report.tables import (
     totals,
     zones,
 )
-from refimpl.tools.precision_report.verdicts import NEGLIGIBLE, percent, power
 from refimpl.training.html.figures import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, Picture, as_svg
 
 LOST, SUBNORMAL, NORMAL = "#f7dcd7", "#e9f1fa", "#c9def2"

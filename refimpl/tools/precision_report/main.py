@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import UsageError
+from refimpl.numerics.rounding_effects import LOWEST, OUTCOMES, Counts
 from refimpl.tools.precision_report.collect import (
     Inspection,
     Source,
@@ -24,7 +25,7 @@ from refimpl.tools.precision_report.collect import (
     inspect,
     plain,
 )
-from refimpl.tools.precision_report.counts import LOWEST, OUTCOMES, Counts, kind_of
+from refimpl.tools.precision_report.counts import kind_of
 from refimpl.tools.precision_report.page import precision_page
 from refimpl.tools.precision_report.tables import (
     COLUMNS,

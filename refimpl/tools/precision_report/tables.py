@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from refimpl.numerics.formats import FORMATS
+from refimpl.numerics.rounding_effects import LOWEST, NEGLIGIBLE, Counts
+from refimpl.numerics.rounding_words import decibels, percent, powers
 from refimpl.optim.loss_scalers import find_scaler
 from refimpl.parity.mistakes import MISTAKES
 from refimpl.tools.precision_report.collect import Inspection, StepRow, has_own_scale, uncounted
-from refimpl.tools.precision_report.counts import LOWEST, Counts, by_kind, kind_of
-from refimpl.tools.precision_report.verdicts import NEGLIGIBLE, Verdict, decibels, percent, plain_name, powers
+from refimpl.tools.precision_report.counts import by_kind, kind_of
+from refimpl.tools.precision_report.verdicts import Verdict, plain_name
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refimpl.numerics.formats import FORMATS
+from refimpl.numerics.rounding_effects import NEGLIGIBLE, Counts
+from refimpl.numerics.rounding_words import decibels, percent, powers, remedy
 from refimpl.tools.precision_report.collect import Inspection, has_own_scale
-from refimpl.tools.precision_report.counts import Counts, kind_of, overflow_threshold
-
-NEGLIGIBLE = 1e-3
-"""A smaller share is not called a loss. A scale of 32K lost this share in Micikevicius et al. 2018, section 3."""
+from refimpl.tools.precision_report.counts import kind_of
 
 
 @dataclass(frozen=True)
@@ -64,26 +62,16 @@ def _of_gradient(counts: Counts, unscaled: Counts, inspection: Inspection) -> tu
         needs = "of the others," if counts.arrived else "needs no loss scale:"
         parts.append(f"{needs} at S = 1 {percent(at_one)} would become zero in {fmt}")
     else:
-        parts.append(f"{percent(at_one)} would become zero in {fmt} at S = 1; {_remedy(unscaled, fmt)}")
+        parts.append(f"{percent(at_one)} would become zero in {fmt} at S = 1; {remedy(unscaled, fmt)}")
     scales = sorted({row["loss_scale"] for row in inspection.sampled})
     if scales != [1.0]:
         parts.append(f"at the S of this run ({powers(scales)}) {percent(actual)} did")
     return _severity(counts, at_one), "; ".join(parts)
 
 
-def _remedy(unscaled: Counts, fmt: str) -> str:
-    """Return the range of loss scales at which all but NEGLIGIBLE of a gradient survives and its largest value is finite."""
-    enough = next((k for k in range(1, 64) if unscaled.flushed_at(k, fmt) < NEGLIGIBLE), 64)
-    top = max((k for k in range(64) if unscaled.fits_at(k, fmt)), default=-1)
-    if enough > top:
-        return f"no S saves all but {percent(NEGLIGIBLE)} of it: that needs 2^{enough}, but it overflows above 2^{top}"
-    return f"S >= 2^{enough} saves all but {percent(NEGLIGIBLE)} of it, and it overflows above 2^{top}"
-
-
 def _of_value(counts: Counts) -> tuple[float, str]:
     """Return the severity and the sentence for weights, activations or states."""
     fmt, parts = counts.fmt, _arrived(counts)
-    threshold = overflow_threshold(fmt)
     if counts.overflowed:
         parts.append(f"{counts.overflowed} of {counts.elements} values overflowed {fmt}")
     for name, word in (("flushed", "became zero"), ("saturated", "saturated"), ("subnormal", "became subnormal")):
@@ -91,10 +79,8 @@ def _of_value(counts: Counts) -> tuple[float, str]:
             parts.append(f"{percent(counts.share(name))} of the nonzero values {word} in {fmt}")
     if has_own_scale(counts):
         parts.append("divided by its own scale first")
-    elif counts.largest and math.isfinite(threshold / counts.largest):
-        room = math.floor(math.log2(threshold / counts.largest))
-        if not counts.overflowed:
-            parts.append(f"the largest, {counts.largest:.3g}, is 2^{room} times below overflow")
+    elif counts.room is not None and not counts.overflowed:
+        parts.append(f"the largest, {counts.largest:.3g}, is 2^{counts.room} times below overflow")
     if counts.nonzero or not counts.arrived:
         parts.append(f"signal-to-noise {decibels(counts.snr)}")
     return _severity(counts, counts.share("flushed")), "; ".join(parts)
@@ -117,28 +103,3 @@ def _severity(counts: Counts, flushed: float) -> float:
     usual = 6.02 * (FORMATS[counts.fmt].fraction_bits + 1)  # about the SNR in dB of rounding normal values
     lost = max(0.0, usual - counts.snr) / usual if math.isfinite(counts.snr) else 0.0
     return max(flushed, counts.share("flushed"), counts.share("saturated")) + 0.01 * lost
-
-
-def percent(share: float) -> str:
-    """Return a share as text with two digits of the distance to 0 or 100 %: '12 %', '0.57 %', '99.66 %'."""
-    distance = min(share, 1 - share)
-    if distance <= 0:
-        return f"{100 * share:.0f} %"
-    digits = max(0, 1 - math.floor(math.log10(100 * distance)))
-    return f"{100 * share:.{digits}f} %"
-
-
-def decibels(ratio: float) -> str:
-    """Return a ratio as text: '73.6 dB', 'without an error' if infinite, '-' if NaN."""
-    return "without an error" if math.isinf(ratio) else "-" if math.isnan(ratio) else f"{ratio:.1f} dB"
-
-
-def powers(scales: Sequence[float]) -> str:
-    """Return the range of sorted loss scales: '2^16', or '2^14 to 2^16'."""
-    return power(scales[0]) if len(scales) == 1 else f"{power(scales[0])} to {power(scales[-1])}"
-
-
-def power(scale: float) -> str:
-    """Return a scale as text: 65536 -> '2^16', 1000 -> '1000', 1 -> '1'."""
-    mantissa, exponent = math.frexp(scale)
-    return f"2^{exponent - 1}" if mantissa == 0.5 and exponent != 1 else f"{scale:g}"
