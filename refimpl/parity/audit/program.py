@@ -71,9 +71,13 @@ class ProgramAudit:
     def _called(self, module: nn.Module) -> None:
         """A module is called: a step may begin or end here."""
         if self._updated:
+            if self.audit is not None and self.audit.recording and not self.audit.on_top:
+                return  # inside of a mode of the program's own: later
             self._border()
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in module.parameters()):
             return
+        if torch._C._len_torch_dispatch_stack():
+            return  # the program would leave its mode before we leave ours
         if self.audit is None and not self._find(module):
             return
         self._begin()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from refimpl.errors import UsageError, one_line
 from refimpl.parity.audit.borders import border_of, optimizers_of, parameters_of, schedulers_of
@@ -82,7 +83,8 @@ class Audit:
         self.number, self.audited, self.unended = 0, list[int](), ""
         self.flags: list[dict[str, Any]] = []
         self._failures: Counter[str] = Counter()
-        self.recording = False
+        self._rank = 0
+        self.recording, self._whole = False, True
         self._stance: Any = None
 
     def __enter__(self) -> Audit:
@@ -99,12 +101,9 @@ class Audit:
 
         Of a step that was begun and not ended only the rules about single operations are asked.
         """
-        if self.recording and self.recorder.seen:
-            self._stop()
+        if self._stop() and self.recorder.seen:
             self.unended = f"{kind.__name__} in step {self.number + 1}" if kind is not None else "the audit ended within it"
             self._finish(complete=False)
-        else:
-            self._stop()
         Audit._running = None
 
     def step(self) -> None:
@@ -116,10 +115,15 @@ class Audit:
 
     def end_step(self) -> None:
         """End a step: ask the rules, if it was audited."""
-        recorded = self.recording
-        self._stop()
-        self.number += 1
-        if recorded:
+        if self.recording and not self.on_top:
+            # Leaving the recorder now would leave that mode instead, which is the user's.
+            self._whole = False
+            self._failures["a step ended inside of another TorchDispatchMode, and could not be judged"] += 1
+            self.number += 1
+            return
+        recorded, whole = self._stop(), self._whole
+        self.number, self._whole = self.number + 1, True
+        if recorded and whole:
             self._finish(complete=True)
 
     def begin_step(self) -> None:
@@ -131,6 +135,11 @@ class Audit:
             self._guarded("", self._start)
             if not self.recording:
                 self.steps.pop()
+
+    @property
+    def on_top(self) -> bool:
+        """Whether no TorchDispatchMode has been entered since the recording began, so that it can end."""
+        return _get_current_dispatch_mode() is self.recorder
 
     @property
     def due(self) -> bool:
@@ -149,7 +158,7 @@ class Audit:
         A report that is there is replaced. Of several processes each but the first writes to a folder rank1, rank2, ... in it.
         Errors: UsageError if the files cannot be written.
         """
-        rank = _rank()
+        rank = self._rank or _rank()
         data = contents(self)
         tensors = {f"{name}/{key}": t for name, (kept, _) in kept_operations(self).items() for key, t in kept.tensors.items()}
         page = write_report(Path(folder) / (f"rank{rank}" if rank else ""), data, tensors)
@@ -166,20 +175,22 @@ class Audit:
         self.recorder.__enter__()
         self.recording = True
 
-    def _stop(self) -> None:
-        if self.recording:
-            self.recording = False
-            self.recorder.__exit__(None, None, None)
+    def _stop(self) -> bool:
+        """Stop recording, if a step is recorded. Return whether one was."""
+        recorded, self.recording = self.recording, False
+        if recorded:
+            self._guarded("", self.recorder.__exit__, None, None, None)
         self._guarded("", self._calls.stop)
         if self._stance is not None:
-            self._stance.__exit__(None, None, None)
+            self._guarded("", self._stance.__exit__, None, None, None)
             self._stance = None
+        return recorded
 
     def _finish(self, complete: bool) -> None:
         """Ask the rules about the step that has been recorded. complete: whether it has ended as a step does."""
         step = self.steps[-1]
         step.operations = self.recorder.operations
-        self.flags = self.flags or flags_in_force()
+        self.flags, self._rank = self.flags or flags_in_force(), _rank()
         self.audited.append(step.number)
         if complete:
             step.after = self._borders[self.number] = self._border()
@@ -205,10 +216,10 @@ class Audit:
 
     def _observe(self, values: Values) -> None:
         operation = values.operation
-        operation.verdicts = self.judge(values)
+        operation.verdicts = self._guarded(f"judge of {operation.name}: ", self.judge, values) or ()
         worst_of = self.table.add(self.number + 1, operation)
         for name, probe in PROBES.items():
-            measured = probe(values)
+            measured = self._guarded(f"probe {name}: ", probe, values)
             if measured is not None:
                 operation.probed[name] = measured
         self.operands.see(self.number + 1, values, worst_of)
@@ -230,7 +241,8 @@ def _say(finding: Finding) -> None:
     """Print a new finding on standard error, in one line."""
     where = f" ({finding.line})" if finding.line else ""
     with suppress(Exception):
-        text = f"audit: step {finding.step}: {finding.code} {finding.name}{where}: {finding.number}"
+        rank = f"rank {_rank()}: " if _rank() else ""
+        text = f"audit: {rank}step {finding.step}: {finding.code} {finding.name}{where}: {finding.number}"
         print(one_line(text, 400), file=sys.stderr, flush=True)
 
 

@@ -116,7 +116,9 @@ def why_not(audit: Any) -> str:
     """Return why no step was audited."""
     if audit is None:
         return "no optimizer of torch.optim with parameters of a module made a step"
-    return f"{audit.number} steps ended, and --steps and --every chose none of them"
+    if audit.failures:
+        return str(next(iter(audit.failures)))
+    return f"{audit.number} steps ended, and --steps and --every chose none of them, or each ran inside a TorchDispatchMode"
 
 
 def say(line: str) -> None:

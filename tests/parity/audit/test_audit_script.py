@@ -189,6 +189,23 @@ def test_loops(name: str) -> None:
         assert {o.module for o in audit.steps[0].operations if o.name == "aten.addmm.default"} == {"first.0", "first.2"}
 
 
+def test_modes_of_the_program_are_entered_and_left_as_without() -> None:
+    audit, code, _ = audited("""
+        from torch.utils.flop_counter import FlopCounterMode
+        from torch.utils._python_dispatch import _get_current_dispatch_mode
+        model = net(); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        def step(): model(batch()).square().mean().backward(); optimizer.step(); optimizer.zero_grad()
+        step()
+        with FlopCounterMode(display=False) as mode:
+            step(); assert _get_current_dispatch_mode() is mode.mode
+            step(); assert _get_current_dispatch_mode() is mode.mode
+        assert mode.get_total_flops() == 2 * (2 * 5 * 8 * 16 * 2 + 2 * 5 * 16 * 4 * 3), mode.get_total_flops()
+        for _ in range(3): step()
+    """, steps=4)
+    assert code == 0 and per_step(audit, "aten.addmm")[-1] == 2
+    assert audit.audited[-1] <= 4
+
+
 def test_a_program_has_the_bits_that_it_has_without() -> None:
     program = PLAIN + "torch.save([*model.parameters(), torch.get_rng_state()], sys.argv[1])\n"
     audited(program, "with.pt")

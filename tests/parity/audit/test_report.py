@@ -15,6 +15,7 @@ from paths import DOCS
 pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from refimpl.errors import UsageError
 from refimpl.parity.audit import Audit
@@ -30,6 +31,7 @@ from refimpl.parity.audit.rules.entry import Rule
 from refimpl.parity.audit.rules.table import RULES
 from refimpl.parity.audit.step import View
 from refimpl.parity.audit.values import Twin, Values
+from refimpl.parity.audit.verdict import LEVELS
 
 
 class Loop:
@@ -154,6 +156,36 @@ def test_outside_of_audited_steps_nothing_of_the_audit_is_there() -> None:
     assert audit.audited == [1] and audit.number == 6
 
 
+def test_what_fails_in_the_judge_or_a_probe_is_said_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(values: Values) -> Any:
+        raise ZeroDivisionError("of mine")
+
+    monkeypatch.setitem(JUDGES, "aten.addmm", fail)
+    monkeypatch.setattr(session_module, "PROBES", {"first": fail, "second": lambda values: 1})
+    audit = audited(1)
+    operations = len(audit.steps[0].operations)
+    assert audit.failures["judge of aten.addmm.default: ZeroDivisionError: of mine"] == 2
+    assert audit.failures["probe first: ZeroDivisionError: of mine"] == operations
+    assert audit.judge.unjudged["the judge failed on aten.addmm.default: of mine"] == 5 * (16 + 4)
+    assert all(operation.probed == {"second": 1} for operation in audit.steps[0].operations)
+
+
+def test_a_step_that_ends_inside_a_mode_of_the_users_is_not_judged() -> None:
+    loop = Loop()
+    with loop.audit() as audit:
+        with FlopCounterMode(display=False) as mode:
+            loop.step()
+            audit.step()
+            assert mode.get_total_flops() > 0
+            before = mode.get_total_flops()
+            loop.step()
+            assert mode.get_total_flops() == 2 * before
+        audit.step()
+        loop.step()
+        audit.step()
+    assert audit.audited == [3] and "inside of another TorchDispatchMode" in "".join(audit.failures)
+
+
 def test_memory_does_not_grow_with_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "MOST_BORDERS", 5)
     audit = audited(12, steps=12)
@@ -177,10 +209,10 @@ def test_the_table_adds_up_and_keeps_the_worst(monkeypatch: pytest.MonkeyPatch) 
     row = data["operations"][0]
     assert (row["operation"], row["inputs"], row["output"]) == ("aten.addmm.default", ["fp32"] * 3, "fp32")
     assert (row["phase"], row["level"], row["results"], row["elements"]) == ("forward", "wrong", 6, 3 * 5 * (16 + 4))
-    assert row["worst"]["module"] == "2" and row["worst"]["step"] == 1
+    assert row["worst"]["module"] == "2" and row["worst"]["step"] in (1, 2, 3)
     assert row["correctly_rounded"] == pytest.approx(16 / 20) and row["definition"] == ["PyTorch"]
     levels = [each["level"] for each in data["operations"]]
-    assert levels == sorted(levels, key=["wrong", "fine"].index)
+    assert levels == sorted(levels, key=LEVELS.index)
 
 
 def test_coverage_adds_up_and_says_why() -> None:
