@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ class Verdict:
     """A judged result.
 
     result, by, note: as in `Twin`. dtype: of the result. elements: how many it has; judged: how many were looked at.
-    ratio: the largest error, over its bound with the rounding of the result. where: the index of that one among those judged.
+    ratio: the largest error, over its bound with the rounding of the result, of those that are not the correctly rounded
+    result; 0 if all are. where: the index of that one among those judged.
     equal: share that is the correctly rounded result. expected: the share that independent FP32 roundings leave, None where
     no estimate is made. excess: mean of (result - correctly rounded) in units in the last place, where the bound is
     well below one. bits: effective bits of a
@@ -65,52 +67,100 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def measure(twin: Twin, elements: int) -> Verdict:
-    """Return the verdict over a result. elements: how many the whole result has."""
-    actual, exact = twin.actual.detach(), twin.exact.detach()
-    info = torch.finfo(actual.dtype)
-    rounded = exact.to(actual.dtype)
-    same = (rounded == actual) | (rounded.isnan() & actual.isnan())
-    wide = actual.double()
-    error = (wide - exact).abs()
-    bound = torch.as_tensor(twin.bound, dtype=torch.float64, device=exact.device)
-    allowed = bound + info.eps / 2 * exact.abs() + _half_subnormal(actual.dtype)
-    spacing = ulp(exact.nan_to_num(0.0, 0.0, 0.0), actual.dtype)
-    # With a bound of 0 only the correctly rounded result will do: any other is more than half a unit away, or breaks a tie.
-    ratio = (2 * error / spacing).clamp(min=JUST_WRONG) if _is_zero(twin.bound) else error / allowed
-    # Above half a unit beyond the largest number the rounded result is Inf, which is no error.
-    overflow = info.max * (1 + info.eps / 4)
-    beyond = actual.isinf() & (torch.sign(wide) * exact + bound >= overflow)
-    right = torch.where(error.isfinite(), ratio.clamp(max=1.0), 0.0)
-    ratio = torch.where(same | beyond, right, ratio.nan_to_num(math.inf, math.inf))
-    n = actual.numel()
+    """Return the verdict over a result. elements: how many the whole result has.
+
+    Most results are the correctly rounded ones, and no error of theirs is looked at: what an element costs is a conversion
+    and a comparison.
+    """
+    actual, exact = torch.atleast_1d(twin.actual.detach()), torch.atleast_1d(twin.exact.detach())
+    n, dtype = actual.numel(), actual.dtype
     if n == 0:
-        return Verdict(twin.result, name_of(actual.dtype), twin.by, elements, 0, 0.0, (), 1.0, None, 0.0, None, "fine", "")
-    at = int(ratio.argmax())
-    worst, equal = float(ratio.flatten()[at]), float(same.double().mean())
-    # Where the arithmetic before the last rounding may cost a unit by itself, its errors are not the rounding's.
-    spared = torch.as_tensor(twin.bound if twin.typical is None else 6 * twin.typical, dtype=torch.float64, device=exact.device)
-    close = (spared <= spacing / 4).expand(exact.shape)
-    away = torch.where(same | ~close, 0.0, ((wide - rounded.double()) / spacing)).nan_to_num(0.0, 0.0, 0.0)
-    count = int(close.sum())
-    excess = float(away.sum()) / max(count, 1)
-    expected, outside = None, False
+        return Verdict(twin.result, name_of(dtype), twin.by, elements, 0, 0.0, (), 1.0, None, 0.0, None, "fine", "")
+    off = _off(twin, actual, exact)
+    worst, equal, excess, close, outside = 0.0, 1.0, 0.0, n, False
+    where: tuple[int, ...] = ()
+    if off is not None:
+        at = off.ratio.argmax()
+        numbers = torch.stack([off.ratio[at], off.excess.sum(), *(index[at].double() for index in off.where)]).tolist()
+        worst, equal, close = numbers[0], 1 - off.ratio.numel() / n, _close(twin, exact, dtype)
+        excess = numbers[1] / max(close, 1)
+        where = tuple(int(i) for i in numbers[2:]) if twin.actual.dim() else ()
+        outside = off.outside is not None and bool(off.outside.any())
+    expected = bits = None
     if twin.typical is not None:
-        typical = torch.as_tensor(twin.typical, dtype=torch.float64, device=exact.device).expand(exact.shape)
-        expected = 1 - float((2 * typical / spacing).clamp(max=1.0).nan_to_num(1.0).mean())
-        slack = 6 * typical + info.eps / 2 * exact.abs() + _half_subnormal(actual.dtype)
-        outside = bool(((error > slack) & ~same & ~beyond).any())
-    bits = None
+        expected = 1 - float((2 * twin.typical / _spacing(exact, dtype)).clamp(max=1.0).nan_to_num(1.0).mean())
     if twin.products is not None:
-        size, rms = _rms(twin.products), _rms(torch.where(same & (actual.dtype != torch.float32), 0.0, error))
+        error = (actual.double() - exact).abs()
+        size, rms = _rms(twin.products), _rms(error if dtype == torch.float32 else error.where(exact.to(dtype) != actual, 0.0))
         bits = -math.log2(rms / size) if rms > 0 and size > 0 and math.isfinite(rms) and math.isfinite(size) else None
-    level, reason = _level(worst, equal, expected, outside, excess, bits if actual.dtype == torch.float32 else None, n, count)
+    level, reason = _level(worst, equal, expected, outside, excess, bits if dtype == torch.float32 else None, n, close)
     if twin.note and level != "wrong" and equal < MOSTLY:
         level, reason = "note", twin.note
-    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), actual.shape)) if actual.dim() else ()
     return Verdict(
-        result=twin.result, dtype=name_of(actual.dtype), by=twin.by, elements=elements, judged=n, ratio=worst, where=where,
+        result=twin.result, dtype=name_of(dtype), by=twin.by, elements=elements, judged=n, ratio=worst, where=where,
         equal=equal, expected=expected, excess=excess, bits=bits, level=level, reason=reason, note=twin.note,
     )  # fmt: skip
+
+
+class _Off(NamedTuple):
+    """The elements that are not the correctly rounded result.
+
+    where: their index in each dimension. ratio: their error over its bound. excess: how far they are beyond the correctly
+    rounded result, in units in the last place, 0 where the bound is not well below one. outside: whether the error is more
+    than six typical ones, None without these.
+    """
+
+    where: tuple[Tensor, ...]
+    ratio: Tensor
+    excess: Tensor
+    outside: Tensor | None
+
+
+def _off(twin: Twin, actual: Tensor, exact: Tensor) -> _Off | None:
+    """Compare a result with the rounded FP64 one. None where all elements are equal; NaN is equal to NaN."""
+    rounded = exact.to(actual.dtype)
+    where = (rounded != actual).nonzero(as_tuple=True)
+    if not where[0].numel():
+        return None
+    got, nearest = actual[where], rounded[where]
+    number = ~(got.isnan() & nearest.isnan())
+    if not bool(number.all()):
+        where = tuple(index[number] for index in where)
+        got, nearest = got[number], nearest[number]
+        if not got.numel():
+            return None
+
+    def there(x: Tensor | float) -> Tensor | float:
+        return x.expand(actual.shape)[where] if isinstance(x, Tensor) else x
+
+    info = torch.finfo(actual.dtype)
+    right, wide, bound = exact[where], got.double(), there(twin.bound)
+    error, spacing = (wide - right).abs(), _spacing(right, got.dtype)
+    last = info.eps / 2 * right.abs() + _half_subnormal(got.dtype)
+    # With a bound of 0 only the correctly rounded result will do: any other is more than half a unit away, or breaks a tie.
+    ratio = (2 * error / spacing).clamp(min=JUST_WRONG) if _is_zero(twin.bound) else error / (bound + last)
+    # Above half a unit beyond the largest number the rounded result is Inf, which is no error.
+    beyond = got.isinf() & (torch.sign(wide) * right + bound >= info.max * (1 + info.eps / 4))
+    ratio = torch.where(beyond, 0.0, ratio.nan_to_num(math.inf, math.inf))
+    # Where the arithmetic before the last rounding may cost a unit by itself, its errors are not the rounding's.
+    close = there(_spared(twin)) <= spacing / 4
+    excess = torch.where(close, (wide - nearest.double()) / spacing, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    outside = (error > 6 * there(twin.typical) + last) & ~beyond if twin.typical is not None else None
+    return _Off(where, ratio, excess, outside)
+
+
+def _close(twin: Twin, exact: Tensor, dtype: torch.dtype) -> int:
+    """Return over how many elements the mean excess is taken: where the arithmetic before the last rounding costs no unit."""
+    spared = _spared(twin)
+    return exact.numel() if _is_zero(spared) else int((spared <= _spacing(exact, dtype) / 4).sum())
+
+
+def _spared(twin: Twin) -> Tensor | float:
+    return twin.bound if twin.typical is None else 6 * twin.typical
+
+
+def _spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return ulp(x.nan_to_num(0.0, 0.0, 0.0), dtype)
 
 
 def _level(

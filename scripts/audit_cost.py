@@ -1,0 +1,188 @@
+"""Measure what the audit costs: time and memory of audited and unaudited steps beside those of plain ones.
+
+    python scripts/audit_cost.py                  FP32 and autocast BF16; exit code 1 if a number is over its limit
+    python scripts/audit_cost.py --profile fp32   the functions in which an audited step spends its time
+
+The training is that of a Llama of Hugging Face with 10 M parameters (8 layers, 320 wide), 4 sequences of 128 tokens, AdamW,
+clipping. Times are medians of rounds; in each round a plain step, an unaudited and an audited one follow one another, so that
+what else the machine does meets all three. Memory is what a fresh process adds, at its peak, to what it has before the model.
+"""
+
+from __future__ import annotations
+
+from refimpl.training.cli import main  # first: Ctrl-C is answered from here on
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from refimpl.errors import UsageError
+from refimpl.parity.pytorch import import_torch
+from refimpl.tools.memory.measure import process_memory
+from refimpl.training.arguments import Parser
+from refimpl.training.console import table
+
+PRECISIONS = ("fp32", "amp-bf16")
+LIMITS = {"time": 12.0, "memory": 3.0, "unaudited": 1.01}
+"""The most that an audited step may take, its process may hold, and an unaudited step may take, per plain one's."""
+PLAIN, UNAUDITED, AUDITED = "plain", "unaudited", "audited"
+
+
+@dataclass
+class Training:
+    """A model in training; `step` is a step of it."""
+
+    model: Any
+    optimizer: Any
+    step: Callable[[], None]
+
+
+def training(precision: str) -> Training:
+    """Return the training in FP32 or under autocast."""
+    torch = import_torch()
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise UsageError("scripts/audit_cost.py trains a model of transformers: pip install transformers==5.24.0") from None
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=320, intermediate_size=768, num_hidden_layers=8, num_attention_heads=5, use_cache=False
+    )
+    model = LlamaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    tokens = torch.randint(2048, (4, 128))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp-bf16"):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Training(model, optimizer, step)
+
+
+def seconds(of: Training, kind: str) -> float:
+    """Return how long one step takes: plain, or the first or second of an audit that audits the first."""
+    from refimpl.parity.audit import Audit
+
+    if kind == PLAIN:
+        begun = time.perf_counter()
+        of.step()
+        return time.perf_counter() - begun
+    with Audit(of.model, of.optimizer, steps=1 if kind == AUDITED else 0, every=10**9) as audit:
+        begun = time.perf_counter()
+        of.step()
+        audit.step()
+        return time.perf_counter() - begun
+
+
+def times(precision: str, rounds: int) -> dict[str, float]:
+    """Return the median time of each kind of step; unaudited ones are cheap, and are timed twice per round."""
+    of = training(precision)
+    measured: dict[str, list[float]] = {kind: [] for kind in (PLAIN, UNAUDITED, AUDITED)}
+    for kind in measured:
+        seconds(of, kind)
+    for i in range(rounds):
+        first, second = (PLAIN, UNAUDITED) if i % 2 else (UNAUDITED, PLAIN)
+        for kind in (first, second, second, first, AUDITED):
+            measured[kind].append(seconds(of, kind))
+    return {kind: median(found) for kind, found in measured.items()}
+
+
+def memory(precision: str, kind: str) -> int:
+    """Return the bytes that a training adds to this process at its peak, over two steps, both audited or neither."""
+    from refimpl.parity.audit import Audit  # noqa: F401 (as large as it is, it is no part of either)
+
+    import_torch()
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    before = process_memory()
+    of = training(precision)
+    for _ in range(2):
+        seconds(of, kind)
+    after = process_memory()
+    if before is None or after is None:
+        raise UsageError("the memory of a process cannot be read on this system")
+    return after[1] - before[0]
+
+
+def memory_apart(precision: str, kind: str) -> int:
+    """Return `memory` as a process of its own measures it."""
+    call = [sys.executable, os.path.abspath(__file__), "--memory", precision, kind]
+    return int(json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout))
+
+
+def costs(precision: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Return what is measured in one precision: 'steps' in seconds, 'bytes', and the 'ratios' that have limits."""
+    steps = times(precision, rounds)
+    held = {kind: float(memory_apart(precision, kind)) for kind in (PLAIN, AUDITED)}
+    ratios = {
+        "time": steps[AUDITED] / steps[PLAIN], "memory": held[AUDITED] / held[PLAIN],
+        "unaudited": steps[UNAUDITED] / steps[PLAIN],
+    }  # fmt: skip
+    return {"steps": steps, "bytes": held, "ratios": ratios}
+
+
+def rows(precision: str, found: dict[str, dict[str, float]]) -> list[list[str]]:
+    """Return the lines of the table for one precision."""
+    steps, held, ratios = found["steps"], found["bytes"], found["ratios"]
+    numbers = {
+        "audited step": (f"{steps[PLAIN]:.3f} s", f"{steps[AUDITED]:.3f} s", "time"),
+        "unaudited step": (f"{steps[PLAIN]:.4f} s", f"{steps[UNAUDITED]:.4f} s", "unaudited"),
+        "peak memory": (f"{held[PLAIN] / 1e6:.0f} MB", f"{held[AUDITED] / 1e6:.0f} MB", "memory"),
+    }
+    return [
+        [precision, what, plain, audited, f"{ratios[kind]:.3g}", f"{LIMITS[kind]:g}"]
+        for what, (plain, audited, kind) in numbers.items()
+    ]
+
+
+def profile(precision: str) -> None:
+    """Print in which functions an audited step spends its time."""
+    import cProfile
+    import pstats
+
+    of = training(precision)
+    seconds(of, AUDITED)
+    with cProfile.Profile() as profiler:
+        seconds(of, AUDITED)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
+
+
+def parser() -> Parser:
+    """Return the parser of the flags."""
+    result = Parser(description=__doc__)
+    kind = result.add_mutually_exclusive_group()
+    kind.add_argument("--profile", choices=PRECISIONS, help="the functions in which an audited step spends its time")
+    kind.add_argument("--memory", nargs=2, metavar=("PRECISION", "KIND"), help="bytes that two such steps add to this process")
+    result.add_argument("--rounds", type=int, default=7, help="rounds of steps (7)")
+    result.add_argument("--threads", type=int, default=2, help="threads of PyTorch (2)")
+    return result
+
+
+def run() -> int:
+    """Measure what the flags ask for. Return 1 if a number is over its limit."""
+    flags = parser().parse_args()
+    import_torch().set_num_threads(flags.threads)
+    if flags.memory:
+        print(memory(*flags.memory))
+        return 0
+    if flags.profile:
+        profile(flags.profile)
+        return 0
+    found = {precision: costs(precision, flags.rounds) for precision in PRECISIONS}
+    lines = [line for precision, cost in found.items() for line in rows(precision, cost)]
+    print(table(["precision", "what", "plain", "under the audit", "ratio", "limit"], lines))
+    return int(any(cost["ratios"][kind] > limit for cost in found.values() for kind, limit in LIMITS.items()))
+
+
+if __name__ == "__main__":
+    main(run)
