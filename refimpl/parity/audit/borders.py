@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,12 @@ def compiled_parts(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             yield path
+
+
+def compiled_frames() -> int:
+    """Return how many functions torch.compile has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["frames"]["ok"]) if dynamo is not None else 0
 
 
 def _optimizer_facts(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> OptimizerFacts:

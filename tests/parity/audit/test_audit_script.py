@@ -162,6 +162,19 @@ LOOPS = {
             loss.backward(); optimizer.step(); optimizer.zero_grad(); loss = model(batch()).square().mean()
         """, "Sequential", 5, [2, 2],  # the first step is not seen, the others begin and end at the call of the model
     ),
+    "a compiled model, and a compiled function": (
+        """
+        import warnings, torch._dynamo
+        warnings.simplefilter("ignore")  # those of the compiler itself
+        torch._dynamo.reset()
+        model = net(); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        square = torch.compile(torch.square, backend="eager")
+        for step in range(5):
+            square(compiled(batch())).mean().backward(); optimizer.step(); optimizer.zero_grad()
+        assert torch._dynamo.utils.counters["frames"]["ok"] >= 1  # in the steps that are not audited
+        """, "OptimizedModule", 5, [2, 2, 2],
+    ),
     "data that comes from modules, workers and threads": (
         """
         import threading

@@ -293,6 +293,12 @@ def test_every_number_of_the_page_is_in_the_file(tmp_path: Path, capsys: pytest.
     audit.report(page.parent)  # replaces it
 
 
+def test_each_rank_has_a_folder_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audit = audited(1)
+    audit._rank = 3
+    assert audit.report(tmp_path) == tmp_path / "rank3" / "audit.html" and capsys.readouterr().out == ""
+
+
 def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be created"):

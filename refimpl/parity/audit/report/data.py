@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from refimpl.parity.audit.borders import compiled_parts
+from refimpl.parity.audit.borders import compiled_frames, compiled_parts
 from refimpl.parity.audit.finding import Finding, is_serious
 from refimpl.parity.audit.judge.judge import Judge
 from refimpl.parity.audit.report.flags import versions
@@ -70,8 +70,8 @@ def _training(audit: Audit) -> dict[str, Any]:
         "steps": audit.number + bool(audit.unended),
         "audited": list(audit.audited),
         "unended": audit.unended,
-        "program": "as written, not as compiled" if compiled else "as written",
         "compiled": compiled,
+        "compiled_frames": compiled_frames(),
     }
 
 

@@ -97,13 +97,17 @@ class OperationTable:
         return worst
 
     def data(self) -> list[tuple[Kind, dict[str, Any]]]:
-        """Return the rows as plain data with their kinds, worst first: by level, then by error over bound, then by size."""
+        """Return the rows as plain data with their kinds, the worst first."""
         ranked = sorted(self.rows.items(), key=lambda item: _rank(item[1]))
         return [(kind, _row_data(kind, row)) for kind, row in ranked]
 
 
-def _rank(row: Row) -> tuple[int, float, int]:
-    return LEVELS.index(row.level), -row.ratio, -row.elements
+def _rank(row: Row) -> tuple[int, float, float, int]:
+    """Return what rows are ordered by: level, error over bound if it is beyond, share of correctly rounded results, size.
+
+    An error within its bound says nothing: it is just 1 where the only error is the last rounding.
+    """
+    return LEVELS.index(row.level), -max(row.ratio, 1.0), row.equal / max(row.checked, 1), -row.elements
 
 
 def _row_data(kind: Kind, row: Row) -> dict[str, Any]:

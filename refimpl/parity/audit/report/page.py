@@ -106,7 +106,8 @@ def _operation(row: Mapping[str, Any]) -> list[str]:
     """Return one row of the table of operations."""
     expected = row["expected_correctly_rounded"]
     equal = wording.share(row["correctly_rounded"]) + (f" ({wording.share(expected)})" if expected is not None else "")
-    verdict = ": ".join(filter(None, (row["level"], row["reason"]))) + (f" ({row['note']})" if row["note"] else "")
+    note = f" ({row['note']})" if row["note"] not in ("", row["reason"]) else ""
+    verdict = ": ".join(filter(None, (row["level"], row["reason"]))) + note
     worst = row["worst"]
     where = ", ".join(filter(None, (f"step {worst['step']}", wording.module_of(worst["module"]), wording.place(worst["line"]))))
     bits = "-" if row["effective_bits"] is None else f"{row['effective_bits']:.1f}"

@@ -57,7 +57,7 @@ def _rest(data: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrapped(_covered(data["coverage"]), 2, most=3)
     for sentence in (wording.unended_sentence(data["training"]),):
         yield from _wrapped(sentence, 2, most=3) if sentence else ()
-    if data["training"]["compiled"]:
+    if data["training"]["compiled"] or data["training"]["compiled_frames"]:
         yield from _wrapped(wording.program_sentence(data["training"]), 2, most=3)
     values = {flag["name"].removeprefix("torch.").removeprefix("backends."): flag["value"] for flag in data["flags"]}
     shown = [f"{name} {values[name]}" for name in SHOWN if name in values]

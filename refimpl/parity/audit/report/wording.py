@@ -75,9 +75,9 @@ def seen(finding: Mapping[str, Any]) -> str:
 
 def program_sentence(training: Mapping[str, Any]) -> str:
     """Return which program was audited."""
-    if not training["compiled"]:
+    if not training["compiled"] and not training["compiled_frames"]:
         return "Audited steps ran the program as it is written."
-    parts = [module_of(name) for name in training["compiled"][:5]]
+    parts = [module_of(name) for name in training["compiled"][:5]] or ["functions of the program"]
     return (
         f"torch.compile has compiled {', '.join(parts)}. Audited steps ran it as it is written, without the compiler, and that "
         f"program was judged; the code that the compiler makes, which the other steps run, was not."
