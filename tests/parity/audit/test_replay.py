@@ -17,8 +17,10 @@ from refimpl.errors import UsageError
 from refimpl.parity.audit import Audit
 from refimpl.parity.audit import session as session_module
 from refimpl.parity.audit.finding import Finding
+from refimpl.parity.audit.judge.products import product
 from refimpl.parity.audit.judge.table import JUDGES
 from refimpl.parity.audit.operation import Operation
+from refimpl.parity.audit.report import excerpts as excerpt_module
 from refimpl.parity.audit.report import operands as operands_module
 from refimpl.parity.audit.report.operands import CannotKeep, Operands, Packed, Unpacked, kept_of
 from refimpl.parity.audit.report.replay import Replayed, load_audit, replay_lines, replayed
@@ -122,7 +124,8 @@ def test_bad_files_are_one_line(report: Path, tmp_path: Path) -> None:
 
 
 def values_for(*args: object) -> Values:
-    operation = Operation(0, "aten.mm.default", None, {}, (), "forward", False, "", "", "", None, None, None)
+    overload = torch.ops.aten.matmul.default
+    operation = Operation(0, "aten.matmul.default", overload, {}, (), "forward", False, "", "", "", None, None, None)
     return Values(operation, ("self", "mat2"), args, {}, None, {})
 
 
@@ -142,6 +145,42 @@ def test_arguments_come_back_as_they_were() -> None:
     assert y.sum() > 0
     with pytest.raises(CannotKeep, match="an argument of type complex"):
         packed.pack(1j)
+
+
+def test_of_a_large_operation_a_part_is_kept_that_has_the_same_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(operands_module, "MOST_BYTES", 1 << 18)
+    monkeypatch.setattr(excerpt_module, "ELEMENTS", 1 << 12)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 400), nn.Linear(400, 500))
+
+    def half_sums(values: Values) -> Iterator[Twin]:  # a judge whose bound is too small
+        for twin in product(values, values.inputs["mat1"], values.inputs["mat2"], values.inputs["self"]):
+            yield twin._replace(bound=0.0, typical=None)
+
+    def third(values: Values) -> Iterator[Twin]:
+        exact = values.inputs["self"].double() * 0.999
+        yield Twin("self", values.written["self"], exact, 0.0)
+
+    monkeypatch.setitem(JUDGES, "aten.addmm", half_sums)
+    monkeypatch.setitem(JUDGES, "aten.mul_", third)
+    monkeypatch.setattr(session_module, "RULES", {})
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    with Audit(model, optimizer) as audit:
+        model(torch.randn(200, 300)).square().mean().backward()
+        optimizer.step()
+        audit.step()
+    audit.report(tmp_path)
+    data, _ = load_audit(tmp_path / "audit.json")
+    found = {one.kept["name"]: one for one in all_of(tmp_path / "audit.json")}
+    rows = {row["operation"]: row for row in data["operations"]}
+    for name in ("aten.addmm.default", "aten.mul_.Tensor"):
+        one = found[name]
+        assert one.kept["excerpt"] and one.reproduced and one.is_serious
+        assert one.now[0]["ratio"] == rows[name]["error_over_bound"] > 1
+    sums, products = rows["aten.addmm.default"], found["aten.addmm.default"].now[0]
+    assert products["elements"] == products["judged"] < sums["elements"] and found["aten.mul_.Tensor"].same_bits
 
 
 def test_large_operands_are_not_kept_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@
     page.py                the data as an HTML page
     operands.py            `Operands`: arguments and results of a few operations, kept to be judged once more
     catalogue_page.py      the catalogue of rules as a page of docs/
+    excerpts.py            a part of an operation that is too large to be kept
     files.py               audit.html, audit.json and audit.safetensors in a folder
     replay.py              judges the operations of such a folder once more
 """

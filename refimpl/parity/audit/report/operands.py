@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from refimpl.parity.audit.finding import Finding, is_serious
+from refimpl.parity.audit.judge.judge import Judge
 from refimpl.parity.audit.operation import Operation
+from refimpl.parity.audit.report.excerpts import excerpt
 from refimpl.parity.audit.report.operation_table import Kind, plain
+from refimpl.parity.audit.rules.table import PROBES
 from refimpl.parity.audit.values import Values
 
 MOST_BYTES = 8 << 20
-"""Of one operation. Those of larger ones are not kept, which the report says."""
+"""Of one operation. Of a larger one an excerpt is kept, or nothing, which the report says."""
 MOST_BYTES_OF_ALL = 64 << 20
 ENOUGH = f"the operands of others have {MOST_BYTES_OF_ALL >> 20} MiB already, and no more are kept"
 FIRST = 2
@@ -39,14 +42,17 @@ class CannotKeep(Exception):
 class Kept:
     """An operation with its tensors as they were before it ran, and its results.
 
-    values: args, kwargs, output and written of its `Values`, as plain data that refer to tensors by name. skipped: why there
-    are none.
+    values: args, kwargs, output and written of its `Values`, as plain data that refer to tensors by name. verdicts, measured:
+    what judge and rules say of it, as data. excerpt: whether it is a part of the operation. skipped: why nothing was kept.
     """
 
     step: int
     operation: Operation
     values: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    verdicts: list[dict[str, Any]]
+    measured: dict[str, str]
+    excerpt: bool = False
     skipped: str = ""
 
     @property
@@ -66,8 +72,9 @@ class Kept:
             "module": operation.module,
             "line": operation.line,
             "values": self.values,
-            "verdicts": [verdict_data(verdict) for verdict in operation.verdicts],
-            "measured": {probe: repr(measured) for probe, measured in operation.probed.items()},
+            "verdicts": self.verdicts,
+            "measured": self.measured,
+            "excerpt": self.excerpt,
             "skipped": self.skipped,
         }
 
@@ -117,16 +124,37 @@ def verdict_data(verdict: Any) -> dict[str, Any]:
 
 
 def kept_of(step: int, values: Values) -> Kept:
-    """Copy an operation's tensors."""
-    whole = {"args": values.args, "kwargs": values.kwargs, "output": values.output, "written": values.written}
+    """Copy an operation's tensors, or a part of them where they are large."""
+    operation = values.operation
+    verdicts = [verdict_data(verdict) for verdict in operation.verdicts]
+    measured = {probe: repr(found) for probe, found in operation.probed.items()}
+    part = excerpt(values) if _size(values) > MOST_BYTES else None
     try:
-        size = sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(whole)}.values())
-        if size > MOST_BYTES:
-            raise CannotKeep(f"its operands have {size / 2**20:.1f} MiB, and at most {MOST_BYTES >> 20} are kept")
+        if part is not None:
+            values = part
+            verdicts, measured = looked_at(values)
+        if _size(values) > MOST_BYTES:
+            raise CannotKeep(f"its operands have {_size(values) / 2**20:.1f} MiB, and at most {MOST_BYTES >> 20} are kept")
         packed = Packed()
-        return Kept(step, values.operation, packed.pack(whole), packed.tensors)
+        packing = packed.pack(_parts(values))
+        return Kept(step, operation, packing, packed.tensors, verdicts, measured, part is not None)
     except CannotKeep as reason:
-        return Kept(step, values.operation, {}, {}, str(reason))
+        return Kept(step, operation, {}, {}, verdicts, measured, skipped=str(reason))
+
+
+def looked_at(values: Values) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Judge and measure an operation. Return the verdicts, and what the rules have measured as text."""
+    verdicts = [verdict_data(verdict) for verdict in Judge()(values)]
+    return verdicts, {name: repr(found) for name, probe in PROBES.items() if (found := probe(values)) is not None}
+
+
+def _parts(values: Values) -> dict[str, Any]:
+    return {"args": values.args, "kwargs": values.kwargs, "output": values.output, "written": values.written}
+
+
+def _size(values: Values) -> int:
+    """Return how many bytes an operation's tensors have; one that stands at several places counts once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(_parts(values))}.values())
 
 
 class Packed:

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from refimpl.errors import UsageError
 from refimpl.parity.audit.finding import is_serious
-from refimpl.parity.audit.judge.judge import Judge
 from refimpl.parity.audit.operation import Operation
 from refimpl.parity.audit.report import wording
 from refimpl.parity.audit.report.data import VERSION
 from refimpl.parity.audit.report.files import TENSORS
-from refimpl.parity.audit.report.operands import Unpacked, verdict_data
+from refimpl.parity.audit.report.operands import Unpacked, looked_at
 from refimpl.parity.audit.roles import Roles
-from refimpl.parity.audit.rules.table import PROBES
 from refimpl.parity.audit.values import Values
 
 COMPARED = ("ratio", "equal", "excess", "bits", "level")
@@ -87,8 +85,7 @@ def replayed(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator
         prefix = kept["id"] + "/"
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         values = values_of(kept, own)
-        now = [verdict_data(verdict) for verdict in Judge()(values)]
-        measured = {name: repr(found) for name, probe in PROBES.items() if (found := probe(values)) is not None}
+        now, measured = looked_at(values)
         yield Replayed(kept, now, measured == kept["measured"], _same_bits(values))
 
 
@@ -148,7 +145,8 @@ def replay_lines(one: Replayed, finding: str) -> Iterator[str]:
     kept = one.kept
     where = ", ".join(filter(None, (wording.module_of(kept["module"]), wording.place(kept["line"]))))
     yield finding
-    yield f"  {wording.short_name(kept['name'])} in step {kept['step']}, {kept['phase']}{', ' * bool(where)}{where}"
+    what = "part of " * kept["excerpt"] + wording.short_name(kept["name"])
+    yield f"  {what} in step {kept['step']}, {kept['phase']}{', ' * bool(where)}{where}"
     for verdict in one.now:
         numbers = f"error / bound {wording.ratio(verdict['ratio'])}, {wording.share(verdict['equal'])} correctly rounded"
         level = ": ".join(filter(None, (verdict["level"], verdict["reason"])))

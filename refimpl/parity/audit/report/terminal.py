@@ -87,5 +87,5 @@ def _wrapped(text: str, indent: int, most: int, first: int = 0) -> list[str]:
     """Return a text as lines; first, indent: spaces before the first one and the others. What is beyond `most` lines is cut."""
     return textwrap.wrap(
         " ".join(text.split()), COLUMNS, initial_indent=" " * first, subsequent_indent=" " * indent, max_lines=most,
-        placeholder=" ...",
+        placeholder=" ...", break_on_hyphens=False,
     )  # fmt: skip
