@@ -284,15 +284,14 @@ def test_a_script_sees_what_python_gives_it(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_an_exception_is_shown_as_python_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("def f():\n    raise ValueError('mine')\nf()\n", "x = (\n", "import json\njson.loads('{')\n"):
+        Path("train.py").write_text(text)
+        assert run_python("train.py", False, (), ProgramAudit()) == 1
+        shown = capsys.readouterr().err
+        plain = subprocess.run([sys.executable, "train.py"], capture_output=True, text=True)
+        assert shown == plain.stderr and plain.returncode == 1
     audit, code, _ = audited(PLAIN.replace("range(6):", "range(6):\n    if step == 2: raise ValueError('mine')"))
     assert code == 1 and audit.number == 2
-    shown = capsys.readouterr().err
-    plain = subprocess.run([sys.executable, "train.py"], capture_output=True, text=True)
-    assert shown == plain.stderr and plain.returncode == 1
-    Path("broken.py").write_text("x = (\n")
-    assert run_python("broken.py", False, (), ProgramAudit()) == 1
-    shown = capsys.readouterr().err
-    assert shown == subprocess.run([sys.executable, "broken.py"], capture_output=True, text=True).stderr
 
 
 @pytest.mark.parametrize(("end", "code", "err"), [("3", 3, ""), ("", 0, ""), ("None", 0, ""), ("'words'", 1, "words\n")])
