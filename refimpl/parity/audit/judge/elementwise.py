@@ -31,6 +31,11 @@ EXPONENT = "the CPU kernel rounds the exponent to the tensor's format first"
 POWER = "the CPU kernel rounds x * x to 16 bits before the second product"
 ROOT = "the CPU kernel rounds the root to 16 bits in the elements that are left over by vectors"
 ERF = "the CPU kernel of erf for 16 bits has an absolute error of 1.5e-7"
+INSIDE = "the CPU kernel rounds to 16 bits inside"
+ROUND_INSIDE = {"sigmoid_backward": 2, "logit": 2, "logit_backward": 2, "glu_backward": 4}
+"""How many times kernels of the CPU do before the last, the first one in FP16 only: once for each operation in them."""
+HALVES = ("glu", "glu_backward")
+"""Operations whose results have not their arguments' shape."""
 RANGE = "the CPU kernel computes the step in the tensor's format"
 FLOOR = 2.0**-126
 """What FP32 arithmetic may flush to 0."""
@@ -171,7 +176,21 @@ def function(values: Values) -> Iterator[Twin]:
     name, actual = _result(values)
     exact = in_fp64(values)[name]
     units, size = FUNCTIONS[_short(values)]
-    yield Twin(name, actual, exact, units * U * size(values, exact) + _flushed(values))
+    inside, note = _inside(values, actual, exact)
+    yield Twin(name, actual, exact, units * U * size(values, exact) + _flushed(values) + inside, note=note)
+
+
+def _inside(values: Values, actual: Tensor, exact: Tensor) -> tuple[Tensor | float, str]:
+    """Return what CPU kernels lose that round to 16 bits inside, and a note: roundings of the result, or of a logarithm's."""
+    kernel = _short(values)
+    if actual.is_cuda or not is_16_bit(actual) or kernel not in ROUND_INSIDE:
+        return 0.0, ""
+    if kernel == "sigmoid_backward" and actual.dtype == torch.bfloat16:
+        return 0.0, ""
+    info = torch.finfo(actual.dtype)
+    constant = 1.0 if kernel == "logit" else 0.0  # of log(x / (1 - x)), whose argument is rounded
+    unit = info.eps / 2 * (exact.abs() + constant) + info.smallest_normal * info.eps / 2
+    return ROUND_INSIDE[kernel] * unit, INSIDE
 
 
 def default(values: Values) -> Iterator[Twin]:
@@ -187,14 +206,17 @@ def default(values: Values) -> Iterator[Twin]:
             sizes[name] = sizes[name] + change.nan_to_num(0.0, 0.0, 0.0)
     for name, actual in results:
         note = ERF if "erf" in values.operation.name and is_16_bit(actual) and not actual.is_cuda else ""
-        bound = 8 * U * sizes[name] + (2.0**-21 if note else 0.0) + _flushed(values)
-        yield Twin(name, actual, exact[name], bound, by="PyTorch, default bound", note=note)
+        inside, rounds = _inside(values, actual, exact[name])
+        bound = 8 * U * sizes[name] + (2.0**-21 if note else 0.0) + _flushed(values) + inside
+        yield Twin(name, actual, exact[name], bound, by="PyTorch, default bound", note=note or rounds)
 
 
 def _flushed(values: Values) -> Tensor | float:
     """Return what flushing to 0 inside may cost: 2^-126, or a factor x or g times that."""
     given = [values.inputs[name] for name in ("self", "grad_output") if isinstance(values.inputs.get(name), Tensor)]
     sizes = [x.double().abs().nan_to_num(0.0, 0.0, 0.0) for x in given if x.is_floating_point()]
+    if _short(values) in HALVES:
+        sizes = [size.max() for size in sizes if size.numel()]
     return FLOOR * (1 + math.prod(1 + size for size in sizes)) if sizes else FLOOR
 
 

@@ -233,9 +233,9 @@ def loss_in_16_bits(view: View) -> Iterator[Finding]:
 
 
 def _is_normalizer(flow: Flow, log: Operation) -> bool:
-    """Return whether a logarithm is of probabilities, or of a sum of exponentials."""
+    """Return whether a logarithm is of probabilities, or of a sum of exponentials that scores are subtracted from."""
     if is_any(log, ("aten.logsumexp",)):
-        return True
+        return any(r.phase == "forward" and is_any(r, ("aten.sub", "aten.rsub")) for r in flow.readers(log))
     of = flow.source(log, "self")
     if of is not None and is_any(of, ("aten.sum",)):
         of = flow.source(of, "self")
