@@ -48,5 +48,6 @@ MOVES = """
 JUDGES = {
     **{f"aten.{name}": cast for name in CASTS},
     **{f"aten.{name}": moved for name in MOVES.split()},
+    **dict.fromkeys(("fsdp.chunk_cat", "fsdp.split_with_sizes_copy", "fsdp.all_gather_copy_in"), moved),
     "aten.copy_": copied,
 }

@@ -108,14 +108,14 @@ def with_product(values: Values) -> Iterator[Twin]:
 
 
 def interpolated(values: Values) -> Iterator[Twin]:
-    """Judge lerp: self + w d or end - (1 - w) d, d = end - self: three roundings of the term, and the sum's."""
+    """Judge lerp: self + w d, or end - (1 - w) d where |w| >= 1/2, d = end - self: three roundings of the term, and a sum."""
     name, actual = _result(values)
     exact = in_fp64(values)[name]
-    start, end = values.inputs["self"].double(), values.inputs["end"].double()
-    term = torch.maximum((exact - start).abs(), (end - exact).abs())
-    both = torch.minimum((exact - start).abs(), (end - exact).abs())
-    small = torch.where(term <= 2 * both, term, both)  # near w = 1/2 either form may be taken
-    yield Twin(name, actual, exact, 3 * U * small + (U * exact.abs() if is_16_bit(actual) else 0.0))
+    given = values.inputs
+    start, end = given["self"].double(), given["end"].double()
+    weight = torch.as_tensor(given["weight"], dtype=torch.float64, device=exact.device)
+    term = torch.where(weight.abs() < 0.5, exact - start, end - exact).abs()
+    yield Twin(name, actual, exact, 3 * U * term + (U * exact.abs() if is_16_bit(actual) else 0.0))
 
 
 def ranged(values: Values) -> Iterator[Twin]:
