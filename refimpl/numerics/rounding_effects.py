@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -156,6 +157,11 @@ class Counts:
         used = np.flatnonzero(self.binades)
         return (int(used[0]) + LOWEST, int(used[-1]) + LOWEST) if used.size else None
 
+    def plain(self) -> dict[str, Any]:
+        """Return the counts as plain data: without the binades, with the SNR in dB and the range of exponents."""
+        data = {k: v for k, v in asdict(self).items() if k not in ("binades", "signal", "noise")}
+        return {**data, "snr_db": self.snr, "exponents": self.exponents}
+
     def share(self, name: str) -> float:
         """Return the share of the finite nonzero values with an effect; 0 if there are no such values."""
         happened = getattr(self, name) - (self.zeros if name == "exact" else 0)
@@ -193,15 +199,8 @@ class Counts:
 
     @property
     def room(self) -> int | None:
-        """Return the largest k such that the largest value times 2^k still rounds to a finite value of the format.
-
-        Negative if it overflows as it is. None if there is no finite nonzero value.
-        """
-        ratio = overflow_threshold(self.fmt) / self.largest if self.largest else math.inf
-        if math.isinf(ratio):
-            return None
-        k = math.frexp(ratio)[1] - 1
-        return k if self.fits_at(k, self.fmt) else k - 1
+        """Return the room of the largest value below overflow, as `room_below` has it."""
+        return room_below(self.largest, self.fmt)
 
     def saving_scales(self, fmt: str) -> tuple[int, int]:
         """Return the exponents of the smallest and the largest loss scale that would do in `fmt`, for gradients at S = 1.
@@ -213,10 +212,25 @@ class Counts:
         return enough, max((k for k in range(64) if self.fits_at(k, fmt)), default=-1)
 
 
+def room_below(largest: float, fmt: str) -> int | None:
+    """Return the largest k such that 2^k times a magnitude still rounds to a finite value of a format.
+
+    Negative if it overflows as it is. None for 0, and in FP64.
+    """
+    threshold = overflow_threshold(fmt)
+    if not largest or math.isinf(threshold):
+        return None
+    k = math.frexp(threshold)[1] - math.frexp(largest)[1]
+    return k if math.ldexp(largest, k) < threshold else k - 1
+
+
 _PIECE = 1 << 16
 
 NEGLIGIBLE = 1e-3
 """A smaller share is not called a loss. A scale of 32K lost this share in Micikevicius et al. 2018, section 3."""
+
+SWEEP = range(0, 26, 2)
+"""The exponents of the loss scales of which reports say what they would save: 2^0 to 2^24."""
 
 KINDS = ("weights", "activations", "activation gradients", "weight gradients", "updated states")
 """The kinds of tensors that are rounded, in the order of a step."""

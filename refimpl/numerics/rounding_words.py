@@ -8,6 +8,18 @@ from collections.abc import Sequence
 from refimpl.numerics.rounding_effects import NEGLIGIBLE, Counts
 
 
+def scale_sentence(unscaled: Counts, fmt: str, others: bool = False) -> str:
+    """Return what a gradient would lose in a format without a loss scale, and which scales would do.
+
+    unscaled: its values divided by the loss scale that it had. others: whether some had arrived as Inf or NaN.
+    """
+    at_one = unscaled.flushed_at(0, fmt)
+    if at_one < NEGLIGIBLE:
+        needs = "of the others," if others else "needs no loss scale:"
+        return f"{needs} at S = 1 {percent(at_one)} would become zero in {fmt}"
+    return f"{percent(at_one)} would become zero in {fmt} at S = 1; {remedy(unscaled, fmt)}"
+
+
 def remedy(unscaled: Counts, fmt: str) -> str:
     """Return the range of loss scales at which all but NEGLIGIBLE of a gradient survives and its largest value is finite."""
     enough, top = unscaled.saving_scales(fmt)

@@ -6,6 +6,7 @@
     step.py                `Step`: what is kept of one audited step; `View`: what a rule looks at
     judge/                 every operation beside the same one in FP64; verdict.py: `Verdict`, its statistics and levels
     rules/                 the catalogue of mistakes in training loops; finding.py: `Finding`, one of them found
+    conversions.py         `Conversions`: what every cast did, and the room before overflow; rounding_counts.py: one tensor's
     origins.py             where Inf and NaN begin, and which loss scale would have helped
     values.py              `Values`: an operation while its tensors are alive; `Twin`: its result in FP64, with a bound
     borders.py, calls.py   what is read between two steps; calls of backward and of optimizers in a step

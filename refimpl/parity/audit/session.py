@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from refimpl.errors import UsageError, one_line
 from refimpl.parity.audit.borders import border_of, optimizers_of, parameters_of, schedulers_of
 from refimpl.parity.audit.calls import CallWatch
+from refimpl.parity.audit.conversions import Conversions
 from refimpl.parity.audit.finding import Finding, is_serious, merged
 from refimpl.parity.audit.judge.judge import Judge
 from refimpl.parity.audit.operation import Keep, Operation
@@ -45,6 +46,7 @@ class Audit:
     findings: the mistakes found so far, by code. steps: the audited steps that are kept, the newest last. number: how many
     steps have ended; audited: the numbers of those audited. recording: whether a step is being audited. table: verdicts over
     the operations of all audited steps; operands: of operations that can be judged once more.
+    conversions: what casts did.
     failures: exceptions of the audit itself by text; none has reached the training.
     """
 
@@ -74,7 +76,7 @@ class Audit:
         self.model, self.scaler, self.ema = model, scaler, ema
         self.optimizers, self.schedulers = optimizers_of(optimizer), schedulers_of(scheduler)
         self._first, self._every = steps, every
-        self.judge, self.table, self.operands = Judge(), OperationTable(), Operands()
+        self.judge, self.table, self.operands, self.conversions = Judge(), OperationTable(), Operands(), Conversions()
         self.findings: dict[str, Finding] = {}
         self.steps: deque[Step] = deque(maxlen=EARLIER + 1)
         self.recorder = Recorder(model, self.optimizers, ema, choose=self._choose, observe=self._observe)
@@ -202,6 +204,7 @@ class Audit:
             if complete or (rule.code.startswith("D") and rule.steps == 1):
                 self._guarded(f"rule {rule.code}: ", self._ask, rule, view)
         self.operands.end_step(self.findings, step.number)
+        self._guarded("conversions: ", self.conversions.end_step, step.before.scale)
 
     def _ask(self, rule: Rule, view: View) -> None:
         for finding in rule.find(view):
@@ -223,6 +226,7 @@ class Audit:
             if measured is not None:
                 operation.probed[name] = measured
         self.operands.see(self.number + 1, values, worst_of)
+        self.conversions.see(values)
 
     def _border(self) -> Border:
         border = self._guarded("", border_of, self.model, self.optimizers, self.scaler, self.schedulers)

@@ -45,7 +45,7 @@ class Values:
 
     args, kwargs: what it was called with; tensors that it wrote to, or that share memory with one, are clones from before.
     output: what it returned. written: the arguments that it wrote to, by name, as they are now.
-    twins: by result, what the judge has computed in FP64; empty before it has, and where it judges only a sample.
+    twins: by result, what the judge has computed in FP64; empty before it has. samples: the same where it judges only a sample.
     All tensors but the clones are the user's own: who looks must not write to them, keep them, or draw random numbers.
     """
 
@@ -56,6 +56,7 @@ class Values:
     output: Any
     written: Mapping[str, Any]
     twins: dict[str, Twin] = field(default_factory=dict)
+    samples: dict[str, Twin] = field(default_factory=dict)
 
     @property
     def inputs(self) -> dict[str, Any]:

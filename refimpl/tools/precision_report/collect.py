@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of
-from refimpl.numerics.rounding_effects import Counts
+from refimpl.numerics.rounding_effects import SWEEP, Counts
 from refimpl.optim.state import State
 from refimpl.parity.mistakes import MISTAKES
 from refimpl.parity.trace import batches_of, checked_start, load
@@ -37,10 +37,6 @@ from refimpl.training.run_folder import CHECKPOINT, read_config
 from refimpl.training.setup import Training, start
 from refimpl.training.stopping import SKIPS_BEFORE_STOP
 from refimpl.training.trainer import Trainer
-
-SWEEP = range(0, 26, 2)
-"""Exponents of the loss scales of the backward passes at the end: 2^0 to 2^24."""
-
 
 # -- sources of a run --------------------------------------------------------------------------------------------------
 
@@ -145,7 +141,7 @@ class Inspection:
 
     def add(self, step: int, scale: float, sites: Mapping[str, Counts], others: Mapping[str, Mapping[str, Counts]]) -> None:
         """Add the counts of one step."""
-        self.sampled.append({"step": step, "loss_scale": scale, "sites": {site: plain(c) for site, c in sites.items()}})
+        self.sampled.append({"step": step, "loss_scale": scale, "sites": {site: c.plain() for site, c in sites.items()}})
         _add_all(self.sites, sites)
         for fmt, counts in others.items():
             _add_all(self.others.setdefault(fmt, {}), counts)
@@ -176,12 +172,6 @@ def _named(monitor: Monitor, state: State) -> Monitor:
     if not isinstance(state.encodings["weights"], Remainder):
         return monitor
     return lambda site, x, y: monitor(site.replace(":update.weights", ":weights_down"), x, y)
-
-
-def plain(counts: Counts) -> dict[str, Any]:
-    """Return counts as plain data: without the binades, with the SNR in dB and the range of exponents."""
-    data = {k: v for k, v in asdict(counts).items() if k not in ("binades", "signal", "noise")}
-    return {**data, "snr_db": counts.snr, "exponents": counts.exponents}
 
 
 def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: Any = None) -> Inspection:

@@ -23,7 +23,6 @@ from refimpl.tools.precision_report.collect import (
     from_trace,
     has_own_scale,
     inspect,
-    plain,
 )
 from refimpl.tools.precision_report.counts import kind_of
 from refimpl.tools.precision_report.page import precision_page
@@ -207,4 +206,4 @@ def _binades(counts: Counts) -> dict[int, int]:
 
 
 def _counts_data(counts: Counts) -> dict[str, Any]:
-    return {**plain(counts), "shares": {name: counts.share(name) for name in (*OUTCOMES, "tie", "subnormal")}}
+    return {**counts.plain(), "shares": {name: counts.share(name) for name in (*OUTCOMES, "tie", "subnormal")}}

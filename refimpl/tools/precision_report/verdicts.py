@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.rounding_effects import NEGLIGIBLE, Counts
-from refimpl.numerics.rounding_words import decibels, percent, powers, remedy
+from refimpl.numerics.rounding_words import decibels, percent, powers, scale_sentence
 from refimpl.tools.precision_report.collect import Inspection, has_own_scale
 from refimpl.tools.precision_report.counts import kind_of
 
@@ -58,11 +58,7 @@ def _of_gradient(counts: Counts, unscaled: Counts, inspection: Inspection) -> tu
         return _severity(counts, 0.0), f"{parts[0]}, so nothing can be said about a loss scale"
     at_one = unscaled.flushed_at(0, fmt)
     actual = counts.share("flushed")
-    if at_one < NEGLIGIBLE:
-        needs = "of the others," if counts.arrived else "needs no loss scale:"
-        parts.append(f"{needs} at S = 1 {percent(at_one)} would become zero in {fmt}")
-    else:
-        parts.append(f"{percent(at_one)} would become zero in {fmt} at S = 1; {remedy(unscaled, fmt)}")
+    parts.append(scale_sentence(unscaled, fmt, others=counts.arrived > 0))
     scales = sorted({row["loss_scale"] for row in inspection.sampled})
     if scales != [1.0]:
         parts.append(f"at the S of this run ({powers(scales)}) {percent(actual)} did")

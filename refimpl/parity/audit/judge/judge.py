@@ -55,7 +55,9 @@ class Judge:
                 verdicts.append(measure(twin, tensor.numel()))
                 self.judged += tensor.numel()
                 kept += tensor.numel()
-                if twin.actual.shape == tensor.shape and kept <= MOST_KEPT:
+                if twin.actual.shape != tensor.shape:
+                    values.samples[twin.result] = twin
+                elif kept <= MOST_KEPT:
                     values.twins[twin.result] = twin
             why = "no twin for this result of " + values.operation.name if family is not None else why
         except CannotJudge as reason:
