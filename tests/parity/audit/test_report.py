@@ -276,7 +276,7 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     assert text == audit_page(data)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")] and "http" not in text
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
-    headings = [title for title in ("Findings", "Operations", "Coverage", "Flags in force") if title in page.text]
+    headings = [title for title in ("Findings", "Operations", "Casts", "Coverage", "Flags in force") if title in page.text]
     assert headings == sorted(headings, key=page.text.index)
     levels = [attrs["class"] for tag, attrs in page.tags if tag == "article"]
     assert levels[:3] == ["wrong"] * 3 and set(levels[3:]) <= {"note"}
@@ -352,7 +352,7 @@ def test_every_key_of_the_data_is_documented(tmp_path: Path) -> None:
         return {key for part in value for key in keys(part)} if isinstance(value, list) else set()
 
     data = many(1)
-    inner = {key for name in ("training", "findings", "operations", "coverage") for key in keys(data[name])}
+    inner = {key for name in ("training", "findings", "operations", "casts", "coverage") for key in keys(data[name])}
     named = set(re.findall(r"`([\w-]+)`", page))
     formats = set(data["training"]["formats"])
     assert (set(data) | inner) - formats - named == set()

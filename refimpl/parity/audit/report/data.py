@@ -35,6 +35,7 @@ def contents(audit: Audit) -> dict[str, Any]:
         "findings": [{**_finding(found), "replay": names.get(found.code)} for found in ranked],
         "coverage": _coverage(audit.judge),
         "operations": [{**row, "replay": names.get(kind)} for kind, row in audit.table.data()],
+        "casts": audit.conversions.data(),
         "flags": audit.flags,
         "versions": versions(),
         "replays": [kept.data(name) for name, (kept, _) in replays.items()],

@@ -7,6 +7,7 @@ from typing import Any
 
 from refimpl.parity.audit.finding import is_serious
 from refimpl.parity.audit.report import wording
+from refimpl.parity.audit.report.casts_part import casts_section
 from refimpl.training.html.page import document, paragraphs, section, table, text
 
 CSS = """
@@ -38,6 +39,7 @@ def audit_page(data: Mapping[str, Any]) -> str:
         paragraphs([wording.training_line(training) + ".", wording.program_sentence(training)]),
         _findings(data["findings"], training),
         section("Operations", *_operations(data["operations"])),
+        section("Casts", *casts_section(data["casts"])),
         section("Coverage", *_coverage(data["coverage"])),
         section("Flags in force", *_flags(data)),
         section("What failed in the audit itself", *_failures(data["failures"])) if data["failures"] else "",

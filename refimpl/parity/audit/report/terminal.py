@@ -54,6 +54,14 @@ def _rest(data: Mapping[str, Any]) -> Iterator[str]:
     for row in bad[:3]:
         name, where = wording.short_name(row["operation"]), wording.module_of(row["worst"]["module"])
         yield from _wrapped(f"{name} ({wording.formats(row)}) {row['phase']} {where}: {row['level']}, {row['reason']}", 5, 2, 2)
+    casts = data["casts"]
+    if casts["advice"]:
+        yield from _wrapped(f"FP16 gradients: {casts['advice']}", 2, most=2)
+    if casts["rooms"]:
+        least = casts["rooms"][0]
+        where = wording.module_of(least["module"]) or "no module"
+        largest = f"least room before overflow: 2^{least['room']}, {wording.ratio(least['largest'])} in {least['format']}"
+        yield from _wrapped(f"{largest}, {least['phase']} of {where}", 2, most=2)
     yield from _wrapped(_covered(data["coverage"]), 2, most=3)
     for sentence in (wording.unended_sentence(data["training"]),):
         yield from _wrapped(sentence, 2, most=3) if sentence else ()
