@@ -15,7 +15,9 @@ from refimpl.training.cli import main as run_program
 
 import argparse
 import importlib.util
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,8 @@ def audit_program(words: list[str], is_module: bool, steps: int, every: int, fol
     program = ProgramAudit(steps, every, say)
     code = run_python(words[0], is_module, words[1:], program)
     if program.audit is None or not program.audit.audited:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing else is in it
         print(f"error: no step of a training was audited: {why_not(program.audit)}", file=sys.stderr)
         return code or 2
     program.audit.report(folder)
@@ -133,14 +137,25 @@ def need_torch() -> None:
 
 
 def folder_for(out: Path | None, overwrite: bool) -> Path:
-    """Return the folder of the report. Errors: UsageError if it is taken."""
-    if out is None:
-        return next(folder for folder in numbered(OUT) if not (folder / DATA).exists())
-    if (out / DATA).exists() and not overwrite:
+    """Create the folder of the report before anything runs, and return it. Errors: UsageError if it is taken.
+
+    Two audits that are started together get different ones: who creates a folder has it.
+    """
+    if out is not None and (out / DATA).exists() and not overwrite:
         raise UsageError(f"--out {out} has a report: name another folder, or --overwrite replaces it")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file: name a folder")
-    return out
+    for folder in [out] if out is not None else numbered(OUT):
+        try:
+            folder.mkdir(parents=True, exist_ok=out is not None)
+        except FileExistsError:
+            if out is not None:
+                raise UsageError(f"--out {out} is a file: name a folder") from None
+            continue
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be created: {error.strerror}") from error
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"{folder} cannot be written to")
+        return folder
+    raise AssertionError("numbers do not end")
 
 
 DEMO = Path(__file__).parents[1] / "audit_demo.py"

@@ -368,10 +368,12 @@ def test_wrong_use_is_one_line(
 
 
 def test_folders_are_numbered_and_not_replaced() -> None:
-    assert folder_for(None, False) == Path("runs/audit")
-    Path("runs/audit").mkdir(parents=True)
+    assert folder_for(None, False) == Path("runs/audit") and Path("runs/audit").is_dir()
     Path("runs/audit/audit.json").touch()
     assert folder_for(None, False) == Path("runs/audit-2") and folder_for(Path("runs/audit"), True) == Path("runs/audit")
+    assert folder_for(None, False) == Path("runs/audit-3")  # the second one is somebody's who has just begun
+    with pytest.raises(UsageError, match="cannot be created"):
+        folder_for(Path("runs/audit/audit.json/inside"), False)
     Path("file").touch()
     with pytest.raises(UsageError, match="is a file"):
         folder_for(Path("file"), False)
@@ -379,10 +381,10 @@ def test_folders_are_numbered_and_not_replaced() -> None:
 
 def test_no_training_is_no_good_news(capsys: pytest.CaptureFixture[str]) -> None:
     Path("train.py").write_text("print('hello')")
-    assert audit_program(["train.py"], False, 4, 100, Path("out")) == 2
+    assert audit_program(["train.py"], False, 4, 100, folder_for(Path("out"), False)) == 2
     assert "no optimizer of torch.optim with parameters of a module made a step" in capsys.readouterr().err
     Path("train.py").write_text(START + PLAIN)
-    assert audit_program(["train.py"], False, 0, 100, Path("out")) == 2
+    assert audit_program(["train.py"], False, 0, 100, folder_for(Path("out"), False)) == 2
     assert "6 steps ended, and --steps and --every chose none of them" in capsys.readouterr().err
     assert not Path("out").exists()
     with pytest.raises(UsageError):
