@@ -167,11 +167,15 @@ class HFLoop:
 
 
 class Injected(NamedTuple):
-    """A mistake in a Hugging Face model's loop. faulty, clean: make the loop with it, and the same without it."""
+    """A mistake in a Hugging Face model's loop. faulty, clean: make the loop with it, and the same without it.
+
+    also: the code of the mistake that is its cause, and is found beside it.
+    """
 
     code: str
     faulty: Callable[[], HFLoop]
     clean: Callable[[], HFLoop]
+    also: str = ""
 
 
 MISTAKES: dict[str, Injected] = {}
@@ -179,13 +183,13 @@ MISTAKES: dict[str, Injected] = {}
 Kind = TypeVar("Kind", bound=type[HFLoop])
 
 
-def injected(code: str, **options: Any) -> Callable[[Kind], Kind]:
+def injected(code: str, also: str = "", **options: Any) -> Callable[[Kind], Kind]:
     """Return a decorator that adds a loop with a mistake to MISTAKES. options: of both loops."""
 
     def add(kind: Kind) -> Kind:
         clean = kind.__bases__[0]
         name = code if code not in MISTAKES else f"{code} {kind.__name__}"
-        MISTAKES[name] = Injected(code, lambda: kind(**options), lambda: clean(**options))
+        MISTAKES[name] = Injected(code, lambda: kind(**options), lambda: clean(**options), also)
         return kind
 
     return add

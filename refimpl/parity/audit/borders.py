@@ -55,7 +55,8 @@ def border_of(model: nn.Module, optimizers: Optimizers, scaler: Any, schedulers:
         scale, tracker = float(scaler.get_scale()), int(scaler._get_growth_tracker())
     names = {id(p): name for name, p in model.named_parameters()}
     facts = tuple(_optimizer_facts(optimizer, names) for optimizer in optimizers)
-    return Border(scale, tracker, facts, tuple(int(scheduler.last_epoch) for scheduler in schedulers))
+    epochs = tuple(int(scheduler.last_epoch) for scheduler in schedulers)
+    return Border(scale, tracker, facts, epochs, None if scale is None else float(getattr(scaler, "_init_scale", scale)))
 
 
 def parameters_of(model: nn.Module, optimizers: Optimizers) -> dict[str, ParameterFacts]:

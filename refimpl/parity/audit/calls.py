@@ -36,7 +36,8 @@ class CallWatch:
             self._note("autocast")
 
         def noted_backward(*args: Any, **kwargs: Any) -> Any:
-            self._note("backward")
+            if torch._C._current_graph_task_id() < 0:  # else a node calls it: checkpointing, of what it has repeated
+                self._note("backward")
             return backward(*args, **kwargs)
 
         def restore() -> None:

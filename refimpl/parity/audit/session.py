@@ -201,7 +201,7 @@ class Audit:
         parameters = self._guarded("", parameters_of, self.model, self.optimizers) or {}
         view = View(step, tuple(self.steps)[:-1], self._borders, parameters)
         for rule in RULES.values():
-            if complete or (rule.code.startswith("D") and rule.steps == 1):
+            if complete or rule.unended:
                 self._guarded(f"rule {rule.code}: ", self._ask, rule, view)
         self.operands.end_step(self.findings, step.number)
         self._guarded("conversions: ", self.conversions.end_step, step.before.scale)

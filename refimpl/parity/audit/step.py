@@ -27,6 +27,8 @@ class OptimizerFacts:
 class Border:
     """The state of a training between two steps. scale, growth_tracker: of the GradScaler, None without one (or disabled).
 
+    initial_scale: the scale that it was made with.
+
     scheduler: the values of `last_epoch` of each scheduler.
     """
 
@@ -34,6 +36,7 @@ class Border:
     growth_tracker: int | None
     optimizers: tuple[OptimizerFacts, ...]
     schedulers: tuple[int, ...]
+    initial_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,17 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """An audited step. number: counted from 1, unaudited steps included. calls: in order."""
+    """An audited step. number: counted from 1, unaudited steps included. calls: in order.
+
+    history: what happened to the gradients, once a rule has asked (factors.py).
+    """
 
     number: int
     before: Border
     operations: list[Operation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     after: Border | None = None
+    history: Any = None
 
 
 @dataclass(frozen=True, slots=True)

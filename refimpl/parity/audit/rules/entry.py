@@ -23,13 +23,15 @@ It runs after the judge, so the twins are there. It must be cheap on operations 
 class Rule:
     """One mistake. name: that of the known mistake of traces (parity/mistakes.py), where they are one thing.
 
-    steps: how many steps or micro-batches must be audited before it shows. find: is called at the end of each audited step.
+    steps: how many steps or micro-batches must be audited before it shows. find: is called at the end of each audited step,
+    and, if unended, of one that an exception has ended.
     """
 
     code: str
     name: str
     steps: int
     find: Find
+    unended: bool = False
 
     @property
     def text(self) -> str:
@@ -37,6 +39,6 @@ class Rule:
         return inspect.getdoc(self.find) or ""
 
 
-def rule(code: str, name: str, steps: int = 1) -> Callable[[Find], Rule]:
-    """Return a decorator that makes a function a rule."""
-    return lambda find: Rule(code, name, steps, find)
+def rule(code: str, name: str, steps: int = 1, unended: bool | None = None) -> Callable[[Find], Rule]:
+    """Return a decorator that makes a function a rule. unended: by default, for those of single operations, D, in one step."""
+    return lambda find: Rule(code, name, steps, find, code.startswith("D") and steps == 1 if unended is None else unended)
