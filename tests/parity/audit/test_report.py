@@ -76,7 +76,7 @@ def with_rule(monkeypatch: pytest.MonkeyPatch, *findings: Finding, code: str = "
             raise error
         yield from findings
 
-    monkeypatch.setattr(session_module, "RULES", {code: Rule(code, "a mistake", 1, find)})
+    monkeypatch.setattr(session_module, "RULES", {code: Rule(code, "a mistake", 1, find, code.startswith("D"))})
 
 
 # ----------------------------------------------------------------------------------------------------------- the session
