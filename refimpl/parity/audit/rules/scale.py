@@ -111,6 +111,7 @@ def unscaled_twice(view: View) -> Iterator[Finding]:
     optimizer; or a division after each micro-batch, when the next one adds scaled gradients to unscaled ones.
     Effect: gradients are S times too small, which Adam hides but for eps; of micro-batches the first ones are lost.
     Fix: one division, after the last micro-batch.
+    Source: PyTorch, `GradScaler.unscale_`: once per optimizer and step, after all gradients have accumulated.
     """
     history = history_of(view.step)
     unscales = history.unscales()
@@ -137,6 +138,7 @@ def never_unscaled(view: View) -> Iterator[Finding]:
     Effect: Adam hides the factor, but eps, weight decay of SGD and every clipping threshold are off by S, and an overflow is
     not skipped.
     Fix: `scaler.step(optimizer)` in place of `optimizer.step()`.
+    Source: PyTorch, 'Automatic Mixed Precision examples', working with unscaled gradients.
     """
     history = history_of(view.step)
     if history.scale == 1 or history.unscales():
@@ -178,6 +180,7 @@ def update_with_non_finite(view: View) -> Iterator[Finding]:
     Seen: an update that reads such elements. Not counted: a fused optimizer that is handed found_inf = 1 and returns.
     Effect: moments and weights become NaN, and stay so.
     Fix: `scaler.step(optimizer)`, or skip the step where a gradient is not finite.
+    Source: Micikevicius et al. 2018, section 3.2 (https://arxiv.org/abs/1710.03740).
     """
     for update in history_of(view.step).of("update"):
         operation = update.operation
@@ -221,6 +224,7 @@ def average_on_skipped_step(view: View) -> Iterator[Finding]:
     Seen: found_inf, no update, and an operation that writes to the EMA after it.
     Effect: the average forgets at the rate of the steps, while nothing new is added: with a decay by steps it is too short.
     Fix: update the average only if the optimizer has stepped.
+    Source: PyTorch, `GradScaler.step`: a skipped step changes no weight.
     """
     history = history_of(view.step)
     if not history.found_inf or _updated(history):
@@ -244,6 +248,7 @@ def scale_stays_after_overflow(view: View) -> Iterator[Finding]:
     Seen: found_inf in a step whose scale is the same after it. Not counted: a fixed scale without a check, by choice.
     Effect: the same overflow comes again: every step is skipped from here on.
     Fix: `scaler.update()` once per step.
+    Source: PyTorch, `GradScaler.update`: the scale is multiplied by backoff_factor after a skipped step.
     """
     before, after = view.step.before, view.step.after
     history = history_of(view.step)
@@ -292,7 +297,8 @@ def fp16_without_scale(view: View) -> Iterator[Finding]:
 
     Seen: results of backward in FP16 that are 0 and not 0 in FP64, at least 1 % of them, with S = 1.
     Effect: weights whose gradients are flushed do not train.
-    Fix: `torch.amp.GradScaler`. Source: Micikevicius et al. 2018, section 3.2.
+    Fix: `torch.amp.GradScaler`.
+    Source: Micikevicius et al. 2018, section 3.2 (https://arxiv.org/abs/1710.03740).
     """
     if history_of(view.step).scale != 1:
         return
@@ -311,8 +317,10 @@ def fp16_without_scale(view: View) -> Iterator[Finding]:
 def useless_scale(view: View) -> Iterator[Finding]:
     """A loss scale is used, and nothing is computed in FP16.
 
-    Seen: an enabled GradScaler in a step without any FP16 tensor. It costs a pass over the gradients, and harms nothing.
+    Seen: an enabled GradScaler in a step without any FP16 tensor.
+    Effect: none on the numbers; it costs a pass over the gradients.
     Fix: leave it out: bfloat16 has FP32's range.
+    Source: PyTorch, torch.amp: gradient scaling is for float16.
     """
     if view.step.before.scale is None or not history_of(view.step).events:
         return
