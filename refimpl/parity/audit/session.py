@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -243,8 +244,8 @@ class Audit:
 
 def _say(finding: Finding) -> None:
     """Print a new finding on standard error, in one line."""
-    where = f" ({finding.line})" if finding.line else ""
     with suppress(Exception):
+        where = f" ({finding.line.removeprefix(os.path.join(os.getcwd(), ''))})" if finding.line else ""
         rank = f"rank {_rank()}: " if _rank() else ""
         text = f"audit: {rank}step {finding.step}: {finding.code} {finding.name}{where}: {finding.number}"
         print(one_line(text, 400), file=sys.stderr, flush=True)

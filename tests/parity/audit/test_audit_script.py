@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from refimpl.errors import UsageError
+from refimpl.parity.audit.finding import is_serious
 from refimpl.parity.audit.found import Models
 from refimpl.parity.audit.program import ProgramAudit
 from refimpl.parity.audit.session import Audit
-from refimpl.tools.commands.audit import arguments_of, audit_program, folder_for, main
+from refimpl.tools.commands.audit import DEMO, arguments_of, audit_program, folder_for, main
 from refimpl.tools.python_program import check_program, run_python
 
 START = """
@@ -389,6 +390,17 @@ def test_no_training_is_no_good_news(capsys: pytest.CaptureFixture[str]) -> None
     assert not Path("out").exists()
     with pytest.raises(UsageError):
         check_program("other.py", False)
+
+
+def test_the_demo_has_its_three_mistakes_and_no_others() -> None:
+    around = ProgramAudit()
+    assert run_python(str(DEMO), False, (), around) == 0
+    assert around.audit is not None and around.audit.failures == {}
+    found = [finding for finding in around.audit.findings.values() if is_serious(finding.level)]
+    assert {finding.code for finding in found} == {"B1", "D1"}
+    lines = DEMO.read_text().splitlines()
+    for finding in found:
+        assert "# mistake" in lines[int(finding.line.rpartition(":")[2]) - 1], finding
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
