@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-VOCAB, WIDTH, LENGTH, BATCH, MICRO_BATCHES, STEPS = 64, 48, 24, 8, 2, 6
+VOCAB, WIDTH, LENGTH, BATCH, STEPS = 64, 48, 24, 8, 6
 
 
 class Attention(nn.Module):
@@ -62,19 +62,16 @@ def train() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     scaler = torch.amp.GradScaler("cpu")
     for step in range(1, STEPS + 1):
-        total = 0.0
-        for _ in range(MICRO_BATCHES):
-            tokens, targets = batch()
-            with torch.autocast("cpu", dtype=torch.float16):
-                logits = model(tokens)
+        tokens, targets = batch()
+        with torch.autocast("cpu", dtype=torch.float16):
+            logits = model(tokens)
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-            scaler.scale(loss).backward()  # mistake 2: the loss is not divided by the number of micro-batches
-            total += loss.item()
+            scaler.scale(loss).backward()  # mistake 2: backward runs inside autocast
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # mistake 3: clips gradients that still have the loss scale
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        print(f"step {step}: loss {total / MICRO_BATCHES:.3f}")
+        print(f"step {step}: loss {loss.item():.3f}")
 
 
 if __name__ == "__main__":

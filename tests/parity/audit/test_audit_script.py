@@ -397,7 +397,7 @@ def test_the_demo_has_its_three_mistakes_and_no_others() -> None:
     assert run_python(str(DEMO), False, (), around) == 0
     assert around.audit is not None and around.audit.failures == {}
     found = [finding for finding in around.audit.findings.values() if is_serious(finding.level)]
-    assert {finding.code for finding in found} == {"B1", "D1"}
+    assert {finding.code for finding in found} == {"B1", "B17", "D1"}
     lines = DEMO.read_text().splitlines()
     for finding in found:
         assert "# mistake" in lines[int(finding.line.rpartition(":")[2]) - 1], finding

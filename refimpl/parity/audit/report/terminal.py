@@ -57,7 +57,7 @@ def _rest(data: Mapping[str, Any]) -> Iterator[str]:
     casts = data["casts"]
     if casts["advice"]:
         yield from _wrapped(f"FP16 gradients: {casts['advice']}", 2, most=2)
-    if casts["rooms"]:
+    if casts["rooms"] and casts["rooms"][0]["room"] <= LITTLE_ROOM:
         least = casts["rooms"][0]
         where = wording.module_of(least["module"]) or "no module"
         largest = f"least room before overflow: 2^{least['room']}, {wording.ratio(least['largest'])} in {least['format']}"
@@ -77,6 +77,8 @@ def _rest(data: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+LITTLE_ROOM = 8
+"""Powers of two below overflow that are worth a line."""
 SHOWN = ("cuda.matmul.allow_tf32", "cudnn.allow_tf32", "get_float32_matmul_precision", "get_default_dtype")
 """The flags in the summary; the page has all."""
 
