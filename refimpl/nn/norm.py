@@ -11,8 +11,8 @@ from refimpl.precision.context import OpPrecision
 EPS = 1e-5  # PyTorch's default for both norms here; GPT-2's too
 
 
-def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array, Any]:
-    """Return y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + 1e-5).
+def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision, eps: float = EPS) -> tuple[Array, Any]:
+    """Return y = (x - mean) rstd w + b,  rstd = 1 / sqrt(var + eps).
 
     x (..., C), w (C,), b (C,) or None -> y (..., C). Saved: x after its cast, and mean and rstd of each row in `acc`.
     Source: Ba et al. 2016, arXiv 1607.06450. PyTorch: torch.nn.functional.layer_norm.
@@ -21,7 +21,7 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tu
     z = p.widen(xc)
     mean = z.mean(-1, keepdims=True)
     centered = z - mean
-    rstd = 1 / p.xp.sqrt((centered * centered).mean(-1, keepdims=True) + EPS)
+    rstd = 1 / p.xp.sqrt((centered * centered).mean(-1, keepdims=True) + eps)
     y = centered * rstd * p.widen(p.cast(w, "w"))
     if b is not None:
         y = y + p.widen(p.cast(b, "b"))
@@ -41,15 +41,15 @@ def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPr
     return p.round_grad(dx, "x", x_format), dw, db
 
 
-def rmsnorm_forward(x: Array, w: Array, p: OpPrecision) -> tuple[Array, Any]:
-    """Return y = x rrms w,  rrms = 1 / sqrt(mean(x^2) + 1e-5).
+def rmsnorm_forward(x: Array, w: Array, p: OpPrecision, eps: float = EPS) -> tuple[Array, Any]:
+    """Return y = x rrms w,  rrms = 1 / sqrt(mean(x^2) + eps).
 
     x (..., C), w (C,) -> y (..., C).
-    Source: Zhang and Sennrich 2019, arXiv 1910.07467. PyTorch: torch.nn.functional.rms_norm(x, (C,), w, eps=1e-5).
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467. PyTorch: torch.nn.functional.rms_norm(x, (C,), w, eps).
     """
     xc = p.cast(x, "x")
     z = p.widen(xc)
-    rrms = 1 / p.xp.sqrt((z * z).mean(-1, keepdims=True) + EPS)
+    rrms = 1 / p.xp.sqrt((z * z).mean(-1, keepdims=True) + eps)
     return p.round(z * rrms * p.widen(p.cast(w, "w")), "y", x), (xc, rrms, format_of(x))
 
 

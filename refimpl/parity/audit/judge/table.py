@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from refimpl.parity.audit.judge import casts, elementwise, lists, products, reductions
+from refimpl.parity.audit.judge import (
+    casts,
+    channel_norms,
+    elementwise,
+    exponentials,
+    lists,
+    norms,
+    products,
+    reductions,
+    scaling,
+)
 from refimpl.parity.audit.values import Twin, Values
 
 Family = Callable[[Values], Iterable[Twin]]
-JUDGES: dict[str, Family] = {**casts.JUDGES, **elementwise.JUDGES, **lists.JUDGES, **products.JUDGES, **reductions.JUDGES}
+JUDGES: dict[str, Family] = {
+    **casts.JUDGES, **elementwise.JUDGES, **lists.JUDGES, **products.JUDGES, **reductions.JUDGES,
+    **exponentials.JUDGES, **norms.JUDGES, **channel_norms.JUDGES, **scaling.JUDGES,
+}  # fmt: skip
 """By an operation's name, with its overload ('aten.add.Tensor') or for all of its overloads ('aten.mm')."""
 
 
