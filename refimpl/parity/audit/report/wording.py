@@ -65,11 +65,11 @@ def training_line(training: Mapping[str, Any]) -> str:
 
 
 def seen(finding: Mapping[str, Any]) -> str:
-    """Return where a finding was seen first, and at how many places."""
+    """Return where a finding was seen first, and how often."""
     where = [f"step {finding['step']}"]
     where += [place(finding["line"])] if finding["line"] else []
     where += [module_of(finding["module"])] if finding["module"] else []
-    where += [f"{finding['places']:,} places"] if finding["places"] > 1 else []
+    where += [f"seen {finding['places']:,} times"] if finding["places"] > 1 else []
     return ", ".join(where)
 
 
