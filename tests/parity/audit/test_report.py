@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import measured, needs_browser
 from paths import DOCS
 
 pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
@@ -281,6 +282,16 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     levels = [attrs["class"] for tag, attrs in page.tags if tag == "article"]
     assert levels[:3] == ["wrong"] * 3 and set(levels[3:]) <= {"note"}
     assert "<script>alert(1)</script> & 2-24" in page.text
+
+
+@needs_browser
+def test_a_browser_shows_all_of_it_on_a_desktop_and_on_a_phone(tmp_path: Path) -> None:
+    text = audit_page(many(3))
+    wide = text.replace("</main>", '<div style="width: 3000px">x</div></main>')
+    found = measured(tmp_path, {"desktop": (text, 1280), "phone": (text, 390), "overflowing": (wide, 390)})
+    assert found["overflowing"]["page"] > 3000  # so that the next line can fail
+    assert found["desktop"]["page"] <= 1280 and found["phone"]["page"] <= 390
+    assert max(visible for visible, _ in found["phone"]["boxes"]) <= 390
 
 
 def test_every_number_of_the_page_is_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
