@@ -26,6 +26,8 @@ JUST_WRONG = 1.001
 """The least ratio of a result that had to be the correctly rounded one and is not."""
 MOSTLY = 0.999
 """A kernel that is known to round badly is noted where fewer results than this are the correctly rounded ones."""
+ROOM = 8
+"""Numbers on the way to a result are at most this many times as large as its bound by one rounding: x^2 + x, or e^x / 2."""
 LEAST_BITS = 18.0
 """FP32 products have 21 to 22 effective bits whatever K is, TF32 11.1, one bf16 product 8.1."""
 
@@ -141,6 +143,9 @@ def _off(twin: Twin, actual: Tensor, exact: Tensor) -> _Off | None:
     ratio = (2 * error / spacing).clamp(min=JUST_WRONG) if _is_zero(twin.bound) else error / (bound + last)
     # Above half a unit beyond the largest number the rounded result is Inf, which is no error.
     beyond = got.isinf() & (torch.sign(wide) * right + bound >= info.max * (1 + info.eps / 4))
+    # So it is where numbers on the way are so large, by the bound, that they may have exceeded the format of the arithmetic.
+    inside = torch.finfo(got.dtype if twin.note else torch.float32)
+    beyond |= ~got.isfinite() & torch.as_tensor(bound >= inside.eps / 2 * inside.max / ROOM, device=got.device)
     ratio = torch.where(beyond, 0.0, ratio.nan_to_num(math.inf, math.inf))
     # Where the arithmetic before the last rounding may cost a unit by itself, its errors are not the rounding's.
     close = there(_spared(twin)) <= spacing / 4

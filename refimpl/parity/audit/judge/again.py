@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from refimpl.parity.audit.values import CannotJudge, Values
 
 U = 2.0**-24
 """The relative error of one FP32 rounding."""
+EXACT = 2**24
+"""FP32 holds all integers up to this one."""
 
 
 def gamma(n: float) -> float:
@@ -26,34 +29,63 @@ def in_fp64(values: Values, change: Callable[[Tensor], Tensor] | None = None) ->
 
     change: is applied to each floating-point input before, such as `Tensor.abs`.
 
-    Numbers among the arguments are rounded to FP32, as kernels take them for 16-bit and FP32 tensors. Random numbers are never
-    drawn: `CannotJudge` is raised for an operation that does.
+    What PyTorch converts before it computes is converted here too, as far as it loses something: numbers, and FP64 tensors
+    without dimensions, to FP32; integers of a pointwise operation to the format of its floating-point operands. Random numbers
+    are never drawn: `CannotJudge` is raised for an operation that does.
     """
     overload = values.operation.overload
     if torch.Tag.nondeterministic_seeded in overload.tags:
         raise CannotJudge("draws random numbers")
+    numbers = _number_arguments(overload)
+    promoted = computed_in(values) if torch.Tag.pointwise in overload.tags else None
 
-    def widened(value: Any) -> Any:
+    def widened(value: Any, is_number: bool = False) -> Any:
         if isinstance(value, Tensor):
-            if not value.is_floating_point():
-                return value.clone() if values.written else value
-            wide = value.to(torch.float64, copy=True)
-            return wide if change is None else change(wide)
+            return tensor(value)
         if isinstance(value, list | tuple):
-            return [widened(part) for part in value]
-        if isinstance(value, float):
+            return [widened(part, is_number) for part in value]
+        if isinstance(value, float) or (is_number and type(value) is int and abs(value) > EXACT):
             return fp32(value) if change is None else float(change(torch.tensor(fp32(value), dtype=torch.float64)))
         if isinstance(value, torch.dtype) and value.is_floating_point:
             return torch.float64
         return value
 
-    inputs = {name: widened(value) for name, value in values.inputs.items()}
+    def tensor(value: Tensor) -> Tensor:
+        if value.layout is not torch.strided:
+            raise CannotJudge("a sparse tensor")
+        if not value.is_floating_point():
+            if promoted is not None and value.dtype in (torch.int16, torch.int32, torch.int64):
+                return value.to(promoted).double()
+            return value.clone() if values.written else value
+        wide = (value if value.dim() or value.dtype != torch.float64 else value.float()).to(torch.float64, copy=True)
+        return wide if change is None else change(wide)
+
+    inputs = {name: widened(value, name in numbers) for name, value in values.inputs.items()}
     output = overload(*(inputs[name] for name in values.names[: len(values.args)]), **_keywords(values, inputs))
     written = {name: inputs[name] for name in values.written}
     found = dict(Values(values.operation, values.names, (), {}, output, written).results())
     if any(x.is_floating_point() and x.dtype != torch.float64 for x in found.values()):
         raise CannotJudge("PyTorch has it in one format only")
     return found
+
+
+def computed_in(values: Values) -> torch.dtype | None:
+    """Return the format in which a pointwise operation computes, to which PyTorch converts what it is given: `out` is not.
+
+    None without a floating-point operand. Tensors without dimensions decide only where there are no others.
+    """
+    given = [value for name, value in values.inputs.items() if isinstance(value, Tensor) and name != "out"]
+    for formats in ([x.dtype for x in given if x.dim()], [x.dtype for x in given]):
+        floating = [dtype for dtype in formats if dtype.is_floating_point]
+        if floating:
+            return reduce(torch.promote_types, floating)
+    return None
+
+
+@cache
+def _number_arguments(overload: Any) -> frozenset[str]:
+    """Return the names of the arguments that may be numbers: not sizes, dimensions or flags."""
+    return frozenset(a.name for a in overload._schema.arguments if "number" in str(a.type) or "Tensor" in str(a.type))
 
 
 def _keywords(values: Values, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from refimpl.parity.audit.judge.again import in_fp64
 from refimpl.parity.audit.values import Twin, Values, is_float
 
@@ -30,6 +32,17 @@ def moved(values: Values) -> Iterator[Twin]:
             yield Twin(name, actual, exact[name].double(), 0.0, by="exact")
 
 
+def with_numbers_for(values: Values) -> Iterator[Twin]:
+    """Judge nan_to_num: Inf becomes the largest number of the tensor's own format where no other is given."""
+    given = values.inputs
+    x, info = given["self"], torch.finfo(given["self"].dtype)
+    largest = info.max if given.get("posinf") is None else given["posinf"]
+    smallest = info.min if given.get("neginf") is None else given["neginf"]
+    exact = x.double().nan_to_num(given.get("nan") or 0.0, largest, smallest)
+    for name, actual in values.results():
+        yield Twin(name, actual, exact, 0.0, by="exact")
+
+
 CASTS = ("_to_copy", "clone", "lift_fresh_copy", "alias_copy", "_conj_physical")
 MOVES = """
     _reshape_copy _unsafe_index _unsafe_masked_index abs abs_ amax amin as_strided_copy as_strided_scatter block_diag cat ceil
@@ -37,7 +50,7 @@ MOVES = """
     diag_embed diagonal_backward diagonal_copy diagonal_scatter expand_copy eye fill fill_ flip floor fmax fmin full full_like
     gather hardtanh hardtanh_ hardtanh_backward heaviside index index_copy index_copy_ index_fill index_fill_ index_select
     kthvalue masked_fill masked_fill_ masked_scatter masked_scatter_ masked_select max max_pool2d_with_indices
-    max_pool3d_with_indices maximum median min minimum mode nan_to_num nan_to_num_ neg neg_ new_full new_ones new_zeros
+    max_pool3d_with_indices maximum median min minimum mode neg neg_ new_full new_ones new_zeros
     ones ones_like permute_copy pixel_shuffle pixel_unshuffle put reflection_pad1d reflection_pad2d relu relu_ relu6 repeat
     repeat_interleave replication_pad1d replication_pad2d roll round round_ scalar_tensor scatter scatter_ select_backward
     select_copy select_scatter sgn sign slice_backward slice_copy slice_scatter sort split_copy split_with_sizes_copy
@@ -50,4 +63,5 @@ JUDGES = {
     **{f"aten.{name}": moved for name in MOVES.split()},
     **dict.fromkeys(("fsdp.chunk_cat", "fsdp.split_with_sizes_copy", "fsdp.all_gather_copy_in"), moved),
     "aten.copy_": copied,
+    **dict.fromkeys(("aten.nan_to_num", "aten.nan_to_num_"), with_numbers_for),
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from refimpl.errors import one_line
-from refimpl.parity.audit.judge.elementwise import default
+from refimpl.parity.audit.judge.functions import default
 from refimpl.parity.audit.judge.table import family_of
 from refimpl.parity.audit.values import CannotJudge, Values, is_float
 from refimpl.parity.audit.verdict import Verdict, measure

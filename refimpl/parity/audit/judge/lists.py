@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refimpl.parity.audit.judge import casts, elementwise, reductions
+from refimpl.parity.audit.judge import casts, elementwise, functions, reductions
 from refimpl.parity.audit.values import CannotJudge, Twin, Values, is_float
 
 PREFIX = "_foreach_"
@@ -81,9 +81,9 @@ JUDGED: dict[str, Callable[[Values], Iterator[Twin]]] = {
     **dict.fromkeys(("addcmul", "addcdiv"), elementwise.with_product),
     "lerp": elementwise.interpolated,
     "sqrt": elementwise.square_root,
-    "rsqrt": elementwise.inverse_root,
+    "rsqrt": functions.inverse_root,
     "pow": elementwise.power,
-    **{name: elementwise.function for name in elementwise.FUNCTIONS if hasattr(torch.ops.aten, f"{PREFIX}{name}")},
+    **{name: functions.function for name in functions.FUNCTIONS if hasattr(torch.ops.aten, f"{PREFIX}{name}")},
     **dict.fromkeys(("abs", "neg", "sign", "ceil", "floor", "round", "trunc", "zero"), casts.moved),
     **dict.fromkeys(("maximum", "minimum", "clamp_min", "clamp_max", "max"), casts.moved),
     "copy": casts.copied,

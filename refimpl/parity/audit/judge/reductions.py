@@ -20,6 +20,9 @@ from torch import Tensor
 from refimpl.parity.audit.judge.again import U, gamma, in_fp64, is_16_bit
 from refimpl.parity.audit.values import CannotJudge, Twin, Values, is_float
 
+MEAN, SUM = 1, 2
+"""What `reduction` is."""
+TERMS = "the CPU kernel rounds each term to the tensor's format"
 SCALED = "the CPU kernel rounds 2 / n, and its products, to the tensor's format"
 WINDOWS = "the CPU kernel adds the gradients of overlapping windows in the tensor's format"
 PRODUCT = "the CPU kernel rounds each partial product to the tensor's format"
@@ -103,32 +106,61 @@ def variance(values: Values) -> Iterator[Twin]:
 
 
 def norm(values: Values) -> Iterator[Twin]:
-    """Judge vector_norm and norm: gamma(n + 4) of the result, for the sum of |x|^p, its root, and one rounding per power."""
+    """Judge vector_norm and norm: gamma(n + 4) of the result, for the sum of |x|^p, its root, and one rounding per power.
+
+    The powers may be flushed to 0, n 2^-126 of their sum d, so that its root errs by d^(1/p) where it is small, and by d over
+    its derivative elsewhere; and they may overflow.
+    """
     order = values.inputs.get("ord", values.inputs.get("p", 2))
     exact, n = in_fp64(values), reduced(values)
-    power = abs(float(order)) if order is not None else 2.0
-    units = 1.0 if power in (0.0, math.inf) else n / max(power, 1.0) + 8 * max(power, 1.0)
+    p = abs(float(order)) if order is not None else 2.0
+    units = 1.0 if p in (0.0, math.inf) else n / max(p, 1.0) + 8 * max(p, 1.0)
     # PyTorch's FP32 norm keeps at least 8 partial sums: with p = 2 no order of 8 sums is worse than n / 8 additions in a row
-    lanes = units if n * U < 0.25 else n / 8 / max(power, 1.0) + 16
+    lanes = units if n * U < 0.25 else n / 8 / max(p, 1.0) + 16
     for name, actual in values.results():
-        yield Twin(name, actual, exact[name], gamma(lanes) * exact[name].abs())
+        r = exact[name].abs()
+        bound = gamma(lanes) * r
+        if p not in (0.0, 1.0, math.inf):
+            lost = n * 2.0**-126
+            bound = bound + torch.minimum(lost / (p * r ** (p - 1)), torch.full_like(r, lost ** (1 / p)))
+            bound = torch.where(r**p >= 2.0**126, math.inf, bound)
+        yield Twin(name, actual, exact[name], bound)
 
 
 def squared_loss(values: Values) -> Iterator[Twin]:
-    """Judge mse_loss and its like: the mean of positive functions of differences, each of at most four roundings."""
-    exact = in_fp64(values)
-    n = values.inputs["self"].numel()
-    for name, actual in values.results():
-        yield Twin(name, actual, exact[name], gamma(n + 5 if values.inputs.get("reduction", 1) else 5) * exact[name].abs())
+    """Judge mse_loss and its like: the mean of positive functions of differences, each of at most four roundings.
+
+    The CPU's kernels for 16 bits round each of these to 16 bits.
+    """
+    exact = in_fp64(values)["out"]
+    actual = values.output
+    reduction, n = values.inputs.get("reduction", 1), values.inputs["self"].numel()
+    bound = gamma(n + 5 if reduction else 5) * exact.abs()
+    rounds = is_16_bit(actual) and not actual.is_cuda
+    if rounds:
+        info = torch.finfo(actual.dtype)
+        bound = bound + 4 * info.eps * exact.abs() + (n if reduction == SUM else 1) * info.smallest_normal * info.eps
+    yield Twin("out", actual, exact, bound, note=TERMS if rounds else "")
 
 
 def squared_loss_gradient(values: Values) -> Iterator[Twin]:
-    """Judge mse_loss_backward: 2 g (x - y) / n in four roundings, of which only the difference can cancel, exactly rounded."""
-    exact = in_fp64(values)
-    for name, actual in values.results():
-        rounds = is_16_bit(actual) and not actual.is_cuda
-        u = torch.finfo(actual.dtype).eps / 2 if rounds else U
-        yield Twin(name, actual, exact[name], 4 * u * exact[name].abs(), note=SCALED if rounds else "")
+    """Judge mse_loss_backward and its like: 2 g (x - y) / n, of which only the difference can cancel, exactly rounded.
+
+    The CPU's kernels for 16 bits round 1 / n, which may be subnormal, and each product.
+    """
+    exact = in_fp64(values)["out"]
+    actual = values.output
+    rounds = is_16_bit(actual) and not actual.is_cuda
+    bound = (6 * U) * exact.abs() + 2.0**-126
+    if rounds:
+        info = torch.finfo(actual.dtype)
+        n = values.inputs["self"].numel() if values.inputs["reduction"] == MEAN else 1
+        unit = info.eps / 2 * 6 + info.smallest_normal * info.eps / 2 * n
+        bound = bound + unit * exact.abs() + 2 * info.smallest_normal * info.eps
+    largest = torch.finfo(actual.dtype if rounds else torch.float32).max
+    difference = (values.inputs["self"].double() - values.inputs["target"].double()).abs()
+    bound = torch.where(2 * difference >= largest, math.inf, bound)  # an overflow before the product with g / n
+    yield Twin("out", actual, exact, bound, note=SCALED if rounds else "")
 
 
 def pooled_maximum_gradient(values: Values) -> Iterator[Twin]:
@@ -163,6 +195,6 @@ JUDGES = {
     **dict.fromkeys(("aten.var", "aten.std", "aten.var_mean", "aten.std_mean"), variance),
     **dict.fromkeys(("aten.linalg_vector_norm", "aten.norm"), norm),
     **dict.fromkeys(("aten.mse_loss", "aten.smooth_l1_loss", "aten.huber_loss"), squared_loss),
-    "aten.mse_loss_backward": squared_loss_gradient,
+    **dict.fromkeys(("aten.mse_loss_backward", "aten.huber_loss_backward"), squared_loss_gradient),
     "aten.max_pool2d_with_indices_backward": pooled_maximum_gradient,
 }

@@ -9,6 +9,7 @@ from refimpl.parity.audit.judge import (
     channel_norms,
     elementwise,
     exponentials,
+    functions,
     lists,
     norms,
     products,
@@ -19,7 +20,7 @@ from refimpl.parity.audit.values import Twin, Values
 
 Family = Callable[[Values], Iterable[Twin]]
 JUDGES: dict[str, Family] = {
-    **casts.JUDGES, **elementwise.JUDGES, **lists.JUDGES, **products.JUDGES, **reductions.JUDGES,
+    **casts.JUDGES, **elementwise.JUDGES, **functions.JUDGES, **lists.JUDGES, **products.JUDGES, **reductions.JUDGES,
     **exponentials.JUDGES, **norms.JUDGES, **channel_norms.JUDGES, **scaling.JUDGES,
 }  # fmt: skip
 """By an operation's name, with its overload ('aten.add.Tensor') or for all of its overloads ('aten.mm')."""
