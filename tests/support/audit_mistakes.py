@@ -5,9 +5,10 @@ Each group of the catalogue has a file of its own, which is imported here; hf_lo
 
 from __future__ import annotations
 
+import injected_operations
 import injected_scale
 import injected_sums
 import injected_weights
 from hf_loop import MISTAKES as MISTAKES
 
-FILES = (injected_weights, injected_scale, injected_sums)
+FILES = (injected_weights, injected_scale, injected_sums, injected_operations)

@@ -28,6 +28,11 @@ OVERWRITTEN = {"aten.copy_": "self", "aten.fill_": "self", "aten.zero_": "self"}
 """Operations that do not read this argument, though it is there before they run; nor do others read their 'out'."""
 ALLOCATIONS = ("aten.empty", "aten.new_empty", "aten.resize_")
 SOFTMAX = ("aten._softmax.", "aten._log_softmax.", "aten._safe_softmax.")
+PRODUCTS = {
+    "aten.mm": ("self", "mat2"), "aten.bmm": ("self", "mat2"), "aten.addmm": ("mat1", "mat2"),
+    "aten.baddbmm": ("batch1", "batch2"),
+}  # fmt: skip
+"""Matrix products, and the names of the two matrices."""
 SEEDED = torch.Tag.nondeterministic_seeded
 
 
@@ -234,12 +239,29 @@ def _masked_rows(values: Values) -> int:
 
 
 def _operands(values: Values, position: tuple[int, ...], result: Tensor) -> Iterator[tuple[str, str]]:
-    """Yield what stands in the arguments at a position of the result; the range of those of another shape."""
+    """Yield what stands in the arguments at a position of the result; the range of those of another shape.
+
+    Of a matrix product these are a row of the one matrix and a column of the other.
+    """
+    lines = _row_and_column(values, position)
     for name, value in named_tensors(values.inputs):
-        if isinstance(value, Tensor):
+        if name in lines:
+            low, high = torch.aminmax(lines[name])
+            yield name, f"({lines[name].numel()}) in {float(low):.4g} ... {float(high):.4g}"
+        elif isinstance(value, Tensor):
             yield name, _operand(value, position, result)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield name, f"{value:.6g}"
+
+
+def _row_and_column(values: Values, position: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the row and the column that a product's result at a position is made of, by argument; empty for others."""
+    names = PRODUCTS.get(values.operation.name.rpartition(".")[0])
+    if names is None or len(position) < 2 or values.inputs[names[0]].numel() == 0:
+        return {}
+    *batch, i, j = position
+    a, b = (values.inputs[name][tuple(batch)] for name in names)
+    return {names[0]: a[i], names[1]: b[:, j]}
 
 
 def _operand(value: Tensor, position: tuple[int, ...], result: Tensor) -> str:

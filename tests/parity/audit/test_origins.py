@@ -101,6 +101,15 @@ def test_what_is_not_finite_in_any_format_has_no_remedy_by_a_scale(
     assert "test_origins.py" in at.operation.line
 
 
+def test_an_overflow_of_a_product_has_the_row_and_the_column() -> None:
+    at = origin(lambda x: ((300 * x.half()) @ (300 * x.half()).T).float())
+    i, j = at.found.position
+    torch.manual_seed(0)
+    x = 300 * nn.Linear(N, N)(torch.randn(N, N)).half()
+    assert at.found.operands["mat2"] == f"({N}) in {x[j].min().item():.4g} ... {x[j].max().item():.4g}"
+    assert at.found.exact == (x[i].double() @ x[j].double()).item() and "aten.mm (float16)" in at.sentence
+
+
 def test_a_row_that_is_masked_out_entirely_begins_at_the_softmax() -> None:
     at = origin(lambda x: attend(x, triangle(0)))
     assert at.operation.name == "aten._softmax.default" and at.found.masked_rows == 1 and math.isnan(at.found.value)

@@ -47,12 +47,12 @@ class Truncation(NamedTuple):
 
 
 def truncation(values: Values) -> Truncation | None:
-    """Measure whether 16-bit results are truncated; an unknown operation's result beside an FP32 argument of its shape."""
+    """Measure whether 16-bit results are truncated; of unknown operations those that are casts or sums of their arguments."""
     verdicts = values.operation.verdicts
     if any(v.equal < ROUNDED and v.dtype in LOW for v in verdicts):
         twins = [(twin.actual, twin.exact) for twin in values.twins.values()]
     elif not verdicts and getattr(values.operation.overload, "namespace", "aten") not in ("aten", "c10d", "prims"):
-        twins = list(_as_casts(values))
+        twins = list(_candidates(values))
     else:
         return None
     for actual, exact in twins:
@@ -63,11 +63,15 @@ def truncation(values: Values) -> Truncation | None:
     return None
 
 
-def _as_casts(values: Values) -> Iterator[tuple[Tensor, Tensor]]:
+def _candidates(values: Values) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the 16-bit results of an unknown operation, and what they may be of: an FP32 argument, or two 16-bit ones' sum."""
+    given = [x for x in values.inputs.values() if is_float(x)]
     for _, result in values.results():
-        for given in values.inputs.values():
-            if is_float(given) and given.dtype == torch.float32 and is_float(result) and given.shape == result.shape:
-                yield result, given.double()
+        if is_float(result) and result.dtype in (torch.float16, torch.bfloat16):
+            like = [x for x in given if x.shape == result.shape and x is not result]
+            yield from ((result, x.double()) for x in like if x.dtype == torch.float32)
+            low = [x.double() for x in like if x.dtype == result.dtype]
+            yield from ((result, a + b) for i, a in enumerate(low) for b in low[i + 1 :])
 
 
 def _truncation(actual: Tensor, exact: Tensor) -> Truncation:
