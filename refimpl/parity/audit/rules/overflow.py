@@ -238,7 +238,7 @@ def _scales_loss(operation: Operation) -> bool:
 def _fix(origin: Origin) -> str:
     if origin.operation is None:
         return "look at the data, or audit the step in which the weights became NaN"
-    if origin.helpful_scale is not None:
+    if origin.helpful_scale is not None and origin.found is not None and origin.found.dtype == "float16":
         return "lower the loss scale, skip such steps (torch.amp.GradScaler does both), or use bf16"
     node, name = origin.operation.node or "", origin.operation.name
     for key, fix in FIXES:
