@@ -29,7 +29,8 @@ class Net(nn.Module):
 
 
 def squares(y: Tensor, target: Tensor) -> Tensor:
-    return y.float().square().mean()
+    """Return a loss whose gradients FP16 neither flushes to 0 nor makes infinite."""
+    return y.float().square().sum() / N
 
 
 def audited(

@@ -117,7 +117,7 @@ class Penalizes(HFLoop):
         return 1e-5 * (300 * logits.float()).abs().sum()
 
 
-@injected("D10", autocast=HALF, scale=1.0)
+@injected("D10", autocast=HALF, scale=2.0**10)
 class SumOverflows(Penalizes):
     def penalty(self, logits: Tensor) -> Tensor:
         return 1e-5 * (300 * logits).abs().sum(dtype=HALF).float()
@@ -275,7 +275,7 @@ class OverflowInForward(HFLoop):
                 projection.weight *= 1e4
 
 
-@injected("D12", autocast=HALF, scale=1.0)
+@injected("D12", autocast=HALF, scale=2.0**10)
 class CastTwice(HFLoop):
     def edit(self) -> None:
         head = self.model.lm_head

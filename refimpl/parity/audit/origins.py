@@ -408,14 +408,16 @@ def _sources(operation: Operation) -> list[int]:
 
 def _from_before(bad: list[Operation], reached: list[Operation]) -> str:
     """Return the name of a tensor, made by no operation of the step, that brings in what is not finite."""
-    made = {storage for o in bad for storage in _written(o)}
+    made: dict[int, int] = {}
+    for o in reversed(bad):
+        made.update(dict.fromkeys(_written(o), o.index))
     for o in sorted(reached, key=lambda o: o.index):
         f = found(o)
         assert f is not None
         facts = dict(named_tensors(o.arguments))
         for name in f.arguments:
             tensor = facts.get(name)
-            if isinstance(tensor, TensorFacts) and tensor.storage not in made:
+            if isinstance(tensor, TensorFacts) and (tensor.storage is None or made.get(tensor.storage, o.index) >= o.index):
                 role = tensor.role
                 return f"the {role.kind} {role.name}".strip() if role is not None else f"{name} of {o.name}, an input,"
     return ""

@@ -264,7 +264,7 @@ def test_running_means_in_16_bits_that_stand_still_are_counted() -> None:
 
 
 def test_batch_norm_in_fp32_and_statistics_that_still_move_are_not_found() -> None:
-    assert {c: f.level for c, f in audited(nn.BatchNorm1d(N), LOW).findings.items()} == {"D22": "note"}
+    assert audited(nn.BatchNorm1d(N), LOW).findings["D22"].level == "note"
     assert serious(audited(nn.BatchNorm1d(N), FP32)) == set()
     mixed = audited(lambda x: norm(x.float()).to(x.dtype), LOW)
     assert mixed.findings == {}

@@ -409,7 +409,7 @@ def test_an_overflow_under_autocast_is_of_the_product_that_makes_it() -> None:
 
 
 def test_an_overflow_that_the_model_clamps_is_not_found() -> None:
-    assert serious(audited(lambda x: (40000 * x).clamp(-6e4, 6e4) / 1e5, HALF)) == set()
+    assert serious(audited(lambda x: (40000 * x).clamp(-6e4, 6e4) / 1e5, HALF)) <= {"B9"}  # the clamp cuts gradients off
 
 
 def summed(y: Tensor, target: Tensor) -> Tensor:
@@ -450,14 +450,13 @@ def test_what_is_not_finite_is_named_where_it_begins(then: Then, operation: str,
     assert operation in finding.number and fix in finding.fix and "no loss scale helps" in finding.number
 
 
-def test_gradients_that_overflow_are_normal_with_a_loss_scale_and_a_finding_without() -> None:
+def test_fp16_gradients_that_overflow_are_the_loss_scales() -> None:
     def loss(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda y, target: factor * y.float().square().sum()
 
     audit = audited(lambda x: x, torch.float32, loss=loss(100.0), scale=2.0**16, autocast=HALF)
     assert serious(audit) == set() and audit.steps[0].after.scale == 2.0**15
-    finding = the_one(audited(lambda x: x, HALF, loss=loss(1e5)), "D11")
-    assert "S <= 2^-" in finding.number and "BACKWARD" in finding.number
+    assert set(serious(audited(lambda x: x, HALF, loss=loss(1e5)))) == {"B4"}
 
 
 def test_weights_that_are_nan_after_an_overflow_are_not_found_again() -> None:

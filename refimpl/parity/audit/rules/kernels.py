@@ -12,6 +12,7 @@ from torch import Tensor
 
 from refimpl.parity.audit.finding import Finding
 from refimpl.parity.audit.operation import Operation, tensors_in
+from refimpl.parity.audit.origins import found
 from refimpl.parity.audit.rules.entry import Probe, rule
 from refimpl.parity.audit.rules.flow import LOW, finding_at, is_any
 from refimpl.parity.audit.step import View
@@ -244,8 +245,10 @@ def kernel_rounds_inside(view: View) -> Iterator[Finding]:
 
 
 def _first_runs(view: View) -> Iterator[Operation]:
-    """Yield the operations with verdicts or measured truncation, recomputed ones not."""
-    return (o for o in view.step.operations if not o.recomputed and (o.verdicts or "truncation" in o.probed))
+    """Yield the operations with verdicts or measured truncation; not recomputed ones, nor those with Inf or NaN (D7 to D11)."""
+    for o in view.step.operations:
+        if not o.recomputed and found(o) is None and (o.verdicts or "truncation" in o.probed):
+            yield o
 
 
 def _worst(operation: Operation, formats: tuple[str, ...] = ()) -> Verdict | None:

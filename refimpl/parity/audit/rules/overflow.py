@@ -133,7 +133,7 @@ def overflow_in_forward(view: View) -> Iterator[Finding]:
     Source: huggingface/transformers#5651 (66246 in T5's wo), #9295, #10956.
     """
     origin = origin_of(view.step)
-    if origin is None or _name(view, origin) != "D9" or origin.operation is None:
+    if origin is None or rule_of(view, origin) != "D9" or origin.operation is None:
         return
     earlier = [(o.probed["largest"], o) for o in forward(view) if o.index < origin.operation.index and "largest" in o.probed]
     size, before = max(earlier, key=lambda pair: pair[0], default=(0.0, None))
@@ -159,7 +159,7 @@ def sum_overflows(view: View) -> Iterator[Finding]:
     """
     fix = "add up, and divide, in FP32: x.sum(dtype=torch.float32)"
     origin = origin_of(view.step)
-    if origin is not None and _name(view, origin) == "D10" and origin.operation is not None:
+    if origin is not None and rule_of(view, origin) == "D10" and origin.operation is not None:
         yield finding_at(
             view, origin.operation, "D10", sum_overflows.name, "wrong", number=origin.sentence,
             effect="the loss or the gradients are not finite whatever the loss scale", fix=fix,
@@ -183,14 +183,14 @@ def not_finite(view: View) -> Iterator[Finding]:
 
     Seen: the first operation with finite inputs and a result that is not, whose Inf or NaN reaches the loss, a gradient or the
     update. Number: the operation, its operands there, what FP64 gives, and whether a loss scale would have helped.
-    Not meant: Inf that reaches neither; gradients that overflow because of the loss scale, in a step that is skipped for it.
+    Not meant: Inf that reaches neither; FP16 gradients that overflow, which a step is skipped for (B4 if it is not).
     Effect: the step is lost, or the weights are, if it is not skipped.
     Fix: by operation: eps inside roots, logarithms and divisors; selecting before computing instead of torch.where after it.
 
     Source: Shuheng5454/OpenTau#300 (final_norm.backward makes Inf, residuals 0 * Inf), MzeroMiko/VMamba#78, Parskatt/RoMa#43.
     """
     origin = origin_of(view.step)
-    if origin is None or _name(view, origin) != "D11":
+    if origin is None or rule_of(view, origin) != "D11":
         return
     shown = origin.operation or next(o for o in view.step.operations if found(o) is not None)
     finding = finding_at(
@@ -200,7 +200,7 @@ def not_finite(view: View) -> Iterator[Finding]:
     yield finding if origin.operation is not None else replace(finding, operation=None)
 
 
-def _name(view: View, origin: Origin) -> str:
+def rule_of(view: View, origin: Origin) -> str:
     """Return the code of the rule that an origin belongs to, '' if it belongs to none of these."""
     o, bad = origin.operation, origin.found
     if o is None or bad is None:
@@ -211,7 +211,7 @@ def _name(view: View, origin: Origin) -> str:
     if bad.masked_rows:
         return "D8"
     if not origin.forward:
-        return "" if _is_skipped(view, origin) or o.phase == "clip" else "D11"
+        return "" if _is_scales(view, origin) or o.phase == "clip" else "D11"
     if not bad.overflow or bad.dtype != "float16":
         return "D11"
     if is_any(o, SUMS):
@@ -220,11 +220,11 @@ def _name(view: View, origin: Origin) -> str:
     return "" if by_hand or _scales_loss(o) else "D9"
 
 
-def _is_skipped(view: View, origin: Origin) -> bool:
-    """Return whether the loss scale has made a gradient overflow, and the step is skipped for it, as is normal."""
-    unknown = origin.found is not None and origin.found.exact is None
-    updated = any(call.name == "optimizer.step" for call in view.step.calls)
-    return (origin.helpful_scale is not None or unknown) and (view.step.before.scale is not None or not updated)
+def _is_scales(view: View, origin: Origin) -> bool:
+    """Return whether a FP16 gradient overflows, in which a loss scale decides: the step is to be skipped (B4 if it is not)."""
+    assert origin.found is not None
+    unknown = origin.found.exact is None and view.step.before.scale is not None
+    return unknown or (origin.found.overflow and origin.found.dtype == "float16")
 
 
 def _scales_loss(operation: Operation) -> bool:
@@ -238,8 +238,6 @@ def _scales_loss(operation: Operation) -> bool:
 def _fix(origin: Origin) -> str:
     if origin.operation is None:
         return "look at the data, or audit the step in which the weights became NaN"
-    if origin.helpful_scale is not None and origin.found is not None and origin.found.dtype == "float16":
-        return "lower the loss scale, skip such steps (torch.amp.GradScaler does both), or use bf16"
     node, name = origin.operation.node or "", origin.operation.name
     for key, fix in FIXES:
         if key in node if not key.startswith("aten.") else name.startswith(key):

@@ -11,7 +11,9 @@ import torch
 from refimpl.parity.audit.factors import UPDATE_SCALE, Event, GradientHistory, history_of, scalars, short
 from refimpl.parity.audit.finding import Finding
 from refimpl.parity.audit.operation import TensorFacts, tensors_in
+from refimpl.parity.audit.origins import origin_of
 from refimpl.parity.audit.rules.entry import Probe, rule
+from refimpl.parity.audit.rules.overflow import rule_of
 from refimpl.parity.audit.step import Border, View
 from refimpl.parity.audit.values import Values, is_float
 
@@ -177,7 +179,8 @@ def unscaled_by_another_scale(view: View) -> Iterator[Finding]:
 def update_with_non_finite(view: View) -> Iterator[Finding]:
     """The optimizer is run with gradients that are Inf or NaN.
 
-    Seen: an update that reads such elements. Not counted: a fused optimizer that is handed found_inf = 1 and returns.
+    Seen: an update that reads such elements. Not counted: a fused optimizer that is handed found_inf = 1 and returns. It is a
+    note where another rule names what makes them (D7 to D11), since skipping would not help there.
     Effect: moments and weights become NaN, and stay so.
     Fix: `scaler.step(optimizer)`, or skip the step where a gradient is not finite.
     Source: Micikevicius et al. 2018, section 3.2 (https://arxiv.org/abs/1710.03740).
@@ -189,8 +192,14 @@ def update_with_non_finite(view: View) -> Iterator[Finding]:
             number = f"{bad} gradient elements that are Inf or NaN went into the update of {_some(update.names)}"
             effect = "moments and weights that meet NaN stay NaN"
             fix = "skip the step: scaler.step(optimizer) does, or test torch.isfinite of the gradients' norm"
-            yield _finding("B4", view, update, "wrong", number, effect, fix)
+            yield _finding("B4", view, update, "note" if _is_named(view) else "wrong", number, effect, fix)
             return
+
+
+def _is_named(view: View) -> bool:
+    """Return whether another rule (D7 to D11) names what makes Inf or NaN in the step, or it was there before."""
+    origin = origin_of(view.step)
+    return origin is not None and (origin.operation is None or rule_of(view, origin) != "")
 
 
 # ------------------------------------------------------------------------------------------------- skipped steps
@@ -266,7 +275,8 @@ def scale_stays_after_overflow(view: View) -> Iterator[Finding]:
 def scale_collapses(view: View) -> Iterator[Finding]:
     """The loss scale falls without end.
 
-    Seen: a scale below 1 after an overflow, or more than 10 audited skips in a row.
+    Seen: a scale below 1 after an overflow, or more than 10 audited skips in a row. It is a note where another rule names what
+    makes Inf or NaN. Number: where that begins, and whether a scale helps.
     Effect: no step is made; below 2^-14 gradients vanish where they are not Inf.
     Fix: that of the operation where Inf or NaN begins, which no scale prevents (finding D11, or D9), and a floor for the scale.
     Source: pytorch/pytorch#40497, OpenNMT/OpenNMT-py#1724.
@@ -276,9 +286,11 @@ def scale_collapses(view: View) -> Iterator[Finding]:
         return
     skips = 1 + sum(1 for _ in _leading_skips(view))
     if after.scale < 1 or skips > MANY_SKIPS:
-        number = f"the scale is {after.scale:.3g} after {skips} skipped steps in a row"
-        fix = "find where Inf or NaN begins: lowering the scale does not help; set a floor of 1"
-        yield _of_step("B8", view, "wrong", number, "no step is made any more", fix)
+        origin = origin_of(view.step)
+        why = f": {origin.sentence}; {origin.remedy}" if origin is not None else ""
+        number = f"the scale is {after.scale:.3g} after {skips} skipped steps in a row{why}"
+        fix = "mend where Inf or NaN begins, if lowering the scale does not help; set a floor of 1"
+        yield _of_step("B8", view, "note" if _is_named(view) else "wrong", number, "no step is made any more", fix)
 
 
 def _leading_skips(view: View) -> Iterator[int]:
