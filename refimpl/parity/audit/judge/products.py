@@ -74,7 +74,7 @@ def product(
         bound.add_(added.abs_(), alpha=gamma((2 * K if actual.is_cuda else K) + 2))
         root.add_(added)
         terms = terms + added
-    typical = root.mul_(U * math.sqrt(max(K, 1)))
+    typical = root.mul_(U * math.sqrt(max(K, 1))).add_(K * 2.0**-126)
     yield Twin(name, actual, exact, bound, typical, products=terms)
 
 
@@ -96,7 +96,7 @@ def vector(values: Values) -> Iterator[Twin]:
     given = values.inputs
     name, actual = next(iter(values.results()))
     a = given["self"] if "mat" not in given else given["mat"]
-    b = given["vec"] if "vec" in given else given["tensor"]
+    b = next(given[key] for key in ("vec", "tensor", "other") if key in given)
     bias = given["self"][..., None] if "mat" in given else None
     one = Values(values.operation, values.names, values.args, values.kwargs, actual.reshape(-1, 1), {})
     a = a if a.dim() == 2 else a[None]

@@ -35,7 +35,8 @@ def linear(terms: Callable[[Values], float]) -> Callable[[Values], Iterator[Twin
         exact, size, n = in_fp64(values), in_fp64(values, Tensor.abs), terms(values)
         for name, actual in values.results():
             if is_float(actual):
-                yield Twin(name, actual, exact[name], gamma(n + 2) * size[name], U * math.sqrt(n + 2) * size[name])
+                terms_size = size[name].abs()  # a divisor may be negative
+                yield Twin(name, actual, exact[name], gamma(n + 2) * terms_size, U * math.sqrt(n + 2) * terms_size)
 
     return judge
 
@@ -175,6 +176,18 @@ def pooled_maximum_gradient(values: Values) -> Iterator[Twin]:
     yield Twin("out", actual, exact, n * u / (1 - n * u) * size, note=WINDOWS if rounds else "")
 
 
+def pooled_mean_gradient(values: Values) -> Iterator[Twin]:
+    """Judge the gradient of average pooling: a sum over windows, which the CPU's kernel rounds to 16 bits at each addition."""
+    exact, size, n = in_fp64(values)["out"], in_fp64(values, Tensor.abs)["out"].abs(), overlap(values)
+    actual = values.output
+    if not is_16_bit(actual) or actual.is_cuda:
+        yield Twin("out", actual, exact, gamma(n + 2) * size, U * math.sqrt(n + 2) * size)
+        return
+    u = torch.finfo(actual.dtype).eps / 2
+    windows = min(n, float(math.prod(values.inputs.get("kernel_size", [n]))) + 2)
+    yield Twin("out", actual, exact, windows * u / (1 - min(windows * u, 0.5)) * size, note=WINDOWS)
+
+
 def _with_gradient(values: Values, gradient: Tensor) -> Tensor:
     at = values.names.index("grad_output")
     args = (*values.args[:at], gradient, *values.args[at + 1 :])
@@ -187,7 +200,7 @@ JUDGES = {
     **dict.fromkeys(("aten.sum", "aten.mean", "aten.nansum", "aten.trace"), linear(reduced)),
     **dict.fromkeys(("aten.avg_pool1d", "aten.avg_pool2d"), linear(window)),
     **dict.fromkeys(("aten._adaptive_avg_pool2d", "aten.adaptive_avg_pool1d"), linear(spread_over)),
-    **dict.fromkeys(("aten.avg_pool2d_backward", "aten._adaptive_avg_pool2d_backward"), linear(overlap)),
+    **dict.fromkeys(("aten.avg_pool2d_backward", "aten._adaptive_avg_pool2d_backward"), pooled_mean_gradient),
     **dict.fromkeys(("aten.upsample_bilinear2d", "aten.upsample_bilinear2d_backward"), linear(spread_over)),
     "aten.upsample_nearest2d_backward": linear(spread_over),
     "aten.cumsum": running,
