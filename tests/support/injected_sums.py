@@ -1,1 +1,113 @@
 """Mistakes C, of sums of gradients, in a Hugging Face model's loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hf_loop import HFLoop, injected
+from torch import Tensor
+
+
+@injected("C1", micro_batches=3)
+class AddsMeanLosses(HFLoop):
+    def average(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+class Padded(HFLoop):
+    """Batches of different lengths, whose losses are summed and divided by the targets of the step."""
+
+    def batch(self) -> dict[str, Tensor]:
+        batch = super().batch()
+        self.turn = (getattr(self, "turn", 0) + 1) % 2
+        batch["labels"][:, 4 + 6 * self.turn :] = -100
+        return batch
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        loss = self.model(**batch, num_items_in_batch=torch.tensor(48)).loss
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+@injected("C2", micro_batches=2)
+class AveragesMeans(Padded):
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.average(self.model(**batch).loss)
+
+
+@injected("C3", micro_batches=4)
+class AccumulatesIn16Bits(HFLoop):
+    def edit(self) -> None:
+        self.model.to(torch.bfloat16)
+
+
+class Rounds(HFLoop):
+    """The same layer three times, in autocast without its cache."""
+
+    cache = False
+
+    def edit(self) -> None:
+        layers = self.model.model.layers
+        layers[1] = layers[0]
+        layers.append(layers[0])
+        self.model.config.num_hidden_layers = 3
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=self.cache):
+            loss = self.model(**batch).loss
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+@injected("C4")
+class AddsUsesIn16Bits(Rounds):
+    cache = True
+
+
+class Counts(HFLoop):
+    """A buffer that counts tokens."""
+
+    dtype = torch.float32
+
+    def prepare(self) -> None:
+        self.counts: Any = torch.full((4,), 1000.0, dtype=self.dtype)
+
+    def after(self) -> None:
+        self.counts += 1
+
+
+@injected("C11")
+class CountsIn16Bits(Counts):
+    dtype = torch.bfloat16
+
+
+class Buckets(HFLoop):
+    """Gradients in FP16 buckets, divided by a number of ranks."""
+
+    small = 1.0
+
+    def clip(self) -> None:
+        for p in self.model.parameters():
+            bucket = (p.grad / p.grad.abs().max() * self.small).half()
+            bucket.div_(64)
+
+
+@injected("C10")
+class DividesSmallFP16(Buckets):
+    small = 2.0**-20
+
+
+class Scatters(HFLoop):
+    """A sum per token, by index_add."""
+
+    dtype = torch.float32
+
+    def after(self) -> None:
+        tokens = torch.arange(600) % 3
+        torch.zeros(3, 4, dtype=self.dtype).index_add_(0, tokens, torch.full((600, 4), 1.1, dtype=self.dtype))
+
+
+@injected("C7")
+class ScattersIn16Bits(Scatters):
+    dtype = torch.bfloat16
