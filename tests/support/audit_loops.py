@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -227,7 +228,9 @@ class OneRank:
     """A process group of this process alone."""
 
     def __enter__(self) -> None:
+        self.hook = sys.excepthook  # PyTorch puts one of its own there, for good
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def __exit__(self, *error: object) -> None:
         dist.destroy_process_group()
+        sys.excepthook = self.hook
