@@ -39,7 +39,8 @@ class AveragesMeans(Padded):
 @injected("C3", micro_batches=4)
 class AccumulatesIn16Bits(HFLoop):
     def edit(self) -> None:
-        self.model.to(torch.bfloat16)
+        for p in self.model.parameters():  # .to() would round the rotary frequencies too
+            p.data = p.data.bfloat16()
 
 
 class Rounds(HFLoop):

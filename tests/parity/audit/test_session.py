@@ -12,6 +12,7 @@ import torch
 from audit_loops import LOOPS, OneRank
 from torch import Tensor
 
+from refimpl.parity.audit.rules.table import GROUPS, PROBES
 from refimpl.parity.audit.session import Audit
 
 
@@ -61,3 +62,7 @@ def test_a_step_has_its_calls_and_the_states_around_it() -> None:
     assert scales == [2.0**18, 2.0**17, 2.0**16]
     assert {call.line.rpartition(":")[0].rpartition("/")[2] for call in third.calls} == {"audit_loops.py"}
     assert set(third.after.optimizers[0].updates.values()) == {1.0}
+
+
+def test_no_two_probes_have_one_name() -> None:
+    assert len(PROBES) == sum(len(group.PROBES) for group in GROUPS)

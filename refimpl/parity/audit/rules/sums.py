@@ -24,12 +24,15 @@ REDUCTIONS = ("c10d.allreduce_", "c10d._reduce_scatter_base_", "c10d.reduce_scat
               "_c10d_functional.reduce_scatter_tensor", "c10d.reduce_")  # fmt: skip
 MANY_RANKS = 8
 UNEQUAL = 1.05
+LARGEST_COUNT = 2.0**24
+"""What is larger is no count: masks are sums of whole numbers too."""
+ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 
 # ------------------------------------------------------------------------------------------------- probes
 
 
-def added(values: Values) -> dict[str, float] | None:
+def gradient_sum(values: Values) -> dict[str, float] | None:
     """Measure a 16-bit sum of gradients: addends that are not 0, and those of them that changed nothing; the relative error."""
     operation = values.operation
     if operation.phase != "backward" or short(operation) not in ("add", "add_"):
@@ -53,7 +56,7 @@ def tokens(values: Values) -> float | None:
     return float(values.output[1])
 
 
-def scattered(values: Values) -> dict[str, float] | None:
+def indexed_sum(values: Values) -> dict[str, float] | None:
     """Measure a 16-bit sum at repeated indices: results, those not correctly rounded, and the largest relative error."""
     name = short(values.operation)
     accumulates = name in SCATTERS and (not name.strip("_").endswith(("put", "impl")) or bool(values.inputs.get("accumulate")))
@@ -88,16 +91,17 @@ def counted(values: Values) -> dict[str, float] | None:
     result = next((r for _, r in values.results()), None)
     if not (is_float(x) and is_16_bit(x) and result is not None and result.dtype == x.dtype and result.numel()):
         return None
-    largest = 1 / torch.finfo(x.dtype).eps * 2
+    largest = 2 / torch.finfo(x.dtype).eps
     exact = x.double() + (y.double() if isinstance(y, Tensor) else float(y or 0)) * float(values.inputs.get("alpha", 1))
-    if not (float(exact.abs().max()) > largest and bool((x == x.trunc()).all()) and bool((exact == exact.trunc()).all())):
+    whole = bool((x == x.trunc()).all()) and bool((exact == exact.trunc()).all())
+    if not (largest < float(exact.abs().max()) <= LARGEST_COUNT and whole):
         return None
     wrong = (result.double() - exact).abs()
     at = int(wrong.argmax())
     return {"exact": float(exact.flatten()[at]), "stored": float(result.flatten()[at])} if float(wrong.max()) else None
 
 
-PROBES: tuple[Probe, ...] = (added, tokens, scattered, divided, counted)
+PROBES: tuple[Probe, ...] = (gradient_sum, tokens, indexed_sum, divided, counted)
 
 
 # ------------------------------------------------------------------------------------------------- micro-batches
@@ -105,7 +109,7 @@ PROBES: tuple[Probe, ...] = (added, tokens, scattered, divided, counted)
 
 @rule("C1", "loss-not-divided", steps=2)
 def loss_not_divided(view: View) -> Iterator[Finding]:
-    """The mean losses of micro-batches are added, not averaged.
+    """The mean losses of micro-batches are gradient_sum, not averaged.
 
     Seen: several backward passes from one line before an update, each from an undivided mean loss, into the same gradients.
     Not counted: losses that are divided inside, sums over tokens, gradients that are divided afterwards, losses of several
@@ -162,11 +166,11 @@ def accumulated_in_16_bits(view: View) -> Iterator[Finding]:
     Fix: accumulate in FP32: FP32 parameters under autocast, or FP32 main gradients.
     Source: deepspeedai/DeepSpeed, 'BF16 gradient accumulation is not safe numerically'; pytorch/pytorch#106395.
     """
-    adds = [o for o in view.step.operations if o.accumulates is not None and "added" in o.probed]
+    adds = [o for o in view.step.operations if o.accumulates is not None and "gradient_sum" in o.probed]
     if not adds:
         return
     n = 1 + max(sum(o.accumulates == name for o in adds) for name in {o.accumulates for o in adds})
-    lost, due = sum(o.probed["added"]["lost"] for o in adds), sum(o.probed["added"]["due"] for o in adds)
+    lost, due = sum(o.probed["gradient_sum"]["lost"] for o in adds), sum(o.probed["gradient_sum"]["due"] for o in adds)
     share = f"{lost / max(due, 1):.1%} of {due:.0f} addends changed nothing"
     number = f"{n} micro-batches are added in {format_of_result(adds[0])}: {share}"
     yield finding_at(view, adds[0], "C3", "accumulate-in-16-bits", "note" if n <= 2 else "worse than it need be", number=number,
@@ -188,11 +192,11 @@ def shared_weight_in_16_bits(view: View) -> Iterator[Finding]:
     """
     flow, uses = flow_of(view.step), dict[str, list[Operation]]()
     for operation in view.step.operations:
-        if "added" in operation.probed and operation.accumulates is None:
+        if "gradient_sum" in operation.probed and operation.accumulates is None:
             for name in _reaches(flow, operation):
                 uses.setdefault(name, []).append(operation)
     for name, adds in uses.items():
-        error = max(o.probed["added"]["error"] for o in adds)
+        error = max(o.probed["gradient_sum"]["error"] for o in adds)
         number = f"{len(adds) + 1} uses of {name} are added in {format_of_result(adds[0])}; relative error {error:.2g}"
         level = "note" if len(adds) == 1 else "worse than it need be"
         yield finding_at(view, adds[0], "C4", "shared-weight-in-16-bits", level, number=number,
@@ -277,14 +281,16 @@ def reduced_in_16_bits(view: View) -> Iterator[Finding]:
 def divide_underflows(view: View) -> Iterator[Finding]:
     """FP16 gradients are divided by the number of ranks before they are summed, and vanish.
 
-    Seen: an FP16 division outside the forward pass after which at least 1 % of the numbers that were not 0 are.
+    Seen: an FP16 division after backward, or of a gradient that is ready, after which at least 1 % more numbers are 0.
     Effect: small gradients are lost before they can add up.
     Fix: divide after the sum, or by the root of n before and after; or sum in FP32.
     Source: facebookresearch/fairscale#565, pytorch/pytorch#123362.
     """
+    last = max((call.index for call in _backward_calls(view.step)), default=0)
     for operation in view.step.operations:
         measured = operation.probed.get("divided")
-        if measured is not None and measured["lost"] > 0.01 * measured["due"]:
+        after = operation.phase != "backward" and operation.index > last
+        if measured is not None and (after or operation.node == ACCUMULATE) and measured["lost"] > 0.01 * measured["due"]:
             number = f"{measured['lost']:.0f} of {measured['due']:.0f} FP16 numbers became 0 in a division"
             yield finding_at(view, operation, "C10", "divide-underflows", "wrong", number=number,
                              effect="small gradients are lost", fix="divide after the reduction, or in FP32")  # fmt: skip
@@ -345,7 +351,7 @@ def _reaches(flow: Any, operation: Operation) -> list[str]:
 
 def _scattered(view: View, names: tuple[str, ...], code: str, name: str, level: str, fix: str) -> Iterator[Finding]:
     for operation in view.step.operations:
-        measured = operation.probed.get("scattered")
+        measured = operation.probed.get("indexed_sum")
         if measured is not None and short(operation) in names and measured["wrong"] > 0.01 * measured["of"]:
             number = f"{measured['wrong'] / measured['of']:.1%} of {measured['of']:.0f} sums in {format_of_result(operation)}"
             number += f" are not the correctly rounded ones; the worst is off by {measured['error']:.2g} of itself"
