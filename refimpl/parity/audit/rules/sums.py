@@ -94,7 +94,7 @@ def counted(values: Values) -> dict[str, float] | None:
     largest = 2 / torch.finfo(x.dtype).eps
     exact = x.double() + (y.double() if isinstance(y, Tensor) else float(y or 0)) * float(values.inputs.get("alpha", 1))
     whole = bool((x == x.trunc()).all()) and bool((exact == exact.trunc()).all())
-    if not (largest < float(exact.abs().max()) <= LARGEST_COUNT and whole):
+    if not (largest < float(exact.abs().max()) <= LARGEST_COUNT and whole and bool(result.isfinite().all())):
         return None
     wrong = (result.double() - exact).abs()
     at = int(wrong.argmax())
