@@ -125,7 +125,8 @@ def batch_norm_gradient(values: Values) -> Iterator[Twin]:
     rows = _channels(inputs)
     given = _either(inputs, "grad_out", "grad_output")
     dy, known = _channels({"input": given}).x, NOTHING
-    low = by_cpu_in_16_bits(inputs["input"]) and (is_16_bit(dw) or given.stride() != inputs["input"].stride())
+    reordered = given.stride() != inputs["input"].stride()
+    low = by_cpu_in_16_bits(inputs["input"]) and (reordered or (dw is not None and is_16_bit(dw)))
     training = _either(inputs, "train", "update", otherwise=True)
     if training:
         mean, rstd = (_either(inputs, *keys).double().reshape(-1, 1) for keys in (("save_mean",), ("save_invstd", "save_var")))
