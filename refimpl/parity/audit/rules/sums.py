@@ -38,8 +38,9 @@ def gradient_sum(values: Values) -> dict[str, float] | None:
     if operation.phase != "backward" or short(operation) not in ("add", "add_"):
         return None
     given = values.inputs
-    x, y = given["self"], given.get("other")
-    if not (is_float(values.output) and is_16_bit(values.output) and isinstance(y, Tensor) and x.shape == y.shape):
+    x, y = given.get("self"), given.get("other")
+    both = isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape
+    if not (both and is_float(values.output) and is_16_bit(values.output)):
         return None
     due = y != 0
     exact = x.double() + y.double()
@@ -79,7 +80,7 @@ def divided(values: Values) -> dict[str, float] | None:
     result = next((x for _, x in values.results()), None)
     if result is None or result.dtype != torch.float16 or result.numel() < 2:
         return None
-    due = values.inputs["self"] != 0
+    due = values.inputs.get("self", result) != 0
     return {"due": float(due.sum()), "lost": float((due & (result == 0)).sum())}
 
 
@@ -87,7 +88,7 @@ def counted(values: Values) -> dict[str, float] | None:
     """Measure a 16-bit sum of whole numbers: one that it got wrong, and what it should be."""
     if values.operation.phase == "backward" or short(values.operation) not in ("add", "add_"):
         return None
-    x, y = values.inputs["self"], values.inputs.get("other")
+    x, y = values.inputs.get("self"), values.inputs.get("other")
     result = next((r for _, r in values.results()), None)
     if not (is_float(x) and is_16_bit(x) and result is not None and result.dtype == x.dtype and result.numel()):
         return None
