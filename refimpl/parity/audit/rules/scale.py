@@ -61,7 +61,7 @@ def norms(values: Values) -> dict[str, float] | None:
     """Measure a norm: the largest input, the result, and the norm in FP64."""
     if short(values.operation) not in ("linalg_vector_norm", "norm") or not is_float(values.output):
         return None
-    x = values.inputs.get("self")
+    x: Any = values.inputs.get("self")
     if values.output.numel() != 1 or not is_float(x) or not x.numel():
         return None
     result = float(values.output)

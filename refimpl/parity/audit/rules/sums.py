@@ -38,7 +38,8 @@ def gradient_sum(values: Values) -> dict[str, float] | None:
     if operation.phase != "backward" or short(operation) not in ("add", "add_"):
         return None
     given = values.inputs
-    x, y = given.get("self"), given.get("other")
+    x: Any = given.get("self")
+    y: Any = given.get("other")
     both = isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape
     if not (both and is_float(values.output) and is_16_bit(values.output)):
         return None
@@ -88,7 +89,8 @@ def counted(values: Values) -> dict[str, float] | None:
     """Measure a 16-bit sum of whole numbers: one that it got wrong, and what it should be."""
     if values.operation.phase == "backward" or short(values.operation) not in ("add", "add_"):
         return None
-    x, y = values.inputs.get("self"), values.inputs.get("other")
+    x: Any = values.inputs.get("self")
+    y: Any = values.inputs.get("other")
     result = next((r for _, r in values.results()), None)
     if not (is_float(x) and is_16_bit(x) and result is not None and result.dtype == x.dtype and result.numel()):
         return None
