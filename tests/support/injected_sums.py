@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hf_loop import HFLoop, injected
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @injected("C1", micro_batches=3)
@@ -36,8 +36,15 @@ class AveragesMeans(Padded):
         return self.average(self.model(**batch).loss)
 
 
+class WithSGD(HFLoop):
+    """With an optimizer without states, whose format would be another mistake."""
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, self.lr)
+
+
 @injected("C3", micro_batches=4)
-class AccumulatesIn16Bits(HFLoop):
+class AccumulatesIn16Bits(WithSGD):
     def edit(self) -> None:
         for p in self.model.parameters():  # .to() would round the rotary frequencies too
             p.data = p.data.bfloat16()

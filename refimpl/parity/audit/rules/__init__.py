@@ -2,7 +2,7 @@
 
     entry.py               `Rule`, and the decorator `@rule`
     table.py               `RULES` and `PROBES` of all groups
-    weights.py             A: weights, optimizer and its states
+    weights.py             A: the optimizer, its states, averages of weights
     scale.py               B: loss scale, unscaling, clipping
     sums.py                C: sums of gradients, over micro-batches, uses and ranks
     operations.py          D12, D13, D19 to D22: casts, gradients that they cut off, sums over steps
