@@ -216,7 +216,11 @@ def named_tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def all_finite(tensor: Tensor) -> bool:
     """Return whether all elements are finite."""
-    return bool(tensor.isfinite().all())
+    if not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:  # FP8 has no arithmetic
+        tensor = tensor.float()
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # in a tenth of the time of all elements' own
 
 
 def _counts(tensor: Tensor) -> Counts:

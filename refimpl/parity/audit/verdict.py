@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ LEVELS = ("wrong", "worse than it need be", "biased", "note", "fine")
 BIAS = 0.1
 """A mean signed excess above this, in units in the last place, over at least ENOUGH results, is a bias."""
 ENOUGH = 1000
+SOME = 4096
+"""Elements of which the share is taken that have a mean excess."""
+EXPONENT = 0x7FF << 52
+"""The bits of an FP64 number's exponent."""
 JUST_WRONG = 1.001
 """The least ratio of a result that had to be the correctly rounded one and is not."""
 MOSTLY = 0.999
@@ -64,8 +68,8 @@ class Verdict:
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the spacing of a format's numbers at each FP64 x: 2^(e - p + 1), and the smallest subnormal below 2^emin."""
     info = torch.finfo(dtype)
-    _, exponent = torch.frexp(x.abs().clamp(info.smallest_normal, info.max))
-    return torch.ldexp(torch.full_like(x, info.eps), exponent - 1)
+    # Without the bits of its significand a number is the power of two at or below it.
+    return (x.abs().clamp_(info.smallest_normal, info.max).view(torch.int64) & EXPONENT).view(torch.float64).mul_(info.eps)
 
 
 def measure(twin: Twin, elements: int) -> Verdict:
@@ -74,23 +78,25 @@ def measure(twin: Twin, elements: int) -> Verdict:
     Most results are the correctly rounded ones, and no error of theirs is looked at: what an element costs is a conversion
     and a comparison.
     """
-    actual, exact = torch.atleast_1d(twin.actual.detach()), torch.atleast_1d(twin.exact.detach())
+    actual, exact = twin.actual.detach().reshape(-1), twin.exact.detach().reshape(-1)
     n, dtype = actual.numel(), actual.dtype
     if n == 0:
         return Verdict(twin.result, name_of(dtype), twin.by, elements, 0, 0.0, (), 1.0, None, 0.0, None, "fine", "")
-    off = _off(twin, actual, exact)
+    bound, typical = _flat(twin.bound, twin.exact), _flat(twin.typical, twin.exact)
+    spared = bound if typical is None else 6 * typical
+    off = _off(actual, exact, bound, typical, spared, arithmetic=dtype if twin.note else torch.float32)
     worst, equal, excess, close, outside = 0.0, 1.0, 0.0, n, False
     where: tuple[int, ...] = ()
     if off is not None:
         at = off.ratio.argmax()
-        numbers = torch.stack([off.ratio[at], off.excess.sum(), *(index[at].double() for index in off.where)]).tolist()
-        worst, equal, close = numbers[0], 1 - off.ratio.numel() / n, _close(twin, exact, dtype)
-        excess = numbers[1] / max(close, 1)
-        where = tuple(int(i) for i in numbers[2:]) if twin.actual.dim() else ()
+        worst, beyond, place = torch.stack([off.ratio[at], off.excess.sum(), off.where[at].double()]).tolist()
+        equal, close = 1 - off.ratio.numel() / n, _close(spared, exact, dtype)
+        excess = beyond / max(close, 1)
+        where = _index(int(place), twin.actual.shape)
         outside = off.outside is not None and bool(off.outside.any())
     expected = bits = None
-    if twin.typical is not None:
-        expected = 1 - float((2 * twin.typical / _spacing(exact, dtype)).clamp(max=1.0).nan_to_num(1.0).mean())
+    if typical is not None:
+        expected = 1 - float((2 * typical / _spacing(exact, dtype)).clamp(max=1.0).nan_to_num(1.0).mean())
     if twin.products is not None:
         error = (actual.double() - exact).abs()
         size, rms = _rms(twin.products), _rms(error if dtype == torch.float32 else error.where(exact.to(dtype) != actual, 0.0))
@@ -107,61 +113,89 @@ def measure(twin: Twin, elements: int) -> Verdict:
 class _Off(NamedTuple):
     """The elements that are not the correctly rounded result.
 
-    where: their index in each dimension. ratio: their error over its bound. excess: how far they are beyond the correctly
-    rounded result, in units in the last place, 0 where the bound is not well below one. outside: whether the error is more
-    than six typical ones, None without these.
+    where: their places among all. ratio: their error over its bound. excess: how far they are beyond the correctly rounded
+    result, in units in the last place, 0 where the bound is not well below one. outside: whether the error is more than six
+    typical ones, None without these.
     """
 
-    where: tuple[Tensor, ...]
+    where: Tensor
     ratio: Tensor
     excess: Tensor
     outside: Tensor | None
 
 
-def _off(twin: Twin, actual: Tensor, exact: Tensor) -> _Off | None:
-    """Compare a result with the rounded FP64 one. None where all elements are equal; NaN is equal to NaN."""
+def _off(
+    actual: Tensor,
+    exact: Tensor,
+    bound: Tensor | float,
+    typical: Tensor | float | None,
+    spared: Tensor | float,
+    arithmetic: torch.dtype,
+) -> _Off | None:
+    """Compare a result with the rounded FP64 one. None where all elements are equal; NaN is equal to NaN.
+
+    spared: what the arithmetic before the last rounding may cost. arithmetic: its format, in which it may overflow.
+    """
     rounded = exact.to(actual.dtype)
-    where = (rounded != actual).nonzero(as_tuple=True)
-    if not where[0].numel():
+    if torch.equal(rounded, actual):
         return None
-    got, nearest = actual[where], rounded[where]
+    where = (rounded != actual).nonzero().squeeze(1)
+    got, nearest = actual.index_select(0, where), rounded.index_select(0, where)
     number = ~(got.isnan() & nearest.isnan())
     if not bool(number.all()):
-        where = tuple(index[number] for index in where)
-        got, nearest = got[number], nearest[number]
-        if not got.numel():
-            return None
+        where, got, nearest = where[number], got[number], nearest[number]
+    if not where.numel():
+        return None
 
     def there(x: Tensor | float) -> Tensor | float:
-        return x.expand(actual.shape)[where] if isinstance(x, Tensor) else x
+        return x.index_select(0, where) if isinstance(x, Tensor) and x.dim() else x
 
     info = torch.finfo(actual.dtype)
-    right, wide, bound = exact[where], got.double(), there(twin.bound)
+    right, wide, allowed = exact.index_select(0, where), got.double(), there(bound)
     error, spacing = (wide - right).abs(), _spacing(right, got.dtype)
     last = info.eps / 2 * right.abs() + _half_subnormal(got.dtype)
     # With a bound of 0 only the correctly rounded result will do: any other is more than half a unit away, or breaks a tie.
-    ratio = (2 * error / spacing).clamp(min=JUST_WRONG) if _is_zero(twin.bound) else error / (bound + last)
+    ratio = (2 * error / spacing).clamp(min=JUST_WRONG) if _is_zero(bound) else error / (allowed + last)
     # Above half a unit beyond the largest number the rounded result is Inf, which is no error.
-    beyond = got.isinf() & (torch.sign(wide) * right + bound >= info.max * (1 + info.eps / 4))
+    beyond = got.isinf() & (torch.sign(wide) * right + allowed >= info.max * (1 + info.eps / 4))
     # So it is where numbers on the way are so large, by the bound, that they may have exceeded the format of the arithmetic.
-    inside = torch.finfo(got.dtype if twin.note else torch.float32)
-    beyond |= ~got.isfinite() & torch.as_tensor(bound >= inside.eps / 2 * inside.max / ROOM, device=got.device)
-    ratio = torch.where(beyond, 0.0, ratio.nan_to_num(math.inf, math.inf))
+    inside = torch.finfo(arithmetic)
+    beyond |= ~got.isfinite() & torch.as_tensor(allowed >= inside.eps / 2 * inside.max / ROOM, device=got.device)
+    ratio = ratio.nan_to_num(math.inf, math.inf).masked_fill(beyond, 0.0)
     # Where the arithmetic before the last rounding may cost a unit by itself, its errors are not the rounding's.
-    close = there(_spared(twin)) <= spacing / 4
-    excess = torch.where(close, (wide - nearest.double()) / spacing, 0.0).nan_to_num(0.0, 0.0, 0.0)
-    outside = (error > 6 * there(twin.typical) + last) & ~beyond if twin.typical is not None else None
+    far = there(spared) > spacing / 4
+    excess = ((wide - nearest.double()) / spacing).masked_fill(far, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    outside = (error > 6 * there(typical) + last) & ~beyond if typical is not None else None
     return _Off(where, ratio, excess, outside)
 
 
-def _close(twin: Twin, exact: Tensor, dtype: torch.dtype) -> int:
-    """Return over how many elements the mean excess is taken: where the arithmetic before the last rounding costs no unit."""
-    spared = _spared(twin)
-    return exact.numel() if _is_zero(spared) else int((spared <= _spacing(exact, dtype) / 4).sum())
+def _close(spared: Tensor | float, exact: Tensor, dtype: torch.dtype) -> int:
+    """Return over how many elements the mean excess is taken: where the arithmetic before the last rounding costs no unit.
+
+    Of many elements that share is taken of some, at equal distances: odd ones, which meet all columns of most matrices.
+    """
+    if _is_zero(spared):
+        return exact.numel()
+    step = -(-exact.numel() // SOME) | 1
+    some = exact[::step]
+    near = (spared[::step] if isinstance(spared, Tensor) and spared.dim() else spared) <= _spacing(some, dtype) / 4
+    return round(exact.numel() * float(near.double().mean()))
 
 
-def _spared(twin: Twin) -> Tensor | float:
-    return twin.bound if twin.typical is None else 6 * twin.typical
+def _flat(x: Tensor | float | None, like: Tensor) -> Any:
+    """Return a bound for each element in a row, or one number for all."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.reshape(()) if x.numel() == 1 else x.expand(like.shape).reshape(-1)
+
+
+def _index(place: int, shape: torch.Size) -> tuple[int, ...]:
+    """Return the index of an element from its place among all."""
+    index: list[int] = []
+    for size in reversed(shape):
+        place, at = divmod(place, size)
+        index.insert(0, at)
+    return tuple(index)
 
 
 def _spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
