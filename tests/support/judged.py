@@ -19,13 +19,18 @@ FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def recorded(function: Callable[[], Any]) -> list[Values]:
-    """Return the operations of a function, in order."""
+    """Return the operations of a function, in order. What a later one writes to, an earlier one has too."""
     seen: list[Values] = []
-    recorder = Recorder(nn.Identity(), choose=_values, observe=seen.append)
+    observed(function, seen.append)
+    return seen
+
+
+def observed(function: Callable[[], Any], observe: Callable[[Values], None]) -> None:
+    """Hand each operation of a function on as soon as it has run."""
+    recorder = Recorder(nn.Identity(), choose=_values, observe=observe)
     with recorder:
         function()
     assert not recorder.failures, recorder.failures
-    return seen
 
 
 def the(name: str, function: Callable[[], Any]) -> Values:

@@ -10,10 +10,11 @@ import pytest
 pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
 import torch
 import torch.nn.functional as F
-from judged import FORMATS, as_if, forged, moved, recorded, the, verdicts
+from judged import FORMATS, as_if, forged, moved, observed, the, verdicts
 from torch import Tensor
 
 from refimpl.parity.audit.judge.judge import Judge
+from refimpl.parity.audit.values import Values
 from refimpl.parity.audit.verdict import LEVELS
 
 SOFTMAX = ("_softmax", "_softmax_backward_data", "_safe_softmax", "_log_softmax", "_log_softmax_backward_data", "logsumexp")
@@ -37,12 +38,14 @@ def backward(y: Tensor) -> None:
 def levels(function: Call, names: tuple[str, ...]) -> dict[tuple[str, str], str]:
     """Return operation and result -> worst level, for the operations with these names; all of them are judged."""
     found = dict[tuple[str, str], str]()
-    for values in recorded(function):
-        if values.operation.name.split(".")[1] in names:
-            for verdict in verdicts(values).values():
-                key = values.operation.name.split(".")[1], verdict.result
-                found[key] = min(found.get(key, "fine"), verdict.level, key=LEVELS.index)
-                assert verdict.ratio <= 1, (values.operation.name, verdict)
+
+    def judge(values: Values) -> None:
+        name = values.operation.name.split(".")[1]
+        for verdict in verdicts(values).values() if name in names else ():
+            found[name, verdict.result] = min(found.get((name, verdict.result), "fine"), verdict.level, key=LEVELS.index)
+            assert verdict.ratio <= 1, (name, verdict)
+
+    observed(function, judge)
     return found
 
 

@@ -15,13 +15,14 @@ from refimpl.parity.audit.judge import (
     products,
     reductions,
     scaling,
+    updates,
 )
 from refimpl.parity.audit.values import Twin, Values
 
 Family = Callable[[Values], Iterable[Twin]]
 JUDGES: dict[str, Family] = {
     **casts.JUDGES, **elementwise.JUDGES, **functions.JUDGES, **lists.JUDGES, **products.JUDGES, **reductions.JUDGES,
-    **exponentials.JUDGES, **norms.JUDGES, **channel_norms.JUDGES, **scaling.JUDGES,
+    **exponentials.JUDGES, **norms.JUDGES, **channel_norms.JUDGES, **scaling.JUDGES, **updates.JUDGES,
 }  # fmt: skip
 """By an operation's name, with its overload ('aten.add.Tensor') or for all of its overloads ('aten.mm')."""
 
