@@ -7,6 +7,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from refimpl.parity.audit.calls import CallWatch
 from refimpl.parity.audit.conversions import Conversions
 from refimpl.parity.audit.finding import Finding, is_serious, merged
 from refimpl.parity.audit.judge.judge import Judge
+from refimpl.parity.audit.loop_recipe import LoopRecipe, loop_recipe
 from refimpl.parity.audit.operation import Keep, Operation
 from refimpl.parity.audit.recorder import Recorder
 from refimpl.parity.audit.report.data import contents, kept_operations
@@ -89,6 +91,7 @@ class Audit:
         self._rank = 0
         self.recording, self._whole = False, True
         self._stance: Any = None
+        self._view: View | None = None
 
     def __enter__(self) -> Audit:
         """Begin the audit, at the beginning of a step. Errors: UsageError if one is running."""
@@ -155,6 +158,10 @@ class Audit:
         """The exceptions of the audit itself, of rules and judges too."""
         return self._failures + self.recorder.failures
 
+    def recipe(self) -> LoopRecipe | None:
+        """Return the loop's recipe, read off the last audited step that has ended; None if none has."""
+        return self._guarded("recipe: ", loop_recipe, self._view, self.scaler) if self._view is not None else None
+
     def report(self, folder: str | Path = "runs/audit") -> Path:
         """Write audit.html and audit.json to a folder, print the summary, and return the path of the page.
 
@@ -201,6 +208,7 @@ class Audit:
                 del self._borders[list(self._borders)[1]]
         parameters = self._guarded("", parameters_of, self.model, self.optimizers) or {}
         view = View(step, tuple(self.steps)[:-1], self._borders, parameters)
+        self._view = replace(view, earlier=()) if complete else self._view
         for rule in RULES.values():
             if complete or rule.unended:
                 self._guarded(f"rule {rule.code}: ", self._ask, rule, view)
