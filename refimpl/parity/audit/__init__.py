@@ -7,6 +7,9 @@
     judge/                 every operation beside the same one in FP64; verdict.py: `Verdict`, its statistics and levels
     rules/                 the catalogue of mistakes in training loops; finding.py: `Finding`, one of them found
     conversions.py         `Conversions`: what every cast did, and the room before overflow; rounding_counts.py: one tensor's
+    loop_recipe.py         the loop as a recipe of refimpl's, and the nearest one; loop_rows.py: its operations' formats and
+                           sums; loop_states.py: what it keeps per parameter, and its loss scale
+    factors.py             the factor that gradients carry, from the scaled loss to the update
     origins.py             where Inf and NaN begin, and which loss scale would have helped
     values.py              `Values`: an operation while its tensors are alive; `Twin`: its result in FP64, with a bound
     borders.py, calls.py   what is read between two steps; calls of backward and of optimizers in a step

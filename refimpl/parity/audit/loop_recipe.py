@@ -126,11 +126,11 @@ class LoopRecipe:
             "states": [{**asdict(state), "bytes": state.bytes} for state in self.states.states],
             "trained": self.states.trained,
             "bytes_per_parameter": self.states.bytes_per_parameter,
-            "loss_scale": asdict(self.scale),
+            "loss_scale": {**asdict(self.scale), "text": self.scale.text},
         }
 
 
-def loop_recipe(view: View, scaler: Any = None) -> LoopRecipe:
+def recipe_of(view: View, scaler: Any = None) -> LoopRecipe:
     """Return the recipe of a loop, from an audited step that has ended as steps do. scaler: its GradScaler, None without."""
     rows, states, scale = rows_of(view.step), states_of(view), scale_rule(view, scaler)
     kinds = _kinds_of_attention(rows)

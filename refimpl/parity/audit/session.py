@@ -21,7 +21,7 @@ from refimpl.parity.audit.calls import CallWatch
 from refimpl.parity.audit.conversions import Conversions
 from refimpl.parity.audit.finding import Finding, is_serious, merged
 from refimpl.parity.audit.judge.judge import Judge
-from refimpl.parity.audit.loop_recipe import LoopRecipe, loop_recipe
+from refimpl.parity.audit.loop_recipe import LoopRecipe, recipe_of
 from refimpl.parity.audit.operation import Keep, Operation
 from refimpl.parity.audit.recorder import Recorder
 from refimpl.parity.audit.report.data import contents, kept_operations
@@ -160,7 +160,7 @@ class Audit:
 
     def recipe(self) -> LoopRecipe | None:
         """Return the loop's recipe, read off the last audited step that has ended; None if none has."""
-        return self._guarded("recipe: ", loop_recipe, self._view, self.scaler) if self._view is not None else None
+        return self._guarded("recipe: ", recipe_of, self._view, self.scaler) if self._view is not None else None
 
     def report(self, folder: str | Path = "runs/audit") -> Path:
         """Write audit.html and audit.json to a folder, print the summary, and return the path of the page.

@@ -18,8 +18,8 @@ from clean_loops import CleanLoop, Run
 from clean_optimizers import BitsAdamW, Masters
 from torch import Tensor, nn
 
-from refimpl.parity.audit import Audit
-from refimpl.parity.audit.loop_recipe import LoopRecipe, loop_recipe
+from refimpl.parity.audit import Audit, loop_recipe
+from refimpl.parity.audit.loop_recipe import LoopRecipe
 from refimpl.parity.audit.loop_rows import folded, rows_of
 from refimpl.parity.pytorch import RECIPES
 from refimpl.parity.pytorch_model import PyTorchTraining
@@ -345,7 +345,7 @@ def test_the_precision_of_sums_is_read_off_the_verdicts(dtype: torch.dtype, chan
     for o in view.step.operations:
         if o.name.startswith("aten.addmm"):
             o.verdicts = tuple(replace(verdict, **change) for verdict in o.verdicts)
-    found = loop_recipe(view)
+    found = loop_recipe.recipe_of(view)
     assert [d.text for d in found.departures] == ([f"linear.y that {sums} at up and down"] if sums else [])
 
 

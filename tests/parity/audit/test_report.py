@@ -363,7 +363,7 @@ def test_every_key_of_the_data_is_documented(tmp_path: Path) -> None:
         return {key for part in value for key in keys(part)} if isinstance(value, list) else set()
 
     data = many(1)
-    inner = {key for name in ("training", "findings", "operations", "casts", "coverage") for key in keys(data[name])}
+    inner = {key for name in ("training", "findings", "recipe", "operations", "casts", "coverage") for key in keys(data[name])}
     named = set(re.findall(r"`([\w-]+)`", page))
     formats = set(data["training"]["formats"])
     assert (set(data) | inner) - formats - named == set()

@@ -5,7 +5,7 @@
     flags.py               what of PyTorch's settings decides how operations compute, as it is in force
     wording.py             numbers and places as text, the same on page and terminal
     terminal.py            the data as a few lines for the terminal
-    page.py                the data as an HTML page; casts_part.py: what conversions did
+    page.py                the data as an HTML page; casts_part.py: what conversions did; recipe_part.py: the recipe
     operands.py            `Operands`: arguments and results of a few operations, kept to be judged once more
     catalogue_page.py      the catalogue of rules as a page of docs/
     excerpts.py            a part of an operation that is too large to be kept

@@ -25,6 +25,7 @@ MOST_MODULES = 50
 
 def contents(audit: Audit) -> dict[str, Any]:
     """Return what an audit has found so far."""
+    recipe = audit.recipe()
     replays = kept_operations(audit)
     names = {key: name for name, (_, keys) in replays.items() for key in keys}
     ranked = sorted(audit.findings.values(), key=lambda found: (LEVELS.index(found.level), found.step, found.code))
@@ -35,6 +36,7 @@ def contents(audit: Audit) -> dict[str, Any]:
         "findings": [{**_finding(found), "replay": names.get(found.code)} for found in ranked],
         "coverage": _coverage(audit.judge),
         "operations": [{**row, "replay": names.get(kind)} for kind, row in audit.table.data()],
+        "recipe": recipe.data() if recipe is not None else None,
         "casts": audit.conversions.data(),
         "flags": audit.flags,
         "versions": versions(),

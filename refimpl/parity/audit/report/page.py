@@ -8,6 +8,7 @@ from typing import Any
 from refimpl.parity.audit.finding import is_serious
 from refimpl.parity.audit.report import wording
 from refimpl.parity.audit.report.casts_part import casts_section
+from refimpl.parity.audit.report.recipe_part import recipe_section
 from refimpl.training.html.page import document, paragraphs, section, table, text
 
 CSS = """
@@ -38,6 +39,7 @@ def audit_page(data: Mapping[str, Any]) -> str:
     sections = [
         paragraphs([wording.training_line(training) + ".", wording.program_sentence(training)]),
         _findings(data["findings"], training),
+        section("Recipe", *recipe_section(data["recipe"])) if data["recipe"] is not None else "",
         section("Operations", *_operations(data["operations"])),
         section("Casts", *casts_section(data["casts"])),
         section("Coverage", *_coverage(data["coverage"])),

@@ -47,6 +47,8 @@ def _finding(found: Mapping[str, Any]) -> list[str]:
 
 def _rest(data: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines on operations, coverage, flags and what failed."""
+    if data["recipe"] is not None:
+        yield from _wrapped(f"recipe: {data['recipe']['sentence']}", 2, most=3)
     rows = data["operations"]
     bad = [row for row in rows if is_serious(row["level"])]
     if rows:
