@@ -162,11 +162,11 @@ def nonfinite(values: Values) -> NonFinite | None:
     arguments = dict(_bad_arguments(values))
     wants_nan = any(c.nan for c in counts.values()) and not any(c.nan for c in arguments.values())
     name = next((n for n, c in counts.items() if c.nan or not wants_nan), next(iter(counts)))
-    tensor = results[name]
+    tensor = _readable(results[name])
     bad = tensor.isnan() if wants_nan else ~tensor.isfinite()
     position = _index(int(bad.flatten().to(torch.uint8).argmax()), tensor)
-    dtype = name_of(tensor.dtype)
-    found = NonFinite(counts, arguments, name, position, float(tensor[position]), dtype, torch.finfo(tensor.dtype).max)
+    dtype = results[name].dtype
+    found = NonFinite(counts, arguments, name, position, float(tensor[position]), name_of(dtype), torch.finfo(dtype).max)
     if not found.born:
         return found
     return _with_exact(values, found, tensor)
@@ -218,12 +218,16 @@ def all_finite(tensor: Tensor) -> bool:
     """Return whether all elements are finite."""
     if not tensor.numel():
         return True
-    if tensor.dtype.itemsize == 1:  # FP8 has no arithmetic
-        tensor = tensor.float()
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # in a tenth of the time of all elements' own
+    return bool(torch.stack(_readable(tensor).aminmax()).isfinite().all())  # in a tenth of the time of all elements' own
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Return a tensor that has arithmetic: FP8 has none."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
 def _counts(tensor: Tensor) -> Counts:
+    tensor = _readable(tensor)
     return Counts(int(tensor.isnan().sum()), int(tensor.isinf().sum()))
 
 

@@ -17,11 +17,22 @@ EXACT = 2**24
 """FP32 holds all integers up to this one."""
 
 
+LONG = 2**22
+"""A sum of more terms than this is not made by one partial sum."""
+LANES = 16
+"""The least number of partial sums that PyTorch's kernels keep in a long FP32 sum."""
+
+
 def gamma(n: float) -> float:
-    """Return the largest relative error of n FP32 roundings in a row, n u / (1 - n u)."""
-    if n * U >= 0.5:
-        raise CannotJudge("a sum of more than 2^23 terms: no useful bound holds for every order")
-    return n * U / (1 - n * U)
+    """Return the largest relative error of a sum of n FP32 terms, or of n roundings in a row: n u / (1 - n u).
+
+    That holds for sums in any order. Of more than LONG terms it is about 1 and says nothing; there it is the error of a sum by
+    LANES partial sums, which have n / LANES terms each, and LANES more roundings where they are added.
+    """
+    rows = n if n <= LONG else n / LANES + LANES
+    if rows * U >= 0.5:
+        raise CannotJudge("a sum of more than 2^27 terms: no useful bound is known")
+    return rows * U / (1 - rows * U)
 
 
 def in_fp64(values: Values, change: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:

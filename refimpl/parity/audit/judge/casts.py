@@ -51,7 +51,7 @@ MOVES = """
     gather hardtanh hardtanh_ hardtanh_backward heaviside index index_copy index_copy_ index_fill index_fill_ index_select
     kthvalue masked_fill masked_fill_ masked_scatter masked_scatter_ masked_select max max_pool2d_with_indices
     max_pool3d_with_indices maximum median min minimum mode neg neg_ new_full new_ones new_zeros
-    ones ones_like permute_copy pixel_shuffle pixel_unshuffle put reflection_pad1d reflection_pad2d relu relu_ relu6 repeat
+    ones ones_like permute_copy pixel_shuffle pixel_unshuffle reflection_pad1d reflection_pad2d relu relu_ relu6 repeat
     repeat_interleave replication_pad1d replication_pad2d roll round round_ scalar_tensor scatter scatter_ select_backward
     select_copy select_scatter sgn sign slice_backward slice_copy slice_scatter sort split_copy split_with_sizes_copy
     squeeze_copy stack t_copy take threshold threshold_ threshold_backward topk transpose_copy tril tril_ triu triu_ trunc

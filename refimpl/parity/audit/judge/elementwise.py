@@ -93,10 +93,14 @@ def power(values: Values) -> Iterator[Twin]:
     """Judge pow, exp(p log x): u |p log x| of the argument, 2 ulp of exp, one rounding; squares are correctly rounded.
 
     On the CPU in 16 bits, exponents and bases that are numbers are rounded, and some exponents have kernels that round inside.
+    The powers 1/2 and -1/2 of -Inf are Inf and 0, or NaN where a kernel takes the root.
     """
     name, actual = float_result(values)
     exact = in_fp64(values)[name]
     x, exponent = values.inputs["self"], values.inputs["exponent"]
+    if not isinstance(exponent, Tensor) and abs(exponent) == 0.5:
+        known = actual.isnan() | (actual == (torch.inf if exponent > 0 else 0))
+        exact = torch.where((x == -torch.inf) & known, actual, exact)
     if not isinstance(exponent, Tensor) and exponent == 2:
         yield Twin(name, actual, exact, 0.0)
         return

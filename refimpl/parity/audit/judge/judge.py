@@ -78,5 +78,6 @@ def produces(values: Values) -> bool:
     if schema is None or operation.name.startswith(ALLOCATIONS):
         return False
     views = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
+    views |= torch.Tag.inplace_view in operation.overload.tags
     seeded = torch.Tag.nondeterministic_seeded in operation.overload.tags
     return not views and (not seeded or family_of(operation.name) is not None)  # attention is seeded, without dropout too

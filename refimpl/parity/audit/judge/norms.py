@@ -38,6 +38,8 @@ Sum = Callable[[float], float]
 """The relative error of a sum by its number of terms: gamma, or spread for a typical one."""
 ONE_PASS = "the kernel computes the variance as mean(x^2) - mean(x)^2"
 ROUNDED = "PyTorch's CPU kernel rounds mean, variance and rstd to 16 bits before it uses them"
+LARGEST = 2.0**127
+"""Half of what FP32 holds."""
 IN_16_BITS = "PyTorch's CPU kernel rounds this sum to the input's 16 bits after every row"
 
 
@@ -89,7 +91,8 @@ def errors_of(
 ) -> Errors:
     """Return the errors that FP32 sums make in the statistics of rows.
 
-    one_pass: the variance is mean(x^2) - mean^2. low: a format that each statistic is rounded to before it is used.
+    one_pass: the variance is mean(x^2) - mean^2. low: a format that each statistic is rounded to before it is used. There is
+    no bound where the squares of a row may add up to more than FP32 holds.
     """
     n, (u, least) = rows.n, (unit(low), smallest(low)) if low is not None else (0.0, 0.0)
     off = error(n + 2) * rows.x.abs().mean(-1, keepdim=True) + (u * mean.abs() + least)
@@ -97,6 +100,7 @@ def errors_of(
     if one_pass:
         of_var = of_var + error(n + 4) * (var + mean.square())
     of_var = of_var + (u * var + least)
+    of_var = of_var.where(rows.x.square().sum(-1, keepdim=True) < LARGEST, torch.inf)
     left = (1 - of_var / (var + eps)).clamp(min=1e-12)
     return Errors(off, of_var, left.rsqrt() - 1 + 6 * U + u)
 
@@ -113,12 +117,13 @@ def bound_of_y(rows: Rows, h: Tensor, mean: Tensor, rstd: Tensor, errors: Errors
 def bounds_of_dx(dh: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, more: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return the bound of dx and its typical error. dh = dy w, x (rows, n); mean, rstd (rows, 1) as stored.
 
-    more: what a kernel is known to add to the relative error of every term.
+    more: what a kernel is known to add to the relative error of every term. No bound as in `errors_of`, and for large dh x.
     """
     n, size = x.shape[-1], dh.abs()
     first, second = size.mean(-1, keepdim=True), (size * x).abs_().mean(-1, keepdim=True)
+    fits = torch.maximum(x.square().sum(-1, keepdim=True), n * second) < LARGEST
     slope = rstd.abs().pow(3) * (mean.abs() * first + second)
-    sums = x.abs().mul_(slope).add_(slope * mean.abs() + rstd.abs() * first)
+    sums = x.abs().mul_(slope).add_(slope * mean.abs() + rstd.abs() * first).where(fits, torch.inf)
     few = size.mul_(4 * U * rstd.abs())
     return (few * (1 + more / (4 * U))).add_(sums, alpha=gamma(n + 10) + more), few.add_(sums, alpha=spread(n) + 10 * U)
 
@@ -138,9 +143,12 @@ def forward(
 ) -> tuple[list[Twin], Tensor, Tensor, Errors, Errors]:
     """Return the twins of y, mean and rstd; and mean, variance, their errors and their typical errors.
 
-    one_pass, low: what the kernel is known to do, as in `errors_of`.
+    one_pass, low: what the kernel is known to do, as in `errors_of`. The mean of a row with an Inf is Inf, or NaN where a
+    kernel updates it by differences.
     """
     h, (_, mean, rstd, _) = define(layernorm_forward, "layernorm", rows.x, rows.ones, None, eps=eps)
+    if outputs[1].numel():
+        mean = mean.masked_fill(mean.isinf() & outputs[1].reshape(mean.shape).isnan(), math.nan)
     var = (rstd.pow(-2) - eps).clamp_(min=0)
     errors, usual = errors_of(gamma, rows, mean, var, eps, one_pass, low), errors_of(spread, rows, mean, var, eps, one_pass)
     note = ONE_PASS if one_pass else ROUNDED if low is not None else ""

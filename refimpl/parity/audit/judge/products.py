@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from refimpl.parity.audit.judge.again import U, gamma, is_16_bit
+from refimpl.parity.audit.judge.roundings import smallest, unit
 from refimpl.parity.audit.values import CannotJudge, Twin, Values
 
 SCATTERED = "the CPU kernel adds the contributions of a kernel's elements in the tensor's format"
 PER_IMAGE = "the CPU kernel adds the images' contributions in the tensor's format"
+FACTORS = "the CPU kernel rounds alpha, beta and their products to the tensor's format"
 SAMPLE = 48
 """Rows, and columns, of a large product that are judged."""
 SMALL = 2**18
@@ -40,9 +42,14 @@ def sampled(n: int, offset: int, count: int = SAMPLE) -> slice:
 
 
 def product(
-    values: Values, a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1, beta: float = 1
+    values: Values, a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1, beta: float = 1,
+    more: float = 0.0, note: str = "",
 ) -> Iterator[Twin]:
-    """Yield the twin of beta bias + alpha a b, for matrices (m, K) (K, n) or batches of them in front."""
+    """Yield the twin of beta bias + alpha a b, for matrices (m, K) (K, n) or batches of them in front.
+
+    more, note: what a kernel is known to add to the relative error of every term, and why. Where K = 0 the CPU multiplies by
+    beta in the tensor's format, to which it rounds beta first: two more roundings.
+    """
     name, actual = next(iter(values.results()))
     if actual.dtype == torch.float64:
         raise CannotJudge("in FP64 already")
@@ -58,24 +65,27 @@ def product(
         b = b[batches, :, columns] if whole else b[:, columns]
         actual = actual[pick]
         bias = bias[pick] if bias is not None else None
+    if K == 0 and is_16_bit(actual) and not actual.is_cuda:
+        more, note = 2 * unit(actual.dtype), FACTORS
     wide_a, wide_b = a.double(), b.double()
     exact = wide_a @ wide_b
     size = wide_a.abs() @ wide_b.abs()
     root = (wide_a.square_() @ wide_b.square_()).sqrt_()
     # Terms of one sign make a result larger than the root of K terms; its own roundings count then.
     terms = torch.maximum(abs(alpha) * size / math.sqrt(max(K, 1)), exact.abs())
-    bound = size.mul_(abs(alpha) * gamma((2 * K if actual.is_cuda else K) + 2)).add_(K * 2.0**-126)
+    error = gamma((2 * K if actual.is_cuda else K) + 2)
+    bound = size.mul_(abs(alpha) * (error + more)).add_(K * 2.0**-126 + (K + 1) * (smallest(actual.dtype) if more else 0.0))
     if alpha != 1:
         exact.mul_(alpha)
     root.mul_(abs(alpha)).add_(exact.abs())
     if bias is not None:
         added = bias.double() * beta
         exact.add_(added)
-        bound.add_(added.abs_(), alpha=gamma((2 * K if actual.is_cuda else K) + 2))
+        bound.add_(added.abs_(), alpha=error + more)
         root.add_(added)
         terms = terms + added
     typical = root.mul_(U * math.sqrt(max(K, 1))).add_(K * 2.0**-126)
-    yield Twin(name, actual, exact, bound, typical, products=terms)
+    yield Twin(name, actual, exact, bound, typical, products=terms, note=note)
 
 
 def matrix(values: Values) -> Iterator[Twin]:
@@ -92,7 +102,11 @@ def matrix_and_bias(values: Values) -> Iterator[Twin]:
 
 
 def vector(values: Values) -> Iterator[Twin]:
-    """Judge mv, dot and addmv, as products of one row or column."""
+    """Judge mv, dot and addmv, as products of one row or column.
+
+    In 16 bits the CPU's addmv rounds alpha, beta, their products and the sum to the tensor's format, and where the matrix's
+    columns are contiguous the sum after each of the K terms too: 4 roundings of all terms, or K + 3.
+    """
     given = values.inputs
     name, actual = next(iter(values.results()))
     a = given["self"] if "mat" not in given else given["mat"]
@@ -100,12 +114,13 @@ def vector(values: Values) -> Iterator[Twin]:
     bias = given["self"][..., None] if "mat" in given else None
     one = Values(values.operation, values.names, values.args, values.kwargs, actual.reshape(-1, 1), {})
     a = a if a.dim() == 2 else a[None]
-    for twin in product(one, a, b[:, None], bias, given.get("alpha", 1), given.get("beta", 1)):
+    more, note = 0.0, ""
+    if bias is not None and is_16_bit(actual) and not actual.is_cuda:
+        more, note = (a.shape[1] + 3 if a.stride(0) == 1 else 4) * unit(actual.dtype), FACTORS
+    for twin in product(one, a, b[:, None], bias, given.get("alpha", 1), given.get("beta", 1), more, note):
         shape = actual.shape if twin.actual.numel() == actual.numel() else twin.actual.shape
-        yield twin._replace(
-            result=name, actual=twin.actual.reshape(shape), exact=twin.exact.reshape(shape),
-            bound=torch.as_tensor(twin.bound).reshape(shape), typical=torch.as_tensor(twin.typical).reshape(shape),
-        )  # fmt: skip
+        exact, bound, typical = (torch.as_tensor(x).reshape(shape) for x in (twin.exact, twin.bound, twin.typical))
+        yield twin._replace(result=name, actual=twin.actual.reshape(shape), exact=exact, bound=bound, typical=typical)
 
 
 # ------------------------------------------------------------------------------------------------- convolution
@@ -140,12 +155,15 @@ def convolution(values: Values) -> Iterator[Twin]:
 
 
 def convolution_gradients(values: Values) -> Iterator[Twin]:
-    """Judge convolution_backward: sums over the outputs that an input reached, and over images and places."""
+    """Judge convolution_backward: sums over the outputs that an input reached, and over images and places.
+
+    In 16 bits the CPU adds parts of them in the tensor's format, those of the bias where the convolution is dilated.
+    """
     given = values.inputs
     gradient, x, w = given["grad_output"], given["input"], given["weight"]
     rest, groups, mask = _geometry(given), _geometry(given)[5], given["output_mask"]
     sizes = given["bias_sizes"]
-    places = gradient.numel() // gradient.shape[1]
+    places, dilated = gradient.numel() // gradient.shape[1], any(step != 1 for step in given["dilation"])
     kernel = math.prod(w.shape[2:])
     terms = (kernel * gradient.shape[1] // groups, places, places)
 
@@ -158,9 +176,9 @@ def convolution_gradients(values: Values) -> Iterator[Twin]:
         if mask[i]:
             factor = 2 * K if actual.is_cuda else K
             bound = gamma(factor + 2) * size[i] + K * 2.0**-126
-            if is_16_bit(actual) and not actual.is_cuda and i < 2:
+            if is_16_bit(actual) and not actual.is_cuda and (i < 2 or dilated):
                 adds = kernel if i == 0 else x.shape[0]
-                bound += (adds + 1) * torch.finfo(actual.dtype).eps / 2 * size[i]
+                bound += (adds + 1) * (unit(actual.dtype) * size[i] + smallest(actual.dtype) / 2)
                 yield Twin(f"out.{i}", actual, exact[i], bound, note=SCATTERED if i == 0 else PER_IMAGE)
                 continue
             root = squares[i].clamp(min=0).sqrt() if i < 2 else size[i]

@@ -65,6 +65,40 @@ def spread_over(values: Values) -> float:
     return float(math.prod(source.shape[2:]))
 
 
+def interpolated_linearly(values: Values) -> Iterator[Twin]:
+    """Judge upsample_bilinear2d and its backward: weighted sums, whose weights come from positions in FP32.
+
+    A result has 4 terms, in backward at most as many as there are positions within 1 of a point, 2 s + 3 on an axis of scale s;
+    each of 4 roundings. A position on an axis of n points, i / s or (i + 1/2) / s - 1/2, errs by 4 u (n + 1) at most, and that
+    much of each neighbour's weight goes to another one, also where the position passes a point. So a result changes by
+    8 u (h + w + 2) times the largest of the points around it, for which the sum over 3 by 3 points stands; in backward it is
+    the gradients that reach these points.
+    """
+    given = values.inputs
+    exact, size = in_fp64(values)["out"], in_fp64(values, Tensor.abs)["out"].abs()
+    if "grad_output" in given:
+        around, points = _around(size), given["input_size"][-2:]
+        n = math.prod(map(_reaching, given["output_size"], points, (given.get("scales_h"), given.get("scales_w"))))
+    else:
+        at = values.names.index("self")
+        args = (*values.args[:at], _around(given["self"].double().abs()), *values.args[at + 1 :])
+        around = in_fp64(Values(values.operation, values.names, args, values.kwargs, values.output, {}))["out"]
+        points, n = given["self"].shape[-2:], 4.0
+    moved = 8 * U * (sum(points) + 2) * around
+    yield Twin("out", values.output, exact, gamma(n + 4) * size + moved, U * math.sqrt(n + 4) * size + moved)
+
+
+def _reaching(results: int, points: int, scale: float | None) -> float:
+    """Return how many results of an interpolation a point may reach on one axis: those past the end reach the last one."""
+    past = max(0.0, results - points * scale) if scale else 0.0
+    return min(2 * max(results / points, scale or 0.0) + 3 + past, results)
+
+
+def _around(x: Tensor) -> Tensor:
+    """Return the sums over 3 by 3 neighbours."""
+    return 9 * torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+
+
 def running(values: Values) -> Iterator[Twin]:
     """Judge cumsum: after i terms gamma(i) of the sum of absolute values so far, so gamma(n) of it everywhere."""
     exact, size = in_fp64(values), in_fp64(values, Tensor.abs)
@@ -201,7 +235,7 @@ JUDGES = {
     **dict.fromkeys(("aten.avg_pool1d", "aten.avg_pool2d"), linear(window)),
     **dict.fromkeys(("aten._adaptive_avg_pool2d", "aten.adaptive_avg_pool1d"), linear(spread_over)),
     **dict.fromkeys(("aten.avg_pool2d_backward", "aten._adaptive_avg_pool2d_backward"), pooled_mean_gradient),
-    **dict.fromkeys(("aten.upsample_bilinear2d", "aten.upsample_bilinear2d_backward"), linear(spread_over)),
+    **dict.fromkeys(("aten.upsample_bilinear2d", "aten.upsample_bilinear2d_backward"), interpolated_linearly),
     "aten.upsample_nearest2d_backward": linear(spread_over),
     "aten.cumsum": running,
     "aten.prod": product,

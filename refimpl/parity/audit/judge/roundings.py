@@ -6,15 +6,13 @@ import math
 
 import torch
 
-from refimpl.parity.audit.judge.again import U
+from refimpl.parity.audit.judge.again import LANES, U
 
 FUNCTION = 4 * U
 """exp, log, tanh, rsqrt: 2 ulp, each 2 u. PyTorch's vectorized functions state 1 ulp (SLEEF u10, MKL) or 2 (its own exp_u20),
 CUDA's expf, logf and rsqrtf 1 to 2."""
 FLUSHED = 2.0**-126
 """Numbers below the smallest normal one of FP32 may be flushed to 0."""
-LANES = 16
-"""The least number of partial sums that PyTorch's kernels keep in a long FP32 sum."""
 
 
 def spread(n: float) -> float:

@@ -15,6 +15,7 @@ from refimpl.parity.audit.judge import (
     products,
     reductions,
     scaling,
+    scatters,
     updates,
 )
 from refimpl.parity.audit.values import Twin, Values
@@ -22,7 +23,7 @@ from refimpl.parity.audit.values import Twin, Values
 Family = Callable[[Values], Iterable[Twin]]
 JUDGES: dict[str, Family] = {
     **casts.JUDGES, **elementwise.JUDGES, **functions.JUDGES, **lists.JUDGES, **products.JUDGES, **reductions.JUDGES,
-    **exponentials.JUDGES, **norms.JUDGES, **channel_norms.JUDGES, **scaling.JUDGES, **updates.JUDGES,
+    **exponentials.JUDGES, **norms.JUDGES, **channel_norms.JUDGES, **scaling.JUDGES, **scatters.JUDGES, **updates.JUDGES,
 }  # fmt: skip
 """By an operation's name, with its overload ('aten.add.Tensor') or for all of its overloads ('aten.mm')."""
 
