@@ -13,6 +13,7 @@ from refimpl.parity.audit.judge import (
     lists,
     norms,
     products,
+    recurrent,
     reductions,
     scaling,
     scatters,
@@ -24,6 +25,7 @@ Family = Callable[[Values], Iterable[Twin]]
 JUDGES: dict[str, Family] = {
     **casts.JUDGES, **elementwise.JUDGES, **functions.JUDGES, **lists.JUDGES, **products.JUDGES, **reductions.JUDGES,
     **exponentials.JUDGES, **norms.JUDGES, **channel_norms.JUDGES, **scaling.JUDGES, **scatters.JUDGES, **updates.JUDGES,
+    **recurrent.JUDGES,
 }  # fmt: skip
 """By an operation's name, with its overload ('aten.add.Tensor') or for all of its overloads ('aten.mm')."""
 
