@@ -3,11 +3,115 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from clean_optimizers import BitsAdamW, Masters, StochasticAdamW
 from hf_loop import HFLoop, injected
-from torch import nn
+from torch import Tensor, nn
+
+
+class RoundsAtRandom(HFLoop):
+    """Weights in bfloat16 that stochastic rounding trains."""
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return StochasticAdamW(parameters, self.lr)
+
+
+@injected("A1", dtype=torch.bfloat16, lr=1e-5)
+class RoundsToNearest(RoundsAtRandom):
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return BitsAdamW(parameters, self.lr)
+
+
+class HasMasters(HFLoop):
+    """Weights in bfloat16 that are copied from FP32 masters."""
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        self.masters = Masters(parameters, lr=self.lr)
+        return self.masters.optimizer
+
+    def update(self) -> None:
+        self.clip()
+        self.masters.receive()
+        self.optimizer.step()
+        self.send()
+
+    def send(self) -> None:
+        self.masters.send()
+
+
+@injected("A1", dtype=torch.bfloat16, lr=1e-5)
+class UpdatesTheWeights(HasMasters):
+    """The masters are there, and the weights are updated in their place."""
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        self.weights = parameters
+        return super().make_optimizer(parameters)
+
+    def update(self) -> None:
+        self.clip()
+        with torch.no_grad():
+            for p in self.weights:
+                p.add_(p.grad.sign(), alpha=-self.lr)
+                p.grad = None
+
+
+@injected("A2", dtype=torch.bfloat16)
+class ForgetsTheWeights(HasMasters):
+    def send(self) -> None:
+        pass
+
+
+@injected("A3", dtype=torch.bfloat16)
+class DecaysIn16Bits(RoundsAtRandom):
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return StochasticAdamW(parameters, self.lr, weight_decay=0.0)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for p in self.model.parameters():
+            p.mul_(1 - self.lr * 0.01)
+        super().update()
+
+
+@contextmanager
+def adds_nothing() -> Iterator[None]:
+    """Give PyTorch's add_ a kernel that does nothing in FP32."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def add(x: Tensor, other: Tensor, alpha: float = 1) -> Tensor:
+        return x if x.dtype == torch.float32 else x.copy_(torch.add(x, other, alpha=alpha))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        library.impl("add_.Tensor", add, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+class GivenAKernel(HFLoop):
+    """Plain gradient descent in one operation per weight."""
+
+    void = False
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, self.lr, foreach=False)
+
+    def update(self) -> None:
+        self.clip()
+        with adds_nothing() if self.void else nullcontext():
+            self.optimizer.step()
+
+
+@injected("A14")
+class UpdatesNothing(GivenAKernel):
+    void = True
 
 
 class AdamByHand(torch.optim.Optimizer):

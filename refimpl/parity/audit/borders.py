@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from refimpl.errors import UsageError
-from refimpl.parity.audit.roles import name_of
-from refimpl.parity.audit.step import Border, OptimizerFacts, ParameterFacts
+from refimpl.parity.audit.roles import local, name_of
+from refimpl.parity.audit.step import Border, MasterFacts, OptimizerFacts, ParameterFacts
+from refimpl.parity.audit.verdict import ulp
 
 Optimizers = Sequence[torch.optim.Optimizer]
+LOW = (torch.float16, torch.bfloat16)
 
 
 def optimizers_of(given: Any) -> tuple[torch.optim.Optimizer, ...]:
@@ -56,7 +58,44 @@ def border_of(model: nn.Module, optimizers: Optimizers, scaler: Any, schedulers:
     names = {id(p): name for name, p in model.named_parameters()}
     facts = tuple(_optimizer_facts(optimizer, names) for optimizer in optimizers)
     epochs = tuple(int(scheduler.last_epoch) for scheduler in schedulers)
-    return Border(scale, tracker, facts, epochs, None if scale is None else float(getattr(scaler, "_init_scale", scale)))
+    initial = None if scale is None else float(getattr(scaler, "_init_scale", scale))
+    return Border(scale, tracker, facts, epochs, initial, dict(masters_of(model, optimizers)))
+
+
+def masters_of(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[tuple[str, str], MasterFacts]]:
+    """Yield the model's 16-bit weights with the FP32 tensors that may be their masters.
+
+    A weight that an optimizer has may have its master in its state. Of the others, the k-th weight of a shape goes with the
+    k-th FP32 tensor of that shape which an optimizer has and the model has not, if there are as many of either.
+    """
+    weights = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad and p.dtype in LOW}
+    places = {id(p): name for name, p in model.named_parameters()}
+    foreign: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+    for i, optimizer in enumerate(optimizers if weights else ()):
+        for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            name, weight = weights.pop(id(p), ("", p))
+            if name:
+                state = optimizer.state.get(p, {})
+                for key, value in state.items() if isinstance(state, Mapping) else ():
+                    if isinstance(value, Tensor) and value.dtype == torch.float32 and value.shape == p.shape and p.dim():
+                        yield (name, f"{i}.{j}.{key}"), _master_facts(weight, value)
+            elif id(p) not in places and p.dtype == torch.float32:
+                foreign.setdefault(tuple(p.shape), []).append((f"{i}.{j}", p))
+    for shape, masters in foreign.items():
+        same = [(name, p) for name, p in weights.values() if tuple(p.shape) == shape]
+        for (name, weight), (place, master) in zip(same, masters, strict=True) if len(same) == len(masters) else ():
+            yield (name, place), _master_facts(weight, master)
+
+
+def _master_facts(weight: Tensor, master: Tensor) -> MasterFacts:
+    weight, master = local(weight).detach(), local(master).detach()
+    rounded = master.to(weight.dtype)
+    distance = (weight.double() - rounded.double()).abs() / ulp(weight.double(), weight.dtype)
+    # NaN is equal to nothing.
+    off = int((weight != rounded).count_nonzero())
+    bits = [int(x.contiguous().view(d).sum(dtype=torch.int64)) for x, d in ((weight, torch.int16), (master, torch.int32))]
+    largest = float(distance.nan_to_num(0.0, 0.0, 0.0).max()) if distance.numel() else 0.0
+    return MasterFacts(weight.numel(), off, largest, not bool(weight.any()), bits[0], bits[1])
 
 
 def parameters_of(model: nn.Module, optimizers: Optimizers) -> dict[str, ParameterFacts]:

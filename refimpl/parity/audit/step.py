@@ -24,12 +24,28 @@ class OptimizerFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class MasterFacts:
+    """A 16-bit weight and an FP32 tensor that an optimizer has, which may be its master, between two steps.
+
+    elements: of either; off: of the weight's, those that are not the rounded master; ulps: the largest distance, in units in
+    the last place of the weight. trivial: whether the weight is 0 everywhere. weight_bits, master_bits: sums of their bits,
+    which change if the tensors do.
+    """
+
+    elements: int
+    off: int
+    ulps: float
+    trivial: bool
+    weight_bits: int
+    master_bits: int
+
+
+@dataclass(frozen=True, slots=True)
 class Border:
     """The state of a training between two steps. scale, growth_tracker: of the GradScaler, None without one (or disabled).
 
-    initial_scale: the scale that it was made with.
-
-    scheduler: the values of `last_epoch` of each scheduler.
+    initial_scale: the scale that it was made with. scheduler: the values of `last_epoch` of each scheduler. masters: by the
+    weight's name and the other tensor's place in the optimizers.
     """
 
     scale: float | None
@@ -37,6 +53,7 @@ class Border:
     optimizers: tuple[OptimizerFacts, ...]
     schedulers: tuple[int, ...]
     initial_scale: float | None = None
+    masters: Mapping[tuple[str, str], MasterFacts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from refimpl.parity.audit.finding import Finding
 from refimpl.parity.audit.operation import Operation, TensorFacts, tensors_in
 from refimpl.parity.audit.rules.entry import Probe, rule
 from refimpl.parity.audit.rules.flow import LOW, finding_at
+from refimpl.parity.audit.rules.masters import copies_of_masters
 from refimpl.parity.audit.step import Step, View
 from refimpl.parity.audit.values import Values, is_float
 
@@ -98,14 +99,14 @@ def parameters_without_optimizer(view: View) -> Iterator[Finding]:
     """Parameters have gradients, and no optimizer has the parameters.
 
     Seen: gradients that backward accumulates for parameters in no group of the audited optimizers, and that nothing writes to
-    in the step. Not counted: frozen parameters; weights that are written from masters or by hand.
+    in the step. Not counted: frozen parameters; weights that are copies of masters, or written by hand.
     Effect: they do not train.
     Fix: make the optimizer after wrapping the model, from the parameters that it has then.
     Source: huggingface/accelerate#2665, #3256.
     """
     accumulated = {o.accumulates for o in view.step.operations if o.accumulates is not None}
-    written = _written(view.step, "parameter")
-    without = {n: p for n, p in view.parameters.items() if n in accumulated and not p.groups and n not in written}
+    owned = {name for name, _ in copies_of_masters(view)} | _written(view.step, "parameter")
+    without = {n: p for n, p in view.parameters.items() if n in accumulated and not p.groups and n not in owned}
     if without:
         elements = sum(math.prod(p.shape) for p in without.values())
         whole = sum(math.prod(p.shape) for p in view.parameters.values())

@@ -1,0 +1,185 @@
+"""What an operation of the update overwrites: each tensor with its elements before, after, and what FP64 gives.
+
+An update is one fused operation, a few on lists of tensors (foreach), or several for each tensor; here they are all single
+tensors: `overwritten` yields them one by one, so that at most one of them is in FP64 at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from refimpl.parity.audit.operation import TensorFacts
+from refimpl.parity.audit.values import Values, is_float
+
+PHASES = ("step", "other")
+"""Where updates happen: in an optimizer, or by hand between backward and the next forward pass."""
+
+
+Exact = Callable[[], Tensor | None]
+
+
+class Overwritten(NamedTuple):
+    """One tensor that an operation overwrites.
+
+    result: its name among the operation's results. kind: of the operation, without 'foreach': 'mul', 'add', 'lerp', 'copy',
+    'adamw' of a fused one. facts: of the tensor. before, after: its elements. partners: what else of this tensor's update the
+    operation reads, by argument; and scalars: the numbers. exact: the result in FP64, None where the operation is not known.
+    """
+
+    result: str
+    kind: str
+    facts: TensorFacts
+    before: Tensor
+    after: Tensor
+    partners: Mapping[str, Tensor]
+    partner_facts: Mapping[str, TensorFacts]
+    scalars: Mapping[str, float]
+    exact: Exact
+
+
+def overwritten(values: Values) -> Iterator[Overwritten]:
+    """Yield what an operation overwrites, and the result of a multiplication by a number as if it overwrote its input."""
+    base = values.operation.name.rpartition(".")[0].removeprefix("aten.")
+    if base.startswith("_fused_") and base.endswith("_"):
+        yield from _fused(values, base)
+        return
+    kind = base.removeprefix("_foreach_").removesuffix("_")
+    if kind not in FORMULAS or (not values.written and kind != "mul"):
+        return
+    inputs, facts = values.inputs, values.operation.arguments
+    many = base.startswith("_foreach_")
+    targets = values.written.get("self", values.output)
+    for i in range(len(inputs["self"]) if many else 1):
+        one, its_facts = _at(inputs, i, many), _at(facts, i, many)
+        after = targets[i] if many else targets
+        before = one.pop("self")
+        if not (is_float(before) and is_float(after) and before.shape == after.shape):
+            continue
+        partners = {name: value for name, value in one.items() if isinstance(value, Tensor) and value.dim()}
+        scalars = {name: float(value) for name, value in one.items() if _is_scalar(value)}
+        if kind == "mul" and not values.written and "other" not in scalars:
+            continue
+        result = ("self" if values.written else "out") + (f".{i}" if many else "")
+        yield Overwritten(
+            result, kind, its_facts["self"], before, after, partners,
+            {name: its_facts[name] for name in partners if isinstance(its_facts.get(name), TensorFacts)}, scalars,
+            _lazy(values, result, kind, before, {**scalars, **partners}),
+        )  # fmt: skip
+
+
+def _at(arguments: Mapping[str, Any], i: int, many: bool) -> dict[str, Any]:
+    """Return the arguments for the i-th tensor of lists, under the names that the operation for one tensor has."""
+    if not many:
+        return dict(arguments)
+    single = {"tensors1": "end", "weights": "weight", "scalars": "value", "scalar": "other"}
+    result = {}
+    for name, value in arguments.items():
+        part = value[i] if isinstance(value, list | tuple) or (name == "scalars" and isinstance(value, Tensor)) else value
+        result[single.get(name, name)] = part
+    return result
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dim() and value.layout is torch.strided)
+
+
+def _lazy(values: Values, result: str, kind: str, before: Tensor, arguments: Mapping[str, Any]) -> Exact:
+    def exact() -> Tensor | None:
+        twin = values.twins.get(result)
+        if twin is not None and twin.exact.shape == before.shape:
+            return twin.exact
+        wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        return FORMULAS[kind](before.double(), wide)
+
+    return exact
+
+
+def _second(a: Mapping[str, Any]) -> Any:
+    return a["other"] if "other" in a else a.get("value", 1.0)
+
+
+def _lerp(x: Tensor, a: Mapping[str, Any]) -> Tensor:
+    return x + a.get("weight", a.get("value")) * (a["end"] - x)
+
+
+FORMULAS: dict[str, Callable[[Tensor, Mapping[str, Any]], Tensor]] = {
+    "add": lambda x, a: x + a.get("alpha", 1.0) * _second(a),
+    "sub": lambda x, a: x - a.get("alpha", 1.0) * _second(a),
+    "mul": lambda x, a: x * _second(a),
+    "div": lambda x, a: x / _second(a),
+    "lerp": _lerp,
+    "addcmul": lambda x, a: x + a.get("value", 1.0) * a["tensor1"] * a["tensor2"],
+    "addcdiv": lambda x, a: x + a.get("value", 1.0) * a["tensor1"] / a["tensor2"],
+    "copy": lambda x, a: a["src"].expand(x.shape),
+}
+"""The operations that updates are made of, in FP64: of the tensor, and the other arguments."""
+
+
+# ------------------------------------------------------------------------------------------------- fused
+
+
+def _fused(values: Values, base: str) -> Iterator[Overwritten]:
+    """Yield what a fused optimizer overwrites; nothing where it skips the update, because of Inf in the gradients."""
+    inputs, facts = values.inputs, values.operation.arguments
+    found = inputs.get("found_inf")
+    if isinstance(found, Tensor) and bool(found):
+        return
+    kind = base.removeprefix("_fused_").removesuffix("_")
+    lists = [name for name in values.written if name not in ("grads", "max_exp_avg_sqs")]
+    plain = {name: float(v) for name, v in inputs.items() if _is_scalar(v)}
+    scale = plain.get("grad_scale", 1.0)
+    for i in range(len(inputs["self"])):
+        tensors = {n: v[i] for n, v in inputs.items() if isinstance(v, list | tuple) and len(v) > i}
+        its_facts = {n: facts[n][i] for n in tensors if isinstance(facts.get(n), tuple)}
+        numbers = plain | {n: float(v) for n, v in tensors.items() if v.numel() == 1 and n == "state_steps"}
+        for name in lists:
+            if name not in tensors or not is_float(tensors[name]):
+                continue
+            partners = {n: v for n, v in tensors.items() if n not in (name, "state_steps")}
+
+            def exact(name: str = name, tensors: Any = tensors, numbers: Any = numbers) -> Tensor | None:
+                return _fused_exact(kind, name, tensors, numbers, scale, inputs)
+
+            yield Overwritten(
+                f"{name}.{i}", kind, its_facts[name], tensors[name], values.written[name][i], partners,
+                {n: its_facts[n] for n in partners if n in its_facts}, numbers, exact,
+            )  # fmt: skip
+
+
+def _fused_exact(
+    kind: str, name: str, t: Mapping[str, Tensor], s: Mapping[str, float], scale: float, inputs: Mapping[str, Any]
+) -> Tensor | None:
+    """Return a result of fused Adam, AdamW or SGD in FP64; None for what is none of these, and for AMSGrad."""
+    if inputs.get("amsgrad") or kind not in ("adam", "adamw", "sgd"):
+        return None
+    p, g = t["self"].double(), t["grads"].double() / scale
+    g = -g if inputs.get("maximize") else g
+    lr, decay = s["lr"], s.get("weight_decay", 0.0)
+    if kind != "adamw":
+        g = g + decay * p
+    if kind == "sgd":
+        return _sgd(name, p, g, t, s, inputs)
+    m = s["beta1"] * t["exp_avgs"].double() + (1 - s["beta1"]) * g
+    v = s["beta2"] * t["exp_avg_sqs"].double() + (1 - s["beta2"]) * g * g
+    if name == "exp_avgs":
+        return m
+    if name == "exp_avg_sqs":
+        return v
+    time = s["state_steps"]
+    root = (v / (1 - s["beta2"] ** time)).sqrt() + s["eps"]
+    p = p * (1 - lr * decay) if kind == "adamw" else p
+    return p - lr / (1 - s["beta1"] ** time) * m / root
+
+
+def _sgd(name: str, p: Tensor, g: Tensor, t: Mapping[str, Tensor], s: Mapping[str, float], inputs: Any) -> Tensor:
+    buffer = t.get("momentum_buffer_list")
+    if buffer is not None and s.get("momentum", 0.0):
+        step = g if inputs.get("is_first_step") else s["momentum"] * buffer.double() + (1 - s["dampening"]) * g
+        if name == "momentum_buffer_list":
+            return step
+        g = g + s["momentum"] * step if inputs.get("nesterov") else step
+    return p - s["lr"] * g
