@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from refimpl.parity.audit.judge import (
+    attention,
     casts,
     channel_norms,
     elementwise,
@@ -25,7 +26,7 @@ Family = Callable[[Values], Iterable[Twin]]
 JUDGES: dict[str, Family] = {
     **casts.JUDGES, **elementwise.JUDGES, **functions.JUDGES, **lists.JUDGES, **products.JUDGES, **reductions.JUDGES,
     **exponentials.JUDGES, **norms.JUDGES, **channel_norms.JUDGES, **scaling.JUDGES, **scatters.JUDGES, **updates.JUDGES,
-    **recurrent.JUDGES,
+    **recurrent.JUDGES, **attention.JUDGES,
 }  # fmt: skip
 """By an operation's name, with its overload ('aten.add.Tensor') or for all of its overloads ('aten.mm')."""
 
