@@ -141,6 +141,44 @@ class Plain(HFLoop):
         return AdamByHand(parameters, self.lr, self.states, self.counter)
 
 
+class SquaresItself(HFLoop):
+    """RMSprop by hand. squares, sums: the formats of g^2, and of the denominator."""
+
+    squares = sums = torch.float32
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return RMSpropByHand(parameters, self.lr, self.squares, self.sums)
+
+
+class RMSpropByHand(torch.optim.Optimizer):
+    """RMSprop whose g^2, and whose denominator, are in formats of one's own. Its v is in FP32."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, squares: torch.dtype, sums: torch.dtype) -> None:
+        super().__init__(parameters, {"lr": lr, "squares": squares, "sums": sums})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        for p in group["params"]:
+            state = self.state[p]
+            if not state:
+                state["v"] = torch.zeros_like(p)
+            g = p.grad.to(group["squares"])
+            state["v"].mul_(0.99).add_(g * g, alpha=0.01)
+            root = state["v"].sqrt().to(group["sums"])
+            p.sub_(p.grad / (root + 1e-8), alpha=group["lr"])
+
+
+@injected("A4", also="D11", steps=1)
+class AddsEpsInFloat16(SquaresItself):
+    sums = torch.float16
+
+
+@injected("A5", steps=1)
+class SquaresInFloat16(SquaresItself):
+    squares = torch.float16
+
+
 @injected("A6")
 class MomentsIn16Bits(Plain):
     states = torch.bfloat16

@@ -1,0 +1,176 @@
+"""Rules A4 and A5: what 16 bits do to the small numbers of Adam, eps and g^2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from refimpl.parity.audit.factors import short
+from refimpl.parity.audit.finding import Finding
+from refimpl.parity.audit.operation import Operation, tensors_in
+from refimpl.parity.audit.rules.entry import Probe, rule
+from refimpl.parity.audit.rules.flow import LOW, finding_at, flow_of, results_of
+from refimpl.parity.audit.rules.masters import share
+from refimpl.parity.audit.rules.update_probes import PHASES
+from refimpl.parity.audit.step import View
+from refimpl.parity.audit.values import Values, is_float
+
+DENOMINATORS = {"div": "other", "addcdiv": "tensor2", "reciprocal": "self", "rsqrt": "self"}
+"""The argument that an operation divides by, or by the root of."""
+FEW = 0.01
+"""Flushed squares that are fewer than this are a note."""
+
+
+class Vanished(NamedTuple):
+    """What an operation made 0 in a 16-bit format. zeros: elements that are 0 and not in FP64; of: that are not 0 in FP64.
+
+    number: what was added, of a sum.
+    """
+
+    zeros: int
+    of: int
+    dtype: str
+    number: float = 0.0
+
+
+def lost_eps(values: Values) -> Vanished | None:
+    """Measure the sum of 16-bit elements and a positive number in an update: those that are 0 nevertheless."""
+    operation = values.operation
+    if operation.phase not in PHASES or _kind(operation) != "add":
+        return None
+    inputs = values.inputs
+    given = inputs.get("other", inputs.get("scalar"))
+    if isinstance(given, Tensor) and given.numel() == 1:
+        given = given.item()
+    if not isinstance(given, int | float) or not given > 0:
+        return None
+    number = float(given) * float(inputs.get("alpha", 1))
+    found = [(x, y) for x, y in zip(_tensors(inputs["self"]), _results(values), strict=False) if _is_low(y) and is_float(x)]
+    if not found or number <= 0:
+        return None
+    due = sum(int((x >= 0).count_nonzero()) for x, _ in found)
+    zeros = sum(int(((y == 0) & (x >= 0)).count_nonzero()) for x, y in found)
+    return Vanished(zeros, due, str(found[0][1].dtype).removeprefix("torch."), number) if zeros else None
+
+
+def flushed_squares(values: Values) -> Vanished | None:
+    """Measure the squares that an update takes, or adds, in 16 bits: those that are 0 nevertheless."""
+    operation, inputs = values.operation, values.inputs
+    if operation.phase not in PHASES:
+        return None
+    factors = _factors(_kind(operation), inputs)
+    if factors is None:
+        return None
+    zeros = due = 0
+    dtype = ""
+    for before, a, b, y in zip(_tensors(inputs["self"]), *(_tensors(f) for f in factors), _results(values), strict=False):
+        if _is_low(y) and is_float(a) and is_float(b) and _are_one(a, b):
+            # The squares of 16-bit numbers, and of FP32 ones, are in the range of FP64.
+            exact = a.double().square() != 0
+            exact = exact if before is a else exact | (before != 0)
+            due += int(exact.count_nonzero())
+            zeros += int((exact & (y == 0)).count_nonzero())
+            dtype = str(y.dtype).removeprefix("torch.")
+    return Vanished(zeros, due, dtype) if zeros else None
+
+
+PROBES: tuple[Probe, ...] = (lost_eps, flushed_squares)
+
+
+@rule("A4", "eps-in-16-bits")
+def eps_lost(view: View) -> Iterator[Finding]:
+    """eps is added to a denominator in 16 bits, and some of the sums are 0.
+
+    Seen: a positive number that an update adds to float16 or bfloat16 elements, sums that are 0, and a division by them, or by
+    their root. Not counted: eps that is added in FP32 inside of a kernel, and eps that is only small beside the root.
+    Effect: where the gradients have been 0, or too small to be squared, the update is 0/0 or g/0: NaN or Inf in the weights.
+    Fix: keep the second moment and the denominator in FP32, or take an eps that the format has: float16 begins at 6e-8.
+    Source: google-deepmind/optax#1754, pytorch/pytorch#8860, NVIDIA/apex#240, keras-team/keras#11860.
+    """
+    for operation in view.step.operations:
+        vanished: Vanished | None = operation.probed.get("lost_eps")
+        if vanished is not None and _divides(view, operation):
+            stored = float(torch.tensor(vanished.number).to(getattr(torch, vanished.dtype)))
+            number = f"eps = {vanished.number:.3g} is {stored:.3g} in {vanished.dtype}: {vanished.zeros} of {vanished.of} "
+            yield finding_at(
+                view, operation, "A4", "eps-in-16-bits", "wrong", number=number + "denominators are 0",
+                effect="NaN or Inf in these weights", fix="keep the denominator in FP32, or eps at 1e-7 or above",
+            )  # fmt: skip
+
+
+@rule("A5", "square-flushed")
+def squares_flushed(view: View) -> Iterator[Finding]:
+    """The squares of gradients are 0 in the format that they are computed or kept in.
+
+    Seen: 16-bit results of an update that squares a tensor, of which some are 0 though FP64 has a number there, and that are a
+    state of the optimizer, or are added to one. A note where they are fewer than 1 %.
+    Effect: float16 has no squares of gradients below 1.7e-4: v is 0 there, and the update is g/eps instead of about 1.
+    Fix: an FP32 second moment, of gradients that are cast before they are squared.
+    Source: matanbt/TROPT#8.
+    """
+    for operation in view.step.operations:
+        vanished: Vanished | None = operation.probed.get("flushed_squares")
+        if vanished is not None and _reaches_state(view, operation):
+            number = f"{share(vanished.zeros, vanished.of)} of {vanished.of} squares are 0 in {vanished.dtype} and not in FP64"
+            level = "worse than it need be" if vanished.zeros > FEW * vanished.of else "note"
+            yield finding_at(
+                view, operation, "A5", "square-flushed", level, number=number,
+                effect="v is 0 where gradients are small, and the update g/eps", fix="square in FP32, and keep v in FP32",
+            )  # fmt: skip
+
+
+def _divides(view: View, operation: Operation) -> bool:
+    """Return whether what an operation has made is divided by, or its root is."""
+    made = {t.storage for t in results_of(operation)}
+    for o in flow_of(view.step).readers(operation):
+        kind = _kind(o)
+        divisors = tensors_in(o.arguments.get(DENOMINATORS.get(kind, "")))
+        if any(t.storage in made for t in divisors) or (kind == "sqrt" and _divides(view, o)):
+            return True
+    return False
+
+
+def _reaches_state(view: View, operation: Operation) -> bool:
+    """Return whether an operation writes a state, or an operation that does so reads what it makes, scaled perhaps."""
+    waiting, seen = [operation], set[int]()
+    while waiting:
+        o = waiting.pop()
+        if any(t.role is not None and t.role.kind == "state" for name in o.written for t in tensors_in(o.arguments[name])):
+            return True
+        if o.index not in seen and (o is operation or _kind(o) in ("mul", "div", "add", "_to_copy")):
+            seen.add(o.index)
+            waiting += flow_of(view.step).readers(o)
+    return False
+
+
+def _kind(operation: Operation) -> str:
+    """Return an operation's name, whether it is of lists or not, and in place or not."""
+    return short(operation).removeprefix("_foreach_").removesuffix("_")
+
+
+def _factors(kind: str, inputs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Return the two factors of an operation that multiplies tensors."""
+    if kind == "square" or (kind == "pow" and inputs.get("exponent") == 2):
+        return inputs["self"], inputs["self"]
+    if kind == "mul" and "other" in inputs:
+        return inputs["self"], inputs["other"]
+    return (inputs["tensor1"], inputs["tensor2"]) if kind == "addcmul" else None
+
+
+def _are_one(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
+def _is_low(x: Any) -> bool:
+    return is_float(x) and str(x.dtype).removeprefix("torch.") in LOW
+
+
+def _tensors(x: Any) -> list[Any]:
+    return list(x) if isinstance(x, list | tuple) else [x]
+
+
+def _results(values: Values) -> list[Any]:
+    return _tensors(values.written.get("self", values.output))
