@@ -228,6 +228,25 @@ class CountsSkippedSteps(OverflowsLater):
             state["step"].fill_(self.number + 1)
 
 
+class Resumed(HFLoop):
+    """A loop that has trained before the audit, and loads its optimizer's states."""
+
+    saved = torch.float32
+
+    def prepare(self) -> None:
+        for _ in range(2):
+            self.step()
+        kept = self.optimizer.state_dict()
+        for state in kept["state"].values():
+            state |= {key: state[key].to(self.saved) for key in ("exp_avg", "exp_avg_sq")}
+        self.optimizer.load_state_dict(kept)
+
+
+@injected("A12")
+class SavesStatesIn16Bits(Resumed):
+    saved = torch.bfloat16
+
+
 class Averaged(HFLoop):
     dtype = torch.float32
 

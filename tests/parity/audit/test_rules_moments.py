@@ -1,4 +1,4 @@
-"""Rules A4 and A5: eps and g^2 in 16 bits, and updates in which they are small and are kept."""
+"""Rules A4, A5 and A12: eps, g^2 and states in 16 bits, and updates in which they are small and are kept."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ByHand(torch.optim.Optimizer):
 
 
 def found(optimizer: Any, model: nn.Module, batch: Tensor, steps: int = 1) -> dict[str, str]:
-    """Train and return the numbers of what is found of A4 and A5."""
+    """Train and return the numbers of what is found of these rules."""
     with Audit(model, optimizer) as audit:
         for _ in range(steps):
             optimizer.zero_grad()
@@ -53,7 +53,7 @@ def found(optimizer: Any, model: nn.Module, batch: Tensor, steps: int = 1) -> di
             optimizer.step()
             audit.step()
     assert audit.failures == {}, audit.failures
-    return {code: finding.number for code, finding in audit.findings.items() if code in ("A4", "A5")}
+    return {code: finding.number for code, finding in audit.findings.items() if code in ("A4", "A5", "A12")}
 
 
 def by_hand(square: Any, denominator: Any, size: float, dtype: torch.dtype = WHOLE, zeros: int = 5) -> dict[str, str]:
@@ -146,3 +146,75 @@ def test_the_second_moment_of_adam(options: dict[str, Any], dtype: torch.dtype, 
     model, batch = Weights(dtype), torch.full((8, 8), 1e-4, dtype=dtype)
     numbers = found(torch.optim.Adam(model.parameters(), 1e-4, eps=1e-4, **options), model, batch)
     assert numbers == ({"A5": "100 % of 64 squares are 0 in float16 and not in FP64"} if lost else {})
+
+
+# ------------------------------------------------------------------------------------------------- A12
+
+
+def resumed(make: Any, cast: Any, before: int = 3) -> dict[str, str]:
+    """Train some steps, cast the states, and return what is found in the next ones. The gradients are bfloat16 values."""
+    torch.manual_seed(2)
+    model, batch = Weights(WHOLE), torch.randn(8, 8).bfloat16().float()
+    optimizer = make(model.parameters())
+    for _ in range(before):
+        optimizer.zero_grad()
+        model(batch).backward()
+        optimizer.step()
+    for state in optimizer.state.values():
+        state |= {key: cast(x) for key, x in state.items() if isinstance(x, Tensor) and x.dim()}
+    return found(optimizer, model, batch, steps=2)
+
+
+def through(dtype: torch.dtype) -> Any:
+    return lambda x: x.to(dtype).float()
+
+
+ADAM = {**IMPLEMENTATIONS, "fused": {"fused": True}}
+
+
+@pytest.mark.parametrize("options", ADAM.values(), ids=list(ADAM))
+@pytest.mark.parametrize(("dtype", "name"), [(LOW, "bfloat16"), (WHOLE, "")])
+def test_states_that_were_saved_in_16_bits(options: dict[str, Any], dtype: torch.dtype, name: str) -> None:
+    numbers = resumed(lambda ps: torch.optim.AdamW(ps, 1e-3, **options), through(dtype))
+    number = "all of 128 elements of 'exp_avg', 'exp_avg_sq' that were looked at are bfloat16 values in FP32 before step 1"
+    assert numbers == ({"A12": number} if name else {})
+
+
+def test_states_that_were_saved_in_float16() -> None:
+    numbers = resumed(lambda ps: torch.optim.AdamW(ps, 1e-3), lambda x: (x * 2.0**12).half().float() / 2.0**12)
+    assert numbers == {}, "values that float16 does not have, though they have its bits"
+    assert "float16 values" in resumed(lambda ps: torch.optim.Adam(ps, 1e-3, betas=(0.9, 0.9)), through(HALF))["A12"]
+
+
+OTHERS = {
+    "momentum": lambda ps: torch.optim.SGD(ps, 1e-3, momentum=0.9),
+    "rprop": lambda ps: torch.optim.Rprop(ps, 1e-3),
+    "adamax": lambda ps: torch.optim.Adamax(ps, 1e-3),
+    "adagrad": lambda ps: torch.optim.Adagrad(ps, 1e-3),
+    "rmsprop": lambda ps: torch.optim.RMSprop(ps, 1e-3),
+    "adadelta": lambda ps: torch.optim.Adadelta(ps, 1e-3),
+}
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize("make", OTHERS.values(), ids=list(OTHERS))
+def test_states_of_gradients_in_16_bits_that_are_as_they_should_be(make: Any, before: int) -> None:
+    assert resumed(make, lambda x: x, before) == {}
+
+
+class StatesOfWeights(ByHand):
+    """Keeps positive weights that are bfloat16 values among its states."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if "first" not in self.state[p]:
+                self.state[p] |= {"first": p.detach().clone(), "v": torch.zeros_like(p)}
+            p.data.add_(p.data - self.state[p]["first"], alpha=1e-3)
+        super().step()
+
+
+def test_weights_that_an_optimizer_keeps_from_its_first_step_are_no_moments() -> None:
+    model = Weights(WHOLE)
+    model.weight.data = torch.rand(8, 8).bfloat16().float()
+    optimizer = StatesOfWeights(model.parameters(), in_fp32, KEPT["in FP32"])
+    assert found(optimizer, model, torch.randn(8, 8), steps=2) == {}

@@ -1,4 +1,4 @@
-"""Rules A4 and A5: what 16 bits do to the small numbers of Adam, eps and g^2."""
+"""Rules A4, A5 and A12: what 16 bits do to the small numbers of Adam, eps and g^2, and to states that are kept in them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from torch import Tensor
 
 from refimpl.parity.audit.factors import short
 from refimpl.parity.audit.finding import Finding
-from refimpl.parity.audit.operation import Operation, tensors_in
+from refimpl.parity.audit.operation import Operation, TensorFacts, tensors_in
+from refimpl.parity.audit.origins import named_tensors
 from refimpl.parity.audit.rules.entry import Probe, rule
 from refimpl.parity.audit.rules.flow import LOW, finding_at, flow_of, results_of
 from refimpl.parity.audit.rules.masters import share
-from refimpl.parity.audit.rules.update_probes import PHASES
+from refimpl.parity.audit.rules.update_probes import PHASES, Samples
 from refimpl.parity.audit.step import View
 from refimpl.parity.audit.values import Values, is_float
 
 DENOMINATORS = {"div": "other", "addcdiv": "tensor2", "reciprocal": "self", "rsqrt": "self"}
 """The argument that an operation divides by, or by the root of."""
+DISTINCT = 16
+"""A state with this many values is no constant."""
 FEW = 0.01
 """Flushed squares that are fewer than this are a note."""
 
@@ -120,6 +123,56 @@ def squares_flushed(view: View) -> Iterator[Finding]:
                 view, operation, "A5", "square-flushed", level, number=number,
                 effect="v is 0 where gradients are small, and the update g/eps", fix="square in FP32, and keep v in FP32",
             )  # fmt: skip
+
+
+@rule("A12", "states-cast-on-load")
+def states_cast(view: View) -> Iterator[Finding]:
+    """The optimizer's states were in 16 bits before they were loaded.
+
+    Seen: before the first audited step, states in FP32 that have values of bfloat16 or float16 only: all that have more than
+    one element, and among them one that is nowhere negative and has many values, as a second moment. Not counted: states that
+    are 0, or made in this step; momentum alone, which begins as a gradient from autocast, in 16 bits.
+    Effect: what m and v have beyond 2 or 3 decimal digits is lost, once; where they are cast at each save, at each restart.
+    Fix: save states as they are, and load them without a cast: `optimizer.load_state_dict` casts to the format of the
+    parameters.
+    Source: pytorch/torchtitan#4615.
+    """
+    if view.step.number != min(view.borders) + 1:
+        return
+    states = _states_before(view)
+    values = [x for elements in states.values() for x in elements if x]
+    dtype = next((d for d in LOW if values and _are_all(values, d)), "")
+    if dtype and any(min(x) >= 0 and len(set(x)) >= DISTINCT for x in states.values()):
+        keys = ", ".join(f"'{key}'" for key in states)
+        number = f"all of {len(values)} elements of {keys} that were looked at are {dtype} values in FP32 before step "
+        first = next(o for o in view.step.operations if "samples" in o.probed)
+        yield finding_at(
+            view, first, "A12", "states-cast-on-load", "worse than it need be", number=f"{number}{view.step.number}",
+            effect="moments have lost their last 13 to 16 bits", fix="save and load the optimizer's states in FP32",
+        )  # fmt: skip
+
+
+def _states_before(view: View) -> dict[str, list[float]]:
+    """Return some elements of the FP32 states that the step found, as it found them, by key."""
+    old = {key for optimizer in view.step.before.optimizers for key, _ in optimizer.state_formats}
+    first: dict[tuple[int | None, int, str], tuple[float, ...]] = {}
+    for operation in view.step.operations:
+        elements: Samples | None = operation.probed.get("samples")
+        if elements is None:
+            continue
+        for name, t in named_tensors(operation.arguments):
+            role = t.role if isinstance(t, TensorFacts) and t.dtype == "float32" else None
+            if role is not None and role.kind == "state" and role.key in old and name in elements.before:
+                first.setdefault((t.storage, t.offset, role.key), elements.before[name])
+    found: dict[str, list[float]] = {}
+    for (_, _, key), some in first.items():
+        found.setdefault(key, []).extend(some)
+    return found
+
+
+def _are_all(values: list[float], dtype: str) -> bool:
+    wide = torch.tensor(values, dtype=torch.float32)
+    return torch.equal(wide, wide.to(getattr(torch, dtype)).float())
 
 
 def _divides(view: View, operation: Operation) -> bool:

@@ -128,58 +128,23 @@ def _fused(values: Values, base: str) -> Iterator[Overwritten]:
     found = inputs.get("found_inf")
     if isinstance(found, Tensor) and bool(found):
         return
-    kind = base.removeprefix("_fused_").removesuffix("_")
-    lists = [name for name in values.written if name not in ("grads", "max_exp_avg_sqs")]
     plain = {name: float(v) for name, v in inputs.items() if _is_scalar(v)}
-    scale = plain.get("grad_scale", 1.0)
     for i in range(len(inputs["self"])):
         tensors = {n: v[i] for n, v in inputs.items() if isinstance(v, list | tuple) and len(v) > i}
         its_facts = {n: facts[n][i] for n in tensors if isinstance(facts.get(n), tuple)}
-        numbers = plain | {n: float(v) for n, v in tensors.items() if v.numel() == 1 and n == "state_steps"}
-        for name in lists:
-            if name not in tensors or not is_float(tensors[name]):
-                continue
-            partners = {n: v for n, v in tensors.items() if n not in (name, "state_steps")}
-
-            def exact(name: str = name, tensors: Any = tensors, numbers: Any = numbers) -> Tensor | None:
-                return _fused_exact(kind, name, tensors, numbers, scale, inputs)
-
-            yield Overwritten(
-                f"{name}.{i}", kind, its_facts[name], tensors[name], values.written[name][i], partners,
-                {n: its_facts[n] for n in partners if n in its_facts}, numbers, exact,
-            )  # fmt: skip
+        for name in values.written:
+            if name not in ("grads", "state_steps") and name in tensors and is_float(tensors[name]):
+                partners = {n: v for n, v in tensors.items() if n not in (name, "state_steps")}
+                yield Overwritten(
+                    f"{name}.{i}", base.removeprefix("_fused_").removesuffix("_"), its_facts[name], tensors[name],
+                    values.written[name][i], partners, {n: its_facts[n] for n in partners if n in its_facts}, plain,
+                    _judged(values, f"{name}.{i}"),
+                )  # fmt: skip
 
 
-def _fused_exact(
-    kind: str, name: str, t: Mapping[str, Tensor], s: Mapping[str, float], scale: float, inputs: Mapping[str, Any]
-) -> Tensor | None:
-    """Return a result of fused Adam, AdamW or SGD in FP64; None for what is none of these, and for AMSGrad."""
-    if inputs.get("amsgrad") or kind not in ("adam", "adamw", "sgd"):
-        return None
-    p, g = t["self"].double(), t["grads"].double() / scale
-    g = -g if inputs.get("maximize") else g
-    lr, decay = s["lr"], s.get("weight_decay", 0.0)
-    if kind != "adamw":
-        g = g + decay * p
-    if kind == "sgd":
-        return _sgd(name, p, g, t, s, inputs)
-    m = s["beta1"] * t["exp_avgs"].double() + (1 - s["beta1"]) * g
-    v = s["beta2"] * t["exp_avg_sqs"].double() + (1 - s["beta2"]) * g * g
-    if name == "exp_avgs":
-        return m
-    if name == "exp_avg_sqs":
-        return v
-    time = s["state_steps"]
-    root = (v / (1 - s["beta2"] ** time)).sqrt() + s["eps"]
-    p = p * (1 - lr * decay) if kind == "adamw" else p
-    return p - lr / (1 - s["beta1"] ** time) * m / root
+def _judged(values: Values, result: str) -> Exact:
+    def exact() -> Tensor | None:
+        twin = values.twins.get(result)
+        return twin.exact if twin is not None else None
 
-
-def _sgd(name: str, p: Tensor, g: Tensor, t: Mapping[str, Tensor], s: Mapping[str, float], inputs: Any) -> Tensor:
-    buffer = t.get("momentum_buffer_list")
-    if buffer is not None and s.get("momentum", 0.0):
-        step = g if inputs.get("is_first_step") else s["momentum"] * buffer.double() + (1 - s["dampening"]) * g
-        if name == "momentum_buffer_list":
-            return step
-        g = g + s["momentum"] * step if inputs.get("nesterov") else step
-    return p - s["lr"] * g
+    return exact
