@@ -9,9 +9,11 @@ from refimpl.parity.audit.judge import (
     casts,
     channel_norms,
     elementwise,
+    embeddings,
     exponentials,
     functions,
     lists,
+    losses,
     norms,
     products,
     recurrent,
@@ -26,7 +28,7 @@ Family = Callable[[Values], Iterable[Twin]]
 JUDGES: dict[str, Family] = {
     **casts.JUDGES, **elementwise.JUDGES, **functions.JUDGES, **lists.JUDGES, **products.JUDGES, **reductions.JUDGES,
     **exponentials.JUDGES, **norms.JUDGES, **channel_norms.JUDGES, **scaling.JUDGES, **scatters.JUDGES, **updates.JUDGES,
-    **recurrent.JUDGES, **attention.JUDGES,
+    **recurrent.JUDGES, **attention.JUDGES, **embeddings.JUDGES, **losses.JUDGES,
 }  # fmt: skip
 """By an operation's name, with its overload ('aten.add.Tensor') or for all of its overloads ('aten.mm')."""
 
