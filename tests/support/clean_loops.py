@@ -50,6 +50,8 @@ PRECISIONS = ("fp32", "amp-bf16", "amp-fp16", *IN_16_BITS)
 WRAPS = ("", "checkpoint", "lora", "ddp", "fsdp2", "compile")
 BATCHES = ("", "accumulate", "per-token")
 """One batch per step, two with their mean loss halved, or two with the sum of their losses over the number of their tokens."""
+UNEQUAL = ("qwen2", "bert")
+"""Families whose batches have different numbers of targets: the mean of two means is not that of all targets (C2)."""
 EXTRAS = ("", "clip", "clip schedule", "clip schedule ema")
 
 
@@ -79,6 +81,8 @@ class CleanLoop:
         if whole == any(self.optimizer in names for names in IN_16_BITS.values()):
             return False
         if not whole and self.optimizer not in IN_16_BITS[self.precision]:
+            return False
+        if self.batches == "accumulate" and self.family in UNEQUAL:
             return False
         if (self.wrap == "lora" and not (family.lora and whole)) or (self.wrap == "checkpoint" and not family.checkpoints):
             return False
@@ -208,7 +212,10 @@ class Run:
             inputs["pixel_values"] = inputs["pixel_values"].to(FORMATS[self.loop.precision])
         whole = not self.loop.precision.startswith("amp") or self.loop.wrap == "fsdp2"
         with torch.autocast("cpu", dtype, enabled=not whole):
-            if self.family.loss is None:
+            if self.loop.family in ("bert", "vit"):  # their models take no num_items_in_batch, and return the mean
+                loss = self.model(**inputs).loss
+                loss = loss if tokens is None else loss * (int(self._labels(batch).ne(-100).sum()) / tokens)
+            elif self.family.loss is None:
                 extra = {} if tokens is None else {"num_items_in_batch": torch.tensor(tokens)}
                 loss = self.model(**inputs, **extra).loss
             else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -188,20 +190,24 @@ def shared_weight_in_16_bits(view: View) -> Iterator[Finding]:
     """The contributions of a weight's several uses are added in 16 bits.
 
     Seen: an addition in backward with a 16-bit result of a parameter's shape, which goes on to that parameter's AccumulateGrad.
-    Two uses are a note. Not counted: residual connections.
+    Two uses in a backward pass are a note, and so are those of a weight in 16 bits, as a recurrent one has: its gradient has 16
+    bits however it is added. Not counted: residual connections.
     Effect: the sum of n uses has n - 1 roundings to 16 bits, where a leaf in FP32 would have none.
     Fix: `torch.autocast(..., cache_enabled=False)`, or use the FP32 weight in each place.
     Source: PyTorch, torch.amp (the cache of weight casts).
     """
     flow, uses = flow_of(view.step), dict[str, list[Operation]]()
+    passes = [call.index for call in _backward_calls(view.step)]
     for operation in view.step.operations:
         if "gradient_sum" in operation.probed and operation.accumulates is None:
             for name in _reaches(flow, operation):
                 uses.setdefault(name, []).append(operation)
     for name, adds in uses.items():
         error = max(o.probed["gradient_sum"]["error"] for o in adds)
-        number = f"{len(adds) + 1} uses of {name} are added in {format_of_result(adds[0])}; relative error {error:.2g}"
-        level = "note" if len(adds) == 1 else "worse than it need be"
+        each = max(Counter(bisect_right(passes, o.index) for o in adds).values())
+        number = f"{each + 1} uses of {name} are added in {format_of_result(adds[0])}; relative error {error:.2g}"
+        in_16_bits = name in view.parameters and view.parameters[name].dtype in LOW
+        level = "note" if each == 1 or in_16_bits else "worse than it need be"
         yield finding_at(view, adds[0], "C4", "shared-weight-in-16-bits", level, number=number,
                          effect="the gradient of a shared weight is rounded once per use",
                          fix="turn autocast's cache off: torch.autocast(..., cache_enabled=False)")  # fmt: skip
