@@ -8,7 +8,8 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache
 
 import pytest
 from paths import ROOT
@@ -29,13 +30,24 @@ FOREIGN = (
 OURS = [name for name in FILES if name not in CASTS + FOREIGN]
 
 
+@cache
 def source(name: str) -> str:
     return FILES[name].read_text(encoding="utf-8")
 
 
+def offences(names: Iterable[str], checker: Callable[[str], Collection[str]]) -> dict[str, Collection[str]]:
+    """What a checker finds, by the name of the file or module."""
+    return {name: found for name in names if (found := checker(name))}
+
+
+@cache
+def tree_of(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def calls(text: str) -> Iterator[tuple[ast.Call, str]]:
     """Every call with the last word of what it calls: `a.b.view(...)` is 'view'."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree_of(text)):
         if isinstance(node, ast.Call):
             function = node.func
             yield node, function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
@@ -50,7 +62,7 @@ def offence(node: ast.AST) -> str:
 
 def uses_of_astype(text: str) -> list[str]:
     """`astype` in any form, called or handed on."""
-    return [offence(n) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute) and n.attr == "astype"]
+    return [offence(n) for n in ast.walk(tree_of(text)) if isinstance(n, ast.Attribute) and n.attr == "astype"]
 
 
 ALLOCATION = {"empty", "zeros", "ones", "full", "asarray", "array", "empty_like", "zeros_like", "ones_like", "full_like"}
@@ -108,22 +120,21 @@ def without_allowed(name: str, offences: list[str], allowed: set[tuple[str, str]
     return [o for o in offences if (name, o.split(": ", 1)[1]) not in allowed]
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n not in CASTS])
-def test_only_casts_say_astype(name: str) -> None:
-    assert without_allowed(name, uses_of_astype(source(name)), ALLOWED_ASTYPE) == []
+def test_only_casts_say_astype() -> None:
+    names = [n for n in FILES if n not in CASTS]
+    assert offences(names, lambda n: without_allowed(n, uses_of_astype(source(n)), ALLOWED_ASTYPE)) == {}
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_only_casts_change_a_type_in_another_way(name: str) -> None:
-    assert without_allowed(name, other_conversions(source(name)), ALLOWED_CONVERSIONS) == []
+def test_only_casts_change_a_type_in_another_way() -> None:
+    assert offences(OURS, lambda n: without_allowed(n, other_conversions(source(n)), ALLOWED_CONVERSIONS)) == {}
 
 
-# The rule is for what computes. Files that only show or check numbers on the host may hold them as NumPy scalars.
-@pytest.mark.parametrize("name", [n for n in OURS if n.partition("/")[0].removesuffix(".py") in {
-    "precision", "nn", "backends", "optim", "step",
-} or n.startswith(("numerics/formats", "numerics/comp", "numerics/acc"))])  # fmt: skip
-def test_the_algorithm_makes_no_float_scalars_from_arrays(name: str) -> None:
-    assert without_allowed(name, float_types_called(source(name)), ALLOWED_TYPE_CALLS) == []
+def test_the_algorithm_makes_no_float_scalars_from_arrays() -> None:
+    # The rule is for what computes. Files that only show or check numbers on the host may hold them as NumPy scalars.
+    packages = {"precision", "nn", "backends", "optim", "step"}
+    numbers = ("numerics/formats", "numerics/comp", "numerics/acc")
+    names = [n for n in OURS if n.partition("/")[0].removesuffix(".py") in packages or n.startswith(numbers)]
+    assert offences(names, lambda n: without_allowed(n, float_types_called(source(n)), ALLOWED_TYPE_CALLS)) == {}
 
 
 def test_every_allowed_exception_is_still_there() -> None:
@@ -184,18 +195,20 @@ def statements(node: ast.AST, types_too: bool, late_too: bool) -> Iterator[ast.A
                 yield from statements(one, types_too, late_too)
 
 
+@cache
 def exported(package: str) -> set[str]:
     """The names that a package's __init__ imports: `from refimpl.nn.ops import attention` is the operation, not the module."""
     if package not in MODULES or not MODULES[package].endswith("__init__.py"):
         return set()
-    nodes = ast.walk(ast.parse(source(MODULES[package])))
+    nodes = ast.walk(tree_of(source(MODULES[package])))
     return {alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
 
 
+@cache
 def imports(text: str, types_too: bool = True, late_too: bool = True) -> set[str]:
     """The modules of refimpl that a source text imports, without the 'refimpl.'; '' is refimpl itself."""
     found = set()
-    for node in statements(ast.parse(text), types_too, late_too):
+    for node in statements(tree_of(text), types_too, late_too):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
@@ -222,9 +235,9 @@ def imports_against_the_order(module: str, text: str) -> set[str]:
     return {name for name in imports(text) if name and ORDER.index(name.split(".")[0]) > own}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("", "__main__", "_library")])
-def test_imports_follow_the_order_of_the_packages(module: str) -> None:
-    assert imports_against_the_order(module, source(MODULES[module])) == set()
+def test_imports_follow_the_order_of_the_packages() -> None:
+    modules = [m for m in MODULES if m not in ("", "__main__", "_library")]
+    assert offences(modules, lambda m: imports_against_the_order(m, source(MODULES[m]))) == {}
 
 
 def test_the_packages_are_those_of_the_order() -> None:
@@ -235,7 +248,7 @@ def test_the_packages_are_those_of_the_order() -> None:
 def names_in(text: str) -> set[str]:
     """The functions, classes and variables of a module."""
     found = set()
-    for node in ast.parse(text).body:
+    for node in tree_of(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -244,14 +257,13 @@ def names_in(text: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_no_module_bears_the_name_of_an_object_in_it(name: str) -> None:
-    assert FILES[name].stem not in names_in(source(name))
+def test_no_module_bears_the_name_of_an_object_in_it() -> None:
+    assert [name for name in FILES if FILES[name].stem in names_in(source(name))] == []
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.endswith("/__init__.py")])
 def test_a_package_holds_a_docstring_and_what_it_exports_and_nothing_else(name: str) -> None:
-    body = ast.parse(source(name)).body
+    body = tree_of(source(name)).body
     kinds = [type(node).__name__ for node in body if not isinstance(node, ast.ImportFrom)]
     assert kinds[0] == "Expr" and set(kinds[1:]) <= {"Assign"} and names_in(source(name)) <= {"__all__", "__version__"}
     exported_names = {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
@@ -325,7 +337,7 @@ def test_no_import_goes_in_a_circle() -> None:
 
 def casting(text: str) -> list[str]:
     """What a model must not do: name a cast, import casts, or name a format."""
-    tree = ast.parse(text)
+    tree = tree_of(text)
     found = [offence(node) for node, name in calls(text) if name in ("cast", "widen", "round_to", "_convert")]
     found += [f"imports {module}" for module in imports(text) & {"numerics.casts", "numerics.fast_cast", "numerics.formats"}]
     found += [
@@ -336,9 +348,8 @@ def casting(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("nn/models/")])
-def test_models_never_cast(name: str) -> None:
-    assert casting(source(name)) == []
+def test_models_never_cast() -> None:
+    assert offences([n for n in FILES if n.startswith("nn/models/")], lambda n: casting(source(n))) == {}
 
 
 def test_cast_checker_bites() -> None:
@@ -412,7 +423,7 @@ def page_errors(text: str) -> list[str]:
     """What keeps step.py from being one page: its length, and the four numbered comments of train_step, in order."""
     lines = text.splitlines()
     errors = [f"{len(lines)} lines"] if len(lines) > 100 else []
-    functions = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "train_step"]
+    functions = [n for n in tree_of(text).body if isinstance(n, ast.FunctionDef) and n.name == "train_step"]
     if not functions:
         return [*errors, "no train_step"]
     body = [line.strip() for line in lines[functions[0].lineno - 1 : functions[0].end_lineno]]
@@ -443,7 +454,7 @@ def too_long(text: str, limit: int = 60) -> list[str]:
     """Functions of more than `limit` lines, decorators and docstring included."""
     return [
         f"{node.name}: {length} lines"
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(tree_of(text))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and (length := node.end_lineno - min([node.lineno, *(d.lineno for d in node.decorator_list)]) + 1) > limit
     ]
@@ -451,20 +462,18 @@ def too_long(text: str, limit: int = 60) -> list[str]:
 
 def undocumented(text: str) -> list[str]:
     """The module, and its public functions and classes, where they have no docstring."""
-    tree = ast.parse(text)
+    tree = tree_of(text)
     nodes = [tree, *(n for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef))]
     names = [getattr(node, "name", "the module") for node in nodes]
     return [n for n, node in zip(names, nodes, strict=True) if not n.startswith("_") and not ast.get_docstring(node)]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_functions_are_short(name: str) -> None:
-    assert too_long(source(name)) == []
+def test_functions_are_short() -> None:
+    assert offences(FILES, lambda n: too_long(source(n))) == {}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_what_is_public_is_documented(name: str) -> None:
-    assert undocumented(source(name)) == []
+def test_what_is_public_is_documented() -> None:
+    assert offences(FILES, lambda n: undocumented(source(n))) == {}
 
 
 def test_length_and_docstring_checkers_bite() -> None:

@@ -114,7 +114,7 @@ PROBES: tuple[Probe, ...] = (gradient_sum, tokens, indexed_sum, divided, counted
 
 @rule("C1", "loss-not-divided", steps=2)
 def loss_not_divided(view: View) -> Iterator[Finding]:
-    """The mean losses of micro-batches are gradient_sum, not averaged.
+    """The mean losses of micro-batches are summed, not averaged.
 
     Seen: several backward passes from one line before an update, each from an undivided mean loss, into the same gradients.
     Not counted: losses that are divided inside, sums over tokens, gradients that are divided afterwards, losses of several
