@@ -301,7 +301,8 @@ def test_every_number_of_the_page_is_in_the_file(tmp_path: Path, capsys: pytest.
     assert page == tmp_path / "new" / "folder" / "audit.html" and str(page) in out.replace("\n  ", "")
     data = json.loads((page.parent / "audit.json").read_text())
     assert audit_page(data) == page.read_text() and data["refimpl-audit"] == 1
-    assert {path.name for path in page.parent.iterdir()} == {"audit.html", "audit.json"}
+    operands = {"audit.safetensors"} if data["replays"] else set()  # square roots have a note on some processors
+    assert {path.name for path in page.parent.iterdir()} == {"audit.html", "audit.json"} | operands
     audit.report(page.parent)  # replaces it
 
 

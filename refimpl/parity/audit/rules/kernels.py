@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -236,7 +236,7 @@ def kernel_rounds_inside(view: View) -> Iterator[Finding]:
         note = finding_at(
             view, o, "D18", kernel_rounds_inside.name, "note", number="; ".join(kernels),
             effect="known of these kernels of PyTorch: an operation costs more than one rounding",
-            fix="compute it in float32, or from other operations, if it matters",
+            fix=f"compute it in {_wider(dtype for _, dtype in noted)}, or from other operations, if it matters",
         )  # fmt: skip
         yield replace(note, places=count)
 
@@ -278,6 +278,11 @@ def _updates(operation: Operation) -> bool:
     """Return whether an operation of the optimizer writes parameters, which is rules A's."""
     written = (t for name in operation.written for t in tensors_in(operation.arguments[name]))
     return operation.phase == "step" and any(t.role is not None and t.role.kind == "parameter" for t in written)
+
+
+def _wider(formats: Iterable[str]) -> str:
+    """Return the format in which an operation of these formats would have no error that matters."""
+    return "float32" if any(dtype in LOW for dtype in formats) else "float64"
 
 
 def _known(verdict: Verdict) -> str:
