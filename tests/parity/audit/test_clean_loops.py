@@ -68,6 +68,7 @@ MORE = [pytest.param(name, marks=pytest.mark.slow) for name in dict.fromkeys([*L
 
 
 @pytest.mark.parametrize("name", [*SOME, *MORE])
-def test_nothing_above_a_note_is_found_in_a_clean_loop(name: str) -> None:
+def test_nothing_above_a_note_is_found_in_a_clean_loop_and_nearly_all_of_it_is_judged(name: str) -> None:
     _, audit = once(name)
     assert COVERAGE.serious(audit) == []
+    assert COVERAGE.share(audit) >= COVERAGE.LEAST, audit.judge.unjudged
