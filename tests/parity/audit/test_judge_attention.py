@@ -28,7 +28,9 @@ BAD = ("wrong", "worse than it need be")
 Shape = tuple[int, int, int, int, int, int]
 
 
-def attend(shape: Shape, dtype: torch.dtype, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False) -> None:
+def attend(
+    shape: Shape, dtype: torch.dtype, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False, grad: float = 1.0
+) -> None:
     """Run attention forward and backward. shape: batch, heads, heads of keys, queries, keys, numbers."""
     (B, H, shared, T, n, D), generator = shape, torch.Generator().manual_seed(7)
 
@@ -37,7 +39,7 @@ def attend(shape: Shape, dtype: torch.dtype, scale: float = 1.0, mask: Tensor | 
 
     q, k, v = draw(B, H, T, D, scale=scale), draw(B, shared, n, D, scale=scale), draw(B, shared, n, D)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared != H)
-    y.backward(draw(B, H, T, D).detach())
+    y.backward(draw(B, H, T, D, scale=grad).detach())
 
 
 def random_mask(shape: Shape, hidden: float, dtype: torch.dtype) -> Tensor:
@@ -157,6 +159,16 @@ def test_another_gradient_of_attention_is_found(dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         assert levels(few=1) == ["fine", "fine", "wrong"]
         assert [level(values, f"out.{i}", lambda x: x.bfloat16().float()) for i in range(3)] == ["wrong"] * 3
+
+
+def test_gradients_that_exceed_fp16_inside_are_no_error() -> None:
+    """With a loss scale that is too large, dS or a sum of dV is Inf in FP16 although the exact result may be finite."""
+    results = set()
+    for shape in ((2, 4, 2, 17, 300, 64), (1, 1, 1, 800, 1, 8)):
+        values = the(BACKWARD, lambda shape=shape: attend(shape, torch.float16, 4.0, grad=10000.0))
+        assert {verdict.level for verdict in verdicts(values).values()} == {"fine"}
+        results |= {i for i in range(3) if not values.output[i].isfinite().all()}
+    assert results == {0, 1, 2}
 
 
 def test_what_has_no_bound_is_not_judged() -> None:

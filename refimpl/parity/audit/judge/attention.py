@@ -152,11 +152,18 @@ def _inside(heads: Heads, rows: slice, columns: slice) -> tuple[tuple[Tensor, Te
 
 
 def _summed(heads: Heads, x: Tensor, error: Tensor, y: Tensor, blocks: int, factor: float) -> tuple[Tensor, Tensor]:
-    """Return factor x y, whose sum is rounded after each block, and its bound, where x has an error."""
-    u, least = (unit(heads.low), smallest(heads.low) / 2) if heads.low is not None else (0.0, FLUSHED)
-    size = y.abs()
-    bound = error @ size + (gamma(x.shape[-1] + blocks + 4) + (blocks - 1) * u) * ((x.abs() + error) @ size)
-    return factor * (x @ y), factor * bound + blocks * least
+    """Return factor x y, whose sum is rounded after each block, and its bound, where x has an error.
+
+    There is no bound where x, or what is added up in 16 bits, may exceed the largest number.
+    """
+    exact, size, most = factor * (x @ y), y.abs(), x.abs() + error
+    total = factor * (most @ size)
+    bound = factor * (error @ size) + gamma(x.shape[-1] + blocks + 4) * total
+    if heads.low is None:
+        return exact, bound + blocks * FLUSHED
+    limit = torch.finfo(heads.low).max
+    bound = bound + (blocks - 1) * unit(heads.low) * total + blocks * smallest(heads.low) / 2
+    return exact, bound.masked_fill_((most >= limit).any(-1, keepdim=True) | (total >= limit), math.inf)
 
 
 def _heads(values: Values, scores: int) -> Heads:
