@@ -105,6 +105,46 @@ def test_sums_of_many_terms_are_judged_as_sums_of_parts() -> None:
     assert level(values) == "fine" and level(values, "out", lambda y: y * 0.5) == "wrong"
 
 
+COPIES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "im2col": (lambda x: F.unfold(x, 3), (2, 3, 8, 8)),
+    "col2im": (lambda x: F.fold(x, (8, 8), 3), (2, 27, 36)),
+    "unfold_backward": (lambda x: x.unfold(2, 3, 1), (2, 3, 8)),
+    "reflection_pad2d": (lambda x: F.pad(x, (2, 2, 1, 1), mode="reflect"), (2, 3, 8, 8)),
+    "replication_pad2d": (lambda x: F.pad(x, (2, 2, 3, 3), mode="replicate"), (2, 3, 8, 8)),
+    "adaptive_max_pool2d": (lambda x: F.adaptive_max_pool2d(x, 3), (2, 3, 8, 8)),
+    "upsample_nearest1d": (lambda x: F.interpolate(x, scale_factor=2.3), (2, 3, 7)),
+    "upsample_nearest2d": (lambda x: F.interpolate(x, size=(16, 4)), (2, 3, 8, 8)),
+    "_upsample_nearest_exact2d": (lambda x: F.interpolate(x, scale_factor=3, mode="nearest-exact"), (2, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("name", COPIES)
+def test_what_copies_elements_and_adds_their_gradients_is_judged(dtype: torch.dtype, name: str) -> None:
+    function, shape = COPIES[name]
+
+    def run() -> None:
+        y = function(draw(*shape, dtype=dtype).requires_grad_())
+        y.backward(draw(*y.shape, dtype=dtype))
+
+    names = {f"aten.{name}", f"aten.{name}_backward", "aten.im2col", "aten.col2im"}
+    seen = [values for values in recorded(run) if values.operation.name.rpartition(".")[0] in names]
+    assert len(seen) == (1 if name == "unfold_backward" else 2)
+    for values in seen:
+        result = next(name for name, tensor in values.results() if tensor.is_floating_point())
+        assert is_good(values) and level(values, result, lambda y: y + y.abs().max() / 4) == "wrong"
+        assert level(values, result, lambda y: y.flip(-1)) == "wrong"
+
+
+def test_a_position_that_fp32_takes_for_the_next_point_is_not_judged() -> None:
+    x = torch.tensor([[[1.0, 2.0]]])
+    values = the("aten.upsample_nearest1d", lambda: F.interpolate(x, size=82))
+    assert int(values.output.eq(2).sum()) == 40  # 41 (2 / 82) is 1, and a little less in FP32
+    assert unjudged(values).startswith("positions that FP32")
+    values = the("aten.upsample_nearest1d", lambda: F.interpolate(x, size=8))
+    assert level(values, "out", lambda y: y.roll(1)) == "wrong"
+
+
 # ------------------------------------------------------------------------------------------------- Inf, NaN, FP8
 
 

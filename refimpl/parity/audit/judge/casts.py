@@ -45,17 +45,18 @@ def with_numbers_for(values: Values) -> Iterator[Twin]:
 
 CASTS = ("_to_copy", "clone", "lift_fresh_copy", "alias_copy", "_conj_physical")
 MOVES = """
-    _reshape_copy _unsafe_index _unsafe_masked_index abs abs_ amax amin as_strided_copy as_strided_scatter block_diag cat ceil
-    channel_shuffle clamp clamp_ clamp_max clamp_max_ clamp_min clamp_min_ constant_pad_nd copysign cummax cummin diag
-    diag_embed diagonal_backward diagonal_copy diagonal_scatter expand_copy eye fill fill_ flip floor fmax fmin full full_like
-    gather hardtanh hardtanh_ hardtanh_backward heaviside index index_copy index_copy_ index_fill index_fill_ index_select
-    kthvalue masked_fill masked_fill_ masked_scatter masked_scatter_ masked_select max max_pool2d_with_indices
-    max_pool3d_with_indices maximum median min minimum mode neg neg_ new_full new_ones new_zeros
-    ones ones_like permute_copy pixel_shuffle pixel_unshuffle reflection_pad1d reflection_pad2d relu relu_ relu6 repeat
-    repeat_interleave replication_pad1d replication_pad2d roll round round_ scalar_tensor scatter scatter_ select_backward
-    select_copy select_scatter sgn sign slice_backward slice_copy slice_scatter sort split_copy split_with_sizes_copy
-    squeeze_copy stack t_copy take threshold threshold_ threshold_backward topk transpose_copy tril tril_ triu triu_ trunc
-    unbind_copy unfold_copy unsqueeze_copy upsample_nearest1d upsample_nearest2d view_copy where zero_ zeros zeros_like
+    _pack_padded_sequence _reshape_copy _unsafe_index _unsafe_masked_index abs abs_ adaptive_max_pool2d amax amin
+    as_strided_copy as_strided_scatter block_diag cat ceil channel_shuffle clamp clamp_ clamp_max clamp_max_ clamp_min
+    clamp_min_ constant_pad_nd copysign cummax cummin diag diag_embed diagonal_backward diagonal_copy diagonal_scatter
+    expand_copy eye fill fill_ flip floor fmax fmin full full_like gather hardtanh hardtanh_ hardtanh_backward heaviside
+    im2col index index_copy index_copy_ index_fill index_fill_ index_select kthvalue masked_fill masked_fill_ masked_scatter
+    masked_scatter_ masked_select max max_pool2d_with_indices max_pool3d_with_indices maximum median min minimum mode neg
+    neg_ new_full new_ones new_zeros ones ones_like permute_copy pixel_shuffle pixel_unshuffle reflection_pad1d
+    reflection_pad2d reflection_pad3d relu relu_ relu6 repeat repeat_interleave replication_pad1d replication_pad2d
+    replication_pad3d roll round round_ scalar_tensor scatter scatter_ select_backward select_copy select_scatter sgn sign
+    slice_backward slice_copy slice_scatter sort split_copy split_with_sizes_copy squeeze_copy stack t_copy take threshold
+    threshold_ threshold_backward topk transpose_copy tril tril_ triu triu_ trunc unbind_copy unfold_copy unsqueeze_copy
+    view_copy where zero_ zeros zeros_like
 """
 
 JUDGES = {

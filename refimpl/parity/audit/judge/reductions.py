@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refimpl.parity.audit.judge.again import U, gamma, in_fp64, is_16_bit
+from refimpl.parity.audit.judge.again import U, fp32, gamma, in_fp64, is_16_bit
+from refimpl.parity.audit.judge.casts import moved
 from refimpl.parity.audit.values import CannotJudge, Twin, Values, is_float
+from refimpl.parity.audit.verdict import measure
 
 MEAN, SUM = 1, 2
 """What `reduction` is."""
@@ -50,7 +53,7 @@ def reduced(values: Values) -> float:
 def window(values: Values) -> float:
     """Return the number of elements in a pooling window."""
     size = values.inputs["kernel_size"]
-    return float(math.prod(size if len(size) > 1 else size * 2))
+    return float(math.prod(size if len(size) > 1 else size * (values.inputs["self"].dim() - 1)))
 
 
 def overlap(values: Values) -> float:
@@ -222,6 +225,46 @@ def pooled_mean_gradient(values: Values) -> Iterator[Twin]:
     yield Twin("out", actual, exact, windows * u / (1 - min(windows * u, 0.5)) * size, note=WINDOWS)
 
 
+def gathered(values: Values) -> Iterator[Twin]:
+    """Judge sums of elements that were copied to several places, as gradients of padding and windows: k - 1 additions of k.
+
+    CPU kernels for 16 bits add in the tensor's format. A number of elements is the sum of as many ones.
+    """
+    ones = replace(values, args=(torch.ones_like(values.args[0]), *values.args[1:]))
+    exact, size, count = in_fp64(values), in_fp64(values, Tensor.abs), in_fp64(ones)
+    for name, actual in values.results():
+        if is_float(actual):
+            rounds = is_16_bit(actual) and not actual.is_cuda
+            u = torch.finfo(actual.dtype).eps / 2 if rounds else U
+            additions = (count[name] - 1).clamp(min=0)
+            yield Twin(name, actual, exact[name], additions * u * size[name], note=WINDOWS if rounds else "")
+
+
+def nearest(values: Values) -> Iterator[Twin]:
+    """Judge upsampling to the nearest point: elements that are moved, in backward sums of their gradients.
+
+    A position between two points whose quotient FP32 rounds may be taken for the next point: then nothing is judged.
+    """
+    twins = list(gathered(values) if "grad_output" in values.inputs else moved(values))
+    if _a_position_is_near_the_next(values) and any(measure(twin, twin.actual.numel()).level == "wrong" for twin in twins):
+        raise CannotJudge("positions that FP32 may round to the next point")
+    yield from twins
+
+
+def _a_position_is_near_the_next(values: Values) -> bool:
+    """Return whether i s or (i + 1/2) s is within its error of a point, and FP32 does not hold the quotient s."""
+    given = values.inputs
+    points = given["input_size"][2:] if "input_size" in given else given["self"].shape[2:]
+    names = ("scales",) if len(points) == 1 else ("scales_d", "scales_h", "scales_w")[-len(points) :]
+    for n, results, name in zip(points, given["output_size"], names, strict=True):
+        step = 1 / given[name] if given.get(name) else n / results
+        i = torch.arange(results, dtype=torch.float64) + ("exact" in values.operation.name) / 2
+        away = (i * step - (i * step).round()).abs()
+        if fp32(step) != step and bool((away <= 4 * U * (n + 1))[i > 0].any()):
+            return True
+    return False
+
+
 def _with_gradient(values: Values, gradient: Tensor) -> Tensor:
     at = values.names.index("grad_output")
     args = (*values.args[:at], gradient, *values.args[at + 1 :])
@@ -230,13 +273,25 @@ def _with_gradient(values: Values, gradient: Tensor) -> Tensor:
     return in_fp64(Values(values.operation, values.names, args, values.kwargs, values.output, {}))["out"]
 
 
+NEAREST = """
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+"""
+COPIED = """
+    col2im unfold_backward adaptive_max_pool2d_backward max_pool3d_with_indices_backward
+    reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward
+    replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward
+"""
+"""Operations that add what was copied, or selected several times, in forward."""
+
 JUDGES = {
     **dict.fromkeys(("aten.sum", "aten.mean", "aten.nansum", "aten.trace"), linear(reduced)),
-    **dict.fromkeys(("aten.avg_pool1d", "aten.avg_pool2d"), linear(window)),
+    **dict.fromkeys(("aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d"), linear(window)),
     **dict.fromkeys(("aten._adaptive_avg_pool2d", "aten.adaptive_avg_pool1d"), linear(spread_over)),
     **dict.fromkeys(("aten.avg_pool2d_backward", "aten._adaptive_avg_pool2d_backward"), pooled_mean_gradient),
     **dict.fromkeys(("aten.upsample_bilinear2d", "aten.upsample_bilinear2d_backward"), interpolated_linearly),
-    "aten.upsample_nearest2d_backward": linear(spread_over),
+    **{f"aten.{name}{ending}": nearest for name in NEAREST.split() for ending in ("", "_backward")},
+    **{f"aten.{name}": gathered for name in COPIED.split()},
     "aten.cumsum": running,
     "aten.prod": product,
     **dict.fromkeys(("aten.var", "aten.std", "aten.var_mean", "aten.std_mean"), variance),
