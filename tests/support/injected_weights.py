@@ -247,6 +247,61 @@ class SavesStatesIn16Bits(Resumed):
     saved = torch.bfloat16
 
 
+class WritesItsAdam(HFLoop):
+    """AdamW by hand. wrong: what it does that AdamW does not."""
+
+    wrong = ""
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return AdamWByHand(parameters, self.lr, self.wrong)
+
+
+class AdamWByHand(torch.optim.Optimizer):
+    """AdamW from its formula, or with one of its mistakes: 'uncorrected', 'inside', 'coupled'; 'plain' is none."""
+
+    def __init__(self, parameters: Any, lr: float, wrong: str = "", decay: float = 0.1, **options: Any) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay, **options})
+        self.wrong = wrong
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            (beta1, beta2), lr, eps, decay = group["betas"], group["lr"], group["eps"], group["weight_decay"]
+            for p in group["params"]:
+                state, g = self.state[p], p.grad.float()
+                if not state:
+                    state |= {"step": 0, "m": torch.zeros_like(g), "v": torch.zeros_like(g)}
+                state["step"] += 1
+                if "coupled" in self.wrong:
+                    g = g + decay * p
+                else:
+                    p.mul_(1 - lr * decay)
+                m, v = state["m"].mul_(beta1).add_(g, alpha=1 - beta1), state["v"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                of_m, of_v = (1 - beta ** state["step"] for beta in (beta1, beta2))
+                if "uncorrected" in self.wrong:
+                    of_m = of_v = 1.0
+                if "plain" in self.wrong:
+                    root = (v.sqrt() + eps) / of_v**0.5
+                else:
+                    root = (v / of_v + eps).sqrt() if "inside" in self.wrong else (v / of_v).sqrt() + eps
+                p.addcdiv_(m, root, value=-lr / of_m)
+
+
+@injected("A10")
+class CorrectsNoBias(WritesItsAdam):
+    wrong = "uncorrected"
+
+
+@injected("A10")
+class AddsEpsInside(WritesItsAdam):
+    wrong = "inside"
+
+
+@injected("A10")
+class DecaysTheGradient(WritesItsAdam):
+    wrong = "coupled"
+
+
 class Averaged(HFLoop):
     dtype = torch.float32
 
