@@ -1,6 +1,6 @@
 """Comparison with PyTorch: the same training in refimpl and in PyTorch, side by side.
 
-Two things are compared:
+Three things are compared:
 
 *Trajectories.* Both sides run freely from the same weights on the same batches. Rounding differences grow from step to
 step, so their size relative to the distance that the weights have moved is bounded (`TRAJECTORY`). The limits are the
@@ -12,6 +12,9 @@ as the limit of the weights (`Branches`).
 
 *Stages.* PyTorch's first steps are recorded as a trace, and each is judged from PyTorch's own values (`judge.py`): weights,
 loss, gradients, unscaled gradients, norm, moments, masters and loss scale.
+
+*Judges.* The same first steps run under the audit, which judges each of PyTorch's operations on its own inputs; where it has
+judged what the judge of the trace has, the two must agree (`audit/agreement.py`).
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.memory_limits import need, require_memory
 
 if TYPE_CHECKING:
+    from refimpl.parity.audit.agreement import Agreement
     from refimpl.parity.pytorch_model import PyTorchTraining
 
 Tensors = Mapping[str, np.ndarray]
@@ -69,6 +73,7 @@ class Comparison:
     findings: list[Finding] = field(default_factory=list)
     spread: dict[str, float] = field(default_factory=dict)
     branches: Branches = field(default_factory=lambda: Branches())
+    agreement: Agreement | None = None  # of the judge of the trace with the audit of PyTorch's operations
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -103,6 +108,7 @@ class Comparison:
             "other_relu_branches_farthest_from_zero": self.branches.farthest,
             "identical_share_by_stage": {name: same / total for name, (same, total) in counts.items()},
             "torch_spread": self.spread,
+            "audit": self.agreement.summary() if self.agreement is not None else None,
         }
 
     @property
@@ -110,7 +116,8 @@ class Comparison:
         """Return whether everything is within its bound."""
         s, (loss_limit, drift_limit) = self.summary(), self.limits
         close = s["median_abs_loss_diff"] <= loss_limit and max(s["rel_l2_drift"], self.branches.farthest) <= drift_limit
-        return close and s["scales_equal"] and s["skips_equal"] and self.first_departure is None
+        judges = self.agreement is None or not self.agreement.disagreements
+        return close and s["scales_equal"] and s["skips_equal"] and self.first_departure is None and judges
 
 
 class OverflowingState(State):
@@ -172,9 +179,10 @@ class RefimplRun:
         return {name: view.copy() for name, view in self.state.layout.views(self.state.master).items()}
 
 
-def compare(config: Config, spread: bool = True, device: str = "cpu") -> Comparison:
+def compare(config: Config, spread: bool = True, device: str = "cpu", audit: bool = True) -> Comparison:
     """Train with refimpl (on the host) and with PyTorch (on `device`) side by side.
 
+    spread: measure how far PyTorch is from itself. audit: audit its first steps.
     On 'cuda' the amp recipes run under torch.autocast('cuda'); on the CPU the PyTorch model makes the casts of CUDA's op lists
     explicitly. Errors: UsageError without torch or that device, or for a recipe that has no PyTorch model there.
     """
@@ -202,7 +210,7 @@ def compare(config: Config, spread: bool = True, device: str = "cpu") -> Compari
     torch.set_num_threads(1)
     try:
         theirs = PyTorchTraining(config, weights, device)
-        result = _side_by_side(config, weights, batches, theirs)
+        result = _side_by_side(config, weights, batches, theirs, audit)
         if spread and device == "cpu":
             result.spread = _own_spread(config, weights, batches, theirs, torch)
     finally:
@@ -228,17 +236,24 @@ def _batches(config: Config) -> Any:
         yield (*sample_batch(corpus.train, *sizes, rng, config.no_target), i in injected)
 
 
-def _side_by_side(config: Config, weights: Tensors, batches: list[Any], theirs: PyTorchTraining) -> Comparison:
+def _side_by_side(
+    config: Config, weights: Tensors, batches: list[Any], theirs: PyTorchTraining, audited: bool
+) -> Comparison:
+    from refimpl.parity.audit.agreement import TwinAudit
+
     predictions = config.batch_size * (config.block_size if config.model == "gpt" else 1)
     ours, result, trace = RefimplRun(config, weights), Comparison(config.recipe, predictions), Trace()
     theirs.write_states(trace, 0)
-    for i, (tokens, targets, overflow) in enumerate(batches):
-        b = theirs.step(tokens, targets, overflow, trace if i < STAGE_STEPS else None)
-        a = ours.step(tokens, targets, overflow, theirs.branches)
-        drift = _drift(ours.weights(), theirs.weights(), weights)
-        theirs_row = {f"{key}_torch": b[key] for key in a}
-        result.rows.append({"step": i + 1, **a, **theirs_row, "drift": drift})
+    with TwinAudit(theirs, STAGE_STEPS if audited else 0) as audit:
+        for i, (tokens, targets, overflow) in enumerate(batches):
+            b = theirs.step(tokens, targets, overflow, trace if i < STAGE_STEPS else None)
+            audit.step()
+            a = ours.step(tokens, targets, overflow, theirs.branches)
+            drift = _drift(ours.weights(), theirs.weights(), weights)
+            theirs_row = {f"{key}_torch": b[key] for key in a}
+            result.rows.append({"step": i + 1, **a, **theirs_row, "drift": drift})
     result.findings, result.branches = judge_trace(config, trace), ours.branches
+    result.agreement = audit.agreement(result.findings) if audited else None
     return result
 
 
@@ -307,6 +322,8 @@ def report(result: Comparison, every: int = 5) -> str:
             f"first departure: {first.where}: {first.error:.3g} times its bound, "
             f"{first.identical:.1%} of elements identical"
         )
+    if result.agreement is not None:
+        lines += result.agreement.lines()
     same = "equal" if s["scales_equal"] and s["skips_equal"] else "NOT equal"
     lines.append(f"{'AGREES' if result.agrees else 'DEPARTS'}: {result.recipe}, {s['steps']} steps; scales and skips {same}")
     return "\n".join(lines)

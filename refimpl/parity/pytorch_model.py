@@ -245,6 +245,7 @@ class PyTorchTraining:
         self.optimizer = self._make_optimizer()
         self.updates = 0
         self.branches: dict[str, np.ndarray] = {}  # of the latest step
+        self.watch: Callable[[str, str, Tensor], None] | None = None  # is told of each tensor that a trace takes down
         dynamic = config.loss_scale == "dynamic"
         self.scaler = torch.amp.GradScaler(
             device, config.init_scale, config.growth_factor or 2.0, config.backoff_factor or 0.5, config.growth_interval,
@@ -309,20 +310,21 @@ class PyTorchTraining:
         grads = {name: cast(Tensor, p.grad) for name, p in model_parameters.items()}
         if overflow:
             next(iter(grads.values())).view(-1)[0] = math.inf
-        scaled = {name: _numpy(g) for name, g in grads.items()} if trace else {}  # FP32 ones are unscaled in place
+        scaled = self._read("2.grads", grads) if trace else {}  # FP32 ones are unscaled in place
         finite = all(bool(g.isfinite().all()) for g in grads.values())
         for name, master in self.masters.items():
             master.grad = grads[name].float()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        unscaled = {name: _numpy(p.grad) for name, p in self.masters.items()} if trace else {}
-        weights = {name: _numpy(p) for name, p in model_parameters.items()} if trace else {}
+        unscaled = self._read("3.unscaled", {name: p.grad for name, p in self.masters.items()}) if trace else {}
+        weights = self._read("1.weights", model_parameters) if trace else {}
         norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         result = {"loss": loss.item(), "loss_scale": scale, "skipped": not finite, "grad_norm": norm.item()}
         if trace is not None:
             step = len(trace.steps) + 1
+            self._read("2.loss", {"": loss})
             self._write_down(trace, step, (tokens, targets), result, weights)
             if not overflow:
                 self._write_gradients(trace, step, casts.seen or {}, scaled, unscaled, norm)
@@ -351,28 +353,35 @@ class PyTorchTraining:
     def _write_gradients(
         self, trace: Trace, step: int, seen: dict[str, Tensor], scaled: dict[str, Any], unscaled: dict[str, Any], norm: Tensor
     ) -> None:
-        for name, y in seen.items():
-            trace.put(step, "2.activations", name, _numpy(y))
-        for name, y in reversed(seen.items()):
-            trace.put(step, "2.activation_grads", name, _numpy(y.grad))
+        for name, y in self._read("2.activations", seen).items():
+            trace.put(step, "2.activations", name, y)
+        for name, g in self._read("2.activation_grads", {name: y.grad for name, y in reversed(seen.items())}).items():
+            trace.put(step, "2.activation_grads", name, g)
         for name, g in scaled.items():
             trace.put(step, "2.grads", name, g)
             trace.put(step, "3.unscaled", name, unscaled[name])
-        trace.put(step, "3.norm", "", _numpy(norm))
+        trace.put(step, "3.norm", "", self._read("3.norm", {"": norm})[""])
+
+    def _read(self, point: str, tensors: Mapping[str, Tensor | None]) -> dict[str, np.ndarray]:
+        """Return copies of the tensors of a point."""
+        if self.watch is not None:
+            for name, tensor in tensors.items():
+                self.watch(point, name, cast(Tensor, tensor))
+        return {name: _numpy(tensor) for name, tensor in tensors.items()}
 
     def weights(self) -> dict[str, np.ndarray]:
         """Return the FP32 weights (the masters) by name."""
-        return {name: _numpy(p) for name, p in self.masters.items()}
+        return self._read("4.master", self.masters)
 
     def moments(self) -> dict[str, dict[str, np.ndarray]]:
         """Return m and v (for SGD m) by parameter name."""
         kinds: Callable[[str], str] = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m"}.get  # type: ignore[assignment]
-        result: dict[str, dict[str, np.ndarray]] = {"m": {}, "v": {}}
+        found: dict[str, dict[str, Tensor]] = {"m": {}, "v": {}}
         for name, p in self.masters.items():
             for key, value in self.optimizer.state[p].items():
                 if kinds(key):
-                    result[kinds(key)][name] = _numpy(value)
-        return result
+                    found[kinds(key)][name] = value
+        return {kind: self._read(f"4.{kind}", tensors) for kind, tensors in found.items()}
 
 
 def _numpy(x: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
     session.py             `Audit`, the context manager around a user's training loop
     report/                what it found, as a page, as data and for the terminal
+    agreement.py           `TwinAudit`, the audit of the PyTorch training of compare_pytorch.py, beside that script's own judge
     program.py             `ProgramAudit`, the audit of a program that knows nothing of it; found.py: what trains in it
     step.py                `Step`: what is kept of one audited step; `View`: what a rule looks at
     judge/                 every operation beside the same one in FP64; verdict.py: `Verdict`, its statistics and levels

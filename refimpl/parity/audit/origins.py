@@ -392,11 +392,11 @@ def _written(operation: Operation) -> set[int]:
     """Return the storages of an operation's results that are not finite."""
     f = found(operation)
     assert f is not None
-    facts = dict(_result_facts(operation))
+    facts = dict(result_facts(operation))
     return {facts[name].storage for name in f.results if name in facts and facts[name].storage is not None}  # type: ignore[misc]
 
 
-def _result_facts(operation: Operation) -> Iterator[tuple[str, TensorFacts]]:
+def result_facts(operation: Operation) -> Iterator[tuple[str, TensorFacts]]:
     """Yield an operation's results by the names that `Values.results` gives them."""
     written = {name: operation.arguments[name] for name in operation.written}
     for name, value in named_tensors({"out": operation.outputs, **written}):

@@ -242,6 +242,10 @@ class Recorder(TorchDispatchMode):
             if phase == "step" and self._roles.states_are_new():
                 self._roles.find_states()
 
+    def storage(self, tensor: Tensor) -> int | None:
+        """Return the number of a tensor's storage, as `TensorFacts` have it; None where no step is being recorded."""
+        return self._roles.facts(tensor).storage if self._roles is not None else None
+
     def _facts(self, value: Any) -> Any:
         return self._roles.facts(value) if self._roles is not None else None
 

@@ -10,6 +10,7 @@ import torch
 from refimpl.errors import one_line
 from refimpl.parity.audit.judge.functions import default
 from refimpl.parity.audit.judge.table import family_of
+from refimpl.parity.audit.operation import Operation
 from refimpl.parity.audit.values import CannotJudge, Values, is_float
 from refimpl.parity.audit.verdict import Verdict, measure
 
@@ -35,7 +36,7 @@ class Judge:
     def __call__(self, values: Values) -> tuple[Verdict, ...]:
         """Return the verdicts over an operation's results, one each; the twins of whole results stay in `values.twins`."""
         results = {name: tensor for name, tensor in values.results() if is_float(tensor) and tensor.numel()}
-        if not results or not produces(values):
+        if not results or not produces(values.operation):
             return ()
         if values.operation.completes_later:
             if "reduce" in values.operation.name and torch.distributed.get_world_size() > 1:
@@ -71,9 +72,8 @@ class Judge:
         return tuple(verdicts)
 
 
-def produces(values: Values) -> bool:
+def produces(operation: Operation) -> bool:
     """Return whether an operation makes numbers: views, allocations and random numbers are no arithmetic."""
-    operation = values.operation
     schema: Any = getattr(operation.overload, "_schema", None)
     if schema is None or operation.name.startswith(ALLOCATIONS):
         return False
