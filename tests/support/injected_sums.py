@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from hf_loop import HFLoop, injected
+from hf_loop import HFLoop, gpt2, injected
 from torch import Tensor, nn
 
 
@@ -118,4 +119,73 @@ class Scatters(HFLoop):
 
 @injected("C7")
 class ScattersIn16Bits(Scatters):
+    dtype = torch.bfloat16
+
+
+class Tied(HFLoop):
+    """An output layer that has the embedding's weight."""
+
+    def edit(self) -> None:
+        weight = self.model.get_input_embeddings().weight
+        self.model.lm_head = Output(weight, self.read)
+
+    @staticmethod
+    def read(weight: Tensor) -> Tensor:
+        return weight
+
+
+class Output(nn.Module):
+    def __init__(self, weight: nn.Parameter, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.read = weight, read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.read(self.weight))
+
+
+@injected("C5")
+class DropsTheOutputsGradient(Tied):
+    @staticmethod
+    def read(weight: Tensor) -> Tensor:
+        return weight.detach()
+
+
+@injected("C5", autocast=torch.bfloat16)
+class DropsTheOutputsGradientInAutocast(Tied):
+    @staticmethod
+    def read(weight: Tensor) -> Tensor:
+        return weight.data
+
+
+class LowEmbedding(WithSGD):
+    """The embedding's weight is used in FP32, whatever its format."""
+
+    dtype = torch.float32
+
+    def edit(self) -> None:
+        embedding = self.model.get_input_embeddings()
+        embedding.weight.data = embedding.weight.data.to(self.dtype)
+        embedding.register_forward_hook(lambda module, args, y: y.float())
+
+    def batch(self) -> dict[str, Tensor]:
+        batch = super().batch()
+        return {name: tokens % 3 for name, tokens in batch.items()}
+
+
+@injected("C6", also="A1")
+class SumsEmbeddingsIn16Bits(LowEmbedding):
+    dtype = torch.bfloat16
+
+
+class LowNorms(WithSGD):
+    """GPT-2, whose layer norms are in the format of its weights."""
+
+    dtype = torch.float32
+
+    def edit(self) -> None:
+        self.model.to(self.dtype)
+
+
+@injected("C8", also="A1", model=gpt2)
+class SumsNormGradientsIn16Bits(LowNorms):
     dtype = torch.bfloat16

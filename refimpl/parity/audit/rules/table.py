@@ -12,11 +12,14 @@ from refimpl.parity.audit.rules import (
     overflow,
     positions,
     scale,
+    shared_weights,
     sums,
     weights,
 )
 from refimpl.parity.audit.rules.entry import Probe, Rule
 
-GROUPS = (masters, moments, formulas, weights, scale, sums, operations, chains, positions, overflow, kernels)
+GROUPS = (
+    masters, moments, formulas, weights, scale, sums, shared_weights, operations, chains, positions, overflow, kernels,
+)  # fmt: skip
 RULES: dict[str, Rule] = {r.code: r for group in GROUPS for r in vars(group).values() if isinstance(r, Rule)}
 PROBES: dict[str, Probe] = {p.__name__: p for group in GROUPS for p in group.PROBES}
