@@ -181,6 +181,16 @@ def test_a_division_by_zero_in_fp16_is_not_judged() -> None:
     assert "divides by 0" in unjudged(values)
 
 
+def test_an_overflow_in_fp16_before_the_weight_is_no_error() -> None:
+    x, w = torch.full((4,), 0.5, dtype=torch.float16, requires_grad=True), torch.full((4,), 1e-3, dtype=torch.float16)
+
+    def run() -> None:
+        backward(F.binary_cross_entropy(x, torch.zeros_like(x), w, reduction="none").sum(), 40000.0)
+
+    values = the("aten.binary_cross_entropy_backward", run)
+    assert not values.output.isfinite().any() and verdicts(values)["out"].level == "note"
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_another_embedding_is_found(dtype: torch.dtype) -> None:
     w = torch.randn(20, 8, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
 import torch
-from judged import FORMATS, forged, moved, observed, unjudged, verdicts
+from judged import FORMATS, forged, moved, observed, recorded, unjudged, verdicts
 from torch import Tensor
 
 from refimpl.parity.audit.values import Values
@@ -95,6 +96,25 @@ def test_a_decay_that_cancels_the_gradient_is_within_the_bound(dtype: torch.dtyp
     observed(run, lambda v: found.extend(verdicts(v).values()) if v.operation.name.startswith("aten._fused_") else None)
     assert {v.level for v in found} == {"fine"}
     assert len(found) == 8
+
+
+def test_a_decay_that_cancels_the_gradient_of_adagrad_is_within_the_bound() -> None:
+    p = torch.randn(1000, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    p.grad = -0.3 * p.detach()
+    optimizer = torch.optim.Adagrad([p], lr=0.1, weight_decay=0.3, fused=True)
+    (values,) = [v for v in recorded(optimizer.step) if v.operation.name.startswith("aten._fused_")]
+    assert {v.level for v in verdicts(values).values()} == {"fine"}
+    assert verdicts(forged(values, "self.0", lambda x: x + 0.05))["self.0"].level == "wrong"
+
+
+@pytest.mark.parametrize("n", [5, 64])
+def test_a_gradient_of_nan_is_no_error_of_the_optimizer(n: int) -> None:
+    p = torch.ones(n, requires_grad=True)
+    p.grad = torch.full_like(p, math.nan)
+    optimizer = torch.optim.AdamW([p], amsgrad=True, fused=True)
+    (values,) = [v for v in recorded(optimizer.step) if v.operation.name.startswith("aten._fused_")]
+    assert {v.level for v in verdicts(values).values()} == {"fine"}
+    assert verdicts(forged(values, "self.0", torch.ones_like))["self.0"].level == "wrong"
 
 
 def test_the_fused_sgd_of_pytorch_is_wrong_in_16_bits() -> None:

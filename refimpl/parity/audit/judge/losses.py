@@ -124,10 +124,11 @@ def cross_entropy_gradient(values: Values) -> Iterator[Twin]:
         raise CannotJudge("FP16 has no 1e-12: where x is 0 or 1 the kernel divides by 0")
     divided = product.clamp(min=LEAST_PRODUCT)
     n = actual.numel() if given.get("reduction", MEAN) == MEAN else 1
-    before = exact.abs() * n
-    lost = (before * least / divided + least / divided * (1.0 if w is None else w.double().abs()) + 2 * least) / n
+    before = (given["grad_output"].double() * (x - given["target"].double())).abs() / divided
+    lost = ((before + 1) * least / divided * (1.0 if w is None else w.double().abs()) + 2 * least) / n
     bound = 8 * u * exact.abs() + lost + least
-    bound = torch.where(before >= torch.finfo(actual.dtype).max / 2, math.inf, bound)
+    largest = torch.maximum(before, exact.abs() * n)  # before and after the weight
+    bound = torch.where(largest >= torch.finfo(actual.dtype).max / 2, math.inf, bound)
     yield Twin("out", actual, exact, bound, note=TERMS if rounds else "")
 
 

@@ -67,6 +67,8 @@ def _adam(values: Values, decoupled: bool) -> Iterator[Twin]:
         yield _twin(values, f"exp_avgs.{i}", m, of_m)
         yield _twin(values, f"exp_avg_sqs.{i}", v, of_v)
         if top is not None:
+            lost = np.isnan(v)  # the larger one of a number and NaN is NaN in vectors only, not in what is left over by them
+            top[lost] = _wide(values.written["max_exp_avg_sqs"][i])[lost]
             yield _twin(values, f"max_exp_avg_sqs.{i}", top, of_v)
 
 
@@ -144,7 +146,7 @@ def _sgd_step(given: dict[str, Any], i: int) -> list[tuple[str, np.ndarray, np.n
 def adagrad(values: Values) -> Iterator[Twin]:
     """Judge `_fused_adagrad_`: sum = sum + g^2, p = p - lr / (1 + (t - 1) lr_decay) g / (sqrt(sum) + eps), g = g + wd p.
 
-    Bounds: 3 u sum; 16 u |change| and what the error of g does.
+    Bounds: 3 u sum and what the error of g does; 16 u |change| and what both errors do.
     """
     if _skipped(values.inputs):
         yield from _unchanged(values)
@@ -165,10 +167,12 @@ def _adagrad_step(given: dict[str, Any], i: int) -> list[tuple[str, np.ndarray, 
     of_g = _add_decay(g, p, given["weight_decay"], _unscaling(given))
     total += g * g
     lr = float(given["lr"]) / (1 + (float(given["state_steps"][i]) - 1) * given["lr_decay"])
-    slope = lr / (np.sqrt(total) + given["eps"])
+    of_total = 3 * U * total + (2 * np.abs(g) + of_g) * of_g + FLUSHED
+    slopes = (lr / (np.sqrt(np.maximum(x, 0)) + given["eps"]) for x in (total, total - of_total, total + of_total))
+    slope, steepest, flattest = slopes
     p -= slope * g
-    of_total = 3 * U * total + 2 * np.abs(g) * of_g + FLUSHED
-    return [("state_sums", total, of_total), ("self", p, slope * (16 * U * np.abs(g) + 2 * of_g))]
+    of_p = 16 * U * np.abs(slope * g) + steepest * of_g + np.abs(g) * np.maximum(steepest - slope, slope - flattest)
+    return [("state_sums", total, of_total), ("self", p, of_p)]
 
 
 def _add_decay(g: np.ndarray, p: np.ndarray, weight_decay: float, unscaling: float) -> np.ndarray:
