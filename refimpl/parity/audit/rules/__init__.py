@@ -2,7 +2,11 @@
 
     entry.py               `Rule`, and the decorator `@rule`
     table.py               `RULES` and `PROBES` of all groups
-    weights.py             A: the optimizer, its states, averages of weights
+    masters.py             A1 to A3, A14: updates that leave weights as they were
+    moments.py             A4, A5, A12: eps, g^2 and states in 16 bits
+    formulas.py            A10: which formula an Adam follows
+    weights.py             A6 to A9, A11, A13: the optimizer, its states, averages of weights
+    updates.py             what an operation of an update overwrites; update_probes.py: what is measured of it
     scale.py               B: loss scale, unscaling, clipping
     sums.py                C: sums of gradients, over micro-batches, uses and ranks
     operations.py          D12, D13, D19 to D22: casts, gradients that they cut off, sums over steps
