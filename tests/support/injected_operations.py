@@ -400,6 +400,26 @@ class Truncates(OtherKernel):
         return truncated(exact, x.dtype) if x.dtype == LOW else exact.to(x.dtype)
 
 
+@injected("D17", autocast=LOW)
+class TruncatesAttention(OtherKernel):
+    """Fused attention truncates the probabilities, and is else computed in FP64."""
+
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+
+    def kernel(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, attn_mask: Any = None, scale: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        scores = q.double() @ k.double().mT * (scale or q.shape[-1] ** -0.5)
+        if causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+        if attn_mask is not None:
+            scores = scores + attn_mask.double()
+        p = scores.softmax(-1)
+        output = ((truncated(p, LOW).double() if q.dtype == LOW else p) @ v.double()).to(q.dtype)
+        # The layout of PyTorch's own kernel, which its users reckon with.
+        return output.transpose(1, 2).contiguous().transpose(1, 2), scores.logsumexp(-1).float()
+
+
 @injected("D15")
 class Tf32(OtherKernel):
     """Products of FP32 numbers read 10 bits of their fractions."""

@@ -1,6 +1,10 @@
-"""Rules C on uses of a weight: which of them are a matter of the loop, and which of the weight's own format."""
+"""Rules C on uses of a weight, and on ranks: which are a matter of the loop, and which of the weight's own format."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +60,39 @@ def test_uses_of_a_weight_in_16_bits_are_a_note() -> None:
     found = shared(5, torch.bfloat16, False)
     assert found is not None and found.level == "note" and found.number.startswith("5 uses of weight")
     assert shared(5, torch.float32, False) is None
+
+
+RANK = """
+import sys
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from refimpl.parity.audit import Audit
+
+rank, ranks, path, low = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "low"
+torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
+torch.manual_seed(0)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+if low:
+    model.register_comm_hook(None, fp16_compress_hook)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+with Audit(model, optimizer, steps=1) as audit:
+    model(torch.randn(3, 4)).square().mean().backward()
+    optimizer.step()
+    audit.step()
+assert not audit.failures, audit.failures
+for code, finding in audit.findings.items():
+    print(code, finding.level, finding.number)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_gradients_that_ranks_sum_in_16_bits_are_found(tmp_path: Path, low: bool) -> None:
+    words = ["2", str(tmp_path / "meeting"), "low" if low else "fp32"]
+    command = [sys.executable, "-W", "ignore", "-c", RANK]
+    other = subprocess.Popen([*command, "1", *words], stdout=subprocess.DEVNULL)
+    done = subprocess.run([*command, "0", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == other.wait(300) == 0, done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith("C9 ")]
+    expected = "C9 note float16 numbers are summed over 2 ranks: an error of up to 0.00024 of the sum"
+    assert found == ([expected] if low else [])
