@@ -96,6 +96,21 @@ def test_positions_in_fp32_move_a_little_between_the_points(
     assert level(values) == "fine" and level(values, "out", lambda dx: dx * 1.001) == "wrong"
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize(("mode", "size"), [("linear", (9,)), ("bilinear", (9, 5)), ("trilinear", (9, 5, 4))])
+@pytest.mark.parametrize("scale", [2.0, 1.7, 0.6])
+def test_linear_upsampling_on_any_axes_is_judged(dtype: torch.dtype, mode: str, size: tuple[int, ...], scale: float) -> None:
+    def run() -> None:
+        y = F.interpolate(draw(2, 3, *size, dtype=dtype).requires_grad_(), scale_factor=scale, mode=mode)
+        y.backward(draw(*y.shape, dtype=dtype))
+
+    seen = [values for values in recorded(run) if "upsample" in values.operation.name]
+    assert len(seen) == 2
+    for values in seen:
+        assert is_good(values) and level(values, "out", lambda y: y.flip(-1)) == "wrong"
+        assert level(values, "out", lambda y: y + y.abs().max() / 4) == "wrong"
+
+
 def test_sums_of_many_terms_are_judged_as_sums_of_parts() -> None:
     assert gamma(2**22) > 0.3 > gamma(2**22 + 1) > 2**18 * 2.0**-24 and gamma(2**26) < 1
     with pytest.raises(CannotJudge, match=r"more than 2\^27 terms"):

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from refimpl.parity.audit.judge.again import U, fp32, gamma, in_fp64, is_16_bit
 from refimpl.parity.audit.judge.casts import moved
+from refimpl.parity.audit.judge.roundings import smallest, unit
 from refimpl.parity.audit.values import CannotJudge, Twin, Values, is_float
 from refimpl.parity.audit.verdict import measure
 
@@ -28,6 +30,7 @@ MEAN, SUM = 1, 2
 TERMS = "the CPU kernel rounds each term to the tensor's format"
 SCALED = "the CPU kernel rounds 2 / n, and its products, to the tensor's format"
 WINDOWS = "the CPU kernel adds the gradients of overlapping windows in the tensor's format"
+WEIGHTS = "the CPU kernel rounds weights and products to the tensor's format"
 PRODUCT = "the CPU kernel rounds each partial product to the tensor's format"
 
 
@@ -69,26 +72,41 @@ def spread_over(values: Values) -> float:
 
 
 def interpolated_linearly(values: Values) -> Iterator[Twin]:
-    """Judge upsample_bilinear2d and its backward: weighted sums, whose weights come from positions in FP32.
+    """Judge linear upsampling on 1 to 3 axes, and its backward: weighted sums, whose weights come from positions in FP32.
 
-    A result has 4 terms, in backward at most as many as there are positions within 1 of a point, 2 s + 3 on an axis of scale s;
-    each of 4 roundings. A position on an axis of n points, i / s or (i + 1/2) / s - 1/2, errs by 4 u (n + 1) at most, and that
-    much of each neighbour's weight goes to another one, also where the position passes a point. So a result changes by
-    8 u (h + w + 2) times the largest of the points around it, for which the sum over 3 by 3 points stands; in backward it is
-    the gradients that reach these points.
+    A result has 2 terms per axis, in backward at most as many as there are positions within 1 of a point, 2 s + 3 on an axis of
+    scale s; each of 2 roundings per axis. A position on an axis of n points, i / s or (i + 1/2) / s - 1/2, errs by 4 u (n + 1)
+    at most, and that much of each neighbour's weight goes to another one, also where the position passes a point. So a result
+    changes by 8 u (n + 1) for each axis times the largest of the points around it, for which the sum over three points on each
+    axis stands; in backward it is the gradients that reach these points.
+    In 16 bits the CPU rounds weights, products and sums to the tensor's format forward, 3 per axis, on 1 and 3 axes; a weight
+    1 - w has the error of w, which counts for all points around.
     """
     given = values.inputs
     exact, size = in_fp64(values)["out"], in_fp64(values, Tensor.abs)["out"].abs()
     if "grad_output" in given:
-        around, points = _around(size), given["input_size"][-2:]
-        n = math.prod(map(_reaching, given["output_size"], points, (given.get("scales_h"), given.get("scales_w"))))
+        around, points = _around(size), given["input_size"][2:]
+        n = math.prod(map(_reaching, given["output_size"], points, _scales(given, len(points))))
     else:
         at = values.names.index("self")
         args = (*values.args[:at], _around(given["self"].double().abs()), *values.args[at + 1 :])
         around = in_fp64(Values(values.operation, values.names, args, values.kwargs, values.output, {}))["out"]
-        points, n = given["self"].shape[-2:], 4.0
-    moved = 8 * U * (sum(points) + 2) * around
-    yield Twin("out", values.output, exact, gamma(n + 4) * size + moved, U * math.sqrt(n + 4) * size + moved)
+        points = given["self"].shape[2:]
+        n = 2.0 ** len(points)
+    moved = 8 * U * (sum(points) + len(points)) * around
+    roundings, actual = n + 2 * len(points), values.output
+    bound, typical = gamma(roundings) * size + moved, U * math.sqrt(roundings) * size + moved
+    if is_16_bit(actual) and not actual.is_cuda and "self" in given and len(points) != 2:
+        bound = bound + 3 * len(points) * (unit(actual.dtype) * around + smallest(actual.dtype) / 2)
+        yield Twin("out", actual, exact, bound, typical, note=WEIGHTS)
+        return
+    yield Twin("out", actual, exact, bound, typical)
+
+
+def _scales(given: dict[str, Any], axes: int) -> list[float | None]:
+    """Return the scales of an upsampling, None where none is given."""
+    names = ("scales",) if axes == 1 else ("scales_d", "scales_h", "scales_w")[-axes:]
+    return [given.get(name) for name in names]
 
 
 def _reaching(results: int, points: int, scale: float | None) -> float:
@@ -98,8 +116,11 @@ def _reaching(results: int, points: int, scale: float | None) -> float:
 
 
 def _around(x: Tensor) -> Tensor:
-    """Return the sums over 3 by 3 neighbours."""
-    return 9 * torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+    """Return the sums over a point and its neighbours on all axes."""
+    x = functional.pad(x, (1, 1) * (x.dim() - 2))
+    for axis in range(2, x.dim()):
+        x = x.unfold(axis, 3, 1).sum(-1)
+    return x
 
 
 def running(values: Values) -> Iterator[Twin]:
@@ -255,9 +276,8 @@ def _a_position_is_near_the_next(values: Values) -> bool:
     """Return whether i s or (i + 1/2) s is within its error of a point, and FP32 does not hold the quotient s."""
     given = values.inputs
     points = given["input_size"][2:] if "input_size" in given else given["self"].shape[2:]
-    names = ("scales",) if len(points) == 1 else ("scales_d", "scales_h", "scales_w")[-len(points) :]
-    for n, results, name in zip(points, given["output_size"], names, strict=True):
-        step = 1 / given[name] if given.get(name) else n / results
+    for n, results, scale in zip(points, given["output_size"], _scales(given, len(points)), strict=True):
+        step = 1 / scale if scale else n / results
         i = torch.arange(results, dtype=torch.float64) + ("exact" in values.operation.name) / 2
         away = (i * step - (i * step).round()).abs()
         if fp32(step) != step and bool((away <= 4 * U * (n + 1))[i > 0].any()):
@@ -277,6 +297,7 @@ NEAREST = """
     upsample_nearest1d upsample_nearest2d upsample_nearest3d
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 """
+LINEAR = ("linear1d", "bilinear2d", "trilinear3d")
 COPIED = """
     col2im unfold_backward adaptive_max_pool2d_backward max_pool3d_with_indices_backward
     reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward
@@ -289,7 +310,7 @@ JUDGES = {
     **dict.fromkeys(("aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d"), linear(window)),
     **dict.fromkeys(("aten._adaptive_avg_pool2d", "aten.adaptive_avg_pool1d"), linear(spread_over)),
     **dict.fromkeys(("aten.avg_pool2d_backward", "aten._adaptive_avg_pool2d_backward"), pooled_mean_gradient),
-    **dict.fromkeys(("aten.upsample_bilinear2d", "aten.upsample_bilinear2d_backward"), interpolated_linearly),
+    **{f"aten.upsample_{name}{ending}": interpolated_linearly for name in LINEAR for ending in ("", "_backward")},
     **{f"aten.{name}{ending}": nearest for name in NEAREST.split() for ending in ("", "_backward")},
     **{f"aten.{name}": gathered for name in COPIED.split()},
     "aten.cumsum": running,
