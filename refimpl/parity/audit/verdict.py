@@ -34,6 +34,8 @@ ROOM = 8
 """Numbers on the way to a result are at most this many times as large as its bound by one rounding: x^2 + x, or e^x / 2."""
 LEAST_BITS = 18.0
 """FP32 products have 21 to 22 effective bits whatever K is, TF32 11.1, one bf16 product 8.1."""
+SMALLEST_PRODUCTS = 2.0**-108
+"""Larger products have effective bits: K products below 2^-126 err by up to K 2^-150, at most 2^-22 of this for K < 2^20."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def measure(twin: Twin, elements: int) -> Verdict:
     if twin.products is not None:
         error = (actual.double() - exact).abs()
         size, rms = _rms(twin.products), _rms(error if dtype == torch.float32 else error.where(exact.to(dtype) != actual, 0.0))
-        bits = -math.log2(rms / size) if rms > 0 and size > 0 and math.isfinite(rms) and math.isfinite(size) else None
+        bits = -math.log2(rms / size) if 0 < rms < math.inf and SMALLEST_PRODUCTS < size < math.inf else None
     level, reason = _level(worst, equal, expected, outside, excess, bits if dtype == torch.float32 else None, n, close)
     if twin.note and level != "wrong" and equal < MOSTLY:
         level, reason = "note", twin.note

@@ -175,6 +175,15 @@ def operation_of(a: Tensor, b: Tensor) -> Operation:
     return recorder.operations[-1]
 
 
+def test_products_of_subnormal_size_are_not_said_to_have_few_bits() -> None:
+    a, b = torch.randn(32, 64), torch.randn(64, 32) * 2.0**-146
+    (verdict,), _ = judged(lambda: a @ b)
+    assert verdict.level == "fine" and verdict.bits is None
+    b = b * 2.0**60
+    (larger,), _ = judged(lambda: a @ b)
+    assert larger.level == "fine" and larger.bits is not None and larger.bits > 20
+
+
 @pytest.mark.parametrize(("bits", "effective"), [(10, 11.1), (7, 8.1)])
 @pytest.mark.parametrize("K", [256, 4096])
 def test_effective_bits_name_the_precision_of_a_product(bits: int, effective: float, K: int) -> None:
