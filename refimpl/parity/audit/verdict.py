@@ -143,9 +143,11 @@ def _off(
         return None
     where = (rounded != actual).nonzero().squeeze(1)
     got, nearest = actual.index_select(0, where), rounded.index_select(0, where)
-    number = ~(got.isnan() & nearest.isnan())
-    if not bool(number.all()):
-        where, got, nearest = where[number], got[number], nearest[number]
+    wide = got.double()
+    finite = bool(torch.stack(wide.aminmax()).isfinite().all())
+    if not finite:
+        number = ~(got.isnan() & nearest.isnan())
+        where, got, nearest, wide = where[number], got[number], nearest[number], wide[number]
     if not where.numel():
         return None
 
@@ -153,21 +155,23 @@ def _off(
         return x.index_select(0, where) if isinstance(x, Tensor) and x.dim() else x
 
     info = torch.finfo(actual.dtype)
-    right, wide, allowed = exact.index_select(0, where), got.double(), there(bound)
+    right, allowed = exact.index_select(0, where), there(bound)
     error, spacing = (wide - right).abs(), _spacing(right, got.dtype)
     last = info.eps / 2 * right.abs() + _half_subnormal(got.dtype)
     # With a bound of 0 only the correctly rounded result will do: any other is more than half a unit away, or breaks a tie.
     ratio = (2 * error / spacing).clamp(min=JUST_WRONG) if _is_zero(bound) else error / (allowed + last)
-    # Above half a unit beyond the largest number the rounded result is Inf, which is no error.
-    beyond = got.isinf() & (torch.sign(wide) * right + allowed >= info.max * (1 + info.eps / 4))
-    # So it is where numbers on the way are so large, by the bound, that they may have exceeded the format of the arithmetic.
-    inside = torch.finfo(arithmetic)
-    beyond |= ~got.isfinite() & torch.as_tensor(allowed >= inside.eps / 2 * inside.max / ROOM, device=got.device)
-    ratio = ratio.nan_to_num(math.inf, math.inf).masked_fill(beyond, 0.0)
+    ratio = ratio.nan_to_num(math.inf, math.inf)
+    outside = error > 6 * there(typical) + last if typical is not None else None
+    if not finite:
+        # Above half a unit beyond the largest number the rounded result is Inf, which is no error.
+        beyond = got.isinf() & (torch.sign(wide) * right + allowed >= info.max * (1 + info.eps / 4))
+        # So it is where numbers on the way are so large, by the bound, that they may exceed the format of the arithmetic.
+        inside = torch.finfo(arithmetic)
+        beyond |= ~got.isfinite() & torch.as_tensor(allowed >= inside.eps / 2 * inside.max / ROOM, device=got.device)
+        ratio, outside = ratio.masked_fill(beyond, 0.0), outside & ~beyond if outside is not None else None
     # Where the arithmetic before the last rounding may cost a unit by itself, its errors are not the rounding's.
     far = there(spared) > spacing / 4
     excess = ((wide - nearest.double()) / spacing).masked_fill(far, 0.0).nan_to_num(0.0, 0.0, 0.0)
-    outside = (error > 6 * there(typical) + last) & ~beyond if typical is not None else None
     return _Off(where, ratio, excess, outside)
 
 

@@ -128,9 +128,10 @@ def backward(values: Values) -> Iterator[Twin]:
     rows, columns = _some(T, values), _some(n, values)
     heads = _heads(values, max(_length(rows, T) * n, T * _length(columns, n)))
     at = heads.at[0][:, 0], heads.at[1][:, 0] // G
-    (dS, W), _ = _inside(heads, rows, ALL)
+    (dS, W), (P, R) = _inside(heads, rows, ALL)
     yield _twin("out.0", dq, dq[..., rows, :][heads.at], *_summed(heads, dS, W, heads.k, _blocks(n, KEYS), heads.scale))
-    (dS, W), (P, R) = _inside(heads, ALL, columns)
+    if not rows == columns == ALL:
+        (dS, W), (P, R) = _inside(heads, ALL, columns)
     if not bool(R.isfinite().all()):
         raise CannotJudge("attention with a row whose scores all are absorbed by a mask")
     dS, W, P, R = (x.flatten(1, 2).mT for x in (dS, W, P, R))
