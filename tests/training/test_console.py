@@ -99,7 +99,8 @@ def test_one_line_for_each_end(error: BaseException, code: int, line: str, capsy
 ALL = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem not in EXAMPLES)
 ASKED = {"train": "--help", "generate": "--help", "convert": "--help", "trace": "--help", "pytorch_trace": "--help",
          "compare_pytorch": "--help", "bench": "--help", "record_vectors": "--help", "gpu_check": "--predict",
-         "compare_recipes": "--help", "inspect_precision": "--help", "loss_scale": "--compare"}  # fmt: skip
+         "compare_recipes": "--help", "inspect_precision": "--help", "loss_scale": "--compare",
+         "audit_cost": "--help"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["recipes", "train", *(pytest.param(n, marks=pytest.mark.slow) for n in ALL)])
