@@ -14,7 +14,7 @@ from refimpl.parity.audit.operation import TensorFacts, tensors_in
 from refimpl.parity.audit.origins import origin_of
 from refimpl.parity.audit.rules.entry import Probe, rule
 from refimpl.parity.audit.rules.overflow import rule_of
-from refimpl.parity.audit.step import Border, View
+from refimpl.parity.audit.step import Border, Step, View
 from refimpl.parity.audit.values import Values, is_float
 
 ENOUGH_FLUSHED = 0.01
@@ -210,13 +210,17 @@ def scheduler_on_skipped_step(view: View) -> Iterator[Finding]:
     """The learning-rate schedule advances in a step that the loss scale skipped.
 
     Seen: found_inf, no update, and a scheduler whose `last_epoch` grew. PyTorch's warning about the order of calls is this.
+    A note where there is no scheduler, and the rate of the next step is another one: a loop that sets it by hand from its count
+    of steps.
     Effect: warmup is cut short by the skipped steps; early ones are usual, so the first rates are never used.
     Fix: step the scheduler only if the scale has not fallen. A schedule by samples may want this: then it is a note to ignore.
     Source: pytorch/pytorch#55585, #44511, huggingface/transformers#11144.
     """
     before, after = view.step.before, view.step.after
-    history = history_of(view.step)
-    if after is None or not history.found_inf or _updated(history):
+    number = _rate_went_on(view)
+    if number:
+        yield _of_step("B5", view, "note", number, "skipped steps use up the warmup", "count updates, not steps")
+    if after is None or not _skipped(view.step):
         return
     moved = [b - a for a, b in zip(before.schedulers, after.schedulers, strict=False)]
     if any(n > 0 for n in moved):
@@ -529,6 +533,23 @@ def _rescaled(history: GradientHistory, update: Event) -> bool:
     """Return whether the gradients of an update were multiplied by something that is no clip coefficient of a norm."""
     names = set(update.names)
     return any(names & set(e.names) and e.operation is not None and e.operation.phase != "clip" for e in history.of("multiply"))
+
+
+def _rate_went_on(view: View) -> str:
+    """Return how the learning rate has changed after a step that was skipped, where no scheduler sets it; '' if it has not."""
+    last, now = view.earlier[-1] if view.earlier else None, view.step.after
+    if last is None or last.number != view.step.number - 1 or last.after is None or now is None or now.schedulers:
+        return ""
+    old, new = _rate(last.after), _rate(now)
+    if old == new or not _skipped(last):
+        return ""
+    return f"step {last.number} was skipped, and the rate went on from {old:.3g} to {new:.3g} in the next one"
+
+
+def _skipped(step: Step) -> bool:
+    """Return whether a step found Inf or NaN, and made no update."""
+    history = history_of(step)
+    return bool(history.found_inf) and not _updated(history)
 
 
 def _updated(history: GradientHistory) -> bool:
