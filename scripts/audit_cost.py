@@ -13,9 +13,8 @@ printed with its standard error, and is over its limit where it is by more than 
 by a few percent on most machines. And nothing of the audit runs in an unaudited step but `audit.step()` at its end, which is
 timed alone: a plain step with that call may not take more than the limit either.
 
-Measured on a machine with two cores, in FP32: 10 times with two threads and 7 with one, since what the audit does between
-operations runs on one. Under autocast 1.6 times: that machine multiplies BF16 a dozen times slower than FP32. Memory: 1.6 and
-1.8 times.
+What the audit does between operations runs on one thread, so the ratio is larger the more threads a plain step has; and smaller
+where products take long, as those of BF16 on processors without instructions for them.
 """
 
 from __future__ import annotations
