@@ -29,10 +29,11 @@ from refimpl.parity.audit.report.operation_table import OperationTable
 from refimpl.parity.audit.report.page import audit_page
 from refimpl.parity.audit.report.terminal import summary
 from refimpl.parity.audit.rules.entry import Rule
-from refimpl.parity.audit.rules.table import RULES
+from refimpl.parity.audit.rules.table import KNOWN_MISTAKES, RULES
 from refimpl.parity.audit.step import View
 from refimpl.parity.audit.values import Twin, Values
 from refimpl.parity.audit.verdict import LEVELS
+from refimpl.parity.mistakes import MISTAKES
 
 
 class Loop:
@@ -341,6 +342,13 @@ def test_an_empty_table_has_no_rows() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- catalogue
+
+
+def test_known_mistakes_of_traces_and_rules_are_one_table() -> None:
+    of_rules = [name for names in KNOWN_MISTAKES.values() for name in names]
+    assert sorted([*of_rules, "decay-all"]) == sorted(MISTAKES) and set(KNOWN_MISTAKES) <= set(RULES)
+    page = catalogue()
+    assert all(f"`--mistake {name}`" in page for name in of_rules)
 
 
 def test_the_catalogue_in_docs_is_that_of_the_rules() -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from refimpl.parity.audit.rules.entry import Rule
-from refimpl.parity.audit.rules.table import RULES
+from refimpl.parity.audit.rules.table import KNOWN_MISTAKES, RULES
 
 GROUPS = {
     "A": "Weights, the optimizer and its states",
@@ -21,6 +21,8 @@ START = """\
 
 `python scripts/audit.py --catalogue` writes this page, from the docstrings of the rules in
 [`parity/audit/rules/`](../refimpl/parity/audit/rules/__init__.py). [audit.md](audit.md) says how to read a finding.
+Where `--mistake` is named, `python scripts/train.py --mistake NAME` makes the same mistake in refimpl's own training, and the
+judge of [traces](traces.md) finds it too.
 """
 
 
@@ -39,6 +41,8 @@ def _entry(rule: Rule) -> str:
     first, _, rest = rule.text.partition("\n\n")
     more = " It needs two audited steps, or two micro-batches in one." if rule.steps > 1 else ""
     lines = [f"### {rule.code} {rule.name}", "", _markdown(first) + more, "", *_paragraphs(rest)]
+    if rule.code in KNOWN_MISTAKES:
+        lines.append(f"- **In refimpl:** {', '.join(f'`--mistake {name}`' for name in KNOWN_MISTAKES[rule.code])}.")
     return "\n".join(lines) + "\n"
 
 

@@ -205,7 +205,7 @@ def _is_named(view: View) -> bool:
 # ------------------------------------------------------------------------------------------------- skipped steps
 
 
-@rule("B5", "scheduler-on-skip", steps=2)
+@rule("B5", "scheduler-steps-on-skip", steps=2)
 def scheduler_on_skipped_step(view: View) -> Iterator[Finding]:
     """The learning-rate schedule advances in a step that the loss scale skipped.
 

@@ -112,7 +112,7 @@ PROBES: tuple[Probe, ...] = (gradient_sum, tokens, indexed_sum, divided, counted
 # ------------------------------------------------------------------------------------------------- micro-batches
 
 
-@rule("C1", "loss-not-divided", steps=2)
+@rule("C1", "loss-not-averaged", steps=2)
 def loss_not_divided(view: View) -> Iterator[Finding]:
     """The mean losses of micro-batches are summed, not averaged.
 
@@ -133,7 +133,7 @@ def loss_not_divided(view: View) -> Iterator[Finding]:
         number = f"{n} backward passes of undivided mean losses went into one update: the gradient is {n} times their mean's"
         effect = f"clipping is {n} times too strict, and SGD's learning rate {n} times too large"
         first = next(o for o in view.step.operations if o.index >= calls[0].index)
-        found = finding_at(view, first, "C1", "loss-not-divided", "worse than it need be", number=number, effect=effect,
+        found = finding_at(view, first, "C1", "loss-not-averaged", "worse than it need be", number=number, effect=effect,
                            fix="divide the loss by the number of micro-batches before backward")  # fmt: skip
         yield _at_line(found, calls[0].line)
 

@@ -118,7 +118,7 @@ def parameters_without_optimizer(view: View) -> Iterator[Finding]:
                          effect="they do not train", fix=fix)  # fmt: skip
 
 
-@rule("A9", "no-zero-grad", steps=2)
+@rule("A9", "gradients-not-zeroed", steps=2)
 def stale_gradient_added(view: View) -> Iterator[Finding]:
     """Gradients of an earlier update are added to those of this one.
 
@@ -143,7 +143,7 @@ def stale_gradient_added(view: View) -> Iterator[Finding]:
     stale = [name for name, found in adds.items() if name in used - zeroed and len(found) >= passes > 0]
     if stale:
         number = f"the gradients of {len(stale)} parameters were added to those that the last update had used"
-        yield finding_at(view, adds[stale[0]][0], "A9", "no-zero-grad", "worse than it need be", number=number,
+        yield finding_at(view, adds[stale[0]][0], "A9", "gradients-not-zeroed", "worse than it need be", number=number,
                          effect="the gradient is the sum of all steps so far", fix="call optimizer.zero_grad()")  # fmt: skip
 
 
