@@ -145,6 +145,13 @@ def test_another_gradient_of_softmax_is_found(dtype: torch.dtype) -> None:
             assert worst(values, "out", lambda dx: dx.bfloat16().float()) in BAD
 
 
+def test_a_gradient_of_log_softmax_with_subnormal_shares_is_fine() -> None:
+    y, dy = torch.tensor([[0.0, -96.0]] * 8).log_softmax(-1), torch.tensor([[-128.0, 0.0]] * 8)
+    values = the("aten._log_softmax_backward_data", lambda: torch._log_softmax_backward_data(dy, y, 1, torch.float32))
+    assert verdicts(values)["out"].level == "fine"
+    assert worst(values, "out", lambda dx: dx + 1e-35) == "wrong"
+
+
 def test_layer_norms_that_are_not_are_found() -> None:
     C = 256
     x, w, b = draw(50, C).detach(), draw(C).detach(), draw(C).detach()

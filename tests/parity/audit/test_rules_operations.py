@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from audit_nets import HALF, LOW, ROWS, N, Net, Then, audited, hidden, serious, squares, the_one
 from torch import Tensor, nn
 
+from refimpl.parity.audit import Audit
+
 
 def numbers(text: str) -> list[float]:
     """Return the numbers in a sentence."""
@@ -459,9 +461,27 @@ def test_fp16_gradients_that_overflow_are_the_loss_scales() -> None:
     assert set(serious(audited(lambda x: x, HALF, loss=loss(1e5)))) == {"B4"}
 
 
+def test_large_weights_are_no_positions() -> None:
+    assert serious(audited(lambda x: (x.float() * 1e30).to(LOW).float() * 1e-30, torch.float32, autocast=LOW)) == set()
+
+
 def test_weights_that_are_nan_after_an_overflow_are_not_found_again() -> None:
     audit = audited(lambda x: 40000 * x - 1, HALF, steps=3)
     assert serious(audit) == {"D9"} and audit.findings["D9"].step == 1
+
+
+def test_weights_that_the_loop_fills_with_nan_are_found() -> None:
+    model = torch.nn.Linear(N, N)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with Audit(model, optimizer) as audit:
+        for step in range(3):
+            model(torch.randn(ROWS, N)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                model.weight.data.fill_(math.nan)
+            audit.step()
+    assert serious(audit) == {"D11"} and "the parameter weight is not finite before the step" in audit.findings["D11"].number
 
 
 def test_nan_in_the_data_is_said_to_be_there_before() -> None:

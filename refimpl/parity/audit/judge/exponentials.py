@@ -94,14 +94,16 @@ def _by_cpu_in_16_bits(values: Values) -> bool:
 def log_softmax_gradient(values: Values) -> Iterator[Twin]:
     """Judge `_log_softmax_backward_data`: dx = dy - exp(y) sum(dy), with the stored y.
 
-    Bound: exp(y) sum|dy| (gamma(n + 1) + 2 ulp of exp + 2 u) + 2 u |dy|: the sum, exp, their product, the difference.
+    Bound: exp(y) sum|dy| (gamma(n + 1) + 2 ulp of exp + 2 u) + 2 u |dy|: the sum, exp, their product, the difference. An exp
+    below 2^-126 may be flushed: + 2^-126 sum|dy|.
     """
     dy, y = _rows(values, "grad_output"), _rows(values, "output")
     n = y.shape[-1]
     p = y.exp()
     exact = dy - p * dy.sum(-1, keepdim=True)
-    p *= dy.abs().sum(-1, keepdim=True)
-    typical = dy.abs().mul_(2 * U).add_(p, alpha=FUNCTION + 3 * U + spread(n))
+    size = dy.abs().sum(-1, keepdim=True)
+    p *= size
+    typical = dy.abs().mul_(2 * U).add_(p, alpha=FUNCTION + 3 * U + spread(n)).add_(size, alpha=FLUSHED)
     yield _twin(values, exact, typical.add(p, alpha=max(gamma(n) - spread(n), 0.0)), typical)
 
 

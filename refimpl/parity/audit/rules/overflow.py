@@ -204,7 +204,8 @@ def rule_of(view: View, origin: Origin) -> str:
     """Return the code of the rule that an origin belongs to, '' if it belongs to none of these."""
     o, bad = origin.operation, origin.found
     if o is None or bad is None:
-        known = any(found(earlier) is not None for step in view.earlier for earlier in step.operations)
+        computed = (earlier for step in view.earlier for earlier in step.operations if earlier.phase != "other")
+        known = any(found(earlier) is not None for earlier in computed)
         return "" if known else "D11"
     if _is_masked_sum(o):
         return "D7"
