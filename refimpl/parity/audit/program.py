@@ -63,7 +63,9 @@ class ProgramAudit:
             as_planned = kind is None or issubclass(kind, SystemExit)
             if self._updated:
                 self.audit.end_step()
-            self.audit.__exit__(*((None, None, None) if as_planned else (kind, error, traceback)))
+            self.audit.end("" if as_planned else kind.__name__)
+            if as_planned and self.audit.unended and not self.audit.number:
+                self.audit.unended = "no optimizer has made a step"
         self._open.close()
 
     # ------------------------------------------------------------------------------------------------------- what is seen

@@ -103,12 +103,20 @@ class Audit:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        """End it, also where the loop has raised: what was found is kept, and the exception goes on.
+        """End it. If the loop has raised, print on standard error what was found until then; the exception goes on."""
+        self.end(kind.__name__ if kind is not None else "")
+        if kind is not None:
+            self._guarded("summary: ", self._say_all, kind.__name__)
+
+    def end(self, raised: str = "") -> None:
+        """End the audit. raised: the name of the exception that has ended the loop.
 
         Of a step that was begun and not ended only the rules about single operations are asked.
         """
         if self._stop() and self.recorder.seen:
-            self.unended = f"{kind.__name__} in step {self.number + 1}" if kind is not None else "the audit ended within it"
+            which = f"step {self.number + 1}"
+            why = f"the audit ended within {which}" if self.number else "audit.step() was never called"
+            self.unended = f"{raised} in {which}" if raised else why
             self._finish(complete=False)
         Audit._running = None
 
@@ -166,15 +174,20 @@ class Audit:
         """Write audit.html and audit.json to a folder, print the summary, and return the path of the page.
 
         A report that is there is replaced. Of several processes each but the first writes to a folder rank1, rank2, ... in it.
-        Errors: UsageError if the files cannot be written.
+        Errors: UsageError if the files cannot be written; the summary is printed before.
         """
         rank = self._rank or _rank()
         data = contents(self)
         tensors = {f"{name}/{key}": t for name, (kept, _) in kept_operations(self).items() for key, t in kept.tensors.items()}
-        page = write_report(Path(folder) / (f"rank{rank}" if rank else ""), data, tensors)
-        if not rank:
-            print("\n".join(summary(data, str(page))))
-        return page
+        page = None
+        try:
+            page = write_report(Path(folder) / (f"rank{rank}" if rank else ""), data, tensors)
+            return page
+        except UsageError as error:
+            raise error from None
+        finally:
+            if not rank:
+                print("\n".join(summary(data, str(page or ""))), flush=True)
 
     # ------------------------------------------------------------------------------------------------- one audited step
 
@@ -236,6 +249,12 @@ class Audit:
                 operation.probed[name] = measured
         self.operands.see(self.number + 1, values, worst_of)
         self.conversions.see(values)
+
+    def _say_all(self, raised: str) -> None:
+        """Print the summary on standard error, where the loop has raised."""
+        rank = f"rank {_rank()}: " if _rank() else ""
+        print(f"audit: {rank}{raised} has ended the loop; what was found until then:", file=sys.stderr)
+        print("\n".join(summary(contents(self), "")), file=sys.stderr, flush=True)
 
     def _border(self) -> Border:
         border = self._guarded("", border_of, self.model, self.optimizers, self.scaler, self.schedulers)

@@ -121,7 +121,71 @@ def test_a_loop_that_raises_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch
     with_rule(monkeypatch, finding(code="B1"), code="B1")  # needs a whole step
     with loop.audit() as audit:
         loop.step()
-    assert audit.findings == {} and audit.unended == "the audit ended within it"
+    assert audit.findings == {} and audit.unended == "audit.step() was never called"
+
+
+def test_a_loop_that_raises_prints_the_summary_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loop = Loop()
+    audit = loop.audit()
+    with pytest.raises(OverflowError, match="mine"), audit:
+        loop.step()
+        audit.step()
+        raise OverflowError("mine")
+    out, err = capsys.readouterr()
+    assert out == "" and list(tmp_path.iterdir()) == []
+    assert "audit: OverflowError has ended the loop" in err and "1 of 1 steps" in err and "coverage: " in err
+    assert "all of it" not in err
+    assert audit.report(tmp_path / "later").exists()
+    with loop.audit() as audit:
+        loop.step()
+        audit.step()
+    assert "1 of 1 steps" not in capsys.readouterr().err  # nothing has raised
+
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError("of the audit")
+
+    monkeypatch.setattr(session_module, "summary", fail)
+    with pytest.raises(OverflowError, match="mine"), loop.audit() as audit:
+        raise OverflowError("mine")
+    assert audit.failures == {"summary: ZeroDivisionError: of the audit": 1}
+
+
+def verdict_of(audit: Audit) -> tuple[str, str, str]:
+    """The verdict of the data, that of the summary as one line, and the text of the page."""
+    data = contents(audit)
+    return data["verdict"], " ".join(" ".join(summary(data, "page")).split()), " ".join(Page(audit_page(data)).text.split())
+
+
+def test_a_loop_without_audit_step_is_not_called_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_rule(monkeypatch)
+    loop = Loop()
+    with loop.audit() as never:
+        loop.step()
+        loop.step()
+    verdict, *said = verdict_of(never)
+    first = "No audited step ended (audit.step() was never called): the rules about whole steps, A to C, were not asked."
+    assert verdict == "no step ended" and all(first in text for text in said)
+    assert said[0].index(first) < said[0].index("Nothing found above a note")
+    with loop.audit(steps=0, every=2) as within:
+        loop.step()
+        within.step()
+        loop.step()
+    assert "No audited step ended (the audit ended within step 2)" in verdict_of(within)[1]
+    verdict, *said = verdict_of(audited(2))
+    assert verdict == "nothing above note" and not any("No audited step" in text for text in said)
+
+
+def test_an_audit_of_nothing_is_not_called_good() -> None:
+    loop = Loop()
+    with loop.audit() as empty:
+        pass
+    for audit, why in ((loop.audit(), "no step ended"), (empty, "no step ended"), (audited(2, steps=0), "2 steps ended")):
+        verdict, *said = verdict_of(audit)
+        assert verdict == "nothing audited"
+        assert all(f"Nothing was audited: {why}" in text and "Nothing found" not in text for text in said)
 
 
 def test_wrong_use_is_one_line() -> None:
@@ -313,10 +377,15 @@ def test_each_rank_has_a_folder_of_its_own(tmp_path: Path, capsys: pytest.Captur
     assert audit.report(tmp_path) == tmp_path / "rank3" / "audit.html" and capsys.readouterr().out == ""
 
 
-def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_one_line_after_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be created"):
+    with pytest.raises(UsageError, match="cannot be created") as raised:
         audited(1).report(tmp_path / "file")
+    assert raised.value.__suppress_context__ and raised.value.__cause__ is None
+    out = capsys.readouterr().out
+    assert "1 of 1 steps" in out and "all of it" not in out
 
 
 def test_a_report_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from refimpl.parity.audit.judge.judge import Judge
 from refimpl.parity.audit.report.flags import versions
 from refimpl.parity.audit.report.operands import Kept
 from refimpl.parity.audit.report.operation_table import Kind
+from refimpl.parity.audit.report.wording import whole_steps
 from refimpl.parity.audit.verdict import LEVELS
 
 if TYPE_CHECKING:
@@ -29,10 +31,11 @@ def contents(audit: Audit) -> dict[str, Any]:
     replays = kept_operations(audit)
     names = {key: name for name, (_, keys) in replays.items() for key in keys}
     ranked = sorted(audit.findings.values(), key=lambda found: (LEVELS.index(found.level), found.step, found.code))
+    training = _training(audit)
     return {
         "refimpl-audit": VERSION,
-        "verdict": "findings" if any(is_serious(found.level) for found in ranked) else "nothing above note",
-        "training": _training(audit),
+        "verdict": _verdict(ranked, training),
+        "training": training,
         "findings": [{**_finding(found), "replay": names.get(found.code)} for found in ranked],
         "coverage": _coverage(audit.judge),
         "operations": [{**row, "replay": names.get(kind)} for kind, row in audit.table.data()],
@@ -76,6 +79,15 @@ def _training(audit: Audit) -> dict[str, Any]:
         "compiled": compiled,
         "compiled_frames": compiled_frames(),
     }
+
+
+def _verdict(findings: Iterable[Finding], training: Mapping[str, Any]) -> str:
+    """Return the verdict; where nothing was found, whether all rules were asked."""
+    if any(is_serious(found.level) for found in findings):
+        return "findings"
+    if not training["audited"]:
+        return "nothing audited"
+    return "nothing above note" if whole_steps(training) else "no step ended"
 
 
 def _finding(found: Finding) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def write_report(folder: Path, data: dict[str, Any], tensors: Mapping[str, Tenso
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be created: {error.strerror}") from error
+        raise UsageError(f"{folder} cannot be created: {error.strerror}") from None
     if tensors:
         write_atomically(folder / TENSORS, lambda temporary: _write(temporary, save(dict(tensors))))
     else:

@@ -38,7 +38,7 @@ def audit_page(data: Mapping[str, Any]) -> str:
     training = data["training"]
     sections = [
         paragraphs([wording.training_line(training) + ".", wording.program_sentence(training)]),
-        _findings(data["findings"], training),
+        _findings(data),
         section("Recipe", *recipe_section(data["recipe"])) if data["recipe"] is not None else "",
         section("Operations", *_operations(data["operations"])),
         section("Casts", *casts_section(data["casts"])),
@@ -49,11 +49,11 @@ def audit_page(data: Mapping[str, Any]) -> str:
     return document(f"Audit: {training['model']}", sections, CSS)
 
 
-def _findings(findings: Sequence[Mapping[str, Any]], training: Mapping[str, Any]) -> str:
-    serious = [found for found in findings if is_serious(found["level"])]
-    notes = [found for found in findings if not is_serious(found["level"])]
-    said = [] if serious else ["Nothing was found above a note. Coverage, below, says over what."]
-    said += [wording.unended_sentence(training)] if training["unended"] else []
+def _findings(data: Mapping[str, Any]) -> str:
+    serious = [found for found in data["findings"] if is_serious(found["level"])]
+    notes = [found for found in data["findings"] if not is_serious(found["level"])]
+    said = [wording.verdict_sentence(data) + ("." if serious else " Coverage, below, says over what.")]
+    said += filter(None, [wording.unended_sentence(data["training"])])
     parts = [paragraphs(said), *map(_article, serious)]
     if notes:
         parts += ["<h3>Notes</h3>\n", *map(_article, notes)]

@@ -13,20 +13,21 @@ COLUMNS, LINES = 80, 40
 
 
 def summary(data: Mapping[str, Any], page: str) -> list[str]:
-    """Return the lines. data: as in audit.json. page: the path of the HTML page."""
+    """Return the lines. data: as in audit.json. page: the path of the HTML page, '' without one."""
     before = _wrapped("refimpl audit: " + wording.training_line(data["training"]), 2, most=3)
-    after = [*_rest(data), *_wrapped(f"all of it: {page}", 2, most=2)]
-    findings = list(_findings(data["findings"], LINES - len(before) - len(after) - 2))
+    after = [*_rest(data), *(_wrapped(f"all of it: {page}", 2, most=2) if page else ())]
+    findings = list(_findings(data, LINES - len(before) - len(after) - 2))
     return [*before, "", *findings, "", *after][:LINES]
 
 
-def _findings(findings: list[dict[str, Any]], room: int) -> Iterator[str]:
-    """Yield as many findings as there is room for, the others by code, and the notes by name."""
-    serious = [found for found in findings if is_serious(found["level"])]
-    notes = [found for found in findings if not is_serious(found["level"])]
+def _findings(data: Mapping[str, Any], room: int) -> Iterator[str]:
+    """Yield the verdict, as many findings as there is room for, the others by code, and the notes by name."""
+    serious = [found for found in data["findings"] if is_serious(found["level"])]
+    notes = [found for found in data["findings"] if not is_serious(found["level"])]
     last = _wrapped("notes: " + "; ".join(f"{n['code']} {n['name']}" for n in notes), 2, most=2) if notes else []
-    yield f"{len(serious)} finding{'s' * (len(serious) != 1)}" if serious else "Nothing found above a note."
-    room -= 1 + len(last)
+    verdict = _wrapped(wording.verdict_sentence(data), 2, most=3)
+    yield from verdict
+    room -= len(verdict) + len(last)
     for i, found in enumerate(serious):
         lines = _finding(found)
         left = serious[i + 1 :]

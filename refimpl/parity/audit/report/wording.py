@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from refimpl.parity.audit.finding import is_serious
+
 
 def amount(n: float) -> str:
     """Return a count in at most four digits: 512, 83.1 million."""
@@ -84,9 +86,27 @@ def program_sentence(training: Mapping[str, Any]) -> str:
     )
 
 
+def verdict_sentence(data: Mapping[str, Any]) -> str:
+    """Return the first sentence of the verdict: how many findings there are, and first what could not be found."""
+    training = data["training"]
+    n = sum(is_serious(found["level"]) for found in data["findings"])
+    count = f"{n} finding{'s' * (n != 1)}" if n else "Nothing found above a note."
+    if not training["audited"]:
+        ended = f"{training['steps']} steps ended, and none of them was" if training["steps"] else "no step ended that was"
+        return f"Nothing was audited: {ended} audited."
+    if not whole_steps(training):
+        return f"No audited step ended ({training['unended']}): the rules about whole steps, A to C, were not asked. {count}"
+    return count
+
+
+def whole_steps(training: Mapping[str, Any]) -> int:
+    """Return how many audited steps have ended."""
+    return len(training["audited"]) - bool(training["unended"])
+
+
 def unended_sentence(training: Mapping[str, Any]) -> str:
-    """Return what is to be said of a step that was begun and not ended, '' if none was."""
-    if not training["unended"]:
+    """Return what is to be said of a step that was begun and not ended after others, '' if none was."""
+    if not training["unended"] or not whole_steps(training):
         return ""
     return (
         f"The last audited step did not end ({training['unended']}): its operations are judged, but of the rules only those "
