@@ -127,8 +127,8 @@ class TwinAudit:
         self.audit.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.audit.__exit__(*error)
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self.audit.end(kind.__name__ if kind is not None else "")
 
     def step(self) -> None:
         """End a step of the training."""

@@ -32,6 +32,16 @@ def optimizers_of(given: Any) -> tuple[torch.optim.Optimizer, ...]:
     return tuple(inner(each, "optimizer") for each in several)
 
 
+def checked_optimizers(given: Any) -> tuple[torch.optim.Optimizer, ...]:
+    """Return the optimizers that are given, as `optimizers_of` does. Errors: UsageError also if there is nothing to train."""
+    optimizers = optimizers_of(given)
+    if not optimizers:
+        raise UsageError("Audit: optimizer is empty: give one torch.optim.Optimizer, or several")
+    if not any(group["params"] for each in optimizers for group in each.param_groups):
+        raise UsageError("Audit: optimizer has no parameters: give the one that trains the model")
+    return optimizers
+
+
 def schedulers_of(given: Any) -> tuple[Any, ...]:
     """Return the schedulers that are given: none, one or several. Errors: UsageError for what has no `last_epoch`."""
     several = tuple(given) if isinstance(given, list | tuple) else () if given is None else (given,)

@@ -91,7 +91,7 @@ class LoopRecipe:
         last = f", and {parts[-1]}" if len(parts) > 1 else "".join(parts[-1:])
         but = f", but {', '.join(parts[:-1])}{last}" if parts else ""
         trained = "trained parameter" if self.states.of(FROZEN) else "parameter"
-        return f"{self.nearest}{but}: {self.states.bytes_per_parameter:.6g} bytes per {trained}"
+        return f"{self.nearest}{but}: {self.states.bytes_per_parameter:.4g} bytes per {trained}"
 
     def lines(self) -> list[str]:
         """Return everything as text."""

@@ -33,6 +33,8 @@ PRODUCTS = {
     "aten.baddbmm": ("batch1", "batch2"),
 }  # fmt: skip
 """Matrix products, and the names of the two matrices."""
+PASSES = {"backward": "backward pass", "unscale": "unscaling", "clip": "clipping", "step": "optimizer step"}
+"""Phases behind the forward pass, in words."""
 SEEDED = torch.Tag.nondeterministic_seeded
 
 
@@ -102,7 +104,7 @@ class Origin:
     @property
     def forward(self) -> bool:
         """Whether it is born before backward, where no loss scale reaches."""
-        return self.operation is None or self.operation.phase not in ("backward", "unscale", "clip", "step")
+        return self.operation is None or self.operation.phase not in PASSES
 
     @property
     def helpful_scale(self) -> int | None:
@@ -125,10 +127,11 @@ class Origin:
         found, operation = self.found, self.operation
         what = "NaN" if math.isnan(found.value) else "Inf" if found.value > 0 else "-Inf"
         where = f" of {operation.module}" if operation.module else ""
-        phase = "BACKWARD" if operation.phase == "backward" else "FORWARD" if self.forward else operation.phase
+        phase = "forward pass" if self.forward else PASSES[operation.phase]
         at = f" at {list(found.position)}" if found.position else ""
         operands = ", ".join(f"{name} = {text}" for name, text in (found.operands or {}).items())
-        text = f"{what} is born in {phase}{where}: {operation.name.rpartition('.')[0]} ({found.dtype}){at} from {operands}"
+        what = f"{what} first appears in the {phase}{where}"
+        text = f"{what}: {operation.name.rpartition('.')[0]} ({found.dtype}){at} from {operands}"
         if found.exact is None:
             return text
         times = f", {abs(found.exact) / found.limit:.3g} times the largest {found.dtype}" if math.isfinite(found.exact) else ""
@@ -138,7 +141,7 @@ class Origin:
     def remedy(self) -> str:
         """Which loss scale would, or would not, have helped."""
         if self.forward:
-            return "no loss scale helps: it is born before backward, whatever S"
+            return "no loss scale helps: it appears before backward, whatever S is"
         k = self.helpful_scale
         if k is not None:
             return f"S <= 2^{k} would do (S was {self.scale:.6g})"

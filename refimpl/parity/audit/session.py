@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from refimpl.errors import UsageError, one_line
-from refimpl.parity.audit.borders import border_of, optimizers_of, parameters_of, schedulers_of
+from refimpl.parity.audit.borders import border_of, checked_optimizers, parameters_of, schedulers_of
 from refimpl.parity.audit.calls import CallWatch
 from refimpl.parity.audit.conversions import Conversions
 from refimpl.parity.audit.finding import Finding, is_serious, merged
@@ -72,12 +73,17 @@ class Audit:
         """
         if not isinstance(model, nn.Module):
             raise UsageError(f"Audit: model must be a torch.nn.Module, not {type(model).__name__}")
+        if isinstance(scaler, type):
+            raise UsageError(f"Audit: scaler must be a GradScaler, not the class: give the object, {scaler.__name__}()")
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise UsageError(f"Audit: scaler must be a torch.amp.GradScaler, not {type(scaler).__name__}")
-        if steps < 0 or every < 1:
-            raise UsageError(f"Audit: steps={steps}, every={every}: at least 0 and 1")
+        if ema is not None and not isinstance(ema, nn.Module):
+            raise UsageError(f"Audit: ema must be the torch.nn.Module with averaged weights, not {type(ema).__name__}")
+        for name, number, least in (("steps", steps, 0), ("every", every, 1)):
+            if not isinstance(number, Integral) or number < least:
+                raise UsageError(f"Audit: {name} must be a whole number of at least {least}, not {number!r}")
         self.model, self.scaler, self.ema = model, scaler, ema
-        self.optimizers, self.schedulers = optimizers_of(optimizer), schedulers_of(scheduler)
+        self.optimizers, self.schedulers = checked_optimizers(optimizer), schedulers_of(scheduler)
         self._first, self._every = steps, every
         self.judge, self.table, self.operands, self.conversions = Judge(), OperationTable(), Operands(), Conversions()
         self.findings: dict[str, Finding] = {}

@@ -35,7 +35,7 @@ def parser() -> Parser:
     result = Parser(description=__doc__, usage="audit.py [flags] SCRIPT ... | [flags] -m MODULE ...")
     add = result.add_argument
     add("--steps", type=int, default=4, help="how many of the first steps to audit (4)")
-    add("--every", type=int, default=100, help="and then every how manieth (100)")
+    add("--every", type=int, default=100, metavar="N", help="then audit one step in N (100)")
     add("--out", type=Path, metavar="FOLDER", help=f"where to write the report ({OUT}, or the next free number)")
     add("--overwrite", action="store_true", help="replace the report in FOLDER")
     add("--demo", action="store_true", help="audit a small training with three mistakes in it")
@@ -56,6 +56,9 @@ def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the flags say. Return the exit code. Errors: UsageError before any of the program runs."""
+    alone = [f"--{name}" for name in ("catalogue", "demo", "replay") if getattr(arguments, name)]
+    if len(alone) > 1:
+        raise UsageError(f"{' and '.join(alone)} exclude each other: give one of them")
     if arguments.catalogue:
         need_torch()
         from refimpl.parity.audit.report.catalogue_page import catalogue

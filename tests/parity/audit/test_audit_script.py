@@ -347,6 +347,8 @@ def test_what_follows_the_script_is_the_scripts(line: str, want: tuple[list[str]
     [
         ("", "name a script"),
         ("--demo train.py", "--demo takes no script"),
+        ("--demo --replay audit.json", "--demo and --replay exclude each other"),
+        ("--catalogue --demo", "--catalogue and --demo exclude each other"),
         ("--every 0 train.py", "--every at least 1"),
         ("nothing.py", "nothing.py: there is no such script"),
         ("-m no.such.module", "-m no.such.module: there is no such module"),

@@ -201,7 +201,7 @@ class FeedForward(Loop):
         return F.layer_norm(normed.float(), (N,)) + x
 
 
-@report("huggingface/transformers#5651, #9295", "D9", "times the largest float16", "FORWARD")
+@report("huggingface/transformers#5651, #9295", "D9", "times the largest float16", "in the forward pass")
 class FeedForwardOverflows(FeedForward):
     """NaN after some iterations: one product of T5's last feed-forward layer was 66246, above 65504."""
 
@@ -223,7 +223,7 @@ class Norm(Loop):
         return torch.zeros(1, N, requires_grad=True)
 
 
-@report("TensorAuto/OpenTau#300", "D11", "Inf is born in BACKWARD: aten.mul", "other = 3e+38", "times the largest float32")
+@report("TensorAuto/OpenTau#300", "D11", "Inf first appears in the backward pass: aten.mul", "other = 3e+38", "largest float32")
 class NormOfGarbage(Norm):
     """The loss and the gradient into the norm's backward are finite, and the one that leaves it is not.
 

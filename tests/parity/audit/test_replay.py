@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,7 +112,7 @@ def test_other_numbers_are_noticed(report: Path) -> None:
 def test_bad_files_are_one_line(report: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"refimpl-audit": 99}')
     (tmp_path / "text.json").write_text("no")
-    for name, why in (("none.json", "cannot be read"), ("text.json", "it is no JSON"), ("other.json", "of version 1")):
+    for name, why in (("none.json", "cannot be read"), ("text.json", "it is not JSON"), ("other.json", "of version 1")):
         with pytest.raises(UsageError, match=why):
             load_audit(tmp_path / name)
     report.with_name("audit.safetensors").write_bytes(b"1234")
@@ -121,6 +122,29 @@ def test_bad_files_are_one_line(report: Path, tmp_path: Path) -> None:
     data["replays"] = [{**data["replays"][0], "name": "aten.no_such_thing.default"}]
     with pytest.raises(UsageError, match=r"has no operation aten\.no_such_thing"):
         list(replayed(data, {}))
+
+
+def test_a_file_that_lacks_something_is_one_line(report: Path) -> None:
+    """As of a file that was written by hand, or of another version."""
+    whole = report.read_text()
+
+    def refused(change: Callable[[dict[str, Any]], object], why: str) -> None:
+        data = json.loads(whole)
+        change(data)
+        report.write_text(json.dumps(data))
+        with pytest.raises(UsageError, match=why):
+            replay(report)
+
+    refused(lambda data: data.pop("findings"), "is no whole audit.json: findings is missing")
+    refused(lambda data: data.update(replays=3), "replays is no list")
+    refused(lambda data: data["findings"][0].update(level="bad"), r"findings\[0\].level is 'bad', not 'wrong' or")
+    for key in json.loads(whole)["replays"][0]:
+        refused(lambda data, key=key: data["replays"][0].pop(key), rf"replays\[0\].{key} is missing")
+    for key in ("args", "kwargs", "output", "written"):
+        refused(lambda data, key=key: data["replays"][0]["values"].pop(key), rf"replays\[0\].values.{key} is missing")
+    refused(lambda data: data["replays"][0].update(id="r99"), r"audit.safetensors has no tensor r99/0")
+    report.write_text(whole)
+    assert replay(report) == 1
 
 
 def values_for(*args: object) -> Values:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -202,9 +203,33 @@ def test_wrong_use_is_one_line() -> None:
         audit.step()
     with pytest.raises(UsageError, match="outside of the audit"):
         audit.step()
-    for wrong in ({"model": loop.optimizer}, {"optimizer": "adam"}, {"scaler": 3}, {"scheduler": 3}, {"every": 0}):
-        with pytest.raises(UsageError, match=r"^Audit: [^\n]*$"):
-            Audit(**{"model": loop.model, "optimizer": loop.optimizer, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"model": nn.Linear(2, 2).state_dict()}, "model must be"),
+        ({"optimizer": "adam"}, "optimizer must be"),
+        ({"optimizer": []}, "optimizer is empty"),
+        ({"optimizer": torch.optim.SGD([{"params": []}])}, "optimizer has no parameters"),
+        ({"scaler": 3}, "scaler must be"),
+        ({"scaler": torch.amp.GradScaler}, r"the class: give the object, GradScaler\(\)"),
+        ({"scheduler": 3}, "scheduler must be"),
+        ({"ema": nn.Linear(2, 2).state_dict()}, "ema must be the torch.nn.Module with averaged weights, not OrderedDict"),
+        ({"steps": "4"}, "steps must be a whole number of at least 0, not '4'"),
+        ({"steps": -1}, "at least 0, not -1"),
+        ({"every": 0}, "every must be a whole number of at least 1, not 0"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(wrong: dict[str, Any], why: str) -> None:
+    loop = Loop()
+    with pytest.raises(UsageError, match=rf"^Audit: [^\n]*{why}[^\n]*$"):
+        Audit(**{"model": loop.model, "optimizer": loop.optimizer, **wrong})
+
+
+def test_masters_outside_of_the_model_are_no_wrong_argument() -> None:
+    model = nn.Linear(2, 2).bfloat16()
+    Audit(model, [torch.optim.SGD([p.detach().float()]) for p in model.parameters()])
 
 
 def test_outside_of_audited_steps_nothing_of_the_audit_is_there() -> None:
@@ -309,6 +334,13 @@ def test_the_summary_has_at_most_40_lines_of_80_columns_and_every_code(n: int) -
     assert "coverage: " in text and "all of it: " in text
     if n == 60:
         assert "and 5" in text  # those that there was no room for
+
+
+def test_bytes_per_parameter_have_at_most_four_digits() -> None:
+    recipe = audited(2).recipe()
+    assert recipe is not None
+    thrice = replace(recipe.states, trained=3 * recipe.states.trained)
+    assert replace(recipe, states=thrice).sentence.endswith(" 5.333 bytes per parameter")
 
 
 class Page(HTMLParser):

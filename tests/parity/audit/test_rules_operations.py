@@ -402,12 +402,13 @@ def test_an_overflow_of_fp16_in_forward_says_how_far_it_is_above_the_largest_num
     finding = the_one(audited(lambda x: 40000 * x - 1, HALF), "D9")
     worst, said = 40000 * hidden(HALF).double().abs().max().item(), finding.number.replace("gives -", "gives ")
     assert f"FP64 gives {worst:.6g}, {worst / 65504:.3g} times the largest float16" in said
-    assert "FORWARD of then" not in finding.number and "in first" in finding.number
+    assert "forward pass of then" not in finding.number and "in first" in finding.number
 
 
 def test_an_overflow_under_autocast_is_of_the_product_that_makes_it() -> None:
     finding = the_one(audited(lambda x: 1e5 * x.float(), torch.float32, autocast=HALF, scale=2.0**16), "D9")
-    assert "FORWARD of second: aten._to_copy (float16)" in finding.number and "S falls to 0" in finding.effect
+    assert "first appears in the forward pass of second: aten._to_copy (float16)" in finding.number
+    assert "S falls to 0" in finding.effect
 
 
 def test_an_overflow_that_the_model_clamps_is_not_found() -> None:
@@ -438,7 +439,7 @@ def test_a_divisor_that_is_infinite_in_fp16_is_found() -> None:
 @pytest.mark.parametrize(
     ("then", "operation", "fix"),
     [
-        (lambda x: (x * 0).square().sum(-1, keepdim=True).sqrt() + x, "BACKWARD", "sqrt(x + eps)"),
+        (lambda x: (x * 0).square().sum(-1, keepdim=True).sqrt() + x, "the backward pass", "sqrt(x + eps)"),
         (lambda x: torch.where(x > 0, x.sqrt(), x), "aten.sqrt", "clamp it first"),
         (lambda x: (x.relu() * 0).log() * 0 + x, "aten.log", "add eps"),
         (lambda x: x / (x.relu() * 0), "aten.div", "clamp the divisor"),

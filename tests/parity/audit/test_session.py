@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
 import torch
 from audit_loops import LOOPS, OneRank
-from torch import Tensor
+from torch import Tensor, nn
 
 from refimpl.parity.audit.rules.table import GROUPS, PROBES
 from refimpl.parity.audit.session import Audit
@@ -62,6 +63,28 @@ def test_a_step_has_its_calls_and_the_states_around_it() -> None:
     assert scales == [2.0**18, 2.0**17, 2.0**16]
     assert {call.line.rpartition(":")[0].rpartition("/")[2] for call in third.calls} == {"audit_loops.py"}
     assert set(third.after.optimizers[0].updates.values()) == {1.0}
+
+
+def test_what_happens_in_a_skipped_step_is_at_the_line_of_the_update() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)  # not fused: GradScaler does not call it
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t + 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    optimizer._opt_called = True  # else PyTorch warns once, which the tests make an error
+    with Audit(model, optimizer, scaler=scaler, scheduler=scheduler) as audit:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.float16):
+                loss = model(torch.randn(16, 8)).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update(2.0**60)
+            scheduler.step()
+            optimizer.zero_grad()
+            audit.step()
+    for code in ("B5", "B7"):
+        file, _, line = audit.findings[code].line.rpartition(":")
+        assert linecache.getline(file, int(line)).strip() == "scaler.step(optimizer)"
 
 
 def test_no_two_probes_have_one_name() -> None:

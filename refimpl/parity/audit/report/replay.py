@@ -22,9 +22,18 @@ from refimpl.parity.audit.report.files import TENSORS
 from refimpl.parity.audit.report.operands import Unpacked, looked_at
 from refimpl.parity.audit.roles import Roles
 from refimpl.parity.audit.values import Values
+from refimpl.parity.audit.verdict import LEVELS
+from refimpl.training.schema import Integer, Maybe, OneOf, Table, Text, check
 
 COMPARED = ("ratio", "equal", "excess", "bits", "level")
 """What of two verdicts must be the same."""
+FINDING = Table({"code": Text(), "name": Text(), "number": Text(), "level": OneOf(LEVELS), "replay": Maybe(Text())})
+KEPT = Table({
+    "id": Text(), "step": Integer(), "operation": Integer(), "name": Text(), "phase": Text(), "module": Maybe(Text()),
+    "line": Text(), "values": Table(), "measured": Table(), "excerpt": OneOf((False, True)), "skipped": Text(),
+})  # fmt: skip
+VALUES = Table({"kwargs": Table(), "written": Table()})
+"""What of audit.json is read here; `_check` looks at the lists."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Replayed:
     def reproduced(self) -> bool:
         """Whether verdicts and measurements are those of the audit."""
         pairs = zip(self.then, self.now, strict=False)
-        same = all(a[key] == b[key] for a, b in pairs for key in COMPARED)
+        same = all(a.get(key) == b[key] for a, b in pairs for key in COMPARED)
         return same and len(self.then) == len(self.now) and self.measured
 
     @property
@@ -64,10 +73,11 @@ def load_audit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise UsageError(f"{path} cannot be read: {reason}") from error
     if not isinstance(data, dict) or data.get("refimpl-audit") != VERSION:
         raise UsageError(f"{path} is no audit.json of version {VERSION}")
+    _check(data, f"{path} is no whole audit.json")
     file = path.with_name(TENSORS)
     if all(kept["skipped"] for kept in data["replays"]):
         return data, {}
@@ -75,6 +85,29 @@ def load_audit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return data, load_file(file)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{file}, in which the operands are, cannot be read: {error}") from error
+
+
+def _check(data: dict[str, Any], damage: str) -> None:
+    """Check what a replay reads. Errors: UsageError that begins with `damage`."""
+    for i, finding in enumerate(_list(data, "findings", damage)):
+        check(finding, FINDING, damage, f"findings[{i}]")
+    for i, kept in enumerate(_list(data, "replays", damage)):
+        name = f"replays[{i}]"
+        check(kept, KEPT, damage, name)
+        for verdict in _list(kept, "verdicts", damage, f"{name}."):
+            check(verdict, Table(), damage, f"{name}.verdicts")
+        if not kept["skipped"]:
+            check(kept["values"], VALUES, damage, f"{name}.values")
+            _list(kept["values"], "args", damage, f"{name}.values.")
+            if "output" not in kept["values"]:
+                raise UsageError(f"{damage}: {name}.values.output is missing")
+
+
+def _list(table: Mapping[str, Any], key: str, damage: str, where: str = "") -> list[Any]:
+    found = table.get(key)
+    if not isinstance(found, list):
+        raise UsageError(f"{damage}: {where}{key} is {'no list' if key in table else 'missing'}")
+    return found
 
 
 def replayed(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Replayed]:
@@ -92,7 +125,10 @@ def replayed(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator
 def values_of(kept: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Values:
     """Return an operation with its tensors, as the judge saw it. Errors: UsageError for one that this PyTorch does not have."""
     overload = overload_of(kept["name"])
-    whole = Unpacked(tensors).unpack(kept["values"])
+    try:
+        whole = Unpacked(tensors).unpack(kept["values"])
+    except KeyError as error:
+        raise UsageError(f"{TENSORS} has no tensor {kept['id']}/{error.args[0]}: it is of another audit") from None
     names = tuple(argument.name for argument in overload._schema.arguments)
     roles = Roles(torch.nn.Module(), (), None)
     inputs = {**dict(zip(names, whole["args"], strict=False)), **whole["kwargs"]}

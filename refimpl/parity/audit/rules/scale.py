@@ -510,7 +510,9 @@ def _finding(code: str, view: View, event: Event, level: str, number: str, effec
 
 
 def _of_step(code: str, view: View, level: str, number: str, effect: str, fix: str) -> Finding:
-    line = next((call.line for call in reversed(view.step.calls)), "")
+    """Return a finding about a whole step, at the line of its update, which runs operations even where it is skipped."""
+    update = (o.line for o in reversed(view.step.operations) if o.phase == "step" and o.line)
+    line = next(update, next((call.line for call in reversed(view.step.calls)), ""))
     return Finding(code, _NAMES[code], level, view.step.number, None, line, number, effect, fix)
 
 
