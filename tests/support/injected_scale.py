@@ -54,6 +54,23 @@ class UnscalesEachMicroBatch(HFLoop):
         self.scaler.update(self.scaler.get_scale())
 
 
+@injected("B2", micro_batches=3, **FP16)
+class UnscalesTheFirstMicroBatch(HFLoop):
+    unscaled = False
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss)
+        if not self.unscaled:
+            self.scaler.unscale_(self.optimizer)
+            self.unscaled = True
+
+    def update(self) -> None:
+        self.unscaled = False
+        self.clip()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
 @injected("B3", **FP16)
 class NeverUnscales(HFLoop):
     def update(self) -> None:

@@ -23,6 +23,7 @@ PRODUCTS = ("mul", "mul_", "_foreach_mul", "_foreach_mul_")
 QUOTIENTS = ("div", "div_", "_foreach_div", "_foreach_div_")
 NORMS = ("linalg_vector_norm", "norm", "_foreach_norm")
 CLAMPS = ("clamp_", "clamp_min_", "clamp_max_", "_foreach_clamp_min_", "_foreach_clamp_max_", "clamp")
+SUMS = ("add", "add_")
 LEAST_MANUAL = 64.0
 """A loss that is multiplied by a power of two of at least this much, in a step with FP16 gradients, is scaled by hand."""
 
@@ -62,17 +63,42 @@ class Event:
 
 
 @dataclass(slots=True)
+class Unscaled:
+    """A parameter's gradient after its division by the loss scale, in one storage.
+
+    added: the largest factor, 1 or the scale, of what backward passes have added to it since; 0 if they have not.
+    """
+
+    storage: int | None
+    division: Event
+    added: float = 0.0
+
+
+@dataclass(slots=True)
+class Mixture:
+    """Gradients that were divided by the loss scale, to which a backward pass has added, and that were not cleared.
+
+    end: the event that read them so: another division, or an update.
+    """
+
+    division: Event
+    end: Event
+
+
+@dataclass(slots=True)
 class GradientHistory:
     """The events of a step, in order.
 
     scale: the loss scale that the backward passes carried, 1 without one; by_hand: whether no GradScaler applied it.
-    seeds: of each backward pass, the values of the chain of one-element gradients that it began with.
+    seeds: of each backward pass, the values of the chain of one-element gradients that it began with. mixtures: of unscaled
+    gradients and of what was added to them later.
     """
 
     events: list[Event] = field(default_factory=list)
     scale: float = 1.0
     by_hand: bool = False
     seeds: list[list[float]] = field(default_factory=list)
+    mixtures: list[Mixture] = field(default_factory=list)
 
     def of(self, *kinds: str) -> list[Event]:
         """Return the events of these kinds."""
@@ -100,16 +126,21 @@ def history_of(step: Step) -> GradientHistory:
     history.scale, history.by_hand = _scale(step, history.seeds)
     carried: dict[int, dict[str, float]] = {}  # storage -> parameter -> factor
     measures: dict[int, tuple[str, ...]] = {}  # storage of a norm, or of what is computed from one -> parameters
+    unscaled: dict[str, Unscaled] = {}  # by parameter
     calls = [call for call in step.calls if call.name == "backward"]
+    passes = 0
     for operation in step.operations:
-        while calls and calls[0].index <= operation.index:
-            call = calls.pop(0)
+        while passes < len(calls) and calls[passes].index <= operation.index:
             carried.clear()
-            history.events.append(Event("backward", (), history.scale, 1.0, math.nan, None, call.line))
+            history.events.append(Event("backward", (), history.scale, 1.0, math.nan, None, calls[passes].line))
+            passes += 1
+        if operation.phase == "backward" and unscaled and passes:
+            _add(operation, history.scale if _jumps(history.seeds[passes - 1], history.scale) else 1.0, unscaled)
         if operation.phase in ("forward", "backward"):
             continue
         event = _event(operation, history.scale, carried) or _norm_of_norms(operation, measures)
         _measure(operation, event, measures)
+        _mix(operation, event, history, carried, unscaled)
         if event is not None:
             history.events.append(event)
     return history
@@ -136,15 +167,24 @@ def _seeds(step: Step) -> Iterator[list[float]]:
 
 def _scale(step: Step, seeds: list[list[float]]) -> tuple[float, bool]:
     scale = step.before.scale
-    jumps = {b / a for seed in seeds for a, b in pairwise((1.0, *seed)) if a and math.isfinite(b / a)}
     if scale is not None:
-        used = any(math.isclose(jump, scale, rel_tol=1e-5) for jump in jumps)
+        used = any(_jumps(seed, scale) for seed in seeds)
         return (scale, False) if used and scale != 1 else (1.0, False)
     if any(t.dtype == "float16" for o in step.operations if o.phase == "backward" for t in tensors_in(o.outputs)):
-        largest = max(jumps, default=0.0)
+        largest = max((factor for seed in seeds for factor in _factors(seed)), default=0.0)
         if largest >= LEAST_MANUAL and math.log2(largest).is_integer():
             return largest, True
     return 1.0, False
+
+
+def _factors(seed: list[float]) -> list[float]:
+    """Return the factors between the values that a backward pass begins with."""
+    return [b / a for a, b in pairwise((1.0, *seed)) if a and math.isfinite(b / a)]
+
+
+def _jumps(seed: list[float], scale: float) -> bool:
+    """Return whether a backward pass began with a multiplication by the scale."""
+    return any(math.isclose(factor, scale, rel_tol=1e-5) for factor in _factors(seed))
 
 
 # ------------------------------------------------------------------------------------------------- events
@@ -222,6 +262,51 @@ def _carry(operation: Operation, read: dict[str, float], factor: float, carried:
             names = _gradient(source, 1.0, carried)
             if t.storage is not None and t.storage != source.storage:
                 carried[t.storage] = {key: read.get(key, held) * factor for key, held in names.items()}
+
+
+# ------------------------------------------------------------------------------------------------- sums after a division
+
+
+def _add(operation: Operation, factor: float, unscaled: dict[str, Unscaled]) -> None:
+    """Note what a backward pass adds to unscaled gradients; what it overwrites is none of them any more."""
+    written = {t.storage for name in operation.written for t in tensors_in(operation.arguments[name])}
+    for name in [name for name, gradient in unscaled.items() if gradient.storage in written]:
+        if operation.accumulates == name and short(operation) in SUMS:
+            unscaled[name].added = max(unscaled[name].added, factor)
+        elif operation.accumulates is None:
+            del unscaled[name]
+
+
+def _mix(
+    operation: Operation,
+    event: Event | None,
+    history: GradientHistory,
+    carried: dict[int, dict[str, float]],
+    unscaled: dict[str, Unscaled],
+) -> None:
+    """Note divisions of gradients by the scale, and who reads them after more was added.
+
+    Gradients are forgotten once they have been used in an update, were replaced, or were written to in any other way than by
+    a product or a clamp: as by zero_grad.
+    """
+    written = [t for name in operation.written for t in tensors_in(operation.arguments[name])]
+    for t in tensors_in(operation.arguments):
+        name = t.role.name if t.role is not None and t.role.kind == "gradient" else ""
+        if name in unscaled and unscaled[name].storage != t.storage:
+            del unscaled[name]
+    if event is not None and (event.kind == "update" or history.divides(event.factor)):
+        for name in event.names:
+            gradient = unscaled.pop(name, None)
+            if gradient is not None and gradient.added >= (1.0 if history.divides(event.factor) else history.scale):
+                history.mixtures.append(Mixture(gradient.division, event))
+        if event.kind != "update":
+            made = (*written, *tensors_in(operation.outputs))
+            places = {n: t.storage for t in made if t.storage is not None for n in carried.get(t.storage, ())}
+            unscaled.update({name: Unscaled(places[name], event) for name in event.names if name in places})
+    elif event is None or event.kind not in ("multiply", "clamp", "check") or event.factor == 0:
+        for t in written:
+            if t.role is not None and t.role.kind == "gradient":
+                unscaled.pop(t.role.name, None)
 
 
 def _changes_gradient(operation: Operation, carried: dict[int, dict[str, float]]) -> bool:

@@ -92,6 +92,23 @@ def test_a_history_has_the_factors_of_a_right_step(kind: str) -> None:
     assert all(event.factor < 1 for event in history.of("multiply"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaled_gradients_that_are_added_to_unscaled_ones_are_found(kind: str) -> None:
+    def first_only(loop: Loop) -> None:
+        for k in range(3):
+            loop.scaler.scale(loop.loss() / 3).backward()
+            if k == 0:
+                loop.scaler.unscale_(loop.optimizer)
+        loop.clip()
+        loop.scaler.step(loop.optimizer)
+        loop.scaler.update()
+
+    audit = Loop(**KINDS[kind]).train(first_only)
+    assert serious(audit) == {"B2"}
+    assert audit.findings["B2"].level == "wrong"
+    assert "divided by 1024 after a micro-batch, and scaled gradients were added" in audit.findings["B2"].number
+
+
 def logs_the_norm(loop: Loop) -> None:
     loop.scaler.scale(loop.loss()).backward()
     torch.stack([g.norm() for g in loop.grads()]).norm().item()
@@ -137,6 +154,44 @@ def accumulates(loop: Loop) -> None:
     loop.scaler.update()
 
 
+def penalty_without_the_scale(loop: Loop) -> None:
+    """Adds to unscaled gradients what carries no scale either."""
+    loop.scaler.scale(loop.loss()).backward()
+    loop.scaler.unscale_(loop.optimizer)
+    sum((p.square().sum() for p in loop.model.parameters()), torch.zeros(())).mul(1e-3).backward()
+    loop.scaler.step(loop.optimizer)
+    loop.scaler.update()
+
+
+def several_updates(loop: Loop, set_to_none: bool = True) -> None:
+    """Several updates in a step, as of a GAN's critic, and a backward pass whose gradients no update reads."""
+    for _ in range(3):
+        loop.optimizer.zero_grad(set_to_none=set_to_none)
+        loop.scaler.scale(loop.loss()).backward()
+        loop.scaler.unscale_(loop.optimizer)
+        loop.clip()
+        loop.scaler.step(loop.optimizer)
+        loop.scaler._per_optimizer_states.clear()  # as update() does, without another scale
+    loop.scaler.scale(loop.loss()).backward()
+    loop.scaler.update(1024.0)
+
+
+def several_updates_with_zeros(loop: Loop) -> None:
+    several_updates(loop, set_to_none=False)
+
+
+def unscales_to_look(loop: Loop) -> None:
+    """Looks at the unscaled gradients of one batch, and trains with those of the next."""
+    for _ in range(2):
+        loop.optimizer.zero_grad(set_to_none=False)
+        loop.scaler.scale(loop.loss()).backward()
+        for g in loop.grads():
+            g.div_(loop.scaler.get_scale())
+        torch.stack([g.norm() for g in loop.grads()]).norm().item()
+    loop.optimizer.step()
+    loop.scaler.update(loop.scaler.get_scale())
+
+
 def weighted(loop: Loop) -> None:
     (loop.loss() * 100.0).backward()
     loop.optimizer.step()
@@ -151,6 +206,11 @@ GUARDS: dict[str, tuple[Step, dict[str, Any]]] = {
     "overflows that a fused kernel skips": (right, {"scale": 2.0**30, "fused": True}),
     "overflows that GradScaler skips": (right, {"scale": 2.0**30}),
     "micro-batches": (accumulates, {}),
+    "a penalty without the scale, after the division": (penalty_without_the_scale, {}),
+    "several updates": (several_updates, {}),
+    "several updates of gradients that are set to 0": (several_updates_with_zeros, {}),
+    "several updates by a fused kernel": (several_updates, {"fused": True}),
+    "gradients that are unscaled to look at them": (unscales_to_look, {}),
     "a weight of the loss": (weighted, {"scale": None}),
     "a disabled GradScaler": (right, {"scale": None}),
 }

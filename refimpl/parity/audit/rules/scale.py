@@ -81,7 +81,8 @@ def clip_before_unscale(view: View) -> Iterator[Finding]:
     """Gradients are clipped while they still carry the loss scale.
 
     Seen: a norm of gradients that carry S, a product with a coefficient below 1, and the division by S after it, or inside a
-    fused optimizer. Not counted: a norm that is only logged; a check with inv_scale 1; a coefficient of 1.
+    fused optimizer. Not counted: a norm that is only logged; a check with inv_scale 1; a coefficient of 1;
+    a division of the gradients of a later update.
     Effect: the threshold is S times too small, so that every step is clipped to max_norm / S.
     Fix: `scaler.unscale_(optimizer)` before clipping.
     Source: Lightning-AI/pytorch-lightning#9599, pytorch/examples#1196, milesial/Pytorch-UNet#468.
@@ -91,6 +92,7 @@ def clip_before_unscale(view: View) -> Iterator[Finding]:
     for clip in history.of("multiply", "clamp"):
         norm = _before(history, clip, "norm")
         later = [u for u in unscales if _index(u) > _index(clip) and set(u.names) & set(clip.names)]
+        later = [u for u in later if not _updated_between(history, clip, u)]
         if later and clip not in unscales and clip.factor < 1 and norm is not None and math.isfinite(norm.value):
             S = history.scale
             seen = f"clipping saw a norm of {norm.value:.3g} = {S:g} x {norm.value / S:.3g}"
@@ -110,26 +112,29 @@ def unscaled_twice(view: View) -> Iterator[Finding]:
     """Gradients are divided by the loss scale twice.
 
     Seen: two divisions by S of the same gradients between backward and the update, by GradScaler, by hand, or in a fused
-    optimizer; or a division after each micro-batch, when the next one adds scaled gradients to unscaled ones.
+    optimizer; or one before the last micro-batch, so that the next one adds scaled gradients to unscaled ones, and they are
+    divided again, or go into the update as they are. Not counted: gradients that are cleared, or used in an update, before more
+    is added, as of a GAN; a backward pass without the scale that follows the division.
     Effect: gradients are S times too small, which Adam hides but for eps; of micro-batches the first ones are lost.
     Fix: one division, after the last micro-batch.
     Source: PyTorch, `GradScaler.unscale_`: once per optimizer and step, after all gradients have accumulated.
     """
     history = history_of(view.step)
-    unscales = history.unscales()
+    S, unscales, fix = history.scale, history.unscales(), "unscale once, after the last backward of the step"
+    for mixture in history.mixtures:
+        again = history.divides(mixture.end.factor)
+        added = "again after the next had been added to them", "scaled gradients were added to them before the update"
+        number = f"gradients were divided by {S:g} after a micro-batch, and {added[0 if again else 1]}"
+        effect = f"earlier micro-batches count 1/{S:g} of the last one" + ("" if again else f", which is {S:g} times too large")
+        yield _finding("B2", view, mixture.end if again else mixture.division, "wrong", number, effect, fix)
+        return
     for i, second in enumerate(unscales):
         first = next((u for u in reversed(unscales[:i]) if set(u.names) & set(second.names)), None)
-        if first is None:
-            continue
-        S = history.scale
-        if _backward_between(history, first, second):
-            number = f"gradients were divided by {S:g} after a micro-batch, and again after the next had been added to them"
-            effect = f"earlier micro-batches count 1/{S:g} of the last one"
-        else:
+        if first is not None and not _backward_between(history, first, second):
             number = f"gradients were divided by {S:g} twice: {_where(first)} and {_where(second)}"
             effect = f"gradients are {S:g} times too small; Adam hides it, but for eps"
-        yield _finding("B2", view, second, "wrong", number, effect, "unscale once, after the last backward of the step")
-        return
+            yield _finding("B2", view, second, "wrong", number, effect, fix)
+            return
 
 
 @rule("B3", "no-unscale")
@@ -529,6 +534,12 @@ def _before(history: GradientHistory, event: Event, kind: str) -> Event | None:
 def _backward_between(history: GradientHistory, first: Event, second: Event) -> bool:
     at = [i for i, e in enumerate(history.events) if e is first or e is second]
     return any(e.kind == "backward" for e in history.events[at[0] : at[1]])
+
+
+def _updated_between(history: GradientHistory, first: Event, second: Event) -> bool:
+    """Return whether the gradients of an event were used in an update before another event."""
+    updates = (e for e in history.of("update") if _index(first) < _index(e) < _index(second))
+    return any(set(e.names) & set(first.names) for e in updates if not history.divides(e.factor))
 
 
 def _rescaled(history: GradientHistory, update: Event) -> bool:

@@ -117,8 +117,8 @@ def loss_not_divided(view: View) -> Iterator[Finding]:
     """The mean losses of micro-batches are summed, not averaged.
 
     Seen: several backward passes from one line before an update, each from an undivided mean loss, into the same gradients.
-    Not counted: losses that are divided inside, sums over tokens, gradients that are divided afterwards, losses of several
-    lines, as of a GAN.
+    Not counted: losses that are divided inside, sums over tokens, gradients that are divided afterwards, or set to 0 or used in
+    an update between, losses of several lines, as of a GAN.
     Effect: the gradient is n times that of the mean: the clipping threshold is n times too small, SGD's rate n times too large.
     Fix: `(loss / n).backward()`.
     Source: huggingface/transformers#35438, karpathy/nanoGPT#206.
@@ -129,7 +129,7 @@ def loss_not_divided(view: View) -> Iterator[Finding]:
         return
     undivided = [seed and math.isclose(seed[-1], history.scale, rel_tol=1e-5) for seed in history.seeds]
     after = any(math.isclose(e.factor * n * s, 1.0, rel_tol=1e-4) for e in history.of("multiply") for s in (1.0, history.scale))
-    if all(undivided) and not after and _accumulated(view.step):
+    if all(undivided) and not after and _accumulated(view.step) and not _begun_again(view.step):
         number = f"{n} backward passes of undivided mean losses went into one update: the gradient is {n} times their mean's"
         effect = f"clipping is {n} times too strict, and SGD's learning rate {n} times too large"
         first = next(o for o in view.step.operations if o.index >= calls[0].index)
@@ -342,6 +342,15 @@ def _means(step: Step) -> bool:
 
 def _accumulated(step: Step) -> bool:
     return any(o.accumulates is not None and short(o) in ("add_", "add") for o in step.operations)
+
+
+def _begun_again(step: Step) -> bool:
+    """Return whether gradients are set to 0, or used in an update, between the backward passes of a step."""
+    calls = _backward_calls(step)
+    zeros = [o for o in step.operations if short(o) in ("zero_", "_foreach_zero_") and o.phase != "backward"]
+    cleared = [o for o in zeros if any(t.role is not None and t.role.kind == "gradient" for t in tensors_in(o.arguments))]
+    used = [e.operation for e in history_of(step).of("update") if e.operation is not None]
+    return any(calls[0].index < o.index < calls[-1].index for o in (*cleared, *used))
 
 
 def _reaches(flow: Any, operation: Operation) -> list[str]:
