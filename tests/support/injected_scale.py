@@ -78,6 +78,14 @@ class NeverUnscales(HFLoop):
         self.scaler.update(self.scaler.get_scale())
 
 
+@injected("B3", **FP16)
+class ClipsAndNeverUnscales(HFLoop):
+    def update(self) -> None:
+        self.clip()
+        self.optimizer.step()
+        self.scaler.update(self.scaler.get_scale())
+
+
 class ByHand(HFLoop):
     """A fixed loss scale without GradScaler."""
 

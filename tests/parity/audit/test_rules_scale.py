@@ -109,6 +109,36 @@ def test_scaled_gradients_that_are_added_to_unscaled_ones_are_found(kind: str) -
     assert "divided by 1024 after a micro-batch, and scaled gradients were added" in audit.findings["B2"].number
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipping_does_not_hide_that_gradients_are_never_unscaled(kind: str) -> None:
+    def never(loop: Loop) -> None:
+        loop.scaler.scale(loop.loss()).backward()
+        loop.norms.append(loop.clip())
+        loop.optimizer.step()
+
+    loop = Loop(**KINDS[kind])
+    audit = loop.train(never)
+    assert serious(audit) == {"B3"}
+    finding = audit.findings["B3"]
+    assert finding.level == "wrong" and "threshold is 1024 times too small" in finding.effect
+    assert f"a norm of {loop.norms[0]:.3g} = 1024 x {loop.norms[0] / 1024:.3g}" in finding.number
+
+
+def normalized_by_hand(loop: Loop) -> None:
+    """Divides by the norm, and by the scale with it."""
+    loop.scaler.scale(loop.loss()).backward()
+    norm = torch.stack([g.norm() for g in loop.grads()]).norm()
+    for g in loop.grads():
+        g.mul_(0.1 / norm)
+    loop.optimizer.step()
+
+
+def weighted_and_clipped(loop: Loop) -> None:
+    (loop.loss() * 128.0).backward()
+    loop.clip()
+    loop.optimizer.step()
+
+
 def logs_the_norm(loop: Loop) -> None:
     loop.scaler.scale(loop.loss()).backward()
     torch.stack([g.norm() for g in loop.grads()]).norm().item()
@@ -206,6 +236,8 @@ GUARDS: dict[str, tuple[Step, dict[str, Any]]] = {
     "overflows that a fused kernel skips": (right, {"scale": 2.0**30, "fused": True}),
     "overflows that GradScaler skips": (right, {"scale": 2.0**30}),
     "micro-batches": (accumulates, {}),
+    "gradients of a norm that the loop sets": (normalized_by_hand, {}),
+    "a weight of the loss, and clipping": (weighted_and_clipped, {"scale": None}),
     "a penalty without the scale, after the division": (penalty_without_the_scale, {}),
     "several updates": (several_updates, {}),
     "several updates of gradients that are set to 0": (several_updates_with_zeros, {}),

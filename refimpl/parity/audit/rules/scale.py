@@ -141,7 +141,9 @@ def unscaled_twice(view: View) -> Iterator[Finding]:
 def never_unscaled(view: View) -> Iterator[Finding]:
     """The optimizer is given gradients that still carry the loss scale.
 
-    Seen: an update that reads gradients with the factor S, without `grad_scale`. Not counted: fused optimizers that unscale.
+    Seen: an update that reads gradients with the factor S, without `grad_scale`, or with S and what PyTorch's clipping has left
+    of it. Not counted: fused optimizers that unscale. With a scale by hand and clipping it is a note: Adam and the clipped norm
+    hide the weight of a loss, which such a scale may be.
     Effect: Adam hides the factor, but eps, weight decay of SGD and every clipping threshold are off by S, and an overflow is
     not skipped.
     Fix: `scaler.step(optimizer)` in place of `optimizer.step()`.
@@ -150,12 +152,23 @@ def never_unscaled(view: View) -> Iterator[Finding]:
     history = history_of(view.step)
     if history.scale == 1 or history.unscales():
         return
+    S = history.scale
     for update in history.of("update"):
-        if math.isclose(update.carried, history.scale, rel_tol=1e-5) and update.factor == 1 and not _rescaled(history, update):
-            number = f"the update read gradients that carry the loss scale, {history.scale:g}"
-            effect = f"gradients are {history.scale:g} times too large: eps, clipping and SGD's rate are off by as much"
+        clips = [clip for clip in _clips(history, update) if clip.factor != 1]
+        kept = math.prod(clip.factor for clip in clips)
+        if not (kept > 0 and math.isclose(update.carried, S * kept, rel_tol=1e-5)):
+            continue
+        if update.factor == 1 and not _rescaled(history, update):
+            number = f"the update read gradients that carry the loss scale, {S:g}"
+            effect = f"gradients are {S:g} times too large: eps, clipping and SGD's rate are off by as much"
             fix = "divide the gradients by the scale before the step" if history.by_hand else "call scaler.step(optimizer)"
-            yield _finding("B3", view, update, "wrong", number, effect, fix)
+            norm = _before(history, clips[0], "norm") if clips else None
+            if norm is not None:
+                number += f"; clipping saw a norm of {norm.value:.3g} = {S:g} x {norm.value / S:.3g}"
+                effect = f"the clipping threshold is {S:g} times too small: small gradients are cut as large ones are"
+                unscale = "call scaler.unscale_(optimizer) before clipping, and scaler.step(optimizer) after it"
+                fix = "divide the gradients by the scale before clipping" if history.by_hand else unscale
+            yield _finding("B3", view, update, "note" if clips and history.by_hand else "wrong", number, effect, fix)
             return
 
 
@@ -540,6 +553,12 @@ def _updated_between(history: GradientHistory, first: Event, second: Event) -> b
     """Return whether the gradients of an event were used in an update before another event."""
     updates = (e for e in history.of("update") if _index(first) < _index(e) < _index(second))
     return any(set(e.names) & set(first.names) for e in updates if not history.divides(e.factor))
+
+
+def _clips(history: GradientHistory, update: Event) -> list[Event]:
+    """Return the products of PyTorch's clipping with the first gradient of an update, before it."""
+    products = (e for e in history.of("multiply") if e.operation is not None and e.operation.phase == "clip")
+    return [e for e in products if update.names[0] in e.names and _index(e) < _index(update)]
 
 
 def _rescaled(history: GradientHistory, update: Event) -> bool:
