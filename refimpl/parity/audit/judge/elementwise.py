@@ -128,8 +128,9 @@ def with_product(values: Values) -> Iterator[Twin]:
     name, actual = float_result(values)
     exact = in_fp64(values)[name]
     given = values.inputs
-    term = exact - given["self"].double()
-    bound = 3 * U * term.abs() + (U * exact.abs() if is_16_bit(actual) else 0.0) + FLOOR
+    bound = given["self"].double().sub(exact).abs_().mul_(3 * U).add_(FLOOR)
+    if is_16_bit(actual):
+        bound += U * exact.abs()
     if short_name(values) == "addcdiv" and exact.numel():
         smallest = float(given["tensor2"].abs().min())
         bound += FLOOR / smallest if smallest > 2.0**-60 else FLOOR / given["tensor2"].double().abs()
@@ -143,9 +144,9 @@ def interpolated(values: Values) -> Iterator[Twin]:
     given = values.inputs
     start, end = given["self"].double(), given["end"].double()
     weight = torch.as_tensor(given["weight"], dtype=torch.float64, device=exact.device)
-    term = torch.where(weight.abs() < 0.5, exact - start, end - exact).abs()
-    bound = 3 * U * term + (U * exact.abs() if is_16_bit(actual) else 0.0) + FLOOR
-    note = ""
+    note, bound = "", torch.where(weight.abs() < 0.5, start, end).sub_(exact).abs_().mul_(3 * U).add_(FLOOR)
+    if is_16_bit(actual):
+        bound += U * exact.abs()
     if is_16_bit(actual) and not actual.is_cuda and (loss := _lost(given["weight"], actual)):
         bound, note = bound + loss * (end - start).abs(), SCALAR
     yield Twin(name, actual, exact, bound, note=note)

@@ -11,7 +11,7 @@ import torch
 from refimpl.parity.audit.factors import UPDATE_SCALE, Event, GradientHistory, history_of, scalars, short
 from refimpl.parity.audit.finding import Finding
 from refimpl.parity.audit.operation import TensorFacts, tensors_in
-from refimpl.parity.audit.origins import origin_of
+from refimpl.parity.audit.origins import all_finite, origin_of
 from refimpl.parity.audit.rules.entry import Probe, rule
 from refimpl.parity.audit.rules.overflow import rule_of
 from refimpl.parity.audit.step import Border, Step, View
@@ -33,7 +33,7 @@ def gradient_health(values: Values) -> int | None:
         return None
     pairs = _paired(tuple(operation.arguments.values()), tuple(values.inputs.values()))
     gradients = [x for facts, x in pairs if facts.role is not None and facts.role.kind == "gradient" and is_float(x)]
-    return sum(int((~x.isfinite()).sum()) for x in gradients) if gradients else None
+    return sum(int((~x.isfinite()).sum()) for x in gradients if not all_finite(x)) if gradients else None
 
 
 def flushes(values: Values) -> dict[str, Any] | None:
