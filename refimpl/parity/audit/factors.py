@@ -50,7 +50,7 @@ class Event:
     kind: 'backward', 'norm', 'multiply', 'clamp', 'unscale' (by inv_scale), 'check' (an unscale by 1), or 'update'.
     names: of the gradients' parameters. factor: what they were multiplied by; in an update, 1 / grad_scale of a fused kernel.
     carried: the factor that they had before. value: of a norm; of found_inf after a check; NaN if there is none.
-    operation: None for 'backward'.
+    operation: None for 'backward'. by_norm: whether the factor is computed from a norm.
     """
 
     kind: str
@@ -60,6 +60,7 @@ class Event:
     value: float
     operation: Operation | None
     line: str
+    by_norm: bool = False
 
 
 @dataclass(slots=True)
@@ -142,6 +143,7 @@ def history_of(step: Step) -> GradientHistory:
         _measure(operation, event, measures)
         _mix(operation, event, history, carried, unscaled)
         if event is not None:
+            event.by_norm = event.kind == "multiply" and any(t.storage in measures for t in tensors_in(operation.arguments))
             history.events.append(event)
     return history
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,50 @@ def test_uses_of_a_weight_in_16_bits_are_a_note() -> None:
     found = shared(5, torch.bfloat16, False)
     assert found is not None and found.level == "note" and found.number.startswith("5 uses of weight")
     assert shared(5, torch.float32, False) is None
+
+
+def undivided(finish: Callable[[nn.Module, list[Tensor], float], None]) -> Finding | None:
+    """Return what is found of 4 mean losses that are summed. finish: changes the model's gradients, given their norm."""
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(1))
+    with Audit(model, optimizer, steps=1) as audit:
+        for batch in x:
+            model(batch).square().mean().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        finish(model, grads, math.sqrt(sum(float(g.square().sum()) for g in grads)))
+        optimizer.step()
+        audit.step()
+    assert audit.failures == {}
+    return audit.findings.get("C1")
+
+
+def clip_by_hand(model: nn.Module, grads: list[Tensor], norm: float) -> None:
+    """Multiply by max_norm / norm, which is 1.00002 / 4."""
+    total = torch.stack([g.norm() for g in grads]).norm()
+    for g in grads:
+        g.mul_(norm / 4 * 1.00002 / total)
+
+
+def divide_and_clip(model: nn.Module, grads: list[Tensor], norm: float) -> None:
+    """Multiply by 1/4 and a clip coefficient in one, which is 1."""
+    total = torch.stack([g.norm() for g in grads]).norm()
+    coefficient = (2 * norm / total).clamp(max=1.0) / 4
+    for g in grads:
+        g.mul_(coefficient)
+
+
+def test_a_clip_coefficient_near_one_nth_is_no_division_by_n() -> None:
+    def clip(model: nn.Module, grads: list[Tensor], norm: float) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), norm / 4)
+
+    def divide(model: nn.Module, grads: list[Tensor], norm: float) -> None:
+        for g in grads:
+            g.div_(4)
+
+    assert undivided(lambda model, grads, norm: None) is not None
+    assert undivided(clip) is not None and undivided(clip_by_hand) is not None
+    assert undivided(divide) is None and undivided(divide_and_clip) is None
 
 
 RANK = """

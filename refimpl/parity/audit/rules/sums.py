@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refimpl.parity.audit.factors import history_of, short
+from refimpl.parity.audit.factors import Event, history_of, short
 from refimpl.parity.audit.finding import Finding
 from refimpl.parity.audit.judge.again import in_fp64, is_16_bit
 from refimpl.parity.audit.operation import Operation, TensorFacts, tensors_in
@@ -118,7 +118,8 @@ def loss_not_divided(view: View) -> Iterator[Finding]:
 
     Seen: several backward passes from one line before an update, each from an undivided mean loss, into the same gradients.
     Not counted: losses that are divided inside, sums over tokens, gradients that are divided afterwards, or set to 0 or used in
-    an update between, losses of several lines, as of a GAN.
+    an update between, losses of several lines, as of a GAN. A clip coefficient near 1/n is no division by n; a factor from a
+    norm that the loop takes itself is one only where it is 1/n to the last bits, since it may be both in one.
     Effect: the gradient is n times that of the mean: the clipping threshold is n times too small, SGD's rate n times too large.
     Fix: `(loss / n).backward()`.
     Source: huggingface/transformers#35438, karpathy/nanoGPT#206.
@@ -128,7 +129,7 @@ def loss_not_divided(view: View) -> Iterator[Finding]:
     if n < 2 or len({call.line for call in calls}) > 1 or len(history.seeds) != n or not _means(view.step):
         return
     undivided = [seed and math.isclose(seed[-1], history.scale, rel_tol=1e-5) for seed in history.seeds]
-    after = any(math.isclose(e.factor * n * s, 1.0, rel_tol=1e-4) for e in history.of("multiply") for s in (1.0, history.scale))
+    after = any(_divides(event, n, history.scale) for event in history.of("multiply"))
     if all(undivided) and not after and _accumulated(view.step) and not _begun_again(view.step):
         number = f"{n} backward passes of undivided mean losses went into one update: the gradient is {n} times their mean's"
         effect = f"clipping is {n} times too strict, and SGD's learning rate {n} times too large"
@@ -342,6 +343,14 @@ def _means(step: Step) -> bool:
 
 def _accumulated(step: Step) -> bool:
     return any(o.accumulates is not None and short(o) in ("add_", "add") for o in step.operations)
+
+
+def _divides(event: Event, n: int, scale: float) -> bool:
+    """Return whether a factor is 1/n, or 1 / (n S), by choice and not by a norm's chance."""
+    if event.operation is not None and event.operation.phase == "clip":
+        return False
+    error = 4 * torch.finfo(torch.float32).eps if event.by_norm else 1e-4
+    return any(math.isclose(event.factor * n * s, 1.0, rel_tol=error) for s in (1.0, scale))
 
 
 def _begun_again(step: Step) -> bool:
