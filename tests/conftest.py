@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy loads its BLAS: one process per core, one thread per process
+if "PYTEST_XDIST_WORKER" in os.environ:  # before NumPy and PyTorch load: one process per core, one thread per process
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
