@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
+from functools import cache
 from types import CodeType, FrameType
 from typing import NamedTuple
 
@@ -60,7 +61,8 @@ class Places:
         folders = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")]
         self._libraries = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
         self._own = os.path.join(os.path.dirname(os.path.realpath(__file__)), "")
-        self._known: dict[CodeType, tuple[str, str]] = {}
+        # By id: to hash a code object takes as long as its code is, and functions of two files may be equal.
+        self._known: dict[int, tuple[str, str, CodeType]] = {}
 
     def of(self, frame: FrameType | None) -> Place:
         """Return the place of what is called in a frame, by walking outwards from it."""
@@ -68,7 +70,7 @@ class Places:
         module = None
         while frame is not None and not (line and mark and (module is not None or mark not in FORWARD)):
             code = frame.f_code
-            owner, what = self._known.get(code) or self._classify(code)
+            owner, what, _ = self._known.get(id(code)) or self._classify(code)
             mark = mark or what
             if what == "backward" and mark != what:
                 break  # a recomputation: who called backward has not called this
@@ -81,9 +83,9 @@ class Places:
             frame = frame.f_back
         return Place(mark, module, line, code_line)
 
-    def _classify(self, code: CodeType) -> tuple[str, str]:
-        """Return whose code it is (torch, recorder, library, user) and its mark."""
-        path = os.path.realpath(code.co_filename)
+    def _classify(self, code: CodeType) -> tuple[str, str, CodeType]:
+        """Return whose code it is (torch, recorder, library, user), its mark, and the code, which keeps its id its own."""
+        path = _real_path(code.co_filename)
         owner, mark = "user", ""
         if path.startswith(self._torch):
             owner, mark = "torch", _mark(path.removeprefix(self._torch), code)
@@ -91,8 +93,11 @@ class Places:
             owner = "recorder"
         elif path.startswith(self._libraries) or "site-packages" in path or code.co_filename.startswith(GENERATED):
             owner = "library"
-        self._known[code] = owner, mark
-        return owner, mark
+        self._known[id(code)] = owner, mark, code
+        return self._known[id(code)]
+
+
+_real_path = cache(os.path.realpath)
 
 
 def _mark(path: str, code: CodeType) -> str:

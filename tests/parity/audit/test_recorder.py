@@ -6,6 +6,7 @@ import copy
 import gc
 import linecache
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refimpl.parity.audit.nodes import Nodes, Site
 from refimpl.parity.audit.operation import PHASES, Keep, Operation, Role, TensorFacts, tensors_in
+from refimpl.parity.audit.place import Places
 from refimpl.parity.audit.recorder import Recorder, UncompiledRecorder
 from refimpl.parity.audit.values import Values
 
@@ -488,6 +490,18 @@ def test_a_collective_is_said_to_complete_later(group: None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_equal_functions_of_two_files_have_their_own_places() -> None:
+    def frame(file: str) -> Any:
+        names: dict[str, Any] = {"sys": sys}
+        exec(compile("def f():\n    return sys._getframe()", file, "exec"), names)
+        return names["f"]()
+
+    places = Places(os.path.dirname(torch.__file__))
+    assert places.of(frame("/home/me/train.py")).line == "/home/me/train.py:2"
+    other = places.of(frame("/usr/lib/site-packages/other.py"))
+    assert other.code_line == "/usr/lib/site-packages/other.py:2" and other.line != other.code_line
 
 
 def test_what_is_kept_of_an_operation_is_chosen() -> None:
