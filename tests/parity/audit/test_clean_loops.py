@@ -51,7 +51,7 @@ COVERAGE = load_script("audit_coverage")
 
 
 EAGER = [name for name in LOOPS if "compile" not in name]
-SOME = EAGER[::4]
+SOME = EAGER[::8]
 CASES = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in EAGER]
 
 
