@@ -39,7 +39,7 @@ def no_masters(view: View) -> Iterator[Finding]:
     they do: copies of FP32 masters, which are older than the step; rounding at random, which leaves other than the nearest
     values; a compensation (Kahan) or a remainder of 16 bits that holds what was lost; a decay by a factor, which is A3's.
     A note where fewer than 1 % stand still.
-    Effect: an update below half a unit in the last place, 2^-9 of a bfloat16 weight, is lost, however often it is repeated:
+    Effect: an update below half a unit in the last place, 2^-9 to 2^-8 of a bfloat16 weight, is lost, however often repeated:
     learning slows down with the learning rate, and stops.
     Fix: keep the weights in FP32 and use autocast, or FP32 masters, stochastic rounding, or Kahan summation.
     Source: pytorch/torchtune#2254, pytorch/pytorch#120376, pytorch/ao#1124.

@@ -269,7 +269,8 @@ def reduced_in_16_bits(view: View) -> Iterator[Finding]:
     """Gradients are summed over ranks in 16 bits.
 
     Seen: an all-reduce or reduce-scatter of 16-bit numbers among more than one rank. Below 8 ranks a note.
-    Effect: up to n - 1 roundings per element: (n - 1) 2^-9 of the sum in bfloat16; stable runs turn unstable on more ranks.
+    Effect: up to n - 1 roundings per element: (n - 1) 2^-8 of the sum of magnitudes in bfloat16, (n - 1) 2^-11 in float16;
+    stable runs turn unstable on more ranks.
     Fix: `reduce_dtype=torch.float32` (FSDP2), or no compression hook (DDP).
     Source: pytorch/pytorch#106395, #91879.
     """
@@ -279,8 +280,8 @@ def reduced_in_16_bits(view: View) -> Iterator[Finding]:
     for operation in view.step.operations:
         low = next((t for t in tensors_in(operation.arguments) if t.dtype in LOW), None)
         if n > 1 and low is not None and operation.name.startswith(REDUCTIONS):
-            bits = 9 if low.dtype == "bfloat16" else 12
-            number = f"{low.dtype} numbers are summed over {n} ranks: an error of up to {(n - 1) * 2.0**-bits:.2g} of the sum"
+            unit = torch.finfo(getattr(torch, low.dtype)).eps / 2
+            number = f"{low.dtype} numbers are summed over {n} ranks: an error of up to {(n - 1) * unit:.2g} of their sizes"
             yield finding_at(view, operation, "C9", "reduce-in-16-bits", "note" if n < MANY_RANKS else "worse than it need be",
                              number=number, effect="gradients get noisier with every rank",
                              fix="reduce in FP32: MixedPrecisionPolicy(reduce_dtype=torch.float32)")  # fmt: skip
