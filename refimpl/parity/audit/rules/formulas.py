@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from refimpl.parity.audit.finding import Finding
+from refimpl.parity.audit.judge.again import U
+from refimpl.parity.audit.judge.roundings import unit
 from refimpl.parity.audit.operation import Operation, Role, TensorFacts
 from refimpl.parity.audit.origins import named_tensors
 from refimpl.parity.audit.rules.entry import Probe, rule
@@ -19,8 +21,6 @@ from refimpl.parity.audit.rules.flow import finding_at
 from refimpl.parity.audit.rules.update_probes import Samples, result_facts
 from refimpl.parity.audit.step import OptimizerFacts, View
 
-U = 2.0**-24
-UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 TINY = 2.0**-149
 RIGHT = ("right",)
 Moment = tuple[Tensor, Tensor]
@@ -219,7 +219,7 @@ def _tensors(view: View) -> dict[str, Tensors]:
         states = {r.key: pair for r, pair in wide.items() if r.kind == "state" and r.name == name}
         if p is not None and g is not None and len(g) == len(p[0]):
             fitting = {key: pair for key, pair in states.items() if len(pair[0]) == len(p[0])}
-            found[name] = Tensors(operation, UNITS.get(dtype, U), p, _wide(g), fitting)
+            found[name] = Tensors(operation, unit(getattr(torch, dtype)), p, _wide(g), fitting)
     return found
 
 

@@ -28,26 +28,21 @@ LEAST = 2.0**-21
 class Written(NamedTuple):
     """What is measured of an overwritten tensor in 16 bits, or of one in FP32 that was left as it was.
 
-    result, kind, facts: as in `Overwritten`; source: of 'copy', what was copied. due: the elements that FP64 changes; left:
+    result, facts: as in `Overwritten`; source: of 'copy', what was copied. due: the elements that FP64 changes; left:
     those of them that stayed as they were; beyond: those of `left` that FP64 changes by more than a unit in the last place.
-    flushed: the elements that are 0 and not in FP64; other: those that are not 0 in FP64. nearest: the share of `due` that
-    are the correctly rounded results. factor: the number that FP64 multiplies all elements with, NaN if there is none.
-    rest: of some elements, the FP64 result less the one written.
+    nearest: the share of `due` that are the correctly rounded results. factor: the number that FP64 multiplies all elements
+    with, NaN if there is none. rest: of some elements, the FP64 result less the one written.
     """
 
     result: str
-    kind: str
     facts: TensorFacts
     source: TensorFacts | None
     elements: int
     due: int
     left: int
     beyond: int
-    flushed: int
-    other: int
     nearest: float
     factor: float
-    negative: bool
     rest: tuple[float, ...]
 
 
@@ -74,7 +69,7 @@ def _is_measured(one: Overwritten) -> bool:
 
 
 def _measured(one: Overwritten) -> Written | None:
-    exact = one.exact()
+    exact = one.exact
     if exact is None or exact.shape != one.before.shape:
         return None
     before, after, rounded = one.before, one.after, exact.to(one.before.dtype)
@@ -85,10 +80,8 @@ def _measured(one: Overwritten) -> Written | None:
     number = int(due.count_nonzero())
     source = one.partner_facts.get("src") if one.kind == "copy" else None
     return Written(
-        one.result, one.kind, one.facts, source, before.numel(), number, int(left.count_nonzero()),
-        int(beyond.count_nonzero()), int(((after == 0) & (exact != 0)).count_nonzero()), int(exact.count_nonzero()),
-        int((due & (rounded == after)).count_nonzero()) / max(number, 1), _factor(one, exact),
-        bool((exact < 0).any()), sample(exact - after.double()),
+        one.result, one.facts, source, before.numel(), number, int(left.count_nonzero()), int(beyond.count_nonzero()),
+        int((due & (rounded == after)).count_nonzero()) / max(number, 1), _factor(one, exact), sample(exact - after.double()),
     )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """What an operation of the update overwrites: each tensor with its elements before, after, and what FP64 gives.
 
 An update is one fused operation, a few on lists of tensors (foreach), or several for each tensor; here they are all single
-tensors: `overwritten` yields them one by one, so that at most one of them is in FP64 at a time.
+tensors: `overwritten` yields them one by one. What FP64 gives is the judge's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +15,8 @@ from torch import Tensor
 from refimpl.parity.audit.operation import TensorFacts
 from refimpl.parity.audit.values import Values, is_float
 
-PHASES = ("step", "other")
-"""Where updates happen: in an optimizer, or by hand between backward and the next forward pass."""
-
-
-Exact = Callable[[], Tensor | None]
+KINDS = ("add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv", "copy")
+"""The operations that updates are made of."""
 
 
 class Overwritten(NamedTuple):
@@ -27,7 +24,8 @@ class Overwritten(NamedTuple):
 
     result: its name among the operation's results. kind: of the operation, without 'foreach': 'mul', 'add', 'lerp', 'copy',
     'adamw' of a fused one. facts: of the tensor. before, after: its elements. partners: what else of this tensor's update the
-    operation reads, by argument; and scalars: the numbers. exact: the result in FP64, None where the operation is not known.
+    operation reads, by argument; and scalars: the numbers. exact: the result in FP64, None where the judge
+    has none.
     """
 
     result: str
@@ -38,7 +36,7 @@ class Overwritten(NamedTuple):
     partners: Mapping[str, Tensor]
     partner_facts: Mapping[str, TensorFacts]
     scalars: Mapping[str, float]
-    exact: Exact
+    exact: Tensor | None
 
 
 def overwritten(values: Values) -> Iterator[Overwritten]:
@@ -48,7 +46,7 @@ def overwritten(values: Values) -> Iterator[Overwritten]:
         yield from _fused(values, base)
         return
     kind = base.removeprefix("_foreach_").removesuffix("_")
-    if kind not in FORMULAS or (not values.written and kind != "mul"):
+    if kind not in KINDS or (not values.written and kind != "mul"):
         return
     inputs, facts = values.inputs, values.operation.arguments
     many = base.startswith("_foreach_")
@@ -67,7 +65,7 @@ def overwritten(values: Values) -> Iterator[Overwritten]:
         yield Overwritten(
             result, kind, its_facts["self"], before, after, partners,
             {name: its_facts[name] for name in partners if isinstance(its_facts.get(name), TensorFacts)}, scalars,
-            _lazy(values, result, kind, before, {**scalars, **partners}),
+            _exact(values, result),
         )  # fmt: skip
 
 
@@ -87,36 +85,9 @@ def _is_scalar(value: object) -> bool:
     return isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dim() and value.layout is torch.strided)
 
 
-def _lazy(values: Values, result: str, kind: str, before: Tensor, arguments: Mapping[str, Any]) -> Exact:
-    def exact() -> Tensor | None:
-        twin = values.twins.get(result)
-        if twin is not None and twin.exact.shape == before.shape:
-            return twin.exact
-        wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-        return FORMULAS[kind](before.double(), wide)
-
-    return exact
-
-
-def _second(a: Mapping[str, Any]) -> Any:
-    return a["other"] if "other" in a else a.get("value", 1.0)
-
-
-def _lerp(x: Tensor, a: Mapping[str, Any]) -> Tensor:
-    return x + a.get("weight", a.get("value")) * (a["end"] - x)
-
-
-FORMULAS: dict[str, Callable[[Tensor, Mapping[str, Any]], Tensor]] = {
-    "add": lambda x, a: x + a.get("alpha", 1.0) * _second(a),
-    "sub": lambda x, a: x - a.get("alpha", 1.0) * _second(a),
-    "mul": lambda x, a: x * _second(a),
-    "div": lambda x, a: x / _second(a),
-    "lerp": _lerp,
-    "addcmul": lambda x, a: x + a.get("value", 1.0) * a["tensor1"] * a["tensor2"],
-    "addcdiv": lambda x, a: x + a.get("value", 1.0) * a["tensor1"] / a["tensor2"],
-    "copy": lambda x, a: a["src"].expand(x.shape),
-}
-"""The operations that updates are made of, in FP64: of the tensor, and the other arguments."""
+def _exact(values: Values, result: str) -> Tensor | None:
+    twin = values.twins.get(result)
+    return twin.exact if twin is not None else None
 
 
 # ------------------------------------------------------------------------------------------------- fused
@@ -138,13 +109,5 @@ def _fused(values: Values, base: str) -> Iterator[Overwritten]:
                 yield Overwritten(
                     f"{name}.{i}", base.removeprefix("_fused_").removesuffix("_"), its_facts[name], tensors[name],
                     values.written[name][i], partners, {n: its_facts[n] for n in partners if n in its_facts}, plain,
-                    _judged(values, f"{name}.{i}"),
+                    _exact(values, f"{name}.{i}"),
                 )  # fmt: skip
-
-
-def _judged(values: Values, result: str) -> Exact:
-    def exact() -> Tensor | None:
-        twin = values.twins.get(result)
-        return twin.exact if twin is not None else None
-
-    return exact
