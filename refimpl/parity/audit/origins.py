@@ -221,7 +221,8 @@ def all_finite(tensor: Tensor) -> bool:
     """Return whether all elements are finite."""
     if not tensor.numel():
         return True
-    return bool(torch.stack(_readable(tensor).aminmax()).isfinite().all())  # in a tenth of the time of all elements' own
+    low, high = _readable(tensor).aminmax()  # in a tenth of the time of all elements' own isfinite
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _readable(tensor: Tensor) -> Tensor:

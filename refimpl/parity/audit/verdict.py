@@ -144,7 +144,8 @@ def _off(
     where = (rounded != actual).nonzero().squeeze(1)
     got, nearest = actual.index_select(0, where), rounded.index_select(0, where)
     wide = got.double()
-    finite = bool(torch.stack(wide.aminmax()).isfinite().all())
+    low, high = wide.aminmax()
+    finite = math.isfinite(low) and math.isfinite(high)
     if not finite:
         number = ~(got.isnan() & nearest.isnan())
         where, got, nearest, wide = where[number], got[number], nearest[number], wide[number]

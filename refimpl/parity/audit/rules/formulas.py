@@ -138,16 +138,18 @@ def _mistakes(
     (beta1, beta2), eps = betas, float(eps or 0.0)
     is_adamw = "adamw" in optimizer.kind.lower()
     misses: dict[Formula, float] = {}
-    for formula in FORMULAS:
-        g = t.g + decay * t.p[0] if formula.coupled else t.g
+    for coupled in (False, True) if decay else (False,):
+        g = t.g + decay * t.p[0] if coupled else t.g
         moments = _moments(t, t.g.abs() + abs(decay * t.p[0]), g, beta1, beta2)
-        if moments is None or (formula.coupled and not decay):
+        if moments is None:
             continue
         time = optimizer.updates.get(name) or _first_step(moments)
         if time is None:
             return ()
-        numbers = [Numbers(lr, beta1, beta2, eps, 0.0 if formula.coupled else decay, time) for lr in rates]
-        misses[formula] = min((_miss(t, formula, moments, each) for each in numbers), default=math.inf)
+        numbers = [Numbers(lr, beta1, beta2, eps, 0.0 if coupled else decay, time) for lr in rates]
+        for formula in FORMULAS:
+            if formula.coupled == coupled:
+                misses[formula] = min((_miss(t, formula, moments, each) for each in numbers), default=math.inf)
     right = min((miss for f, miss in misses.items() if not f.wrong(is_adamw)), default=math.inf)
     wrong = [f.wrong(is_adamw) for f, miss in misses.items() if miss <= 1 and f.wrong(is_adamw)]
     if right <= 1:
