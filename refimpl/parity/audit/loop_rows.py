@@ -269,7 +269,7 @@ class _Rows:
         """Return the narrower format to which all readers in the forward pass cast a result, '' if any reads it as it is."""
         targets = set()
         for reader in self.flow.readers(operation):
-            if reader.phase == "backward" or _is_view(reader) or is_any(reader, COPIES):
+            if reader.phase == "backward" or reader.is_view or is_any(reader, COPIES):
                 continue
             made = next(tensors_in(reader.outputs), None)
             targets.add(short(made.dtype) if is_any(reader, CASTS) and made is not None else "")
@@ -390,12 +390,6 @@ def _narrower(a: str, b: str) -> str:
     return a if a in FORMATS and b in FORMATS and widens_to(a, b) else b
 
 
-def _is_view(operation: Operation) -> bool:
-    read = {t.storage for t in tensors_in(operation.arguments)}
-    made = [t.storage for t in tensors_in(operation.outputs)]
-    return not operation.written and bool(made) and all(storage in read for storage in made)
-
-
 def _by_a_number(operation: Operation) -> bool:
     """Return whether the second operand is a number, or a tensor of one."""
     other = operation.arguments.get("other")
@@ -408,7 +402,7 @@ def _computes(operation: Operation, base: str) -> bool:
     tags = getattr(operation.overload, "tags", ())
     if name in _MOVED or is_any(operation, (*CASTS, *COPIES)) or not base.startswith("aten."):
         return False
-    return not _is_view(operation) and torch.Tag.nondeterministic_seeded not in tags and not name.startswith(_MADE)
+    return not operation.is_view and torch.Tag.nondeterministic_seeded not in tags and not name.startswith(_MADE)
 
 
 _MOVED = frozenset(MOVES.split())

@@ -94,6 +94,13 @@ class Operation:
         return self.name.startswith(("c10d.", "_c10d_functional."))
 
     @property
+    def is_view(self) -> bool:
+        """Whether it computes nothing: its results are in its arguments' memory, to which it does not write."""
+        given = {t.storage for t in tensors_in(self.arguments)}
+        made = [t.storage for t in tensors_in(self.outputs)]
+        return not self.written and bool(made) and all(storage in given for storage in made)
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         """The names of the parameters that it reads, writes, or has a gradient or an optimizer state of; each once."""
         tensors = (*tensors_in(self.arguments), *tensors_in(self.outputs))

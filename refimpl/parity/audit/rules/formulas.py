@@ -15,10 +15,10 @@ from refimpl.parity.audit.finding import Finding
 from refimpl.parity.audit.judge.again import U
 from refimpl.parity.audit.judge.roundings import unit
 from refimpl.parity.audit.operation import Operation, Role, TensorFacts
-from refimpl.parity.audit.origins import named_tensors
+from refimpl.parity.audit.origins import named_tensors, result_facts
 from refimpl.parity.audit.rules.entry import Probe, rule
 from refimpl.parity.audit.rules.flow import finding_at
-from refimpl.parity.audit.rules.update_probes import Samples, result_facts
+from refimpl.parity.audit.rules.update_probes import Samples
 from refimpl.parity.audit.step import OptimizerFacts, View
 
 TINY = 2.0**-149
@@ -209,7 +209,7 @@ def _tensors(view: View) -> dict[str, Tensors]:
         for name, t in named_tensors(operation.arguments):
             if isinstance(t, TensorFacts) and t.role is not None and name in elements.before:
                 first.setdefault(t.role, elements.before[name])
-        for name, t in result_facts(operation).items():
+        for name, t in result_facts(operation):
             if t.role is not None and name in elements.after:
                 last[t.role] = elements.after[name]
                 if t.role.kind == "parameter":

@@ -44,23 +44,17 @@ def _uses(step: Step) -> dict[str, dict[str, list[tuple[Operation, bool]]]]:
     """Return the operations that read each matrix in the forward pass, by module, and whether a gradient of its size came."""
     made: dict[int, set[int]] = defaultdict(set)
     for o in step.operations:
-        if o.phase == "backward" and o.sequence is not None and not _is_view(o):
+        if o.phase == "backward" and o.sequence is not None and not o.is_view:
             made[o.sequence] |= {math.prod(t.shape) for t in tensors_in(o.outputs)}
     found: dict[str, dict[str, list[tuple[Operation, bool]]]] = defaultdict(lambda: defaultdict(list))
     for o in step.operations:
-        if o.phase != "forward" or o.module is None or _is_view(o):
+        if o.phase != "forward" or o.module is None or o.is_view:
             continue
         for t in tensors_in(o.arguments):
             if t.role is not None and t.role.kind == "parameter" and len(t.shape) > 1:
                 adds = o.sequence is not None and math.prod(t.shape) in made.get(o.sequence, ())
                 found[t.role.name][o.module].append((o, adds))
     return found
-
-
-def _is_view(operation: Operation) -> bool:
-    """Return whether an operation computes nothing: its results are in its arguments' memory."""
-    given = {t.storage for t in tensors_in(operation.arguments)}
-    return not operation.written and all(t.storage in given for t in tensors_in(operation.outputs))
 
 
 def _counts(view: View, operation: Operation) -> bool:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from refimpl.parity.audit.operation import Operation, TensorFacts, tensors_in
-from refimpl.parity.audit.origins import is_view, named_tensors
+from refimpl.parity.audit.operation import TensorFacts, tensors_in
+from refimpl.parity.audit.origins import is_view, named_tensors, result_facts
 from refimpl.parity.audit.rules.flow import LOW
 from refimpl.parity.audit.rules.updates import Overwritten, overwritten
 from refimpl.parity.audit.step import Step
@@ -153,13 +153,6 @@ def made_in(step: Step) -> frozenset[int]:
     return frozenset(made)
 
 
-def result_facts(operation: Operation) -> dict[str, TensorFacts]:
-    """Return an operation's results by the names of `Values.results`."""
-    targets = {name: operation.arguments[name] for name in operation.written}
-    both = named_tensors({"out": operation.outputs, **targets})
-    return {name: fact for name, fact in both if isinstance(fact, TensorFacts)}
-
-
 @lru_cache(maxsize=1)
 def sampled(step: Step) -> Mapping[tuple[int, ...], list[tuple[int, TensorFacts, tuple[float, ...]]]]:
     """Return what the operations of a step have made or written, where it was sampled, by shape: (index, tensor, elements)."""
@@ -167,7 +160,7 @@ def sampled(step: Step) -> Mapping[tuple[int, ...], list[tuple[int, TensorFacts,
     for operation in step.operations:
         elements = operation.probed.get("samples")
         if elements is not None:
-            facts = result_facts(operation)
+            facts = dict(result_facts(operation))
             for name, some in elements.after.items():
                 if name in facts:
                     found.setdefault(facts[name].shape, []).append((operation.index, facts[name], some))
