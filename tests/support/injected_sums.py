@@ -38,13 +38,16 @@ class AveragesMeans(Padded):
 
 
 class WithSGD(HFLoop):
-    """With an optimizer without states, whose format would be another mistake."""
+    """With an optimizer without states, whose format would be another mistake.
+
+    So would 16-bit weights that move (A1): where the weights of a faulty loop are in 16 bits, its learning rate is 0.
+    """
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, self.lr)
 
 
-@injected("C3", micro_batches=4)
+@injected("C3", micro_batches=4, lr=0.0)
 class AccumulatesIn16Bits(WithSGD):
     def edit(self) -> None:
         for p in self.model.parameters():  # .to() would round the rotary frequencies too
@@ -172,7 +175,7 @@ class LowEmbedding(WithSGD):
         return {name: tokens % 3 for name, tokens in batch.items()}
 
 
-@injected("C6", also="A1")
+@injected("C6", lr=0.0)
 class SumsEmbeddingsIn16Bits(LowEmbedding):
     dtype = torch.bfloat16
 
@@ -186,6 +189,6 @@ class LowNorms(WithSGD):
         self.model.to(self.dtype)
 
 
-@injected("C8", also="A1", model=gpt2)
+@injected("C8", lr=0.0, model=gpt2)
 class SumsNormGradientsIn16Bits(LowNorms):
     dtype = torch.bfloat16
