@@ -1,6 +1,8 @@
 """Autograd, operations and models.
 
     autograd.py     the tape: it records operations and replays them backwards; it does no arithmetic
+    checkpointing.py
+                    blocks that are computed again in backward instead of stored
     op.py           what an operation is: a pair of plain functions
     ops.py          the table of operations by name
     linear.py, attention.py, norm.py, softmax.py, elementwise.py, embedding.py, loss.py, shape.py

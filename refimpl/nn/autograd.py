@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from refimpl.nn.checkpointing import Block, block_scope, saved_by
 from refimpl.nn.op import Op
 from refimpl.nn.ops import OPS, SELECTED, cast_parameter, fan_in
 from refimpl.numerics.arrays import Array
@@ -48,7 +49,7 @@ class Value:
 
 @dataclass
 class Entry:
-    """One recorded operation. It keeps no input arrays: what backward needs is in `saved`."""
+    """One recorded operation. It keeps no input arrays: what backward needs is in `saved`, or in a block, which computes it."""
 
     op: Op
     p: OpPrecision
@@ -105,6 +106,7 @@ class Tape:
         self.run, self.parameters, self.record = run, Parameters(weights, tied or {}), record
         self.entries: list[Entry] = []
         self._prefix = ""
+        self.in_block: Block | None = None
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -115,20 +117,23 @@ class Tape:
         finally:
             self._prefix = outer
 
+    block = block_scope  # `with t.block('transformer.h.0')`: a scope that `run.checkpointing` may compute again in backward
+
     def __call__(self, op: Op, name: str, *inputs: Any, **static: Any) -> Value:
         """Run one operation and record it. Inputs are Values, or plain arrays without a gradient (tokens)."""
         place = self._prefix + name
         op = selected(op, self.run, place)
         p = self.run.precision(op.key, place)
         params = tuple(self._parameter(f"{place}.{param}", operand, p) for param, operand in op.params)
-        result = self._apply(op, p, inputs, params, static)
+        result = self._apply(op, p, inputs, params, **static)
+        made = result.array
         if self.run.observer is not None:
-            result.array = self.run.observer("activations", place, result.array)
+            result.array = self.run.observer("activations", place, made)
+        if self.in_block is not None:
+            self.in_block.add(self.entries[-1], inputs, made, result.array)
         return result
 
-    def _apply(
-        self, op: Op, p: OpPrecision, inputs: tuple[Any, ...], params: tuple[Value | None, ...], static: dict[str, Any]
-    ) -> Value:
+    def _apply(self, op: Op, p: OpPrecision, inputs: tuple[Any, ...], params: tuple[Value | None, ...], **static: Any) -> Value:
         """Call an operation's forward function, and append what its backward function will need."""
         arrays = [x.array if isinstance(x, Value) else x for x in inputs]
         y, saved = op.forward(*arrays, *map(self.parameters.array, params), p=p, **static)
@@ -153,7 +158,7 @@ class Tape:
         copies, key = self.parameters.copies, (leaf.node.name, fmt)
         if key not in copies:
             cast_p = self.run.precision(cast_parameter.name, f"{leaf.node.name}.{fmt}")
-            copies[key] = self._apply(cast_parameter, cast_p, (), (leaf,), {"fmt": fmt})
+            copies[key] = self._apply(cast_parameter, cast_p, (), (leaf,), fmt=fmt)
         return copies[key]
 
     def backward(self, loss: Value, grad_output: Array, sink: Sink) -> None:
@@ -174,7 +179,7 @@ class Tape:
             grads: tuple[Array | None, ...] = (None,) * len(operands)
             if dy is not None:
                 params = map(self.parameters.array, entry.params)
-                grads = entry.op.backward(dy, entry.saved, *params, p=entry.p, **entry.static)
+                grads = entry.op.backward(dy, saved_by(entry), *params, p=entry.p, **entry.static)
             for node, gradient in zip(operands, grads, strict=True):
                 if node is not None:
                     self._receive(node, gradient, sink)
@@ -184,9 +189,8 @@ class Tape:
         if gradient is not None and node.grad is not None:
             place = f"{node.name}.grad"
             p = self.run.precision(fan_in.key, place)
-            node.grad, _ = selected(fan_in, self.run, place).forward(node.grad, gradient, p=p)
-        elif gradient is not None:
-            node.grad = gradient
+            gradient, _ = selected(fan_in, self.run, place).forward(node.grad, gradient, p=p)
+        node.grad = node.grad if gradient is None else gradient
         node.uses -= 1
         if node.uses == 0 and node.name in self.parameters.leaves and node.grad is not None:
             sink(node.name, node.grad)
@@ -199,9 +203,7 @@ def selected(op: Op, run: Run, place: str) -> Op:
     Of the latter the backend may have a fast version. An operation that is not one of ours runs as it is, whatever its name.
     """
     if op.name in run.overrides:
-        override: Op = run.overrides[op.name]
-        return override
-    if op is not fan_in and OPS.get(op.name) is not op:  # a user's own operation, which may bear a name of ours
-        return op
-    version: Op = run.version(SELECTED.get(run.policy.operation(op.name, place), op))
-    return version
+        op = run.overrides[op.name]
+    elif op is fan_in or OPS.get(op.name) is op:  # else a user's own operation, which may bear a name of ours
+        op = run.version(SELECTED.get(run.policy.operation(op.name, place), op))
+    return op

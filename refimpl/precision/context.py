@@ -19,7 +19,6 @@ from refimpl.precision.policy import SAME, WIDE, Policy
 Monitor = Callable[[str, Array, Array], None]
 """Callback at every rounding inside an operation: (site name, values before, values after)."""
 
-
 Observer = Callable[[str, str, Array], Array]
 """Callback of the tape: ('activations' or 'activation_grads', place, array) -> the array that is used from there on."""
 
@@ -29,7 +28,7 @@ class Run:
     """What all operations of one run (one rank, one backend) share. There is no global state beside it.
 
     overrides: operations that replace those of the same name. scales: what quantization remembers between passes.
-    Errors: UsageError for a policy that the backend cannot compute.
+    checkpointing: one of those of `nn/checkpointing.py`. Errors: UsageError for a policy that the backend cannot compute.
     """
 
     policy: Policy
@@ -37,6 +36,7 @@ class Run:
     monitor: Monitor | None = None
     observer: Observer | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    checkpointing: str = "none"
     scales: ScalingState = field(default_factory=ScalingState)
     _precisions: dict[tuple[str, str], OpPrecision] = field(default_factory=dict, repr=False)
 

@@ -53,7 +53,7 @@ def _logits(t: Tape, tokens: Array, config: GPTConfig) -> Value:
     e = t(embedding, "transformer.wpe", positions)    # (T, C)
     x = t(add, "transformer.embedding", x, e)         # (B, T, C)
     for i in range(config.n_layer):
-        with t.scope(f"transformer.h.{i}"):
+        with t.block(f"transformer.h.{i}"):
             x = _block(t, x, config.n_head)           # (B, T, C)
     x = t(layernorm, "transformer.ln_f", x)           # (B, T, C)
     return t(linear, "lm_head", x)                    # (B, T, V)

@@ -67,6 +67,10 @@ class ScalingState:
         """Return a copy for evaluation, which remembers nothing."""
         return replace(self, is_frozen=True, _draws={})
 
+    def replay(self) -> ScalingState:
+        """Return a copy for computing this pass again from here on: it draws the same bits, and remembers nothing."""
+        return replace(self, is_frozen=True, _draws=dict(self._draws))
+
     def arrays(self) -> dict[str, Array]:
         """Return the arrays that a checkpoint keeps beside `passes`: name.format.array -> array."""
         return {f"{name}.{key}": array for name, state in self.delayed.items() for key, array in state.arrays().items()}
