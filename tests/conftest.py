@@ -39,7 +39,7 @@ BLAS_TESTS = {
         "every_operation", "experiments", "fused_attention", "gradients", "ignored_targets", "inspect_precision",
         "linear", "loss", "mistakes", "models", "mpi", "norm", "numpy_table", "onnx", "opinfo", "optimizer", "policy",
         "published", "quantization", "quantized_linear", "recorded", "run", "same_bits", "shape", "softmax", "step",
-        "checkpointing", "strict_backend", "threads", "trace", "trajectories", "zero",
+        "checkpointed_runs", "checkpointing", "strict_backend", "threads", "trace", "trajectories", "zero",
     )
 }  # fmt: skip
 """The files whose tests compare results of matrix products. They must hold on every BLAS, so .ci/run takes several kernels."""

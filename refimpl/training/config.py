@@ -13,6 +13,7 @@ from refimpl.backends.choose import get_backend
 from refimpl.distributed.collectives import Comm, Serial
 from refimpl.distributed.zero import ShardedState
 from refimpl.errors import UsageError, unknown
+from refimpl.nn.checkpointing import CHECKPOINTING
 from refimpl.nn.loss import IGNORE_INDEX
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
@@ -88,6 +89,7 @@ class Config:
     loss_mean: str = "tokens"
     masters_from: str | None = None
     attention: str = "unfused"
+    checkpointing: str = "none"
     loss_scale: str  # the recipe's
     init_scale: float = 65536.0
     growth_interval: int = 2000
@@ -133,6 +135,10 @@ class Config:
             raise UsageError(f"--masters-from is {self.masters_from!r}: choose {' or '.join(MASTERS_FROM)}")
         if self.attention not in ATTENTION:
             raise UsageError(unknown("attention", self.attention, ATTENTION))
+        if self.checkpointing not in CHECKPOINTING:
+            raise UsageError(unknown("checkpointing", self.checkpointing, CHECKPOINTING))
+        if self.checkpointing != "none" and self.model == "mlp":
+            raise UsageError("--checkpointing is for models with blocks: the layers of the mlp store no more than their inputs")
         if self.examples not in EXAMPLES:
             raise UsageError(unknown("examples", self.examples, EXAMPLES))
         if self.examples == "lines" and self.model == "mlp":
@@ -223,7 +229,8 @@ class Config:
                 f"--batch-size {self.batch_size} cannot be shared equally by {comm.size} ranks: start a number that divides it"
             )
         optimizer, loss_scale = self.make_optimizer(backend), self.make_loss_scale(backend.xp)
-        run = Run(recipe.policy, backend, scales=ScalingState(self.seed, over_ranks=comm.on_host.largest))
+        scales = ScalingState(self.seed, over_ranks=comm.on_host.largest)
+        run = Run(recipe.policy, backend, scales=scales, checkpointing=self.checkpointing)
         return Training(model, state, optimizer, loss_scale, run, self.clip or math.inf, self.grad_accum)
 
     def make_backend(self) -> Backend:

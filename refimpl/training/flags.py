@@ -42,6 +42,7 @@ HELP = {
     "loss_mean": "mean over tokens (all targets but ignored ones), or over micro-batches (the mean of their means)",
     "masters_from": "masters start from the original FP32 weights, or from rounded ones (default: the recipe's)",
     "attention": "unfused (each operation rounds), fused (one kernel, as FlashAttention), or math (all FP32, one rounding)",
+    "checkpointing": "none, or full: store each block's input only, and compute the block again in backward; the same bits",
     "loss_scale": f"dynamic (torch), none, a number, or a project's rule: {', '.join(SCALER_RULES)} (default: the recipe's)",
     "init_scale": "first value of a loss scale that adapts (default: its project's)",
     "growth_interval": "good steps before the loss scale grows (default: its project's)",

@@ -18,7 +18,7 @@ from refimpl.training.setup import Training
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
-MAY_CHANGE = ("backend", "steps", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero")
+MAY_CHANGE = ("backend", "steps", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero", "checkpointing")
 """The settings that may change when a run is resumed. Other `steps` change the schedule of the learning rate. Another `backend`
 or number of ranks, or with micro-batches another `zero`, may change last bits. The others do not affect training."""
 

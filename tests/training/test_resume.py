@@ -32,6 +32,9 @@ WRITTEN = """{
 }"""
 """config.json of a run with these flags, as November 2026 wrote it."""
 
+ADDED = {"checkpointing": "none"}
+"""The settings that came later, with the values that such a run has."""
+
 OTHER: dict[str, Any] = {
     "model": "gpt", "recipe": "bf16", "backend": "cupy", "data": "stdlib", "examples": "lines", "steps": 6, "batch_size": 4,
     "block_size": 8, "n_layer": 2, "n_head": 1, "n_embd": 8, "vocab_size": 257, "bias": False, "optimizer": "sgd",
@@ -39,7 +42,7 @@ OTHER: dict[str, Any] = {
     "weight_decay": 0.2, "clip": 2.0, "grad_accum": 2, "ignore_index": -1, "loss_mean": "micro-batches",
     "masters_from": "original", "attention": "fused", "loss_scale": "megatron", "init_scale": 8.0, "growth_interval": 3,
     "hysteresis": 2, "growth_factor": 4.0, "backoff_factor": 0.25, "scale_floor": 1.0, "seed": 1, "mistake": "decay-all",
-    "eval_every": 1, "eval_batches": 2, "log_every": 1, "sample_bytes": 5, "zero": 0,
+    "eval_every": 1, "eval_batches": 2, "log_every": 1, "sample_bytes": 5, "zero": 0, "checkpointing": "full",
 }  # fmt: skip
 """Another value for each setting."""
 
@@ -66,7 +69,8 @@ def run(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def test_config_json_has_the_fields_that_it_always_had(run: Path) -> None:
     text = (run / "config.json").read_text()
-    assert text == json.dumps(json.loads(WRITTEN), indent=2) + "\n"
+    assert text == json.dumps(json.loads(text), indent=2) + "\n"
+    assert json.loads(text) == {**json.loads(WRITTEN), **ADDED}
 
 
 def test_a_checkpoint_holds_the_settings_that_it_always_held(run: Path) -> None:
@@ -80,7 +84,7 @@ def test_a_checkpoint_holds_the_settings_that_it_always_held(run: Path) -> None:
 def test_a_folder_of_an_earlier_run_is_resumed(run: Path) -> None:
     (run / "config.json").write_text(WRITTEN)
     assert train({"steps": 6}, run, True, False, None) == 0
-    assert json.loads((run / "config.json").read_text()) == {**json.loads(WRITTEN), "steps": 6}
+    assert json.loads((run / "config.json").read_text()) == {**json.loads(WRITTEN), **ADDED, "steps": 6}
     assert checkpoint.load(run)[1]["progress"]["step"] == 6
 
 
@@ -98,10 +102,10 @@ def test_a_flag_that_determines_the_numbers_is_refused(name: str, run: Path) -> 
     train({name: saved}, run, True, False, None)  # said again, it is no change
 
 
-@pytest.mark.parametrize("name", [name for name in MAY_CHANGE if name != "backend"])
+@pytest.mark.parametrize("name", [name for name in MAY_CHANGE if name not in ("backend", "checkpointing")])
 def test_another_flag_is_not(name: str, run: Path) -> None:
     assert train({"steps": 6, name: OTHER[name]}, run, True, False, None) == 0
-    assert json.loads((run / "config.json").read_text()) == {**json.loads(WRITTEN), "steps": 6, name: OTHER[name]}
+    assert json.loads((run / "config.json").read_text()) == {**json.loads(WRITTEN), **ADDED, "steps": 6, name: OTHER[name]}
 
 
 @pytest.mark.parametrize("name", IN_CHECKPOINT)

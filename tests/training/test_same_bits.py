@@ -45,10 +45,10 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def train(recipe: str, text: str, folder: Path, bar: NoBar | None = None, resume: bool = False) -> bytes:
+def train(recipe: str, text: str, folder: Path, bar: NoBar | None = None, resume: bool = False, **more: Any) -> bytes:
     """The bytes of the checkpoint that a training writes."""
     folder.mkdir(exist_ok=True)
-    trainer = Trainer(Config.of({**SIZES, "recipe": recipe, "data": text}), folder)
+    trainer = Trainer(Config.of({**SIZES, "recipe": recipe, "data": text, **more}), folder)
     if resume:
         trainer.restore()
     trainer.train(bar or NoBar())
@@ -90,6 +90,9 @@ def test_the_number_of_threads_makes_no_difference(
             shared.clear()
             found[f"{threads} threads"] = train(recipe, text, tmp_path / str(threads))
             cut[f"{threads} threads"] = list(shared)
+    with threadpool_limits(2):
+        of_threads(2, monkeypatch)
+        found["2 threads, blocks computed again"] = train(recipe, text, tmp_path / "again", checkpointing="full")
     for threads in (3, 1):  # the first step with three, the second alone
         with threadpool_limits(threads):
             of_threads(threads, monkeypatch)
