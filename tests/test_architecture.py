@@ -377,7 +377,7 @@ def test_untested_operations_are_seen() -> None:
 
 # ------------------------------------------------------------------------------------------------- (e) optional packages
 
-OPTIONAL = ("cupy", "cupyx", "torch", "matplotlib", "mpi4py")
+OPTIONAL = ("cupy", "cupyx", "torch", "matplotlib", "mpi4py", "tokenizers")
 
 
 def loaded_by(imported: str, hidden: tuple[str, ...] = ()) -> set[str]:

@@ -39,7 +39,7 @@ from refimpl.parity.judge import judge_trace
 from refimpl.parity.trace import Trace
 from refimpl.precision.context import OpPrecision
 from refimpl.training.config import Config
-from refimpl.training.data import load_corpus, sample_batch
+from refimpl.training.data import sample_batch
 from refimpl.training.memory_limits import need, require_memory
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def import_torch() -> Any:
 
 def _batches(config: Config) -> Any:
     """Yield (tokens, targets, overflow) per step; overflow, true twice if S is dynamic: put an Inf into the gradients."""
-    corpus, rng = load_corpus(config.data, config.block_size), np.random.default_rng(config.seed + 1)
+    corpus, rng = config.make_corpus(), np.random.default_rng(config.seed + 1)
     injected = {config.steps // 7, config.steps // 2} if config.loss_scale == "dynamic" and config.steps >= 7 else set()
     sizes = config.batch_size, config.block_size
     for i in range(config.steps):

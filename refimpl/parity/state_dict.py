@@ -19,8 +19,8 @@ from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import is_float
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import fp32_weights, model_of
-from refimpl.training.data import BYTES, check_has_bytes
 from refimpl.training.non_finite import contents
+from refimpl.training.tokenizer import BYTES, refuse_smaller
 
 MASKS = (".attn.bias", ".attn.masked_bias")
 """Endings of the names of buffers that are saved beside weights and are not parameters."""
@@ -116,7 +116,7 @@ def import_(source: Path, target: Path, n_head: int) -> None:
             f"{source} is already a checkpoint of refimpl: scripts/train.py --init-from and scripts/generate.py read it"
         )
     model, converted = from_state_dict(weights, n_head)
-    check_has_bytes(model.config["vocab_size"], f"the vocabulary of {source}")
+    refuse_smaller(BYTES, model.config["vocab_size"], f"the vocabulary of {source}")
     _refuse_to_overwrite(target)
     header = {"model": model.name, "sizes": dict(model.config), "recipe": "fp32"}
     checkpoint.save(target, {f"weights.{name}": array for name, array in converted.items()}, header)
@@ -133,7 +133,7 @@ def import_(source: Path, target: Path, n_head: int) -> None:
 def _about(model: Model) -> str:
     """Return the unusual properties of an imported model, for the printed line."""
     words = [] if model.config.get("bias", True) else ["without biases"]
-    if model.config["vocab_size"] > BYTES:
+    if model.config["vocab_size"] > BYTES.vocab_size:
         words.append(f"with {model.config['vocab_size']} token ids, of which those above 255 are no bytes and stay unused")
     return "".join(f", {word}" for word in words)
 

@@ -24,7 +24,7 @@ from refimpl.parity.hooks import UpdateArguments, WrappedOptimizer
 from refimpl.parity.mistakes import inject
 from refimpl.training.checkpoint import check_exchanged, parse_header, read_tensors, sealed, write_tensors, written_here
 from refimpl.training.config import Config
-from refimpl.training.data import check_has_bytes, load_corpus, sample_batch
+from refimpl.training.data import sample_batch
 from refimpl.training.schema import Integer, Table, Words, check
 from refimpl.training.setup import BATCHES, INIT, Training, generator
 
@@ -309,8 +309,7 @@ def batches_of(config: Config, source: Trace | None) -> Iterator[list[tuple[np.n
                 raise UsageError(f"the trace has no {key(step, '0.tokens')}: its batches cannot be used")
             yield batches
         return
-    check_has_bytes(config.vocab_size, "--vocab-size")
-    corpus, rng = load_corpus(config.data, config.block_size), generator(config.seed, BATCHES)
+    corpus, rng = config.make_corpus(), generator(config.seed, BATCHES)
     sizes = config.batch_size, config.block_size
     for _ in range(config.steps):
         yield [sample_batch(corpus.train, *sizes, rng, config.no_target) for _ in range(config.grad_accum)]

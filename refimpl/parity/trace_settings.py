@@ -16,8 +16,8 @@ from refimpl.errors import UsageError, unknown
 from refimpl.training.config import Config
 
 NOT_STATED = (
-    "model", "recipe", "backend", "data", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias",
-    "masters_from", "seed", "mistake", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero",
+    "model", "recipe", "backend", "data", "tokenizer", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size",
+    "bias", "masters_from", "seed", "mistake", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero",
 )  # fmt: skip
 SETTINGS = tuple(f.name for f in fields(Config) if f.name not in NOT_STATED)
 """Settings that a trace can state."""

@@ -28,7 +28,7 @@ from refimpl.step import StepResult, forward_backward
 from refimpl.tools.scale_remarks import explain
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
-from refimpl.training.data import load_corpus, sample_batch
+from refimpl.training.data import sample_batch
 from refimpl.training.flags import refuse_unused
 from refimpl.training.non_finite import first_non_finite
 from refimpl.training.setup import BATCHES, generator, start
@@ -181,7 +181,7 @@ def inspect_steps(
 
 def _train(config: Config, parameter: str) -> Iterator[_Observed]:
     """Train, and yield after every step the data of a report on one parameter."""
-    corpus, training = load_corpus(config.data, config.block_size), start(config)
+    corpus, training = config.make_corpus(), start(config)
     state, scale = training.state, training.loss_scale
     batches = generator(config.seed, BATCHES)
     copies: list[Array] = []

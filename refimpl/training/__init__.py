@@ -4,7 +4,8 @@
     setup.py                  the start of a run: the objects that a step takes, random numbers, faults to inject
     trainer.py, run.py        the loop over steps; a run in a folder, from start to report
     data.py, ngrams.py        corpora and batches; the losses that a model must beat
-    evaluate.py, sampling.py  the loss of a model on a text; text sampled from a model
+    tokenizer.py, token_cache.py  bytes or a tokenizer.json: text as token ids and back; ids that are kept in a file
+    evaluate.py, sampling.py  the loss of a model on a text; text that a model writes
     checkpoint.py, checkpoint_states.py         files that are never half-written; model states in and out of them
     resume.py                 what a checkpoint says of its run; which settings may change when it is resumed
     run_folder.py, folder_lock.py, metrics.py   the folder of a run, its lock, its log and plot

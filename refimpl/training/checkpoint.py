@@ -63,9 +63,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a text with `write_atomically`. Errors: UsageError if it cannot be written."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, contents: bytes) -> None:
+    """Write a file of these contents with `write_atomically`. Errors: UsageError if it cannot be written."""
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(contents)
 
     write_atomically(path, write)
 
@@ -253,6 +258,17 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     else:
         check_seal(path, header, arrays)
     return arrays, _unsealed(header)
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """Return the header of a checkpoint that `load` has checked, without its tensors; an empty one where there is none."""
+    from safetensors import safe_open
+
+    path = file_in(path)
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="numpy") as file:
+        return parse_header(path, (file.metadata() or {}).get(KEY, "{}"))
 
 
 def file_in(path: Path) -> Path:

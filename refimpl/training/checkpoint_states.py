@@ -24,6 +24,8 @@ from refimpl.precision.recipes import get_recipe
 from refimpl.precision.state_encodings import BufferSpec, buffer_name, get_encoding
 from refimpl.training import checkpoint
 from refimpl.training.schema import FINITE, Integer, OneOf, Real, Table, Text, check
+from refimpl.training.tokenizer import BYTES, Tokenizer, load_tokenizer
+from refimpl.training.tokenizer import FILE as TOKENIZER
 
 SAVED = ("weights", "master", "m", "v")
 """The kinds of state in a checkpoint. The next step computes the gradients again."""
@@ -155,6 +157,27 @@ def model_of(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndar
         if array is None or array.shape != spec.shape:
             raise UsageError(f"{path} has no weights.{name} of shape {spec.shape}, which its header requires: it is damaged")
     return model
+
+
+def tokenizer_of(path: Path, given: str | None = None) -> Tokenizer:
+    """Return the tokenizer of a checkpoint that has been loaded: the one that is given, that beside it, or bytes.
+
+    Errors: UsageError if the checkpoint was trained with another one.
+    """
+    corpus = checkpoint.header_of(path).get("corpus")
+    beside = (path if path.is_dir() else path.parent) / TOKENIZER
+    usual = str(beside) if beside.exists() else BYTES.name
+    if corpus is None:  # weights alone, which may have come from anywhere
+        tokenizer = load_tokenizer(given or usual)
+        if beside.exists() and tokenizer.checksum != load_tokenizer(usual).checksum:
+            raise UsageError(f"{tokenizer.name} is another tokenizer than that of {path}, {beside}: leave it out")
+        return tokenizer
+    trained = corpus.get("tokenizer", BYTES.checksum)
+    tokenizer = load_tokenizer(given or (usual if trained != BYTES.checksum else BYTES.name))
+    if tokenizer.checksum != trained:
+        missing = f"; its own was {TOKENIZER} beside it: give it with --tokenizer" if tokenizer is BYTES else ""
+        raise UsageError(f"{path} was trained with another tokenizer than {tokenizer.name}{missing}")
+    return tokenizer
 
 
 # -- weights alone -----------------------------------------------------------------------------------------------------

@@ -30,9 +30,10 @@ from refimpl.optim.state import State
 from refimpl.precision.context import Run
 from refimpl.precision.policy_variants import ATTENTION, with_attention
 from refimpl.precision.recipes import MASTERS_FROM, Recipe, get_recipe
-from refimpl.training.data import EXAMPLES
+from refimpl.training.data import EXAMPLES, Corpus, load_corpus
 from refimpl.training.memory_limits import need, require_memory
 from refimpl.training.setup import Training
+from refimpl.training.tokenizer import BYTES, load_tokenizer, refuse_smaller
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 2e-3, "steps": 800},
@@ -64,6 +65,7 @@ class Config:
     recipe: str = "fp16"
     backend: str = "numpy"
     data: str = "pydoc"
+    tokenizer: str = "bytes"
     examples: str = "blocks"
     steps: int  # this and the next five by the model: MODEL_DEFAULTS
     batch_size: int
@@ -71,7 +73,7 @@ class Config:
     n_layer: int
     n_head: int
     n_embd: int
-    vocab_size: int = 256
+    vocab_size: int = 256  # the tokenizer's
     bias: bool = True
     optimizer: str = "adamw"
     momentum: float = 0.9
@@ -141,6 +143,8 @@ class Config:
             raise UsageError("--checkpointing is for models with blocks: the layers of the mlp store no more than their inputs")
         if self.examples not in EXAMPLES:
             raise UsageError(unknown("examples", self.examples, EXAMPLES))
+        if self.examples == "lines" and self.tokenizer != BYTES.name:
+            raise UsageError("--examples lines is for bytes, of which one ends a line: leave --tokenizer out")
         if self.examples == "lines" and self.model == "mlp":
             raise UsageError("--examples lines is for --model gpt: the mlp has one target per block, its last byte")
         if self.loss_mean not in LOSS_MEANS:
@@ -183,6 +187,12 @@ class Config:
         if self.model == "mlp":
             return mlp_model(MLPConfig(**sizes), *how)
         return gpt_model(GPTConfig(n_head=self.n_head, bias=self.bias, **sizes), *how)
+
+    def make_corpus(self) -> Corpus:
+        """Return the text of --data as tokens. Errors: UsageError, also for a vocabulary smaller than the tokenizer's."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        refuse_smaller(tokenizer, self.vocab_size, "--vocab-size")
+        return load_corpus(self.data, self.block_size, tokenizer=tokenizer)
 
     @property
     def no_target(self) -> int | None:
@@ -254,6 +264,8 @@ def _resolve(given: dict[str, Any]) -> dict[str, Any]:
     if model not in MODEL_DEFAULTS:
         raise UsageError(unknown("model", model, MODEL_DEFAULTS))
     settings = {**MODEL_DEFAULTS[model], **given}
+    if "vocab_size" not in settings:
+        settings["vocab_size"] = load_tokenizer(settings.get("tokenizer", Config.tokenizer)).vocab_size
     constant = settings.get("schedule", Config.schedule) == "constant"
     settings.setdefault("min_lr", settings["lr"] / (1 if constant else 10))
     settings.setdefault("loss_scale", get_recipe(settings.get("recipe", Config.recipe)).loss_scale)

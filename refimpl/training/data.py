@@ -1,8 +1,7 @@
-"""Training text as bytes: a corpus, and batches sampled from it.
+"""Training text as tokens: a corpus, and batches sampled from it.
 
-A token is a byte, and the vocabulary is the 256 byte values. So there is no tokenizer, any file is a corpus, and losses in nats
-per byte can be compared between files. Random numbers come only from Generators that are passed in, so that the same seed gives
-the same batches in every process.
+A token is a byte, unless a tokenizer says otherwise: then any file is a corpus, and nothing is computed or copied. Random
+numbers come only from Generators that are passed in, so that the same seed gives the same batches in every process.
 """
 
 import functools
@@ -19,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.errors import UsageError
+from refimpl.training.token_cache import encode_text, tokenized
+from refimpl.training.tokenizer import BYTES, Tokenizer
 
-BYTES = 256
-"""The number of token ids that are bytes. A model may have more ids, which are not used."""
 MIB = 1 << 20
 
 # The fingerprint of a larger file is that of evenly spaced blocks, which include the first and the last MiB.
@@ -36,42 +35,37 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload
 SKIPPED_FILES = re.compile(r"(_sysconfigdata.*|sitecustomize|usercustomize)\.py")
 
 
-def check_has_bytes(vocab_size: int, whose: str) -> None:
-    """Raise UsageError for a vocabulary of fewer than 256 ids, whose meaning is not known here."""
-    if vocab_size < BYTES:
-        raise UsageError(
-            f"{whose} is {vocab_size}, but text is read and written as bytes, which needs {BYTES} ids: train a model of "
-            "characters or other tokens again on bytes"
-        )
-
-
 # ---------------------------------------------------------------------------------------------------- the corpus
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Text to train on and text held back, each a read-only 1-D uint8 array.
+    """Text to train on and text held back, each a 1-D array of token ids: with bytes uint8 and read-only.
 
-    description: the identity of the bytes for run records, as JSON: equal in every process and on every machine with the same
-        bytes (so without absolute paths), with a SHA-256 by which two runs can be compared.
+    description: the identity of the text and its tokens for run records, as JSON: equal in every process and on every machine
+        with the same ones (so without absolute paths), with a SHA-256 by which two runs can be compared.
+    valid_lengths: the number of bytes that each token of `valid` stands for.
     """
 
     name: str
     train: np.ndarray
     valid: np.ndarray
     description: dict[str, object]
+    valid_lengths: np.ndarray
+    tokenizer: Tokenizer = BYTES
 
 
-def load_corpus(spec: str, block_size: int, seed: int = 0) -> Corpus:
+def load_corpus(spec: str, block_size: int, seed: int = 0, tokenizer: Tokenizer = BYTES) -> Corpus:
     """Load a corpus and check that both of its parts have at least one block.
 
     spec: 'pydoc', the text of Python's own documentation (about 450 KB, included in Python); 'stdlib', the Python
-        sources of the standard library (about 10 MB); else the path of any file, text or binary, of any size: it is
-        memory-mapped, not read. For a file that is itself named 'pydoc', give './pydoc'.
-    block_size: the context length T; each part needs T + 1 bytes, T inputs and the byte that follows.
+        sources of the standard library (about 10 MB); else the path of any file, of any size. As bytes it is memory-mapped, not
+        read; under a tokenizer its tokens are in memory. For a file that is itself named 'pydoc', give './pydoc'.
+    block_size: the context length T; each part needs T + 1 tokens, T inputs and the one that follows.
     seed: shuffles and splits the documents of 'pydoc' and 'stdlib'; no effect on a file, whose first 90 % are for training.
         It belongs to the corpus, not to the run: runs on differently split text cannot be compared.
-    Errors: UsageError for a file that does not exist, cannot be read, or is too short.
+    tokenizer: makes the tokens; see `token_cache.tokenized`. The text is split alike under each, so bits per byte compare.
+    Errors: UsageError for a file that does not exist, cannot be read, is too short, or is no text for the tokenizer.
     """
     if block_size < 1:
         raise UsageError(f"block_size is {block_size}: it must be at least 1")
@@ -82,15 +76,17 @@ def load_corpus(spec: str, block_size: int, seed: int = 0) -> Corpus:
     elif spec == "stdlib":
         corpus = _documents_corpus("stdlib", _stdlib_sources(), seed)
     else:
-        corpus = _file_corpus(spec)
+        corpus = _file_corpus(spec, tokenizer)
+    if tokenizer is not BYTES:
+        corpus = _under(tokenizer, corpus, None if spec in ("pydoc", "stdlib") else Path(spec).parent)
 
-    needed = block_size + 1
+    needed, unit = block_size + 1, tokenizer.unit
     if min(corpus.train.size, corpus.valid.size) < needed:
         # With a tenth for validation, rounded up, 10 T + 1 bytes are the fewest that leave T + 1 there.
         raise UsageError(
-            f"{spec!r} is too short for block_size {block_size}: {corpus.train.size} bytes for training and "
-            f"{corpus.valid.size} for validation, where each part needs at least {needed} bytes; give at least "
-            f"{10 * block_size + 1} bytes of text, or a smaller block_size"
+            f"{spec!r} is too short for block_size {block_size}: {corpus.train.size} {unit}s for training and "
+            f"{corpus.valid.size} for validation, where each part needs at least {needed} {unit}s; give at least "
+            f"{10 * block_size + 1} {unit}s of text, or a smaller block_size"
         )
     return corpus
 
@@ -116,10 +112,30 @@ def map_file(path: str | os.PathLike[str]) -> np.ndarray:
         raise UsageError(f"cannot read {name!r} ({_reason(error)}); give a file that you may read") from None
 
 
-def _file_corpus(path: str) -> Corpus:
-    """Return the corpus of a file: its first 90 % for training, the rest for validation, both memory-mapped."""
+def _under(tokenizer: Tokenizer, corpus: Corpus, folder: Path | None) -> Corpus:
+    """Return a corpus of bytes under a tokenizer. folder: that of its file, for the cache. Errors: UsageError."""
+    try:
+        parts = tokenized(tokenizer, corpus.train, corpus.valid, corpus.name, folder)
+    except UsageError as error:
+        raise UsageError(f"{corpus.name} cannot be tokenized: {error}") from None
+    made = {"tokenizer": tokenizer.checksum, "train_tokens": parts.train.size, "valid_tokens": parts.valid.size}
+    return Corpus(corpus.name, parts.train, parts.valid, corpus.description | made, parts.valid_lengths, tokenizer)
+
+
+def _of_bytes(name: str, train: np.ndarray, valid: np.ndarray, description: dict[str, object]) -> Corpus:
+    """Return a corpus whose tokens are bytes."""
+    return Corpus(name, train, valid, description, encode_text(BYTES, valid)[1])
+
+
+def _file_corpus(path: str, tokenizer: Tokenizer) -> Corpus:
+    """Return the bytes of a file, memory-mapped: the first 90 % for training, the rest for validation.
+
+    Under a tokenizer that reads characters, validation begins with a whole one.
+    """
     tokens = map_file(path)
     boundary = tokens.size * 9 // 10
+    if tokenizer is not BYTES:
+        boundary += next((i for i, byte in enumerate(tokens[boundary : boundary + 3]) if byte & 0xC0 != 0x80), 0)
     name = os.path.basename(path)
     sample = spaced_blocks(tokens, FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK)
     whole = len(sample) == 1
@@ -131,7 +147,7 @@ def _file_corpus(path: str) -> Corpus:
         "sha256": _sha256(sample),
         "sha256_of": "the file" if whole else f"{len(sample)} evenly spaced blocks of {FINGERPRINT_BLOCK} bytes",
     }
-    return Corpus(name, tokens[:boundary], tokens[boundary:], description)
+    return _of_bytes(name, tokens[:boundary], tokens[boundary:], description)
 
 
 def _documents_corpus(name: str, families: list[list[bytes]], seed: int) -> Corpus:
@@ -166,7 +182,7 @@ def _documents_corpus(name: str, families: list[list[bytes]], seed: int) -> Corp
         "sha256": _sha256([train, valid]),
         "sha256_of": "the training part, then the validation part",
     }
-    return Corpus(name, train, valid, description)
+    return _of_bytes(name, train, valid, description)
 
 
 @functools.cache
@@ -253,7 +269,7 @@ def spaced_blocks(tokens: np.ndarray, count: int, length: int) -> list[np.ndarra
 
 
 EXAMPLES = {
-    "blocks": "blocks of block_size bytes, whatever is in them",
+    "blocks": "blocks of block_size tokens, whatever is in them",
     "lines": "blocks that end with the line they begin in: what follows is padding, without targets",
 }
 """The kinds of rows in a batch. Lines have unequal numbers of targets, like the padded texts of most fine-tuning."""
@@ -266,7 +282,7 @@ def sample_batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sample blocks with replacement, every start equally likely.
 
-    tokens: uint8, 1-D. Returns x, y: int64 (B, T); y[b, t] is the byte after x[b, t].
+    tokens: ids, 1-D. Returns x, y: int64 (B, T); y[b, t] is the token after x[b, t].
     no_target: for lines, the value of y in the padding (`Config.no_target`); None for whole blocks.
     Errors: UsageError for fewer than T + 1 tokens.
     """
@@ -280,8 +296,8 @@ def sequential_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield consecutive blocks from the start, to compute the loss of a whole file, as x, y: int64 (B, T).
 
-    Block i predicts the bytes i T + 1 to (i + 1) T. So every byte is predicted once, except the first and a tail of
-    (len - 1) mod T bytes that does not fill a block. The last batch may have fewer rows: weight each batch by its targets.
+    Block i predicts the tokens i T + 1 to (i + 1) T. So every one is predicted once, except the first and a tail of
+    (len - 1) mod T tokens that does not fill a block. The last batch may have fewer rows: weight each batch by its targets.
 
     no_target: as in `sample_batch`; then only the line in which each block begins is predicted.
     limit: the largest number of blocks (not batches, so that the result does not depend on the batch size).
@@ -299,7 +315,7 @@ def sequential_batches(
 def _blocks_at(
     tokens: np.ndarray, starts: np.ndarray, block_size: int, no_target: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return x and y, int64 (B, T), of the blocks at `starts`, from one gather of T + 1 bytes per row."""
+    """Return x and y, int64 (B, T), of the blocks at `starts`, from one gather of T + 1 tokens per row."""
     windows = np.empty((starts.size, block_size + 1), np.int64)
     windows[...] = tokens[starts[:, None] + np.arange(block_size + 1)]
     x, y = windows[:, :-1].copy(), windows[:, 1:].copy()  # ascontiguousarray would leave a view of a single row
@@ -315,6 +331,6 @@ def _check_one_block(tokens: np.ndarray, batch_size: int, block_size: int) -> No
         raise UsageError(f"batch_size is {batch_size} and block_size {block_size}: both must be at least 1")
     if tokens.size < block_size + 1:
         raise UsageError(
-            f"{tokens.size} bytes are too few for block_size {block_size}: at least {block_size + 1} are needed; "
+            f"{tokens.size} tokens are too few for block_size {block_size}: at least {block_size + 1} are needed; "
             "give a longer text, or a smaller block_size"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,18 +14,35 @@ from refimpl.nn.models.model import Model
 from refimpl.optim.state import State
 from refimpl.precision.context import Run
 from refimpl.training.config import Config
-from refimpl.training.data import sample_batch, sequential_batches
+from refimpl.training.data import Corpus, sample_batch, sequential_batches
 from refimpl.training.setup import EVALUATION, Training, generator
 
 FINAL_EVAL_BLOCKS = 1024
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
+MeasuredBatches = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Tokens, targets, and the number of bytes that each target stands for, all (B, T)."""
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """The loss on a text: the mean over its tokens, and nats per token * tokens / bytes / ln 2.
+
+    Only bits per byte can be compared between tokenizers.
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+
+    def described(self, unit: str) -> str:
+        """Return both as text, 1.2345 nats per byte (1.781 bits per byte). unit: what a token is called."""
+        return f"{self.nats_per_token:.4f} nats per {unit} ({self.bits_per_byte:.4f} bits per byte)"
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
 @one_thread_per_product()
 def mean_loss(model: Model, state: State, run: Run, batches: Batches) -> float:
-    """Return the mean loss over all targets of the batches (tokens, targets), in nats per byte; NaN without any target."""
+    """Return the mean loss over all targets of the batches (tokens, targets), in nats per token; NaN without any target."""
     total, n, run = 0.0, 0, run.frozen()
     for tokens, targets in batches:
         count = int(model.n_targets(targets))
@@ -36,22 +55,38 @@ def mean_loss(model: Model, state: State, run: Run, batches: Batches) -> float:
     return total / n if n else float("nan")
 
 
-def validation_loss(
-    training: Training, config: Config, valid: np.ndarray, final: bool, stopping: Callable[[], bool]
-) -> float | None:
-    """Return the mean loss on the same sampled validation batches each time, or if `final` on the first 1024 blocks of it.
+def text_loss(model: Model, state: State, run: Run, batches: MeasuredBatches) -> TextLoss:
+    """Return the loss over all targets of the batches, and the same per byte; NaN without any target."""
+    tokens = n_bytes = 0
 
-    valid: the validation part of the corpus. Return None if `stopping()`, called before each batch, returned True.
+    def counted() -> Batches:
+        nonlocal tokens, n_bytes
+        for x, y, lengths in batches:
+            counts = model.predicted(y) != model.ignore_index
+            tokens += int(counts.sum())
+            n_bytes += int(model.predicted(lengths)[counts].sum())
+            yield x, y
+
+    nats = mean_loss(model, state, run, counted())
+    return TextLoss(nats, nats * tokens / n_bytes / math.log(2) if n_bytes else float("nan"))
+
+
+def validation_loss(
+    training: Training, config: Config, corpus: Corpus, final: bool, stopping: Callable[[], bool]
+) -> TextLoss | None:
+    """Return the loss on the same sampled validation batches each time, or if `final` on the first 1024 blocks of the part.
+
+    Return None if `stopping()`, called before each batch, returned True.
     """
     training.state.weights_down()
     if final:
         sizes = config.batch_size, config.block_size
-        batches: Batches = sequential_batches(valid, *sizes, FINAL_EVAL_BLOCKS, config.no_target)
+        batches = whole_text(corpus.valid, corpus.valid_lengths, sizes, FINAL_EVAL_BLOCKS, config.no_target)
     else:
-        batches = validation_batches(config, valid, config.seed)
+        batches = validation_batches(config, corpus, config.seed)
     cut = False
 
-    def until_stopped() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def until_stopped() -> MeasuredBatches:
         nonlocal cut
         for batch in batches:
             cut = stopping()
@@ -59,11 +94,21 @@ def validation_loss(
                 return
             yield batch
 
-    loss = mean_loss(training.model, training.state, training.run, until_stopped())
+    loss = text_loss(training.model, training.state, training.run, until_stopped())
     return None if cut else loss
 
 
-def validation_batches(config: Config, valid: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def validation_batches(config: Config, corpus: Corpus, seed: int) -> MeasuredBatches:
     """Yield the batches of an evaluation, sampled from the validation part: the same ones for the same seed."""
-    sizes, rng = (config.batch_size, config.block_size), generator(seed, EVALUATION)
-    return (sample_batch(valid, *sizes, rng, config.no_target) for _ in range(config.eval_batches))
+    sizes, rngs = (config.batch_size, config.block_size), [generator(seed, EVALUATION) for _ in range(2)]
+    for _ in range(config.eval_batches):  # equal generators draw equal blocks of the tokens and of their lengths
+        x, y = sample_batch(corpus.valid, *sizes, rngs[0], config.no_target)
+        yield x, y, sample_batch(corpus.valid_lengths, *sizes, rngs[1])[1]
+
+
+def whole_text(
+    ids: np.ndarray, lengths: np.ndarray, sizes: tuple[int, int], limit: int | None = None, no_target: int | None = None
+) -> MeasuredBatches:
+    """Yield the consecutive blocks of a text, as `sequential_batches` does. ids, lengths: its tokens and their bytes."""
+    blocks = zip(sequential_batches(ids, *sizes, limit, no_target), sequential_batches(lengths, *sizes, limit), strict=True)
+    return ((x, y, of_targets) for (x, y), (_, of_targets) in blocks)

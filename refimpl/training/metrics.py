@@ -41,7 +41,8 @@ def _finite_or_none(value: Any) -> Any:
 
 _NUMBER = Maybe(FINITE)
 STEP_ROW = Table({"step": Integer(1), "loss": _NUMBER}, {"loss_scale": _NUMBER, "skipped": OneOf((False, True))})
-EVALUATION_ROW = Table({"step": Integer(0), "val_loss": _NUMBER})
+EVALUATION_ROW = Table({"step": Integer(0), "val_loss": _NUMBER}, {"val_bits_per_byte": _NUMBER})
+"""Losses in nats per token. Logs from before there were tokenizers lack the bits per byte."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -67,8 +68,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_run(folder: Path, baselines: dict[int, float], title: str) -> Path | None:
-    """Plot losses, n-gram baselines, loss scale and skipped steps to `loss.png`. Return its path; None without matplotlib."""
+def plot_run(folder: Path, baselines: dict[int, float], title: str, unit: str = "byte") -> Path | None:
+    """Plot losses, n-gram baselines, loss scale and skipped steps to `loss.png`. Return its path; None without matplotlib.
+
+    unit: what a token is called.
+    """
     figure = new_figure(9, 6)
     if figure is None:
         return None
@@ -77,6 +81,7 @@ def plot_run(folder: Path, baselines: dict[int, float], title: str) -> Path | No
     evals = [row for row in rows if "val_loss" in row]
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     _draw_losses(top, steps, evals, baselines)
+    top.set_ylabel(f"nats per {unit}")
     top.set_title(title)
     bottom.step([row["step"] for row in steps], [row["loss_scale"] for row in steps], where="post", color="tab:green")
     skipped = [row for row in steps if row["skipped"]]
@@ -100,6 +105,5 @@ def _draw_losses(axes: Any, steps: list[dict[str, Any]], evals: list[dict[str, A
     for n, entropy in baselines.items():
         axes.axhline(entropy, ls=":", color="gray", lw=1)
         axes.annotate(f"{n}-gram", (1, entropy), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
-    axes.set_ylabel("nats per byte")
     axes.legend(loc="upper right", bbox_to_anchor=(0.9, 1))
     axes.grid(alpha=0.3)

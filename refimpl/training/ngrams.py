@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.training.data import MIB, spaced_blocks
+from refimpl.training.data import MIB, Corpus, spaced_blocks
+from refimpl.training.tokenizer import BYTES
 
 VOCAB_SIZE = 256
 SMOOTHING = 0.01
@@ -27,6 +28,13 @@ class NgramBaselines:
     train_bytes: int
     valid_bytes: int
     sampled: bool
+
+
+def ngram_baselines(corpus: Corpus) -> NgramBaselines:
+    """Return the baselines of a corpus of bytes. For other tokens there are none: tables of all trigrams would be too large."""
+    if corpus.tokenizer is not BYTES:
+        return NgramBaselines({}, 0, 0, False)
+    return ngram_entropies(corpus.train, corpus.valid)
 
 
 def ngram_entropies(

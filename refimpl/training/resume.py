@@ -18,9 +18,12 @@ from refimpl.training.setup import Training
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
-MAY_CHANGE = ("backend", "steps", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero", "checkpointing")
+MAY_CHANGE = (
+    "backend", "tokenizer", "steps", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero", "checkpointing",
+)  # fmt: skip
 """The settings that may change when a run is resumed. Other `steps` change the schedule of the learning rate. Another `backend`
-or number of ranks, or with micro-batches another `zero`, may change last bits. The others do not affect training."""
+or number of ranks, or with micro-batches another `zero`, may change last bits. `tokenizer` is a path: what is there must be the
+same. The others do not affect training."""
 
 FIXED = tuple(f.name for f in fields(Config) if f.name not in MAY_CHANGE)
 """The settings that determine the numbers of a run."""
@@ -103,6 +106,8 @@ def load_run(path: Path, config: Config, corpus: Corpus, training: Training, bat
     """
     arrays, header = checkpoint.load(path)
     check_run_header(path, header)
+    if corpus.description.get("tokenizer") != header["corpus"].get("tokenizer"):
+        raise UsageError(f"{path} was trained with another tokenizer than --tokenizer {config.tokenizer} is now")
     if header["corpus"] != corpus.description:
         raise UsageError(f"{path} was trained on other data than --data {config.data} has now")
     other = conflicts(config, header["config"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -23,11 +24,12 @@ from refimpl.distributed.nccl import nccl_comm
 from refimpl.distributed.zero import exchanged
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.nn.models.model import Model
-from refimpl.training.checkpoint_states import read_weights, start_from
+from refimpl.training.checkpoint_states import read_weights, start_from, tokenizer_of
 from refimpl.training.config import Config, Flags
 from refimpl.training.console import printable
+from refimpl.training.evaluate import TextLoss
 from refimpl.training.metrics import plot_run, read_metrics
-from refimpl.training.ngrams import NgramBaselines, ngram_entropies
+from refimpl.training.ngrams import NgramBaselines, ngram_baselines
 from refimpl.training.pictures import NO_PICTURE
 from refimpl.training.run_folder import (
     CHECKPOINT,
@@ -41,7 +43,7 @@ from refimpl.training.run_folder import (
     read_config,
     write_config,
 )
-from refimpl.training.sampling import sample
+from refimpl.training.sampling import START, Writer
 from refimpl.training.setup import NO_FAULTS, SAMPLE, Fault, find_fault, generator
 from refimpl.training.signals import ENDED
 from refimpl.training.trainer import Trainer
@@ -72,7 +74,8 @@ def train(
         comm = mpi_comm() if launched()[1] > 1 else Serial()
         first = None if init_from is None else (init_from, *read_weights(init_from))
         if first is not None:  # sizes that are not given are taken from the file
-            given = {"model": first[1].name, **first[1].config, **given}
+            tokenizer = tokenizer_of(first[0], given.get("tokenizer")).name
+            given = {"model": first[1].name, **first[1].config, **given, "tokenizer": tokenizer}
         config, _ = prepare_folder(given, out, resume, overwrite)
         find_fault(config.mistake, faults)  # refuses an unknown one before there is a folder
         comm = comm_of_arrays(config, comm)
@@ -111,7 +114,7 @@ def _begin(trainer: Trainer, first: tuple[Path, Model, dict[str, np.ndarray]] | 
     config = trainer.config
     if first is not None:
         start_from(first[0], first[1:], trainer.model, trainer.state, config.rounds_masters)
-    baselines = ngram_entropies(trainer.corpus.train, trainer.corpus.valid)
+    baselines = ngram_baselines(trainer.corpus)
     trainer.comm.barrier()  # until all ranks have read the folder as it was
     if trainer.writes:
         open_folder(config, trainer.folder, first and first[0])
@@ -130,7 +133,7 @@ def _resume(trainer: Trainer) -> int:
         return 0
     if not done and weights is not None:
         raise UsageError(f"{folder} has no checkpoint to resume: start the run again with --init-from {weights}")
-    baselines = ngram_entropies(trainer.corpus.train, trainer.corpus.valid)
+    baselines = ngram_baselines(trainer.corpus)
     trainer.comm.barrier()
     if trainer.writes:
         write_config(config, folder, None if weights is None else Path(weights))
@@ -194,12 +197,17 @@ def _announce(trainer: Trainer, baselines: NgramBaselines) -> None:
     if config.zero is not None and trainer.comm.size == 1:
         print("  (one rank, which stores everything; start several with mpiexec -n N python -m mpi4py scripts/train.py ...)")
     corpus = trainer.corpus
-    print(f"data: {corpus.name}, {len(corpus.train):,} bytes to train on, {len(corpus.valid):,} to validate on")
+    unit = corpus.tokenizer.unit
+    print(f"data: {corpus.name}, {len(corpus.train):,} {unit}s to train on, {len(corpus.valid):,} to validate on")
+    if unit != "byte":
+        print(f"tokenizer: {corpus.tokenizer.name}, {corpus.tokenizer.vocab_size:,} ids")
     sampled = " (from a sample)" if baselines.sampled else ""
     print(f"to beat{sampled}: {_list_baselines(baselines)}")
 
 
 def _list_baselines(baselines: NgramBaselines) -> str:
+    if not baselines.entropies:
+        return "no n-gram models, which are counted for bytes only; compare bits per byte"
     names = {1: "unigram", 2: "bigram", 3: "trigram"}
     return ", ".join(f"{names[n]} {entropy:.3f}" for n, entropy in baselines.entropies.items()) + " nats per byte"
 
@@ -209,8 +217,9 @@ def _report(trainer: Trainer, baselines: NgramBaselines, steps: int) -> None:
     config, progress = trainer.config, trainer.progress
     counted = trainer.comm.on_host.all_reduce(np.array([trainer.exchanged / max(1, steps)]))[0] / trainer.comm.size
     if trainer.writes:
-        losses = [row["val_loss"] for row in read_metrics(trainer.folder / METRICS) if "val_loss" in row]
-        print(f"\nvalidation loss {_number(losses[-1])} nats per byte; {_list_baselines(baselines)}")
+        last = [row for row in read_metrics(trainer.folder / METRICS) if "val_loss" in row][-1]
+        loss = TextLoss(*(_number(last.get(name)) for name in ("val_loss", "val_bits_per_byte")))
+        print(f"\nvalidation loss {loss.described(trainer.corpus.tokenizer.unit)}; {_list_baselines(baselines)}")
         print(f"{progress.skipped} of {progress.step} steps skipped, loss scale {float(trainer.loss_scale.scale):g}")
         if trainer.comm.size > 1 and steps:
             print(_exchanged(trainer, counted))
@@ -222,10 +231,13 @@ def _report(trainer: Trainer, baselines: NgramBaselines, steps: int) -> None:
 def _show_sample(trainer: Trainer) -> None:
     """Print a sample. Every rank computes it, since ZeRO stage 3 needs all of them; rank 0 prints it."""
     config, rng = trainer.config, generator(trainer.config.seed, SAMPLE)
-    text = sample(trainer.model, trainer.state, trainer.run, config.sample_bytes, rng, stopping=trainer.stopping)
-    print(f"\na sample of {len(text)} bytes:\n{'-' * 60}\n{printable(text)}\n{'-' * 60}")
-    if len(text) < config.sample_bytes and not trainer.stopping():
-        print("(the logits after it are not finite: nothing can be sampled from them)")
+    tokenizer, stopping = trainer.corpus.tokenizer, trainer.stopping
+    prompt, _ = tokenizer.encode(START)
+    writer = Writer(trainer.model, trainer.state, trainer.run, tokenizer, prompt if prompt.size else trainer.corpus.valid[:1])
+    text = "".join(writer.text(config.sample_bytes, rng, stopping=stopping))
+    print(f"\na sample of {writer.count} {tokenizer.unit}s:\n{'-' * 60}\n{printable(text)}\n{'-' * 60}")
+    if writer.why_ended and not stopping():
+        print(f"({writer.why_ended})")
 
 
 def _draw(trainer: Trainer, baselines: NgramBaselines) -> None:
@@ -237,7 +249,7 @@ def _draw(trainer: Trainer, baselines: NgramBaselines) -> None:
     if config.mistake != "none":
         title += f"\nMISTAKE injected: {config.mistake}"
     try:
-        picture = plot_run(folder, baselines.entropies, title)
+        picture = plot_run(folder, baselines.entropies, title, trainer.corpus.tokenizer.unit)
     except UsageError as error:  # a full disk must not hide why a run stopped
         picture = None
         print(f"no picture: {error}")
@@ -269,6 +281,6 @@ def _exchanged(trainer: Trainer, counted: float) -> str:
     )
 
 
-def _number(loss: float | None) -> str:
-    """Return a loss as text; the log stores NaN as null."""
-    return "NaN" if loss is None else f"{loss:.4f}"
+def _number(loss: float | None) -> float:
+    """Return a loss from the log, which stores NaN as null."""
+    return math.nan if loss is None else loss

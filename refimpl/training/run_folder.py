@@ -16,19 +16,23 @@ import numpy as np
 
 from refimpl.distributed.collectives import Comm
 from refimpl.errors import UsageError
-from refimpl.training.checkpoint import FILE_NAME, write_text_atomically
+from refimpl.training.checkpoint import FILE_NAME, write_bytes_atomically, write_text_atomically
 from refimpl.training.config import Config, Flags, check_types
 from refimpl.training.folder_lock import locked
 from refimpl.training.resume import refuse_changes
 from refimpl.training.schema import Table, Text, check
+from refimpl.training.tokenizer import BYTES, load_tokenizer
+from refimpl.training.tokenizer import FILE as TOKENIZER
 
 CHECKPOINT = FILE_NAME
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
-FILES = (CONFIG, CHECKPOINT, METRICS, PICTURE)
+FILES = (CONFIG, CHECKPOINT, METRICS, PICTURE, TOKENIZER)
 INIT_FROM = "init_from"
-"""The key in config.json, beside the fields of Config, for the file with a run's first weights, if there is one."""
+TOKENIZER_CHECKSUM = "tokenizer_sha256"
+"""Keys in config.json, beside the fields of Config: the file with a run's first weights, if there is one, and the checksum of
+its tokenizer, if it has one, of which the folder has a copy."""
 
 
 NAMED = ("optimizer", "schedule", "masters_from", "loss_scale", "mistake", "seed")
@@ -48,7 +52,7 @@ def prepare_folder(given: Flags, out: Path | None, resume: bool, overwrite: bool
             raise UsageError("--resume needs --out DIR: the folder of the run to resume")
         saved = read_config(out)
         refuse_changes(saved, given)
-        return Config.of({**saved, **given}), out
+        return Config.of({**saved, **given, "tokenizer": _same_tokenizer(out, saved, given)}), out
     config = Config.of(given)
     if out is None:
         return config, next(path for path in numbered(Path("runs") / run_name(config)) if not path.exists())
@@ -57,6 +61,16 @@ def prepare_folder(given: Flags, out: Path | None, resume: bool, overwrite: bool
     if not overwrite:
         _refuse_to_replace(out)
     return config, out
+
+
+def _same_tokenizer(folder: Path, saved: Flags, given: Flags) -> str:
+    """Return the path of a resumed run's tokenizer: the one that is given, or the copy in its folder. Errors: UsageError."""
+    checksum = _read(folder).get(TOKENIZER_CHECKSUM, BYTES.checksum)
+    copy, before = folder / TOKENIZER, str(saved.get("tokenizer", Config.tokenizer))
+    path = given.get("tokenizer") or (str(copy) if checksum != BYTES.checksum and copy.exists() else before)
+    if load_tokenizer(path).checksum != checksum:
+        raise UsageError(f"the run in --out has the tokenizer {before}, and {path} is another: it cannot be resumed with that")
+    return path
 
 
 def run_name(config: Config) -> str:
@@ -149,17 +163,25 @@ def open_folder(config: Config, folder: Path, init_from: Path | None = None) -> 
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (CHECKPOINT, METRICS, PICTURE):
+        tokenizer = load_tokenizer(config.tokenizer)  # perhaps from this folder
+        for name in (CHECKPOINT, METRICS, PICTURE, TOKENIZER):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error
+    if tokenizer.contents is not None:
+        write_bytes_atomically(folder / TOKENIZER, tokenizer.contents)
     write_config(config, folder, init_from)
 
 
 def write_config(config: Config, folder: Path, init_from: Path | None = None) -> None:
     """Write config.json. init_from: the file with the first weights, if any. Errors: UsageError."""
-    started = {} if init_from is None else {INIT_FROM: str(init_from)}
-    write_text_atomically(folder / CONFIG, json.dumps({**asdict(config), **started}, indent=2) + "\n")
+    more = {} if init_from is None else {INIT_FROM: str(init_from)}
+    tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer is not BYTES:
+        more[TOKENIZER_CHECKSUM] = tokenizer.checksum
+    if Path(tokenizer.name) == folder / TOKENIZER and (folder / CONFIG).exists():  # a resumed run: keep where it came from
+        more["tokenizer"] = _read(folder).get("tokenizer", tokenizer.name)
+    write_text_atomically(folder / CONFIG, json.dumps({**asdict(config), **more}, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -188,6 +210,6 @@ def _read(folder: Path) -> dict[str, Any]:
         raise UsageError(f"there is no run in {folder} (it has no config.json)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    check(saved, Table(optional={INIT_FROM: Text()}), f"{path} is damaged")
+    check(saved, Table(optional={INIT_FROM: Text(), TOKENIZER_CHECKSUM: Text()}), f"{path} is damaged")
     table: dict[str, Any] = saved
     return table

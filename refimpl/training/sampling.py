@@ -1,61 +1,108 @@
-"""Sample text from a trained model."""
+"""Text that a trained model writes, token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from refimpl.backends.numpy.threads import one_thread_per_product
+from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape
 from refimpl.nn.models.model import Model
 from refimpl.numerics.casts import widen
 from refimpl.optim.state import State
 from refimpl.precision.context import Run
-from refimpl.training.data import BYTES
+from refimpl.training.tokenizer import Tokenizer
 
 START = b"\n"
+"""What stands before a text that is written without a prompt."""
 
 
-@np.errstate(over="ignore", under="ignore", invalid="ignore")
-@one_thread_per_product()
-def sample(
-    model: Model,
-    state: State,
-    run: Run,
-    n_bytes: int,
-    rng: np.random.Generator,
-    prompt: bytes = START,
-    temperature: float = 0.8,
-    stopping: Callable[[], bool] = lambda: False,
-) -> bytes:
-    """Return n_bytes sampled one after another from softmax(logits / temperature); temperature 0 takes the most likely byte.
+@dataclass(frozen=True)
+class Choice:
+    """How a token is chosen from the logits. Errors: UsageError for a temperature below 0, or top_p outside (0, 1].
 
-    The model reads the last block_size bytes. Ids above 255 are not bytes and are never sampled. `rng` gives one random number
-    per byte. Sampling ends early if `stopping()`, called before each byte, returns True, or if the logits are not finite.
+    temperature: of softmax(logits / temperature); 0 takes the most likely token.
+    top_p: only the most likely tokens can be chosen, as few as have this probability together.
+    Source: Holtzman et al. 2019, arXiv 1904.09751, section 3.1 (top-p, 'nucleus sampling').
+    PyTorch: transformers' generate with the same arguments, which keeps the same tokens.
     """
-    block, run = model.config["block_size"], run.frozen()
-    text = bytearray(prompt or START)
-    start = len(text)
-    for _ in range(n_bytes):
-        if stopping():
-            break
-        context = bytes(text[-block:])
-        if model.name == "mlp":  # it needs a full block
-            context = context.rjust(block, START)
-        tokens = np.frombuffer(context, np.uint8)[None, :]
-        t = Tape(run, state.weight_views, model.tied, record=False)
-        logits = model.logits(t, run.backend.from_host(tokens)).array
-        last = widen(run.backend.to_host(logits.reshape(-1, logits.shape[-1])[-1, :BYTES]), "fp64")
-        if not np.isfinite(last.max()):  # some logits may be -Inf: a probability of 0
-            break
-        text.append(_sample_index(last, temperature, rng.random()))
-    return bytes(text[start:])
+
+    temperature: float = 0.8
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"--temperature is {self.temperature}: it must be 0 or more, and finite")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p is {self.top_p}: it must be above 0 and at most 1")
+
+    @np.errstate(over="ignore", under="ignore", invalid="ignore")
+    def of(self, logits: np.ndarray, u: float) -> int:
+        """Return the index at which the cumulative distribution exceeds u, a random number in [0, 1)."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        weights = np.exp((logits - logits.max()) / self.temperature)
+        if self.top_p < 1:
+            order = np.argsort(-weights, kind="stable")
+            before = weights[order].cumsum() - weights[order]  # of the tokens that are more likely
+            weights[order[before >= self.top_p * weights.sum()]] = 0
+        cumulative = weights.cumsum()
+        return int(min(np.searchsorted(cumulative, u * cumulative[-1], side="right"), np.flatnonzero(weights)[-1]))
 
 
-def _sample_index(logits: np.ndarray, temperature: float, u: float) -> int:
-    """Return the index at which the cumulative distribution exceeds u."""
-    if temperature == 0:
-        return int(logits.argmax())
-    weights = np.exp((logits - logits.max()) / temperature).cumsum()
-    return int(min(np.searchsorted(weights, u * weights[-1], side="right"), len(logits) - 1))
+class Writer:
+    """A model that continues a prompt. It reads the last block_size tokens.
+
+    count: the number of tokens so far. why_ended: why there are no more, or ''.
+    """
+
+    def __init__(self, model: Model, state: State, run: Run, tokenizer: Tokenizer, prompt: np.ndarray) -> None:
+        self.model, self.state, self.run, self.tokenizer = model, state, run.frozen(), tokenizer
+        self.tokens: list[int] = prompt.tolist()
+        self.count, self.why_ended = 0, ""
+
+    def text(
+        self, n: int, rng: np.random.Generator, choice: Choice = Choice(), stopping: Callable[[], bool] = lambda: False
+    ) -> Iterator[str]:
+        """Yield the text of at most n tokens, as soon as it is certain. `rng` gives one random number per token.
+
+        It ends early if `stopping()`, called before each token, returns True, after a token at which texts end, or if the
+        logits are not finite. Ids that the tokenizer lacks are never chosen.
+        """
+        stream = self.tokenizer.stream()
+        for token in self.tokens:
+            stream.add(token)
+        stream.rest()  # the prompt is known; text that follows it may depend on it
+        for _ in range(n):
+            if stopping():
+                break
+            logits = self._logits()
+            if not np.isfinite(logits.max()):  # some logits may be -Inf: a probability of 0
+                self.why_ended = f"the logits are not finite after {self.count} {self.tokenizer.unit}s: nothing can be sampled"
+                break
+            token = choice.of(logits, rng.random())
+            self.tokens.append(token)
+            self.count += 1
+            if token in self.tokenizer.ends:
+                self.why_ended = f"the text ended with token {token}, after which none follows"
+                break
+            yield stream.add(token)
+        yield stream.rest()
+
+    @np.errstate(over="ignore", under="ignore", invalid="ignore")
+    @one_thread_per_product()
+    def _logits(self) -> np.ndarray:
+        """Return the logits of the next token, in FP64."""
+        block = self.model.config["block_size"]
+        context = self.tokens[-block:]
+        if self.model.name == "mlp":  # it needs a full block
+            context = [START[0]] * (block - len(context)) + context
+        t = Tape(self.run, self.state.weight_views, self.model.tied, record=False)
+        logits = self.model.logits(t, self.run.backend.from_host(np.array([context]))).array
+        last = logits.reshape(-1, logits.shape[-1])[-1, : self.tokenizer.vocab_size]
+        values: np.ndarray = widen(self.run.backend.to_host(last), "fp64")
+        return values

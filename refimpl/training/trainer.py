@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from refimpl.step import Batch, StepResult
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import scale_arrays, state_arrays
 from refimpl.training.config import Config
-from refimpl.training.data import Corpus, check_has_bytes, load_corpus, sample_batch
+from refimpl.training.data import Corpus, sample_batch
 from refimpl.training.evaluate import validation_loss
 from refimpl.training.metrics import MetricsLog, read_metrics
 from refimpl.training.resume import Progress, load_run, run_header
@@ -34,12 +33,11 @@ class Trainer:
     def __init__(
         self, config: Config, folder: Path, comm: Comm | None = None, faults: Mapping[str, Fault] = NO_FAULTS
     ) -> None:
-        check_has_bytes(config.vocab_size, "--vocab-size")
         self.config, self.folder, self.comm = config, folder, comm or Serial()
         self.writes = self.comm.rank == 0
         self.exchanged = 0  # bytes received from other ranks in training steps
         self.recipe = config.make_recipe()
-        self.corpus: Corpus = load_corpus(config.data, config.block_size)
+        self.corpus = self._load_corpus()
         self.fault = find_fault(config.mistake, faults)
         self.training = start(config, self.comm, faults)
         self.model, self.state = self.training.model, self.training.state
@@ -53,6 +51,15 @@ class Trainer:
         self._window_start = time.perf_counter()
         self._owes_evaluation = False
         self.stop = Stop(STOPPING, speaks=self.writes)
+
+    def _load_corpus(self) -> Corpus:
+        """Return the corpus. The other ranks wait until rank 0 has written its tokens, which they then read."""
+        if not self.writes:
+            self.comm.barrier()
+        corpus = self.config.make_corpus()
+        if self.writes:
+            self.comm.barrier()
+        return corpus
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -138,12 +145,13 @@ class Trainer:
     def _evaluate(self, final: bool) -> str:
         """Log the validation loss, and return the line to print: '' if a signal asked to stop before it was complete."""
         started = time.perf_counter()
-        loss = validation_loss(self.training, self.config, self.corpus.valid, final, self.stopping)
+        loss = validation_loss(self.training, self.config, self.corpus, final, self.stopping)
         self._window_start += time.perf_counter() - started
         if loss is None:
             return ""
-        self._log([{"step": self.progress.step, "val_loss": loss}])
-        return f"step {self.progress.step}: validation loss {loss:.4f} nats per byte ({loss / math.log(2):.3f} bits)"
+        per_byte = {"val_bits_per_byte": loss.bits_per_byte}
+        self._log([{"step": self.progress.step, "val_loss": loss.nats_per_token, **per_byte}])
+        return f"step {self.progress.step}: validation loss {loss.described(self.corpus.tokenizer.unit)}"
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

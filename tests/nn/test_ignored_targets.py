@@ -266,7 +266,7 @@ def test_a_run_on_lines_has_micro_batches_of_unequal_counts_and_resumes_to_the_b
         trainer.training.step(trainer.next_batches())
         trainer.progress.step += 1
     assert runs[0].save().read_bytes() == again.save().read_bytes()
-    losses = [validation_loss(t.training, t.config, t.corpus.valid, True, t.stopping) for t in (again, runs[0])]
+    losses = [validation_loss(t.training, t.config, t.corpus, True, t.stopping) for t in (again, runs[0])]
     assert losses[0] is not None and losses[0] == losses[1]
     with pytest.raises(UsageError, match="--examples lines there, blocks here"):
         Trainer(replace(config, examples="blocks"), again.folder).restore()

@@ -25,7 +25,8 @@ from refimpl.tools.commands.generate import run as generate
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import load_for_inference, load_initial_weights, state_arrays
 from refimpl.training.run import train
-from refimpl.training.sampling import sample
+from refimpl.training.sampling import Choice, Writer
+from refimpl.training.tokenizer import BYTES
 
 MODELS = {
     "gpt": gpt_model(GPTConfig(2, 3, 12, 5)), "mlp": mlp_model(MLPConfig(2, 6, 4)),
@@ -188,6 +189,13 @@ def test_hugging_faces_gpt2_is_refused_by_name() -> None:
         from_state_dict({"model.embed_tokens.weight": np.ones((4, 4), np.float32)}, 3)
 
 
+def sample(model: Model, state: State, run: Run, n: int, temperature: float) -> bytes:
+    """The bytes that a model writes after a line end."""
+    writer = Writer(model, state, run, BYTES, np.array([10]))
+    list(writer.text(n, np.random.default_rng(0), Choice(temperature)))
+    return bytes(writer.tokens[1:])
+
+
 @pytest.mark.parametrize("vocab_size", [65, 255, 256, 300])
 @pytest.mark.parametrize("kind", ["gpt", "mlp"])
 def test_any_vocabulary_works_or_is_refused_at_import(kind: str, vocab_size: int, tmp_path: Path) -> None:
@@ -200,8 +208,8 @@ def test_any_vocabulary_works_or_is_refused_at_import(kind: str, vocab_size: int
         return
     import_(tmp_path / "w", tmp_path / "start", 2)
     _, state, run = load_for_inference(tmp_path / "start")
-    assert len(sample(model, state, run, 300, np.random.default_rng(0), temperature=5.0)) == 300
-    assert len(sample(model, state, run, 20, np.random.default_rng(0), temperature=0.0)) == 20
+    assert len(sample(model, state, run, 300, 5.0)) == 300
+    assert len(sample(model, state, run, 20, 0.0)) == 20
     if vocab_size == 256 or kind == "mlp":
         return
     (tmp_path / "text").write_text("to be or not to be; " * 40)
@@ -224,7 +232,7 @@ def test_ids_that_are_no_bytes_are_never_sampled() -> None:
     state.load_weights(weights)
     run = Run(RECIPES["fp32"].policy, NUMPY)
     for temperature in (0.0, 1.0):
-        assert len(sample(model, state, run, 40, np.random.default_rng(0), temperature=temperature)) == 40
+        assert len(sample(model, state, run, 40, temperature)) == 40
 
 
 @pytest.mark.parametrize(("value", "found"), [(np.nan, "1 NaN"), (-np.inf, "1 Inf"), (1e300, "1 Inf")])

@@ -214,7 +214,7 @@ def test_a_mistake_is_said_at_both_ends_and_on_the_picture(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles: list[str] = []
-    monkeypatch.setattr("refimpl.training.run.plot_run", lambda folder, baselines, title: titles.append(title))
+    monkeypatch.setattr("refimpl.training.run.plot_run", lambda folder, baselines, title, unit: titles.append(title))
     run(tmp_path / "r", text, mistake="scale-never-backs-off", init_scale=1e30)
     lines = capsys.readouterr().out.splitlines()
     said = "MISTAKE injected: scale-never-backs-off: "
@@ -450,7 +450,7 @@ def test_command_line(text: str, tmp_path: Path) -> None:
     stopped = call("--recipe=pure-fp16", "--lr=1", "--steps=50", "--out=p")
     assert stopped.returncode == 1 and "stopped: step" in stopped.stderr and "Traceback" not in stopped.stderr
     generate = [sys.executable, str(script.with_name("generate.py")), "runs/mlp-fp16/checkpoint.safetensors"]
-    sampled = subprocess.run([*generate, "--bytes=9"], capture_output=True, cwd=tmp_path, check=False)
+    sampled = subprocess.run([*generate, "--tokens=9"], capture_output=True, cwd=tmp_path, check=False)
     assert sampled.returncode == 0 and len(sampled.stdout) >= 10
     measured = subprocess.run([*generate, f"--loss={text}"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert "nats per byte" in measured.stdout

@@ -21,7 +21,7 @@ from refimpl.training.flags import add_config_flags
 from refimpl.training.program import as_called
 
 CONFIG_FLAGS = (
-    "model", "data", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias",
+    "model", "data", "tokenizer", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias",
     "optimizer", "momentum", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "weight_decay", "clip", "grad_accum",
     "seed", "eval_batches",
 )  # fmt: skip

@@ -1,61 +1,98 @@
-"""Sample text from a checkpoint, or measure the loss of a file under it.
+"""Let a model continue a text, or measure its loss on a file.
 
     python scripts/generate.py runs/gpt-fp16 --prompt "The for statement"
+    python scripts/generate.py runs/gpt-fp16 --temperature 0.7 --top-p 0.9 --seed 1
     python scripts/generate.py runs/gpt-fp16 --loss README.md
+
+The text appears as it is written. The tokenizer is that of the run, of which its folder has a copy.
 """
 
 from refimpl.training.cli import main as run_program
 
-import math
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from refimpl.errors import UsageError
+from refimpl.nn.models.model import Model
+from refimpl.optim.state import State
+from refimpl.precision.context import Run
 from refimpl.training.arguments import Parser
-from refimpl.training.checkpoint_states import load_for_inference
+from refimpl.training.checkpoint_states import load_for_inference, tokenizer_of
 from refimpl.training.console import printable
-from refimpl.training.data import BYTES, check_has_bytes, map_file, sequential_batches
-from refimpl.training.evaluate import mean_loss
-from refimpl.training.sampling import sample
+from refimpl.training.data import map_file
+from refimpl.training.evaluate import text_loss, whole_text
+from refimpl.training.sampling import Choice, Writer
+from refimpl.training.token_cache import encode_text
+from refimpl.training.tokenizer import Tokenizer, refuse_smaller
 
 
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
     result.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a run")
+    result.add_argument("--tokenizer", help="bytes, a tokenizer.json, or a folder that has one (that of the checkpoint)")
     result.add_argument("--prompt", default="\n", help="beginning of the text")
-    result.add_argument("--bytes", type=int, default=500, dest="n_bytes", help="bytes to generate (500)")
-    result.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely byte (0.8)")
+    result.add_argument("--tokens", type=int, default=500, dest="n_tokens", help="tokens to write at most (500)")
+    result.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token (0.8)")
+    result.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest tokens of this probability (1)")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--loss", type=Path, metavar="FILE", help="print the loss of this file instead, in nats per byte")
+    result.add_argument("--loss", type=Path, metavar="FILE", help="print the loss of this file instead")
     return result
 
 
-def run(checkpoint: Path, prompt: str, n_bytes: int, temperature: float, seed: int, loss: Path | None) -> None:
-    """Print a sample of a checkpoint's model, or the loss of a file under it. Errors: UsageError."""
-    if n_bytes < 0 or seed < 0 or not 0 <= temperature < math.inf:
-        raise UsageError("--bytes, --seed and --temperature must be 0 or more, and finite")
-    model, state, context = load_for_inference(checkpoint)
-    vocab_size = model.config["vocab_size"]
-    check_has_bytes(vocab_size, f"the vocabulary of {checkpoint}")
-    if vocab_size > BYTES:
-        note = f"note: {vocab_size - BYTES} of this model's {vocab_size} token ids are not bytes and are not sampled;"
-        print(f"{note} the sample is text only if the model was trained on bytes", file=sys.stderr)
+def run(
+    checkpoint: Path,
+    prompt: str,
+    n_tokens: int,
+    temperature: float,
+    seed: int,
+    loss: Path | None,
+    top_p: float = 1.0,
+    tokenizer: str | None = None,
+) -> None:
+    """Print a text that a checkpoint's model writes, or the loss of a file under it. Errors: UsageError."""
+    if n_tokens < 0 or seed < 0:
+        raise UsageError("--tokens and --seed must be 0 or more")
+    choice = Choice(temperature, top_p)
+    loaded = load_for_inference(checkpoint)
+    tokens = tokenizer_of(checkpoint, tokenizer)
+    vocab_size = loaded[0].config["vocab_size"]
+    refuse_smaller(tokens, vocab_size, f"the vocabulary of {checkpoint}")
+    if vocab_size > tokens.vocab_size:
+        note = f"note: {vocab_size - tokens.vocab_size} of this model's {vocab_size} token ids are not in the tokenizer"
+        more = "and are never chosen; the sample is text only if the model was trained with it"
+        print(f"{note}, {tokens.name}, {more}", file=sys.stderr)
     if loss is not None:
-        text = map_file(loss)
-        block_size = model.config["block_size"]
-        if len(text) <= block_size:
-            raise UsageError(f"{loss} has {len(text)} bytes; this model needs at least {block_size + 1}")
-        nats = mean_loss(model, state, context, sequential_batches(text, 16, block_size))
-        print(f"{loss}: {nats:.4f} nats per byte, {nats / math.log(2):.4f} bits per byte")
+        _print_loss(*loaded, tokens, loss)
         return
-    rng, given = np.random.Generator(np.random.PCG64(seed)), prompt.encode("utf-8", "surrogateescape")
-    sampled = sample(model, state, context, n_bytes, rng, given, temperature)
-    print(printable(given + sampled))
-    if len(sampled) < n_bytes:
-        print(f"note: the logits are not finite after {len(sampled)} bytes: nothing can be sampled from them", file=sys.stderr)
+    _print_text(*loaded, tokens, prompt, n_tokens, choice, np.random.Generator(np.random.PCG64(seed)))
+
+
+def _print_text(
+    model: Model, state: State, run: Run, tokenizer: Tokenizer, prompt: str, n: int, choice: Choice, rng: np.random.Generator
+) -> None:
+    given = prompt.encode("utf-8", "surrogateescape")
+    ids, _ = tokenizer.encode(given)
+    if not ids.size:
+        raise UsageError(f"--prompt {prompt!r} has no tokens: give a longer one")
+    writer = Writer(model, state, run, tokenizer, ids)
+    print(printable(given), end="", flush=True)
+    for piece in writer.text(n, rng, choice):
+        print(printable(piece), end="", flush=True)
+    print()
+    if writer.why_ended:
+        print(f"note: {writer.why_ended}", file=sys.stderr)
+
+
+def _print_loss(model: Model, state: State, run: Run, tokenizer: Tokenizer, file: Path) -> None:
+    ids, lengths = encode_text(tokenizer, map_file(file))
+    block_size = model.config["block_size"]
+    if len(ids) <= block_size:
+        raise UsageError(f"{file} has {len(ids)} {tokenizer.unit}s; this model needs at least {block_size + 1}")
+    loss = text_loss(model, state, run, whole_text(ids, lengths, (16, block_size)))
+    print(f"{file}: {loss.described(tokenizer.unit)}")
 
 
 def main() -> None:

@@ -87,6 +87,7 @@ def data(comparison: Comparison) -> dict[str, Any]:
 def _run_data(run: RecipeRun) -> dict[str, Any]:
     return {
         "recipe": run.config.recipe, "seed": run.config.seed, "losses": run.losses, "val_loss": run.val_loss,
+        "val_bits_per_byte": run.bits_per_byte,
         "bytes_per_parameter": run.bytes_per_parameter, "skipped": run.skipped, "moved": run.moved,
         "seconds": run.seconds, "ended": run.ended or None,
     }  # fmt: skip
@@ -162,7 +163,7 @@ def _draw(axes: Any, comparison: Comparison, shown: Any, what: str) -> None:
         axes.set_yscale("symlog", linthresh=max(float(comparison.drift_band()[-1]), 1e-4 * limit))
         axes.set_ylim(-limit, limit)
     axes.set_xlabel("step")
-    axes.set_ylabel("nats per byte")
+    axes.set_ylabel(f"nats per {comparison.runs[0].unit}")
     axes.legend()
 
 

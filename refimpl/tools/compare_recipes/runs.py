@@ -24,8 +24,8 @@ from refimpl.errors import UsageError
 from refimpl.precision.policy import Policy
 from refimpl.precision.recipes import RECIPES, Recipe, get_recipe
 from refimpl.training.config import Config
-from refimpl.training.data import Corpus, load_corpus, sample_batch
-from refimpl.training.evaluate import mean_loss, validation_batches
+from refimpl.training.data import Corpus, sample_batch
+from refimpl.training.evaluate import text_loss, validation_batches
 from refimpl.training.memory_limits import need, require_memory
 from refimpl.training.setup import BATCHES, INIT, generator, start
 from refimpl.training.signals import say
@@ -48,6 +48,7 @@ _PERTURBATION = 1000  # random streams from this number on: training uses none o
 class RecipeRun:
     """A run under one recipe, and its results so far. `ended`: why it makes no more steps, or ''.
 
+    val_loss, bits_per_byte: the validation loss in nats per token, and the same per byte. unit: what a token is called.
     perturbation: 0 to start from the initial weights; 1, 2, ... for different changes of their last bits.
     """
 
@@ -59,6 +60,8 @@ class RecipeRun:
     skipped: int = 0
     ended: str = ""
     val_loss: float = float("nan")
+    bits_per_byte: float = float("nan")
+    unit: str = "byte"
 
     def __post_init__(self) -> None:
         self.training = start(self.config)
@@ -100,9 +103,10 @@ class RecipeRun:
 
     def finish(self, corpus: Corpus, seed: int) -> None:
         """Compute the validation loss; `seed` chooses the batches, the same for all runs."""
-        batches = validation_batches(self.config, corpus.valid, seed)
+        batches = validation_batches(self.config, corpus, seed)
         self.training.state.weights_down()
-        self.val_loss = mean_loss(self.training.model, self.training.state, self.training.run, batches)
+        loss = text_loss(self.training.model, self.training.state, self.training.run, batches)
+        self.val_loss, self.bits_per_byte, self.unit = loss.nats_per_token, loss.bits_per_byte, corpus.tokenizer.unit
 
 
 def perturbed(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -201,7 +205,7 @@ def compare(
     configs = [for_recipe(config, name) for name in recipes]
     others_configs = [replace(config, seed=config.seed + i) for i in range(1, seeds)]
     require_memory([need(each) for each in (*configs, *others_configs, *[config] * perturbations)], "the comparison")
-    corpus = load_corpus(config.data, config.block_size)
+    corpus = config.make_corpus()
     runs, others = [RecipeRun(each) for each in configs], [RecipeRun(each) for each in others_configs]
     changed = [RecipeRun(config, i) for i in range(1, perturbations + 1)]
     everyone = (*runs, *others, *changed)
@@ -256,11 +260,12 @@ def _marked(difference: float, comparison: Comparison) -> str:
 
 def meaning(comparison: Comparison) -> list[str]:
     """Return sentences that explain the columns."""
-    seeds, width = 1 + len(comparison.others), max(1, comparison.steps // LAST)
+    baseline, seeds, width = comparison.runs[0], 1 + len(comparison.others), max(1, comparison.steps // LAST)
     more = len(comparison.others) + len(comparison.changed)
     return [
         f"{comparison.steps} steps from the same weights on the same batches. loss: the mean of the last {width} steps. "
-        f"validation: in nats per byte, on the same {comparison.runs[0].config.eval_batches} batches for all.",
+        f"validation: in nats per {baseline.unit}, on the same {baseline.config.eval_batches} batches for all; "
+        f"FP32's is {baseline.bits_per_byte:.4f} bits per byte.",
         f"*: {IS_DIFFERENT} Yes: its validation loss differs from FP32's by more than {comparison.drift:.2g}, the largest "
         f"difference between FP32 runs on the same batches whose initial weights are changed in their last bit "
         f"({_times(len(comparison.changed))}).",

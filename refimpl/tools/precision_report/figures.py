@@ -252,7 +252,7 @@ def draw_loss_scale(axes: Any, rows: Sequence[StepRow]) -> None:
 def _draw_loss(axes: Any, rows: Sequence[StepRow]) -> None:
     losses = [row.loss if math.isfinite(row.loss) else math.nan for row in rows]
     axes.plot([row.step for row in rows], losses, ".-" if len(rows) < 20 else "-", color=BLUE, lw=1.2)
-    axes.set_ylabel("nats per byte")
+    axes.set_ylabel("loss in nats")
     axes.grid(alpha=0.3)
     _draw_skipped(axes, rows, losses)
 

@@ -1,0 +1,330 @@
+"""Runs with a tokenizer: losses per byte, the run's own copy of it, resuming, and text that is written later."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from paths import SCRIPTS
+from tiny_tokenizers import END, TEXT, byte_level
+
+from refimpl.errors import UsageError
+from refimpl.tools.commands.generate import run as generate
+from refimpl.training.checkpoint import load
+from refimpl.training.config import Config
+from refimpl.training.data import Corpus
+from refimpl.training.evaluate import TextLoss, mean_loss, text_loss, validation_batches, validation_loss, whole_text
+from refimpl.training.metrics import read_metrics
+from refimpl.training.ngrams import ngram_baselines
+from refimpl.training.run import train
+from refimpl.training.sampling import Choice
+from refimpl.training.setup import start
+from refimpl.training.tokenizer import BYTES, load_tokenizer
+
+TINY: dict[str, Any] = {
+    "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 4, "warmup": 1, "eval_every": 2,
+    "eval_batches": 2, "log_every": 2, "sample_bytes": 5, "lr": 1e-2,
+}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("without_pictures", "one_blas_thread")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 20)
+    return str(path)
+
+
+def run(folder: Path, **flags: Any) -> int:
+    return train({**TINY, **flags}, folder, False, False, None)
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def corpus_with(valid: np.ndarray, lengths: np.ndarray) -> Corpus:
+    return Corpus("made", valid, valid, {}, lengths)
+
+
+@pytest.mark.parametrize("model", ["gpt", "mlp"])
+@pytest.mark.parametrize("final", [False, True])
+def test_bits_per_byte_divide_by_the_bytes_of_the_targets_that_count(model: str, final: bool) -> None:
+    """nats per token * tokens / bytes / ln 2, where both are counted one by one. Each id is as long as its value says."""
+    config = Config.of({**TINY, "model": model, "recipe": "fp64", "block_size": 5})
+    training = start(config)
+    ids = np.random.default_rng(0).integers(0, 10, 200, np.uint8)
+    loss = validation_loss(training, config, corpus_with(ids, ids), final, lambda: False)
+    batches = list(whole_text(ids, ids, (4, 5)) if final else validation_batches(config, corpus_with(ids, ids), 0))
+    targets = np.concatenate([y[:, -1] if model == "mlp" else y.ravel() for _, y, _ in batches])
+    assert loss is not None and all(np.array_equal(y, lengths) for _, y, lengths in batches)
+    assert loss.nats_per_token == mean_loss(training.model, training.state, training.run, [(x, y) for x, y, _ in batches])
+    # Of sums of integers, and two quotients and a product of doubles: below 4 * 2**-53.
+    expected = loss.nats_per_token * len(targets) / targets.sum() / math.log(2)
+    assert loss.bits_per_byte == pytest.approx(expected, rel=4 * 2.0**-53)
+
+
+def test_targets_that_do_not_count_have_no_bytes() -> None:
+    config = Config.of({**TINY, "recipe": "fp64", "examples": "lines"})
+    training = start(config)
+    ids = np.frombuffer(b"a line\nx\n" * 30, np.uint8)
+    loss = validation_loss(training, config, corpus_with(ids, np.full(ids.size, 2)), True, lambda: False)
+    assert loss is not None and loss.bits_per_byte == pytest.approx(loss.nats_per_token / 2 / math.log(2), rel=1e-15)
+    nothing = np.full((2, 8), config.ignore_index)
+    none = text_loss(training.model, training.state, training.run, iter([(nothing * 0, nothing, nothing * 0)]))
+    assert math.isnan(none.nats_per_token) and math.isnan(none.bits_per_byte)
+
+
+def test_of_bytes_bits_per_byte_are_nats_over_ln_2() -> None:
+    config = Config.of(TINY)
+    loss = validation_loss(start(config), config, config.make_corpus(), False, lambda: False)
+    assert loss is not None and loss.bits_per_byte == pytest.approx(loss.nats_per_token / math.log(2), rel=1e-15)
+    assert TextLoss(1.0, 1.5).described("byte") == "1.0000 nats per byte (1.5000 bits per byte)"
+
+
+# --------------------------------------------------------------------------------------------------------------- choice
+
+
+def test_the_most_likely_tokens_of_a_probability_are_chosen() -> None:
+    p = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
+    logits, u = np.log(p), (np.arange(2000) + 0.5) / 2000
+
+    def shares(choice: Choice) -> list[float]:
+        return (np.bincount([choice.of(logits, x) for x in u], minlength=5) / len(u)).tolist()
+
+    assert shares(Choice(1.0)) == pytest.approx(p, abs=1e-3)
+    assert shares(Choice(1.0, 0.69)) == pytest.approx([0, 4 / 7, 0, 3 / 7, 0], abs=1e-3)  # 0.4 + 0.3 reach it
+    assert shares(Choice(1.0, 0.71)) == pytest.approx([0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85], abs=1e-3)
+    assert shares(Choice(1.0, 0.1)) == shares(Choice(0.0)) == [0, 1, 0, 0, 0]
+    assert shares(Choice(0.5)) == pytest.approx(p**2 / (p**2).sum(), abs=1e-3)
+    assert shares(Choice(1e-300)) == [0, 1, 0, 0, 0]
+    ties = Choice(1.0, 0.5)
+    assert {ties.of(np.zeros(4), x) for x in u} == {0, 1}  # of equal ones, the first
+    assert Choice(1.0).of(np.array([0.0, -np.inf]), np.nextafter(1, 0)) == 0
+
+
+def test_top_p_keeps_the_tokens_that_transformers_keeps() -> None:
+    torch = pytest.importorskip("torch")
+    logits_process = pytest.importorskip("transformers").generation.logits_process
+    u = (np.arange(2000) + 0.5) / 2000
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        logits, top_p = rng.normal(size=12), float(rng.uniform(0.05, 0.98))
+        kept = logits_process.TopPLogitsWarper(top_p)(None, torch.tensor(logits)[None])[0]
+        chosen = {Choice(1.0, top_p).of(logits, x) for x in u}
+        likely = {i for i in torch.where(torch.isfinite(kept))[0].tolist() if torch.softmax(kept, 0)[i] > 1 / 1000}
+        assert likely <= chosen <= set(torch.where(torch.isfinite(kept))[0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [((-1.0, 1.0), "--temperature is -1.0"), ((math.nan, 1.0), "--temperature is nan"), ((1.0, 0.0), "--top-p is 0.0"),
+     ((1.0, 1.01), "--top-p is 1.01"), ((math.inf, 1.0), "--temperature is inf"), ((1.0, math.nan), "--top-p is nan")],
+)  # fmt: skip
+def test_choices_that_cannot_be_are_refused(choice: tuple[float, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Choice(*choice)
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_with_a_tokenizer_reports_both_losses_and_keeps_a_copy(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = byte_level(tmp_path / "t")
+    assert run(tmp_path / "run", data=text, tokenizer=str(path)) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["vocab_size"] == 320 and config["tokenizer"] == str(path)
+    assert config["tokenizer_sha256"] == load_tokenizer(str(path)).checksum
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == path.read_bytes()
+    evaluations = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in row]
+    assert [row["step"] for row in evaluations] == [2, 4]
+    assert all(1 < row["val_loss"] / row["val_bits_per_byte"] / math.log(2) < 4 for row in evaluations)  # bytes per token
+    said = capsys.readouterr()
+    assert "nats per token (" in said.out and "bits per byte); no n-gram models, which are counted for bytes only" in said.out
+    assert f"tokenizer: {path}, 320 ids" in said.out and "tokens to train on" in said.out and "a sample of 5 tokens" in said.out
+    loss = evaluations[-1]
+    assert f"{loss['val_loss']:.4f} nats per token ({loss['val_bits_per_byte']:.4f} bits per byte); no n-gram" in said.out
+
+
+def test_the_same_model_of_equal_probabilities_has_the_bits_of_its_vocabulary(text: str, tmp_path: Path) -> None:
+    """With all weights 0 each token costs ln V: ln 320 * tokens / bytes / ln 2 bits."""
+    config = Config.of({**TINY, "data": text, "tokenizer": str(byte_level(tmp_path / "t"))})
+    training, corpus = start(config), config.make_corpus()
+    training.state.load_weights({name: np.zeros(spec.shape, np.float32) for name, spec in training.model.parameters.items()})
+    loss = validation_loss(training, config, corpus, True, lambda: False)
+    n = (corpus.valid.size - 1) // 8 * 8
+    assert loss is not None and loss.nats_per_token == pytest.approx(math.log(320), rel=1e-6)
+    assert loss.bits_per_byte == pytest.approx(math.log2(320) * n / corpus.valid_lengths[1 : n + 1].sum(), rel=1e-6)
+    assert ngram_baselines(corpus).entropies == {}
+
+
+def test_a_run_resumes_with_its_copy_and_refuses_another_tokenizer(text: str, tmp_path: Path) -> None:
+    path, other = byte_level(tmp_path / "t"), byte_level(tmp_path / "other", 300)
+    run(tmp_path / "whole", data=text, tokenizer=str(path), steps=6)
+    run(tmp_path / "run", data=text, tokenizer=str(path), steps=6)
+    folder = tmp_path / "run"
+    path.rename(tmp_path / "moved.json")
+    with pytest.raises(UsageError, match=r"the run in --out has the tokenizer .*/t/tok.*, and .*/other/tok.* is"):
+        train({"tokenizer": str(other), "steps": 8}, folder, True, False, None)
+    with pytest.raises(UsageError, match=r"and bytes is another: it cannot be resumed with that"):
+        train({"tokenizer": "bytes", "steps": 8}, folder, True, False, None)
+    assert train({"steps": 8}, folder, True, False, None) == 0
+    assert train({"tokenizer": str(tmp_path / "moved.json"), "steps": 10}, folder, True, False, None) == 0
+    assert json.loads((folder / "config.json").read_text())["tokenizer"] == str(tmp_path / "moved.json")
+    assert train({"steps": 12}, folder, True, False, None) == 0
+    assert json.loads((folder / "config.json").read_text())["tokenizer"] == str(tmp_path / "moved.json")
+    (folder / "tokenizer.json").write_bytes(other.read_bytes())
+    with pytest.raises(UsageError, match=r"run/tokenizer.json is another: it cannot be resumed with that"):
+        train({"steps": 14}, folder, True, False, None)
+    run(tmp_path / "plain", data=text)
+    with pytest.raises(UsageError, match=r"has the tokenizer bytes, and .*other/tokenizer.json is another"):
+        train({"tokenizer": str(other), "steps": 8}, tmp_path / "plain", True, False, None)
+
+
+def test_a_resumed_run_equals_one_never_stopped(text: str, tmp_path: Path) -> None:
+    path = str(byte_level(tmp_path / "t"))
+    run(tmp_path / "whole", data=text, tokenizer=path, schedule="constant")
+    run(tmp_path / "parts", data=text, tokenizer=path, schedule="constant", steps=2)
+    assert train({"steps": 4}, tmp_path / "parts", True, False, None) == 0
+    whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
+    header = load(whole)[1]
+    assert whole.read_bytes() == parts.read_bytes() and "tokenizer" not in header["config"]  # a path is no part of it
+    assert header["corpus"]["tokenizer"] == load_tokenizer(path).checksum
+
+
+def test_vocabularies_too_small_are_refused_and_larger_ones_taken(text: str, tmp_path: Path) -> None:
+    path = str(byte_level(tmp_path / "t"))
+    with pytest.raises(UsageError, match=r"--vocab-size is 319, but .* has 320 ids: .* or --vocab-size is too small"):
+        run(tmp_path / "run", data=text, tokenizer=path, vocab_size=319)
+    assert not (tmp_path / "run").exists()
+    run(tmp_path / "run", data=text, tokenizer=path, vocab_size=384)
+    with pytest.raises(UsageError, match=r"--examples lines is for bytes, of which one ends a line: leave --tokenizer out"):
+        Config.of({**TINY, "tokenizer": path, "examples": "lines"})
+
+
+def test_a_start_from_other_weights_takes_their_tokenizer(text: str, tmp_path: Path) -> None:
+    path, other = byte_level(tmp_path / "t"), byte_level(tmp_path / "other", 300)
+    run(tmp_path / "a", data=text, tokenizer=str(path))
+    path.unlink()
+    given = {"data": text, "steps": 2, "batch_size": 2, "eval_batches": 1, "sample_bytes": 0}
+    assert train(given, tmp_path / "b", False, False, tmp_path / "a") == 0
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["vocab_size"] == 320 and config["tokenizer"] == str(tmp_path / "a" / "tokenizer.json")
+    assert train(given, tmp_path / "a", False, True, tmp_path / "a") == 0  # replaced by itself
+    for tokenizer in (str(other), "bytes"):
+        with pytest.raises(UsageError, match=r"a was trained with another tokenizer than"):
+            train({**given, "tokenizer": tokenizer}, tmp_path / "c", False, False, tmp_path / "a")
+
+
+def test_a_run_that_replaces_another_leaves_no_tokenizer_of_it(text: str, tmp_path: Path) -> None:
+    run(tmp_path / "run", data=text, tokenizer=str(byte_level(tmp_path / "t")))
+    assert train({**TINY, "data": text}, tmp_path / "run", False, True, None) == 0
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    (tmp_path / "model").mkdir()
+    byte_level(tmp_path / "model")
+    with pytest.raises(UsageError, match=r"--out .*model has a tokenizer.json that belongs to no run"):
+        run(tmp_path / "model", data=text)
+
+
+def test_other_commands_take_a_tokenizer(text: str, tmp_path: Path) -> None:
+    path = byte_level(tmp_path / "t")
+    sizes = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=8", "--batch-size=4"]
+    for script, flags, said in (
+        ("compare_recipes", ["--recipes=bf16", "--steps=4", "--no-page", "--seeds=2", "--perturbations=1"], "nats per token"),
+        ("inspect_precision", ["--steps=2", "--no-page"], ""),
+        ("trace", [], ""),
+    ):
+        verb, out = (["record"], [f"--out={tmp_path / 'trace'}"]) if script == "trace" else ([], [])
+        command = [sys.executable, str(SCRIPTS / f"{script}.py"), *verb, f"--tokenizer={path}", f"--data={text}", *sizes]
+        done = subprocess.run([*command, *flags, *out], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose tokenizer is no longer where it was."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT * 20)
+    path = byte_level(folder / "t")
+    run(folder / "run", data=str(folder / "text.txt"), tokenizer=str(path))
+    path.unlink()
+    return folder / "run"
+
+
+def test_text_is_written_with_the_copy_of_the_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    generate(trained, "Köln «x", 40, 0.8, 3, None)
+    first = capsys.readouterr()
+    assert first.out.startswith("Köln «x") and len(first.out) > 10
+    generate(trained / "checkpoint.safetensors", "Köln «x", 40, 0.8, 3, None)
+    assert capsys.readouterr().out == first.out
+    generate(trained, "Köln «x", 40, 0.8, 4, None)
+    assert capsys.readouterr().out != first.out
+    text = tmp_path / "held_back.txt"
+    text.write_text(TEXT)
+    generate(trained, "", 0, 0.8, 0, text)
+    nats, bits = (float(word) for word in capsys.readouterr().out.replace("(", "").split() if word[0].isdigit())
+    assert 1 < nats / math.log(2) / bits < 4
+
+
+def test_text_needs_the_tokenizer_that_the_model_was_trained_with(trained: Path, tmp_path: Path) -> None:
+    other = byte_level(tmp_path / "other", 300)
+    for given, said in ((str(other), "other/tokenizer.json"), ("bytes", "bytes; its own was tokenizer.json beside it")):
+        with pytest.raises(UsageError, match=f"run was trained with another tokenizer than .*{said}"):
+            generate(trained, "x", 1, 0.8, 0, None, tokenizer=given)
+    alone = shutil.copy(trained / "checkpoint.safetensors", tmp_path / "alone")
+    with pytest.raises(UsageError, match=r"alone was trained with another tokenizer than bytes; its own was tokenizer.json"):
+        generate(Path(alone), "x", 1, 0.8, 0, None)
+    copy = shutil.copy(trained / "tokenizer.json", tmp_path / "copy.json")
+    generate(Path(alone), "x", 1, 0.8, 0, None, tokenizer=str(copy))
+    with pytest.raises(UsageError, match=r"--prompt '' has no tokens: give a longer one"):
+        generate(trained, "", 1, 0.8, 0, None)
+
+
+def test_a_stray_tokenizer_is_not_that_of_a_run_on_bytes(text: str, tmp_path: Path) -> None:
+    run(tmp_path / "run", data=text)
+    byte_level(tmp_path / "run")
+    generate(tmp_path / "run", "x", 1, 0.8, 0, None)
+
+
+def test_text_ends_with_the_token_that_says_so(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its logit is made the largest by its row of the embedding, which is also that of the head."""
+    from refimpl.training import checkpoint_states
+
+    load_for_inference = checkpoint_states.load_for_inference
+    model, state, context = load_for_inference(trained)
+    state.weight_views["transformer.wte.weight"][load_tokenizer(str(trained)).encode(END.encode())[0]] = 0
+    state.weight_views["transformer.ln_f.weight"][:] = 0
+    state.weight_views["transformer.ln_f.bias"][:] = 1
+    state.weight_views["transformer.wte.weight"][0] = 5
+    from refimpl.training.sampling import Writer
+
+    tokenizer = load_tokenizer(str(trained))
+    writer = Writer(model, state, context, tokenizer, tokenizer.encode(b"ab")[0])
+    assert "".join(writer.text(20, np.random.default_rng(0), Choice(0.0))) == ""
+    assert writer.count == 1 and writer.why_ended == "the text ended with token 0, after which none follows"
+    assert BYTES.ends == frozenset()
+
+
+def test_text_appears_as_it_is_written(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is printed before the next token is chosen."""
+    from refimpl.training.sampling import Writer
+
+    order: list[str] = []
+    logits = Writer._logits
+    monkeypatch.setattr(Writer, "_logits", lambda self: (order.append("choose"), logits(self))[1])
+    monkeypatch.setattr("builtins.print", lambda *words, **how: order.append("print" if how.get("flush") else "end"))
+    generate(trained, "x", 3, 0.8, 0, None)
+    assert order == ["print", "choose", "print", "choose", "print", "choose", "print", "print", "end"]
