@@ -1,4 +1,4 @@
-"""Sample text from a checkpoint, or measure the loss of a file under it.
+"""Let a model continue a text, or measure its loss on a file.
 
 `python scripts/generate.py --help` shows how to use it; the code is refimpl/tools/commands/generate.py.
 """

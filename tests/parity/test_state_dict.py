@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from paths import SCRIPTS
 from safetensors.numpy import load_file, save_file
+from samples import sample
 
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
@@ -25,8 +26,6 @@ from refimpl.tools.commands.generate import run as generate
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import load_for_inference, load_initial_weights, state_arrays
 from refimpl.training.run import train
-from refimpl.training.sampling import Choice, Writer
-from refimpl.training.tokenizer import BYTES
 
 MODELS = {
     "gpt": gpt_model(GPTConfig(2, 3, 12, 5)), "mlp": mlp_model(MLPConfig(2, 6, 4)),
@@ -187,13 +186,6 @@ def test_hugging_faces_gpt2_is_refused_by_name() -> None:
             from_state_dict(given, 3)
     with pytest.raises(UsageError, match=r"neither a GPT .* it holds embed_tokens.weight"):
         from_state_dict({"model.embed_tokens.weight": np.ones((4, 4), np.float32)}, 3)
-
-
-def sample(model: Model, state: State, run: Run, n: int, temperature: float) -> bytes:
-    """The bytes that a model writes after a line end."""
-    writer = Writer(model, state, run, BYTES, np.array([10]))
-    list(writer.text(n, np.random.default_rng(0), Choice(temperature)))
-    return bytes(writer.tokens[1:])
 
 
 @pytest.mark.parametrize("vocab_size", [65, 255, 256, 300])

@@ -32,7 +32,7 @@ WRITTEN = """{
 }"""
 """config.json of a run with these flags, as November 2026 wrote it."""
 
-ADDED = {"checkpointing": "none"}
+ADDED = {"checkpointing": "none", "tokenizer": "bytes"}
 """The settings that came later, with the values that such a run has."""
 
 OTHER: dict[str, Any] = {
@@ -43,6 +43,7 @@ OTHER: dict[str, Any] = {
     "masters_from": "original", "attention": "fused", "loss_scale": "megatron", "init_scale": 8.0, "growth_interval": 3,
     "hysteresis": 2, "growth_factor": 4.0, "backoff_factor": 0.25, "scale_floor": 1.0, "seed": 1, "mistake": "decay-all",
     "eval_every": 1, "eval_batches": 2, "log_every": 1, "sample_bytes": 5, "zero": 0, "checkpointing": "full",
+    "tokenizer": "tokenizer.json",
 }  # fmt: skip
 """Another value for each setting."""
 
@@ -102,7 +103,7 @@ def test_a_flag_that_determines_the_numbers_is_refused(name: str, run: Path) -> 
     train({name: saved}, run, True, False, None)  # said again, it is no change
 
 
-@pytest.mark.parametrize("name", [name for name in MAY_CHANGE if name not in ("backend", "checkpointing")])
+@pytest.mark.parametrize("name", [name for name in MAY_CHANGE if name not in ("backend", "checkpointing", "tokenizer")])
 def test_another_flag_is_not(name: str, run: Path) -> None:
     assert train({"steps": 6, name: OTHER[name]}, run, True, False, None) == 0
     assert json.loads((run / "config.json").read_text()) == {**json.loads(WRITTEN), **ADDED, "steps": 6, name: OTHER[name]}

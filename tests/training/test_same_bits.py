@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from paths import SUPPORT
 from progress_bars import NoBar
+from samples import sample
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import refimpl
@@ -24,7 +25,6 @@ from refimpl.backends.numpy import threads as of_backends
 from refimpl.backends.numpy.threads import Workers
 from refimpl.training.config import Config
 from refimpl.training.run_folder import CHECKPOINT
-from refimpl.training.sampling import sample
 from refimpl.training.trainer import Trainer
 
 SIZES: dict[str, Any] = {
@@ -152,7 +152,7 @@ def test_every_product_of_a_training_is_computed_on_the_thread_that_asks(
         config["backend"] = backend
         trainer = Trainer(Config.of(config), tmp_path)
         trainer.train(NoBar())
-        sample(trainer.model, trainer.state, trainer.run, 3, np.random.default_rng(0))
+        sample(trainer.model, trainer.state, trainer.run, 3)
         assert set(seen) == {1}
         assert {blas.num_threads for blas in backends.workers()._blas} == {2}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from progress_bars import NoBar
+from samples import sample
 
 import refimpl.training.trainer as trainer_module
 from refimpl.training import data, evaluate
@@ -20,7 +21,6 @@ from refimpl.training.checkpoint import load
 from refimpl.training.config import Config
 from refimpl.training.metrics import read_metrics
 from refimpl.training.run_folder import open_folder
-from refimpl.training.sampling import sample
 from refimpl.training.signals import Interrupted, Stop
 from refimpl.training.trainer import Trainer
 
@@ -150,7 +150,7 @@ def test_in_an_evaluation_the_next_batch_is_the_end(tmp_path: Path, monkeypatch:
 def test_a_sample_ends_when_asked(tmp_path: Path) -> None:
     run, asked = trainer(tmp_path), iter([False, False, True])
     run.state.weights_down()
-    assert len(sample(run.model, run.state, run.run, 100, run.batches, stopping=lambda: next(asked))) == 2
+    assert len(sample(run.model, run.state, run.run, 100, stopping=lambda: next(asked))) == 2
 
 
 def test_the_second_signal_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
