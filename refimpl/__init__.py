@@ -23,7 +23,9 @@ example trains a small GPT for 20 steps in FP16, with FP32 masters and a dynamic
 
 The names, by what they are for; `help(refimpl.State)` and so on say more:
 
-    gpt_model, GPTConfig, mlp_model, MLPConfig    the models, and their sizes
+    gpt_model, GPTConfig                          GPT-2, and its sizes
+    llama_model, LlamaConfig                      Llama, Mistral or Qwen, and its sizes
+    mlp_model, MLPConfig                          a byte language model of a few layers, and its sizes
     get_recipe                                    the formats of operations and states, by name: RECIPES holds all
     get_backend, Run                              what computes; what the operations of a run share
     State, Optimizer, AdamW, SGD, Schedule        weights, gradients, masters and moments, and how they are updated

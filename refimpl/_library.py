@@ -5,6 +5,7 @@ from __future__ import annotations
 from refimpl.backends.choose import get_backend
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.llama import LlamaConfig, llama_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.numerics.casts import cast, widen
 from refimpl.optim.adamw import AdamW
@@ -18,7 +19,7 @@ from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.step import StepResult, forward_backward, train_step
 
 __all__ = [
-    "RECIPES", "SGD", "AdamW", "GPTConfig", "MLPConfig", "Optimizer", "Run", "Schedule", "State", "StepResult",
-    "TrainingStopped", "UsageError", "cast", "forward_backward", "get_backend", "get_recipe", "gpt_model", "make_loss_scale",
-    "mlp_model", "train_step", "widen",
+    "RECIPES", "SGD", "AdamW", "GPTConfig", "LlamaConfig", "MLPConfig", "Optimizer", "Run", "Schedule", "State", "StepResult",
+    "TrainingStopped", "UsageError", "cast", "forward_backward", "get_backend", "get_recipe", "gpt_model", "llama_model",
+    "make_loss_scale", "mlp_model", "train_step", "widen",
 ]  # fmt: skip

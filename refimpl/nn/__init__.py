@@ -5,11 +5,12 @@
                     blocks that are computed again in backward instead of stored
     op.py           what an operation is: a pair of plain functions
     ops.py          the table of operations by name
-    linear.py, attention.py, norm.py, softmax.py, elementwise.py, embedding.py, loss.py, shape.py
+    linear.py, attention.py, grouped_attention.py, rope.py, norm.py, softmax.py, elementwise.py, embedding.py, loss.py, shape.py
                     the operations, forward beside backward
+    rope_scaling.py the angles of rotary position embeddings
     quantized_linear.py, fused_attention.py
                     what a policy can select in place of linear and attention
     indices.py      checks of tokens and targets
     names.py        names of parameters in other programs, mapped to ours
-    models/         GPT-2 and an MLP, one line per operation
+    models/         GPT-2, Llama and an MLP, one line per operation
 """

@@ -5,7 +5,7 @@
 R is the rounding that the row of each says: `attention.scores`, `.scale`, `.softmax`, `.values`. In recipe fp16 all four round
 to FP16, since the next product reads 16-bit operands. Under CUDA autocast P stays in FP32 and is rounded where P v reads it.
 With other rows everything is FP32 and rounded once at the end, as PyTorch's SDPBackend.MATH does (`--attention math`). A fused
-kernel rounds at other places: `fused_attention.py`.
+kernel rounds at other places: `fused_attention.py`; heads that share keys and values are in `grouped_attention.py`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,45 @@ def merge_heads(x: Array) -> Array:
 
 
 def hide_later(S: Array, p: OpPrecision, fill: float) -> Array:
-    """Return S (..., T, T) with `fill` where the key, the last axis, comes after the query.
+    """Return S (..., Tq, T) with `fill` where the key, the last axis, comes after the query. The queries are the last Tq of T.
 
     Values are replaced: adding a large negative number could overflow, and 0 * Inf would be NaN.
     """
-    position = p.xp.arange(S.shape[-1])
-    return p.xp.where(position <= position[:, None], S, p.xp.full((), fill, S.dtype))
+    queries, keys = S.shape[-2:]
+    position = p.xp.arange(keys)
+    return p.xp.where(position <= position[keys - queries :, None], S, p.xp.full((), fill, S.dtype))
+
+
+def attend(q: Array, k: Array, v: Array, p: OpPrecision, softmax: OpPrecision) -> tuple[Array, Array]:
+    """Return O = softmax(mask(q k^T / sqrt(D))) v and P, for heads q, k, v (..., T, D). softmax: the row of the softmax."""
+    scores, scale, values = p["scores"], p["scale"], p["values"]
+    S = scores.matmul(scores.cast(q, "q"), scores.cast(k, "k").swapaxes(-1, -2))    # (..., T, T)
+    S = scores.round(S, "S", q, k)
+    S = scale.round(scale.widen(scale.cast(S, "S")) * (1 / math.sqrt(q.shape[-1])), "S", S)
+    z = hide_later(softmax.widen(softmax.cast(S, "S")), p, -math.inf)
+    P = softmax.round(unrounded_softmax(z, p), "P", S)
+    O = values.matmul(values.cast(P, "P"), values.cast(v, "v"))                     # noqa: E741  (..., T, D)
+    return values.round(O, "O", P, v), P
+
+
+def attend_backward(
+    dO: Array, q: Array, k: Array, v: Array, P: Array, p: OpPrecision, softmax: OpPrecision
+) -> tuple[Array, Array, Array]:
+    """Return the gradients of q, k and v, each (..., T, D) in the format of its operand:
+
+        dP = dO v^T     dv = P^T dO     dS' = P (dP - sum(dP P))     dS = dS' / sqrt(D)     dq = dS k     dk = dS^T q
+    """
+    scores, scale, values = p["scores"], p["scale"], p["values"]
+    S_format = scores.result_format(format_of(q), format_of(k))  # of S; that of S' follows from it
+    dv = values.matmul(values.cast(P, "P").swapaxes(-1, -2), dO)
+    dP = values.round_grad(values.matmul(dO, values.cast(v, "v").swapaxes(-1, -2)), "P", format_of(P))
+    dS = softmax_slope(softmax.widen(dP), softmax.widen(P))
+    dS = hide_later(dS, p, 0.0)  # P is 0 there, but 0 times an infinite dP would be NaN
+    dS = softmax.round_grad(dS, "S", scale.result_format(S_format))
+    dS = scale.round_grad(scale.widen(dS) * (1 / math.sqrt(q.shape[-1])), "S", S_format)
+    dq = scores.round_grad(scores.matmul(dS, scores.cast(k, "k")), "q", format_of(q))
+    dk = scores.round_grad(scores.matmul(dS.swapaxes(-1, -2), scores.cast(q, "q")), "k", format_of(k))
+    return dq, dk, values.round_grad(dv, "v", format_of(v))
 
 
 def attention_forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any]:
@@ -47,38 +80,17 @@ def attention_forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, A
     qkv (B, T, 3C), the output of one linear layer -> O (B, T, C). Saved: qkv and P (B, H, T, T).
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1. PyTorch: the four operations one after the other.
     """
-    q, k, v = split_heads(qkv, n_head)                                              # (B, H, T, D)
-    scores, scale, softmax, values = p["scores"], p["scale"], p["softmax"], p["values"]
-    S = scores.matmul(scores.cast(q, "q"), scores.cast(k, "k").swapaxes(-1, -2))    # (B, H, T, T)
-    S = scores.round(S, "S", qkv)
-    S = scale.round(scale.widen(scale.cast(S, "S")) * (1 / math.sqrt(q.shape[-1])), "S", S)
-    z = hide_later(softmax.widen(softmax.cast(S, "S")), p, -math.inf)
-    P = softmax.round(unrounded_softmax(z, p), "P", S)
-    O = values.matmul(values.cast(P, "P"), values.cast(v, "v"))                     # noqa: E741  (B, H, T, D)
-    return merge_heads(values.round(O, "O", P, qkv)), (qkv, P)
+    O, P = attend(*split_heads(qkv, n_head), p, p["softmax"])  # noqa: E741
+    return merge_heads(O), (qkv, P)
 
 
 def attention_backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array]:
-    """Return the gradient of qkv:
-
-        dP = dO v^T     dv = P^T dO     dS' = P (dP - sum(dP P))     dS = dS' / sqrt(D)     dq = dS k     dk = dS^T q
-    """
+    """Return the gradient of qkv, those of q, k and v side by side."""
     qkv, P = saved
-    fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
-    scores, scale, softmax, values = p["scores"], p["scale"], p["softmax"], p["values"]
-    S_format = scores.result_format(fmt)  # of S; that of S' follows from it
+    q, k, v = split_heads(qkv, n_head)
     B, H, T, D = q.shape
     dO = dO.reshape(B, T, H, D).transpose(0, 2, 1, 3)                               # (B, H, T, D)
-
-    dv = values.matmul(values.cast(P, "P").swapaxes(-1, -2), dO)
-    dP = values.round_grad(values.matmul(dO, values.cast(v, "v").swapaxes(-1, -2)), "P", format_of(P))
-    dS = softmax_slope(softmax.widen(dP), softmax.widen(P))
-    dS = hide_later(dS, p, 0.0)  # P is 0 there, but 0 times an infinite dP would be NaN
-    dS = softmax.round_grad(dS, "S", scale.result_format(S_format))
-    dS = scale.round_grad(scale.widen(dS) * (1 / math.sqrt(D)), "S", S_format)
-    dq = scores.matmul(dS, scores.cast(k, "k"))
-    dk = scores.matmul(dS.swapaxes(-1, -2), scores.cast(q, "q"))
-    return (merge_qkv(scores.round_grad(dq, "q", fmt), scores.round_grad(dk, "k", fmt), values.round_grad(dv, "v", fmt), p),)
+    return (merge_qkv(*attend_backward(dO, q, k, v, P, p, p["softmax"]), p),)
 
 
 def merge_qkv(dq: Array, dk: Array, dv: Array, p: OpPrecision) -> Array:

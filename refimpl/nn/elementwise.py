@@ -66,6 +66,28 @@ def silu_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     return (p.round_grad(p.widen(dy) * s * (1 + z * (1 - s)), "x", x_format),)
 
 
+def swiglu_forward(gate: Array, up: Array, p: OpPrecision) -> tuple[Array, Any]:
+    """Return y = R(R(silu(gate)) up), with silu(g) = g sigmoid(g), rounded before the product and after it.
+
+    gate, up (...) -> y (...). Source: Shazeer 2020, arXiv 2002.05202. PyTorch: F.silu(gate) * up.
+    """
+    gc, uc = p.cast(gate, "gate"), p.cast(up, "up")
+    g = p.widen(gc)
+    s = p.round(g / (1 + p.xp.exp(-g)), "silu", gate)
+    return p.round(p.widen(s) * p.widen(uc), "y", gate, up), (gc, uc, format_of(gate), format_of(up))
+
+
+def swiglu_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array, Array]:
+    """Return dup = dy s  and  dgate = R(dy up) sigmoid(g) (1 + g (1 - sigmoid(g))), with s = R(silu(gate)) once more."""
+    gate, up, gate_format, up_format = saved
+    g, dy, s_format = p.widen(gate), p.widen(dy), p.result_format(gate_format)
+    sigmoid = 1 / (1 + p.xp.exp(-g))
+    s = p.widen(p.round_to(g / (1 + p.xp.exp(-g)), s_format, "silu"))
+    ds = p.widen(p.round_to(dy * p.widen(up), s_format, "ds"))
+    dgate = ds * sigmoid * (1 + g * (1 - sigmoid))
+    return p.round_grad(dgate, "gate", gate_format), p.round_grad(dy * s, "up", up_format)
+
+
 BETA = math.sqrt(2 / math.pi)
 KAPPA = 0.044715
 

@@ -18,6 +18,39 @@ from refimpl.numerics.formats import format_of
 from refimpl.precision.context import OpPrecision
 
 
+def attend_fused(q: Array, k: Array, v: Array, p: OpPrecision) -> tuple[Array, Array]:
+    """Return O = softmax(mask(q k^T / sqrt(D))) v and log(sum(exp S)) in `acc`, for heads q, k, v (..., T, D)."""
+    values = p["values"]
+    S = scores_of(q, k, p)                                              # (..., T, T)
+    top = S.max(-1, keepdims=True)
+    E = p.xp.exp(S - top)
+    total = E.sum(-1, keepdims=True)                                    # (..., T, 1)
+    z = values.matmul(values.cast(E, "P"), values.cast(v, "v"))         # (..., T, D)
+    return values.round(z / total, "O", E, v), top + p.xp.log(total)
+
+
+def attend_fused_backward(
+    dO: Array, q: Array, k: Array, v: Array, O: Array, lse: Array, p: OpPrecision  # noqa: E741
+) -> tuple[Array, Array, Array]:
+    """Return the gradients of q, k and v, each (..., T, D) in the format of its operand and rounded once:
+
+        P = exp(S - log(sum(exp S)))      dv = R(P)^T dO     dP = dO v^T     dS = R(P (dP - sum(dO O)))
+        dq = dS k / sqrt(D)     dk = dS^T q / sqrt(D)
+
+    sum(dO O) over D equals sum(dP P) over the keys, but for the rounding of the stored O.
+    """
+    scores, values, D = p["scores"], p["values"], q.shape[-1]
+    P = p.xp.exp(scores_of(q, k, p) - lse)                                   # (..., T, T)
+    dv = values.matmul(values.cast(P, "P").swapaxes(-1, -2), dO)
+    dP = values.matmul(dO, values.cast(v, "v").swapaxes(-1, -2))
+    dS = P * (dP - (values.widen(dO) * values.widen(O)).sum(-1, keepdims=True))
+    dS = scores.cast(hide_later(dS, p, 0.0), "dS")  # P is 0 there, but 0 times an infinite dP would be NaN
+    dq = scores.matmul(dS, scores.cast(k, "k")) * (1 / math.sqrt(D))
+    dk = scores.matmul(dS.swapaxes(-1, -2), scores.cast(q, "q")) * (1 / math.sqrt(D))
+    dq, dk = scores.round_grad(dq, "q", format_of(q)), scores.round_grad(dk, "k", format_of(k))
+    return dq, dk, values.round_grad(dv, "v", format_of(v))
+
+
 def fused_attention_forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any]:
     """Return O = softmax(mask(q k^T / sqrt(D))) v, where each position attends to itself and earlier positions.
 
@@ -27,15 +60,9 @@ def fused_attention_forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Ar
     comes: the same formula, with different roundings of E.
     PyTorch: F.scaled_dot_product_attention(q, k, v, is_causal=True) under SDPBackend.FLASH_ATTENTION.
     """
-    q, k, v = split_heads(qkv, n_head)                                  # (B, H, T, D)
-    values = p["values"]
-    S = scores_of(q, k, p)                                              # (B, H, T, T)
-    top = S.max(-1, keepdims=True)
-    E = p.xp.exp(S - top)
-    total = E.sum(-1, keepdims=True)                                    # (B, H, T, 1)
-    z = values.matmul(values.cast(E, "P"), values.cast(v, "v"))         # (B, H, T, D)
-    O = merge_heads(values.round(z / total, "O", E, qkv))               # noqa: E741
-    return O, (qkv, O, top + p.xp.log(total))
+    O, lse = attend_fused(*split_heads(qkv, n_head), p)  # noqa: E741
+    O = merge_heads(O)  # noqa: E741
+    return O, (qkv, O, lse)
 
 
 def scores_of(q: Array, k: Array, p: OpPrecision) -> Array:
@@ -46,24 +73,12 @@ def scores_of(q: Array, k: Array, p: OpPrecision) -> Array:
 
 
 def fused_attention_backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array]:
-    """Return the gradient of qkv:
+    """Return the gradient of qkv, those of q, k and v side by side.
 
-        P = exp(S - log(sum(exp S)))      dv = R(P)^T dO     dP = dO v^T     dS = R(P (dP - sum(dO O)))
-        dq = dS k / sqrt(D)     dk = dS^T q / sqrt(D)
-
-    sum(dO O) over D equals sum(dP P) over the keys, but for the rounding of the stored O. Each of dq, dk, dv is rounded once.
     Source: Dao et al. 2022, algorithm 4. Differs from PyTorch: its CPU kernel rounds dk and dv after each 32 queries.
     """
     qkv, O, lse = saved  # noqa: E741
-    fmt, (q, k, v) = format_of(qkv), split_heads(qkv, n_head)
-    scores, values = p["scores"], p["values"]
+    q, k, v = split_heads(qkv, n_head)
     B, H, T, D = q.shape
     dO, O = (x.reshape(B, T, H, D).transpose(0, 2, 1, 3) for x in (dO, O))  # noqa: E741  (B, H, T, D)
-    P = p.xp.exp(scores_of(q, k, p) - lse)                                   # (B, H, T, T)
-    dv = values.matmul(values.cast(P, "P").swapaxes(-1, -2), dO)
-    dP = values.matmul(dO, values.cast(v, "v").swapaxes(-1, -2))
-    dS = P * (dP - (values.widen(dO) * values.widen(O)).sum(-1, keepdims=True))
-    dS = scores.cast(hide_later(dS, p, 0.0), "dS")  # P is 0 there, but 0 times an infinite dP would be NaN
-    dq = scores.matmul(dS, scores.cast(k, "k")) * (1 / math.sqrt(D))
-    dk = scores.matmul(dS.swapaxes(-1, -2), scores.cast(q, "q")) * (1 / math.sqrt(D))
-    return (merge_qkv(scores.round_grad(dq, "q", fmt), scores.round_grad(dk, "k", fmt), values.round_grad(dv, "v", fmt), p),)
+    return (merge_qkv(*attend_fused_backward(dO, q, k, v, O, lse, p), p),)

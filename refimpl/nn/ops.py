@@ -1,7 +1,8 @@
 """The operations that models are made of, in one table by name. Each is a forward/backward pair of plain functions: `op.py`.
 
 The models here use some of them; the others (matmul, rmsnorm, silu, ...) are for your own. Not in the table are `fan_in`, with
-which the tape adds gradients, and what a policy can select: `quantized_linear` for `linear`, `fused_attention` for `attention`.
+which the tape adds gradients, and what a policy can select: `quantized_linear` for `linear`, `fused_attention` for `attention`,
+`fused_grouped_attention` for `grouped_attention`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,30 @@ from refimpl.nn.elementwise import (
     relu_forward,
     silu_backward,
     silu_forward,
+    swiglu_backward,
+    swiglu_forward,
 )
 from refimpl.nn.embedding import embedding_backward, embedding_forward
 from refimpl.nn.fused_attention import fused_attention_backward, fused_attention_forward
+from refimpl.nn.grouped_attention import (
+    fused_grouped_attention_backward,
+    fused_grouped_attention_forward,
+    grouped_attention_backward,
+    grouped_attention_forward,
+)
 from refimpl.nn.linear import linear_backward, linear_forward, matmul_backward, matmul_forward
 from refimpl.nn.loss import cross_entropy_backward, cross_entropy_forward
-from refimpl.nn.norm import layernorm_backward, layernorm_forward, rmsnorm_backward, rmsnorm_forward
+from refimpl.nn.norm import (
+    layernorm_backward,
+    layernorm_forward,
+    llama_rmsnorm_backward,
+    llama_rmsnorm_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+)
 from refimpl.nn.op import Op
 from refimpl.nn.quantized_linear import quantized_linear_backward, quantized_linear_forward
+from refimpl.nn.rope import rope_backward, rope_forward
 from refimpl.nn.shape import (
     cast_backward,
     cast_forward,
@@ -44,13 +61,20 @@ quantized_linear = Op("quantized_linear", quantized_linear_forward, quantized_li
 matmul = Op("matmul", matmul_forward, matmul_backward)
 attention = Op("attention", attention_forward, attention_backward)
 fused_attention = Op("fused_attention", fused_attention_forward, fused_attention_backward, key="attention")
+grouped_attention = Op("grouped_attention", grouped_attention_forward, grouped_attention_backward, key="attention")
+fused_grouped_attention = Op(
+    "fused_grouped_attention", fused_grouped_attention_forward, fused_grouped_attention_backward, key="attention"
+)
+rope = Op("rope", rope_forward, rope_backward)
 layernorm = Op("layernorm", layernorm_forward, layernorm_backward, params=(("weight", "w"), ("bias", "b")))
 rmsnorm = Op("rmsnorm", rmsnorm_forward, rmsnorm_backward, params=(("weight", "w"),))
+llama_rmsnorm = Op("llama_rmsnorm", llama_rmsnorm_forward, llama_rmsnorm_backward, params=(("weight", "w"),))
 softmax_op = Op("softmax", softmax_forward, softmax_backward)
 add = Op("add", add_forward, add_backward)
 fan_in = Op("fan_in", fan_in_forward)
 relu = Op("relu", relu_forward, relu_backward)
 silu = Op("silu", silu_forward, silu_backward)
+swiglu = Op("swiglu", swiglu_forward, swiglu_backward)
 gelu_tanh = Op("gelu_tanh", gelu_tanh_forward, gelu_tanh_backward)
 gelu_erf = Op("gelu_erf", gelu_erf_forward, gelu_erf_backward)
 embedding = Op("embedding", embedding_forward, embedding_backward, params=(("weight", "w"),))
@@ -66,13 +90,17 @@ OPS: dict[str, Op] = {
         linear,
         matmul,
         attention,
+        grouped_attention,
+        rope,
         add,
         relu,
         silu,
+        swiglu,
         gelu_tanh,
         gelu_erf,
         layernorm,
         rmsnorm,
+        llama_rmsnorm,
         softmax_op,
         embedding,
         cross_entropy,
@@ -84,5 +112,5 @@ OPS: dict[str, Op] = {
 }
 """Name -> operation."""
 
-SELECTED: dict[str, Op] = {op.name: op for op in (quantized_linear, fused_attention)}
+SELECTED: dict[str, Op] = {op.name: op for op in (quantized_linear, fused_attention, fused_grouped_attention)}
 """Name -> operation that a policy can select in place of one in OPS."""

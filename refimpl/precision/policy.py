@@ -25,6 +25,7 @@ EVERY_OTHER = "*"
 PRODUCTS = ("linear.y", "linear.dx", "linear.dw")
 """The rows that may quantize operands, or name an accumulator of fewer bits than FP32. `quantized_linear` computes them."""
 
+WIDE_OPS = ("cross_entropy", "attention.wide_softmax")  # FP32 in every model: the loss, and the softmax of Llama
 WIDE = ("fp32", "fp64")
 """The formats that arithmetic is done in."""
 
@@ -61,8 +62,8 @@ class Policy:
     """A named table of rows. A key with a dot is more specific: `linear.dw` is used if listed, else `linear`, else `*`.
 
     A linear layer has three products, `linear.y`, `linear.dx` and `linear.dw`, and `linear.db` for the bias; attention has
-    `attention.scores`, `attention.scale`, `attention.softmax` and `attention.values`. A place before a colon makes a row for
-    one layer: `lm_head:linear`.
+    `attention.scores`, `attention.scale`, `attention.softmax` and `attention.values`, and for the softmax of grouped attention
+    `attention.wide_softmax`. A place before a colon makes a row for one layer: `lm_head:linear`.
 
     fused_attention: whether attention runs as `nn/fused_attention.py` computes it, not operation by operation.
     Errors: ValueError for a table without `*`, an unknown operation, format, scheme or accumulator, and for a scheme or an
@@ -99,11 +100,11 @@ class Policy:
         """Return the name of the operation that computes `name` at a place: usually itself.
 
         It is `quantized_linear` for a linear layer of which a product quantizes or sums in fewer bits, and `fused_attention`
-        for attention where the policy says so.
+        or `fused_grouped_attention` for attention where the policy says so.
         """
         if name == "linear" and not all(self.row(product, place).in_formats for product in PRODUCTS):
             return "quantized_linear"
-        return "fused_attention" if name == "attention" and self.fused_attention else name
+        return f"fused_{name}" if self.fused_attention and name in ("attention", "grouped_attention") else name
 
     @property
     def in_formats(self) -> bool:
@@ -112,8 +113,8 @@ class Policy:
 
 
 def uniform(fmt: str, acc: str) -> Policy:
-    """Return a policy with every tensor in one format and sums in `acc`; the loss is computed and stored in `acc`."""
-    return Policy(fmt, {EVERY_OTHER: Precision(fmt, acc, fmt), "cross_entropy": Precision(acc, acc, acc)})
+    """Return a policy with every tensor in one format and sums in `acc`; WIDE_OPS are computed and stored in `acc`."""
+    return Policy(fmt, {EVERY_OTHER: Precision(fmt, acc, fmt), **dict.fromkeys(WIDE_OPS, Precision(acc, acc, acc))})
 
 
 def autocast_cuda(low: str) -> Policy:
@@ -130,6 +131,7 @@ def autocast_cuda(low: str) -> Policy:
             "attention.scores": product,
             "attention.values": product,
             "attention.softmax": high,
+            "attention.wide_softmax": high,
             "softmax": high,
             "layernorm": high,
             "rmsnorm": high,

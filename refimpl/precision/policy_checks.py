@@ -10,13 +10,13 @@ from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.quantization.registry import SCHEMES
 from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, SAME, WIDE, Precision
 
-PARTS = {"linear": ("y", "dx", "dw", "db"), "attention": ("scores", "scale", "softmax", "values")}
+PARTS = {"linear": ("y", "dx", "dw", "db"), "attention": ("scores", "scale", "softmax", "wide_softmax", "values")}
 """The parts of operations that look up rows of their own. The other operations have one row for everything."""
 
 ROWS = (
     *PARTS, *(f"{op}.{part}" for op, parts in PARTS.items() for part in parts),
-    "matmul", "layernorm", "rmsnorm", "softmax", "add", "fan_in", "relu", "silu", "gelu_tanh", "gelu_erf", "embedding",
-    "cross_entropy", "reshape", "transpose", "split", "cast", EVERY_OTHER,
+    "matmul", "rope", "layernorm", "rmsnorm", "llama_rmsnorm", "softmax", "add", "fan_in", "relu", "silu", "swiglu",
+    "gelu_tanh", "gelu_erf", "embedding", "cross_entropy", "reshape", "transpose", "split", "cast", EVERY_OTHER,
 )  # fmt: skip
 """The keys of a policy, without a place: the operations of `nn/ops.py`, which no module of this package may import, their
 parts, and the row of all others. An operation of your own has that last row, or the one that its `Op.key` names."""

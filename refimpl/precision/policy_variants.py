@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, Policy, Precision, uniform
+from refimpl.precision.policy import EVERY_OTHER, PRODUCTS, WIDE_OPS, Policy, Precision, uniform
 
 ATTENTION = ("unfused", "fused", "math")
 """Ways to compute attention: operation by operation in the policy's own rows, or as `with_attention` describes."""
@@ -26,7 +26,7 @@ def with_attention(policy: Policy, kind: str) -> Policy:
         scores, values = inside, Precision(acc, acc, low)
     else:
         scores, values = Precision(low, acc, acc), Precision(low, acc, low)
-    rows = {"scores": scores, "scale": inside, "softmax": inside, "values": values}
+    rows = {"scores": scores, "scale": inside, "softmax": inside, "wide_softmax": inside, "values": values}
     named = {f"attention.{part}": row for part, row in rows.items()}
     return Policy(f"{policy.name}, {kind} attention", {**policy.rows, **named}, fused_attention=kind == "fused")
 
@@ -57,7 +57,7 @@ def low_products(
             "linear.dw": Precision({"dy": dy_dw, "x": x_dw}, acc, "bf16"),
             "linear.db": Precision("bf16", "fp32", "bf16"),
             "lm_head:linear": Precision("bf16", "fp32", "bf16"),
-            "cross_entropy": Precision("fp32", "fp32", "fp32"),
+            **dict.fromkeys(WIDE_OPS, Precision("fp32", "fp32", "fp32")),
             EVERY_OTHER: Precision("bf16", "fp32", "bf16"),
         },
     )

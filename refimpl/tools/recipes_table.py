@@ -122,7 +122,7 @@ def applied_rows(recipe: Recipe) -> list[AppliedRow]:
     policy = recipe.policy
     places = sorted({key.partition(":")[0] for key in policy.rows if ":" in key})
     result = []
-    for op in [name for name in OPS if name not in (*MOVES, "cast")] + [fan_in.name]:
+    for op in dict.fromkeys([*(op.key for op in OPS.values() if op.name not in (*MOVES, "cast")), fan_in.key]):
         names = [f"{op}.{part}" for part in PARTS.get(op, ())] or [op]
         result += [AppliedRow(name, policy.row(name), policy.row_key(name)) for name in names]
         for place in places:

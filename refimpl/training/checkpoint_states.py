@@ -12,9 +12,8 @@ import numpy as np
 from refimpl.backends.base import Backend
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig, gpt_model
-from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model
+from refimpl.nn.models.registry import make_model
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast
 from refimpl.numerics.compensated import merge
@@ -98,8 +97,16 @@ _SIZE = Integer(1, 2**31 - 1)
 _NAMES = ("n_layer", "n_embd", "block_size", "vocab_size")
 SIZES = {
     "gpt": Table(dict.fromkeys((*_NAMES, "n_head"), _SIZE), {"bias": OneOf((False, True))}, closed=True),
+    "llama": Table(
+        {
+            **dict.fromkeys((*_NAMES, "n_head", "n_kv_head", "head_dim", "ffn_dim"), _SIZE),
+            **dict.fromkeys(("rope_theta", "norm_eps"), FINITE), "rope_scaling": Text(),
+            **dict.fromkeys(("qk_norm", "qkv_bias", "o_bias", "mlp_bias", "tied"), OneOf((False, True))),
+        },
+        closed=True,
+    ),
     "mlp": Table(dict.fromkeys(_NAMES, _SIZE), closed=True),
-}
+}  # fmt: skip
 MODEL_HEADER = Table({"model": OneOf(tuple(SIZES)), "sizes": Table(), "recipe": Text()})
 """The fields in every checkpoint's header: the model and the recipe of its weights."""
 
@@ -151,7 +158,7 @@ def model_of(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndar
     sizes = header["sizes"]
     if sizes["n_layer"] > len(arrays):  # before a table of 2^31 layers is built
         raise UsageError(f"{path} has a damaged header: {sizes['n_layer']} layers, and {len(arrays)} tensors")
-    model = gpt_model(GPTConfig(**sizes)) if header["model"] == "gpt" else mlp_model(MLPConfig(**sizes))
+    model = make_model(header["model"], sizes)
     for name, spec in model.parameters.items():
         array = arrays.get(f"weights.{name}")
         if array is None or array.shape != spec.shape:

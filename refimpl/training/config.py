@@ -15,9 +15,8 @@ from refimpl.distributed.zero import ShardedState
 from refimpl.errors import UsageError, unknown
 from refimpl.nn.checkpointing import CHECKPOINTING
 from refimpl.nn.loss import IGNORE_INDEX
-from refimpl.nn.models.gpt import GPTConfig, gpt_model
-from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import LOSS_MEANS, Model
+from refimpl.nn.models.registry import SIZES, make_model
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.quantization.scaling_state import ScalingState
 from refimpl.optim.adamw import AdamW
@@ -37,9 +36,20 @@ from refimpl.training.tokenizer import BYTES, load_tokenizer, refuse_smaller
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 2e-3, "steps": 800},
+    "llama": {
+        "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 2e-3, "steps": 800,
+        "rope_theta": 10000.0, "rope_scaling": "default", "norm_eps": 1e-5, "qk_norm": False, "qkv_bias": False,
+        "o_bias": False, "mlp_bias": False, "tied": True,
+    },
     "mlp": {"n_layer": 2, "n_head": 0, "n_embd": 64, "block_size": 16, "batch_size": 256, "lr": 2e-3, "steps": 1000},
-}
+}  # fmt: skip
 """The defaults of the settings that depend on the model."""
+
+LLAMA = (
+    "n_kv_head", "head_dim", "ffn_dim", "rope_theta", "rope_scaling", "norm_eps", "qk_norm", "qkv_bias", "o_bias", "mlp_bias",
+    "tied",
+)  # fmt: skip
+"""The sizes that only llama has."""
 
 Flags: TypeAlias = Mapping[str, Any]
 """The settings that are given, by flags of scripts/train.py or by a file, under the names of Config's fields. A setting that is
@@ -56,9 +66,9 @@ SCALER_SETTINGS = ("growth_factor", "backoff_factor", "scale_floor")
 class Config:
     """The settings of one run, complete and checked, with nanoGPT's names. `Config.of` makes one from the flags that are given.
 
-    A field without a default here has one that depends on others, as the comments say. None means: masters_from, as the recipe
-    says; hysteresis, growth_factor, backoff_factor, scale_floor, as the project of the loss scale has it, or none; zero, a run
-    by itself, not one of several ranks.
+    A field without a default here has one that depends on others, as the comments say. None means: a size, the model has none;
+    n_positions, as many as block_size; masters_from, as the recipe says; hysteresis, growth_factor, backoff_factor and
+    scale_floor, as the project of the loss scale has it, or none; zero, a run by itself, not one of several ranks.
     """
 
     model: str = "gpt"
@@ -75,6 +85,18 @@ class Config:
     n_embd: int
     vocab_size: int = 256  # the tokenizer's
     bias: bool = True
+    n_kv_head: int | None = None  # this and the next ten are llama's: MODEL_DEFAULTS, and `_resolve` for the first three
+    head_dim: int | None = None
+    ffn_dim: int | None = None
+    rope_theta: float | None = None
+    rope_scaling: str | None = None
+    norm_eps: float | None = None
+    qk_norm: bool | None = None
+    qkv_bias: bool | None = None
+    o_bias: bool | None = None
+    mlp_bias: bool | None = None
+    tied: bool | None = None
+    n_positions: int | None = None
     optimizer: str = "adamw"
     momentum: float = 0.9
     beta1: float = 0.9
@@ -121,7 +143,7 @@ class Config:
     def _check(self) -> None:
         least = {"steps": 1, "batch_size": 1, "block_size": 1, "n_layer": 1, "n_embd": 1, "grad_accum": 1, "eval_every": 1}
         least |= {"eval_batches": 1, "log_every": 1, "sample_bytes": 0, "warmup": 0, "seed": 0, "growth_interval": 1}
-        if self.model == "gpt":
+        if self.model != "mlp":
             least["n_head"] = 1
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -146,19 +168,29 @@ class Config:
         if self.examples == "lines" and self.tokenizer != BYTES.name:
             raise UsageError("--examples lines is for bytes, of which one ends a line: leave --tokenizer out")
         if self.examples == "lines" and self.model == "mlp":
-            raise UsageError("--examples lines is for --model gpt: the mlp has one target per block, its last byte")
+            raise UsageError("--examples lines is for --model gpt or llama: the mlp has one target per block, its last byte")
         if self.loss_mean not in LOSS_MEANS:
             raise UsageError(unknown("loss mean", self.loss_mean, LOSS_MEANS))
         if self.zero not in (None, 0, 1, 2, 3):
             raise UsageError(f"--zero is {self.zero}: it must be a ZeRO stage, 0, 1, 2 or 3")
         if self.zero is not None and self.mistake != "none":
             raise UsageError("--mistake works on one rank only: leave --zero out")
-        if self.model == "mlp" and not self.bias:
-            raise UsageError("--no-bias is for --model gpt: the mlp always has biases")
+        self._check_sizes()
         replace(self, n_layer=1).make_model()  # checks the sizes; with one layer, since --n-layer may be 10^9
         scale = float(self.make_loss_scale().scale)
         if scale < FORMATS["fp32"].smallest_normal:
             raise UsageError(f"the loss scale starts at {scale:g}: its inverse must be finite in FP32")
+
+    def _check_sizes(self) -> None:
+        if self.model != "gpt" and not self.bias:
+            what = "the mlp always has biases" if self.model == "mlp" else "llama has --qkv-bias, --o-bias and --mlp-bias"
+            raise UsageError(f"--no-bias is for --model gpt: {what}")
+        for name in LLAMA if self.model != "llama" else ():
+            if getattr(self, name) is not None:
+                raise UsageError(f"{flag(name)} is for --model llama: leave it out")
+        if self.n_positions is not None and (self.model == "mlp" or self.n_positions < self.block_size):
+            more = "is for --model gpt or llama" if self.model == "mlp" else f"is less than --block-size {self.block_size}"
+            raise UsageError(f"--n-positions {self.n_positions} {more}: leave it out")
 
     def _check_optimizer(self) -> None:
         if self.optimizer not in ("adamw", "sgd"):
@@ -182,11 +214,9 @@ class Config:
 
     def make_model(self) -> Model:
         """Return the model of these sizes."""
-        names, how = ("n_layer", "n_embd", "block_size", "vocab_size"), (self.ignore_index, self.loss_mean)
-        sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
-        if self.model == "mlp":
-            return mlp_model(MLPConfig(**sizes), *how)
-        return gpt_model(GPTConfig(n_head=self.n_head, bias=self.bias, **sizes), *how)
+        sizes = {f.name: getattr(self, f.name) for f in fields(SIZES[self.model])}
+        sizes["block_size"] = self.n_positions or self.block_size
+        return make_model(self.model, sizes, self.ignore_index, self.loss_mean)
 
     def make_corpus(self) -> Corpus:
         """Return the text of --data as tokens. Errors: UsageError, also for a vocabulary smaller than the tokenizer's."""
@@ -266,6 +296,11 @@ def _resolve(given: dict[str, Any]) -> dict[str, Any]:
     settings = {**MODEL_DEFAULTS[model], **given}
     if "vocab_size" not in settings:
         settings["vocab_size"] = load_tokenizer(settings.get("tokenizer", Config.tokenizer)).vocab_size
+    if model == "llama":
+        n_head, n_embd = settings["n_head"], settings["n_embd"]
+        settings.setdefault("n_kv_head", n_head if n_head % 2 else n_head // 2)
+        settings.setdefault("head_dim", n_embd // max(1, n_head))
+        settings.setdefault("ffn_dim", -(-n_embd * 8 // 24) * 8)  # 8/3 of the width, as Llama's, in whole multiples of 8
     constant = settings.get("schedule", Config.schedule) == "constant"
     settings.setdefault("min_lr", settings["lr"] / (1 if constant else 10))
     settings.setdefault("loss_scale", get_recipe(settings.get("recipe", Config.recipe)).loss_scale)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from refimpl.distributed.zero import per_rank
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig
-from refimpl.nn.models.mlp import MLPConfig
+from refimpl.nn.models.llama import LlamaConfig
+from refimpl.nn.models.registry import SIZES
 from refimpl.training.activation_memory import gpt_activations, mlp_activations, weight_copies
 
 if TYPE_CHECKING:
@@ -62,13 +63,13 @@ def need(config: Config, ranks: int = 1, on_machine: int = 1) -> Need:
         return Need(4 * n * on_machine, 0, 0)
     batch_size = max(1, config.batch_size // ranks)
     sizes = {**replace(config, n_layer=1).make_model().config, "n_layer": config.n_layer}
-    model: GPTConfig | MLPConfig
-    if config.model == "gpt":
-        model = gpt = GPTConfig(**sizes)
-        terms = gpt_activations(gpt, recipe, batch_size, config.block_size)
+    model = SIZES[config.model](**sizes)
+    if isinstance(model, LlamaConfig):  # its states alone
+        return Need(states * on_machine, 0, 0)
+    if isinstance(model, GPTConfig):
+        terms = gpt_activations(model, recipe, batch_size, config.block_size)
     else:
-        model = mlp = MLPConfig(**sizes)
-        terms = mlp_activations(mlp, recipe, batch_size)
+        terms = mlp_activations(model, recipe, batch_size)
     activations = sum(term.nbytes for term in terms)
     logits = sum(term.nbytes for term in terms if term.name == "logits")
     copies = sum(term.nbytes for term in weight_copies(model, recipe))

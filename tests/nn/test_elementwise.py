@@ -25,6 +25,7 @@ CALLS = [
     Call("add", "b lacks two axes", (r(2, 3, 4), r(4))),
     Call("relu", "3-D", (away_from_zero(r(2, 3, 4)),)),
     Call("silu", "3-D", (r(2, 3, 4),)),
+    Call("swiglu", "3-D", (r(2, 3, 4), r(2, 3, 4))),
     Call("gelu_tanh", "3-D", (r(2, 3, 4),)),
     Call("gelu_erf", "3-D", (r(2, 3, 4),)),
 ]
@@ -174,7 +175,7 @@ def test_subnormals_are_numbers(fmt: str) -> None:
 
 
 @pytest.mark.usefixtures("torch")
-@pytest.mark.parametrize("case", [*cases_of("add", "relu", "silu", "gelu_tanh", "gelu_erf")], ids=str)
+@pytest.mark.parametrize("case", [*cases_of("add", "relu", "silu", "swiglu", "gelu_tanh", "gelu_erf")], ids=str)
 def test_as_pytorch(case: Case) -> None:
     check(case)
 

@@ -12,7 +12,7 @@ import pytest
 from arrays import AMP, DTYPE, LOW, Array, array, same_bits, wide
 from autocast_lists import FP32_ON_CPU, FP32_ON_CUDA, LOW_PRECISION
 from bounds import possible
-from op_calls import SHAPES, UNIFORM, Shapes, bound, rounded_once, run, same
+from op_calls import SHAPES, UNIFORM, Shapes, bound, is_data, rounded_once, run, same
 from torch_cases import CASES, COUNTERPARTS, RECIPES, REPORT, reference
 
 from refimpl.nn.ops import OPS
@@ -35,15 +35,16 @@ def test_uniform_recipes_keep_every_tensor_in_their_format(op: str, fmt: str) ->
     y, gradients = run(fmt, op, inputs, params, **static)
     assert y.dtype == (np.float32 if op == "cross_entropy" else DTYPE[fmt])  # the loss is FP32 in every recipe
     for x, dx in zip(inputs + params, gradients, strict=True):
-        if x.dtype == np.int64:
+        if is_data(x):
             assert dx is None
         else:
             assert dx.dtype == DTYPE[fmt] and dx.shape == x.shape
 
 
 # Of torch.autocast on FP32 inputs. Products are low in both lists; normalization, softmax and losses come out FP32 in
-# both: on CUDA since they are in the FP32 list, on CPU since they keep the format of the input.
-LOW_FROM_FP32 = {*LOW_PRECISION, "attention", "cast"}
+# both: on CUDA since they are in the FP32 list, on CPU since they keep the format of the input. (RoPE's angles and
+# the weight of Llama's norm are FP32, and so is what they are multiplied by.)
+LOW_FROM_FP32 = {*LOW_PRECISION, "attention", "grouped_attention", "cast"}
 
 # Of 16-bit inputs (with FP32 parameters): what the CUDA list takes to FP32 and the CPU list leaves as it is.
 CUDA_FP32_FROM_LOW = FP32_ON_CUDA - FP32_ON_CPU
@@ -59,11 +60,12 @@ def test_autocast_on_fp32_tensors(op: str, recipe: str) -> None:
     y, gradients = run(recipe, op, inputs, params, **static)
     assert y.dtype == (DTYPE[low] if op in LOW_FROM_FP32 else np.float32)
     for x, dx in zip(inputs + params, gradients, strict=True):
-        if x.dtype == np.int64:
+        if is_data(x):
             assert dx is None
             continue
         assert dx.dtype == np.float32 and dx.shape == x.shape
-        if op in LOW_FROM_FP32:  # the gradient of an operand has no more precision than its 16-bit copy had
+        summed = op == "grouped_attention" and x is not inputs[0]  # FP32 sums of a group's gradients, which are rounded
+        if op in LOW_FROM_FP32 and not summed:  # the gradient of an operand has no more precision than its 16-bit copy had
             assert same(dx, rounded_once(dx, low))
 
 
@@ -74,10 +76,10 @@ def test_autocast_on_16_bit_activations(op: str, recipe: str) -> None:
     inputs, _, static = SHAPES[op].draw(low)
     _, params, _ = SHAPES[op].draw("fp32")
     y, gradients = run(recipe, op, inputs, params, **static)
-    takes_up = op == "cross_entropy" or (op in CUDA_FP32_FROM_LOW and not recipe.endswith("cpu"))
+    takes_up = op in ("cross_entropy", "rope", "llama_rmsnorm") or (op in CUDA_FP32_FROM_LOW and not recipe.endswith("cpu"))
     assert y.dtype == (np.float32 if takes_up else DTYPE[low])
     for x, dx in zip(inputs + params, gradients, strict=True):
-        assert dx is None if x.dtype == np.int64 else (dx.dtype == x.dtype and dx.shape == x.shape)
+        assert dx is None if is_data(x) else (dx.dtype == x.dtype and dx.shape == x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------- no rows
@@ -188,7 +190,7 @@ def test_operations_do_not_write_to_their_operands(op: str, recipe: str) -> None
 
 
 def test_every_operation_has_a_counterpart_in_pytorch() -> None:
-    assert {*COUNTERPARTS, "attention", "cast"} == set(OPS)
+    assert {*COUNTERPARTS, "attention", "grouped_attention", "cast"} == set(OPS)
 
 
 def test_every_recipe_is_covered() -> None:

@@ -20,6 +20,8 @@ CALLS = [
     Call("layernorm", "3-D without bias", (r(2, 3, 8),), (r(8), None)),
     Call("layernorm", "1-D with bias", (r(8),), (r(8), r(8))),
     Call("rmsnorm", "3-D", (r(2, 3, 8),), (r(8),)),
+    Call("llama_rmsnorm", "3-D", (r(2, 3, 8),), (r(8),)),
+    Call("llama_rmsnorm", "two heads", (r(2, 3, 8),), (r(4),)),
 ]
 
 
@@ -127,6 +129,6 @@ def test_subnormals_are_divided_by_eps_and_not_by_zero(fmt: str) -> None:
 
 
 @pytest.mark.usefixtures("torch")
-@pytest.mark.parametrize("case", [*cases_of("layernorm", "rmsnorm")], ids=str)
+@pytest.mark.parametrize("case", [*cases_of("layernorm", "rmsnorm", "llama_rmsnorm")], ids=str)
 def test_as_pytorch(case: Case) -> None:
     check(case)

@@ -35,7 +35,7 @@ from refimpl.numerics.quantization.registry import SCHEMES, quantize_operand, ro
 from refimpl.numerics.quantization.rotation import random_signs, rotate
 from refimpl.numerics.quantization.scaling_state import ScalingState
 from refimpl.precision.context import OpPrecision, Run
-from refimpl.precision.policy import EVERY_OTHER, Policy, Precision, uniform
+from refimpl.precision.policy import EVERY_OTHER, WIDE_OPS, Policy, Precision, uniform
 from refimpl.precision.policy_variants import low_products, with_sums
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import forward_backward
@@ -839,7 +839,8 @@ def test_rows_are_as_their_sources_say(name: str) -> None:
     bf16 = Precision("bf16", "fp32", "bf16")
     assert RECIPES[name].policy.rows == {
         "linear.y": Precision(y, acc, "bf16"), "linear.dx": Precision(dx, acc, "bf16"), "linear.dw": Precision(dw, acc, "bf16"),
-        "linear.db": bf16, "lm_head:linear": bf16, "cross_entropy": Precision("fp32", "fp32", "fp32"), EVERY_OTHER: bf16,
+        "linear.db": bf16, "lm_head:linear": bf16, EVERY_OTHER: bf16,
+        **dict.fromkeys(WIDE_OPS, Precision("fp32", "fp32", "fp32")),
     }  # fmt: skip
 
 

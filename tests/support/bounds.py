@@ -216,7 +216,7 @@ def assert_agrees(ours: Array, theirs: Array, exact: Near, fmt: str, name: str =
 
 def ours(policy: Policy, op: str, operands: list[Array], dy: Array, **static: Any) -> tuple[Array, list[Array]]:
     """The definition of an operation, or inside of `fast_versions` what the NumPy backend runs in its place."""
-    version, p = backend().ops.get(op, OPS[op]), Run(policy, backend()).precision(op, "here")
+    version, p = backend().ops.get(op, OPS[op]), Run(policy, backend()).precision(OPS[op].key, "here")
     params = operands if op == "cast" else operands[len(operands) - len(version.params) :]
     y, saved = version.forward(*operands, p=p, **static)
     return y, list(version.backward(dy, saved, *params, p=p, **static))
@@ -265,6 +265,27 @@ def silu_near(x: Near, dy: Near) -> list[Near]:
     return [x / (1 + (-x).exp()), dy * s * (1 + x * (1 - s))]
 
 
+def swiglu_near(gate: Near, up: Near, dy: Near, fmt: str) -> list[Near]:
+    """silu(gate) is stored in `fmt` before the product, and so is its gradient."""
+    silu = stored(silu_near(gate, dy)[0], fmt)
+    ds = stored(dy * up, fmt)
+    return [silu * up, silu_near(gate, ds)[1], dy * silu]
+
+
+def rope_near(x: Near, cos: Near, sin: Near, dy: Near, fmt: str, grad_fmt: str) -> list[Near]:
+    """Both products are stored in `fmt` before they are added, backward in the format of x, `grad_fmt`."""
+    c, s = (near(np.tile(rounded(t.value, fmt), 2)[:, None]) for t in (cos, sin))
+
+    def rotated(z: Near, sign: int, fmt: str) -> Near:
+        heads = z.value.reshape(*z.value.shape[:-1], -1, c.value.shape[-1])
+        a, b = np.split(heads, 2, -1)
+        turned = np.concatenate([-sign * b, sign * a], -1)
+        y = stored(near(heads) * c, fmt) + stored(near(turned) * s, fmt)
+        return Near(y.value.reshape(z.value.shape), y.err.reshape(z.value.shape))
+
+    return [rotated(x, 1, fmt), rotated(dy, -1, grad_fmt)]
+
+
 def gelu_tanh_near(x: Near, dy: Near) -> list[Near]:
     # Constants are rounded to fp32 before they are used: one more U, which the multiplication by 1 adds.
     beta, kappa = Near(np.float64(math.sqrt(2 / math.pi))) * 1, Near(np.float64(0.044715)) * 1
@@ -307,6 +328,17 @@ def rmsnorm_near(x: Near, w: Near, dy: Near) -> list[Near]:
     # PyTorch differentiates operation by operation: dh rrms - x rrms^3 mean(dh x).
     other = dh * rrms - x * (rrms * rrms * rrms * (dh * x).sum(-1, keepdims=True) * (1 / x.value.shape[-1]))
     return [h * w, dx.worse_of(other), (dy * h).sum(0)]
+
+
+def llama_rmsnorm_near(x: Near, w: Near, dy: Near, fmt: str, grad_fmt: str) -> list[Near]:
+    """The normalized values are stored in the format of x, `grad_fmt`, and so is their gradient; dy w and dy n in `fmt`."""
+    rrms = ((x * x).mean() + 1e-5).rsqrt()
+    h = x * rrms
+    n, dn = stored(h, grad_fmt), stored(dy * w, grad_fmt)
+    dx = rrms * (dn - h * (dn * h).mean())
+    # PyTorch differentiates operation by operation: dn rrms - x rrms^3 mean(dn x).
+    other = dn * rrms - x * (rrms * rrms * rrms * (dn * x).sum(-1, keepdims=True) * (1 / x.value.shape[-1]))
+    return [n * w, dx.worse_of(other), stored(dy * n, fmt).sum(0)]
 
 
 def softmax_of(z: Near) -> Near:

@@ -11,6 +11,7 @@ from arrays import DTYPE, Array, array, wide
 
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.ops import OPS
+from refimpl.nn.rope_scaling import RopeScaling, rotation
 from refimpl.precision.context import Monitor, OpPrecision, Run
 from refimpl.precision.recipes import get_recipe
 
@@ -24,7 +25,8 @@ TINY = {"fp16": 2.0**-24, "bf16": 2.0**-133, "fp32": 2.0**-149}  # the smallest 
 
 
 def bound(recipe: str, op: str, monitor: Monitor | None = None) -> OpPrecision:
-    return Run(get_recipe(recipe).policy, NUMPY, monitor).precision(op, "here")
+    key = OPS[op].key if op in OPS else op
+    return Run(get_recipe(recipe).policy, NUMPY, monitor).precision(key, "here")
 
 
 def rounded_once(x: Any, fmt: str) -> Array:
@@ -54,6 +56,8 @@ class Shapes:
         return inputs, params, self.static
 
 
+COS, SIN = rotation(100.0, 6, RopeScaling("default", {}), 0, 5)
+"""Of 5 positions and heads of width 6, in FP32: data, which an operation reads and does not differentiate."""
 TOKENS = np.array([[3, 0, 3], [6, 3, 0]])
 SHAPES = {
     case.op: case
@@ -61,13 +65,17 @@ SHAPES = {
         Shapes("linear", ((2, 3, 8),), ((5, 8), (5,))),
         Shapes("matmul", ((2, 3, 8), (2, 8, 4))),
         Shapes("attention", ((2, 5, 24),), static={"n_head": 2}),
+        Shapes("grouped_attention", ((2, 5, 24), (2, 5, 12), (2, 5, 12)), static={"n_head": 4, "n_kv_head": 2}),
+        Shapes("rope", ((2, 5, 24), COS, SIN)),
         Shapes("add", ((2, 3, 4), (3, 4))),
         Shapes("relu", ((3, 8),)),
         Shapes("silu", ((3, 8),)),
+        Shapes("swiglu", ((3, 8), (3, 8))),
         Shapes("gelu_tanh", ((3, 8),)),
         Shapes("gelu_erf", ((3, 8),)),
         Shapes("layernorm", ((2, 3, 8),), ((8,), (8,))),
         Shapes("rmsnorm", ((2, 3, 8),), ((8,),)),
+        Shapes("llama_rmsnorm", ((2, 3, 8),), ((4,),)),
         Shapes("softmax", ((3, 8),)),
         Shapes("embedding", (TOKENS,), ((7, 4),)),
         Shapes("cross_entropy", ((2, 3, 7), TOKENS)),
@@ -77,6 +85,11 @@ SHAPES = {
         Shapes("cast", (), ((3, 4),), {"fmt": "fp16"}),
     )
 }
+
+
+def is_data(x: Array) -> bool:
+    """Whether an operand has no gradient: tokens, cosines and sines."""
+    return x.dtype == np.int64 or x is COS or x is SIN
 
 
 def run(recipe: str, op: str, inputs: list[Array], params: list[Array | None], **static: Any) -> tuple[Array, list[Array]]:

@@ -40,18 +40,22 @@ from bounds import (
     gelu_tanh_near,
     layernorm_near,
     linear_near,
+    llama_rmsnorm_near,
     matmul_near,
     near,
     ours,
     relu_near,
     rmsnorm_near,
+    rope_near,
     silu_near,
     softmax_near,
     stored,
+    swiglu_near,
 )
 
 from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.ops import OPS, add, embedding, fan_in, linear
+from refimpl.nn.rope_scaling import RopeScaling, rotation
 from refimpl.precision.context import Run
 from refimpl.precision.policy import EVERY_OTHER, Policy, Precision
 from refimpl.precision.recipes import get_recipe
@@ -65,7 +69,7 @@ TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16} i
 
 RECIPES = [*FORMATS, *AMP]
 
-ELEMENTWISE = ["add", "relu", "silu", "gelu_tanh", "gelu_erf"]
+ELEMENTWISE = ["add", "relu", "silu", "swiglu", "rope", "gelu_tanh", "gelu_erf"]
 
 REPORT: list[tuple[str, str]] = []
 """What the comparisons of the running test found: (name of the result, text)."""
@@ -108,7 +112,7 @@ def tensor(x: Array, fmt: str | None = None) -> Any:
 
 def theirs(f: Callable[..., Any], operands: list[Array], dy: Array, fmt: str | None = None) -> tuple[Any, list[Any]]:
     """f on PyTorch tensors, and the gradients of the operands; fmt: on operands widened to it."""
-    leaves = [tensor(x, fmt).requires_grad_(x.dtype != np.int64) for x in operands]
+    leaves = [tensor(x, fmt).requires_grad_(not is_data(x)) for x in operands]
     y = f(*leaves)
     y.backward(tensor(np.asarray(dy), fmt))
     return y, [leaf.grad for leaf in leaves]
@@ -134,12 +138,31 @@ rng = np.random.default_rng(12)
 
 TOKENS, TARGETS = rng.integers(0, 20, 300), rng.integers(0, 50, 60)
 
+ANGLES = rotation(100.0, 12, RopeScaling("default", {}), 0, 50)
+
+
+def rotated(x: Any, cos: Any, sin: Any) -> Any:
+    """RoPE as transformers' Llama computes it: cos and sin in the format of the hidden states, FP32 under autocast."""
+    c, s = (torch.cat((t, t), -1)[:, None] for t in (cos, sin))
+    heads = x.unflatten(-1, (-1, 2 * cos.shape[-1]))
+    a, b = heads.chunk(2, -1)
+    return (heads * c + torch.cat((-b, a), -1) * s).flatten(-2)
+
+
+def llama_rmsnorm(x: Any, w: Any) -> Any:
+    """RMSNorm as transformers' Llama computes it."""
+    z = x.float()
+    return w * (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
 COUNTERPARTS = {
     "linear": Counterpart(((64, 32), (80, 32), (80,)), lambda x, w, b: F.linear(x, w, b), linear_near),
     "matmul": Counterpart(((2, 3, 32, 48), (2, 3, 48, 40)), lambda a, b: torch.matmul(a, b), matmul_near),
     "add": Counterpart(((50, 60), (60,)), lambda a, b: torch.add(a, b), add_near),
     "relu": Counterpart(((50, 60),), lambda x: torch.relu(x), relu_near),
     "silu": Counterpart(((50, 60),), lambda x: F.silu(x), silu_near),
+    "swiglu": Counterpart(((50, 60), (50, 60)), lambda g, u: F.silu(g) * u, swiglu_near),
+    "rope": Counterpart(((6, 50, 24), *ANGLES), lambda x, cos, sin: rotated(x, cos, sin), rope_near),
     "gelu_tanh": Counterpart(((50, 60),), lambda x: F.gelu(x, approximate="tanh"), gelu_tanh_near),
     "gelu_erf": Counterpart(((50, 60),), lambda x: F.gelu(x), gelu_erf_near),
     "layernorm": Counterpart(
@@ -148,6 +171,7 @@ COUNTERPARTS = {
     "rmsnorm": Counterpart(
         ((50, 100), (100,)), lambda x, w: F.rms_norm(x, (100,), w, eps=1e-5), rmsnorm_near, gradients_in_fp32=True
     ),
+    "llama_rmsnorm": Counterpart(((50, 100), (100,)), lambda x, w: llama_rmsnorm(x, w), llama_rmsnorm_near),
     "softmax": Counterpart(((50, 60),), lambda x: torch.softmax(x, -1), softmax_near),
     "embedding": Counterpart((TOKENS, (20, 16)), lambda t, w: F.embedding(t, w), embedding_near, gradients_in_fp32=True),
     "cross_entropy": Counterpart(((60, 50), TARGETS), lambda z, t: F.cross_entropy(z.float(), t), cross_entropy_near),
@@ -196,6 +220,11 @@ def low_of(recipe: str) -> str:
     return "bf16" if "bf16" in recipe else "fp16"
 
 
+def is_data(x: Array) -> bool:
+    """Whether an operand has no gradient: tokens, and the angles of RoPE."""
+    return x.dtype == np.int64 or any(x is table for table in ANGLES)
+
+
 def format_name(x: Any) -> str:
     """Of an array or a tensor."""
     return next(name for name in FORMATS if x.dtype in (DTYPE[name], TORCH[name]))
@@ -217,7 +246,7 @@ def with_casts(f: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
 def in_recipe(f: Callable[..., Any], op: str, recipe: str) -> Callable[..., Any]:
     """PyTorch's function by the op lists of the recipe."""
     if recipe in FORMATS:
-        return f
+        return with_casts(f, TORCH[recipe]) if op == "rope" else f  # cos and sin have the format of the model
     if recipe.endswith("-cpu"):
         return autocast(f, low_of(recipe))
     if op in LOW_PRECISION:
@@ -235,7 +264,7 @@ def draw(case: Case) -> list[Array]:
     operands = [x if isinstance(x, np.ndarray) else rng.standard_normal(x) for x in COUNTERPARTS[case.op].operands]
     scaled = range(len(operands)) if case.op == "add" else [0]
     return [
-        x if x.dtype == np.int64 else array(x * case.scale if i in scaled else x, next(formats)) for i, x in enumerate(operands)
+        x if is_data(x) else array(x * case.scale if i in scaled else x, next(formats)) for i, x in enumerate(operands)
     ]
 
 
@@ -269,7 +298,9 @@ def reference(case: Case) -> Reference:
     if counterpart.formula is None:
         exact = [Near(x) for x in results]
     else:
-        exact = counterpart.formula(*seen, near(wide(dy)), **({"fmt": stored_in[0]} if case.op == "softmax" else {}))
+        formats = {"fmt": stored_in[0], "grad_fmt": stored_in[1]}
+        asked = formats.keys() & inspect.signature(counterpart.formula).parameters.keys()
+        exact = counterpart.formula(*seen, near(wide(dy)), **{name: formats[name] for name in asked})
     names = ["y", *(f"d{name}" for name, g in zip(operand_names(case.op), gradients, strict=False) if g is not None)]
     return Reference(
         operands,

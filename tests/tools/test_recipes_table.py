@@ -14,7 +14,7 @@ from op_calls import run as run_op
 
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
-from refimpl.nn.models import GPTConfig, MLPConfig, Model, gpt_model, mlp_model
+from refimpl.nn.models import GPTConfig, LlamaConfig, MLPConfig, Model, gpt_model, llama_model, mlp_model
 from refimpl.nn.ops import OPS
 from refimpl.numerics.bits import bit_string
 from refimpl.numerics.formats import FORMATS, digits, ulp
@@ -191,8 +191,15 @@ def test_an_unknown_recipe_lists_the_names() -> None:
 
 MODELS = {
     "gpt": gpt_model(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=4, vocab_size=32)),
+    "llama": llama_model(
+        LlamaConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=32, head_dim=16, ffn_dim=32, block_size=4, vocab_size=32)
+    ),
     "mlp": mlp_model(MLPConfig(n_layer=1, n_embd=16, block_size=4, vocab_size=32)),
 }
+
+
+NOT_LOOKED_UP = {"gpt": {"attention.wide_softmax"}, "llama": {"attention.softmax"}, "mlp": set[str]()}
+"""Rows of attention that only the attention of the other model reads."""
 
 
 class Lookups:
@@ -242,12 +249,13 @@ def test_every_row_of_a_training_step_is_printed(recipe: str, model: str, monkey
         assert (row.precision, row.key) == (policy.row(name, place), policy.row_key(name, place)), (name, place)
     # and of an operation that ran, nothing is printed that it does not look up
     ran = {name.partition(".")[0] for name, _ in names}
-    assert {name for name in printed if ":" not in name and name.partition(".")[0] in ran} == {name for name, _ in names}
+    expected = {name for name, _ in names} | NOT_LOOKED_UP[model]
+    assert {name for name in printed if ":" not in name and name.partition(".")[0] in ran} == expected
     casts = {place.rpartition(".")[2] for name, place in names if name == "cast"}  # 'lm_head.weight.fp16'
     assert casts == {row.precision.out for row in shared_casts(RECIPES[recipe])}
 
 
-def test_a_step_of_both_models_looks_up_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_the_models_look_up_what_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
     """A control: the records are not empty, nor is the comparison above."""
     lookups = Lookups(monkeypatch)
     for model in MODELS.values():
@@ -260,7 +268,8 @@ def test_a_step_of_both_models_looks_up_what_it_should(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("op", [op for op in SHAPES if op not in (*MOVES, "cast")])
 def test_the_rows_of_every_operation_are_printed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {row.name for row in applied_rows(RECIPES["amp-fp16"]) if row.name.partition(".")[0] == op}
+    rows = {row.name for row in applied_rows(RECIPES["amp-fp16"]) if row.name.partition(".")[0] == OPS[op].key}
+    rows -= {"attention": NOT_LOOKED_UP["gpt"], "grouped_attention": NOT_LOOKED_UP["llama"]}.get(op, set())
     lookups, (inputs, params, static) = Lookups(monkeypatch), SHAPES[op].draw("fp32")
     run_op("amp-fp16", op, inputs, params, **static)
     assert rows == {name for name, _ in lookups.names()}
@@ -294,7 +303,7 @@ def test_rows_of_every_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> 
     listed = [line.split()[0] for line in text.split("\n\n")[1].splitlines()[2:] if not line.startswith(" ")]
     assert listed == [row.name for row in applied_rows(recipe)]
     ops = {name.rpartition(":")[2].partition(".")[0] for name in listed}
-    assert ops | {*MOVES, "cast"} == {*OPS, "fan_in"}
+    assert ops | {*MOVES, "cast"} == {*(op.key for op in OPS.values()), "fan_in"}
 
 
 def test_rows_as_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,10 +45,11 @@ def _block(t: Tape, x: Value, n_head: int) -> Value:
     return t(add, "residual_2", x, h)                 # (B, T, C)
 
 
-def _logits(t: Tape, tokens: Array, config: GPTConfig) -> Value:
-    if tokens.shape[1] > config.block_size:  # on a device the lookup below would not fail
-        raise UsageError(f"{tokens.shape[1]} tokens per sequence are too many: the model has {config.block_size} positions")
-    positions = t.run.backend.xp.arange(tokens.shape[1])
+def _logits(t: Tape, tokens: Array, config: GPTConfig, start: int) -> Value:
+    stop = start + tokens.shape[1]
+    if stop > config.block_size:  # on a device the lookup below would not fail
+        raise UsageError(f"{stop} tokens per sequence are too many: the model has {config.block_size} positions")
+    positions = t.run.backend.xp.arange(start, stop)
     x = t(embedding, "transformer.wte", tokens)       # (B, T, C)
     e = t(embedding, "transformer.wpe", positions)    # (T, C)
     x = t(add, "transformer.embedding", x, e)         # (B, T, C)
@@ -94,8 +95,8 @@ def gpt_model(config: GPTConfig, ignore_index: int = IGNORE_INDEX, loss_mean: st
     Source: Radford et al. 2019; initialization and names as in nanoGPT.
     """
 
-    def logits(t: Tape, tokens: Array) -> Value:
-        return _logits(t, tokens, config)
+    def logits(t: Tape, tokens: Array, start: int = 0) -> Value:
+        return _logits(t, tokens, config, start)
 
     def loss(t: Tape, tokens: Array, targets: Array) -> Value:
         return t(cross_entropy, "loss", logits(t, tokens), targets, ignore_index=ignore_index)

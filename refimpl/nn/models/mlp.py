@@ -57,7 +57,7 @@ def mlp_model(config: MLPConfig, ignore_index: int = IGNORE_INDEX, loss_mean: st
     Source: Bengio et al. 2003, 'A neural probabilistic language model', with ReLU for tanh (He et al. 2015).
     """
 
-    def logits(t: Tape, tokens: Array) -> Value:
+    def logits(t: Tape, tokens: Array, start: int = 0) -> Value:
         return _logits(t, tokens, config)
 
     def predicted(targets: Array) -> Array:

@@ -54,7 +54,8 @@ class Model:
     """A model, without its weights.
 
     parameters: name -> Parameter, in state_dict order. tied: second name of a parameter -> its first.
-    logits(t, tokens) -> logits of the next byte; loss(t, tokens, targets) -> the mean loss. Neither casts anything.
+    logits(t, tokens, start=0) -> logits of the next token, start: the position of the first token; loss(t, tokens, targets) ->
+    the mean loss. Neither casts anything.
     predicted(targets) -> the targets that enter the loss. ignore_index: the target that does not count.
     loss_mean: the loss of several micro-batches, one of LOSS_MEANS.
     """
@@ -63,7 +64,7 @@ class Model:
     config: Mapping[str, Any]
     parameters: Mapping[str, Parameter]
     tied: Mapping[str, str]
-    logits: Callable[[Tape, Array], Value]
+    logits: Callable[..., Value]
     loss: Callable[[Tape, Array, Array], Value]
     predicted: Callable[[Array], Array] = lambda targets: targets
     ignore_index: int = IGNORE_INDEX

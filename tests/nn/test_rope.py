@@ -1,0 +1,138 @@
+"""nn.rope and nn.rope_scaling: rotary position embedding, forward and backward, and its angles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from derivatives import Call, check_derivative, draw, forward, normal_numbers
+from op_calls import COS, SIN
+from torch_cases import Case, cases_of, check
+
+from refimpl.errors import UsageError
+from refimpl.nn.rope_scaling import RopeScaling, inverse_frequencies, rotation
+
+r = normal_numbers()
+DEFAULT = RopeScaling.parse("default")
+
+CALLS = [Call("rope", "four heads", (r(2, 5, 24), COS, SIN)), Call("rope", "one head", (r(2, 5, 6), COS, SIN))]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_backward_is_the_derivative_of_forward(call: Call) -> None:
+    check_derivative(call)
+
+
+def test_a_pair_is_a_complex_number_that_is_multiplied_by_the_angle() -> None:
+    x = draw(2, 5, 12)
+    heads = x.reshape(2, 5, 2, 2, 3)
+    turned = (heads[..., 0, :] + 1j * heads[..., 1, :]) * (COS + 1j * SIN)[:, None].astype(complex)
+    expected = np.stack([turned.real, turned.imag], -2).reshape(x.shape)
+    np.testing.assert_allclose(forward("rope", x, COS, SIN), expected, rtol=1e-12)
+
+
+def test_scores_depend_on_the_distance_of_two_positions_alone() -> None:
+    cos, sin = rotation(1e4, 16, DEFAULT, 0, 40)
+    q, k = (np.broadcast_to(draw(1, 1, 16, seed=seed), (1, 40, 16)) for seed in (1, 2))
+    q, k = forward("rope", q, cos, sin)[0], forward("rope", k, cos, sin)[0]
+    for distance in (0, 1, 17):
+        scores = np.sum(q[distance:] * k[: 40 - distance], -1)
+        np.testing.assert_allclose(scores, scores[0], rtol=0, atol=40 * 2**-23 * np.abs(q[0]).sum() * np.abs(k).max())
+
+
+@pytest.mark.parametrize("text", [
+    "default", "linear,factor=4", "dynamic,factor=2,original=2048", "llama3,factor=32,low=1,high=4,original=8192",
+    "yarn,factor=4,original=32768,beta_fast=32,beta_slow=1,attention_factor=0,truncate=1",
+])  # fmt: skip
+def test_the_text_of_a_scaling_is_read_and_written(text: str) -> None:
+    assert str(RopeScaling.parse(text)) == text
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("longrope", "unknown rope scaling 'longrope': choose one of default, linear, dynamic, llama3, yarn"),
+    ("linear", "rope scaling linear lacks factor: write linear,factor=..."),
+    ("linear,factor=x", "rope scaling linear,factor=x: factor is 'x', and must be a number"),
+    ("linear,factor=0", "rope scaling linear,factor=0: factor must be positive and finite"),
+    ("linear,factr=2", "unknown setting of rope scaling linear 'factr': choose one of factor; did you mean factor?"),
+    ("default,factor=2", "rope scaling default,factor=2: default has no settings"),
+])  # fmt: skip
+def test_a_wrong_scaling_is_refused(text: str, says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        RopeScaling.parse(text)
+    assert str(error.value) == says
+
+
+@pytest.mark.parametrize("position", [0, 255, 8191, 32767])
+def test_angles_are_those_of_fp64_but_for_the_rounding_of_the_frequency_and_of_the_angle(position: int) -> None:
+    exact = position * 1e5 ** (-np.arange(32) / 32)
+    cos, sin = rotation(1e5, 64, DEFAULT, position, position + 1)
+    # Roundings of a relative 2^-24: the power, the reciprocal and the angle (the exponents are exact); and the result's own.
+    bound = 3 * 2**-24 * exact + 2**-24
+    assert (np.abs(cos[0] - np.cos(exact)) <= bound).all() and (np.abs(sin[0] - np.sin(exact)) <= bound).all()
+
+
+def test_the_fast_frequencies_of_llama3_stay_and_the_slow_ones_are_divided() -> None:
+    plain = inverse_frequencies(5e5, 64, DEFAULT, 1)
+    scaled = inverse_frequencies(5e5, 64, RopeScaling.parse("llama3,factor=32"), 1)
+    turns = 8192 * plain / (2 * np.pi)
+    assert (scaled[turns > 4] == plain[turns > 4]).all() and (scaled[turns < 1] == plain[turns < 1] / 32).all()
+    between = (turns >= 1) & (turns <= 4)
+    assert between.any() and (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 32).all()
+
+
+def test_dynamic_changes_nothing_up_to_the_original_length() -> None:
+    scaling = RopeScaling.parse("dynamic,factor=2,original=128")
+    plain = inverse_frequencies(1e4, 32, DEFAULT, 1)
+    assert (inverse_frequencies(1e4, 32, scaling, 128) == plain).all()
+    longer = inverse_frequencies(1e4, 32, scaling, 256)
+    assert longer[0] == 1 and (longer[1:] < plain[1:]).all()
+
+
+def test_yarn_multiplies_cos_and_sin() -> None:
+    scaling = RopeScaling.parse("yarn,factor=4,original=32768")
+    cos, sin = rotation(1e6, 64, scaling, 0, 3)
+    np.testing.assert_allclose(cos**2 + sin**2, (0.1 * np.log(4) + 1) ** 2, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- PyTorch
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("case", [*cases_of("rope")], ids=str)
+def test_forward_and_backward_agree(case: Case) -> None:
+    check(case)
+
+
+HF = [
+    ("default", 1e5, 64, {"rope_type": "default"}),
+    ("default", 1e6, 128, {"rope_type": "default"}),
+    ("linear,factor=4", 1e5, 64, {"rope_type": "linear", "factor": 4.0}),
+    ("llama3,factor=32", 5e5, 64, {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}),
+    ("yarn,factor=4,original=32768", 1e6, 128, {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+    ("dynamic,factor=2,original=128", 1e4, 64, {"rope_type": "dynamic", "factor": 2.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "theta", "D", "parameters"), HF, ids=[case[0] for case in HF])
+def test_frequencies_are_those_of_transformers(text: str, theta: float, D: int, parameters: dict[str, object]) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_theta": theta, **parameters}
+    config = transformers.LlamaConfig(
+        hidden_size=2 * D, num_attention_heads=2, max_position_embeddings=128, rope_parameters=rope
+    )
+    kind = str(parameters["rope_type"])
+    for longest in (100, 300):
+        if kind == "default":
+            theirs, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+        else:
+            theirs, factor = ROPE_INIT_FUNCTIONS[kind](config, seq_len=longest)
+        scaling = RopeScaling.parse(text)
+        ours = inverse_frequencies(theta, D, scaling, longest)
+        assert factor == scaling.attention_factor and ours.dtype == np.float32
+        # PyTorch's FP32 powers err by up to an ulp; each further operation of a scaling rounds once more.
+        np.testing.assert_array_max_ulp(ours, theirs.numpy(), maxulp=2)
