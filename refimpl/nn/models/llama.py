@@ -86,7 +86,7 @@ def _logits(t: Tape, tokens: Array, config: LlamaConfig, start: int) -> Value:
     cos, sin = map(t.run.backend.from_host, angles)                           # (T, D/2)
     x = t(embedding, "model.embed_tokens", tokens)                            # (B, T, C)
     for i in range(config.n_layer):
-        with t.scope(f"model.layers.{i}"):
+        with t.block(f"model.layers.{i}"):
             x = _block(t, x, cos, sin, config)                                # (B, T, C)
     x = t(llama_rmsnorm, "model.norm", x, eps=config.norm_eps)                # (B, T, C)
     return t(linear, "lm_head", x)                                            # (B, T, V)
