@@ -97,11 +97,7 @@ class Policy:
         return EVERY_OTHER
 
     def operation(self, name: str, place: str) -> str:
-        """Return the name of the operation that computes `name` at a place: usually itself.
-
-        It is `quantized_linear` for a linear layer of which a product quantizes or sums in fewer bits, and `fused_attention`
-        or `fused_grouped_attention` for attention where the policy says so.
-        """
+        """Return the name of the operation that computes `name` at a place: itself, or one of `nn.ops.SELECTED`."""
         if name == "linear" and not all(self.row(product, place).in_formats for product in PRODUCTS):
             return "quantized_linear"
         return f"fused_{name}" if self.fused_attention and name in ("attention", "grouped_attention") else name
