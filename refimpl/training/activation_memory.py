@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,6 +57,11 @@ class Row:
     why: str
 
 
+def nbytes(terms: Iterable[Term]) -> int:
+    """Return the bytes of all terms."""
+    return sum(term.nbytes for term in terms)
+
+
 _Line = tuple[str, str, str, str, str]
 """A `Term` before its elements are counted: name, shape, format, place, note."""
 
@@ -85,6 +90,11 @@ class Flow:
     def __init__(self, recipe: Recipe) -> None:
         self.row, self.stored = recipe.policy.row, get_encoding(recipe.state["weights"]).fmt
         self.fused_attention = recipe.policy.fused_attention
+
+    @property
+    def stream(self) -> str:
+        """Return the format of the residual stream: in every recipe that of the first sum, of the two embeddings."""
+        return self.out("add", self.out("embedding", self.stored), self.out("embedding", self.stored))
 
     def cast(self, op: str, operand: str, x: str) -> str:
         """Return the format in which an operation reads an operand of format x."""
@@ -127,8 +137,7 @@ def gpt_activations(config: GPTConfig, recipe: Recipe, batch_size: int, block_si
     _check_sizes(batch_size, block_size, config.block_size)
     sizes = {"L": config.n_layer, "B": batch_size, "T": block_size, "C": config.n_embd, "H": config.n_head}
     f = Flow(recipe)
-    # The residual stream: in every recipe its format is that of the first sum, of the two embeddings.
-    x = f.out("add", f.out("embedding", f.stored), f.out("embedding", f.stored))
+    x = f.stream
     top = f.out("layernorm", x)
     lines: list[_Line] = [
         ("tokens", "B T", "int64", "transformer.wte", "the batch itself"),

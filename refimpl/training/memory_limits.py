@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from refimpl.distributed.zero import per_rank
 from refimpl.errors import UsageError
-from refimpl.nn.models.gpt import GPTConfig
 from refimpl.nn.models.llama import LlamaConfig
 from refimpl.nn.models.registry import SIZES
-from refimpl.training.activation_memory import gpt_activations, mlp_activations, weight_copies
+from refimpl.training.activation_memory import nbytes, weight_copies
+from refimpl.training.checkpointed_memory import largest, moments
 
 if TYPE_CHECKING:
     from refimpl.training.config import Config
@@ -35,17 +35,22 @@ TARGET_BYTES = 16
 
 @dataclass(frozen=True)
 class Need:
-    """The least bytes that a run needs on one machine. logits: included in the activations."""
+    """The least bytes that a run needs on one machine.
+
+    logits: included in the activations, 0 where these are largest after the logits have been freed. spared: what
+    `--checkpointing full` would spare of the activations.
+    """
 
     states: int
     activations: int
     logits: int
     copies: int = 0
     tables: int = 0
+    spared: int = 0
 
     @property
     def total(self) -> int:
-        """The sum of all but the logits, which are among the activations."""
+        """The sum of all but the logits, which are among the activations, and of what could be spared."""
         return self.states + self.activations + self.copies + self.tables
 
 
@@ -66,15 +71,13 @@ def need(config: Config, ranks: int = 1, on_machine: int = 1) -> Need:
     model = SIZES[config.model](**sizes)
     if isinstance(model, LlamaConfig):  # its states alone
         return Need(states * on_machine, 0, 0)
-    if isinstance(model, GPTConfig):
-        terms = gpt_activations(model, recipe, batch_size, config.block_size)
-    else:
-        terms = mlp_activations(model, recipe, batch_size)
-    activations = sum(term.nbytes for term in terms)
-    logits = sum(term.nbytes for term in terms if term.name == "logits")
-    copies = sum(term.nbytes for term in weight_copies(model, recipe))
+    sizes_of_batch = batch_size, config.block_size
+    stored = largest(moments(model, recipe, *sizes_of_batch, config.checkpointing))
+    activations, logits = nbytes(stored), nbytes([term for term in stored if term.name == "logits"])
+    spared = activations - nbytes(largest(moments(model, recipe, *sizes_of_batch, "full")))
+    copies = nbytes(weight_copies(model, recipe))
     batches = TARGET_BYTES * config.batch_size * config.block_size * config.grad_accum
-    each = (states, activations, logits, copies, TABLE_BYTES * config.steps + batches)
+    each = (states, activations, logits, copies, TABLE_BYTES * config.steps + batches, spared)
     return Need(*(size * on_machine for size in each))
 
 
@@ -84,14 +87,15 @@ def require_memory(needs: Sequence[Need], what: str = "this run") -> None:
     needs: those of runs whose states exist at the same time, but which compute one after another.
     """
     states = sum(one.states + one.tables for one in needs)
-    largest = max(needs, key=lambda one: one.total - one.states - one.tables)
-    total = states + largest.activations + largest.copies
+    most = max(needs, key=lambda one: one.total - one.states - one.tables)
+    total = states + most.activations + most.copies
     for limit, where in limits():
         if total > limit:
             raise UsageError(
                 f"{what} needs at least {total:,} bytes of memory: {_gib(states)} of model states, tables and batches, "
-                f"{_gib(largest.activations)} of activations, {_gib(largest.logits)} of these logits; but {where} "
-                f"{limit:,} ({_gib(limit)}): give a smaller model, --batch-size, --block-size, --grad-accum or --steps"
+                f"{_gib(most.activations)} of activations, {_gib(most.logits)} of these logits; but {where} "
+                f"{limit:,} ({_gib(limit)}): give {'--checkpointing full, or ' if total - most.spared <= limit else ''}"
+                f"a smaller model, --batch-size, --block-size, --grad-accum or --steps"
             )
 
 

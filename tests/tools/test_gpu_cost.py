@@ -43,7 +43,7 @@ from refimpl.tools.bench.gpu_cost import (
     step_calls,
     text,
 )
-from refimpl.tools.memory.measure import forward
+from refimpl.tools.memory.tape import forward
 from refimpl.training.activation_memory import gpt_activations
 from refimpl.training.config import Config
 from refimpl.training.setup import start

@@ -24,7 +24,8 @@ from refimpl.tools.memory.states import (
     published_activations,
     zero_table,
 )
-from refimpl.training.activation_memory import gpt_activations
+from refimpl.training.activation_memory import gpt_activations, nbytes
+from refimpl.training.checkpointed_memory import moments
 from refimpl.training.config import Config
 from refimpl.training.memory_limits import GIB
 
@@ -219,6 +220,19 @@ def test_full_checkpointing_makes_one_layer_again() -> None:
     assert again.nbytes == layer_bytes(PRESETS["gpt2-xl"], 1, 1024, "none") - layer_bytes(PRESETS["gpt2-xl"], 1, 1024, "full")
 
 
+@pytest.mark.parametrize(("n_embd", "vocab_size"), [(128, 256), (16, 50257)])
+def test_our_own_gpt_with_checkpointing_is_counted_at_the_larger_of_two_moments(n_embd: int, vocab_size: int) -> None:
+    """A block's activations in backward, or the logits after forward."""
+    sizes = {"n_embd": n_embd, "vocab_size": vocab_size}
+    choice = choose(model="gpt", sizes=sizes, recipe="fp16", batch_size=3, checkpointing="full")
+    both = [nbytes(terms) for terms in moments(GPTConfig(**sizes), get_recipe("fp16"), 3, 64, "full")]
+    assert sum(line.nbytes for line in own_gpt(choice)) == max(both)
+    assert (both[1] > both[0]) == (n_embd == 128)
+    more = next(line for line in own_gpt(choice) if line.group == "buffers")
+    assert f"{both[1]:,} bytes" in more.remark and "more in backward" in ledger_text(choice)
+    assert own_gpt(choose(model="gpt", checkpointing="selective")) == []  # ours cannot train so
+
+
 # -- the script --------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +295,8 @@ BAD = [
     (["--batch-size", "0"], "--batch-size is 0"),
     (["--preset", "gpt2-xl", "--block-size", "2000"], "--block-size is 2000: gpt2-xl takes 1 to 1024"),
     (["--preset", "gpt2-xl", "--checkpointing", "half"], "--checkpointing is 'half'"),
+    (["--model", "gpt", "--checkpointing", "half"], "--checkpointing is 'half'"),
+    (["--measure", "--checkpointing", "selective"], "unknown checkpointing 'selective': choose one of none, full"),
     (["--recipe", "fp7"], "unknown recipe 'fp7'"),
     (["--convention", "zero", "--recipe", "fp16"], "--convention and --recipe contradict"),
     (["--convention", "mine"], "unknown convention 'mine'"),

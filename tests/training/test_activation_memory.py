@@ -16,21 +16,36 @@ from refimpl.nn.models.mlp import MLPConfig
 from refimpl.numerics.formats import format_of, is_float
 from refimpl.precision.policy import Policy, Precision
 from refimpl.precision.recipes import RECIPES, Recipe, get_recipe
-from refimpl.tools.memory.measure import arrays_in, forward, tape_memory
-from refimpl.training.activation_memory import Term, against_paper, count, gpt_activations, mlp_activations, weight_copies
+from refimpl.step import Batch
+from refimpl.tools.memory.tape import arrays_in, computed_again, forward, tape_memory
+from refimpl.training.activation_memory import (
+    Term,
+    against_paper,
+    count,
+    gpt_activations,
+    mlp_activations,
+    nbytes,
+    weight_copies,
+)
+from refimpl.training.checkpointed_memory import moments
 from refimpl.training.config import Config
-from refimpl.training.setup import INIT, generator
+from refimpl.training.setup import INIT, Training, generator
 
 SIZES = [(1, 1, 8, 4, 1, 4), (2, 2, 16, 8, 3, 5), (3, 4, 32, 16, 2, 16)]  # n_layer, n_head, n_embd, block_size, B, T
 
 
-def tape_of(config: Config, T: int, policy: Policy | None = None) -> Any:
+def training_of(config: Config, T: int, policy: Policy | None = None) -> tuple[Training, Batch]:
+    """A run before its first step, and a batch of T tokens per sequence."""
     training = config.make_training(config.make_backend())
     training.run.policy = policy or training.run.policy
     training.state.load_weights(training.model.initial_weights(generator(0, INIT)))
     rng = np.random.default_rng(0)
     tokens, targets = (rng.integers(0, 256, (config.batch_size, T)) for _ in range(2))
-    return forward(training, (tokens, targets))
+    return training, (tokens, targets)
+
+
+def tape_of(config: Config, T: int, policy: Policy | None = None) -> Any:
+    return forward(*training_of(config, T, policy))
 
 
 def by_place(terms: list[Term]) -> dict[str, int]:
@@ -59,6 +74,21 @@ def test_what_the_tape_of_the_mlp_holds(recipe: str, L: int, C: int, block: int,
     activations, copies = tape_memory(tape_of(Config.of(given), block))
     assert by_place(mlp_activations(MLPConfig(L, C, block), get_recipe(recipe), B)) == activations
     assert sum(term.nbytes for term in weight_copies(MLPConfig(L, C, block), get_recipe(recipe))) == copies
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_what_the_tape_of_the_gpt_holds_with_checkpointing(recipe: str, sizes: tuple[int, ...]) -> None:
+    """After forward, and in backward when the last block has been computed again."""
+    L, H, C, block, B, T = sizes
+    given = {"recipe": recipe, "n_layer": L, "n_head": H, "n_embd": C, "block_size": block, "batch_size": B}
+    training, batch = training_of(Config.of({**given, "checkpointing": "full"}), T)
+    tape = forward(training, batch)
+    after_forward, in_backward = map(by_place, moments(GPTConfig(L, H, C, block), get_recipe(recipe), B, T, "full"))
+    activations, copies = tape_memory(tape)
+    assert activations == after_forward
+    assert copies == nbytes(weight_copies(GPTConfig(L, H, C, block), get_recipe(recipe)))
+    assert computed_again(training, tape) == in_backward
 
 
 # Each term by the place that saves it, and where its arrays stand among those that the operation there saves.
@@ -128,6 +158,11 @@ def test_policies_of_no_recipe(name: str, model: str) -> None:
     activations, copies = tape_memory(tape_of(config, T, recipe.policy))
     assert by_place(terms) == activations
     assert sum(term.nbytes for term in weight_copies(sizes, recipe)) == copies
+    if model == "gpt":
+        training, batch = training_of(replace(config, checkpointing="full"), T, recipe.policy)
+        tape = forward(training, batch)
+        after_forward, in_backward = map(by_place, moments(sizes, recipe, B, T, "full"))
+        assert tape_memory(tape)[0] == after_forward and computed_again(training, tape) == in_backward
 
 
 @pytest.mark.parametrize("recipe", ["fp64", "fp16", "amp-bf16"])

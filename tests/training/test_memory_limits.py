@@ -20,11 +20,13 @@ from refimpl.training.setup import start
 GPT: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("recipe", ["fp16", "amp-bf16", "adam-8bit"])
-def test_what_is_needed_is_what_memory_py_predicts(recipe: str) -> None:
-    config = Config.of({**GPT, "recipe": recipe, "grad_accum": 2})
+def test_what_is_needed_is_what_memory_py_predicts(recipe: str, checkpointing: str) -> None:
+    config = Config.of({**GPT, "recipe": recipe, "grad_accum": 2, "checkpointing": checkpointing})
     sizes = {name: GPT[name] for name in ("n_layer", "n_head", "n_embd")}
-    told = ledger_data(choose(model="gpt", sizes=sizes, recipe=recipe, grad_accum=2, batch_size=4, block_size=8))
+    more: dict[str, Any] = {"grad_accum": 2, "batch_size": 4, "block_size": 8, "checkpointing": checkpointing}
+    told = ledger_data(choose(model="gpt", sizes=sizes, recipe=recipe, **more))
     found = need(config)
     assert found.total - found.tables == told["total_bytes"]
     assert found.logits == next(line["nbytes"] for line in told["own_activations"] if line["name"] == "logits")
@@ -81,6 +83,16 @@ def test_the_smallest_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
                 start(Config.of(GPT))
         else:
             start(Config.of(GPT))
+
+
+def test_what_checkpointing_would_spare_is_told_where_it_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, checkpointed = (need(Config.of({**GPT, "n_layer": 9, "checkpointing": how})) for how in ("none", "full"))
+    assert plain.total - plain.spared == checkpointed.total < plain.total and checkpointed.spared == 0
+    for limit, advice in ((checkpointed.total, "give --checkpointing full, or a"), (checkpointed.total - 1, "give a smaller")):
+        monkeypatch.setattr(memory_limits, "limits", lambda n=limit: [(n, "the limit is")])
+        with pytest.raises(UsageError, match=advice):
+            require_memory([plain])
+    assert need(Config.of({"model": "mlp"})).spared == 0
 
 
 def test_runs_that_are_there_together_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:

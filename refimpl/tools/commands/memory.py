@@ -7,6 +7,7 @@
     python scripts/memory.py --conventions                       6 to 20 bytes per parameter: what each project counts
     python scripts/memory.py --zero-table
     python scripts/memory.py --measure --recipe amp-fp16         trains a small model and measures its arrays
+    python scripts/memory.py --measure --checkpointing full
 """
 
 from refimpl.training.cli import main as run_program
@@ -58,7 +59,7 @@ def run(arguments: dict[str, Any]) -> int:
     if len(asked) > 1:
         raise UsageError(f"--{asked[0].replace('_', '-')} and --{asked[1].replace('_', '-')} exclude each other: give one")
     if asked == ["measure"]:
-        for name in ("params", "preset", "convention", "zero", "ranks", "checkpointing", "vocab_size"):
+        for name in ("params", "preset", "convention", "zero", "ranks", "vocab_size"):
             if name in arguments:
                 raise UsageError(f"--measure trains a model of this project: --{name.replace('_', '-')} does not apply")
         return measure_model(arguments, as_json)

@@ -1,7 +1,7 @@
 """Predicted and measured memory, for `scripts/memory.py --measure`.
 
 A model trains for a few steps on real text. Then the arrays of all model states are measured, and the memory of all arrays
-that the tape holds between forward and backward. The predictions are `Recipe.buffers` for the states, and
+that the tape holds between forward and backward: `tape.py`. The predictions are `Recipe.buffers` for the states, and
 `training/activation_memory.py`. Memory without a formula (the process, temporary buffers) is only measured.
 
 Bytes are those of arrays. Three 0-d numbers of a run (loss scale, its counter, the update count) are left out.
@@ -12,22 +12,21 @@ from __future__ import annotations
 import re
 import sys
 import tracemalloc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from refimpl.errors import UsageError
-from refimpl.nn.autograd import Tape
 from refimpl.nn.models.gpt import GPTConfig
 from refimpl.nn.models.mlp import MLPConfig
 from refimpl.nn.models.model import Model
 from refimpl.parity.trace import batches_of
 from refimpl.step import Batch
 from refimpl.tools.memory.report import paper_text
-from refimpl.training.activation_memory import Row, Term, against_paper, gpt_activations, mlp_activations, weight_copies
+from refimpl.tools.memory.tape import computed_again, forward, owned_bytes, tape_memory
+from refimpl.training.activation_memory import Row, Term, against_paper, nbytes, weight_copies
+from refimpl.training.checkpointed_memory import moments
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.setup import Training, start
@@ -91,7 +90,8 @@ def measure_run(config: Config) -> Measurement:
         training.step(batches)
     after = process_memory()
     sections = {"model states": state_lines(config, training), **tape_lines(config, training, steps[-1][0])}
-    measured = sum(line.measured for lines in sections.values() for line in lines)
+    held = {name: sum(line.measured for line in lines) for name, lines in sections.items()}
+    measured = held["model states"] + held["copies of weights"] + max(held["activations"], held.get(AGAIN, 0))
     traced = traced_peak(config, steps[-1])
     only = [
         ("peak memory of one step", traced, "arrays and Python objects of a second run, counted by tracemalloc"),
@@ -125,27 +125,40 @@ def state_lines(config: Config, training: Training) -> list[Line]:
 
 
 def tape_lines(config: Config, training: Training, batch: Batch) -> dict[str, list[Line]]:
-    """Return lines on the tape of one forward pass: activations by place, and copies of weights."""
-    activations, copies = tape_memory(forward(training, batch))
-    terms: dict[str, list[Term]] = {}
-    for term in predicted_activations(config):
-        terms.setdefault(term.place, []).append(term)
-    lines = []
-    for place in {**dict.fromkeys(terms), **activations}:
-        here = terms.get(place, [])
-        names = ", ".join(term.name for term in here) or f"{place}: not in the formula"
-        lines.append(Line(names, _formula(here), sum(term.nbytes for term in here), activations.get(place, 0)))
+    """Return lines on the tape of one micro-batch: activations by place after forward, and copies of weights.
+
+    With checkpointing, also the activations when backward has computed the last block again.
+    """
+    terms, tape = predicted_activations(config), forward(training, batch)
+    activations, copies = tape_memory(tape)
+    sections = {"activations": activation_lines(terms[0], activations)}
     predicted = weight_copies(sizes_of(config), config.make_recipe())
-    line = Line("16-bit weight copies", _formula(predicted), sum(term.nbytes for term in predicted), copies)
-    return {"activations": lines, "copies of weights": [line]}
+    sections["copies of weights"] = [Line("16-bit weight copies", _formula(predicted), nbytes(predicted), copies)]
+    if len(terms) > 1:
+        sections[AGAIN] = activation_lines(terms[1], computed_again(training, tape))
+    return sections
 
 
-def predicted_activations(config: Config) -> list[Term]:
-    """Return the terms of the formula for a run's activations."""
-    sizes, recipe = sizes_of(config), config.make_recipe()
-    if isinstance(sizes, GPTConfig):
-        return gpt_activations(sizes, recipe, config.batch_size, sizes.block_size)
-    return mlp_activations(sizes, recipe, config.batch_size)
+AGAIN = "activations in backward, when the last block has been computed again"
+
+
+def activation_lines(terms: Iterable[Term], measured: Mapping[str, int]) -> list[Line]:
+    """Return lines by place. measured: place -> bytes."""
+    predicted: dict[str, list[Term]] = {}
+    for term in terms:
+        predicted.setdefault(term.place, []).append(term)
+    lines = []
+    for place in {**dict.fromkeys(predicted), **measured}:
+        here = predicted.get(place, [])
+        names = ", ".join(term.name for term in here) or f"{place}: not in the formula"
+        lines.append(Line(names, _formula(here), nbytes(here), measured.get(place, 0)))
+    return lines
+
+
+def predicted_activations(config: Config) -> list[list[Term]]:
+    """Return the terms of the formula for a run's activations, at each moment."""
+    sizes = sizes_of(config)
+    return moments(sizes, config.make_recipe(), config.batch_size, sizes.block_size, config.checkpointing)
 
 
 def sizes_of(config: Config) -> GPTConfig | MLPConfig:
@@ -156,60 +169,6 @@ def sizes_of(config: Config) -> GPTConfig | MLPConfig:
 
 def _formula(terms: Sequence[Term]) -> str:
     return ", ".join(f"{term.shape} {term.fmt}" for term in terms) or "-"
-
-
-@np.errstate(all="ignore")
-def forward(training: Training, batch: Batch) -> Tape:
-    """Return the tape of one micro-batch between forward and backward, as in `step.forward_backward`."""
-    training.state.weights_down()
-    tape = Tape(training.run, training.state.weight_views, training.model.tied)
-    training.model.loss(tape, *batch)
-    return tape
-
-
-def tape_memory(tape: Tape) -> tuple[dict[str, int], int]:
-    """Return the memory that a tape keeps alive: bytes of activations by place, and bytes of copies of weights.
-
-    Memory that several entries share counts for the first of them; that of the weights themselves does not count.
-    The layers of a model are added up: 'transformer.h.0.ln_1' and those of other layers count as 'transformer.h.i.ln_1'.
-    """
-    seen = {id(owner(w)) for w in tape.parameters.weights.values()}
-    copies = owned_bytes((w.array for entry in tape.entries for w in entry.params if w and w.array is not None), seen)
-    activations: dict[str, int] = {}
-    for entry in tape.entries:
-        nbytes = owned_bytes(arrays_in(entry.saved), seen)
-        if nbytes:
-            place = re.sub(r"\bh\.\d+\.", "h.i.", entry.output.name)
-            activations[place] = activations.get(place, 0) + nbytes
-    return activations, copies
-
-
-def arrays_in(saved: Any) -> Iterator[np.ndarray]:
-    """Yield all arrays in the `saved` value of an operation: an array, or nested tuples that also hold shapes and names."""
-    if isinstance(saved, np.ndarray):
-        yield saved
-    elif isinstance(saved, Mapping):
-        yield from arrays_in(tuple(saved.values()))
-    elif isinstance(saved, tuple | list):
-        for part in saved:
-            yield from arrays_in(part)
-
-
-def owner(x: np.ndarray) -> np.ndarray:
-    """Return the array that owns the memory of `x`: `x` itself, or the array of which it is a view, which it keeps alive."""
-    while isinstance(x.base, np.ndarray):
-        x = x.base
-    return x
-
-
-def owned_bytes(arrays: Iterable[np.ndarray], seen: set[int]) -> int:
-    """Return the bytes of memory behind some arrays, without owners in `seen`, to which new owners are added."""
-    nbytes = 0
-    for x in map(owner, arrays):
-        if id(x) not in seen:
-            seen.add(id(x))
-            nbytes += x.nbytes
-    return nbytes
 
 
 def traced_peak(config: Config, batches: Sequence[Batch]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from refimpl.distributed.zero import COMMUNICATION, Bytes, per_rank
 from refimpl.errors import UsageError, unknown
+from refimpl.nn.checkpointing import CHECKPOINTING
 from refimpl.nn.models.gpt import GPTConfig
 from refimpl.precision.recipes import Recipe, get_recipe
 from refimpl.tools.memory.states import (
@@ -19,7 +20,8 @@ from refimpl.tools.memory.states import (
     published_activations,
     zero_table,
 )
-from refimpl.training.activation_memory import Row, against_paper, gpt_activations, weight_copies
+from refimpl.training.activation_memory import Row, against_paper, nbytes, weight_copies
+from refimpl.training.checkpointed_memory import moments
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.memory_limits import GIB
@@ -172,9 +174,9 @@ def _divided(kind: str, nbytes: int, choice: Choice) -> str:
 
 
 def _own_config(choice: Choice) -> GPTConfig | None:
-    """Return the configuration of this project's GPT if the choice is about it, without checkpointing; else None."""
+    """Return the configuration of this project's GPT if the choice is about it, as it can train; else None."""
     a = choice.model
-    if a is None or a.name != OWN or choice.checkpointing != "none":
+    if a is None or a.name != OWN or choice.checkpointing not in CHECKPOINTING:
         return None
     return GPTConfig(a.n_layer, a.n_head, a.n_embd, a.block_size, a.vocab_size)
 
@@ -184,8 +186,11 @@ def own_gpt(choice: Choice) -> list[Line]:
     config = _own_config(choice)
     if config is None or choice.recipe is None:
         return []
-    terms = gpt_activations(config, choice.recipe, choice.batch_size, choice.block_size)
+    terms, *later = moments(config, choice.recipe, choice.batch_size, choice.block_size, choice.checkpointing)
     lines = [Line("our GPT's tape", term.name, term.nbytes, f"{term.shape}, {term.fmt}") for term in terms]
+    for again in later:
+        remark = f"the last block is computed again: {nbytes(again):,} bytes with it, since what is above it has been freed"
+        lines.append(Line("buffers", "more in backward", max(0, nbytes(again) - nbytes(terms)), remark))
     return lines + [Line("buffers", t.name, t.nbytes, f"{t.shape}, {t.fmt}") for t in weight_copies(config, choice.recipe)]
 
 
