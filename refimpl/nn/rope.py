@@ -24,18 +24,18 @@ def rope_forward(x: Array, cos: Array, sin: Array, p: OpPrecision) -> tuple[Arra
         y_i = R(R(a cos) + R(-b sin))        y_{i + D/2} = R(R(b cos) + R(a sin))
 
     x (B, T, N D), of N heads; cos, sin (T, D/2), which the policy rounds to 16 bits where x has 16 -> y (B, T, N D).
+    Saved: cos and sin as they arrived, which all layers share.
     Source: Su et al. 2021, arXiv 2104.09864, section 3.4.2. PyTorch: transformers' `apply_rotary_pos_emb`.
     """
     a, b = head_halves(p.widen(p.cast(x, "x")), cos.shape[-1])
-    cos_c, sin_c = p.cast(cos, "cos"), p.cast(sin, "sin")
-    c, s = p.widen(cos_c)[:, None], p.widen(sin_c)[:, None]
+    c, s = p.widen(p.cast(cos, "cos"))[:, None], p.widen(p.cast(sin, "sin"))[:, None]
 
     def rotated(to_cos: Array, to_sin: Array) -> Array:
         by_cos, by_sin = p.round(to_cos * c, "x_cos", x, cos), p.round(to_sin * s, "x_sin", x, sin)
         return p.round(p.widen(by_cos) + p.widen(by_sin), "y", x, cos)
 
     y = p.xp.stack([rotated(a, -b), rotated(b, a)], axis=-2)
-    return y.reshape(x.shape), (cos_c, sin_c, format_of(x))
+    return y.reshape(x.shape), (cos, sin, format_of(x))
 
 
 def rope_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array, None, None]:
@@ -45,7 +45,7 @@ def rope_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array, None, N
     """
     cos, sin, x_format = saved
     d1, d2 = head_halves(p.widen(dy), cos.shape[-1])
-    c, s = p.widen(cos)[:, None], p.widen(sin)[:, None]
+    c, s = p.widen(p.cast(cos, "cos"))[:, None], p.widen(p.cast(sin, "sin"))[:, None]
 
     def rotated(to_cos: Array, to_sin: Array) -> Array:
         by_cos, by_sin = p.round_to(to_cos * c, x_format, "dy_cos"), p.round_to(to_sin * s, x_format, "dy_sin")
