@@ -125,8 +125,8 @@ class State(Exchange):
             source = self.backend.from_host(weights[name].reshape(-1)[elements])
             if rounded:
                 source = cast(source, self.formats["weights"])
-            wide = widen(source, self.math_format)
-            self.encodings[self.master_kind].start(self.parts(self.master_kind, place), wide)
+            self.encodings[self.master_kind].start(self.parts(self.master_kind, place), widen(source, self.math_format))
+            del source  # before the next one, which `weights` may read from a file only when it is asked for it
         self.weights_down()
 
     def weights_down(self) -> None:

@@ -88,15 +88,20 @@ def _model_for(weights: Mapping[str, np.ndarray], n_head: int) -> Model:
 
 
 def _refuse_hugging_face(weights: Mapping[str, np.ndarray]) -> None:
-    """Raise UsageError for Hugging Face's GPT-2, whose names differ by a prefix and whose linear layers are transposed."""
+    """Raise UsageError for Hugging Face's names: its GPT-2 has transposed layers, and shapes do not say all of a Llama."""
+    if any(name.endswith("embed_tokens.weight") for name in weights):
+        raise UsageError(
+            "these are Hugging Face's names of a Llama: give the folder of this file, with its config.json, to train.py "
+            "--init-from; it needs no import"
+        )
     layer = next((name for name in weights if name.removeprefix("transformer.") == "h.0.attn.c_attn.weight"), None)
     if layer is None:
         return
     transposed = len(shape := weights[layer].shape) == 2 and shape[1] == 3 * shape[0]
     if transposed or not layer.startswith("transformer."):
         raise UsageError(
-            "these are Hugging Face's GPT-2 names; its linear layers (Conv1D) are the transpose of nanoGPT's: load them with "
-            "nanoGPT's GPT.from_pretrained, save its state_dict with safetensors.torch.save_file, and import that file"
+            "these are Hugging Face's GPT-2 names, whose linear layers (Conv1D) are the transpose of nanoGPT's: give the "
+            "folder of this file, with its config.json, to train.py --init-from; it needs no import"
         )
 
 

@@ -247,7 +247,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if KEY not in metadata:
         raise UsageError(
             f"{path} is a safetensors file, but not a checkpoint of refimpl; the state_dict of a PyTorch model becomes one "
-            f"by `python scripts/convert.py import {path} start.safetensors`"
+            f"by `python scripts/convert.py import {path} start.safetensors`; of a Hugging Face model, give the folder"
         )
     header = parse_header(path, metadata[KEY])
     version = header.get("version")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 from refimpl.precision.state_encodings import BufferSpec, buffer_name, get_encoding
 from refimpl.training import checkpoint
+from refimpl.training.huggingface.config_json import is_hugging_face
+from refimpl.training.huggingface.weights import read_model
 from refimpl.training.schema import FINITE, Integer, OneOf, Real, Table, Text, check
 from refimpl.training.tokenizer import BYTES, Tokenizer, load_tokenizer
 from refimpl.training.tokenizer import FILE as TOKENIZER
@@ -203,6 +206,17 @@ def fp32_weights(path: Path, arrays: Mapping[str, np.ndarray], model: Model) -> 
     return weights
 
 
+class FirstWeights(NamedTuple):
+    """What a run may start from: a model, and its FP32 weights by name, which may be read from a file when they are asked for.
+
+    block_size: the length of the sequences that it was trained with, None where that is not known.
+    """
+
+    model: Model
+    weights: Mapping[str, np.ndarray]
+    block_size: int | None
+
+
 def load_initial_weights(path: Path, model: Model, state: State, rounded: bool = False) -> None:
     """Load the weights of a checkpoint of the same model, of any recipe: its masters, if it has any.
 
@@ -211,18 +225,26 @@ def load_initial_weights(path: Path, model: Model, state: State, rounded: bool =
     start_from(path, read_weights(path), model, state, rounded)
 
 
-def read_weights(path: Path) -> tuple[Model, dict[str, np.ndarray]]:
-    """Return the model of a checkpoint and its FP32 weights: its masters, if it has any. Errors: UsageError."""
+def read_weights(path: Path) -> FirstWeights:
+    """Return the model of a checkpoint or of a folder of Hugging Face, and its FP32 weights: its masters, if it has any.
+
+    A note on stderr says where a folder's model computes something else here. Errors: UsageError.
+    """
+    if is_hugging_face(path):
+        model, weights, notes = read_model(path)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        return FirstWeights(model, weights, None)
     arrays, header = checkpoint.load(path)
     model = model_of(path, header, arrays)
-    return model, fp32_weights(path, arrays, model)
+    block_size = header["config"].get("block_size") if isinstance(header.get("config"), dict) else None
+    known = type(block_size) is int and 1 <= block_size <= model.config["block_size"]
+    return FirstWeights(model, fp32_weights(path, arrays, model), block_size if known else model.config["block_size"])
 
 
-def start_from(
-    path: Path, read: tuple[Model, Mapping[str, np.ndarray]], model: Model, state: State, rounded: bool = False
-) -> None:
+def start_from(path: Path, read: FirstWeights, model: Model, state: State, rounded: bool = False) -> None:
     """Load what `read_weights` returned. Errors: UsageError that names each setting in which the two models differ."""
-    theirs, weights = read
+    theirs, weights = read.model, read.weights
     if theirs.name != model.name:
         raise UsageError(f"{path} is a {theirs.name}, this run's model is a {model.name}")
     if theirs.config != model.config:
@@ -237,8 +259,14 @@ def start_from(
 def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, State, Run]:
     """Return a checkpoint's model with its weights only, in the recipe's format: 2 bytes per parameter in 16 bits.
 
+    A folder of Hugging Face has no recipe: its model computes in FP32.
     Errors: UsageError if the file is damaged or does not match the model in its header.
     """
+    if is_hugging_face(path):
+        model, weights, _ = read_weights(path)
+        state = State(model, {"weights": "fp32"}, backend)
+        state.load_weights(weights)
+        return model, state, Run(get_recipe("fp32").policy, backend)
     arrays, header = checkpoint.load(path)
     model, recipe = model_of(path, header, arrays), get_recipe(header["recipe"])
     state = State(model, {"weights": get_encoding(recipe.state["weights"]).fmt}, backend)

@@ -23,9 +23,8 @@ from refimpl.distributed.mpi import launched, mpi_comm
 from refimpl.distributed.nccl import nccl_comm
 from refimpl.distributed.zero import exchanged
 from refimpl.errors import TrainingStopped, UsageError
-from refimpl.nn.models.model import Model
-from refimpl.training.checkpoint_states import read_weights, start_from, tokenizer_of
-from refimpl.training.config import Config, Flags
+from refimpl.training.checkpoint_states import FirstWeights, read_weights, start_from, tokenizer_of
+from refimpl.training.config import MODEL_DEFAULTS, Config, Flags
 from refimpl.training.console import printable
 from refimpl.training.evaluate import TextLoss
 from refimpl.training.metrics import plot_run, read_metrics
@@ -72,10 +71,11 @@ def train(
         if resume and init_from is not None:
             raise UsageError("--resume and --init-from contradict each other: a resumed run has its own weights")
         comm = mpi_comm() if launched()[1] > 1 else Serial()
-        first = None if init_from is None else (init_from, *read_weights(init_from))
+        first = None if init_from is None else (init_from, read_weights(init_from))
         if first is not None:  # sizes that are not given are taken from the file
             tokenizer = tokenizer_of(first[0], given.get("tokenizer")).name
-            given = {"model": first[1].name, **first[1].config, **given, "tokenizer": tokenizer}
+            own = {name: value for name, value in given.items() if value is not None}
+            given = {**sizes_of(*first, own), **own, "tokenizer": tokenizer}
         config, _ = prepare_folder(given, out, resume, overwrite)
         find_fault(config.mistake, faults)  # refuses an unknown one before there is a folder
         comm = comm_of_arrays(config, comm)
@@ -83,6 +83,24 @@ def train(
         with own_folder(config, out, comm, resume, overwrite) as folder, threadpool_limits(threads):
             trainer = Trainer(config, folder, comm, faults)
             return _resume(trainer) if resume else _begin(trainer, first)
+
+
+def sizes_of(path: Path, first: FirstWeights, given: Flags) -> dict[str, Any]:
+    """Return the settings of the model in a file. Training sequences may be shorter than its positions.
+
+    block_size, if it is not given, is that of the run that wrote the file; for a folder of Hugging Face it is the default.
+    Errors: UsageError for --model or --block-size that the file's model is not or cannot have.
+    """
+    name, sizes = first.model.name, dict(first.model.config)
+    if given.get("model", name) != name:
+        raise UsageError(f"{path} is a {name}, this run's model is a {given['model']}")
+    if name == "mlp":  # its first layer reads whole blocks
+        return {"model": name, **sizes}
+    positions = sizes.pop("block_size")
+    block_size = given.get("block_size") or first.block_size or min(positions, MODEL_DEFAULTS[name]["block_size"])
+    if block_size > positions:
+        raise UsageError(f"--block-size is {block_size}, but the model in {path} has {positions} positions: give at most that")
+    return {"model": name, **sizes, "block_size": block_size, "n_positions": positions if block_size < positions else None}
 
 
 def comm_of_arrays(config: Config, comm: Comm) -> Comm:
@@ -109,11 +127,11 @@ def only_rank_0_prints() -> Iterator[None]:
             raise type(error)(f"rank {rank}: {error}") from error
 
 
-def _begin(trainer: Trainer, first: tuple[Path, Model, dict[str, np.ndarray]] | None) -> int:
-    """Start a new run. first: the file with its first weights, the model in that file, and the weights."""
+def _begin(trainer: Trainer, first: tuple[Path, FirstWeights] | None) -> int:
+    """Start a new run. first: the file with its first weights, and what it holds."""
     config = trainer.config
     if first is not None:
-        start_from(first[0], first[1:], trainer.model, trainer.state, config.rounds_masters)
+        start_from(*first, trainer.model, trainer.state, config.rounds_masters)
     baselines = ngram_baselines(trainer.corpus)
     trainer.comm.barrier()  # until all ranks have read the folder as it was
     if trainer.writes:

@@ -63,9 +63,9 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Maybe:
-    """A value of another kind, or null."""
+    """A value of another kind, or null. Of a table the fields are not checked."""
 
-    kind: Integer | Real | Text | OneOf
+    kind: Integer | Real | Text | OneOf | Words | Table
 
     def wrong(self, value: Any) -> str | None:
         """Return None if the value is of this kind, else a description of the kind."""

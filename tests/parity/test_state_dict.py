@@ -184,7 +184,9 @@ def test_hugging_faces_gpt2_is_refused_by_name() -> None:
     for given in (weights, bare, plain, {**bare, "h.0.attn.bias": np.ones((1, 1, 5, 5))}):
         with pytest.raises(UsageError, match="Hugging Face's GPT-2 names"):
             from_state_dict(given, 3)
-    with pytest.raises(UsageError, match=r"neither a GPT .* it holds embed_tokens.weight"):
+    with pytest.raises(UsageError, match=r"neither a GPT .* it holds embedding.weight"):
+        from_state_dict({"model.embedding.weight": np.ones((4, 4), np.float32)}, 3)
+    with pytest.raises(UsageError, match="Hugging Face's names of a Llama: give the folder"):
         from_state_dict({"model.embed_tokens.weight": np.ones((4, 4), np.float32)}, 3)
 
 
@@ -262,7 +264,13 @@ def test_command_line(tmp_path: Path) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
 
-    assert "FP32" in call("export", "a", "b").stdout
-    assert "a gpt of" in call("import", "b", "c", "--n-head", "3").stdout
-    bad = call("import", "b", "d", "--n-head", "5")
-    assert bad.returncode == 2 and bad.stderr.startswith("error: n_embd 12")
+    assert "FP32" in call("export", "a", "b.safetensors").stdout
+    assert "a gpt of" in call("import", "b.safetensors", "c", "--n-head", "3").stdout
+    assert "GPT2LMHeadModel of 28 tensors in BF16" in call("export", "a", "folder", "--format", "bf16").stdout
+    assert "GPT2LMHeadModel of 28 tensors in FP32" in call("export", "folder", "again").stdout
+    for bad, message in (
+        (call("import", "b.safetensors", "d", "--n-head", "5"), "error: n_embd 12"),
+        (call("export", "a", "d.safetensors", "--format", "bf16"), "error: --format is for folders"),
+        (call("gguf", "a", "d"), "error: "),
+    ):
+        assert bad.returncode == 2 and bad.stderr.startswith(message) and bad.stderr.count("\n") == 1

@@ -1,0 +1,9 @@
+"""Folders of Hugging Face: config.json with safetensors files, in and out; GGUF files in.
+
+    config_json.py, rope_parameters.py   config.json <-> the name and sizes of a model, and its rotary positions
+    files.py                             one safetensors file or shards as arrays, mapped into memory
+    gguf.py, gguf_tokenizer.py           GGUF files of the llama architecture, and their tokenizer
+    export.py                            folders that transformers loads
+
+Neither torch nor transformers is needed; GGUF files take the package `gguf`.
+"""
