@@ -37,6 +37,7 @@ BLAS_TESTS = {
     for name in (
         "accumulators", "attention", "autograd", "by_hand", "checkpoint", "compare_recipes", "ddp", "elementwise", "embedding",
         "every_operation", "experiments", "fused_attention", "gradients", "ignored_targets", "inspect_precision",
+        "kv_cache",
         "linear", "loss", "mistakes", "models", "mpi", "norm", "numpy_table", "onnx", "opinfo", "optimizer", "policy",
         "published", "quantization", "quantized_linear", "recorded", "run", "same_bits", "shape", "softmax", "step",
         "checkpointed_runs", "checkpointing", "strict_backend", "threads", "trace", "trajectories", "zero",

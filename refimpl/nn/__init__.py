@@ -10,6 +10,7 @@
     rope_scaling.py the angles of rotary position embeddings
     quantized_linear.py, fused_attention.py
                     what a policy can select in place of linear and attention
+    kv_cache.py     attention that keeps keys and values, so that a text is continued token by token
     indices.py      checks of tokens and targets
     names.py        names of parameters in other programs, mapped to ours
     models/         GPT-2, Llama and an MLP, one line per operation

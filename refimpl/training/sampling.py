@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from refimpl.backends.numpy.threads import one_thread_per_product
 from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape
+from refimpl.nn.kv_cache import KVCache
 from refimpl.nn.models.model import Model
 from refimpl.numerics.casts import widen
 from refimpl.optim.state import State
@@ -55,15 +56,23 @@ class Choice:
 
 
 class Writer:
-    """A model that continues a prompt. It reads the last block_size tokens.
+    """A model that continues a prompt. It reads at most block_size tokens, the last ones of a longer prompt.
 
-    count: the number of tokens so far. why_ended: why there are no more, or ''.
+    Each token is read once, with a KV cache. When block_size tokens have been read, the last half of them is read again, as the
+    beginning of a text; then it goes on. An MLP and a model with dynamic RoPE read all of their last block_size tokens again
+    for each token.
+
+    count: the number of tokens so far. why_ended: why there are no more, or ''. slid: how often tokens were read again.
     """
 
     def __init__(self, model: Model, state: State, run: Run, tokenizer: Tokenizer, prompt: np.ndarray) -> None:
-        self.model, self.state, self.run, self.tokenizer = model, state, run.frozen(), tokenizer
+        self.model, self.state, self.tokenizer = model, state, tokenizer
         self.tokens: list[int] = prompt.tolist()
-        self.count, self.why_ended = 0, ""
+        self.count, self.why_ended, self.slid = 0, "", 0
+        self._cache = None if model.name == "mlp" or _is_dynamic(model) else KVCache()
+        more = self._cache.overrides if self._cache else {}
+        self.run = replace(run, overrides={**run.overrides, **more}).frozen()
+        self._unread = self.tokens[-model.config["block_size"] :]
 
     def text(
         self, n: int, rng: np.random.Generator, choice: Choice = Choice(), stopping: Callable[[], bool] = lambda: False
@@ -86,6 +95,7 @@ class Writer:
                 break
             token = choice.of(logits, rng.random())
             self.tokens.append(token)
+            self._unread.append(token)
             self.count += 1
             if token in self.tokenizer.ends:
                 self.why_ended = f"the text ended with token {token}, after which none follows"
@@ -97,12 +107,28 @@ class Writer:
     @one_thread_per_product()
     def _logits(self) -> np.ndarray:
         """Return the logits of the next token, in FP64."""
-        block = self.model.config["block_size"]
-        context = self.tokens[-block:]
-        if self.model.name == "mlp":  # it needs a full block
-            context = [START[0]] * (block - len(context)) + context
+        tokens, start = self._to_read()
         t = Tape(self.run, self.state.weight_views, self.model.tied, record=False)
-        logits = self.model.logits(t, self.run.backend.from_host(np.array([context]))).array
+        logits = self.model.logits(t, self.run.backend.from_host(np.array([tokens])), start).array
         last = logits.reshape(-1, logits.shape[-1])[-1, : self.tokenizer.vocab_size]
         values: np.ndarray = widen(self.run.backend.to_host(last), "fp64")
         return values
+
+    def _to_read(self) -> tuple[list[int], int]:
+        """Return the tokens to read before the next one, and the position of the first of them."""
+        block, cache = self.model.config["block_size"], self._cache
+        if cache is None:
+            last = self.tokens[-block:]
+            missing = block - len(last) if self.model.name == "mlp" else 0  # it needs a full block
+            return [START[0]] * missing + last, 0
+        if cache.length + len(self._unread) > block:
+            cache.clear()
+            self._unread = self.tokens[-max(1, block // 2) :]
+            self.slid += 1
+        tokens, self._unread = self._unread, []
+        return tokens, cache.length
+
+
+def _is_dynamic(model: Model) -> bool:
+    """Return whether the model's frequencies depend on the length of the text, so that keys cannot be kept."""
+    return str(model.config.get("rope_scaling", "")).startswith("dynamic")

@@ -88,50 +88,6 @@ def test_of_bytes_bits_per_byte_are_nats_over_ln_2() -> None:
     assert TextLoss(1.0, 1.5).described("byte") == "1.0000 nats per byte (1.5000 bits per byte)"
 
 
-# --------------------------------------------------------------------------------------------------------------- choice
-
-
-def test_the_most_likely_tokens_of_a_probability_are_chosen() -> None:
-    p = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
-    logits, u = np.log(p), (np.arange(2000) + 0.5) / 2000
-
-    def shares(choice: Choice) -> list[float]:
-        return (np.bincount([choice.of(logits, x) for x in u], minlength=5) / len(u)).tolist()
-
-    assert shares(Choice(1.0)) == pytest.approx(p, abs=1e-3)
-    assert shares(Choice(1.0, 0.69)) == pytest.approx([0, 4 / 7, 0, 3 / 7, 0], abs=1e-3)  # 0.4 + 0.3 reach it
-    assert shares(Choice(1.0, 0.71)) == pytest.approx([0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85], abs=1e-3)
-    assert shares(Choice(1.0, 0.1)) == shares(Choice(0.0)) == [0, 1, 0, 0, 0]
-    assert shares(Choice(0.5)) == pytest.approx(p**2 / (p**2).sum(), abs=1e-3)
-    assert shares(Choice(1e-300)) == [0, 1, 0, 0, 0]
-    ties = Choice(1.0, 0.5)
-    assert {ties.of(np.zeros(4), x) for x in u} == {0, 1}  # of equal ones, the first
-    assert Choice(1.0).of(np.array([0.0, -np.inf]), np.nextafter(1, 0)) == 0
-
-
-def test_top_p_keeps_the_tokens_that_transformers_keeps() -> None:
-    torch = pytest.importorskip("torch")
-    logits_process = pytest.importorskip("transformers").generation.logits_process
-    u = (np.arange(2000) + 0.5) / 2000
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        logits, top_p = rng.normal(size=12), float(rng.uniform(0.05, 0.98))
-        kept = logits_process.TopPLogitsWarper(top_p)(None, torch.tensor(logits)[None])[0]
-        chosen = {Choice(1.0, top_p).of(logits, x) for x in u}
-        likely = {i for i in torch.where(torch.isfinite(kept))[0].tolist() if torch.softmax(kept, 0)[i] > 1 / 1000}
-        assert likely <= chosen <= set(torch.where(torch.isfinite(kept))[0].tolist())
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [((-1.0, 1.0), "--temperature is -1.0"), ((math.nan, 1.0), "--temperature is nan"), ((1.0, 0.0), "--top-p is 0.0"),
-     ((1.0, 1.01), "--top-p is 1.01"), ((math.inf, 1.0), "--temperature is inf"), ((1.0, math.nan), "--top-p is nan")],
-)  # fmt: skip
-def test_choices_that_cannot_be_are_refused(choice: tuple[float, float], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        Choice(*choice)
-
-
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 

@@ -82,6 +82,9 @@ def _print_text(
     for piece in writer.text(n, rng, choice):
         print(printable(piece), end="", flush=True)
     print()
+    if writer.slid:
+        block = model.config["block_size"]
+        print(f"note: the model reads {block} {tokenizer.unit}s at most: of as many, the last half was kept", file=sys.stderr)
     if writer.why_ended:
         print(f"note: {writer.why_ended}", file=sys.stderr)
 
