@@ -221,13 +221,13 @@ def test_an_operation_without_a_kernel_computes_what_it_does_on_the_host_and_wai
 
     def results(backend: Backend) -> list[bytes]:
         arrays = [backend.from_host(x) for x in (*xs, *params)]
-        p = Run(RECIPES[recipe].policy, backend).precision(op, "here")
+        p = Run(RECIPES[recipe].policy, backend).precision(OPS[op].key, "here")
         counter.reset()
         with counter.no_sync():
             y, saved = OPS[op].forward(*arrays, p=p, **static)
             gradients = OPS[op].backward(y, saved, *arrays[len(xs) :], p=p, **static)
         assert (counter.h2d, counter.d2h, counter.syncs) == (0, 0, 0)
-        return [on_host(x).tobytes() for x in (y, *gradients)]
+        return [on_host(x).tobytes() for x in (y, *gradients) if x is not None]
 
     assert results(STRICT) == results(REFERENCE)
 

@@ -173,8 +173,12 @@ def _has_results(arrays: Mapping[str, Array], op: str, recipe: str) -> bool:
     return bool(of_recipe) and all(f"op.{op}.{case.name}.{name}" in arrays for case in of_recipe for name in names)
 
 
+NOT_RECORDED = {"rope", "llama_rmsnorm", "swiglu", "grouped_attention"}
+"""Operations of transformers' Llama, which are compared with PyTorch where it is installed."""
+
+
 def test_every_operation_and_every_recipe_is_in_the_file() -> None:
-    assert set(recorder.OPERATIONS) == set(OPS)
+    assert set(recorder.OPERATIONS) == set(OPS) - NOT_RECORDED
     assert missing(KEPT.arrays) == []
     fewer = {name: x for name, x in KEPT.arrays.items() if name not in ("op.matmul.amp-bf16.db", "run.mlp.bf16.loss")}
     assert missing(fewer) == ["matmul in amp-bf16", "matmul in amp-bf16-cpu", "run.mlp.bf16.loss"]
