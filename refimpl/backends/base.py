@@ -50,8 +50,8 @@ class Backend:
     def matmul(self, a: Array, b: Array, acc: str) -> Array:
         """Multiply a (..., M, K) and b (..., K, N) in the accumulation format `acc`: widen both, multiply, do not round.
 
-        Products of two FP16 values, and of two BF16 values unless they leave the range of FP32, are exact in FP32. So tensor
-        cores compute the same, except for the order and the rounding of their sums.
+        Leading axes of 1 are repeated. Products of two FP16 values, and of two BF16 values unless they leave the range of FP32,
+        are exact in FP32. So tensor cores compute the same, except for the order and the rounding of their sums.
         """
         return self.xp.matmul(self.widen(a, acc), self.widen(b, acc))
 

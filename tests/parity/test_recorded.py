@@ -159,7 +159,7 @@ RUN = ("loss", "loss_scale", "skipped", "grad_norm", "weights", "scaled", "m.crc
 
 def missing(arrays: Mapping[str, Array]) -> list[str]:
     """What the file should hold and does not: each operation in each recipe, and each run."""
-    found = [f"{op} in {recipe}" for op in OPS for recipe in RECIPES if not _has_results(arrays, op, recipe)]
+    found = [f"{op} in {recipe}" for op in recorder.OPERATIONS for recipe in RECIPES if not _has_results(arrays, op, recipe)]
     runs = [f"run.{model}.{recipe}.{key}" for model in recorder.RUNS for recipe in RECIPES for key in RUN]
     return found + [name for name in runs if name not in arrays]
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from refimpl.backends.base import Backend
 from refimpl.backends.cupy import cublas
 from refimpl.backends.cupy.launch import FORMATS, Kernels
@@ -43,6 +45,8 @@ class CupyBackend(Backend):
     def matmul(self, a: Array, b: Array, acc: str) -> Array:
         """Multiply as `Backend` does, but without widened copies of 16-bit operands."""
         if acc == "fp32" and format_of(a) == format_of(b) and format_of(a) in FORMATS:
+            batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # cuBLAS has one step per batch: what is repeated is copied
+            a, b = (self.xp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (a, b))
             return self.product(a, b, acc)
         return super().matmul(a, b, acc)
 
