@@ -7,6 +7,7 @@
     tokenizer.py, token_cache.py  bytes or a tokenizer.json: text as token ids and back; ids that are kept in a file
     evaluate.py, sampling.py  the loss of a model on a text; text that a model writes
     checkpoint.py, checkpoint_states.py         files that are never half-written; model states in and out of them
+    huggingface/              folders of Hugging Face, in and out; GGUF files in
     resume.py                 what a checkpoint says of its run; which settings may change when it is resumed
     run_folder.py, folder_lock.py, metrics.py   the folder of a run, its lock, its log and plot
     memory_limits.py, activation_memory.py, checkpointed_memory.py
