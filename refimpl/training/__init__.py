@@ -10,8 +10,7 @@
     huggingface/              folders of Hugging Face, in and out; GGUF files in
     resume.py                 what a checkpoint says of its run; which settings may change when it is resumed
     run_folder.py, folder_lock.py, metrics.py   the folder of a run, its lock, its log and plot
-    memory_limits.py, activation_memory.py, checkpointed_memory.py
-                              whether a run fits into memory; formulas for its activations, stored or computed again
+    memory_limits.py, activation_memory/        whether a run fits into memory; formulas for its activations
     stopping.py, non_finite.py    when a run stops, and advice; where Inf or NaN first appears in a step
     cli.py, console.py, signals.py, program.py  the frame of every command: exit codes, output, Ctrl-C
     arguments.py, flags.py        the parser, the flags of a run

@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING
 
 from refimpl.distributed.zero import per_rank
 from refimpl.errors import UsageError
-from refimpl.nn.models.llama import LlamaConfig
 from refimpl.nn.models.registry import SIZES
-from refimpl.training.activation_memory import nbytes, weight_copies
-from refimpl.training.checkpointed_memory import largest, moments
+from refimpl.training.activation_memory import largest, moments, nbytes, weight_copies
 
 if TYPE_CHECKING:
     from refimpl.training.config import Config
@@ -69,8 +67,6 @@ def need(config: Config, ranks: int = 1, on_machine: int = 1) -> Need:
     batch_size = max(1, config.batch_size // ranks)
     sizes = {**replace(config, n_layer=1).make_model().config, "n_layer": config.n_layer}
     model = SIZES[config.model](**sizes)
-    if isinstance(model, LlamaConfig):  # its states alone
-        return Need(states * on_machine, 0, 0)
     sizes_of_batch = batch_size, config.block_size
     stored = largest(moments(model, recipe, *sizes_of_batch, config.checkpointing))
     activations, logits = nbytes(stored), nbytes([term for term in stored if term.name == "logits"])

@@ -28,8 +28,7 @@ from refimpl.tools.memory.measure import (
     traced_peak,
 )
 from refimpl.tools.memory.tape import forward, owned_bytes, owner, tape_memory
-from refimpl.training.activation_memory import nbytes
-from refimpl.training.checkpointed_memory import largest
+from refimpl.training.activation_memory import largest, nbytes
 from refimpl.training.config import Config
 from refimpl.training.setup import INIT, generator
 
@@ -37,9 +36,12 @@ TINY: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8
 SCRIPT = SCRIPTS / "memory.py"
 
 
-EVERY = [(recipe, model) for recipe in RECIPES for model in ("gpt", "mlp")]
-OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), *((recipe, "mlp") for recipe in ("fp16", "amp-fp16", "mxfp8"))]
-"""Of EVERY: each mechanism in one model; the other in one format, under autocast, and with quantized operands."""
+EVERY = [(recipe, model) for recipe in RECIPES for model in ("gpt", "llama", "mlp")]
+OF_EACH_KIND = [
+    *((recipe, "gpt") for recipe in MECHANISMS),
+    *((recipe, model) for recipe in ("fp16", "amp-fp16", "mxfp8") for model in ("llama", "mlp")),
+]
+"""Of EVERY: each mechanism in one model; the others in one format, under autocast, and with quantized operands."""
 
 
 @pytest.mark.parametrize(("recipe", "model"), others_slow(EVERY, plain=OF_EACH_KIND))

@@ -24,8 +24,7 @@ from refimpl.tools.memory.states import (
     published_activations,
     zero_table,
 )
-from refimpl.training.activation_memory import gpt_activations, nbytes
-from refimpl.training.checkpointed_memory import moments
+from refimpl.training.activation_memory import gpt_activations, moments, nbytes
 from refimpl.training.config import Config
 from refimpl.training.memory_limits import GIB
 

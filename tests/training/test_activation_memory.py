@@ -9,25 +9,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recipe_lists import others_slow
 
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig
+from refimpl.nn.models.llama import LlamaConfig
 from refimpl.nn.models.mlp import MLPConfig
 from refimpl.numerics.formats import format_of, is_float
 from refimpl.precision.policy import Policy, Precision
+from refimpl.precision.policy_variants import ATTENTION
 from refimpl.precision.recipes import RECIPES, Recipe, get_recipe
 from refimpl.step import Batch
-from refimpl.tools.memory.tape import arrays_in, computed_again, forward, tape_memory
+from refimpl.tools.memory.measure import sizes_of
+from refimpl.tools.memory.tape import arrays_in, computed_again, forward, held_by, owner, tape_memory
 from refimpl.training.activation_memory import (
     Term,
     against_paper,
     count,
     gpt_activations,
+    llama_activations,
     mlp_activations,
+    moments,
     nbytes,
     weight_copies,
 )
-from refimpl.training.checkpointed_memory import moments
 from refimpl.training.config import Config
 from refimpl.training.setup import INIT, Training, generator
 
@@ -91,6 +96,61 @@ def test_what_the_tape_of_the_gpt_holds_with_checkpointing(recipe: str, sizes: t
     assert computed_again(training, tape) == in_backward
 
 
+LLAMAS: list[dict[str, Any]] = [
+    {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 6, "head_dim": 2, "ffn_dim": 10, "block_size": 5, "batch_size": 1},
+    {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 12, "head_dim": 4, "ffn_dim": 10, "block_size": 6, "batch_size": 3},
+    {"n_layer": 3, "n_head": 6, "n_kv_head": 2, "n_embd": 16, "head_dim": 4, "ffn_dim": 24, "block_size": 7, "batch_size": 2}
+    | {"n_positions": 9, "qk_norm": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True, "tied": False},
+    {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 8, "head_dim": 6, "ffn_dim": 9, "block_size": 8, "batch_size": 2}
+    | {"qk_norm": True},
+    {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 8, "head_dim": 4, "ffn_dim": 9, "block_size": 4, "batch_size": 2}
+    | {"qkv_bias": True, "o_bias": True},
+    {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 8, "head_dim": 4, "ffn_dim": 9, "block_size": 4, "batch_size": 2}
+    | {"mlp_bias": True, "tied": False},
+]
+
+
+def by_format(terms: list[Term]) -> dict[tuple[str, str], int]:
+    """Place and format -> elements."""
+    found: dict[tuple[str, str], int] = {}
+    for term in terms:
+        found[term.place, term.fmt] = found.get((term.place, term.fmt), 0) + term.elements
+    return found
+
+
+def held_by_format(tape: Any) -> dict[tuple[str, str], int]:
+    """The same of a tape, with memory that several operations save at the first of them."""
+    found, seen = dict[tuple[str, str], int](), {id(owner(w)) for w in tape.parameters.weights.values()}
+    for name, held in held_by(tape):
+        for x in map(owner, arrays_in(held)):
+            if id(x) not in seen:
+                seen.add(id(x))
+                key = re.sub(r"\.\d+(?=\.|$)", ".i", name), format_of(x) if is_float(x) else x.dtype.name
+                found[key] = found.get(key, 0) + x.size
+    return found
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("recipe", others_slow(RECIPES))
+def test_what_the_tape_of_llama_holds(recipe: str, attention: str) -> None:
+    """Without checkpointing; and with it, after forward and in backward when the last block has been computed again."""
+    for given in LLAMAS:
+        config = Config.of({**given, "model": "llama", "recipe": recipe, "attention": attention})
+        sizes, B, T = sizes_of(config), config.batch_size, config.block_size
+        copies = nbytes(weight_copies(sizes, config.make_recipe()))
+        stored, after_forward, in_backward = (
+            terms for how in ("none", "full") for terms in moments(sizes, config.make_recipe(), B, T, how)
+        )
+        tape = tape_of(config, T)
+        assert held_by_format(tape) == by_format(stored)
+        assert tape_memory(tape) == (by_place(stored), copies)
+        training, batch = training_of(replace(config, checkpointing="full"), T)
+        tape = forward(training, batch)
+        assert held_by_format(tape) == by_format(after_forward)
+        assert tape_memory(tape)[1] == copies
+        assert computed_again(training, tape) == by_place(in_backward)
+
+
 # Each term by the place that saves it, and where its arrays stand among those that the operation there saves.
 STANDS_AT = {
     "tokens": ("transformer.wte", [0]),
@@ -148,17 +208,17 @@ def other_recipes() -> dict[str, Recipe]:
 
 
 @pytest.mark.parametrize("name", other_recipes())
-@pytest.mark.parametrize("model", ["gpt", "mlp"])
+@pytest.mark.parametrize("model", ["gpt", "llama", "mlp"])
 def test_policies_of_no_recipe(name: str, model: str) -> None:
     recipe, B, T = other_recipes()[name], 3, 4
     given = {"model": model, "recipe": "amp-fp16", "n_layer": 2, "n_embd": 8, "block_size": T, "batch_size": B}
-    config = Config.of(given | ({"n_head": 2} if model == "gpt" else {}))
-    sizes = GPTConfig(2, 2, 8, T) if model == "gpt" else MLPConfig(2, 8, T)
-    terms = gpt_activations(sizes, recipe, B, T) if isinstance(sizes, GPTConfig) else mlp_activations(sizes, recipe, B)
+    config = Config.of(given | ({"n_head": 2} if model != "mlp" else {}))
+    sizes = sizes_of(config)
+    (terms,) = moments(sizes, recipe, B, T)
     activations, copies = tape_memory(tape_of(config, T, recipe.policy))
     assert by_place(terms) == activations
     assert sum(term.nbytes for term in weight_copies(sizes, recipe)) == copies
-    if model == "gpt":
+    if model != "mlp":
         training, batch = training_of(replace(config, checkpointing="full"), T, recipe.policy)
         tape = forward(training, batch)
         after_forward, in_backward = map(by_place, moments(sizes, recipe, B, T, "full"))
@@ -193,6 +253,17 @@ def test_a_layer_in_16_bits_by_its_sum(recipe: str) -> None:
         sum(term.nbytes for term in gpt_activations(GPTConfig(L, H, C, T), get_recipe(recipe), B, T)) for L in (2, 1)
     )
     assert two - one == 32 * B * T * C + 2 * B * H * T * T + 16 * B * T
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "bf16"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_layer_of_llama_in_16_bits_by_its_sum(recipe: str, qk_norm: bool) -> None:
+    """As the docstring of `llama_activations` has it, and as docs/memory.md does for SmolLM2-135M."""
+    B, T, C, H, K, D, F = 3, 8, 20, 6, 2, 4, 22
+    sizes = LlamaConfig(2, H, K, C, D, F, T, qk_norm=qk_norm)
+    two, one = (nbytes(llama_activations(replace(sizes, n_layer=L), get_recipe(recipe), B, T)) for L in (2, 1))
+    of_norms = qk_norm * (2 * B * T * (H + K) * D + 4 * B * T * (H + K))
+    assert two - one == 8 * B * T * C + 4 * B * T * (H + K) * D + 6 * B * T * F + 4 * B * H * T * T + 8 * B * T + of_norms
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

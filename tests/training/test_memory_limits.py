@@ -33,12 +33,12 @@ def test_what_is_needed_is_what_memory_py_predicts(recipe: str, checkpointing: s
     assert found.tables == TABLE_BYTES * 800 + TARGET_BYTES * 2 * 4 * 8
 
 
-@pytest.mark.parametrize("model", ["gpt", "mlp"])
+@pytest.mark.parametrize("model", ["gpt", "llama", "mlp"])
 @pytest.mark.parametrize("n_layer", [1, 2, 5])
 def test_parameters_are_counted_without_listing_them(model: str, n_layer: int) -> None:
     config = Config.of({"model": model, "n_layer": n_layer, "n_embd": 16})
     assert n_params(config) == config.make_model().n_params
-    huge = n_params(Config.of({"model": model, "n_layer": 10**9, "n_embd": 10**9}))
+    huge = n_params(Config.of({"model": model, "n_layer": 10**9, "n_embd": 8 * 10**8}))
     assert huge > 10**27  # more than int64 can count
 
 
@@ -51,6 +51,9 @@ def test_parameters_are_counted_without_listing_them(model: str, n_layer: int) -
         {"batch_size": 10**8},
         {"steps": 10**12},
         {"grad_accum": 10**12},
+        {"model": "llama", "ffn_dim": 10**9},
+        {"model": "llama", "n_layer": 10**9},
+        {"model": "llama", "batch_size": 10**8},
         {"model": "mlp", "n_embd": 10**9, "n_head": 0},
         {"model": "mlp", "batch_size": 10**9},
     ],

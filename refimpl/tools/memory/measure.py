@@ -2,7 +2,7 @@
 
 A model trains for a few steps on real text. Then the arrays of all model states are measured, and the memory of all arrays
 that the tape holds between forward and backward: `tape.py`. The predictions are `Recipe.buffers` for the states, and
-`training/activation_memory.py`. Memory without a formula (the process, temporary buffers) is only measured.
+`training/activation_memory/`. Memory without a formula (the process, temporary buffers) is only measured.
 
 Bytes are those of arrays. Three 0-d numbers of a run (loss scale, its counter, the update count) are left out.
 """
@@ -19,14 +19,13 @@ from typing import Any
 
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig
-from refimpl.nn.models.mlp import MLPConfig
 from refimpl.nn.models.model import Model
+from refimpl.nn.models.registry import SIZES, Sizes
 from refimpl.parity.trace import batches_of
 from refimpl.step import Batch
 from refimpl.tools.memory.report import paper_text
 from refimpl.tools.memory.tape import computed_again, forward, owned_bytes, tape_memory
-from refimpl.training.activation_memory import Row, Term, against_paper, nbytes, weight_copies
-from refimpl.training.checkpointed_memory import moments
+from refimpl.training.activation_memory import Row, Term, against_paper, moments, nbytes, weight_copies
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.setup import Training, start
@@ -157,14 +156,13 @@ def activation_lines(terms: Iterable[Term], measured: Mapping[str, int]) -> list
 
 def predicted_activations(config: Config) -> list[list[Term]]:
     """Return the terms of the formula for a run's activations, at each moment."""
-    sizes = sizes_of(config)
-    return moments(sizes, config.make_recipe(), config.batch_size, sizes.block_size, config.checkpointing)
+    recipe, batch = config.make_recipe(), (config.batch_size, config.block_size)
+    return moments(sizes_of(config), recipe, *batch, config.checkpointing)
 
 
-def sizes_of(config: Config) -> GPTConfig | MLPConfig:
+def sizes_of(config: Config) -> Sizes:
     """Return the sizes of a run's model."""
-    sizes = config.make_model().config
-    return GPTConfig(**sizes) if config.model == "gpt" else MLPConfig(**sizes)
+    return SIZES[config.model](**config.make_model().config)
 
 
 def _formula(terms: Sequence[Term]) -> str:
@@ -210,13 +208,20 @@ def process_memory() -> tuple[int, int] | None:
 # --------------------------------------------------------------------------------------------------------------- showing
 
 
+LETTERS = {
+    "n_layer": "L", "batch_size": "B", "block_size": "T", "n_embd": "C", "n_head": "H", "n_kv_head": "K", "head_dim": "D",
+    "ffn_dim": "F", "vocab_size": "V",
+}  # fmt: skip
+"""The sizes by the letters of the formulas."""
+
+
 def _text(result: Measurement) -> str:
     config, model = result.config, result.model
-    sizes = f"L {config.n_layer}, B {config.batch_size}, T {config.block_size}, C {config.n_embd}"
-    sizes += f", H {config.n_head}" * (config.model == "gpt") + f", V {model.config['vocab_size']}"
+    of = {**asdict(sizes_of(config)), "batch_size": config.batch_size, "block_size": config.block_size}
+    sizes = ", ".join(f"{letter} {of[name]}" for name, letter in LETTERS.items() if name in of)
     parts = [
         f"{model.name}, {model.n_params:,} parameters, recipe {config.recipe}, {config.optimizer}, after {config.steps} steps\n"
-        f"{sizes}. Numbers are bytes; h.i stands for the sum over all layers."
+        f"{sizes}. Numbers are bytes; h.i and layers.i stand for the sum over all layers."
     ]
     parts += [f"{name}\n{_section(lines)}" for name, lines in result.sections.items()]
     whats, numbers, remarks = zip(*result.measured_only, strict=True)

@@ -20,8 +20,7 @@ from refimpl.tools.memory.states import (
     published_activations,
     zero_table,
 )
-from refimpl.training.activation_memory import Row, against_paper, nbytes, weight_copies
-from refimpl.training.checkpointed_memory import moments
+from refimpl.training.activation_memory import Row, against_paper, moments, nbytes, weight_copies
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.memory_limits import GIB

@@ -3,7 +3,7 @@
     bytes of the model states = parameters x (weights + gradients + masters + m + v)       2 + 2 + 4 + 4 + 4 = 16 per parameter
 
 The states of a recipe follow from its table; CONVENTIONS has published alternatives. The activations on our own tape are in
-`training/activation_memory.py`, and `measure.py` measures both. A GB is 10^9 bytes, a GiB 2^30, which is 7.4 % more.
+`training/activation_memory/`, and `measure.py` measures both. A GB is 10^9 bytes, a GiB 2^30, which is 7.4 % more.
 
 Source: Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1.
 """
