@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from refimpl.errors import UsageError, unknown
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bytes_of
 from refimpl.numerics.quantization.scaling_state import ScalingState
@@ -115,7 +116,12 @@ class Block:
 
 @contextmanager
 def block_scope(tape: Tape, name: str) -> Iterator[None]:
-    """Open a scope of a model that is a block: see above. One inside another belongs to it."""
+    """Open a scope of a model that is a block: see above. One inside another belongs to it.
+
+    Errors: UsageError for a `Run.checkpointing` that does not exist.
+    """
+    if tape.run.checkpointing not in CHECKPOINTING:
+        raise UsageError(unknown("checkpointing", tape.run.checkpointing, CHECKPOINTING))
     begins = tape.record and tape.in_block is None and tape.run.checkpointing == "full"
     with tape.scope(name):
         if not begins:

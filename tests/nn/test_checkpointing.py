@@ -16,6 +16,7 @@ from strict_backend import on_host
 
 from refimpl.backends.base import REFERENCE, Backend
 from refimpl.backends.numpy.backend import NUMPY
+from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.checkpointing import Block
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
@@ -236,13 +237,58 @@ def test_only_the_input_of_a_block_outlives_forward_and_all_of_it_goes_in_backwa
             h = noted(f"a {i}", t(silu, "a", x))
             h = noted(f"b {i}", t(silu, "b", h))
             x = noted(f"input {i + 1}", t(add, "residual", x, h))
-    y = t(silu, "end", x)
+    y = t(add, "end", x, x)  # which saves nothing
     del x, h
     gc.collect()
-    assert {name for name, ref in alive.items() if ref() is not None} == {"input 0", "input 1", "input 2"}
+    assert {name for name, ref in alive.items() if ref() is not None} == {"input 0", "input 1"}
     backward(t, y)
     gc.collect()
     assert not any(ref() is not None for ref in alive.values()) and not t.entries
+
+
+def test_what_is_saved_the_second_time_is_let_go_of_as_backward_passes() -> None:
+    saved: list[weakref.ref[Any]] = []
+    alive: dict[str, list[int]] = {}
+
+    def forward(x: Array, p: Any) -> tuple[Array, Array]:
+        saved.append(weakref.ref(x))
+        return x * x, x
+
+    square = Op("square", forward, lambda dy, x, p: (dy * 2 * x,))
+    t = Tape(run_of("fp32", "full"), {f"h.0.{i}.weight": np.eye(4, dtype=np.float32) for i in range(3)})
+    x = t(relu, "start", np.ones((3, 4), np.float32))
+    with t.block("h.0"):
+        for i in range(3):
+            x = t(square, f"square_{i}", t(linear, f"{i}", x))
+    del saved[:]
+
+    def sink(name: str, gradient: Array) -> None:
+        alive[name] = [i for i, ref in enumerate(saved) if ref() is not None]
+
+    t.backward(x, np.ones_like(x.array), sink)
+    assert alive == {"h.0.2.weight": [0, 1], "h.0.1.weight": [0], "h.0.0.weight": []}
+
+
+def test_the_second_time_too_an_array_goes_with_its_last_use() -> None:
+    """Unless an operation saves it: here none does."""
+    made: list[weakref.ref[Any]] = []
+    alive: list[list[int]] = []
+
+    def forward(x: Array, p: Any) -> tuple[Array, None]:
+        alive.append([i for i, ref in enumerate(made) if ref() is not None])
+        y = x + np.float32(1)
+        made.append(weakref.ref(y))
+        return y, None
+
+    step = Op("step", forward, lambda dy, saved, p: (dy,))
+    t = Tape(run_of("fp32", "full"), {})
+    x = t(step, "start", np.ones((3, 4), np.float32))
+    with t.block("h.0"):
+        for i in range(3):
+            x = t(step, f"step_{i}", x)
+    del made[1:], alive[:]  # but the input of the block
+    backward(t, x)
+    assert alive == [[0], [1], [2]]  # each reads what the one before has made, and nothing else is there
 
 
 def test_a_tape_that_is_dropped_frees_its_blocks_at_once() -> None:
@@ -307,6 +353,11 @@ def test_a_block_ends_where_an_error_leaves_it() -> None:
         raise ZeroDivisionError
     t(silu, "a", np.ones(3, np.float32))
     assert names_of_blocks(t) == [] and t.entries[0].output.name == "a"
+
+
+def test_a_run_that_asks_for_what_does_not_exist_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown checkpointing 'fully': choose one of none, full"):
+        pass_of(run_of("fp32", "fully"), "fp32")
 
 
 def test_without_recording_there_are_no_blocks() -> None:

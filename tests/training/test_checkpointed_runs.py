@@ -56,6 +56,19 @@ def test_three_steps_have_the_same_bits_in_every_recipe(recipe: str) -> None:
     assert [name for name, x in arrays.items() if not same_bits(x, others[name])] == []
 
 
+OF_LLAMA = ("fp32", "fp16", "amp-fp16-cpu", "fp8-delayed", "nvfp4")
+"""Without rounding, with it, under autocast, and with products that remember scales or draw random bits."""
+
+
+@pytest.mark.parametrize("recipe", others_slow(RECIPES, plain=OF_LLAMA))
+def test_so_has_llama_with_all_that_its_family_has(recipe: str) -> None:
+    """Queries and keys are normalized, rotated by arrays that are no parameters, and shared by groups of heads."""
+    sizes = {"model": "llama", "n_kv_head": 1, "head_dim": 16, "qk_norm": True, "qkv_bias": True}
+    (numbers, arrays), (again, others) = (trained(recipe, how, **sizes) for how in ("none", "full"))
+    assert repr(numbers) == repr(again) and not all(skipped for *_, skipped in numbers)
+    assert [name for name, x in arrays.items() if not same_bits(x, others[name])] == []
+
+
 @pytest.mark.parametrize("more", [{"backend": "reference"}, {"attention": "fused"}, {"attention": "math"}, {"bias": False}])
 def test_so_they_have_with_other_operations(more: dict[str, Any]) -> None:
     (numbers, arrays), (again, others) = (trained("amp-bf16", how, **more) for how in ("none", "full"))
@@ -81,6 +94,30 @@ def test_on_ranks_at_every_stage_of_zero(stage: int, recipe: str) -> None:
         on_ranks(Config.of({**SMALL, "recipe": recipe, "zero": stage, "checkpointing": how}), 2)[1] for how in ("none", "full")
     )
     assert checkpointed.same_as(plain) and checkpointed.received == plain.received
+
+
+SMOLLM2_135M = """
+from refimpl.parity.trace import batches_of
+from refimpl.tools.memory.measure import process_memory
+from refimpl.training.config import Config
+from refimpl.training.setup import start
+
+sizes = dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, head_dim=64, ffn_dim=1536, vocab_size=49152, block_size=512)
+config = Config.of(dict(model="llama", recipe="fp32", batch_size=2, steps=2, checkpointing="full", **sizes))
+training = start(config)
+for batches in batches_of(config, None):
+    training.step(batches)
+print(training.model.n_params, process_memory()[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_model_of_the_sizes_of_smollm2_135m_trains_below_4_gb() -> None:
+    """On 2 x 512 tokens, in FP32, with Adam: the resident memory of the process at its peak, 4.5 GB without checkpointing."""
+    done = subprocess.run([sys.executable, "-c", SMOLLM2_135M], capture_output=True, text=True, check=True)
+    n_params, peak = map(int, done.stdout.split())
+    assert n_params == 134_515_008 and 16 * n_params < peak < 4e9
 
 
 # ------------------------------------------------------------------------------------------------------------ runs in folders
