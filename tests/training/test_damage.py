@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import hf_folders
 import numpy as np
 import pytest
 from progress_bars import NoBar
@@ -30,6 +31,7 @@ from refimpl.tools.precision_report.collect import from_checkpoint, from_trace
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import load_for_inference, load_initial_weights
 from refimpl.training.config import Config
+from refimpl.training.huggingface.weights import read_model
 from refimpl.training.metrics import read_metrics
 from refimpl.training.run_folder import CHECKPOINT, open_folder, prepare_folder, read_config
 from refimpl.training.trainer import Trainer
@@ -73,7 +75,7 @@ def small_trace(run: Trainer) -> trace.Trace:
 
 def _accident(data: bytes, rng: np.random.Generator) -> bytes:
     result, n = bytearray(data), len(data)
-    header = 8 + int.from_bytes(data[:8], "little")
+    header = min(n, 8 + int.from_bytes(data[:8], "little"))
     start = int(rng.integers(0, header if rng.random() < 0.5 else n))  # the header is small, and half of the accidents hit it
     size = int(rng.integers(1, 64))
     kind = rng.integers(7)
@@ -154,6 +156,42 @@ def test_damaged_traces(seeds: range, tmp_path: Path, run: Trainer) -> None:
             assert same(there.tensors, again.tensors) and again.config == there.config, seed
     print(f"{len(seeds)} damaged traces: {len(seeds) - loaded} refused, {loaded} loaded with the saved numbers")
     assert loaded <= len(seeds) / 100
+
+
+@seeds(300)
+def test_damaged_folders_of_hugging_face(seeds: range, tmp_path: Path) -> None:
+    """They have no checksums: each is refused, or all of its weights can be read in the shapes of the model."""
+    folders = [hf_folders.write(tmp_path / table["model_type"], table, hf_folders.tensors_of(table), shards)
+               for table, shards in ((hf_folders.LLAMA, 2), (hf_folders.GPT2, 1))]  # fmt: skip
+    files = sorted(path for folder in folders for path in folder.iterdir())
+    contents = {path: path.read_bytes() for path in files}
+    read = 0
+    for seed in seeds:
+        path = files[seed % len(files)]
+        put(path, damaged(contents[path], np.random.default_rng(seed)))
+        if not refused(lambda folder=path.parent: read_model(folder)):
+            read += 1
+            model, weights, _ = read_model(path.parent)
+            assert {name: weights[name].shape for name in weights} == {k: p.shape for k, p in model.parameters.items()}, seed
+        put(path, contents[path])
+    print(f"{len(seeds)} damaged folders: {len(seeds) - read} refused")
+    assert 0 < read < len(seeds) / 2
+
+
+@pytest.mark.parametrize("table", [hf_folders.LLAMA, hf_folders.GPT2], ids=["llama", "gpt2"])
+def test_edited_config_json(table: dict[str, Any], tmp_path: Path) -> None:
+    """Every key replaced by every thing that it is not, and keys added that change what is computed."""
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 32, "truncate": True}
+    more = {"head_dim": 8, "rope_theta": 1e4, "rope_scaling": rope, "sliding_window": 64, "layer_types": ["full_attention"] * 2,
+            "partial_rotary_factor": 1.0, "n_inner": 64, "tie_word_embeddings": False}  # fmt: skip
+    full = {**table, **more, "tie_word_embeddings": table["model_type"] == "gpt2"}
+    folder = hf_folders.write(tmp_path / "m", full, hf_folders.tensors_of(table))
+    assert not refused(lambda: read_model(folder))
+    outcomes = set()
+    for _, edited in edits(full):
+        (folder / "config.json").write_text(json.dumps(edited))
+        outcomes.add(refused(lambda: read_model(folder)))
+    assert outcomes == {True, False}
 
 
 # -- headers that somebody edited, with a checksum to match, or in the form that had none ---------------------------------
