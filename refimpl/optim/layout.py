@@ -31,7 +31,7 @@ class HasParameters(Protocol):
     def parameters(self) -> Mapping[str, ParameterSpec]: ...
 
 
-EMBEDDINGS = {"wte", "wpe"}
+EMBEDDINGS = {"wte", "wpe", "embed_tokens"}
 """The names of the embedding tables in all models of this project."""
 
 BLOCK = 1 << 18

@@ -9,6 +9,7 @@ import pytest
 import refimpl.optim.layout
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.llama import LlamaConfig, llama_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model, Parameter
 from refimpl.numerics.bits import bits_of
@@ -23,6 +24,7 @@ from refimpl.precision.recipes import RECIPES, get_recipe
 
 TINY_GPT = gpt_model(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=5, vocab_size=11))
 TINY_MLP = mlp_model(MLPConfig(n_layer=1, n_embd=4, block_size=3, vocab_size=7))
+TINY_LLAMA = llama_model(LlamaConfig(1, 2, 1, 8, 4, 12, 5, 11, tied=False))
 
 
 def toy(**shapes: tuple[int, ...]) -> Model:
@@ -41,7 +43,7 @@ def weights_of(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------------- layout
 
 
-@pytest.mark.parametrize("model", [TINY_GPT, TINY_MLP], ids=["gpt", "mlp"])
+@pytest.mark.parametrize("model", [TINY_GPT, TINY_LLAMA, TINY_MLP], ids=["gpt", "llama", "mlp"])
 def test_parameters_lie_end_to_end_in_the_order_of_the_table(model: Model) -> None:
     layout = Layout.of(model)
     assert list(layout.slots) == list(model.parameters)
@@ -51,6 +53,14 @@ def test_parameters_lie_end_to_end_in_the_order_of_the_table(model: Model) -> No
         assert stop - start == np.prod(shape)
         end = stop
     assert end == layout.size == model.n_params
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [(TINY_GPT, (11 + 5) * 8), (TINY_LLAMA, 11 * 8), (TINY_MLP, 7 * 4)], ids=["gpt", "llama", "mlp"]
+)
+def test_embeddings_are_known_in_each_model(model: Model, size: int) -> None:
+    """The tables of tokens and positions, at the start; an output layer of its own is none."""
+    assert Layout.of(model).embeddings == size
 
 
 def test_gpt_order_is_state_dicts() -> None:
