@@ -169,15 +169,18 @@ def model_of(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndar
     return model
 
 
-def tokenizer_of(path: Path, given: str | None = None) -> Tokenizer:
+def tokenizer_of(path: Path, model: Model, given: str | None = None) -> Tokenizer:
     """Return the tokenizer of a checkpoint that has been loaded: the one that is given, that beside it, or bytes.
 
-    Errors: UsageError if the checkpoint was trained with another one.
+    Errors: UsageError if the checkpoint was trained with another one, or a folder of Hugging Face has none and none is given.
     """
     corpus = checkpoint.header_of(path).get("corpus")
     beside = (path if path.is_dir() else path.parent) / TOKENIZER
     usual = str(beside) if beside.exists() else BYTES.name
     if corpus is None:  # weights alone, which may have come from anywhere
+        if given is None and is_hugging_face(path) and not beside.exists() and model.config["vocab_size"] > BYTES.vocab_size:
+            what = f"there is no {TOKENIZER} in {path}, whose model has {model.config['vocab_size']} token ids"
+            raise UsageError(f"{what}: give its tokenizer with --tokenizer FILE, or --tokenizer bytes if they are bytes")
         tokenizer = load_tokenizer(given or usual)
         if beside.exists() and tokenizer.checksum != load_tokenizer(usual).checksum:
             raise UsageError(f"{tokenizer.name} is another tokenizer than that of {path}, {beside}: leave it out")

@@ -73,7 +73,7 @@ def train(
         comm = mpi_comm() if launched()[1] > 1 else Serial()
         first = None if init_from is None else (init_from, read_weights(init_from))
         if first is not None:  # sizes that are not given are taken from the file
-            tokenizer = tokenizer_of(first[0], given.get("tokenizer")).name
+            tokenizer = tokenizer_of(first[0], first[1].model, given.get("tokenizer")).name
             own = {name: value for name, value in given.items() if value is not None}
             given = {**sizes_of(*first, own), **own, "tokenizer": tokenizer}
         config, _ = prepare_folder(given, out, resume, overwrite)

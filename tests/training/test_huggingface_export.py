@@ -130,7 +130,7 @@ def test_a_run_begins_with_the_values_of_a_folder(
 ) -> None:
     table = {**FAMILIES[name], "vocab_size": 300}
     folder = write(tmp_path / "hf", table, tensors_of(table), 2)
-    still = {**TINY, "data": text, "recipe": "bf16", "lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}
+    still = {**TINY, "data": text, "recipe": "bf16", "lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0, "tokenizer": "bytes"}
     assert train(still, tmp_path / "run", False, False, folder) == 0
     arrays, header = checkpoint.load(tmp_path / "run")
     model, weights, _ = read_model(folder)
@@ -146,7 +146,7 @@ def test_a_run_begins_with_the_values_of_a_folder(
     assert train({**still, "block_size": None}, tmp_path / "next", False, False, tmp_path / "run") == 0
     config = json.loads((tmp_path / "next" / "config.json").read_text())
     assert config["block_size"] == 8 and config["n_positions"] == model.config["block_size"]
-    generate(tmp_path / "hf", prompt="to be", n_tokens=3, temperature=0.0, seed=0, loss=None)
+    generate(tmp_path / "hf", prompt="to be", n_tokens=3, temperature=0.0, seed=0, loss=None, tokenizer="bytes")
     capsys.readouterr()
 
 

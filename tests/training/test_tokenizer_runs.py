@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hf_folders import LLAMA, tensors_of, write
 from paths import SCRIPTS
 from tiny_tokenizers import END, TEXT, byte_level
 
@@ -21,6 +22,7 @@ from refimpl.training.checkpoint import load
 from refimpl.training.config import Config
 from refimpl.training.data import Corpus
 from refimpl.training.evaluate import TextLoss, mean_loss, text_loss, validation_batches, validation_loss, whole_text
+from refimpl.training.huggingface.export import export_folder
 from refimpl.training.metrics import read_metrics
 from refimpl.training.ngrams import ngram_baselines
 from refimpl.training.run import train
@@ -247,6 +249,32 @@ def test_text_needs_the_tokenizer_that_the_model_was_trained_with(trained: Path,
     generate(Path(alone), "x", 1, 0.8, 0, None, tokenizer=str(copy))
     with pytest.raises(UsageError, match=r"--prompt '' has no tokens: give a longer one"):
         generate(trained, "", 1, 0.8, 0, None)
+
+
+def test_a_folder_of_hugging_face_has_its_own_tokenizer_or_needs_one(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = {**LLAMA, "vocab_size": 320}
+    folder = write(tmp_path / "hf", table, tensors_of(table))
+    given = {"data": text, "steps": 1, "batch_size": 2, "block_size": 8, "eval_batches": 1, "sample_bytes": 3, "warmup": 1}
+    message = r"there is no tokenizer.json in .*hf, whose model has 320 token ids: give its tokenizer with --tokenizer FILE, or"
+    with pytest.raises(UsageError, match=message):
+        train(given, tmp_path / "run", False, False, folder)
+    with pytest.raises(UsageError, match=message):
+        generate(folder, "x", 1, 0.8, 0, None)
+    byte_level(folder)
+    assert train(given, tmp_path / "run", False, False, folder) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["tokenizer"] == str(folder / "tokenizer.json")
+    with pytest.raises(UsageError, match=r"is another tokenizer than that of .*hf, .*hf/tokenizer.json: leave it out"):
+        train({**given, "tokenizer": str(byte_level(tmp_path / "other", 300))}, tmp_path / "other", False, False, folder)
+    byte_level(folder, 321)
+    with pytest.raises(UsageError, match=r"the vocabulary of .*hf is 320, but .* has 321 ids: it is the tokenizer of another"):
+        generate(folder, "x", 1, 0.8, 0, None)
+    export_folder(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "run" / "tokenizer.json").read_bytes()
+    capsys.readouterr()
+    generate(tmp_path / "out", "Last line", 3, 0.0, 0, None)
+    assert capsys.readouterr().out.startswith("Last line")
 
 
 def test_a_stray_tokenizer_is_not_that_of_a_run_on_bytes(text: str, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def run(
         raise UsageError("--tokens and --seed must be 0 or more")
     choice = Choice(temperature, top_p)
     loaded = load_for_inference(checkpoint)
-    tokens = tokenizer_of(checkpoint, tokenizer)
+    tokens = tokenizer_of(checkpoint, loaded[0], tokenizer)
     vocab_size = loaded[0].config["vocab_size"]
     refuse_smaller(tokens, vocab_size, f"the vocabulary of {checkpoint}")
     if vocab_size > tokens.vocab_size:
