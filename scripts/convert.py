@@ -1,4 +1,4 @@
-"""Convert weights to and from PyTorch, under nanoGPT's names, as safetensors files.
+"""Convert weights to and from PyTorch and Hugging Face.
 
 `python scripts/convert.py --help` shows how to use it; the code is refimpl/tools/commands/convert.py.
 """

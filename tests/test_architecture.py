@@ -245,6 +245,18 @@ def test_the_packages_are_those_of_the_order() -> None:
     assert entries == {*ORDER, "py.typed"}
 
 
+TOP = {"refimpl", "tests", "scripts", "docs", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"}
+"""What `ls` shows: the project, and nothing that needs an explanation."""
+
+
+def test_ls_shows_the_project_and_no_stray_file() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a clone: git does not say which files belong to the project")
+    entries = {name.partition("/")[0] for name in listed.stdout.splitlines()}
+    assert {name for name in entries if not name.startswith(".")} == TOP
+
+
 def names_in(text: str) -> set[str]:
     """The functions, classes and variables of a module."""
     found = set()

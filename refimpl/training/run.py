@@ -24,7 +24,7 @@ from refimpl.distributed.nccl import nccl_comm
 from refimpl.distributed.zero import exchanged
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.training.checkpoint_states import FirstWeights, read_weights, start_from, tokenizer_of
-from refimpl.training.config import MODEL_DEFAULTS, Config, Flags
+from refimpl.training.config import Config, Flags
 from refimpl.training.console import printable
 from refimpl.training.evaluate import TextLoss
 from refimpl.training.metrics import plot_run, read_metrics
@@ -85,10 +85,14 @@ def train(
             return _resume(trainer) if resume else _begin(trainer, first)
 
 
-def sizes_of(path: Path, first: FirstWeights, given: Flags) -> dict[str, Any]:
-    """Return the settings of the model in a file. Training sequences may be shorter than its positions.
+FINE_TUNING: Mapping[str, Any] = {"lr": 5e-5, "steps": 100, "warmup": 10, "batch_size": 4, "block_size": 128}
+"""Defaults for weights of others, from which a short training with small steps starts. lr is that of transformers' Trainer."""
 
-    block_size, if it is not given, is that of the run that wrote the file; for a folder of Hugging Face it is the default.
+
+def sizes_of(path: Path, first: FirstWeights, given: Flags) -> dict[str, Any]:
+    """Return the settings of the model in a file, and FINE_TUNING for a folder of Hugging Face.
+
+    block_size, if it is not given, is that of the run that wrote the file. It may be less than the model's positions.
     Errors: UsageError for --model or --block-size that the file's model is not or cannot have.
     """
     name, sizes = first.model.name, dict(first.model.config)
@@ -97,10 +101,12 @@ def sizes_of(path: Path, first: FirstWeights, given: Flags) -> dict[str, Any]:
     if name == "mlp":  # its first layer reads whole blocks
         return {"model": name, **sizes}
     positions = sizes.pop("block_size")
-    block_size = given.get("block_size") or first.block_size or min(positions, MODEL_DEFAULTS[name]["block_size"])
+    usual = FINE_TUNING if first.block_size is None else {}
+    block_size = given.get("block_size") or first.block_size or min(positions, FINE_TUNING["block_size"])
     if block_size > positions:
         raise UsageError(f"--block-size is {block_size}, but the model in {path} has {positions} positions: give at most that")
-    return {"model": name, **sizes, "block_size": block_size, "n_positions": positions if block_size < positions else None}
+    more = {"block_size": block_size, "n_positions": positions if block_size < positions else None}
+    return {**usual, "model": name, **sizes, **more}
 
 
 def comm_of_arrays(config: Config, comm: Comm) -> Comm:

@@ -30,11 +30,12 @@ from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.commands.generate import run as generate
 from refimpl.training import checkpoint
-from refimpl.training.checkpoint_states import load_for_inference, state_arrays
+from refimpl.training.checkpoint_states import load_for_inference, read_weights, state_arrays
+from refimpl.training.config import Config
 from refimpl.training.huggingface.export import export_folder
 from refimpl.training.huggingface.files import read_folder
 from refimpl.training.huggingface.weights import read_model
-from refimpl.training.run import train
+from refimpl.training.run import FINE_TUNING, sizes_of, train
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -148,6 +149,18 @@ def test_a_run_begins_with_the_values_of_a_folder(
     assert config["block_size"] == 8 and config["n_positions"] == model.config["block_size"]
     generate(tmp_path / "hf", prompt="to be", n_tokens=3, temperature=0.0, seed=0, loss=None, tokenizer="bytes")
     capsys.readouterr()
+
+
+def test_what_is_not_given_is_fit_for_fine_tuning_a_folder_and_not_for_weights_of_our_own(tmp_path: Path) -> None:
+    """Steps as large as those of a fresh model would undo what the weights have learned."""
+    folder = write(tmp_path / "hf", LLAMA, tensors_of(LLAMA))
+    first = read_weights(folder)
+    given = sizes_of(folder, first, {"steps": 7})
+    assert {name: given[name] for name in FINE_TUNING} == {**FINE_TUNING, "block_size": 128}
+    config = Config.of({**given, "steps": 7})
+    assert (config.lr, config.steps, config.make_model().config) == (5e-5, 7, first.model.config)
+    assert sizes_of(folder, first, {"block_size": 5})["block_size"] == 5
+    assert "lr" not in sizes_of(folder, first._replace(block_size=64), {})
 
 
 def test_flags_that_contradict_a_folder_are_refused(text: str, tmp_path: Path) -> None:

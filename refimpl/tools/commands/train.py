@@ -4,6 +4,9 @@
     python scripts/train.py --recipe bf16 --steps 300
     python scripts/train.py --model mlp --data FILE --out runs/mine
     python scripts/train.py --resume --out runs/mine
+    python scripts/train.py --init-from DIR --data FILE  fine-tune a model of Hugging Face, of the Llama family or GPT-2
+
+Fine-tuning begins with --lr 5e-5, 100 steps of 4 x 128 tokens and 10 of warm-up, unless these are given.
 """
 
 from refimpl.training.cli import main as run_program
@@ -23,7 +26,8 @@ def parser() -> Parser:
     result.add_argument("--out", type=Path, help="folder for log, checkpoint and picture (default: a new one under runs/)")
     result.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     result.add_argument("--resume", action="store_true", help="continue the run in --out, bit for bit")
-    result.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights and sizes of a checkpoint")
+    what = "start from the weights and sizes of a run, a checkpoint, or a folder of Hugging Face"
+    result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
     return result
 
 
