@@ -10,7 +10,8 @@ save then is used and freed as always. So memory is one input per block and the 
 all blocks, and the results are the same to the bit.
 
 For the second time neither monitor nor observer is called, delayed scaling records nothing, and stochastic rounding draws the
-random numbers of the first. A checksum of the block's output says whether it came out the same.
+random numbers of the first. On the host a checksum of the block's output says whether it came out the same; on a device
+nothing is compared, since that would wait for it.
 
 Source: Chen et al. 2016, arXiv 1604.06174. PyTorch: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False), with
 preserve_rng_state=True. Differs from PyTorch: the recorded operations are replayed, not the Python code of the model; all of
