@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import SCRIPTS
@@ -13,18 +16,22 @@ from script_loader import load_script
 from refimpl.distributed.zero import per_rank
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
+from refimpl.nn.models.llama import LlamaConfig, llama_model
 from refimpl.optim.state import State
+from refimpl.precision.policy_variants import with_attention
 from refimpl.precision.recipes import RECIPES, get_recipe
-from refimpl.tools.memory.report import choose, ledger, ledger_data, ledger_text, own_gpt, published
+from refimpl.tools.memory.choice import choose
+from refimpl.tools.memory.report import ledger, ledger_data, ledger_text, own_activations, published
 from refimpl.tools.memory.states import (
     CONVENTIONS,
+    FLAGS,
     GB,
     PRESETS,
     Architecture,
     published_activations,
     zero_table,
 )
-from refimpl.training.activation_memory import gpt_activations, moments, nbytes
+from refimpl.training.activation_memory import gpt_activations, llama_activations, moments, nbytes
 from refimpl.training.config import Config
 from refimpl.training.memory_limits import GIB
 
@@ -42,7 +49,8 @@ def run(*words: str) -> int:
 
 @pytest.mark.parametrize(
     ("preset", "published"),
-    [("gpt2-xl", 1_557_611_200), ("llama-7b", 6_738_415_616), ("mistral-7b", 7_241_732_096)],
+    [("gpt2-xl", 1_557_611_200), ("llama-7b", 6_738_415_616), ("mistral-7b", 7_241_732_096), ("llama-3.2-1b", 1_235_814_400),
+     ("llama-3.1-8b", 8_030_261_248), ("qwen3-0.6b", 596_049_920), ("smollm2-135m", 134_515_008)],
 )
 def test_presets_have_the_published_number_of_parameters(preset: str, published: int) -> None:
     assert PRESETS[preset].n_params == published
@@ -53,10 +61,27 @@ def test_gpt3_is_called_175b() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 8, 4, 11), (4, 4, 128, 64, 256), (3, 2, 20, 7, 50)])
-def test_the_formula_counts_our_own_gpt(sizes: tuple[int, int, int, int, int]) -> None:
+def test_the_formula_counts_our_own_activations(sizes: tuple[int, int, int, int, int]) -> None:
     L, H, C, T, V = sizes
     architecture = Architecture("ours", L, H, C, T, V, "")
     assert architecture.n_params == gpt_model(GPTConfig(L, H, C, T, V)).n_params
+
+
+@pytest.mark.parametrize("flags", [{}, *({name: name != "tied"} for name in FLAGS)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 8, 4, 10, 4, 11), (3, 6, 2, 20, 4, 30, 7, 50)])
+def test_the_formula_counts_our_own_llama(sizes: tuple[int, ...], flags: dict[str, bool]) -> None:
+    config = LlamaConfig(*sizes, **flags)  # type: ignore[arg-type]
+    architecture = Architecture.of("ours", config, "")
+    assert architecture.n_params == llama_model(config).n_params and architecture.sizes == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_our_models_have_the_sizes_of_the_presets(preset: str) -> None:
+    a = PRESETS[preset]
+    assert a.sizes is not None and Architecture.of(a.name, a.sizes, a.source) in (a, replace(a, n_ff=0))
+    one, two = (replace(a, n_layer=n).sizes for n in (1, 2))
+    made = [gpt_model(c) if isinstance(c, GPTConfig) else llama_model(c) for c in (one, two) if c]
+    assert made[0].n_params + (a.n_layer - 1) * (made[1].n_params - made[0].n_params) == a.n_params
 
 
 # -- model states ------------------------------------------------------------------------------------------------------
@@ -203,14 +228,59 @@ def test_an_mlp_of_another_width_is_counted_as_megatron_does() -> None:
     assert layer_bytes(a, 1, 8, "selective") == 8 * 16 * 18 + 4 * 24 * 8
 
 
+def test_heads_in_groups_store_fewer_keys_and_values() -> None:
+    """2 bytes for each of: the layers' input, queries, keys, values, the output layer's input; and one for its mask."""
+    a = Architecture("grouped", 1, 6, 16, 8, 10, "", n_kv_head=2, head_dim=4, n_ff=24, gpt=False)
+    assert layer_bytes(a, 3, 8, "selective") == 8 * 3 * (2 * (16 + 24 + 8 + 8 + 24) + 16 + 3 * 16 + 6 * 24 + 4 * 16)
+    assert layer_bytes(a, 3, 8, "none") - layer_bytes(a, 3, 8, "selective") == 5 * 6 * 8 * 8 * 3
+
+
+def test_a_preset_with_a_recipe_is_counted_as_we_train_it() -> None:
+    flags: dict[str, Any] = {"preset": "smollm2-135m", "batch_size": 2, "block_size": 512}
+    for attention in ("unfused", "fused"):
+        recipe = replace(get_recipe("bf16"), policy=with_attention(get_recipe("bf16").policy, attention))
+        sizes = LlamaConfig(30, 9, 3, 576, 64, 1536, 8192, 49152)
+        choice = choose(**flags, recipe="bf16", attention=attention)
+        assert sum(line.nbytes for line in own_activations(choice)) == nbytes(llama_activations(sizes, recipe, 2, 512))
+        assert "this project's llama by its own formula" in ledger_text(choice)
+    for more in ({}, {"convention": "fp32"}, {"recipe": "bf16", "checkpointing": "selective"}):
+        choice = choose(**flags, **more)
+        assert own_activations(choice) == [] and published(choice)
+        assert ("Give --recipe" in ledger_text(choice)) == ("recipe" not in more)
+
+
+def config_json(folder: Path, **more: Any) -> Path:
+    table = {"model_type": "mistral", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 30,
+             "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+             "sliding_window": 16}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(table | more), encoding="utf-8")
+    return folder
+
+
+def test_sizes_from_a_folder_of_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = config_json(tmp_path)
+    outputs = []
+    for path in (folder, folder / "config.json"):
+        assert run("--hf", str(path)) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and outputs[0].startswith(f"{folder.name}, ")
+    choice = choose(hf=str(folder))
+    sizes = LlamaConfig(3, 4, 2, 24, 6, 30, 16, 50, tied=False)
+    assert choice.n_params == llama_model(sizes).n_params
+    assert sum(line.nbytes for line in own_activations(choice)) == nbytes(llama_activations(sizes, get_recipe("fp16"), 1, 16))
+    assert "a sliding window of 16 tokens" in ledger_text(choice)
+    with pytest.raises(UsageError, match="model_type 'bert': the models that are read are"):
+        choose(hf=str(config_json(tmp_path, model_type="bert")))
+
+
 def test_our_own_gpt_is_counted_by_its_own_formula() -> None:
     choice = choose(model="gpt", recipe="amp-bf16", batch_size=3)
     terms = gpt_activations(GPTConfig(), get_recipe("amp-bf16"), 3, 64)
-    lines = own_gpt(choice)
+    lines = own_activations(choice)
     assert sum(line.nbytes for line in lines if line.group != "buffers") == sum(term.nbytes for term in terms)
     copies = [line for line in lines if line.group == "buffers"]
     assert copies and ledger_data(choice)["total_bytes"] == sum(line.nbytes for line in [*ledger(choice), *lines])
-    assert own_gpt(choose(preset="gpt2-xl")) == []
+    assert own_activations(choose(preset="gpt2-xl")) == []
 
 
 def test_full_checkpointing_makes_one_layer_again() -> None:
@@ -225,11 +295,11 @@ def test_our_own_gpt_with_checkpointing_is_counted_at_the_larger_of_two_moments(
     sizes = {"n_embd": n_embd, "vocab_size": vocab_size}
     choice = choose(model="gpt", sizes=sizes, recipe="fp16", batch_size=3, checkpointing="full")
     both = [nbytes(terms) for terms in moments(GPTConfig(**sizes), get_recipe("fp16"), 3, 64, "full")]
-    assert sum(line.nbytes for line in own_gpt(choice)) == max(both)
+    assert sum(line.nbytes for line in own_activations(choice)) == max(both)
     assert (both[1] > both[0]) == (n_embd == 128)
-    more = next(line for line in own_gpt(choice) if line.group == "buffers")
+    more = next(line for line in own_activations(choice) if line.group == "buffers")
     assert f"{both[1]:,} bytes" in more.remark and "more in backward" in ledger_text(choice)
-    assert own_gpt(choose(model="gpt", checkpointing="selective")) == []  # ours cannot train so
+    assert own_activations(choose(model="gpt", checkpointing="selective")) == []  # ours cannot train so
 
 
 # -- the script --------------------------------------------------------------------------------------------------------
@@ -287,7 +357,15 @@ BAD = [
     (["--params", "1e9", "--preset", "gpt2-xl"], "--params and --preset contradict"),
     (["--preset", "gpt5"], "unknown preset 'gpt5': choose one of gpt2-xl"),
     (["--model", "mlp"], "--model is 'mlp'"),
-    (["--n-layer", "3"], "--n-layer is a size of --model gpt"),
+    (["--n-layer", "3"], "--n-layer is a size of --model gpt or llama: add --model"),
+    (["--qk-norm"], "--qk-norm is a size of --model llama: add --model"),
+    (["--model", "gpt", "--n-kv-head", "2"], "--n-kv-head is for --model llama"),
+    (["--model", "llama", "--n-kv-head", "3"], "n_head 4 is not a multiple of n_kv_head 3"),
+    (["--hf", "nowhere"], "there is no nowhere"),
+    (["--hf", "nowhere", "--preset", "gpt2-xl"], "--preset and --hf contradict"),
+    (["--measure", "--hf", "nowhere"], "--hf does not apply"),
+    (["--preset", "gpt2-xl", "--attention", "fused"], "--attention is for the activations of this project's own tape"),
+    (["--model", "gpt", "--attention", "flash"], "unknown attention 'flash'"),
     (["--model", "gpt", "--n-embd", "10", "--n-head", "3"], "n_embd 10 is not a multiple of n_head 3"),
     (["--ranks", "0"], "--ranks is 0"),
     (["--zero", "4"], "--zero is 4"),

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from refimpl.distributed.zero import COMMUNICATION, Bytes, per_rank
-from refimpl.errors import UsageError, unknown
+from refimpl.distributed.zero import COMMUNICATION, per_rank
 from refimpl.nn.checkpointing import CHECKPOINTING
 from refimpl.nn.models.gpt import GPTConfig
-from refimpl.precision.recipes import Recipe, get_recipe
+from refimpl.precision.recipes import Recipe
+from refimpl.tools.memory.choice import DEFAULT_PARAMS, Choice, choose
 from refimpl.tools.memory.states import (
     CONVENTIONS,
     GB,
-    PRESETS,
-    Architecture,
     published_activations,
     zero_table,
 )
 from refimpl.training.activation_memory import Row, against_paper, moments, nbytes, weight_copies
-from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
 from refimpl.training.memory_limits import GIB
-
-OWN = "gpt"
-"""The name of this project's GPT among the architectures."""
-DEFAULT_PARAMS = 7_000_000_000
-"""The number of parameters if no size is given."""
 
 
 @dataclass(frozen=True)
@@ -39,101 +31,6 @@ class Line:
     name: str
     nbytes: int
     remark: str = ""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The checked flags of scripts/memory.py. `model` is None if only the number of parameters is known."""
-
-    what: str
-    n_params: int
-    states: Bytes
-    states_from: str
-    model: Architecture | None
-    recipe: Recipe | None
-    stage: int
-    ranks: int
-    batch_size: int
-    block_size: int
-    checkpointing: str
-
-
-def choose(
-    params: float | None = None,
-    preset: str | None = None,
-    model: str | None = None,
-    sizes: Mapping[str, int] | None = None,
-    recipe: str | None = None,
-    convention: str | None = None,
-    optimizer: str = "adamw",
-    momentum: float = 0.9,
-    grad_accum: int = 1,
-    zero: int = 0,
-    ranks: int = 1,
-    batch_size: int = 1,
-    block_size: int | None = None,
-    checkpointing: str = "none",
-) -> Choice:
-    """Check the flags and fill in defaults. sizes: n_layer, n_head, n_embd, vocab_size of this project's GPT.
-
-    Errors: UsageError that names the flag and what it must be.
-    """
-    architecture = _architecture(params, preset, model, dict(sizes or {}), block_size)
-    for flag, value in (("--ranks", ranks), ("--batch-size", batch_size), ("--grad-accum", grad_accum)):
-        if value < 1:
-            raise UsageError(f"{flag} is {value}: it must be at least 1")
-    if zero not in COMMUNICATION:
-        raise UsageError(f"--zero is {zero}: it must be 0, 1, 2 or 3")
-    if params is not None and not 1 <= params < 1e18:
-        raise UsageError(f"--params is {params:g}: it must be at least 1 and finite")
-    T = block_size if block_size is not None else architecture.block_size if architecture else 0
-    if architecture and not 1 <= T <= architecture.block_size:
-        raise UsageError(f"--block-size is {T}: {architecture.name} takes 1 to {architecture.block_size} tokens")
-    states, source, chosen = _states(recipe, convention, optimizer, momentum, grad_accum, architecture)
-    n_params = architecture.n_params if architecture else int(DEFAULT_PARAMS if params is None else params)
-    what = f"{architecture.name}, {n_params:,} parameters" if architecture else f"{n_params:,} parameters"
-    return Choice(what, n_params, states, source, architecture, chosen, zero, ranks, batch_size, T, checkpointing)
-
-
-def _architecture(
-    params: float | None, preset: str | None, model: str | None, sizes: dict[str, int], block_size: int | None
-) -> Architecture | None:
-    """Return the model that the flags name, if any."""
-    given = [flag for flag, value in (("--params", params), ("--preset", preset), ("--model", model)) if value is not None]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} contradict each other: give one")
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(unknown("preset", preset, PRESETS))
-    if sizes and model is None:
-        raise UsageError(f"--{min(sizes).replace('_', '-')} is a size of --model gpt: add --model gpt")
-    if model is None:
-        return PRESETS[preset] if preset else None
-    if model != "gpt":
-        raise UsageError(f"--model is {model!r}: the formulas are for gpt")
-    default = Config.of({})
-    filled = {"n_layer": default.n_layer, "n_head": default.n_head, "n_embd": default.n_embd, "vocab_size": 256, **sizes}
-    gpt = GPTConfig(**filled, block_size=block_size or default.block_size)  # type: ignore[arg-type]
-    return Architecture(
-        OWN, gpt.n_layer, gpt.n_head, gpt.n_embd, gpt.block_size, gpt.vocab_size, "refimpl/nn/models/gpt.py"
-    )
-
-
-def _states(
-    recipe: str | None, convention: str | None, optimizer: str, momentum: float, grad_accum: int, model: Architecture | None
-) -> tuple[Bytes, str, Recipe | None]:
-    if convention is not None:
-        if recipe is not None:
-            raise UsageError("--convention and --recipe contradict each other: give one")
-        if convention not in CONVENTIONS:
-            raise UsageError(unknown("convention", convention, CONVENTIONS))
-        row = CONVENTIONS[convention]
-        return row.states, f"convention {row.name}: {row.source}", None
-    chosen, rule = get_recipe(recipe or "fp16"), Config.of({"optimizer": optimizer, "momentum": momentum}).make_rule()
-    kept = f"recipe {chosen.name} with {optimizer}" + (f", {grad_accum} micro-batches" if grad_accum > 1 else "")
-    embeddings = (model.vocab_size + model.gpt * model.block_size) * model.n_embd if model else 0
-    if model is None and any(part.first is not None for part in chosen.buffers().values()):
-        kept += " (without states of embeddings only: give a model)"
-    return chosen.bytes_by_buffer(rule.moments, grad_accum, embeddings, model.n_params if model else 1), kept, chosen
 
 
 # ---------------------------------------------------------------------------------------------------- the ledger
@@ -172,21 +69,13 @@ def _divided(kind: str, nbytes: int, choice: Choice) -> str:
     return each + (f", 1/{choice.ranks} of it" if nbytes < choice.n_params * choice.states[kind] else "")
 
 
-def _own_config(choice: Choice) -> GPTConfig | None:
-    """Return the configuration of this project's GPT if the choice is about it, as it can train; else None."""
-    a = choice.model
-    if a is None or a.name != OWN or choice.checkpointing not in CHECKPOINTING:
-        return None
-    return GPTConfig(a.n_layer, a.n_head, a.n_embd, a.block_size, a.vocab_size)
-
-
-def own_gpt(choice: Choice) -> list[Line]:
-    """Return the activations of our GPT, by our formulas; [] if the choice is about another model."""
-    config = _own_config(choice)
+def own_activations(choice: Choice) -> list[Line]:
+    """Return the activations of our own model, by our formulas; [] if the choice is about published ones."""
+    config = choice.own
     if config is None or choice.recipe is None:
         return []
     terms, *later = moments(config, choice.recipe, choice.batch_size, choice.block_size, choice.checkpointing)
-    lines = [Line("our GPT's tape", term.name, term.nbytes, f"{term.shape}, {term.fmt}") for term in terms]
+    lines = [Line("our tape", term.name, term.nbytes, f"{term.shape}, {term.fmt}") for term in terms]
     for again in later:
         remark = f"the last block is computed again: {nbytes(again):,} bytes with it, since what is above it has been freed"
         lines.append(Line("buffers", "more in backward", max(0, nbytes(again) - nbytes(terms)), remark))
@@ -201,7 +90,7 @@ def show_memory(as_json: bool = False, **flags: Any) -> None:
 
 def ledger_data(choice: Choice) -> dict[str, Any]:
     """Return the ledger as plain data. The total uses our formula for activations if there is one."""
-    states, own, paper = ledger(choice), own_gpt(choice), published(choice)
+    states, own, paper = ledger(choice), own_activations(choice), published(choice)
     return {
         "what": choice.what,
         "states": choice.states_from,
@@ -220,7 +109,7 @@ def ledger_data(choice: Choice) -> dict[str, Any]:
 
 def ledger_text(choice: Choice) -> str:
     """Return the ledger as text."""
-    states, own, paper = ledger(choice), own_gpt(choice), published(choice)
+    states, own, paper = ledger(choice), own_activations(choice), published(choice)
     rank = f", on each of {choice.ranks} ranks, ZeRO stage {choice.stage}" if choice.ranks > 1 else ""
     each = " + ".join(_number(size) for size in choice.states.values())
     total = _number(sum(choice.states.values(), Fraction(0)))
@@ -230,10 +119,10 @@ def ledger_text(choice: Choice) -> str:
     ]
     sizes = f"{choice.batch_size} sequences of {choice.block_size} tokens, checkpointing {choice.checkpointing}"
     if own:
-        parts.append(f"activations of this project's GPT by its own formula (see --measure), {sizes}\n{_table(own)}")
-        config = _own_config(choice)
-        assert config and choice.recipe
-        parts.append(paper_text(config, choice.recipe, choice.batch_size, choice.block_size))
+        what = "GPT" if isinstance(choice.own, GPTConfig) else "llama"
+        parts.append(f"activations of this project's {what} by its own formula (see --measure), {sizes}\n{_table(own)}")
+        if isinstance(choice.own, GPTConfig) and choice.recipe:
+            parts.append(paper_text(choice.own, choice.recipe, choice.batch_size, choice.block_size))
     elif paper:
         parts.append(f"activations by the published formula (arXiv 2205.05198; 16 bits, dropout), {sizes}\n{_table(paper)}")
     parts += _remarks(choice)
@@ -244,14 +133,17 @@ def ledger_text(choice: Choice) -> str:
 def _remarks(choice: Choice) -> list[str]:
     """Return remarks on the figures."""
     if choice.model is None:
-        remarks = ["Activations depend on the model's sizes: give --preset or --model gpt."]
+        remarks = ["Activations depend on the model's sizes: give --preset, --model or --hf."]
         if choice.n_params == DEFAULT_PARAMS:
             gpt2 = 16 * 1_500_000_000 // GB
             remarks.append(f"(The often quoted {gpt2} GB are for the 1.5 billion parameters of GPT-2, in arXiv 1910.02054.)")
         return remarks
-    if not choice.model.gpt:
-        return ["The formula counts dropout masks, which this model lacks; its gated MLP stores one more F than a GPT's."]
-    return []
+    remarks = list(choice.notes)
+    if choice.own is None and not choice.model.gpt:
+        remarks.append("The formula counts dropout masks, which this model lacks; its gated MLP has one more F than a GPT's.")
+    if choice.own is None and choice.model.sizes and choice.checkpointing in CHECKPOINTING:
+        remarks.append("Give --recipe for the activations of this project's own tape.")
+    return remarks
 
 
 def _totals(choice: Choice, states: Sequence[Line], rest: Sequence[Line]) -> str:
