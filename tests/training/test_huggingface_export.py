@@ -163,6 +163,34 @@ def test_what_is_not_given_is_fit_for_fine_tuning_a_folder_and_not_for_weights_o
     assert "lr" not in sizes_of(folder, first._replace(block_size=64), {})
 
 
+def test_the_loss_of_a_file_is_measured_in_blocks_that_fit(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = {**LLAMA, "vocab_size": 256}
+    folder, words = write(tmp_path / "hf", table, tensors_of(table)), Path(text).read_bytes()
+    monkeypatch.setattr("refimpl.tools.commands.generate.LONGEST", 32)
+    monkeypatch.setattr("refimpl.tools.commands.generate.LOGITS", 2 * 32 * 256)
+    sizes = []
+    whole = generate.__globals__["whole_text"]
+    monkeypatch.setattr("refimpl.tools.commands.generate.whole_text", lambda *given: sizes.append(given[2]) or whole(*given))
+    generate(folder, prompt="", n_tokens=0, temperature=0.0, seed=0, loss=Path(text))
+    said = capsys.readouterr().out
+    assert sizes == [(2, 32)] and said.endswith(", in blocks of 32 bytes\n")
+    expected = mean_loss_of(folder, words, 32)
+    assert abs(float(said.split(": ")[1].split()[0]) - expected) < 1e-3
+
+
+def mean_loss_of(folder: Path, words: bytes, T: int) -> float:
+    """The mean cross-entropy over whole blocks of T bytes, in FP64 from the logits."""
+    ids = np.frombuffer(words, np.uint8)
+    n = (len(ids) - 1) // T
+    x, y = ids[: n * T].reshape(n, T), ids[1 : n * T + 1].reshape(n, T)
+    logits = our_logits(folder, x)
+    m = logits.max(-1, keepdims=True)
+    logs = (logits - m) - np.log(np.exp(logits - m).sum(-1, keepdims=True))
+    return float(-np.take_along_axis(logs, y[..., None].astype(int), -1).mean(dtype=np.float64))
+
+
 def test_flags_that_contradict_a_folder_are_refused(text: str, tmp_path: Path) -> None:
     table = {**LLAMA, "vocab_size": 256}
     folder = write(tmp_path / "hf", table, tensors_of(table))
@@ -259,9 +287,9 @@ def logits_of(model: Any) -> np.ndarray:
         return np.asarray(model(torch.from_numpy(TOKENS)).logits.numpy())
 
 
-def our_logits(folder: Path) -> np.ndarray:
+def our_logits(folder: Path, tokens: np.ndarray = TOKENS) -> np.ndarray:
     model, state, run = load_for_inference(folder)
-    return np.asarray(model.logits(Tape(run, state.weight_views, model.tied), TOKENS).array)
+    return np.asarray(model.logits(Tape(run, state.weight_views, model.tied), tokens).array)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

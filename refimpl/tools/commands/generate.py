@@ -27,11 +27,16 @@ from refimpl.training.sampling import Choice, Writer
 from refimpl.training.token_cache import encode_text
 from refimpl.training.tokenizer import Tokenizer, refuse_smaller
 
+LONGEST = 1024
+"""The most tokens of a block in which the loss of a file is measured: attention takes their square in memory."""
+LOGITS = 2**26
+"""The most logits at a time, unless one block has more."""
+
 
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a run")
+    result.add_argument("checkpoint", type=Path, help="a checkpoint, the folder of a run, or a folder of Hugging Face")
     result.add_argument("--tokenizer", help="bytes, a tokenizer.json, or a folder that has one (that of the checkpoint)")
     result.add_argument("--prompt", default="\n", help="beginning of the text")
     result.add_argument("--tokens", type=int, default=500, dest="n_tokens", help="tokens to write at most (500)")
@@ -91,11 +96,14 @@ def _print_text(
 
 def _print_loss(model: Model, state: State, run: Run, tokenizer: Tokenizer, file: Path) -> None:
     ids, lengths = encode_text(tokenizer, map_file(file))
-    block_size = model.config["block_size"]
+    positions, vocab_size = model.config["block_size"], model.config["vocab_size"]
+    block_size = positions if model.name == "mlp" else min(positions, LONGEST)  # an mlp reads whole blocks
     if len(ids) <= block_size:
         raise UsageError(f"{file} has {len(ids)} {tokenizer.unit}s; this model needs at least {block_size + 1}")
-    loss = text_loss(model, state, run, whole_text(ids, lengths, (16, block_size)))
-    print(f"{file}: {loss.described(tokenizer.unit)}")
+    batch_size = min(16, max(1, LOGITS // (block_size * vocab_size)))
+    loss = text_loss(model, state, run, whole_text(ids, lengths, (batch_size, block_size)))
+    blocks = "" if block_size == positions else f", in blocks of {block_size} {tokenizer.unit}s"
+    print(f"{file}: {loss.described(tokenizer.unit)}{blocks}")
 
 
 def main() -> None:
