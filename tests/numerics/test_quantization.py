@@ -225,6 +225,18 @@ def test_the_ledger() -> None:
     assert quantize_mx(normal(3, 3), "e2m1").nbytes_packed == 5 + 3  # 9 codes of half a byte
 
 
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2", "e3m2", "e2m3", "e2m1"])
+def test_elements_are_the_values_of_the_codes_in_their_memory_order(fmt: str) -> None:
+    codes, one = np.arange(256, dtype=np.uint8).reshape(32, 8), np.ones((1, 1), np.float32)
+    q = QuantizedTensor(codes, fmt, one, "fp32", codes.shape)
+    expected = widen(from_bits(codes, fmt), "fp32")
+    np.testing.assert_array_equal(bits_of(q.elements()), bits_of(expected))  # NaN and -0 too
+    np.testing.assert_array_equal(bits_of(q.T.elements()), bits_of(expected).T)
+    assert q.elements().flags.c_contiguous and q.T.elements().flags.f_contiguous  # a BLAS may sum the other in another order
+    every_other = QuantizedTensor(codes[:, ::2], fmt, one, "fp32", (32, 4))
+    np.testing.assert_array_equal(every_other.elements(), expected[:, ::2])
+
+
 def test_dequantize_multiplies_the_elements_by_their_scales() -> None:
     x = normal(20, 135)
     for name, quantize in QUANTIZERS.items():
