@@ -20,6 +20,7 @@ from hf_folders import LLAMA, model_of, tensors_of
 from paths import SCRIPTS
 
 from refimpl.errors import UsageError
+from refimpl.numerics.casts import cast
 from refimpl.training.huggingface.config_json import read_config
 from refimpl.training.huggingface.export import convert_gguf
 from refimpl.training.huggingface.gguf import read_gguf, unpermuted
@@ -31,7 +32,7 @@ THEIRS = {
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.embed_tokens": "token_embd", "model.norm": "output_norm",
     "lm_head": "output",
 }  # fmt: skip
-TOKENS = ["<|end|>", "a", "b", "ab", "1", "2", "Ġ", "ĠĠ", "c"]
+TOKENS = ["<|end|>", "<|begin|>", "a", "b", "ab", "1", "2", "Ġ", "ĠĠ", "12", "abc", "c", "<user>"]
 METADATA: dict[str, Any] = {
     "context_length": 128, "embedding_length": 32, "block_count": 2, "feed_forward_length": 48, "rope.freq_base": 1e5,
     "rope.dimension_count": 8, "attention.head_count": 4, "attention.head_count_kv": 2,
@@ -50,6 +51,7 @@ def write_gguf(
     arch: str = "llama",
     pre: str | None = "smollm",
     kind: Any = None,
+    add_bos: bool | None = None,
     **changes: Any,
 ) -> Path:
     """Write tensors under Hugging Face's names as GGUF has them. changes: of METADATA; None leaves a key out."""
@@ -65,9 +67,12 @@ def write_gguf(
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(TOKENS)
-        writer.add_token_types([3, *[1] * (len(TOKENS) - 2), 4])
-        writer.add_token_merges(["a b", "Ġ Ġ"])
+        writer.add_token_types([3, 3, *[1] * (len(TOKENS) - 3), 4])
+        writer.add_token_merges(["a b", "Ġ Ġ", "1 2"])
+        writer.add_bos_token_id(1)
         writer.add_eos_token_id(0)
+        if add_bos is not None:
+            writer.add_add_bos_token(add_bos)
         writer.add_chat_template("{{ messages }}")
     for name, array in tensors.items():
         words = name.removeprefix("model.layers.").split(".", 1)
@@ -109,7 +114,7 @@ def test_a_file_becomes_a_folder_with_every_value(tied: bool, bias: bool, tmp_pa
     for name, array in tensors.items():
         np.testing.assert_array_equal(weights[name], array)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (config["bos_token_id"], config["eos_token_id"]) == (None, 0)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 0, None)
 
 
 def test_quantized_blocks_and_16_bit_values(tmp_path: Path) -> None:
@@ -154,9 +159,27 @@ def test_linear_scaling_and_a_head_dim_of_its_own(tmp_path: Path) -> None:
     assert sizes["rope_scaling"] == "linear,factor=4.0" and sizes["head_dim"] == 16
 
 
+@pytest.mark.parametrize(("factor", "theta", "D"), [(32.0, 5e5, 64), (8.0, 5e5, 128)])  # Llama-3.2-1B, Llama-3.1-8B
+def test_llama3_scaling_is_read_from_its_divisors(factor: float, theta: float, D: int, tmp_path: Path) -> None:
+    table = {**LLAMA, "head_dim": D}
+    turns = 8192 / (2 * np.pi) * theta ** (-np.arange(0, D, 2) / D)  # over the original context; as llama.cpp's converter
+    share = np.clip((turns - 1) / 3, 0, 1)
+    divisors = cast(1 / ((1 - share) / factor + share), "fp32")
+    changes = {"attention.key_length": D, "rope.dimension_count": D, "rope.freq_base": theta}
+
+    def file(numbers: np.ndarray) -> Path:
+        return write_gguf(tmp_path / "x.gguf", tensors_of(table) | {"rope_freqs.weight": numbers}, **changes)
+
+    convert_gguf(file(divisors), tmp_path / "hf")
+    assert read_config(tmp_path / "hf").sizes["rope_scaling"] == f"llama3,factor={factor},low=1.0,high=4.0,original=8192"
+    for wrong in (divisors * np.float32(1.001), divisors[:-1], divisors[::-1].copy(), np.full(D // 2, 2, np.float32)):
+        with pytest.raises(UsageError, match=r"rope_freqs\.weight that are not llama3's"):
+            convert_gguf(file(wrong), tmp_path / "other")
+
+
 def test_tensors_that_a_llama_lacks_are_refused(tmp_path: Path) -> None:
     for name, message in (
-        ("rope_freqs", "rope_freqs.weight: its rotary positions are scaled"),
+        ("rope_freqs", "rope_freqs.weight that are not llama3's"),
         ("v.patch", "v.patch.weight, which"),
     ):
         file = write_gguf(tmp_path / name, tensors_of(LLAMA) | {f"{name}.weight": np.zeros(4, np.float32)})
@@ -202,24 +225,37 @@ def test_the_tokenizer_splits_digits_as_pre_says(tmp_path: Path) -> None:
     tensors = tensors_of({**LLAMA, "vocab_size": len(TOKENS)})
     for pre, tokens in (
         ("smollm", ["ĠĠ", "1", "2", "ab", "c", "<|end|>"]),
-        ("gpt-2", ["Ġ", "Ġ", "1", "2", "ab", "c", "<|end|>"]),
+        ("gpt-2", ["Ġ", "Ġ", "12", "ab", "c", "<|end|>"]),
+        ("llama-bpe", ["<|begin|>", "Ġ", "Ġ", "12", "abc", "<|end|>"]),
     ):
         folder = tmp_path / pre
         convert_gguf(write_gguf(tmp_path / "x.gguf", tensors, pre=pre), folder)
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         assert tokenizer.encode("  12abc<|end|>").tokens == tokens
-        assert tokenizer.decode([1, 6, 8], skip_special_tokens=False) == "a c"
+        assert tokenizer.decode([2, 7, 11], skip_special_tokens=False) == "a c"
         table = json.loads((folder / "tokenizer.json").read_text())
-        assert [(token["id"], token["special"]) for token in table["added_tokens"]] == [(0, True), (8, False)]
+        assert [(token["id"], token["special"]) for token in table["added_tokens"]] == [(0, True), (1, True), (12, False)]
         config = json.loads((folder / "tokenizer_config.json").read_text())
-        assert config["eos_token"] == "<|end|>" and config["chat_template"] == "{{ messages }}" and "bos_token" not in config
+        assert (config["bos_token"], config["eos_token"]) == ("<|begin|>", "<|end|>") and "pad_token" not in config
+        assert config["chat_template"] == "{{ messages }}"
+
+
+@pytest.mark.parametrize(("pre", "said", "begins"), [
+    ("smollm", None, False), ("smollm", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False),
+])  # fmt: skip
+def test_a_text_begins_with_bos_where_the_file_says_so(pre: str, said: bool | None, begins: bool, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tensors = tensors_of({**LLAMA, "vocab_size": len(TOKENS)})
+    convert_gguf(write_gguf(tmp_path / "x.gguf", tensors, pre=pre, add_bos=said), tmp_path / "hf")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    assert tokenizer.encode("ab").tokens == ["<|begin|>"] * begins + ["ab"]
+    assert tokenizer.encode("ab", "c").tokens == (["<|begin|>"] * begins + ["ab"]) + (["<|begin|>"] * begins + ["c"])
 
 
 def test_an_unknown_pre_is_said_and_the_weights_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    convert_gguf(write_gguf(tmp_path / "x.gguf", tensors_of(LLAMA), pre="llama-bpe"), tmp_path / "hf")
-    assert (
-        "note: no tokenizer.json was written: tokenizer.ggml.pre is 'llama-bpe', not smollm or gpt-2" in capsys.readouterr().out
-    )
+    convert_gguf(write_gguf(tmp_path / "x.gguf", tensors_of(LLAMA), pre="qwen2"), tmp_path / "hf")
+    message = "note: no tokenizer.json was written: tokenizer.ggml.pre is 'qwen2', not smollm or gpt-2 or llama-bpe"
+    assert message in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
     convert_gguf(write_gguf(tmp_path / "x.gguf", tensors_of(LLAMA), pre=None), tmp_path / "hf2")
     assert "tokenizer.ggml.model is None" in capsys.readouterr().out

@@ -3,6 +3,7 @@
     token_embd.weight       model.embed_tokens.weight
     blk.i.attn_norm.weight  model.layers.i.input_layernorm.weight, and so on: `_NAMES`
     output.weight           lm_head.weight; absent where it is tied
+    rope_freqs.weight       not a weight: what frequencies are divided by, from which `llama3`'s scaling is read
 
 The rows of q and k are permuted back: GGUF rotates the neighbors (2i, 2i + 1) of a head, Hugging Face the halves (i, i + D/2).
 Quantized blocks become FP32, exactly as the `gguf` package dequantizes them.
@@ -12,6 +13,7 @@ Source: llama.cpp, convert_hf_to_gguf.py; transformers 5.24, modeling_gguf_pytor
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ import numpy as np
 
 from refimpl.errors import UsageError, one_line
 from refimpl.nn.models.registry import make_model
+from refimpl.nn.rope_scaling import RopeScaling, inverse_frequencies
 from refimpl.numerics.casts import cast
 from refimpl.training.schema import FINITE, Integer, Kind, OneOf, check
 
@@ -34,6 +37,7 @@ _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+_DIVISORS = "rope_freqs.weight"
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _SIZE = Integer(1, 2**31 - 1)
 EXTRA = "GGUF files are read through the package gguf: pip install 'refimpl[gguf]', or pip install gguf"
@@ -92,8 +96,11 @@ def read_gguf(path: Path) -> GGUF:
         raise UsageError(
             f"{path} is one of {metadata['split.count']!r:.20} files: merge them with llama.cpp's gguf-split --merge"
         )
+    divisors = stored.pop(_DIVISORS, None)
     renamed = {_renamed(path, name): tensor for name, tensor in stored.items()}
     sizes = _sizes(path, metadata, renamed)
+    if divisors is not None:
+        sizes["rope_scaling"] = _llama3(path, divisors.data, sizes)
     heads = {name: sizes["n_head"] for name in renamed if ".q_proj." in name}
     heads |= {name: sizes["n_kv_head"] for name in renamed if ".k_proj." in name}
     tensors = GGUFTensors(path, renamed, heads)
@@ -123,8 +130,7 @@ def _renamed(path: Path, name: str) -> str:
         return _NAMES[name]
     found = _LAYER.fullmatch(name)
     if found is None or found[2] not in _LAYER_NAMES:
-        why = ": its rotary positions are scaled (llama3), which is not read from GGUF" if name == "rope_freqs.weight" else ""
-        raise UsageError(f"{path} has a tensor {name}{why or ', which our llama lacks'}")
+        raise UsageError(f"{path} has a tensor {name}, which our llama lacks")
     return f"model.layers.{found[1]}.{_LAYER_NAMES[found[2]]}.{found[3]}"
 
 
@@ -155,6 +161,21 @@ def _sizes(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) 
         "norm_eps": _decimal(of("attention.layer_norm_rms_epsilon", FINITE)), "qk_norm": False, "qkv_bias": biases["q_proj"],
         "o_bias": biases["o_proj"], "mlp_bias": biases["up_proj"], "tied": "lm_head.weight" not in tensors,
     }  # fmt: skip
+
+
+def _llama3(path: Path, divisors: np.ndarray, sizes: Mapping[str, Any]) -> str:
+    """Return the scaling that divides frequencies by these numbers: llama3 with the settings that all of its models have.
+
+    Errors: UsageError if there is none.
+    """
+    theta, D, factor = sizes["rope_theta"], sizes["head_dim"], float(divisors.max(initial=0))
+    if divisors.shape == (D // 2,) and 1 < factor < math.inf:
+        text = f"llama3,factor={factor},low=1.0,high=4.0,original=8192"
+        plain, scaled = (inverse_frequencies(theta, D, RopeScaling.parse(kind), 1) for kind in ("default", text))
+        # each side has some ten roundings to FP32; another setting would change whole percents
+        if np.allclose(divisors * scaled, plain, rtol=2**-18, atol=0):
+            return text
+    raise UsageError(f"{path} has {_DIVISORS} that are not llama3's: other scalings of rotary positions are not converted")
 
 
 def _check_tensors(path: Path, sizes: dict[str, Any], tensors: GGUFTensors) -> None:

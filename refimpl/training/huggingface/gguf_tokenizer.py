@@ -3,7 +3,8 @@
 Only byte-level BPE (tokenizer.ggml.model gpt2) is written, and only where `tokenizer.ggml.pre`, which says how text is split
 into words, is known here. transformers' own loader ignores that key.
 
-Source: llama.cpp, src/llama-vocab.cpp: smollm first splits off each digit, then splits as GPT-2.
+Source: llama.cpp, src/llama-vocab.cpp: smollm first splits off each digit, then splits as GPT-2; llama-bpe is Llama 3's, where
+words that are tokens are not built by merges, and a text begins with bos.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from refimpl.training.checkpoint import write_text_atomically
 _GGML = "tokenizer.ggml."
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
-PRE_TOKENIZERS = {"smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTES]}, "gpt-2": _BYTES}
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Llama 3 splits text into words: up to three digits are one."""
+_SPLIT = {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False}
+PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTES]}, "gpt-2": _BYTES,
+    "llama-bpe": {"type": "Sequence", "pretokenizers": [_SPLIT, {**_BYTES, "use_regex": False}]},
+}  # fmt: skip
 """tokenizer.ggml.pre -> the pre-tokenizer."""
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 """Types of tokens in GGUF."""
@@ -45,7 +52,7 @@ def why_not(metadata: Mapping[str, Any]) -> str | None:
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the table of tokenizer.json. Errors: UsageError for a merge that is not of two words."""
-    tokens = metadata[_GGML + "tokens"]
+    tokens, pre = metadata[_GGML + "tokens"], metadata[_GGML + "pre"]
     merges = [merge.split(" ") for merge in metadata[_GGML + "merges"]]
     odd = next((merge for merge in merges if len(merge) != 2), None)
     if odd is not None:
@@ -60,14 +67,28 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZERS[metadata[_GGML + "pre"]], "post_processor": None,
+        "pre_tokenizer": PRE_TOKENIZERS[pre], "post_processor": _begins_with(metadata, pre == "llama-bpe"),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "fuse_unk": False, "byte_fallback": False, "ignore_merges": pre == "llama-bpe",
             "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
         },
     }  # fmt: skip
+
+
+def _begins_with(metadata: Mapping[str, Any], usual: bool) -> dict[str, Any] | None:
+    """Return the post-processor that puts bos before a text, if it does. usual: whether it does where the file does not say."""
+    if not metadata.get(_GGML + "add_bos_token", usual) or _GGML + "bos_token_id" not in metadata:
+        return None
+    i = metadata[_GGML + "bos_token_id"]
+    bos = metadata[_GGML + "tokens"][i]
+
+    def one(text: str, type_id: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": bos, "type_id": type_id}}, {"Sequence": {"id": text, "type_id": type_id}}]
+
+    special = {bos: {"id": bos, "ids": [i], "tokens": [bos]}}
+    return {"type": "TemplateProcessing", "single": one("A", 0), "pair": one("A", 0) + one("B", 1), "special_tokens": special}
 
 
 def tokenizer_config(metadata: Mapping[str, Any], positions: int) -> dict[str, Any]:
