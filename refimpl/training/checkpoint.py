@@ -145,9 +145,14 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, np.ndarray], dict[str
 
 
 def refuse_pickles(path: Path) -> None:
-    """Raise UsageError for a file written by torch.save: a zip archive with pickles, or in old versions one pickle."""
+    """Raise UsageError for a file written by torch.save: a zip archive with pickles, or in old versions one pickle.
+
+    Also for a GGUF file, which has a command of its own.
+    """
     with path.open("rb") as file:
         start = file.read(4)
+    if start == b"GGUF":
+        raise UsageError(f"{path} is a GGUF file: `python scripts/convert.py gguf {path} DIR` makes a folder that is read")
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         raise UsageError(
             f"{path} is not a whole safetensors file but a pickle, as torch.save writes it. Pickles are not read, since they "
@@ -242,6 +247,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Errors: UsageError, before anything is used, if the file is missing, truncated, damaged, not a safetensors file, not a
     checkpoint of this project, or of a newer version. The fields of the header are checked by `checkpoint_states`.
     """
+    if path.is_dir() and not file_in(path).is_file():
+        raise UsageError(f"{path} has neither a {FILE_NAME}, as the folder of a run, nor a config.json of Hugging Face")
     path = file_in(path)
     arrays, metadata = read_tensors(path, "checkpoint")
     if KEY not in metadata:

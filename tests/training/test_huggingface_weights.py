@@ -242,6 +242,21 @@ def test_sizes_that_the_model_refuses_and_layers_without_end(tmp_path: Path) -> 
         assert message in refusal(folder)
 
 
+def test_files_that_stand_for_others_say_what_to_do(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", LLAMA, tensors_of(LLAMA))
+    file = folder / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "is a pointer of Git LFS in place of the file: get the file itself, with git lfs pull" in refusal(folder)
+    (folder / "config.json").unlink()
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0")
+    for path, message in (
+        (folder, "has neither a checkpoint.safetensors, as the folder of a run, nor a config.json of Hugging Face"),
+        (tmp_path / "x.gguf", "x.gguf DIR` makes a folder that is read"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            read_weights(path)
+
+
 def test_a_folder_with_pickles_or_nothing_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", LLAMA, tensors_of(LLAMA))
     (folder / "model.safetensors").unlink()

@@ -84,6 +84,8 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     size = path.stat().st_size
     whole = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
     start = 8 + int.from_bytes(whole[:8].tobytes(), "little")
+    if bytes(whole[:12]) == b"version http":
+        raise UsageError(f"{path} is a pointer of Git LFS in place of the file: get the file itself, with git lfs pull")
     if size < 8 or start > size:
         raise UsageError(f"{path} is not a whole safetensors file: its header is cut off after {size:,} bytes")
     table = _json(path, whole[8:start].tobytes)
