@@ -1,7 +1,7 @@
 """A training run: settings, data, the loop over steps, logs and checkpoints.
 
     config.py, schema.py      the settings of a run: flags as given, and all of them, checked; checks of data read from JSON
-    setup.py                  the start of a run: the objects that a step takes, random numbers, faults to inject
+    setup.py, init_from.py    the start of a run: the objects that a step takes, random numbers, faults; weights of other runs
     trainer.py, run.py        the loop over steps; a run in a folder, from start to report
     data.py, ngrams.py        corpora and batches; the losses that a model must beat
     tokenizer.py, token_cache.py  bytes or a tokenizer.json: text as token ids and back; ids that are kept in a file

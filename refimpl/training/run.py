@@ -23,10 +23,11 @@ from refimpl.distributed.mpi import launched, mpi_comm
 from refimpl.distributed.nccl import nccl_comm
 from refimpl.distributed.zero import exchanged
 from refimpl.errors import TrainingStopped, UsageError
-from refimpl.training.checkpoint_states import FirstWeights, read_weights, start_from, tokenizer_of
+from refimpl.training.checkpoint_states import start_from
 from refimpl.training.config import Config, Flags
 from refimpl.training.console import printable
 from refimpl.training.evaluate import TextLoss
+from refimpl.training.init_from import First, settings_from
 from refimpl.training.metrics import plot_run, read_metrics
 from refimpl.training.ngrams import NgramBaselines, ngram_baselines
 from refimpl.training.pictures import NO_PICTURE
@@ -71,11 +72,7 @@ def train(
         if resume and init_from is not None:
             raise UsageError("--resume and --init-from contradict each other: a resumed run has its own weights")
         comm = mpi_comm() if launched()[1] > 1 else Serial()
-        first = None if init_from is None else (init_from, read_weights(init_from))
-        if first is not None:  # sizes that are not given are taken from the file
-            tokenizer = tokenizer_of(first[0], first[1].model, given.get("tokenizer")).name
-            own = {name: value for name, value in given.items() if value is not None}
-            given = {**sizes_of(*first, own), **own, "tokenizer": tokenizer}
+        given, first = (given, None) if init_from is None else settings_from(init_from, given)
         config, _ = prepare_folder(given, out, resume, overwrite)
         find_fault(config.mistake, faults)  # refuses an unknown one before there is a folder
         comm = comm_of_arrays(config, comm)
@@ -83,30 +80,6 @@ def train(
         with own_folder(config, out, comm, resume, overwrite) as folder, threadpool_limits(threads):
             trainer = Trainer(config, folder, comm, faults)
             return _resume(trainer) if resume else _begin(trainer, first)
-
-
-FINE_TUNING: Mapping[str, Any] = {"lr": 5e-5, "steps": 100, "warmup": 10, "batch_size": 4, "block_size": 128}
-"""Defaults for weights of others, from which a short training with small steps starts. lr is that of transformers' Trainer."""
-
-
-def sizes_of(path: Path, first: FirstWeights, given: Flags) -> dict[str, Any]:
-    """Return the settings of the model in a file, and FINE_TUNING for a folder of Hugging Face.
-
-    block_size, if it is not given, is that of the run that wrote the file. It may be less than the model's positions.
-    Errors: UsageError for --model or --block-size that the file's model is not or cannot have.
-    """
-    name, sizes = first.model.name, dict(first.model.config)
-    if given.get("model", name) != name:
-        raise UsageError(f"{path} is a {name}, this run's model is a {given['model']}")
-    if name == "mlp":  # its first layer reads whole blocks
-        return {"model": name, **sizes}
-    positions = sizes.pop("block_size")
-    usual = FINE_TUNING if first.block_size is None else {}
-    block_size = given.get("block_size") or first.block_size or min(positions, FINE_TUNING["block_size"])
-    if block_size > positions:
-        raise UsageError(f"--block-size is {block_size}, but the model in {path} has {positions} positions: give at most that")
-    more = {"block_size": block_size, "n_positions": positions if block_size < positions else None}
-    return {**usual, "model": name, **sizes, **more}
 
 
 def comm_of_arrays(config: Config, comm: Comm) -> Comm:
@@ -133,7 +106,7 @@ def only_rank_0_prints() -> Iterator[None]:
             raise type(error)(f"rank {rank}: {error}") from error
 
 
-def _begin(trainer: Trainer, first: tuple[Path, FirstWeights] | None) -> int:
+def _begin(trainer: Trainer, first: First | None) -> int:
     """Start a new run. first: the file with its first weights, and what it holds."""
     config = trainer.config
     if first is not None:

@@ -16,9 +16,11 @@ from refimpl.optim.optimizer import Optimizer
 from refimpl.optim.state import State
 from refimpl.precision.context import Monitor, Run
 from refimpl.step import Batch, StepResult, train_step
+from refimpl.training.checkpoint_states import start_from
 
 if TYPE_CHECKING:
     from refimpl.training.config import Config
+    from refimpl.training.init_from import First
 
 # Each use of random numbers has its own stream, so that evaluating or sampling more often changes neither batches nor weights.
 INIT, BATCHES, EVALUATION, SAMPLE = range(4)
@@ -74,15 +76,21 @@ def find_fault(name: str, faults: Mapping[str, Fault]) -> Fault | None:
     return faults.get(name)
 
 
-def start(config: Config, comm: Comm | None = None, faults: Mapping[str, Fault] = NO_FAULTS) -> Training:
+def start(
+    config: Config, comm: Comm | None = None, faults: Mapping[str, Fault] = NO_FAULTS, first: First | None = None
+) -> Training:
     """Return a run before its first step, with initial weights, and with the fault of --mistake injected.
 
-    comm: this process's rank, if there are several. faults: those that --mistake may name.
+    comm: this process's rank, if there are several. faults: those that --mistake may name. first: weights to start from, in
+    place of new ones. Errors: UsageError.
     """
     fault = find_fault(config.mistake, faults)
     training = config.make_training(config.make_backend(), comm)
     if fault is not None:
         fault.inject(training)
+    if first is not None:
+        start_from(*first, training.model, training.state, config.rounds_masters)
+        return training
     weights = training.model.initial_weights(generator(config.seed, INIT))
     training.state.load_weights(weights, rounded=config.rounds_masters)
     return training

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hf_folders import LLAMA, tensors_of, write
 from script_loader import load_script
 
 from refimpl.errors import UsageError
@@ -19,20 +20,18 @@ from refimpl.tools.compare_recipes import runs as module
 from refimpl.tools.compare_recipes.page import difference_text
 from refimpl.tools.compare_recipes.runs import (
     BASELINE,
-    IS_DIFFERENT,
-    MATTERS_MORE,
     PERTURBATIONS,
     Comparison,
     RecipeRun,
     chosen_recipes,
     compare,
     for_recipe,
-    meaning,
-    rows,
 )
+from refimpl.tools.compare_recipes.tables import IS_DIFFERENT, MATTERS_MORE, header, loss_rows, meaning, rows
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.evaluate import mean_loss
+from refimpl.training.init_from import First, settings_from
 from refimpl.training.setup import BATCHES, EVALUATION, generator, start
 
 SIZES: dict[str, Any] = {
@@ -274,3 +273,86 @@ def test_other_weights_would_be_another_comparison(comparison: Comparison) -> No
     other = RecipeRun(replace(comparison.runs[0].config, seed=5))
     other.step(load_corpus("pydoc", SIZES["block_size"]))
     assert other.losses[0] != comparison.runs[0].losses[0]
+
+
+# ----------------------------------------------------------------------------------------------------- from a folder's weights
+
+FROM: dict[str, Any] = {
+    "tokenizer": "bytes", "block_size": 8, "batch_size": 2, "steps": 3, "warmup": 0, "eval_batches": 1, "lr": 1e-3,
+    "recipe": BASELINE,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    table = {**LLAMA, "vocab_size": 256}
+    small = {name: 0.1 * array for name, array in tensors_of(table).items()}
+    return write(tmp_path_factory.mktemp("compared") / "hf", table, small)
+
+
+def begun(folder: Path) -> tuple[Config, First]:
+    given, first = settings_from(folder, FROM)
+    return Config.of(given), first
+
+
+def test_a_folder_is_where_all_runs_start_one_after_another(folder: Path) -> None:
+    config, first = begun(folder)
+    ticks: list[int] = []
+    result = compare(config, ["fp32", "bf16", "mxfp4"], 2, lambda: ticks.append(1), 1, first)
+    assert len(ticks) == 3 * 5 and result.seeded == "batches"
+    corpus = config.make_corpus()
+    for run in (*result.runs, *result.others):
+        assert not hasattr(run, "training")  # its states have gone before the next run begins
+        alone, rng = start(run.config), generator(run.config.seed, BATCHES)
+        alone.state.load_weights(first[1].weights)
+        losses = [float(alone.step([sample_batch(corpus.train, 2, 8, rng)]).loss) for _ in range(3)]
+        assert losses == run.losses
+    (changed,) = result.changed
+    assert result.runs[0].losses == pytest.approx(changed.losses, abs=1e-4)
+    same, other = (RecipeRun(config, i, first).training.state.master for i in range(2))
+    assert (same == np.concatenate([array.reshape(-1) for array in first[1].weights.values()])).all()
+    np.testing.assert_array_max_ulp(same, other, 1)
+    assert (same != other).all()
+
+
+def test_the_table_has_the_peak_of_runs_that_were_alone(folder: Path, comparison: Comparison) -> None:
+    config, first = begun(folder)
+    result = compare(config, ["fp32", "fp16"], 2, lambda: None, 1, first)
+    if not result.has_peaks:
+        pytest.skip("this system does not forget a peak of memory")
+    assert header(result)[-1] == "peak GiB" and 0.05 < float(list(rows(result))[1][-1]) < 50
+    assert "peak GiB" in "\n".join(meaning(result)) and "other batches, differ" in "\n".join(meaning(result))
+    assert header(comparison)[-1] == "ms per step" and "peak GiB" not in "\n".join(meaning(comparison))
+
+
+def test_the_losses_of_the_first_steps_and_of_the_last(comparison: Comparison) -> None:
+    heads, lines = loss_rows(comparison)
+    assert heads == ["recipe", "step 1", "step 2", "step 5", "step 10", "step 20", "step 21"]
+    for line, run in zip(lines, comparison.runs, strict=True):
+        assert line == [run.config.recipe, *(f"{run.losses[i]:.4f}" for i in (0, 1, 4, 9, 19, 20))]
+    ended = compare(config(lr=1e3, warmup=0), ["fp32", "pure-fp16"], 2, lambda: None, 1)
+    assert loss_rows(ended)[1][1][-1] == "-"
+
+
+def test_ctrl_c_between_recipes_leaves_those_that_are_done(folder: Path) -> None:
+    config, first = begun(folder)
+    result = compare(config, ["fp32", "bf16", "fp16"], 2, interrupted(3 * 4 + 2), 1, first)
+    assert [run.config.recipe for run in result.runs] == ["fp32", "bf16"] and len(result.changed) == len(result.others) == 1
+    with pytest.raises(KeyboardInterrupt):  # without all of FP32's runs no difference means anything
+        compare(config, ["fp32", "bf16"], 2, interrupted(3 * 3 - 1), 1, first)
+
+
+def test_the_script_starts_from_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script, numbers = load_script("compare_recipes"), tmp_path / "data.json"
+    flags = "--recipes bf16 --seeds 2 --perturbations 1 --tokenizer bytes --block-size 8 --batch-size 2 --eval-batches 1"
+    more = ["--init-from", str(folder), "--no-page", "--json", str(numbers)]
+    arguments = vars(script.parser().parse_args([*flags.split(), *more]))
+    own = {name: arguments.pop(name) for name in script.OWN_FLAGS}
+    script.compare_recipes(arguments, **own, command="")
+    assert "step 20" in capsys.readouterr().out  # the default
+    stored = json.loads(numbers.read_text())["runs"]
+    assert [len(run["losses"]) for run in stored] == [20, 20, 20]
+    with pytest.raises(UsageError, match="n_layer 2 instead of 3"):
+        script.compare_recipes({**arguments, "n_layer": 3}, **{**own, "json_file": None}, command="")
+    with pytest.raises(UsageError, match="no checkpoint at"):
+        script.compare_recipes({}, **{**own, "json_file": None, "init_from": tmp_path / "none"}, command="")

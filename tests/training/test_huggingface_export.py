@@ -35,7 +35,8 @@ from refimpl.training.config import Config
 from refimpl.training.huggingface.export import export_folder
 from refimpl.training.huggingface.files import read_folder
 from refimpl.training.huggingface.weights import read_model
-from refimpl.training.run import FINE_TUNING, sizes_of, train
+from refimpl.training.init_from import FINE_TUNING, sizes_of
+from refimpl.training.run import train
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,

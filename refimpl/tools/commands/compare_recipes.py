@@ -3,6 +3,7 @@
     python scripts/compare_recipes.py                                ten recipes: a table, and runs/recipes.html
     python scripts/compare_recipes.py --recipes all                  all that do not emulate accumulators, in ten minutes
     python scripts/compare_recipes.py --recipes bf16,fp8,fp8-delayed --steps 500 --lr 1e-3
+    python scripts/compare_recipes.py --init-from DIR --batch-size 1   fine-tune a model of Hugging Face for 20 steps under each
 
 `python scripts/recipes.py` describes the recipes. The page is one HTML file and needs matplotlib.
 """
@@ -14,7 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from refimpl.tools.compare_recipes.page import PAGE, STEPS, STEPS_OF_ALL, WARMUP, compare_recipes
+from refimpl.tools.compare_recipes.page import PAGE, STEPS, STEPS_FROM, STEPS_OF_ALL, WARMUP, compare_recipes
 from refimpl.tools.compare_recipes.runs import DEFAULT, PERTURBATIONS
 from refimpl.training.arguments import Parser
 from refimpl.training.flags import add_config_flags
@@ -25,14 +26,16 @@ CONFIG_FLAGS = (
     "optimizer", "momentum", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "weight_decay", "clip", "grad_accum",
     "seed", "eval_batches",
 )  # fmt: skip
-OWN_FLAGS = ("recipes", "seeds", "perturbations", "out", "no_page", "json_file", "overwrite")
+OWN_FLAGS = ("init_from", "recipes", "seeds", "perturbations", "out", "no_page", "json_file", "overwrite")
 
 
 def parser() -> Parser:
     """Return the parser of the flags: fields of Config, and those of this command."""
     result = Parser(description=__doc__)
     result.add_argument("--recipes", default=",".join(DEFAULT), metavar="NAME,...", help=f"all, or some ({','.join(DEFAULT)})")
-    steps = f"training steps ({STEPS}; with all recipes {STEPS_OF_ALL})"
+    what = "start from the weights and sizes of a folder of Hugging Face, or of a checkpoint, one recipe after another"
+    result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
+    steps = f"training steps ({STEPS}; with all recipes {STEPS_OF_ALL}, with --init-from {STEPS_FROM})"
     result.add_argument("--steps", type=int, default=argparse.SUPPRESS, help=steps)
     result.add_argument("--warmup", type=int, default=argparse.SUPPRESS, help=f"updates of linear warm-up ({WARMUP})")
     result.add_argument("--seeds", type=int, default=3, help="seeds of the FP32 runs, that of the comparison included (3)")

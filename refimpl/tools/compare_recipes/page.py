@@ -10,28 +10,19 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.tools.compare_recipes.runs import (
-    HEADER,
-    IS_DIFFERENT,
-    MATTERS_MORE,
-    PERTURBATIONS,
-    Comparison,
-    RecipeRun,
-    chosen_recipes,
-    compare,
-    meaning,
-    rows,
-)
+from refimpl.tools.compare_recipes.runs import PERTURBATIONS, Comparison, RecipeRun, chosen_recipes, compare
+from refimpl.tools.compare_recipes.tables import IS_DIFFERENT, MATTERS_MORE, header, loss_rows, meaning, rows
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.console import table as text_table
 from refimpl.training.html.figures import Picture, as_svg
 from refimpl.training.html.page import document, escape, figures, paragraphs, section, table
+from refimpl.training.init_from import settings_from
 from refimpl.training.outputs import target
 
 PAGE = Path("runs/recipes.html")
-STEPS, STEPS_OF_ALL, WARMUP = 200, 60, 10
-"""Defaults of --steps (fewer with all recipes, which then take ten minutes on two cores) and of --warmup."""
+STEPS, STEPS_OF_ALL, STEPS_FROM, WARMUP = 200, 60, 20, 10
+"""Defaults of --steps (fewer with all recipes, which then take ten minutes on two cores, and with --init-from) and --warmup."""
 
 
 def compare_recipes(
@@ -44,22 +35,32 @@ def compare_recipes(
     command: str,
     perturbations: int = PERTURBATIONS,
     overwrite: bool = False,
+    init_from: Path | None = None,
 ) -> None:
-    """Train, print the table, and write the page and the data. given: fields of Config. Errors: UsageError before any step."""
+    """Train, print the tables, and write the page and the data.
+
+    given: fields of Config. init_from: a checkpoint or a folder of Hugging Face to start from.
+    Errors: UsageError before any step.
+    """
     from tqdm import tqdm
 
     names = chosen_recipes(recipes)
-    steps = STEPS_OF_ALL if "all" in recipes.split(",") else STEPS
-    config = Config.of({"steps": steps, "warmup": WARMUP, **given, "recipe": names[0]})
+    steps = STEPS_FROM if init_from else STEPS_OF_ALL if "all" in recipes.split(",") else STEPS
+    given, first = {"steps": steps, "warmup": WARMUP, **given, "recipe": names[0]}, None
+    if init_from is not None:
+        given, first = settings_from(init_from, given)
+    config = Config.of(given)
     if no_page and out is not None:
         raise UsageError("--no-page and --out contradict each other: choose one")
     if not no_page:
         _need_matplotlib()
     page_file = None if no_page else target("--out", out, PAGE, overwrite)
     data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
-    with tqdm(total=config.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # `delay`: errors of `compare` come first
-        comparison = compare(config, names, seeds, bar.update, perturbations)
-    print(text_table(HEADER, list(rows(comparison))), *meaning(comparison), sep="\n")
+    ticks = config.steps * (1 if first is None else len(names) + seeds - 1 + perturbations)
+    with tqdm(total=ticks, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # `delay`: errors of `compare` come first
+        comparison = compare(config, names, seeds, bar.update, perturbations, first)
+    print(text_table(header(comparison), list(rows(comparison))), *meaning(comparison), sep="\n")
+    print(LOSSES, text_table(*loss_rows(comparison)), sep="\n")
     if data_file is not None:
         print(f"written: {data_file.write_text(json_text(data(comparison)) + chr(10))}")
     if page_file is not None:
@@ -89,7 +90,7 @@ def _run_data(run: RecipeRun) -> dict[str, Any]:
         "recipe": run.config.recipe, "seed": run.config.seed, "losses": run.losses, "val_loss": run.val_loss,
         "val_bits_per_byte": run.bits_per_byte,
         "bytes_per_parameter": run.bytes_per_parameter, "skipped": run.skipped, "moved": run.moved,
-        "seconds": run.seconds, "ended": run.ended or None,
+        "seconds": run.seconds, "peak": run.peak, "ended": run.ended or None,
     }  # fmt: skip
 
 
@@ -97,8 +98,10 @@ def recipes_page(comparison: Comparison, command: str) -> str:
     """Return the page. The same comparison and command give the same text."""
     described = [[run.config.recipe, run.recipe.summary, run.recipe.source] for run in comparison.runs]
     sections = [
-        section("At the end", table("All recipes", HEADER, list(rows(comparison))), paragraphs(meaning(comparison))),
-        section("Loss", paragraphs([LOSS]), figures(_pictures(comparison, "loss"))),
+        section(
+            "At the end", table("All recipes", header(comparison), list(rows(comparison))), paragraphs(meaning(comparison))
+        ),
+        section("Loss", paragraphs([LOSS]), figures(_pictures(comparison, "loss")), table(LOSSES, *loss_rows(comparison))),
         section(
             "Difference from FP32", paragraphs([difference_text(comparison)]), figures(_pictures(comparison, "difference"))
         ),
@@ -106,9 +109,10 @@ def recipes_page(comparison: Comparison, command: str) -> str:
         section("Command", f"<pre><code>{escape(command)}</code></pre>\n"),
     ]
     config = comparison.runs[0].config
-    return document(f"Recipes compared: {config.model}, {comparison.runs[0].training.model.n_params:,} parameters", sections)
+    return document(f"Recipes compared: {config.model}, {comparison.runs[0].n_params:,} parameters", sections)
 
 
+LOSSES = "The loss of the batch of a step, before its update:"
 LOSS = "The training loss, smoothed over a tenth of the steps. FP32 is gray in each figure."
 
 
@@ -119,7 +123,7 @@ def difference_text(comparison: Comparison) -> str:
         f"The dark band answers: {IS_DIFFERENT} Its width is the difference between FP32 runs on these batches from weights "
         f"changed in their last bit ({len(comparison.changed)} of them): inside it, a recipe is no different from FP32. "
         f"The light band answers: {MATTERS_MORE} Its width is the difference between FP32 runs with "
-        f"{1 + len(comparison.others)} seeds, that is other weights and batches: inside it, the seed matters more."
+        f"{1 + len(comparison.others)} seeds, that is other {comparison.seeded}: inside it, the seed matters more."
     )
 
 

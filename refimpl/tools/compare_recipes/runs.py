@@ -1,31 +1,36 @@
 """Training runs of a comparison of recipes.
 
 Under each recipe the same model starts from the same weights and trains on the same batches. The runs make their steps in
-turn, so that other load on the machine affects all of them, and an interrupted comparison has fewer steps. Additional runs of
-FP32 answer two questions about a difference of losses:
+turn, so that other load on the machine affects all of them, and an interrupted comparison has fewer steps. Runs that start from
+a checkpoint or a folder of Hugging Face may be too large for that: they are made one after another, and an interrupted
+comparison has fewer recipes. Additional runs of FP32 answer two questions about a difference of losses:
 
     Is this recipe different from FP32 on these batches?    FP32 on the same batches, from weights changed in their last bit.
                                                             Such runs drift apart, since training is chaotic; a recipe that
                                                             drifts no further cannot be distinguished from FP32.
-    Would another seed matter more?                         FP32 with other seeds: other weights and other batches.
+    Would another seed matter more?                         FP32 with other seeds: other weights and other batches; other
+                                                            batches alone if all start from a checkpoint.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from refimpl.errors import UsageError
 from refimpl.precision.policy import Policy
 from refimpl.precision.recipes import RECIPES, Recipe, get_recipe
+from refimpl.tools.memory.measure import forget_peak, process_memory
 from refimpl.training.config import Config
 from refimpl.training.data import Corpus, sample_batch
 from refimpl.training.evaluate import text_loss, validation_batches
+from refimpl.training.huggingface.weights import Converted
+from refimpl.training.init_from import First
 from refimpl.training.memory_limits import need, require_memory
 from refimpl.training.setup import BATCHES, INIT, generator, start
 from refimpl.training.signals import say
@@ -39,6 +44,7 @@ LAST = 10
 
 
 STOPPING = "stopping: the comparison of the steps that all runs have taken follows; again to stop at once"
+STOPPING_BETWEEN = "stopping: the comparison of the recipes that have taken all steps follows"
 PERTURBATIONS = 3
 """FP32 runs from weights changed in their last bit."""
 _PERTURBATION = 1000  # random streams from this number on: training uses none of them
@@ -48,12 +54,16 @@ _PERTURBATION = 1000  # random streams from this number on: training uses none o
 class RecipeRun:
     """A run under one recipe, and its results so far. `ended`: why it makes no more steps, or ''.
 
+    perturbation: 0 to start from the initial weights; 1, 2, ... for different changes of their last bits. first: weights to
+    start from, in place of new ones.
     val_loss, bits_per_byte: the validation loss in nats per token, and the same per byte. unit: what a token is called.
-    perturbation: 0 to start from the initial weights; 1, 2, ... for different changes of their last bits.
+    bytes_per_parameter: the measured size of the states' buffers. peak: the largest resident memory of this process during the
+    run, None where it is not known, or other runs were there.
     """
 
     config: Config
     perturbation: int = 0
+    first: First | None = None
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     moved: list[float] = field(default_factory=list)
@@ -62,24 +72,22 @@ class RecipeRun:
     val_loss: float = float("nan")
     bits_per_byte: float = float("nan")
     unit: str = "byte"
+    peak: int | None = None
 
     def __post_init__(self) -> None:
-        self.training = start(self.config)
+        self.training = start(self.config, first=self.first)
         self.batches = generator(self.config.seed, BATCHES)
+        model, state = self.training.model, self.training.state
+        self.n_params, self.bytes_per_parameter = model.n_params, state.nbytes / model.n_params
         if self.perturbation:
-            weights = self.training.model.initial_weights(generator(self.config.seed, INIT))
+            weights = self.first[1].weights if self.first else model.initial_weights(generator(self.config.seed, INIT))
             rng = generator(self.config.seed, _PERTURBATION + self.perturbation)
-            self.training.state.load_weights({name: perturbed(x, rng) for name, x in weights.items()})
+            state.load_weights(Converted(weights, lambda name, x: perturbed(x, rng)))
 
     @property
     def recipe(self) -> Recipe:
         """Return the recipe of this run."""
         return get_recipe(self.config.recipe)
-
-    @property
-    def bytes_per_parameter(self) -> float:
-        """Return the measured size of the states' buffers per parameter."""
-        return self.training.state.nbytes / self.training.model.n_params
 
     def step(self, corpus: Corpus) -> None:
         """Make one step and time it; every COUNT_EVERY steps, also count the weights that it changed."""
@@ -122,6 +130,16 @@ class Comparison:
     runs: Sequence[RecipeRun]
     others: Sequence[RecipeRun]
     changed: Sequence[RecipeRun]
+
+    @property
+    def has_peaks(self) -> bool:
+        """Return whether the peak of memory is known of any run."""
+        return any(run.peak for run in self.runs)
+
+    @property
+    def seeded(self) -> str:
+        """Return what another seed changes."""
+        return "weights and batches" if self.runs[0].first is None else "batches"
 
     @property
     def seconds(self) -> float:
@@ -189,99 +207,83 @@ def _is_fast(policy: Policy) -> bool:
 
 
 def compare(
-    config: Config, recipes: Sequence[str], seeds: int, tick: Callable[[], Any], perturbations: int = PERTURBATIONS
+    config: Config,
+    recipes: Sequence[str],
+    seeds: int,
+    tick: Callable[[], Any],
+    perturbations: int = PERTURBATIONS,
+    first: First | None = None,
 ) -> Comparison:
     """Train under each recipe.
 
     config: the FP32 run. seeds: number of FP32 runs with different seeds. perturbations: number of FP32 runs from weights
-    changed in their last bit. tick: callback after each step. Ctrl-C ends the comparison after the steps that all runs made.
-    Errors: UsageError for fewer than 2 seeds or 1 perturbation, or if memory cannot hold all runs; KeyboardInterrupt if no
-    step was finished.
+    changed in their last bit. tick: callback after each step of all runs, or with `first` of one. first: weights to start from.
+    Ctrl-C ends the comparison after the steps that all runs made, or with `first` after the recipes that made all steps.
+    Errors: UsageError for fewer than 2 seeds or 1 perturbation, or if memory cannot hold the runs; KeyboardInterrupt if there
+    is nothing to compare yet.
     """
     if seeds < 2:
         raise UsageError(f"--seeds is {seeds}: it must be at least 2, to compare two runs")
     if perturbations < 1:
         raise UsageError(f"--perturbations is {perturbations}: it must be at least 1")
     configs = [for_recipe(config, name) for name in recipes]
-    others_configs = [replace(config, seed=config.seed + i) for i in range(1, seeds)]
-    require_memory([need(each) for each in (*configs, *others_configs, *[config] * perturbations)], "the comparison")
-    corpus = config.make_corpus()
-    runs, others = [RecipeRun(each) for each in configs], [RecipeRun(each) for each in others_configs]
-    changed = [RecipeRun(config, i) for i in range(1, perturbations + 1)]
-    everyone = (*runs, *others, *changed)
+    others = [replace(config, seed=config.seed + i) for i in range(1, seeds)]
+    makers = [partial(RecipeRun, each, first=first) for each in (config, *others)]
+    makers += [partial(RecipeRun, config, i, first) for i in range(1, perturbations + 1)]
+    makers += [partial(RecipeRun, each, first=first) for each in configs[1:]]
+    needs = [need(maker.args[0]) for maker in makers]
+    for together in [needs] if first is None else [[one] for one in needs]:
+        require_memory(together, "the comparison")
+    corpus, make = config.make_corpus(), _in_turn if first is None else _one_by_one
+    runs = make(makers, config, corpus, tick)
+    if len(runs) < seeds + perturbations:
+        raise KeyboardInterrupt
+    return Comparison([runs[0], *runs[seeds + perturbations :]], runs[1:seeds], runs[seeds : seeds + perturbations])
+
+
+Makers: TypeAlias = Sequence[Callable[[], RecipeRun]]
+
+
+def _in_turn(makers: Makers, config: Config, corpus: Corpus, tick: Callable[[], Any]) -> list[RecipeRun]:
+    """Return all runs after the steps that all of them made, one step of each at a time; [] if they made none."""
+    runs = [make() for make in makers]
     try:
         for _ in range(config.steps):
-            for run in everyone:
+            for run in runs:
                 run.step(corpus)
             tick()
     except KeyboardInterrupt:
         say(STOPPING)
-        finished = min(len(run.losses) for run in everyone if not run.ended)
+        finished = min(len(run.losses) for run in runs if not run.ended)
         if not finished:
-            raise
-        for run in everyone:
+            return []
+        for run in runs:
             del run.losses[finished:]
-    for run in everyone:
+    for run in runs:
         run.finish(corpus, config.seed)
-    return Comparison(runs, others, changed)
+    return runs
+
+
+def _one_by_one(makers: Makers, config: Config, corpus: Corpus, tick: Callable[[], Any]) -> list[RecipeRun]:
+    """Return the runs that made all steps, each of which was alone in memory, with its peak."""
+    runs: list[RecipeRun] = []
+    try:
+        for make in makers:
+            known = forget_peak()
+            run = make()
+            for _ in range(config.steps):
+                run.step(corpus)
+                tick()
+            run.finish(corpus, config.seed)
+            memory = process_memory() if known else None
+            run.peak = memory and memory[1]
+            del run.training
+            runs.append(run)
+    except KeyboardInterrupt:
+        say(STOPPING_BETWEEN)
+    return runs
 
 
 def for_recipe(config: Config, name: str) -> Config:
     """Return the configuration of the same run under another recipe, with that recipe's loss scale."""
     return replace(config, recipe=name, loss_scale=get_recipe(name).loss_scale)
-
-
-HEADER = ("recipe", "bytes", "loss", "validation", "minus fp32", "skipped", "moved", "ms per step")
-
-
-def rows(comparison: Comparison) -> Iterator[list[str]]:
-    """Yield one row per recipe. One asterisk marks a difference from FP32, two a difference larger than that of seeds."""
-    baseline = comparison.runs[0]
-    for run in comparison.runs:
-        yield [
-            run.config.recipe,
-            f"{run.bytes_per_parameter:.4g}",
-            f"{comparison.smooth(run.losses)[-1]:.4f}",
-            f"{run.val_loss:.4f}",
-            run.ended or ("" if run is baseline else _marked(run.val_loss - baseline.val_loss, comparison)),
-            str(run.skipped),
-            f"{100 * float(np.mean(run.moved)):.1f} %" if run.moved else "-",
-            f"{1e3 * median(run.seconds):.0f}",
-        ]
-
-
-def _marked(difference: float, comparison: Comparison) -> str:
-    """Return a difference with its asterisks and four decimals, or with one digit if these would all be 0."""
-    text = f"{difference:+.0e}" if 0 < abs(difference) < 0.00005 else f"{difference:+.4f}"
-    if abs(difference) <= comparison.drift:
-        return text
-    return text + (" *" if abs(difference) <= comparison.noise else " **")
-
-
-def meaning(comparison: Comparison) -> list[str]:
-    """Return sentences that explain the columns."""
-    baseline, seeds, width = comparison.runs[0], 1 + len(comparison.others), max(1, comparison.steps // LAST)
-    more = len(comparison.others) + len(comparison.changed)
-    return [
-        f"{comparison.steps} steps from the same weights on the same batches. loss: the mean of the last {width} steps. "
-        f"validation: in nats per {baseline.unit}, on the same {baseline.config.eval_batches} batches for all; "
-        f"FP32's is {baseline.bits_per_byte:.4f} bits per byte.",
-        f"*: {IS_DIFFERENT} Yes: its validation loss differs from FP32's by more than {comparison.drift:.2g}, the largest "
-        f"difference between FP32 runs on the same batches whose initial weights are changed in their last bit "
-        f"({_times(len(comparison.changed))}).",
-        f"{MATTERS_MORE} Yes, unless there are two asterisks: the validation losses of FP32 with {seeds} seeds, that is other "
-        f"weights and batches, differ by up to {comparison.noise:.2g}.",
-        f"bytes: model states per parameter, as measured. moved: share of the weights (or masters) that an update changed, "
-        f"at every {COUNT_EVERY}th step. Times are of NumPy on this machine, without 16-bit or 8-bit arithmetic: fewer "
-        f"bits are slower here, but faster on a device that has it. All steps took {comparison.seconds:.0f} s, of which the "
-        f"{more} additional FP32 runs took {sum(sum(run.seconds) for run in (*comparison.others, *comparison.changed)):.0f} s.",
-    ]
-
-
-IS_DIFFERENT = "Is this recipe different from FP32 on these batches?"
-MATTERS_MORE = "Would another seed matter more?"
-"""The two questions; FP32 runs from changed weights answer the first, those with other seeds the second."""
-
-
-def _times(n: int) -> str:
-    return f"{n} time{'s' * (n != 1)}"

@@ -205,6 +205,15 @@ def process_memory() -> tuple[int, int] | None:
     return peak, peak
 
 
+def forget_peak() -> bool:
+    """Begin a new peak of `process_memory` with the memory of now. Return whether the system could, as Linux can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 # --------------------------------------------------------------------------------------------------------------- showing
 
 
