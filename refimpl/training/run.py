@@ -23,11 +23,10 @@ from refimpl.distributed.mpi import launched, mpi_comm
 from refimpl.distributed.nccl import nccl_comm
 from refimpl.distributed.zero import exchanged
 from refimpl.errors import TrainingStopped, UsageError
-from refimpl.training.checkpoint_states import start_from
 from refimpl.training.config import Config, Flags
 from refimpl.training.console import printable
 from refimpl.training.evaluate import TextLoss
-from refimpl.training.init_from import First, settings_from
+from refimpl.training.init_from import settings_from
 from refimpl.training.metrics import plot_run, read_metrics
 from refimpl.training.ngrams import NgramBaselines, ngram_baselines
 from refimpl.training.pictures import NO_PICTURE
@@ -78,8 +77,9 @@ def train(
         comm = comm_of_arrays(config, comm)
         threads = max(1, cores() // comm.on_host.on_machine) if comm.size > 1 else None
         with own_folder(config, out, comm, resume, overwrite) as folder, threadpool_limits(threads):
-            trainer = Trainer(config, folder, comm, faults)
-            return _resume(trainer) if resume else _begin(trainer, first)
+            trainer = Trainer(config, folder, comm, faults, first)
+            first = None  # a folder's files are mapped: what has been read of them would stay in memory
+            return _resume(trainer) if resume else _begin(trainer, init_from)
 
 
 def comm_of_arrays(config: Config, comm: Comm) -> Comm:
@@ -106,15 +106,12 @@ def only_rank_0_prints() -> Iterator[None]:
             raise type(error)(f"rank {rank}: {error}") from error
 
 
-def _begin(trainer: Trainer, first: First | None) -> int:
-    """Start a new run. first: the file with its first weights, and what it holds."""
-    config = trainer.config
-    if first is not None:
-        start_from(*first, trainer.model, trainer.state, config.rounds_masters)
+def _begin(trainer: Trainer, init_from: Path | None) -> int:
+    """Start a new run. init_from: the file with its first weights, if any."""
     baselines = ngram_baselines(trainer.corpus)
     trainer.comm.barrier()  # until all ranks have read the folder as it was
     if trainer.writes:
-        open_folder(config, trainer.folder, first and first[0])
+        open_folder(trainer.config, trainer.folder, init_from)
     return _train(trainer, baselines, "")
 
 

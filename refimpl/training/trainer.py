@@ -14,6 +14,7 @@ from refimpl.training.checkpoint_states import scale_arrays, state_arrays
 from refimpl.training.config import Config
 from refimpl.training.data import Corpus, sample_batch
 from refimpl.training.evaluate import validation_loss
+from refimpl.training.init_from import First
 from refimpl.training.metrics import MetricsLog, read_metrics
 from refimpl.training.resume import Progress, load_run, run_header
 from refimpl.training.run_folder import CHECKPOINT, METRICS
@@ -31,15 +32,21 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, folder: Path, comm: Comm | None = None, faults: Mapping[str, Fault] = NO_FAULTS
+        self,
+        config: Config,
+        folder: Path,
+        comm: Comm | None = None,
+        faults: Mapping[str, Fault] = NO_FAULTS,
+        first: First | None = None,
     ) -> None:
+        """Start a run in a folder. comm, faults, first: those of `setup.start`."""
         self.config, self.folder, self.comm = config, folder, comm or Serial()
         self.writes = self.comm.rank == 0
         self.exchanged = 0  # bytes received from other ranks in training steps
         self.recipe = config.make_recipe()
         self.corpus = self._load_corpus()
         self.fault = find_fault(config.mistake, faults)
-        self.training = start(config, self.comm, faults)
+        self.training = start(config, self.comm, faults, first)
         self.model, self.state = self.training.model, self.training.state
         self.loss_scale, self.run = self.training.loss_scale, self.training.run
         self.backend = self.state.backend

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from progress_bars import NoBar
 from recipe_lists import MECHANISMS, others_slow
 
 from refimpl.errors import TrainingStopped, UsageError
+from refimpl.nn.models.model import Model
 from refimpl.numerics.casts import widen
 from refimpl.numerics.quantization.scaling_state import ScalingState
 from refimpl.parity.mistakes import MISTAKES
 from refimpl.precision.recipes import RECIPES
+from refimpl.training import init_from
 from refimpl.training.checkpoint import load, save
+from refimpl.training.checkpoint_states import FirstWeights
 from refimpl.training.config import Config
 from refimpl.training.metrics import MetricsLog, plot_run, read_metrics
 from refimpl.training.resume import Progress
@@ -303,6 +307,27 @@ def test_init_from_takes_the_masters_of_another_recipe(text: str, tmp_path: Path
     with pytest.raises(UsageError, match="sizes"):
         train({**given, "n_embd": 32}, tmp_path / "c", False, False, source)
     assert not (tmp_path / "c").exists()
+
+
+def test_init_from_samples_no_weights_and_keeps_none(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is that of the states: new weights would be as many bytes as FP32 masters, and so would those of the file."""
+    run(tmp_path / "a", text, recipe="fp16")
+    read, alive = init_from.read_weights, list[weakref.ref[np.ndarray]]()
+
+    def watched(path: Path) -> FirstWeights:
+        first = read(path)
+        alive.extend(weakref.ref(array) for array in first.weights.values())
+        return first
+
+    def at_the_start(trainer: Trainer, *args: Any) -> int:
+        assert alive and not any(array() is not None for array in alive)
+        return 7
+
+    monkeypatch.setattr(init_from, "read_weights", watched)
+    monkeypatch.setattr("refimpl.training.run._train", at_the_start)
+    monkeypatch.setattr(Model, "initial_weights", None)
+    given = {**TINY, "data": text, "recipe": "fp32"}
+    assert train(given, tmp_path / "b", False, False, tmp_path / "a" / "checkpoint.safetensors") == 7
 
 
 @pytest.mark.parametrize(
