@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -275,11 +276,14 @@ IN_PARTS = ("fp32", "fp16", "amp-bf16-cpu", "bf16-sr", "bf16-kahan", "adam-8bit"
 """Every operation and every pass that is cut."""
 
 
-@pytest.mark.parametrize("recipe", others_slow((name for name in RECIPES if name != "fp64"), plain=IN_PARTS))
-def test_a_step_in_parts_is_the_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("model", "recipe"), others_slow(
+    itertools.product(("gpt", "llama"), (name for name in RECIPES if name != "fp64")),
+    plain=[*(("gpt", name) for name in IN_PARTS), ("llama", "fp16"), ("llama", "amp-bf16-cpu")],
+))  # fmt: skip
+def test_a_step_in_parts_is_the_step(model: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All operations cut small and shared by three threads, against all of them whole on one. (Of products the blocks of rows
     stay the same: they are part of what is computed.)"""
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 64, "block_size": 32, "batch_size": 6}
+    sizes = {"model": model, "n_layer": 1, "n_head": 2, "n_embd": 64, "block_size": 32, "batch_size": 6}
     monkeypatch.setattr(backends, "WHOLE", 0)
     monkeypatch.setattr(backends, "ROWS", 32)
 

@@ -42,16 +42,19 @@ pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 SMALL: dict[str, dict[str, Any]] = {
     "gpt": {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": QUERIES + 8, "batch_size": 2},
+    "llama": {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": QUERIES + 8, "batch_size": 2, "norm_eps": 1e-3},
     "mlp": {"n_layer": 2, "n_embd": 32, "block_size": 8, "batch_size": 64},
 }
 """Attention has two blocks of queries; each product is one block."""
-LARGER: dict[str, dict[str, Any]] = {**SMALL, "gpt": {**SMALL["gpt"], "n_embd": 64, "batch_size": 8}}
+LARGER: dict[str, dict[str, Any]] = SMALL | {
+    model: {**SMALL[model], "n_head": 2, "n_embd": 64, "batch_size": 8} for model in ("gpt", "llama")
+}
 """So many elements that each order rounds some of them the other way in each step: then distances are no matter of luck. Heads
 of 32: 1 / sqrt(32) is no power of 2, so that scaling rounds.
 """
 STEPS = 20
-MODELS = ("gpt", "mlp")
-PLAIN = {("fp32", "gpt"), ("fp16", "gpt"), ("fp16", "mlp")}
+MODELS = ("gpt", "llama", "mlp")
+PLAIN = {("fp32", "gpt"), ("fp16", "gpt"), ("bf16", "llama"), ("fp16", "mlp")}
 OTHER_KINDS = {("apex-o2", "gpt"), ("bf16-sr", "gpt"), ("adam-8bit", "gpt"), ("fp8", "gpt"), ("nvfp4", "mlp")}
 IN_FORMATS = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu")
 """The policies without quantized products, in which one element rounded the other way can move the scale of a tensor."""
@@ -76,7 +79,9 @@ def batches(c: Config) -> list[Batch]:
 
 # --------------------------------------------------------------------------------------------------------- orders of sums
 
-REORDERED = ("attention", "fused_attention", "layernorm", "embedding")
+REORDERED = (
+    "attention", "fused_attention", "grouped_attention", "fused_grouped_attention", "layernorm", "llama_rmsnorm", "embedding",
+)  # fmt: skip
 """The fast versions that add in another order, as table.py says; `linear` only if a product is several blocks of rows."""
 
 
@@ -153,7 +158,7 @@ def test_with_sums_in_the_same_order_every_bit_is_the_same(recipe: str, model: s
 
 def test_these_sizes_have_one_block_per_product_and_several_of_queries() -> None:
     for model, sizes in SMALL.items():
-        rows = sizes["batch_size"] * (sizes["block_size"] if model == "gpt" else 1)
+        rows = sizes["batch_size"] * (1 if model == "mlp" else sizes["block_size"])
         largest = max(math.prod(spec.shape) for spec in config("fp32", model, SMALL).make_model().parameters.values())
         assert rows * largest <= WHOLE
     assert QUERIES < SMALL["gpt"]["block_size"] < 2 * QUERIES

@@ -300,14 +300,14 @@ def gelu_erf_near(x: Near, dy: Near) -> list[Near]:
     return [x * phi, dy * (phi + x * ((-0.5 * x * x).exp() * density))]
 
 
-def layernorm_near(x: Near, w: Near, b: Near, dy: Near) -> list[Near]:
+def layernorm_near(x: Near, w: Near, b: Near, dy: Near, eps: float = 1e-5) -> list[Near]:
     N = x.value.shape[-1]
     mean = x.mean()
     centered = x - mean
     var = (centered * centered).mean()
     # PyTorch's variance is Welford's: N U kappa more (Chan, Golub, LeVeque 1983), kappa = sqrt(1 + mean^2 / var).
     kappa = np.sqrt(1 + mean.value**2 / var.value)
-    rstd = (Near(var.value, var.err + N * U * kappa * var.value) + 1e-5).rsqrt()
+    rstd = (Near(var.value, var.err + N * U * kappa * var.value) + eps).rsqrt()
     # PyTorch writes x rstd - rstd mean in 16 bits, and B x + rstd dy w + C backward: the same formula, other cancellations.
     h = (centered * rstd).worse_of(x * rstd - rstd * mean)
     dh = dy * w
@@ -330,9 +330,9 @@ def rmsnorm_near(x: Near, w: Near, dy: Near) -> list[Near]:
     return [h * w, dx.worse_of(other), (dy * h).sum(0)]
 
 
-def llama_rmsnorm_near(x: Near, w: Near, dy: Near, fmt: str, grad_fmt: str) -> list[Near]:
+def llama_rmsnorm_near(x: Near, w: Near, dy: Near, fmt: str, grad_fmt: str, eps: float = 1e-5) -> list[Near]:
     """The normalized values are stored in the format of x, `grad_fmt`, and so is their gradient; dy w and dy n in `fmt`."""
-    rrms = ((x * x).mean() + 1e-5).rsqrt()
+    rrms = ((x * x).mean() + eps).rsqrt()
     h = x * rrms
     n, dn = stored(h, grad_fmt), stored(dy * w, grad_fmt)
     dx = rrms * (dn - h * (dn * h).mean())
@@ -407,10 +407,36 @@ def merge(x: Near) -> Near:
 
 
 def attention_near(qkv: Array, dO: Array, fmt: str, softmax: str | None = None, unfused: bool = False) -> list[Near]:
-    """O and dqkv, formula by formula, each result stored in `fmt`. `softmax`: the format that the softmax works and stores
-    in, if another. unfused: all in FP32, and the root of the scale multiplied to q and k each, as SDPBackend.MATH does."""
+    """O and dqkv, formula by formula, each result stored in `fmt`. `softmax`, `unfused`: as in `heads_near`."""
     q, k, v = (near(heads(x)) for x in np.split(wide(qkv), 3, axis=-1))
-    dO, scale = near(heads(wide(dO))), near(np.float64(1 / math.sqrt(D))) * 1  # times 1: rounded to FP32
+    O, *dqkv = (merge(x) for x in heads_near(q, k, v, near(heads(wide(dO))), fmt, softmax or "", unfused))  # noqa: E741
+    return [O, Near(*(np.concatenate([getattr(x, part) for x in dqkv], -1) for part in ("value", "err")))]
+
+
+def grouped_attention_near(q: Array, k: Array, v: Array, dO: Array, fmt: str) -> list[Near]:
+    """O, dq, dk and dv, each result of a head stored in `fmt`, with a softmax in FP32. dk and dv are sums over a group."""
+    K = k.shape[-1] // D
+
+    def groups(x: Array) -> Near:
+        """(B, T, K G D) -> (B, K, G, T, D)."""
+        return near(wide(x).reshape(len(x), x.shape[1], K, -1, D).transpose(0, 2, 3, 1, 4))
+
+    def joined(x: Near) -> Near:
+        def join(a: Array) -> Array:
+            return a.transpose(0, 3, 1, 2, 4).reshape(len(a), a.shape[3], -1)
+
+        return Near(join(x.value), join(x.err))
+
+    O, dq, dk, dv = heads_near(*(groups(x) for x in (q, k, v, dO)), fmt, "fp32")  # noqa: E741
+    dk, dv = (stored(d, fmt).sum(2, keepdims=True) if d.value.shape[2] > 1 else d for d in (dk, dv))
+    return [joined(x) for x in (O, dq, dk, dv)]
+
+
+def heads_near(q: Near, k: Near, v: Near, dO: Near, fmt: str, softmax: str = "", unfused: bool = False) -> list[Near]:
+    """O, dq, dk and dv of heads (..., T, D), of which keys and values may serve several of queries. `softmax`: the format that
+    the softmax works and stores in, if another. unfused: all in FP32, and the root of the scale multiplied to q and k each, as
+    SDPBackend.MATH does."""
+    scale = near(np.float64(1 / math.sqrt(D))) * 1  # times 1: rounded to FP32
     inside = "fp32" if unfused else fmt
     softmax = softmax or inside
 
@@ -429,8 +455,7 @@ def attention_near(qkv: Array, dO: Array, fmt: str, softmax: str | None = None, 
     dq, dk = scaled @ k, scaled.T @ q
     if unfused:
         dq, dk = dq.worse_of((dS @ (k * root)) * root), dk.worse_of((dS.T @ (q * root)) * root)
-    dqkv = [merge(x) for x in (dq, dk, dv)]
-    return [merge(O), Near(*(np.concatenate([getattr(x, part) for x in dqkv], -1) for part in ("value", "err")))]
+    return [O, dq, dk, dv]
 
 
 def masked_softmax(S: Near) -> Near:

@@ -77,9 +77,9 @@ def of_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_blas
-@pytest.mark.parametrize("recipe", ["fp32", "amp-fp16", "fp8"])
+@pytest.mark.parametrize(("model", "recipe"), [("gpt", "fp32"), ("gpt", "amp-fp16"), ("gpt", "fp8"), ("llama", "fp16")])
 def test_the_number_of_threads_makes_no_difference(
-    recipe: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
+    model: str, recipe: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
 ) -> None:
     """Nor does going on with another number. It turns red where a product is cut by their number, or the BLAS does so:
     with the kernels for Haswell and Zen by any such cut, with others at least by another number of ours."""
@@ -88,16 +88,16 @@ def test_the_number_of_threads_makes_no_difference(
         with threadpool_limits(threads):
             of_threads(threads, monkeypatch)
             shared.clear()
-            found[f"{threads} threads"] = train(recipe, text, tmp_path / str(threads))
+            found[f"{threads} threads"] = train(recipe, text, tmp_path / str(threads), model=model)
             cut[f"{threads} threads"] = list(shared)
     with threadpool_limits(2):
         of_threads(2, monkeypatch)
-        found["2 threads, blocks computed again"] = train(recipe, text, tmp_path / "again", checkpointing="full")
+        found["2 threads, blocks computed again"] = train(recipe, text, tmp_path / "again", model=model, checkpointing="full")
     for threads in (3, 1):  # the first step with three, the second alone
         with threadpool_limits(threads):
             of_threads(threads, monkeypatch)
             stop_at = 1 if threads == 3 else 0
-            found["3 threads, then 1"] = train(recipe, text, tmp_path / "parts", NoBar(stop_at), resume=threads == 1)
+            found["3 threads, then 1"] = train(recipe, text, tmp_path / "parts", NoBar(stop_at), resume=threads == 1, model=model)
     assert [name for name, data in found.items() if data != found["1 threads"]] == []
     assert cut["1 threads"] == cut["2 threads"] == cut["3 threads"] and {2, 4} <= set(cut["1 threads"])
 

@@ -1,4 +1,4 @@
-"""Layer norm, fast: each term of the formula overwrites one that is not needed any more, in blocks of rows."""
+"""Norms, fast: each term of the formula overwrites one that is not needed any more, in blocks of rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refimpl.numerics.formats import format_of
 from refimpl.precision.context import OpPrecision
 
 
-def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array, Any]:
+def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision, eps: float = EPS) -> tuple[Array, Any]:
     """Return y = (x - mean) rstd w + b."""
     xc = p.cast(x, "x")
     scale, shift = p.widen(p.cast(w, "w")), None if b is None else p.widen(p.cast(b, "b"))
@@ -22,7 +22,7 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tu
         z, C = p.widen(xc), xc.shape[-1]
         mean = row_sum(z) / C
         y = z - mean
-        rstd = 1 / p.xp.sqrt(row_dot(y, y) / C + EPS)
+        rstd = 1 / p.xp.sqrt(row_dot(y, y) / C + eps)
         y *= rstd
         y *= scale
         if shift is not None:
@@ -33,7 +33,9 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tu
     return y, (xc, mean, rstd, format_of(x))
 
 
-def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array | None, ...]:
+def layernorm_backward(
+    dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision, eps: float = EPS
+) -> tuple[Array | None, ...]:
     """Return dx = rstd (dh - mean(dh) - h mean(dh h)), dw = sum(dy h), db = sum(dy), with h = (x - mean) rstd, dh = dy w."""
     x, mean, rstd, x_format = saved
     scale = p.widen(p.cast(w, "w"))
@@ -56,3 +58,40 @@ def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPr
     dw = p.round_grad(dyh.sum(axes), "w", format_of(w))
     db = None if b is None else p.round_grad(p.widen(dy).sum(axes), "b", format_of(b))
     return dx, dw, db
+
+
+def llama_rmsnorm_forward(x: Array, w: Array, p: OpPrecision, eps: float = EPS) -> tuple[Array, Any]:
+    """Return y = R(w n),  n = R(x rrms)."""
+    xc, scale = p.cast(x, "x"), p.widen(p.cast(w, "w"))
+
+    def rows(xc: Array) -> tuple[Array, ...]:
+        """Return y and rrms of some of the rows."""
+        z = p.widen(xc)
+        rrms = 1 / p.xp.sqrt(row_dot(z, z) / z.shape[-1] + eps)
+        y = p.widen(p.round(z * rrms, "n", x))
+        y *= scale
+        return p.round(y, "y", x, w), rrms
+
+    y, rrms = by_example(p.run.backend, rows, x.size, xc.reshape(-1, len(w)))
+    return y.reshape(x.shape), (xc, rrms, format_of(x))
+
+
+def llama_rmsnorm_backward(dy: Array, saved: Any, w: Array, p: OpPrecision, eps: float = EPS) -> tuple[Array, Array]:
+    """Return dx = rrms (dn - h mean(dn h)),  dn = R(dy w),  dw = sum(R(dy n)), with h = x rrms, and n = R(h) once more."""
+    x, rrms, x_format = saved
+    n_format, dy_format, scale = p.result_format(x_format), format_of(dy), p.widen(p.cast(w, "w"))
+
+    def rows(dy: Array, x: Array, rrms: Array) -> tuple[Array, ...]:
+        """Return dx of some of the rows, and their dy n, whose sum over all rows is dw."""
+        dy = p.widen(dy)
+        h = p.widen(x) * rrms
+        dyn = p.round_to(dy * p.widen(p.round_to(h, n_format, "n")), dy_format, "dy_n")
+        dx = p.widen(p.round_to(dy * scale, n_format, "dn"))
+        h *= row_dot(dx, h) / h.shape[-1]  # dx is still dn here
+        dx -= h
+        dx *= rrms
+        return p.round_grad(dx, "x", x_format), dyn
+
+    as_rows = (a.reshape(-1, len(w)) for a in (dy, x))
+    dx, dyn = by_example(p.run.backend, rows, x.size, *as_rows, rrms)
+    return dx.reshape(x.shape), p.round_grad(p.widen(dyn).sum(0), "w", format_of(w))

@@ -2,7 +2,8 @@
 
 The roundings are those of the definition. So are the bits, except where a sum has another order: products in blocks of rows
 (`linear`), or of queries (`attention`, where dk and dv are summed over the blocks); sums over the last axis by einsum
-(`layernorm`, and the softmax of `attention` and `fused_attention`); the gradient of `embedding`, added pairwise per token.
+(`layernorm`, `llama_rmsnorm`, and the softmax of `attention` and `fused_attention`, with groups or without); the gradient of
+`embedding`, added pairwise per token.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from refimpl.backends.numpy import attention, elementwise, embedding, linear, norm, passes
+from refimpl.backends.numpy import attention, elementwise, embedding, linear, norm, passes, rope
 from refimpl.nn import ops
 from refimpl.nn.op import Op
 
@@ -21,11 +22,23 @@ OPS: Mapping[str, Op] = {
     "fused_attention": replace(
         ops.fused_attention, forward=attention.fused_attention_forward, backward=attention.fused_attention_backward
     ),
+    "grouped_attention": replace(
+        ops.grouped_attention, forward=attention.grouped_attention_forward, backward=attention.grouped_attention_backward
+    ),
+    "fused_grouped_attention": replace(
+        ops.fused_grouped_attention,
+        forward=attention.fused_grouped_attention_forward,
+        backward=attention.fused_grouped_attention_backward,
+    ),
+    "rope": replace(ops.rope, forward=rope.rope_forward, backward=rope.rope_backward),
     "add": replace(ops.add, forward=elementwise.add_forward),
     "fan_in": replace(ops.fan_in, forward=elementwise.fan_in_forward),
     "relu": replace(ops.relu, forward=elementwise.relu_forward, backward=elementwise.relu_backward),
+    "silu": replace(ops.silu, forward=elementwise.silu_forward, backward=elementwise.silu_backward),
+    "swiglu": replace(ops.swiglu, forward=elementwise.swiglu_forward, backward=elementwise.swiglu_backward),
     "gelu_tanh": replace(ops.gelu_tanh, forward=elementwise.gelu_tanh_forward, backward=elementwise.gelu_tanh_backward),
     "layernorm": replace(ops.layernorm, forward=norm.layernorm_forward, backward=norm.layernorm_backward),
+    "llama_rmsnorm": replace(ops.llama_rmsnorm, forward=norm.llama_rmsnorm_forward, backward=norm.llama_rmsnorm_backward),
     "embedding": replace(ops.embedding, backward=embedding.embedding_backward),
 }
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -70,7 +70,7 @@ def processor() -> str:
 class Ours:
     """A run of this project that makes one step at a time."""
 
-    def __init__(self, sizes: dict[str, int], recipe: str, backend: str = "numpy") -> None:
+    def __init__(self, sizes: Mapping[str, Any], recipe: str, backend: str = "numpy") -> None:
         self.config = Config.of({**sizes, "recipe": recipe, "backend": backend, "steps": 10_000})
         self.training = start(self.config)
         (self.batch,) = next(batches_of(self.config, None))
