@@ -7,6 +7,7 @@ import pytest
 from arrays import DTYPE, LOW, array, same_bits, wide
 from derivatives import Call, check_derivative, draw, forward, normal_numbers
 from op_calls import bound, run
+from torch_cases import CASES, Case, check
 
 from refimpl.nn.ops import OPS, SELECTED
 
@@ -80,3 +81,14 @@ def test_the_group_sum_keeps_the_format_of_keys_and_values_under_autocast() -> N
     v = array(draw(2, 5, 12), "bf16")
     y, (dq, dk, dv) = run("amp-bf16", "grouped_attention", [q, k, v], [], n_head=4, n_kv_head=2)
     assert (y.dtype, dq.dtype, dk.dtype, dv.dtype) == (DTYPE["bf16"], np.float32, np.float32, DTYPE["bf16"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- PyTorch
+
+CASES_OF_GROUPS = [case for case in CASES if case.op == "grouped_attention"]
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("case", CASES_OF_GROUPS, ids=str)
+def test_as_transformers_computes_it_operation_by_operation(case: Case) -> None:
+    check(case)

@@ -128,6 +128,11 @@ def is_rounding(x: Any, fmt: str) -> bool:
 # -------------------------------------------------------------------------------------------------------------- mutants
 
 
+def site_of(case: Case, p: OpPrecision, name: str) -> str:
+    """Where a case rounds. Grouped attention has the rows of `attention`, and sites of its own."""
+    return f"{'grouped_' * (case.op == 'grouped_attention')}{p.op}.{name}"
+
+
 @dataclass(frozen=True)
 class Mutant:
     recipe: str
@@ -166,7 +171,7 @@ def sites(recipe: str, fast: bool) -> dict[str, Site]:
         def noting(self: OpPrecision, x: Array, fmt: str, name: str, case: Case = case) -> Array:
             y = right(self, x, fmt, name)
             if is_rounding(x, fmt):
-                site = found.setdefault(f"{self.op}.{name}", Site())
+                site = found.setdefault(site_of(case, self, name), Site())
                 if case not in site.cases:
                     site.cases.append(case)
                 for kind in KINDS:
@@ -185,6 +190,7 @@ def mutants(recipe: str, fast: bool) -> Iterator[Mutant]:
 
 
 GATHERED = {"attention.scores.dq", "attention.scores.dk", "attention.values.dv", "attention.softmax.P", "attention.values.O"}
+GATHERED |= {"grouped_attention.values.O"}
 """These are copied into one array that `OpPrecision.empty` makes, P and O if they are computed in blocks. It must have room for
 what was not rounded."""
 
@@ -202,7 +208,7 @@ def same_values(a: Array, b: Array) -> bool:
     return a.size == b.size and np.array_equal(np.sort(a, axis=None), np.sort(b, axis=None))
 
 
-def switch_on(mutant: Mutant, patch: pytest.MonkeyPatch) -> Switched:
+def switch_on(mutant: Mutant, case: Case, patch: pytest.MonkeyPatch) -> Switched:
     """Replace `OpPrecision.round_to` by one that is wrong at the site of the mutant. A gradient that was not rounded to the
     format that its operand was seen in is not rounded to the format that it is stored in either: those are two halves of one
     cast."""
@@ -210,7 +216,7 @@ def switch_on(mutant: Mutant, patch: pytest.MonkeyPatch) -> Switched:
     at = {mutant.site, mutant.site + ".stored"} if mutant.kind == "removed" else {mutant.site}
 
     def wrong(self: OpPrecision, x: Any, fmt: str, site: str) -> Any:
-        name = f"{self.op}.{site}"
+        name = site_of(case, self, site)
         if not is_rounding(x, fmt):
             return right(self, x, fmt, site)
         if name in at:
@@ -253,7 +259,7 @@ def verdict(mutant: Mutant) -> tuple[str, str]:
                 formats.append(name)
 
         with pytest.MonkeyPatch.context() as patch:
-            state = switch_on(mutant, patch)
+            state = switch_on(mutant, case, patch)
             mutated = results(case, mutant.fast)
             patch.setattr(torch_cases, "assert_format", note)
             try:
@@ -332,4 +338,4 @@ def test_every_operation_that_computes_has_sites() -> None:
     # but for `twice` in FP16, where BF16 has too few bits for them.
     found = {site.partition(".")[0] for recipe in ("fp16", "amp-fp16") for site in sites(recipe, fast=False)}
     moving = {op for op, counterpart in torch_cases.COUNTERPARTS.items() if counterpart.formula is None}
-    assert found == {*torch_cases.COUNTERPARTS, "attention", "fan_in", "cast"} - moving, found
+    assert found == {*torch_cases.COUNTERPARTS, "attention", "grouped_attention", "fan_in", "cast"} - moving, found

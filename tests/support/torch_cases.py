@@ -15,7 +15,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,6 +38,7 @@ from bounds import (
     gamma,
     gelu_erf_near,
     gelu_tanh_near,
+    grouped_attention_near,
     layernorm_near,
     linear_near,
     llama_rmsnorm_near,
@@ -171,7 +172,7 @@ COUNTERPARTS = {
     "rmsnorm": Counterpart(
         ((50, 100), (100,)), lambda x, w: F.rms_norm(x, (100,), w, eps=1e-5), rmsnorm_near, gradients_in_fp32=True
     ),
-    "llama_rmsnorm": Counterpart(((50, 100), (100,)), lambda x, w: llama_rmsnorm(x, w), llama_rmsnorm_near),
+    "llama_rmsnorm": Counterpart(((8, 600), (600,)), lambda x, w: llama_rmsnorm(x, w), llama_rmsnorm_near),
     "softmax": Counterpart(((50, 60),), lambda x: torch.softmax(x, -1), softmax_near),
     "embedding": Counterpart((TOKENS, (20, 16)), lambda t, w: F.embedding(t, w), embedding_near, gradients_in_fp32=True),
     "cross_entropy": Counterpart(((60, 50), TARGETS), lambda z, t: F.cross_entropy(z.float(), t), cross_entropy_near),
@@ -179,7 +180,7 @@ COUNTERPARTS = {
     "transpose": Counterpart(((4, 6, 8),), lambda x: x.permute(2, 0, 1), None, {"axes": (2, 0, 1)}),
     "split": Counterpart(((4, 6, 12),), lambda x: torch.split(x, [4, 5, 3], dim=-1)[1], None, {"start": 4, "stop": 9}),
 }
-"""Attention, the recorded cast, fan-in and weights that are used twice are cases of their own below."""
+"""Both kinds of attention, the recorded cast, fan-in and weights that are used twice are cases of their own below."""
 
 
 @dataclass(frozen=True)
@@ -544,8 +545,58 @@ def attention_results(case: Case) -> list[Array]:
     return [y, *gradients]
 
 
+GROUPS = {"n_head": 6, "n_kv_head": 2}
+"""Three heads in each: a sum that is rounded after two of them is another one."""
+
+
+def torch_grouped_attention(q: Any, k: Any, v: Any, product: Any = None) -> Any:
+    """Transformers' `eager_attention_forward`, but that it adds the least number where this puts -Inf. product: the type that
+    CUDA autocast casts to."""
+    batch, length, _ = q.shape
+    q, k, v = (x.view(batch, length, -1, D).transpose(1, 2) for x in (q, k, v))
+    k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // k.shape[1], -1, -1).reshape(q.shape) for x in (k, v))  # repeat_kv
+    S = torch.matmul(q.to(product), k.to(product).transpose(2, 3)) * D**-0.5
+    S = S.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -math.inf)
+    P = torch.softmax(S, -1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(P.to(product), v.to(product)).transpose(1, 2).reshape(batch, length, -1)
+
+
+def grouped_attention_in(recipe: str) -> Callable[..., Any]:
+    if recipe in FORMATS:
+        return torch_grouped_attention
+    if recipe.endswith("-cpu"):
+        return autocast(torch_grouped_attention, low_of(recipe))
+    return functools.partial(torch_grouped_attention, product=TORCH[low_of(recipe)])
+
+
+def draw_groups(formats: Sequence[str], out: str, scale: float = 1.0) -> tuple[list[Array], Array]:
+    rng = np.random.default_rng(19)
+    H, K = GROUPS.values()
+    drawn = [rng.standard_normal((B // 4, T, heads * D)) for heads in (H, K, K, H)]
+    q, k, v = (array(x * scale, fmt) for x, fmt in zip(drawn[:3], formats, strict=True))
+    return [q, k, v], array(drawn[3], out)
+
+
+def grouped_attention_reference(case: Case) -> Reference:
+    """Under autocast the rounded dk of each head is widened before the sum over the group where k has FP32, as after RoPE."""
+    fmt = product_format(case.recipe)
+    operands, dO = draw_groups(case.formats, fmt, case.scale)
+    y, gradients = theirs(grouped_attention_in(case.recipe), operands, dO)
+    exact = grouped_attention_near(*(rounded(wide(x), fmt) for x in operands), dO, fmt)
+    formats = [fmt, fmt, *("fp32" if kept == "fp32" else fmt for kept in case.formats[1:])]
+    pairs = zip(("O", "dq", "dk", "dv"), (y, *gradients), exact, formats, strict=True)
+    return Reference(operands, dO, [Expected(name, wide(x), value, last, format_name(x)) for name, x, value, last in pairs])
+
+
+def grouped_attention_results(case: Case) -> list[Array]:
+    wanted = reference(case)
+    y, gradients = ours(policy_of(case.recipe), "grouped_attention", wanted.operands, wanted.dy, **GROUPS)
+    return [y, *gradients]
+
+
 SPECIAL: dict[str, tuple[Callable[[Case], Reference], Callable[[Case], list[Array]]]] = {
     "attention": (attention_reference, attention_results),
+    "grouped_attention": (grouped_attention_reference, grouped_attention_results),
     "fan_in": (fan_in_reference, fan_in_results),
     "cast": (cast_reference, cast_results),
     "shared_weight": (shared_weight_reference, shared_weight_results),
@@ -558,6 +609,9 @@ def special_cases() -> Iterator[Case]:
     for recipe in RECIPES:
         formats = [recipe] if recipe in FORMATS else ["fp32", low_of(recipe)]
         yield from (Case(op, recipe, (fmt,)) for op in ("attention", "fan_in") for fmt in formats)
+        low = low_of(recipe)
+        grouped = [(recipe,) * 3] if recipe in FORMATS else [("fp32", "fp32", low), (low,) * 3]
+        yield from (Case("grouped_attention", recipe, each) for each in grouped)
         yield from (Case(op, recipe) for op in ("shared_weight", "tied"))
     yield from (Case("cast", recipe) for recipe in AMP)
 
@@ -581,7 +635,7 @@ def same_kind(a: Array, b: Any, name: str, identical: bool = False) -> None:
 def outside(policy: Policy, case: Case) -> list[int]:
     """How many elements of each of our results, computed by another policy, are no possible results of the case."""
     wanted = reference(case)
-    static = {"n_head": H} if case.op == "attention" else {}
+    static = {"attention": {"n_head": H}, "grouped_attention": GROUPS}.get(case.op, {})
     y, gradients = ours(policy, case.op, wanted.operands, wanted.dy, **static)
     pairs = zip([y, *gradients], wanted.expected, strict=True)
     return [agreement(x, e.theirs, e.exact, e.rounded).ours_outside for x, e in pairs]

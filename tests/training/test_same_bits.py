@@ -97,7 +97,8 @@ def test_the_number_of_threads_makes_no_difference(
         with threadpool_limits(threads):
             of_threads(threads, monkeypatch)
             stop_at = 1 if threads == 3 else 0
-            found["3 threads, then 1"] = train(recipe, text, tmp_path / "parts", NoBar(stop_at), resume=threads == 1, model=model)
+            resumed = {"resume": threads == 1, "model": model}
+            found["3 threads, then 1"] = train(recipe, text, tmp_path / "parts", NoBar(stop_at), **resumed)
     assert [name for name, data in found.items() if data != found["1 threads"]] == []
     assert cut["1 threads"] == cut["2 threads"] == cut["3 threads"] and {2, 4} <= set(cut["1 threads"])
 
