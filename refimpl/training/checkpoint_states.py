@@ -20,7 +20,7 @@ from refimpl.numerics.casts import cast
 from refimpl.numerics.compensated import merge
 from refimpl.optim.state import State
 from refimpl.precision.context import Run
-from refimpl.precision.recipes import get_recipe
+from refimpl.precision.recipes import Recipe, get_recipe
 from refimpl.precision.state_encodings import BufferSpec, buffer_name, get_encoding
 from refimpl.training import checkpoint
 from refimpl.training.huggingface.config_json import is_hugging_face
@@ -259,6 +259,13 @@ def start_from(path: Path, read: FirstWeights, model: Model, state: State, round
     state.load_weights(weights, rounded)
 
 
+def in_recipe(model: Model, weights: Mapping[str, np.ndarray], recipe: Recipe, backend: Backend = NUMPY) -> tuple[State, Run]:
+    """Return FP32 weights rounded to the format of a recipe's weights, without other states, and the run that computes so."""
+    state = State(model, {"weights": get_encoding(recipe.state["weights"]).fmt}, backend)
+    state.load_weights(weights)
+    return state, Run(recipe.policy, backend)
+
+
 def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, State, Run]:
     """Return a checkpoint's model with its weights only, in the recipe's format: 2 bytes per parameter in 16 bits.
 
@@ -267,9 +274,7 @@ def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, Sta
     """
     if is_hugging_face(path):
         model, weights, _ = read_weights(path)
-        state = State(model, {"weights": "fp32"}, backend)
-        state.load_weights(weights)
-        return model, state, Run(get_recipe("fp32").policy, backend)
+        return model, *in_recipe(model, weights, get_recipe("fp32"), backend)
     arrays, header = checkpoint.load(path)
     model, recipe = model_of(path, header, arrays), get_recipe(header["recipe"])
     state = State(model, {"weights": get_encoding(recipe.state["weights"]).fmt}, backend)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.tools.compare_recipes.runs import PERTURBATIONS, Comparison, RecipeRun, chosen_recipes, compare
+from refimpl.tools.compare_recipes.runs import DEFAULT, PERTURBATIONS, Comparison, RecipeRun, chosen_recipes, compare
 from refimpl.tools.compare_recipes.tables import IS_DIFFERENT, MATTERS_MORE, header, loss_rows, meaning, rows
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
@@ -27,7 +27,7 @@ STEPS, STEPS_OF_ALL, STEPS_FROM, WARMUP = 200, 60, 20, 10
 
 def compare_recipes(
     given: Mapping[str, Any],
-    recipes: str,
+    recipes: str | None,
     seeds: int,
     out: Path | None,
     no_page: bool,
@@ -39,11 +39,13 @@ def compare_recipes(
 ) -> None:
     """Train, print the tables, and write the page and the data.
 
-    given: fields of Config. init_from: a checkpoint or a folder of Hugging Face to start from.
+    given: fields of Config. recipes: names with commas between, None for DEFAULT. init_from: a checkpoint or a folder of
+    Hugging Face to start from.
     Errors: UsageError before any step.
     """
     from tqdm import tqdm
 
+    recipes = ",".join(DEFAULT) if recipes is None else recipes
     names = chosen_recipes(recipes)
     steps = STEPS_FROM if init_from else STEPS_OF_ALL if "all" in recipes.split(",") else STEPS
     given, first = {"steps": steps, "warmup": WARMUP, **given, "recipe": names[0]}, None
