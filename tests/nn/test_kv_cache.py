@@ -149,6 +149,10 @@ def test_one_token_at_a_time_and_all_at_once() -> None:
 
 def test_memory_grows_with_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "FIRST", 2)
+    taken, enlarged = [], kv_cache._enlarged
+    monkeypatch.setattr(kv_cache, "_enlarged", lambda kept, *more: (taken.append(more[0]), enlarged(kept, *more))[1])
+    assert differing(GPT, "fp16", [1] * T) == 0
+    assert taken == [2, 2, 3, 3, 5, 5]  # in two layers: 2 positions, then 4, then 8
     assert differing(LLAMA, "fp16", [1] * T) == differing(LLAMA, "fp16", [1, 5, 1]) == 0
 
 

@@ -124,6 +124,17 @@ def test_each_token_of_whole_characters_has_the_bytes_that_it_stands_for(files: 
     assert len(character) == 5 and rest.tolist() == [4, 0, 0, 0, 1]
 
 
+def test_bytes_that_a_tokenizer_leaves_out_count_with_the_token_after_them(tmp_path: Path) -> None:
+    """Also those at the end, with the last token: so that bits per byte are over all of the text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "é": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = load_tokenizer(str(saved(words, tmp_path)))
+    ids, lengths = tokenizer.encode("  a é  xyz é  \n".encode())
+    assert ids.tolist() == [0, 1, 2, 1] and lengths.tolist() == [3, 3, 5, 6]
+    assert [part.tolist() for part in tokenizer.encode(b"   ")] == [[], []]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_gives_the_text_of_all_tokens_and_takes_nothing_back(kind: str, files: dict[str, Path]) -> None:
     tokenizers = pytest.importorskip("tokenizers")

@@ -16,8 +16,10 @@ from hf_folders import LLAMA, tensors_of, write
 from paths import SCRIPTS
 from tiny_tokenizers import END, TEXT, byte_level
 
+from refimpl.distributed.threads import run_ranks
 from refimpl.errors import UsageError
 from refimpl.tools.commands.generate import run as generate
+from refimpl.training import token_cache
 from refimpl.training.checkpoint import load
 from refimpl.training.config import Config
 from refimpl.training.data import Corpus
@@ -29,6 +31,7 @@ from refimpl.training.run import train
 from refimpl.training.sampling import Choice
 from refimpl.training.setup import start
 from refimpl.training.tokenizer import BYTES, load_tokenizer
+from refimpl.training.trainer import Trainer
 
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 4, "warmup": 1, "eval_every": 2,
@@ -156,6 +159,22 @@ def test_a_resumed_run_equals_one_never_stopped(text: str, tmp_path: Path) -> No
     header = load(whole)[1]
     assert whole.read_bytes() == parts.read_bytes() and "tokenizer" not in header["config"]  # a path is no part of it
     assert header["corpus"]["tokenizer"] == load_tokenizer(path).checksum
+
+
+def test_the_checkpoint_of_another_tokenizer_is_refused(text: str, tmp_path: Path) -> None:
+    path, other = (str(byte_level(tmp_path / name, size)) for name, size in (("a", 320), ("b", 319)))
+    run(tmp_path / "run", data=text, tokenizer=path)
+    trainer = Trainer(Config.of({**TINY, "data": text, "tokenizer": other, "vocab_size": 320}), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"was trained with another tokenizer than --tokenizer .*b/tokenizer.json is now"):
+        trainer.load_checkpoint()
+
+
+def test_one_rank_makes_the_tokens_and_the_others_read_them(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.of({**TINY, "data": text, "tokenizer": str(byte_level(tmp_path / "t")), "zero": 1})
+    made, tokenize = [], token_cache._tokenize
+    monkeypatch.setattr(token_cache, "_tokenize", lambda *parts: (made.append(1), tokenize(*parts))[1])
+    corpora = run_ranks(4, lambda comm: Trainer(config, tmp_path / "run", comm).corpus)
+    assert len(made) == 1 and all(np.array_equal(corpora[0].train, corpus.train) for corpus in corpora)
 
 
 def test_vocabularies_too_small_are_refused_and_larger_ones_taken(text: str, tmp_path: Path) -> None:
