@@ -26,11 +26,10 @@ from refimpl.tools.precision_report.collect import (
     from_checkpoint,
     from_trace,
     inspect,
-    layer_of,
     low_format,
     sweep_scales,
 )
-from refimpl.tools.precision_report.counts import kind_of
+from refimpl.tools.precision_report.counts import kind_of, layer_of
 from refimpl.tools.precision_report.tables import summary
 from refimpl.tools.precision_report.verdicts import plain_name, verdicts_of
 from refimpl.training.config import Config
@@ -269,6 +268,8 @@ def test_senseless_arguments_are_refused(arguments: dict[str, Any], message: str
 def test_layers() -> None:
     assert layer_of("transformer.h.12.mlp.c_fc:linear.dw.dw") == "block 12"
     assert layer_of("h.1.fc:linear.dw.dw") == "block 1"
+    assert layer_of("model.layers.29.self_attn:attention.scores.S") == "block 29"
+    assert layer_of("model.embed_tokens:embedding.dw") == "embedding" and layer_of("model.norm:llama_rmsnorm.y") == "head"
     assert layer_of("transformer.wte.weight.grad:fan_in.sum") == "embedding"
     assert layer_of("transformer.embedding:add.db") == "embedding"
     assert layer_of("transformer.ln_f:layernorm.dx") == layer_of("loss:cross_entropy.dlogits.stored") == "head"
@@ -330,6 +331,9 @@ def test_verdicts_on_values_and_their_order() -> None:
 def test_names_and_numbers_for_people() -> None:
     assert plain_name("transformer.h.0.attn.c_attn.weight:weights_down") == "block 0 attn.c_attn.weight"
     assert plain_name("transformer.wte.weight:update.v") == "v of wte.weight"
+    assert plain_name("model.layers.12.mlp.down_proj:linear.dw.dw") == "dw of block 12 mlp.down_proj"
+    assert plain_name("model.norm:llama_rmsnorm.y") == "y of norm" and plain_name("lm_head:linear.y.y") == "y of lm_head"
+    assert plain_name("h.1.fc:linear.dx.dx") == "dx of block 1 fc"
     assert plain_name("transformer.h.2.residual_1.grad:fan_in.sum") == "sum of gradients of block 2 residual_1"
     assert plain_name("loss:cross_entropy.dlogits.stored") == "dlogits of loss"
     assert [percent(s) for s in (0, 1, 0.123, 0.00567, 1e-7)] == ["0 %", "100 %", "12 %", "0.57 %", "0.000010 %"]

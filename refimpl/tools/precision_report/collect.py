@@ -7,7 +7,6 @@ loss scales, to see which gradients each of them keeps.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from refimpl.precision.context import Monitor
 from refimpl.precision.recipes import Recipe
 from refimpl.precision.state_encodings import Plain, Remainder, Stochastic, get_encoding
 from refimpl.step import Batch, StepResult, forward_backward
-from refimpl.tools.precision_report.counts import RoundingMonitor, kind_of
+from refimpl.tools.precision_report.counts import RoundingMonitor, kind_of, layer_of
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import check_run_header
 from refimpl.training.config import Config
@@ -287,12 +286,3 @@ def sweep_scales(training: Training, batches: Sequence[Batch]) -> list[dict[str,
         rows.append({"exponent": exponent, "layers": {k: (c.share("flushed"), c.overflowed) for k, c in layers.items()}})
     training.set_monitor(None)
     return rows
-
-
-def layer_of(site: str) -> str:
-    """Return the layer of a site: 'block 3' for 'transformer.h.3.mlp.c_fc:linear.dw.dw', else 'embedding' or 'head'."""
-    place = site.partition(":")[0]
-    block = re.search(r"\bh\.(\d+)\.", place)
-    if block:
-        return f"block {block[1]}"
-    return "embedding" if re.search(r"\b(wte|wpe|embedding|join)\b", place) else "head"

@@ -7,6 +7,7 @@ module rounds for the run.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -95,6 +96,15 @@ def kind_of(site: str) -> str:
     parameters = {"w"} if op == "cast" else {name for _, name in OPS[op].params}
     what = "weight" if operand.removeprefix("d") in parameters else "activation"
     return f"{what} gradients" if of_gradient else f"{what}s"
+
+
+def layer_of(site: str) -> str:
+    """Return the layer of a site: 'block 3' for 'transformer.h.3.mlp.c_fc:linear.dw.dw', else 'embedding' or 'head'."""
+    place = site.partition(":")[0]
+    block = re.search(r"\b(?:h|layers)\.(\d+)\.", place)
+    if block:
+        return f"block {block[1]}"
+    return "embedding" if re.search(r"\b(wte|wpe|embedding|embed_tokens|join)\b", place) else "head"
 
 
 def by_kind(sites: Mapping[str, Counts]) -> Iterator[tuple[str, dict[str, Counts]]]:

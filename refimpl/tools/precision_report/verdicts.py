@@ -39,7 +39,7 @@ def verdicts_of(inspection: Inspection) -> list[Verdict]:
 def plain_name(site: str) -> str:
     """Return the name of a site's tensor: 'transformer.h.3.mlp.c_fc:linear.dw.dw' -> 'dw of block 3 mlp.c_fc'."""
     place, _, rest = site.partition(":")
-    place = re.sub(r"^(transformer\.)?h\.(\d+)\.", r"block \2 ", place).removeprefix("transformer.")
+    place = re.sub(r"^(?:(?:transformer|model)\.)?(?:(?:h|layers)\.(\d+)\.)?", _block, place)
     if rest == "weights_down":
         return place
     if rest.startswith("update."):
@@ -47,6 +47,10 @@ def plain_name(site: str) -> str:
     if rest == "fan_in.sum":
         return f"sum of gradients of {place.removesuffix('.grad')}"
     return f"{rest.removesuffix('.stored').rpartition('.')[2]} of {place}"
+
+
+def _block(found: re.Match[str]) -> str:
+    return "" if found[1] is None else f"block {found[1]} "
 
 
 def _of_gradient(counts: Counts, unscaled: Counts, inspection: Inspection) -> tuple[float, str]:
