@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.nn.rope_scaling import RopeScaling, rotation
 from refimpl.numerics.formats import FORMATS, dtype_of
 from refimpl.parity.pytorch import RECIPES, import_torch
 from refimpl.training.arguments import Parser
@@ -75,8 +76,8 @@ def type_of(torch: Any, fmt: str) -> Any:
 
 
 def to_torch(torch: Any, x: Array, fmt: str) -> Any:
-    """Return a tensor of the values of an FP32 or integer array, rounded to `fmt` by PyTorch ('int': not rounded)."""
-    return torch.tensor(x) if fmt == "int" else torch.tensor(x).to(type_of(torch, fmt))
+    """Return a tensor of the values of an FP32 or integer array, rounded to `fmt` by PyTorch ('data': not rounded)."""
+    return torch.tensor(x) if fmt == "data" else torch.tensor(x).to(type_of(torch, fmt))
 
 
 def to_numpy(torch: Any, x: Any) -> Array:
@@ -159,6 +160,7 @@ def _logits(rows: int, width: int) -> Array:
 
 ELEMENTS = (15, 20)
 TOKENS = Stream(SEED + 1).integers((60,), 4) % 12  # each five times, on average
+ANGLES = rotation(100.0, 12, RopeScaling.parse("default"), 0, 6)
 OPERATIONS: dict[str, Operation] = {
     "linear": Operation({"x": (12, 20), "w": (15, 20), "b": (15,)}),
     "matmul": Operation({"a": (2, 2, 6, 10), "b": (2, 2, 10, 6)}),
@@ -177,14 +179,20 @@ OPERATIONS: dict[str, Operation] = {
     "transpose": Operation({"x": (2, 3, 4)}, {"axes": (2, 0, 1)}),
     "split": Operation({"x": (2, 3, 12)}, {"start": 3, "stop": 8}),
     "cast": Operation({"w": Stream(SEED + 3).uniform(ELEMENTS) * np.float32(2**-12)}),  # a third is subnormal in FP16
+    "rope": Operation({"x": (2, 6, 24), "cos": ANGLES[0], "sin": ANGLES[1]}),
+    "llama_rmsnorm": Operation({"x": (10, 24), "w": (24,)}),
+    "swiglu": Operation({"gate": ELEMENTS, "up": ELEMENTS}),
+    "grouped_attention": Operation({"q": (2, 4, 36), "k": (2, 4, 12), "v": (2, 4, 12)}, {"n_head": 6, "n_kv_head": 2}),
 }
+DATA = ("tokens", "targets", "cos", "sin")
+"""Operands without a gradient, which no case rounds."""
 
 
 @dataclass(frozen=True)
 class Case:
     """An operation with operands in given formats, and the recipes in which it gives the results recorded here.
 
-    operands: the format of each operand ('int': tokens). results: the formats that the output and the gradient of each
+    operands: the format of each operand ('data': one of DATA). results: the formats that the output and the gradient of each
     operand are rounded to ('': no gradient). how: 'plain', or the op lists of autocast, 'cpu' or 'cuda'.
     """
 
@@ -196,7 +204,7 @@ class Case:
     how: str = "plain"
 
 
-PRODUCTS = ("linear", "matmul", "attention")  # in 16 bits under autocast, whatever the operands' formats
+PRODUCTS = ("linear", "matmul", "attention", "grouped_attention")  # in 16 bits under autocast, whatever the operands' formats
 HIGH_ON_CUDA = ("layernorm", "rmsnorm", "softmax", "attention")  # in FP32 under CUDA autocast (of attention, its softmax)
 
 
@@ -214,10 +222,12 @@ def _uniform_case(op: str, operation: Operation, fmt: str) -> Case:
     """Return the case of one format throughout (the loss is FP32), as autocast runs operations in none of its lists."""
     if fmt == "fp32":
         same = () if op in PRODUCTS else tuple(recipe for recipe in RECIPES if recipe.startswith("amp-"))
+    elif op == "rope":
+        same = ()  # cos and sin have the format of the model: FP32 under autocast
     else:
         same = (f"amp-{fmt}-cpu",) if op in HIGH_ON_CUDA else (f"amp-{fmt}", f"amp-{fmt}-cpu")
-    operands = tuple("int" if name in ("tokens", "targets") else fmt for name in operation.operands)
-    gradients = tuple("" if operand == "int" else fmt for operand in operands)
+    operands = tuple("data" if name in DATA else fmt for name in operation.operands)
+    gradients = tuple("" if operand == "data" else fmt for operand in operands)
     return Case(op, fmt, (fmt, *same), operands, ("fp32" if op == "cross_entropy" else fmt, *gradients))
 
 
@@ -240,6 +250,9 @@ def _autocast_cases(op: str, low: str, cuda: str, cpu: str) -> list[Case]:
             Case(op, cpu, (cpu,), (low, high), (low, low, high), "cpu"),
         ],
         "cast": [Case(op, cuda, both, (high,), (low, low))],
+        "rope": [Case(op, cuda, both, (low, "data", "data"), (high, low, "", ""))],
+        "llama_rmsnorm": [Case(op, cuda, both, (low, high), (high, low, high))],
+        "grouped_attention": [Case(op, cuda, both, (high, high, low), (low, low, high, low), "cpu")],
     }
     return table.get(op, [])
 
@@ -266,6 +279,10 @@ def function_of(torch: Any, case: Case) -> Callable[..., Any]:
         "transpose": lambda x: x.permute(static["axes"]),
         "split": lambda x: x.tensor_split([static["start"], static["stop"]], dim=-1)[1],
         "cast": lambda w: w.to(type_of(torch, case.results[0])),
+        "rope": lambda x, cos, sin: rope(torch, x, *(table.to(type_of(torch, case.results[0])) for table in (cos, sin))),
+        "llama_rmsnorm": lambda x, w: llama_rmsnorm(torch, x, w),
+        "swiglu": lambda gate, up: F.silu(gate) * up,
+        "grouped_attention": lambda q, k, v: grouped_attention(torch, q, k, v, **static),
     }
     return table[case.op]
 
@@ -278,6 +295,31 @@ def attention(torch: Any, qkv: Any, n_head: int, softmax_in_fp32: bool) -> Any:
     S = S.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
     P = torch.softmax(S, -1, dtype=torch.float32 if softmax_in_fp32 else None)
     return (P.to(v.dtype) @ v).transpose(1, 2).reshape(B, T, C // 3)
+
+
+def rope(torch: Any, x: Any, cos: Any, sin: Any) -> Any:
+    """Compute `apply_rotary_pos_emb` of transformers' Llama for x (B, T, N D) and the cos and sin of half a head."""
+    c, s = (torch.cat((table, table), -1)[:, None] for table in (cos, sin))
+    heads = x.unflatten(-1, (-1, c.shape[-1]))
+    a, b = heads.chunk(2, -1)
+    return (heads * c + torch.cat((-b, a), -1) * s).flatten(-2)
+
+
+def llama_rmsnorm(torch: Any, x: Any, w: Any) -> Any:
+    """Compute `LlamaRMSNorm` of transformers."""
+    z = x.float()
+    return w * (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+def grouped_attention(torch: Any, q: Any, k: Any, v: Any, n_head: int, n_kv_head: int) -> Any:
+    """Compute `eager_attention_forward` of transformers' Llama, with -Inf where it adds the least number."""
+    B, T, C = q.shape
+    q, k, v = (x.view(B, T, -1, C // n_head).transpose(1, 2) for x in (q, k, v))
+    k, v = (x[:, :, None].expand(-1, -1, n_head // n_kv_head, -1, -1).reshape(q.shape) for x in (k, v))
+    S = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5
+    S = S.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
+    P = torch.softmax(S, -1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(P, v).transpose(1, 2).reshape(B, T, C)
 
 
 SUMS_IN_16_BITS = ("layernorm", "rmsnorm", "embedding")
@@ -308,15 +350,15 @@ def record_operations(torch: Any) -> dict[str, Array]:
 
 
 def _forward(torch: Any, f: Callable[..., Any], case: Case, leaves: list[Any]) -> Any:
-    for leaf in leaves:
-        leaf.requires_grad_(leaf.is_floating_point())
+    for leaf, fmt in zip(leaves, case.operands, strict=True):
+        leaf.requires_grad_(fmt != "data")
     low = next((fmt for fmt in case.results if fmt in LOW), "bf16")
     with torch.autocast("cpu", type_of(torch, low), enabled=case.how == "cpu"):
         return f(*leaves)
 
 
 def _backward(torch: Any, f: Callable[..., Any], case: Case, leaves: list[Any], y: Any, dy: Any) -> list[Any]:
-    """Return the gradient of each operand, None for tokens."""
+    """Return the gradient of each operand, None for data."""
     if case.op not in SUMS_IN_16_BITS or case.how == "cuda":
         y.backward(dy)
         return [leaf.grad for leaf in leaves]

@@ -55,6 +55,10 @@ of 32: 1 / sqrt(32) is no power of 2, so that scaling rounds.
 STEPS = 20
 MODELS = ("gpt", "llama", "mlp")
 PLAIN = {("fp32", "gpt"), ("fp16", "gpt"), ("bf16", "llama"), ("fp16", "mlp")}
+EXPLODES = {("pure-fp16", "llama")}
+"""Second moments of small gradients are 0 in FP16, and the updates up to 1 / eps times too large: losses rise to 100, and how
+far two runs are apart is chance.
+"""
 OTHER_KINDS = {("apex-o2", "gpt"), ("bf16-sr", "gpt"), ("adam-8bit", "gpt"), ("fp8", "gpt"), ("nvfp4", "mlp")}
 IN_FORMATS = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu")
 """The policies without quantized products, in which one element rounded the other way can move the scale of a tensor."""
@@ -172,7 +176,9 @@ def assert_agrees(found: Trained, correct: list[Trained]) -> None:
         assert distance(of(found), of(reference)) <= bound([of(run) for run in correct], finest(of(reference)))
 
 
-@pytest.mark.parametrize(("recipe", "model"), others_slow(itertools.product(RECIPES, MODELS), plain=PLAIN))
+@pytest.mark.parametrize(("recipe", "model"), others_slow(
+    (case for case in itertools.product(RECIPES, MODELS) if case not in EXPLODES), plain=PLAIN
+))  # fmt: skip
 def test_twenty_steps_agree(recipe: str, model: str) -> None:
     c = config(recipe, model)
     correct = [train(c, backend) for backend in CORRECT]
