@@ -1,6 +1,6 @@
 """The `inspect_step` command: one element of one parameter in a training step, with every value, its format and its bits.
 
-The step is `step.train_step` itself, run on a tiny GPT as scripts/train.py would run it. The report shows the states before
+The step is `step.train_step` itself, run on a tiny model as scripts/train.py would run it. The report shows the states before
 and after the step. Intermediate values (1/S, the clip coefficient, Adam's update) are computed from them by the functions
 that the step calls; no arithmetic of the step is repeated here.
 """
@@ -33,7 +33,8 @@ from refimpl.training.flags import refuse_unused
 from refimpl.training.non_finite import first_non_finite
 from refimpl.training.setup import BATCHES, generator, start
 
-PARAMETER = "transformer.h.0.mlp.c_fc.weight"
+PARAMETERS = {"gpt": "transformer.h.0.mlp.c_fc.weight", "llama": "model.layers.0.mlp.gate_proj.weight"}
+"""The models -> the parameter that is shown if none is given."""
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4}
 SCHEDULE_STEPS = 1000
 FOLLOWED = tuple(name for name, recipe in RECIPES.items() if {*recipe.state_encodings().values()} <= {*FORMATS})
@@ -128,7 +129,7 @@ class _Observed:
 
 def inspect_steps(
     recipe: str = "fp16",
-    parameter: str = PARAMETER,
+    parameter: str | None = None,
     index: Sequence[int] | None = None,
     step: int | None = None,
     steps: int = 1,
@@ -136,21 +137,26 @@ def inspect_steps(
     lr: float = 3e-4,
     loss_scale: str | None = None,
     init_scale: float | None = None,
+    model: str = "gpt",
 ) -> list[Report]:
-    """Train a tiny GPT, and report on `steps` consecutive steps.
+    """Train a tiny model, and report on `steps` consecutive steps.
 
+    model: one of PARAMETERS, which has the parameter by default.
     index: the element; by default (3, 5), or as near as the parameter's shape allows.
     step: the first step to report on, from 1; by default the first that is not skipped for an overflow.
     lr: the largest learning rate, reached after 20 updates of warm-up as in scripts/train.py.
     loss_scale: a key of `loss_scalers.SCALER_RULES`, 'dynamic', 'none' or a number; by default the recipe's. init_scale: the
     initial value of a dynamic one.
-    Errors: UsageError for an unknown recipe or parameter, an index out of range, invalid numbers, or a recipe not in FOLLOWED.
+    Errors: UsageError for an unknown recipe, model or parameter, an index out of range, invalid numbers, or a recipe that is
+    not in FOLLOWED.
     """
     for flag, value in (("--step", step), ("--steps", steps)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}: it must be at least 1")
+    if model not in PARAMETERS:
+        raise UsageError(unknown("model", model, PARAMETERS))
     last = (PATIENCE + 1 if step is None else step) + steps - 1
-    given: dict[str, Any] = {"model": "gpt", "recipe": recipe, "backend": "reference", **SIZES, "seed": seed, "lr": lr}
+    given: dict[str, Any] = {"model": model, "recipe": recipe, "backend": "reference", **SIZES, "seed": seed, "lr": lr}
     given |= {"steps": max(SCHEDULE_STEPS, last), "loss_scale": loss_scale}
     if init_scale is not None:
         given["init_scale"] = init_scale
@@ -160,11 +166,11 @@ def inspect_steps(
         stored = config.make_recipe().state_encodings()
         odd = ", ".join(f"{kind} as {kept}" for kind, kept in stored.items() if kept not in FORMATS)
         raise UsageError(f"recipe {recipe} stores {odd}, which this command cannot show: --help lists the recipes that it can")
-    model = config.make_model()
-    parameter = model.tied.get(parameter, parameter)
-    if parameter not in model.parameters:
-        raise UsageError(unknown("parameter", parameter, model.parameters))
-    at = _checked_index(parameter, index, model.parameters[parameter].shape)
+    made, parameter = config.make_model(), PARAMETERS[model] if parameter is None else parameter
+    parameter = made.tied.get(parameter, parameter)
+    if parameter not in made.parameters:
+        raise UsageError(unknown("parameter", parameter, made.parameters))
+    at = _checked_index(parameter, index, made.parameters[parameter].shape)
 
     reports: list[Report] = []
     skipped = 0

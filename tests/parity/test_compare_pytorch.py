@@ -220,6 +220,8 @@ def test_a_setting_that_one_side_lacks_departs(name: str, monkeypatch: pytest.Mo
 def test_recipes_that_pytorch_cannot_train_by_are_refused() -> None:
     with pytest.raises(UsageError, match="no PyTorch model"):
         run("pure-bf16")
+    with pytest.raises(UsageError, match="--model llama has no PyTorch model here: choose gpt or mlp"):
+        run("fp16", model="llama")
     with pytest.raises(UsageError, match="micro-batch"):
         run("fp16", grad_accum=2)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 
 from refimpl.__main__ import commands, main, usage
+from refimpl.training.config import Config
 from refimpl.training.program import as_called, is_command
 
 COMMANDS = sorted(path.stem for path in (ROOT / "refimpl/tools/commands").glob("[!_]*.py"))
@@ -30,6 +33,17 @@ def test_each_command_has_a_script_that_says_the_same_in_one_line(name: str) -> 
     text = (ROOT / "scripts" / f"{name}.py").read_text()
     assert (ast.get_docstring(ast.parse(text)) or "").splitlines()[0] == commands()[name]
     assert f"from refimpl.tools.commands.{name} import main" in text and len(text.splitlines()) == 9
+
+
+@pytest.mark.parametrize("words", ["train", "compare_recipes", "inspect_precision", "memory --measure", "trace record --out x"])
+def test_commands_that_train_take_the_sizes_of_llama(words: str) -> None:
+    given = f"{words} --model llama --n-head 2 --n-kv-head 1 --head-dim 8 --ffn-dim 24 --qk-norm --qkv-bias --no-tied"
+    name, *rest = given.split()
+    flags = vars(importlib.import_module(f"refimpl.tools.commands.{name}").parser().parse_args(rest))
+    names = {field.name for field in fields(Config)}
+    sizes = Config.of({key: value for key, value in flags.items() if key in names}).make_model().config
+    expected = {"n_kv_head": 1, "head_dim": 8, "ffn_dim": 24, "qk_norm": True, "qkv_bias": True, "o_bias": False, "tied": False}
+    assert {key: sizes[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from refimpl.precision.recipes import RECIPES
 from refimpl.tools import step_inspector as module
 from refimpl.tools.step_inspector import (
     FOLLOWED,
-    PARAMETER,
+    PARAMETERS,
     SIZES,
     Line,
     Report,
@@ -384,6 +384,14 @@ def test_the_tied_embedding_has_both_names() -> None:
     assert tied == first and tied.parameter == TIED and "copy" in tied
 
 
+def test_a_weight_of_llama() -> None:
+    for recipe in ("fp16", "amp-bf16"):
+        (report,) = inspect_steps(recipe, model="llama")
+        assert (report.parameter, report.index) == (PARAMETERS["llama"], (3, 5)) and "copy" in report and not report.skipped
+    tied = inspect_steps("bf16", "lm_head.weight", step=1, model="llama")[0]
+    assert tied.parameter == "model.embed_tokens.weight"
+
+
 def test_seeds_and_runs() -> None:
     assert reports("bf16") == inspect_steps("bf16", step=1, steps=3)
     assert reports("bf16")[0]["loss"] != inspect_steps("bf16", step=1, seed=1)[0]["loss"]
@@ -392,7 +400,7 @@ def test_seeds_and_runs() -> None:
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     inspect_step(as_json=True, **OVERFLOW)
     (first, second) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert (first["step"], second["step"], first["skipped"], first["parameter"]) == (1, 2, True, PARAMETER)
+    assert (first["step"], second["step"], first["skipped"], first["parameter"]) == (1, 2, True, PARAMETERS["gpt"])
     lines = {line["key"]: line for block in first["blocks"] for line in block["lines"]}
     assert lines["grad"]["value"] is None and lines["grad"]["bits"].split("|")[1] == "11111"
 
@@ -404,7 +412,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "says"),
     [
         ({"recipe": "fp17"}, list(RECIPES)),
-        ({"parameter": "transformer.h.9.mlp.c_fc.weight"}, [PARAMETER, TIED, "transformer.ln_f.bias"]),
+        ({"model": "mlp"}, ["unknown model 'mlp'", "gpt, llama"]),
+        ({"parameter": "transformer.h.9.mlp.c_fc.weight"}, [PARAMETERS["gpt"], TIED, "transformer.ln_f.bias"]),
         ({"index": (64, 0)}, ["64,0", "(64, 16)", "0..63, 0..15"]),
         ({"index": (-1, 0)}, ["-1,0", "0..63, 0..15"]),
         ({"index": (1,)}, ["1 numbers", "0..63, 0..15"]),

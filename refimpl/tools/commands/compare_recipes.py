@@ -22,12 +22,13 @@ from refimpl.tools.compare_recipes.inference import FORMATS_COMPARED, TOKENS, co
 from refimpl.tools.compare_recipes.page import PAGE, STEPS, STEPS_FROM, STEPS_OF_ALL, WARMUP, compare_recipes
 from refimpl.tools.compare_recipes.runs import DEFAULT, PERTURBATIONS
 from refimpl.training.arguments import Parser
+from refimpl.training.config import LLAMA
 from refimpl.training.flags import add_config_flags
 from refimpl.training.program import as_called
 
 CONFIG_FLAGS = (
     "model", "data", "tokenizer", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias",
-    "optimizer", "momentum", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "weight_decay", "clip", "grad_accum",
+    *LLAMA, "optimizer", "momentum", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "weight_decay", "clip", "grad_accum",
     "seed", "eval_batches",
 )  # fmt: skip
 SEEDS = 3

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from refimpl.tools.precision_report.main import MORE_STEPS, STEPS, inspect_precision
 from refimpl.training.arguments import Parser
+from refimpl.training.config import LLAMA
 from refimpl.training.flags import add_config_flags, refuse_unused
 
 CONFIG_FLAGS = (
     "model", "recipe", "data", "tokenizer", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size",
-    "bias", "optimizer", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "warmup", "clip", "grad_accum",
+    "bias", *LLAMA, "optimizer", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "warmup", "clip", "grad_accum",
     "masters_from", "loss_scale", "init_scale", "growth_interval", "hysteresis", "growth_factor", "backoff_factor",
     "scale_floor", "seed", "mistake", "backend",
 )  # fmt: skip

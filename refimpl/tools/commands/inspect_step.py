@@ -11,7 +11,7 @@ from refimpl.training.cli import main as run_program
 import argparse
 
 from refimpl.optim.loss_scalers import SCALER_RULES
-from refimpl.tools.step_inspector import FOLLOWED, PARAMETER, inspect_step
+from refimpl.tools.step_inspector import FOLLOWED, PARAMETERS, inspect_step
 from refimpl.training.arguments import Parser
 
 
@@ -24,7 +24,8 @@ def parser() -> Parser:
     """Return the parser of the flags; defaults are those of `inspect_steps`."""
     result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     result.add_argument("--recipe", help=f"{', '.join(FOLLOWED)} (fp16)")
-    result.add_argument("--parameter", metavar="NAME", help=f"a parameter of the tiny GPT ({PARAMETER})")
+    result.add_argument("--model", help=f"{' or '.join(PARAMETERS)}, a tiny one (gpt)")
+    result.add_argument("--parameter", metavar="NAME", help=f"a parameter of the model ({' or '.join(PARAMETERS.values())})")
     result.add_argument("--index", type=numbers, metavar="I,J", help="an element of the parameter (3,5)")
     result.add_argument("--step", type=int, metavar="N", help="the first step to show (the first that is not skipped)")
     result.add_argument("--steps", type=int, metavar="K", help="number of steps to show (1)")
