@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refimpl.backends.base import REFERENCE, Backend
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape
@@ -149,6 +150,20 @@ def test_each_token_is_read_once_until_the_model_is_full() -> None:
     list(writer.text(10, np.random.default_rng(0)))
     assert read == [(0, 4), (4, 1), (5, 1), (6, 1), (7, 1), (0, 4), (4, 1), (5, 1), (6, 1), (7, 1)]
     assert writer.slid == 1
+
+
+@pytest.mark.parametrize("make", [gpt, llama])
+def test_on_a_device_the_text_is_the_same(make: Any, backend: Backend) -> None:
+    """Its arrays are not NumPy's; its sums have the order of the definitions on the host."""
+    model, recipe, texts = make(8), get_recipe("bf16"), []
+    for where in (REFERENCE, backend):
+        state = State(model, recipe.state_encodings(), where)
+        state.load_weights({name: 3 * w for name, w in model.initial_weights(np.random.default_rng(0)).items()})
+        state.weights_down()
+        writer = Writer(model, state, Run(recipe.policy, where), BYTES, np.frombuffer(b"ab", np.uint8))
+        list(writer.text(20, np.random.default_rng(0)))
+        texts.append(writer.tokens)
+    assert texts[0] == texts[1] and len(set(texts[0])) > 5
 
 
 def test_a_writer_goes_on_where_it_stopped() -> None:
