@@ -183,6 +183,7 @@ OPERATIONS: dict[str, Operation] = {
     "llama_rmsnorm": Operation({"x": (10, 24), "w": (24,)}),
     "swiglu": Operation({"gate": ELEMENTS, "up": ELEMENTS}),
     "grouped_attention": Operation({"q": (2, 4, 36), "k": (2, 4, 12), "v": (2, 4, 12)}, {"n_head": 6, "n_kv_head": 2}),
+    "gelu_new": Operation({"x": ELEMENTS}),
 }
 DATA = ("tokens", "targets", "cos", "sin")
 """Operands without a gradient, which no case rounds."""
@@ -205,7 +206,8 @@ class Case:
 
 
 PRODUCTS = ("linear", "matmul", "attention", "grouped_attention")  # in 16 bits under autocast, whatever the operands' formats
-HIGH_ON_CUDA = ("layernorm", "rmsnorm", "softmax", "attention")  # in FP32 under CUDA autocast (of attention, its softmax)
+HIGH_ON_CUDA = ("layernorm", "rmsnorm", "softmax", "attention", "gelu_new")
+"""In FP32 under CUDA autocast; of attention its softmax, of gelu_new x^3 and what follows."""
 
 
 def cases() -> list[Case]:
@@ -250,6 +252,7 @@ def _autocast_cases(op: str, low: str, cuda: str, cpu: str) -> list[Case]:
             Case(op, cpu, (cpu,), (low, high), (low, low, high), "cpu"),
         ],
         "cast": [Case(op, cuda, both, (high,), (low, low))],
+        "gelu_new": [Case(op, cuda, (cuda,), (low,), (high, low), "cuda")],
         "rope": [Case(op, cuda, both, (low, "data", "data"), (high, low, "", ""))],
         "llama_rmsnorm": [Case(op, cuda, both, (low, high), (high, low, high))],
         "grouped_attention": [Case(op, cuda, both, (high, high, low), (low, low, high, low), "cpu")],
@@ -282,6 +285,7 @@ def function_of(torch: Any, case: Case) -> Callable[..., Any]:
         "rope": lambda x, cos, sin: rope(torch, x, *(table.to(type_of(torch, case.results[0])) for table in (cos, sin))),
         "llama_rmsnorm": lambda x, w: llama_rmsnorm(torch, x, w),
         "swiglu": lambda gate, up: F.silu(gate) * up,
+        "gelu_new": lambda x: gelu_new(torch, x, wide=case.how == "cuda"),
         "grouped_attention": lambda q, k, v: grouped_attention(torch, q, k, v, **static),
     }
     return table[case.op]
@@ -303,6 +307,12 @@ def rope(torch: Any, x: Any, cos: Any, sin: Any) -> Any:
     heads = x.unflatten(-1, (-1, c.shape[-1]))
     a, b = heads.chunk(2, -1)
     return (heads * c + torch.cat((-b, a), -1) * s).flatten(-2)
+
+
+def gelu_new(torch: Any, x: Any, wide: bool) -> Any:
+    """Compute `NewGELUActivation` of transformers, in its order. wide: with the cast that CUDA autocast makes before pow."""
+    inner = math.sqrt(2.0 / math.pi)
+    return 0.5 * x * (1.0 + torch.tanh(inner * (x + 0.044715 * torch.pow(x.float() if wide else x, 3.0))))
 
 
 def llama_rmsnorm(torch: Any, x: Any, w: Any) -> Any:

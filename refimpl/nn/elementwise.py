@@ -111,6 +111,52 @@ def gelu_tanh_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     return (p.round_grad(p.widen(dy) * (0.5 * ((1 + t) + slope * z * (1 - t * t))), "x", x_format),)
 
 
+def gelu_new_forward(x: Array, p: OpPrecision) -> tuple[Array, Any]:
+    """Return the formula of gelu_tanh as transformers' GPT-2 computes it: step by step, each rounded to the result's format.
+
+        y = R(R(x/2) R(1 + t)),  t = R(tanh(R(beta R(x + R(kappa x^3)))))
+
+    x^3 is rounded like the other steps, in BF16 after each of its two products. In FP16 the gradient is NaN where 3 x^2 is
+    infinite, above |x| = 147.
+    Source: transformers, activations.py. PyTorch: NewGELUActivation, the activation_function 'gelu_new'.
+    """
+    xc = p.cast(x, "x")
+    half, outer, _ = _gelu_new_factors(xc, p.result_format(format_of(x)), p)
+    return p.round(half * outer, "y", x), (xc, format_of(x))
+
+
+def _gelu_new_factors(x: Array, fmt: str, p: OpPrecision) -> tuple[Array, Array, Array]:
+    """Return R(x/2), R(1 + t) and t, widened."""
+    z = p.widen(x)
+    square = _rounded(z * z, fmt, "x2", p) if fmt == "bf16" else z * z  # PyTorch's CPU kernel of x^3 has that one more
+    cubic = _rounded(KAPPA * _rounded(square * z, fmt, "x3", p), fmt, "cubic", p)
+    t = _rounded(p.xp.tanh(_rounded(BETA * _rounded(z + cubic, fmt, "inner", p), fmt, "scaled", p)), fmt, "tanh", p)
+    return _rounded(0.5 * z, fmt, "half", p), _rounded(1 + t, fmt, "outer", p), t
+
+
+def _rounded(z: Array, fmt: str, site: str, p: OpPrecision) -> Array:
+    """Round an intermediate result, and widen it again."""
+    return p.widen(p.round_to(z, fmt, site))
+
+
+def gelu_new_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
+    """Return the derivative of each step, rounded like the step; x has three uses, whose gradients are added in this order:
+
+        dx = R(R(dc + R(R(kappa dc) R(3 R(x^2)))) + R(dy R(1 + t) / 2)),  dc = R(beta R(R(dy R(x/2)) (1 - t^2)))
+
+    PyTorch: the same bits, but where dy R(1 + t) / 2 is subnormal, which it rounds before the division too.
+    """
+    x, x_format = saved
+    z, dy, fmt, own = p.widen(x), p.widen(dy), p.result_format(x_format), format_of(x)
+    half, outer, t = _gelu_new_factors(x, fmt, p)
+    dt = _rounded(_rounded(dy * half, fmt, "douter", p) * (1 - t * t), fmt, "dtanh", p)
+    dc = _rounded(BETA * dt, fmt, "dinner", p)
+    power = _rounded(3 * _rounded(z * z, fmt, "x2", p), fmt, "3x2", p)
+    dcube = _rounded(_rounded(KAPPA * dc, fmt, "dcubic", p) * power, own, "dx.x3", p)
+    dx = _rounded(_rounded(dc, own, "dx.inner", p) + dcube, own, "dx.sum", p)
+    return (p.round_grad(dx + _rounded(0.5 * dy * outer, own, "dx.half", p), "x", x_format),)
+
+
 _math_erf = np.frompyfunc(math.erf, 1, 1)
 
 

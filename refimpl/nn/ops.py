@@ -14,6 +14,8 @@ from refimpl.nn.elementwise import (
     fan_in_forward,
     gelu_erf_backward,
     gelu_erf_forward,
+    gelu_new_backward,
+    gelu_new_forward,
     gelu_tanh_backward,
     gelu_tanh_forward,
     relu_backward,
@@ -76,6 +78,7 @@ relu = Op("relu", relu_forward, relu_backward)
 silu = Op("silu", silu_forward, silu_backward)
 swiglu = Op("swiglu", swiglu_forward, swiglu_backward)
 gelu_tanh = Op("gelu_tanh", gelu_tanh_forward, gelu_tanh_backward)
+gelu_new = Op("gelu_new", gelu_new_forward, gelu_new_backward)
 gelu_erf = Op("gelu_erf", gelu_erf_forward, gelu_erf_backward)
 embedding = Op("embedding", embedding_forward, embedding_backward, params=(("weight", "w"),))
 cross_entropy = Op("cross_entropy", cross_entropy_forward, cross_entropy_backward)
@@ -97,6 +100,7 @@ OPS: dict[str, Op] = {
         silu,
         swiglu,
         gelu_tanh,
+        gelu_new,
         gelu_erf,
         layernorm,
         rmsnorm,

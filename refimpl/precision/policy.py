@@ -132,6 +132,7 @@ def autocast_cuda(low: str) -> Policy:
             "layernorm": high,
             "rmsnorm": high,
             "cross_entropy": high,
+            "gelu_new": Precision(SAME, "fp32", "fp32"),  # its x^3 is in the list for FP32, and FP32 spreads to the result
             EVERY_OTHER: Precision(SAME, "fp32", SAME),
         },
     )
@@ -142,6 +143,6 @@ def autocast_cpu(low: str) -> Policy:
 
     PyTorch: aten/src/ATen/autocast_mode.h.
     """
-    unchanged = ("attention.softmax", "softmax", "layernorm", "rmsnorm")
+    unchanged = ("attention.softmax", "softmax", "layernorm", "rmsnorm", "gelu_new")
     rows = {key: row for key, row in autocast_cuda(low).rows.items() if key not in unchanged}
     return Policy(f"autocast-cpu-{low}", rows)

@@ -16,7 +16,7 @@ PARTS = {"linear": ("y", "dx", "dw", "db"), "attention": ("scores", "scale", "so
 ROWS = (
     *PARTS, *(f"{op}.{part}" for op, parts in PARTS.items() for part in parts),
     "matmul", "rope", "layernorm", "rmsnorm", "llama_rmsnorm", "softmax", "add", "fan_in", "relu", "silu", "swiglu",
-    "gelu_tanh", "gelu_erf", "embedding", "cross_entropy", "reshape", "transpose", "split", "cast", EVERY_OTHER,
+    "gelu_tanh", "gelu_new", "gelu_erf", "embedding", "cross_entropy", "reshape", "transpose", "split", "cast", EVERY_OTHER,
 )  # fmt: skip
 """The keys of a policy, without a place: the operations of `nn/ops.py`, which no module of this package may import, their
 parts, and the row of all others. An operation of your own has that last row, or the one that its `Op.key` names."""

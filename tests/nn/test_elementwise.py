@@ -1,4 +1,4 @@
-"""nn.elementwise: add, fan_in (the sum of gradients), relu, silu and both kinds of gelu, forward and backward."""
+"""nn.elementwise: add, fan_in (the sum of gradients), relu, silu, swiglu and three kinds of gelu, forward and backward."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ CALLS = [
     Call("silu", "3-D", (r(2, 3, 4),)),
     Call("swiglu", "3-D", (r(2, 3, 4), r(2, 3, 4))),
     Call("gelu_tanh", "3-D", (r(2, 3, 4),)),
+    Call("gelu_new", "3-D", (r(2, 3, 4),)),
     Call("gelu_erf", "3-D", (r(2, 3, 4),)),
 ]
 
@@ -51,6 +52,7 @@ POINTWISE: dict[str, Callable[[float], float]] = {
     "relu": lambda x: max(x, 0.0),
     "silu": lambda x: x / (1 + math.exp(-x)),
     "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_new": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "gelu_erf": lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))),
 }
 
@@ -123,10 +125,16 @@ def test_a_sum_beyond_the_largest_fp16_is_an_infinity_and_not_the_largest_value(
 def test_activations_of_large_values_are_the_value_or_zero(fmt: str) -> None:
     x = array([1e4, -1e4, 88.0, -104.0], fmt)
     positive = wide(x).clip(0)
-    for op in ("relu", "silu", "gelu_tanh", "gelu_erf"):
+    for op in ("relu", "silu", "gelu_tanh", "gelu_erf", *(["gelu_new"] if fmt != "fp16" else [])):
         y, (dx,) = run(fmt, op, [x], [])
         # silu(-104) = -104 exp(-104) = -7e-44: subnormal in fp32, 0 in 16 bits.
         assert np.abs(wide(y) - positive).max() <= 1e-43 and np.abs(wide(dx) - (positive > 0)).max() <= 1e-36
+
+
+@pytest.mark.usefixtures("ieee")
+def test_the_gradient_of_gelu_new_is_nan_in_fp16_where_3_x2_overflows() -> None:
+    y, (dx,) = run("fp16", "gelu_new", [array([147.0, -147.0, 149.0, -149.0], "fp16")], [])
+    assert same(y, [147, 0, 149, 0]) and same(dx, [1, 0, NAN, NAN])
 
 
 @pytest.mark.usefixtures("ieee")
@@ -154,7 +162,7 @@ def test_relu_stops_an_infinite_gradient_where_it_is_off(fmt: str) -> None:
 
 @pytest.mark.usefixtures("ieee")
 @pytest.mark.parametrize("fmt", UNIFORM)
-@pytest.mark.parametrize("op", ["silu", "gelu_tanh", "gelu_erf"])
+@pytest.mark.parametrize("op", ["silu", "gelu_tanh", "gelu_new", "gelu_erf"])
 def test_inf_and_nan_in_smooth_activations(op: str, fmt: str) -> None:
     # x times a factor in [0, 1]: at -Inf the formula is Inf * 0, so NaN although the limit is 0 (as in PyTorch).
     y, _ = run(fmt, op, [array([INF, NAN, 0, -INF], fmt)], [])
@@ -175,7 +183,7 @@ def test_subnormals_are_numbers(fmt: str) -> None:
 
 
 @pytest.mark.usefixtures("torch")
-@pytest.mark.parametrize("case", [*cases_of("add", "relu", "silu", "swiglu", "gelu_tanh", "gelu_erf")], ids=str)
+@pytest.mark.parametrize("case", [*cases_of("add", "relu", "silu", "swiglu", "gelu_tanh", "gelu_new", "gelu_erf")], ids=str)
 def test_as_pytorch(case: Case) -> None:
     check(case)
 
@@ -193,13 +201,13 @@ def test_fan_in_is_pytorchs_accumulation_bit_for_bit(recipe: str) -> None:
 
 @pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("op", ["relu", "silu", "gelu_tanh", "gelu_erf", "add"])
+@pytest.mark.parametrize("op", ["relu", "silu", "gelu_tanh", "gelu_new", "gelu_erf", "add"])
 def test_special_values_as_pytorch(op: str, fmt: str) -> None:
     check_special_values(op, fmt)
 
 
 @pytest.mark.usefixtures("torch")
-@pytest.mark.parametrize("op", ["add", "relu", "silu", "gelu_tanh", "gelu_erf", "fan_in"])
+@pytest.mark.parametrize("op", ["add", "relu", "silu", "gelu_tanh", "gelu_new", "gelu_erf", "fan_in"])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_subnormal_operands_as_pytorch(op: str, fmt: str) -> None:
     check(subnormal(op, fmt))

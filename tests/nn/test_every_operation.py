@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from arrays import AMP, DTYPE, LOW, Array, array, same_bits, wide
-from autocast_lists import FP32_ON_CPU, FP32_ON_CUDA, LOW_PRECISION
+from autocast_lists import FP32_INSIDE_ON_CUDA, FP32_ON_CPU, FP32_ON_CUDA, LOW_PRECISION
 from bounds import possible
 from op_calls import SHAPES, UNIFORM, Shapes, bound, is_data, rounded_once, run, same
 from torch_cases import CASES, COUNTERPARTS, RECIPES, REPORT, reference
@@ -47,7 +47,7 @@ def test_uniform_recipes_keep_every_tensor_in_their_format(op: str, fmt: str) ->
 LOW_FROM_FP32 = {*LOW_PRECISION, "attention", "grouped_attention", "cast"}
 
 # Of 16-bit inputs (with FP32 parameters): what the CUDA list takes to FP32 and the CPU list leaves as it is.
-CUDA_FP32_FROM_LOW = FP32_ON_CUDA - FP32_ON_CPU
+CUDA_FP32_FROM_LOW = FP32_ON_CUDA - FP32_ON_CPU | FP32_INSIDE_ON_CUDA
 
 
 @pytest.mark.parametrize("recipe", AMP)
@@ -91,6 +91,7 @@ EMPTY = {
     "relu": ([(0, 4)], [], {}, (0, 4)),
     "silu": ([(0, 4)], [], {}, (0, 4)),
     "gelu_tanh": ([(0, 4)], [], {}, (0, 4)),
+    "gelu_new": ([(0, 4)], [], {}, (0, 4)),
     "gelu_erf": ([(0, 4)], [], {}, (0, 4)),
     "layernorm": ([(0, 4)], [(4,), (4,)], {}, (0, 4)),
     "rmsnorm": ([(0, 4)], [(4,)], {}, (0, 4)),
@@ -143,7 +144,7 @@ BIGGER = SHAPES | {
     "softmax": Shapes("softmax", ((40, 100),)),
     "cross_entropy": Shapes("cross_entropy", ((40, 100), np.arange(40))),
     "add": Shapes("add", ((40, 100), (100,))),
-    **{op: Shapes(op, ((41, 101),)) for op in ("relu", "silu", "gelu_tanh", "gelu_erf")},
+    **{op: Shapes(op, ((41, 101),)) for op in ("relu", "silu", "gelu_tanh", "gelu_new", "gelu_erf")},
 }
 
 # NumPy sums in the order of memory, so where the first axis runs fastest these sum in another order than in C order, and

@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from arrays import LOW
-from autocast_lists import FP32_ON_CPU, FP32_ON_CUDA, LOW_PRECISION
+from autocast_lists import FP32_INSIDE_ON_CUDA, FP32_ON_CPU, FP32_ON_CUDA, LOW_PRECISION
 from recipe_lists import MECHANISMS
 
 from refimpl.backends.numpy.backend import NUMPY
@@ -141,8 +141,8 @@ def test_sums_over_micro_batches_are_kept_in_fp32_at_least(n: int) -> None:
 EVERY_ROW = [
     "linear", "linear.y", "linear.dx", "linear.dw", "linear.db", "matmul", "attention.scores", "attention.scale",
     "attention.softmax", "attention.wide_softmax", "attention.values", "softmax", "rope", "layernorm", "rmsnorm",
-    "llama_rmsnorm", "add", "relu", "silu", "swiglu", "gelu_tanh", "gelu_erf", "embedding", "cross_entropy", "fan_in",
-    "reshape", "transpose", "split", "cast",
+    "llama_rmsnorm", "add", "relu", "silu", "swiglu", "gelu_tanh", "gelu_new", "gelu_erf", "embedding", "cross_entropy",
+    "fan_in", "reshape", "transpose", "split", "cast",
 ]  # fmt: skip
 
 PART_OF_ATTENTION = {"attention.scores": "matmul", "attention.values": "matmul", "attention.softmax": "softmax"}
@@ -158,14 +158,15 @@ def test_autocast_rows(low: str, suffix: str, fp32_list: set[str]) -> None:
     for key in EVERY_ROW:
         op = PART_OF_ATTENTION.get(key, key.partition(".")[0])
         fmt = low if op in LOW_PRECISION else "fp32" if op in fp32_list or key in WIDE_ROWS else SAME
-        assert policy.row(key) == Precision(fmt, "fp32", fmt), key
+        out = "fp32" if key in FP32_INSIDE_ON_CUDA and not suffix else fmt
+        assert policy.row(key) == Precision(fmt, "fp32", out), key
 
 
 def test_the_two_autocasts_differ_in_softmax_and_norms_only() -> None:
     for low in LOW:
         cuda, cpu = RECIPES[f"amp-{low}"].policy, RECIPES[f"amp-{low}-cpu"].policy
         differ = {key for key in EVERY_ROW if cuda.row(key) != cpu.row(key)}
-        assert differ == {"attention.softmax", "softmax", "layernorm", "rmsnorm"}
+        assert differ == {"attention.softmax", "softmax", "layernorm", "rmsnorm", *FP32_INSIDE_ON_CUDA}
 
 
 @pytest.mark.parametrize(("name", "fmt", "acc"), [

@@ -294,6 +294,24 @@ def gelu_tanh_near(x: Near, dy: Near) -> list[Near]:
     return [0.5 * x * (1 + t), dy * (0.5 * (1 + t) + slope)]
 
 
+def gelu_new_near(x: Near, dy: Near, fmt: str, grad_fmt: str) -> list[Near]:
+    """Each step is stored in `fmt`, each gradient of one of the three uses of x in the format of x, `grad_fmt`."""
+    beta, kappa = Near(np.float64(math.sqrt(2 / math.pi))) * 1, Near(np.float64(0.044715)) * 1
+
+    def R(z: Near) -> Near:
+        return stored(z, fmt)
+
+    def Rx(z: Near) -> Near:
+        return stored(z, grad_fmt)
+
+    square = R(x * x) if fmt == "bf16" else x * x
+    t = R(R(beta * R(x + R(kappa * R(square * x)))).tanh())
+    half, outer = R(0.5 * x), R(1 + t)
+    dc = R(beta * R(R(dy * half) * (1 - t * t)))
+    dcube = R(kappa * dc) * R(3 * R(x * x))
+    return [half * outer, Rx(Rx(dc) + Rx(dcube)) + Rx(0.5 * dy * outer)]
+
+
 def gelu_erf_near(x: Near, dy: Near) -> list[Near]:
     root, density = Near(np.float64(math.sqrt(0.5))) * 1, Near(np.float64(1 / math.sqrt(2 * math.pi))) * 1
     phi = 0.5 * (1 + (x * root).erf())

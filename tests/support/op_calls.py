@@ -72,6 +72,7 @@ SHAPES = {
         Shapes("silu", ((3, 8),)),
         Shapes("swiglu", ((3, 8), (3, 8))),
         Shapes("gelu_tanh", ((3, 8),)),
+        Shapes("gelu_new", ((3, 8),)),
         Shapes("gelu_erf", ((3, 8),)),
         Shapes("layernorm", ((2, 3, 8),), ((8,), (8,))),
         Shapes("rmsnorm", ((2, 3, 8),), ((8,),)),

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from arrays import AMP, DTYPE, FORMATS, LOW, Array, array, rounded, wide
-from autocast_lists import FP32_ON_CUDA, LOW_PRECISION
+from autocast_lists import FP32_INSIDE_ON_CUDA, FP32_ON_CUDA, LOW_PRECISION
 from bounds import (
     D,
     H,
@@ -37,6 +37,7 @@ from bounds import (
     fast_versions,
     gamma,
     gelu_erf_near,
+    gelu_new_near,
     gelu_tanh_near,
     grouped_attention_near,
     layernorm_near,
@@ -70,7 +71,7 @@ TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16} i
 
 RECIPES = [*FORMATS, *AMP]
 
-ELEMENTWISE = ["add", "relu", "silu", "swiglu", "rope", "gelu_tanh", "gelu_erf"]
+ELEMENTWISE = ["add", "relu", "silu", "swiglu", "rope", "gelu_tanh", "gelu_new", "gelu_erf"]
 
 REPORT: list[tuple[str, str]] = []
 """What the comparisons of the running test found: (name of the result, text)."""
@@ -156,6 +157,12 @@ def llama_rmsnorm(x: Any, w: Any) -> Any:
     return w * (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
 
 
+def gelu_new(x: Any, wide: bool = False) -> Any:
+    """GELU as transformers' GPT-2 computes it, in its order, in which gradients are added. wide: autocast's cast before pow."""
+    inner = math.sqrt(2.0 / math.pi)
+    return 0.5 * x * (1.0 + torch.tanh(inner * (x + 0.044715 * torch.pow(x.float() if wide else x, 3.0))))
+
+
 COUNTERPARTS = {
     "linear": Counterpart(((64, 32), (80, 32), (80,)), lambda x, w, b: F.linear(x, w, b), linear_near),
     "matmul": Counterpart(((2, 3, 32, 48), (2, 3, 48, 40)), lambda a, b: torch.matmul(a, b), matmul_near),
@@ -165,6 +172,7 @@ COUNTERPARTS = {
     "swiglu": Counterpart(((50, 60), (50, 60)), lambda g, u: F.silu(g) * u, swiglu_near),
     "rope": Counterpart(((6, 50, 24), *ANGLES), lambda x, cos, sin: rotated(x, cos, sin), rope_near),
     "gelu_tanh": Counterpart(((50, 60),), lambda x: F.gelu(x, approximate="tanh"), gelu_tanh_near),
+    "gelu_new": Counterpart(((50, 60),), lambda x: gelu_new(x), gelu_new_near),
     "gelu_erf": Counterpart(((50, 60),), lambda x: F.gelu(x), gelu_erf_near),
     "layernorm": Counterpart(
         ((50, 100), (100,), (100,)), lambda x, w, b: F.layer_norm(x, (100,), w, b), layernorm_near, gradients_in_fp32=True
@@ -252,6 +260,8 @@ def in_recipe(f: Callable[..., Any], op: str, recipe: str) -> Callable[..., Any]
         return autocast(f, low_of(recipe))
     if op in LOW_PRECISION:
         return with_casts(f, TORCH[low_of(recipe)])
+    if op in FP32_INSIDE_ON_CUDA:
+        return lambda x: gelu_new(x, wide=True)
     return with_casts(f, torch.float32) if op in FP32_ON_CUDA else f
 
 
@@ -264,9 +274,7 @@ def draw(case: Case) -> list[Array]:
     rng, formats = np.random.default_rng(11), iter(case.formats)
     operands = [x if isinstance(x, np.ndarray) else rng.standard_normal(x) for x in COUNTERPARTS[case.op].operands]
     scaled = range(len(operands)) if case.op == "add" else [0]
-    return [
-        x if is_data(x) else array(x * case.scale if i in scaled else x, next(formats)) for i, x in enumerate(operands)
-    ]
+    return [x if is_data(x) else array(x * case.scale if i in scaled else x, next(formats)) for i, x in enumerate(operands)]
 
 
 def gradient_of_output(op: str, shape: tuple[int, ...], fmt: str, scale: float = 1.0) -> Array:
