@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from arrays import AMP, DTYPE, FORMATS, LOW, array, wide
+from arrays import AMP, DTYPE, FORMATS, LOW, array, same_bits, wide
 from bounds import Agreement, agreement
 from derivatives import Call, assert_close, away_from_zero, check_derivative, draw, forward, normal_numbers
 from op_calls import INF, NAN, TINY, UNIFORM, UNIT, bound, rounded_once, run, same
@@ -63,6 +63,11 @@ def test_pointwise_operations_do_what_the_formula_says(op: str) -> None:
     assert_close(forward(op, x), np.vectorize(POINTWISE[op], otypes=[np.float64])(x))
 
 
+def test_swiglu_is_the_silu_of_the_gate_times_the_other() -> None:
+    gate, up = draw(2, 3, 4), draw(2, 3, 4, seed=2)
+    assert_close(forward("swiglu", gate, up), np.vectorize(POINTWISE["silu"])(gate) * up)
+
+
 # -------------------------------------------------------------------------------------------------------------- roundings
 
 
@@ -108,6 +113,28 @@ def test_autocast_adds_fp32_and_16_bit_in_fp32(recipe: str) -> None:
 def test_sums_over_rows_do_not_stop_at_the_precision_of_16_bits(fmt: str) -> None:
     n = 4096  # adding ones in bf16 stops at 256, in fp16 at 2048
     assert same(run(fmt, "add", [array(np.ones((n, 1)), fmt), array([0.0], fmt)], [])[1][1], [n])
+
+
+@pytest.mark.parametrize("fmt", LOW)
+def test_swiglu_rounds_before_the_product_and_after_it(fmt: str) -> None:
+    """Forward and backward: the exact values rounded in that order, but where FP32's silu falls on another side of a tie."""
+    gate, up = array(draw(2000), fmt), array(draw(2000, seed=2), fmt)
+    y, (dgate, dup) = run(fmt, "swiglu", [gate, up], [])
+    g, sigmoid = wide(gate), 1 / (1 + np.exp(-wide(gate)))
+    silu = rounded_once(g * sigmoid, fmt)
+    expected = rounded_once(silu * wide(up), fmt), rounded_once(wide(up) * sigmoid * (1 + g * (1 - sigmoid)), fmt), silu
+    once = rounded_once(g * sigmoid * wide(up), fmt)
+    # FP32 errs by some 2^-22, half an ulp is 2^-12 at most (FP16): one element in a thousand or fewer may differ.
+    for ours, exact in zip((y, dgate, dup), expected, strict=True):
+        assert (wide(ours) == exact).mean() > 0.995
+    assert (wide(y) == once).mean() < 0.9
+
+
+def test_swiglu_under_autocast_keeps_what_came() -> None:
+    gate, up = array(draw(50), "bf16"), array(draw(50, seed=2), "bf16")
+    y, gradients = run("amp-bf16", "swiglu", [gate, up], [])
+    assert [x.dtype for x in (y, *gradients)] == [DTYPE["bf16"]] * 3
+    assert same_bits(y, run("bf16", "swiglu", [gate, up], [])[0])
 
 
 # --------------------------------------------------------------------------------------------------------- special values
@@ -169,6 +196,21 @@ def test_inf_and_nan_in_smooth_activations(op: str, fmt: str) -> None:
     assert same(y, [INF, NAN, 0, NAN])
 
 
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("fmt", UNIFORM)
+def test_inf_and_nan_in_swiglu(fmt: str) -> None:
+    # As in silu, a gate of -Inf is NaN; an infinite gate or factor meets the other in a product.
+    y, (dgate, dup) = run(fmt, "swiglu", [array([INF, INF, 0, -INF, NAN, 1], fmt), array([2, 0, INF, 1, 1, INF], fmt)], [])
+    assert same(y, [INF, NAN, NAN, NAN, NAN, INF])
+    assert same(dup[:5], [INF, INF, 0, NAN, NAN]) and same(dgate[2], INF)
+
+
+@pytest.mark.usefixtures("ieee")
+def test_a_product_beyond_the_largest_fp16_is_an_infinity() -> None:
+    y, _ = run("fp16", "swiglu", [array([300.0, -9.0], "fp16"), array([300.0, 60000.0], "fp16")], [])
+    assert same(y, [INF, rounded_once(rounded_once(-9 / (1 + math.exp(9)), "fp16") * 60000, "fp16")])
+
+
 @pytest.mark.parametrize("fmt", UNIFORM)
 def test_subnormals_are_numbers(fmt: str) -> None:
     tiny = TINY[fmt]
@@ -176,6 +218,8 @@ def test_subnormals_are_numbers(fmt: str) -> None:
     assert same(wide(x), [[tiny, -3 * tiny]])
     assert same(run(fmt, "add", [x, x], [])[0], [[2 * tiny, -6 * tiny]])
     assert same(run(fmt, "relu", [x], [])[0], [[tiny, 0]])
+    # silu(4) = 3.93 and silu(2) = 1.76, times 2 and -6 of the smallest numbers.
+    assert same(run(fmt, "swiglu", [array([[4.0, 2.0]], fmt), array(2 * wide(x), fmt)], [])[0], [[8 * tiny, -11 * tiny]])
     assert same(fan_in.forward(x, x, bound(fmt, "fan_in"))[0], 2 * wide(x))
 
 
@@ -201,13 +245,13 @@ def test_fan_in_is_pytorchs_accumulation_bit_for_bit(recipe: str) -> None:
 
 @pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("op", ["relu", "silu", "gelu_tanh", "gelu_new", "gelu_erf", "add"])
+@pytest.mark.parametrize("op", ["relu", "silu", "swiglu", "gelu_tanh", "gelu_new", "gelu_erf", "add"])
 def test_special_values_as_pytorch(op: str, fmt: str) -> None:
     check_special_values(op, fmt)
 
 
 @pytest.mark.usefixtures("torch")
-@pytest.mark.parametrize("op", ["add", "relu", "silu", "gelu_tanh", "gelu_new", "gelu_erf", "fan_in"])
+@pytest.mark.parametrize("op", ["add", "relu", "silu", "swiglu", "gelu_tanh", "gelu_new", "gelu_erf", "fan_in"])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_subnormal_operands_as_pytorch(op: str, fmt: str) -> None:
     check(subnormal(op, fmt))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from arrays import AMP, DTYPE, LOW, array, same_bits, wide
+from bounds import ours
 from derivatives import Call, check_derivative, draw, forward, normal_numbers
-from op_calls import COS, SIN
-from torch_cases import Case, cases_of, check
+from op_calls import COS, INF, NAN, SIN, TINY, UNIFORM, bound, rounded_once, same
+from torch_cases import SPECIAL_VALUES, Case, cases_of, check, rotated, same_kind, subnormal, tensor
 
 from refimpl.errors import UsageError
+from refimpl.nn.ops import OPS
 from refimpl.nn.rope_scaling import RopeScaling, inverse_frequencies, rotation
+from refimpl.precision.recipes import get_recipe
 
 r = normal_numbers()
 DEFAULT = RopeScaling.parse("default")
@@ -93,7 +97,100 @@ def test_yarn_multiplies_cos_and_sin() -> None:
     np.testing.assert_allclose(cos**2 + sin**2, (0.1 * np.log(4) + 1) ** 2, rtol=1e-6)
 
 
+# -------------------------------------------------------------------------------------------------------------- roundings
+
+
+def rounded_pairs(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, fmt: str) -> np.ndarray:
+    """The formula with its three roundings, on exact products: those of two 16-bit values have at most 22 bits."""
+    a, b = np.split(x.reshape(*x.shape[:-1], -1, 6), 2, -1)
+    c, s = cos[:, None], sin[:, None]
+
+    def rounded(z: np.ndarray) -> np.ndarray:
+        return wide(rounded_once(z, fmt))
+
+    halves = rounded(rounded(a * c) - rounded(b * s)), rounded(rounded(b * c) + rounded(a * s))
+    return np.concatenate(halves, -1).reshape(x.shape)
+
+
+@pytest.mark.parametrize("fmt", LOW)
+def test_each_product_is_rounded_and_their_sum_once_more_to_the_bit(fmt: str) -> None:
+    x, dy = array(draw(2, 5, 24), fmt), array(draw(2, 5, 24, seed=2), fmt)
+    cos, sin = (wide(array(table, fmt)) for table in (COS, SIN))
+    p = bound(fmt, "rope")
+    y, saved = OPS["rope"].forward(x, COS, SIN, p=p)
+    assert same(y, rounded_pairs(wide(x), cos, sin, fmt))
+    dx, *none = OPS["rope"].backward(dy, saved, p=p)
+    assert same(dx, rounded_pairs(wide(dy), cos, -sin, fmt)) and none == [None, None]
+    once = wide(x) * np.tile(cos, 8)[None]  # at position 0, where the angles are 0, nothing is rounded
+    assert same(y[:, 0], once[:, 0]) and same(y[:, 0], x[:, 0])
+
+
+@pytest.mark.parametrize(("recipe", "low"), AMP.items())
+def test_under_autocast_angles_and_results_are_in_fp32_and_gradients_in_the_format_of_x(recipe: str, low: str) -> None:
+    x, dy = array(draw(2, 5, 24), low), array(draw(2, 5, 24, seed=2), "fp32")
+    p = bound(recipe, "rope")
+    y, saved = OPS["rope"].forward(x, COS, SIN, p=p)
+    assert y.dtype == np.float32 and same(y, rounded_pairs(wide(x), wide(COS), wide(SIN), "fp32"))
+    dx, *_ = OPS["rope"].backward(dy, saved, p=p)
+    assert dx.dtype == DTYPE[low] and saved[0] is COS and saved[1] is SIN
+    expected = rounded_pairs(wide(dy), wide(COS), -wide(SIN), low)
+    # A product of two FP32 numbers is rounded to FP32 before it is rounded to 16 bits, so a few may fall the other way.
+    assert (wide(dx) == expected).mean() > 0.99
+
+
+# --------------------------------------------------------------------------------------------------------- special values
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("fmt", UNIFORM)
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+def test_inf_and_nan_reach_their_pair_alone(fmt: str, bad: float) -> None:
+    x = array(draw(1, 5, 12), fmt)
+    clean, _ = OPS["rope"].forward(x, COS, SIN, p=bound(fmt, "rope"))
+    x[0, 2, 1] = bad  # position 2, head 0, the first of pair 1
+    y, _ = OPS["rope"].forward(x, COS, SIN, p=bound(fmt, "rope"))
+    assert not np.isfinite(wide(y[0, 2, [1, 4]])).any()
+    y[0, 2, [1, 4]] = clean[0, 2, [1, 4]]
+    assert same_bits(y, clean)
+
+
+@pytest.mark.parametrize("fmt", UNIFORM)
+def test_subnormals_are_numbers(fmt: str) -> None:
+    tiny, half = TINY[fmt], (array([[0.5]], "fp32"), array([[0.5]], "fp32"))
+    y, _ = OPS["rope"].forward(array([[[2 * tiny, 6 * tiny]]], fmt), *half, p=bound(fmt, "rope"))
+    assert same(y, [[[-2 * tiny, 4 * tiny]]])
+
+
+@pytest.mark.usefixtures("ieee")
+def test_a_sum_beyond_the_largest_fp16_is_an_infinity() -> None:
+    tables = array([[0.75]], "fp32"), array([[-0.75]], "fp32")
+    y, _ = OPS["rope"].forward(array([[[60000.0, 60000.0]]], "fp16"), *tables, p=bound("fp16", "rope"))
+    assert same(y, [[[INF, 0]]])
+
+
 # ---------------------------------------------------------------------------------------------------------------- PyTorch
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("fmt", UNIFORM)
+def test_subnormal_operands_as_pytorch(fmt: str) -> None:
+    check(subnormal("rope", fmt))
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("fmt", UNIFORM)
+def test_special_values_as_pytorch(fmt: str) -> None:
+    values = array(SPECIAL_VALUES, fmt)
+    x = np.array(np.meshgrid(values, values)).reshape(2, 1, -1).T.astype(DTYPE[fmt])  # (pairs, 1, 2): positions are examples
+    cos, sin = (array([[np.float32(value)]], "fp32") for value in (0.6, 0.8))
+    dy = array(np.ones(x.shape), fmt)
+    with np.errstate(all="ignore"):
+        y, (dx, *_) = ours(get_recipe(fmt).policy, "rope", [x, cos, sin], dy)
+    leaf = tensor(x).requires_grad_(True)
+    z = rotated(leaf, *(tensor(table, fmt) for table in (cos, sin)))
+    z.backward(tensor(dy))
+    same_kind(y, z, "y", identical=True)
+    same_kind(dx, leaf.grad, "dx", identical=True)
 
 
 @pytest.mark.usefixtures("torch")

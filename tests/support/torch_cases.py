@@ -658,7 +658,7 @@ def check_special_values(op: str, fmt: str) -> None:
         x = array(SPECIAL_VALUES, fmt)
         # Pairs of values for those that look at more than one.
         pairs = np.array(np.meshgrid(x, x)).reshape(2, -1)
-        operands = {"softmax": [pairs.T], "add": [pairs[0], pairs[1]]}.get(op, [x])
+        operands = {"softmax": [pairs.T], "add": [*pairs], "swiglu": [*pairs]}.get(op, [x])
         operands = [np.ascontiguousarray(v).astype(DTYPE[fmt]) for v in operands]
         dy = array(np.ones(operands[0].shape), fmt)
         y, gradients = ours(get_recipe(fmt).policy, op, operands, dy)
