@@ -20,6 +20,13 @@ def check_indices(index: Array, size: int, what: str, p: OpPrecision, ignored: i
         refuse_outside(index, size, f"{p.place}: {what}", ignored)
 
 
+def check_targets(logits: Array, targets: Array, p: OpPrecision, ignore_index: int) -> None:
+    """Raise UsageError for targets of another shape, and for one that is out of range and not ignored."""
+    if targets.shape != logits.shape[:-1]:
+        raise UsageError(f"{p.place}: targets {targets.shape} for logits {logits.shape}: there must be one per row of logits")
+    check_indices(targets, logits.shape[-1], "target", p, ignore_index)
+
+
 def refuse_outside(index: Array, size: int, what: str, ignored: int | None = None) -> None:
     """Raise an error as `check_indices` does, for any array on the host. Errors: UsageError."""
     if index.dtype.kind not in "iu":

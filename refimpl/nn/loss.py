@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from refimpl.errors import UsageError
-from refimpl.nn.indices import check_indices
+from refimpl.nn.indices import check_targets
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.formats import format_of
 from refimpl.precision.context import OpPrecision
@@ -24,9 +23,7 @@ def cross_entropy_forward(logits: Array, targets: Array, p: OpPrecision, ignore_
       host only: see `check_indices`).
     PyTorch: torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=ignore_index).
     """
-    if targets.shape != logits.shape[:-1]:
-        raise UsageError(f"{p.place}: targets {targets.shape} for logits {logits.shape}: there must be one per row of logits")
-    check_indices(targets, logits.shape[-1], "target", p, ignore_index)
+    check_targets(logits, targets, p, ignore_index)
     zc = p.cast(logits, "logits").reshape(-1, logits.shape[-1])
     z, target = p.widen(zc), targets.reshape(-1)
     largest = z.max(-1, keepdims=True)

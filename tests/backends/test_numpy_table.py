@@ -3,6 +3,7 @@ within the bound of a reordered FP32 sum. A run takes them unless it has a monit
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +30,12 @@ from refimpl.backends.numpy import blocks
 from refimpl.backends.numpy.attention import QUERIES
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.backends.numpy.table import OPS as FAST
+from refimpl.backends.numpy.threads import workers
+from refimpl.errors import UsageError
 from refimpl.nn.op import Op
 from refimpl.nn.ops import OPS, SELECTED, fan_in, gelu_tanh
 from refimpl.numerics.casts import cast
-from refimpl.numerics.formats import format_of
+from refimpl.numerics.formats import format_of, is_float
 from refimpl.precision.context import OpPrecision, Run
 from refimpl.precision.policy_variants import with_attention
 from refimpl.precision.recipes import RECIPES
@@ -41,7 +44,8 @@ from refimpl.tools.bench.steps import MODELS, Ours
 Array = Any
 
 DEFINITIONS = {**OPS, **SELECTED, "fan_in": fan_in}
-SAME_BITS = ("add", "fan_in", "relu", "silu", "swiglu", "gelu_tanh", "rope")
+ELEMENTWISE = ("add", "fan_in", "relu", "silu", "swiglu", "gelu_tanh")
+SAME_BITS = (*ELEMENTWISE, "rope", "cross_entropy")
 PAIRS = ("add", "fan_in", "swiglu")  # of two operands of one shape
 GROUPED = ("grouped_attention", "fused_grouped_attention")
 REORDERED = ("linear", "attention", "fused_attention", *GROUPED, "layernorm", "llama_rmsnorm", "embedding")
@@ -83,8 +87,9 @@ def comparable(results: list[Array]) -> list[bytes]:
     """Format, shape and bits, every NaN the same: which of two NaNs a sum hands on is the processor's choice."""
     found = []
     for x in results:
-        bits = x.copy()
-        bits[np.isnan(x)] = np.nan
+        bits = np.array(x)
+        if is_float(bits):
+            bits[np.isnan(x)] = np.nan
         found.append(f"{x.dtype} {x.shape}".encode() + bits.tobytes())
     return found
 
@@ -101,7 +106,7 @@ def both(name: str, recipe: str, operands: list[Array], **more: Any) -> tuple[li
 @pytest.mark.parametrize("special", [False, True], ids=["finite", "special"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("recipe", [name for name in BASIC if not name.endswith("-cpu")])
-@pytest.mark.parametrize("name", [name for name in SAME_BITS if name != "rope"])
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_an_elementwise_version_gives_the_bits_of_its_definition(
     name: str, recipe: str, shape: tuple[int, ...], special: bool
 ) -> None:
@@ -119,6 +124,42 @@ def test_rope_too(recipe: str, shape: tuple[int, ...], special: bool) -> None:
     cos, sin = (drawn((shape[1], 2), "fp32", special, seed) for seed in (1, 2))
     fast, definition = both("rope", recipe, [drawn(shape, fmt, special, 0), cos, sin])
     assert comparable(fast) == comparable(definition)
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["finite", "special"])
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1, 4000), (2, 7, 24), (0, 5), (3, 50, 4000)], ids=str)
+@pytest.mark.parametrize("recipe", BASIC)
+def test_the_loss_too(recipe: str, shape: tuple[int, ...], special: bool) -> None:
+    """In blocks of rows, of which some or all are ignored."""
+    logits = drawn(shape, RECIPES[recipe].policy.row("linear.y").out, special, 0)
+    dloss = cast(np.array(1024.0), "fp64" if recipe == "fp64" else "fp32")
+    for ignored in (0.0, 0.4, 1.0):
+        rng = np.random.default_rng(1)
+        targets = np.where(rng.random(shape[:-1]) < ignored, -1, rng.integers(0, shape[-1], shape[:-1]))
+        fast, definition = both("cross_entropy", recipe, [logits, targets], dy=dloss, ignore_index=-1)
+        assert comparable(fast) == comparable(definition)
+    for wrong in (targets[..., None], np.full(shape[:-1], shape[-1])):
+        if wrong.size or wrong.shape != targets.shape:
+            with pytest.raises(UsageError, match="target"):
+                called(FAST["cross_entropy"], NUMPY, recipe, [logits, wrong])
+
+
+def test_the_loss_makes_no_other_array_of_the_size_of_the_logits_than_their_gradient() -> None:
+    """As counted by tracemalloc. A part is a block of FP32 numbers or a few; there are as many at a time as threads."""
+    logits, targets = drawn((4, 256, 8000), "bf16", False, 0), np.zeros((4, 256), np.int64)
+    p = Run(RECIPES["bf16"].policy, NUMPY).precision("cross_entropy", "here")
+    parts = 4 * 4 * blocks.BLOCK * workers().threads
+    assert parts < 4 * logits.size
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        loss, saved = FAST["cross_entropy"].forward(logits, targets, p=p)
+        assert tracemalloc.get_traced_memory()[1] - before < parts
+        tracemalloc.reset_peak()
+        FAST["cross_entropy"].backward(loss, saved, p=p)
+        assert tracemalloc.get_traced_memory()[1] - before < parts + logits.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_broadcast_sum_too() -> None:

@@ -7,6 +7,7 @@
     attention.py     causal attention in blocks of queries, without the keys that they do not see
     elementwise.py   add, relu, gelu, in place
     norm.py          layer norm, in place
+    loss.py          cross-entropy in blocks of rows, without more arrays of the size of the logits
     embedding.py     the gradient of an embedding, by sorted tokens
     passes.py        the updates of AdamW and SGD, in place
     reductions.py    sums of rows

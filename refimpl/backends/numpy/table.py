@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from refimpl.backends.numpy import attention, elementwise, embedding, linear, norm, passes, rope
+from refimpl.backends.numpy import attention, elementwise, embedding, linear, loss, norm, passes, rope
 from refimpl.nn import ops
 from refimpl.nn.op import Op
 
@@ -39,6 +39,7 @@ OPS: Mapping[str, Op] = {
     "gelu_tanh": replace(ops.gelu_tanh, forward=elementwise.gelu_tanh_forward, backward=elementwise.gelu_tanh_backward),
     "layernorm": replace(ops.layernorm, forward=norm.layernorm_forward, backward=norm.layernorm_backward),
     "llama_rmsnorm": replace(ops.llama_rmsnorm, forward=norm.llama_rmsnorm_forward, backward=norm.llama_rmsnorm_backward),
+    "cross_entropy": replace(ops.cross_entropy, forward=loss.cross_entropy_forward, backward=loss.cross_entropy_backward),
     "embedding": replace(ops.embedding, backward=embedding.embedding_backward),
 }
 
