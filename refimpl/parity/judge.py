@@ -82,7 +82,7 @@ class Judge:
         self.theirs, mapped = checked(theirs, model)
         self.operations: list[Operation] = operations_of(model)
         # Inputs of attention: their gradients are rounded on the way, so that they can overflow without being large.
-        self._inside = {place for op in self.operations if op.kind == "attention" for place in op.inputs}
+        self._inside = {place for op in self.operations if op.kind.endswith("attention") for place in op.inputs}
         n = max((len(self.theirs.inputs(step) or ()) for step in self.theirs.steps), default=0)
         if n and n != config.grad_accum:
             config, changed = replace(config, grad_accum=n), [*changed, f"the trace has {n} micro-batches per step"]
@@ -393,7 +393,7 @@ def explanations(config: Config, theirs: Trace, first: Finding) -> list[str]:
     ('--attention fused') is not a mistake; it is returned, alone, if its replay comes closest to the departing tensor.
     """
     reach: dict[str, tuple[tuple[float, int], float]] = {}
-    order, in_attention = list(POINTS), first.point.startswith("2.") and config.model == "gpt"
+    order, in_attention = list(POINTS), first.point.startswith("2.") and config.model != "mlp"
     others = [kind for kind in ATTENTION if kind != config.attention and in_attention]
     # A step starts from the trace's own values, so a mistake changes nothing before the point where it shows, except for
     # the counters that the replay carries from step to step.

@@ -23,6 +23,8 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "norm-in-16-bits": {"recipe": "amp-bf16"},
+    "rope-frequencies-in-16-bits": {"model": "llama"},
+    "rope-angles-in-16-bits": {"model": "llama"},
     "gradients-not-zeroed": {"recipe": "amp-bf16"},  # with a loss scale, leftovers are 65536 times smaller than new gradients
     "mean-of-means": {"examples": "lines"},
     "unscale-by-updated-scale": {"init_scale": 256, "growth_interval": 1},

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from refimpl.nn.models.llama import LlamaConfig, llama_model
 from refimpl.nn.op import Op
-from refimpl.nn.ops import add, attention, cross_entropy, embedding, linear
+from refimpl.nn.ops import add, attention, cross_entropy, embedding, grouped_attention, linear
+from refimpl.nn.rope_scaling import RopeScaling, angles_at, cos_and_sin, inverse_frequencies
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.bits import bits_of, from_bits
 from refimpl.numerics.casts import cast, widen
@@ -94,6 +96,8 @@ def _override(training: Training, op: Op, **functions: Any) -> None:
 
 def _cast_twice(training: Training) -> None:
     low_format(training)
+    linear_layers = {name.removesuffix(".weight") for name, spec in training.model.parameters.items() if len(spec.shape) == 2}
+    need(any(f"{name}.bias" in training.model.parameters for name in linear_layers), "linear layers with a bias")
 
     def forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array, Any]:
         product, saved = linear.forward(x, w, None, p=p)  # rounded here, before the bias is in
@@ -126,7 +130,7 @@ def _sum_in_16_bits(training: Training) -> None:
 
 
 def _tied_gradient_dropped(training: Training) -> None:
-    need(bool(training.model.tied), "a model with tied weights (gpt)")
+    need(bool(training.model.tied), "a model with tied weights (gpt or llama)")
 
     def backward(dy: Array, saved: Any, w: Array, p: OpPrecision) -> tuple[None, Array | None]:
         tied = f"{p.place}.weight" in training.model.tied.values()
@@ -143,7 +147,7 @@ def _rows(training: Training, **rows: Precision) -> None:
 
 
 def _need_written_out(training: Training) -> None:
-    need(training.model.name == "gpt", "attention (gpt)")
+    need(training.model.name != "mlp", "attention (gpt or llama)")
     need(training.run.policy.row("attention.scores").out != "fp32", "--attention unfused")
 
 
@@ -163,26 +167,49 @@ def _loss_in_16_bits(training: Training) -> None:
 def _softmax_in_16_bits(training: Training) -> None:
     low = low_format(training)
     _need_written_out(training)
-    _rows(training, attention__softmax=Precision(low, "fp32", low))
+    op, part = (attention, "softmax") if training.model.name == "gpt" else (grouped_attention, "wide_softmax")
+    _rows(training, **{f"attention.{part}": Precision(low, "fp32", low)})
 
     def narrow(p: OpPrecision) -> OpPrecision:
-        p["softmax"].math = low  # exp, sum and quotient in NumPy's own 16-bit arithmetic, which no policy can ask for
+        p[part].math = low  # exp, sum and quotient in NumPy's own 16-bit arithmetic, which no policy can ask for
         return p
 
-    def forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any]:
-        return attention.forward(qkv, p=narrow(p), n_head=n_head)
+    def forward(*qkv: Array, p: OpPrecision, **heads: int) -> tuple[Array, Any]:
+        return op.forward(*qkv, p=narrow(p), **heads)
 
-    def backward(dO: Array, saved: Any, p: OpPrecision, n_head: int) -> tuple[Array | None, ...]:
-        return attention.backward(dO, saved, p=narrow(p), n_head=n_head)
+    def backward(dO: Array, saved: Any, p: OpPrecision, **heads: int) -> tuple[Array | None, ...]:
+        return op.backward(dO, saved, p=narrow(p), **heads)
 
-    _override(training, attention, forward=forward, backward=backward)
+    _override(training, op, forward=forward, backward=backward)
 
 
 def _norm_in_16_bits(training: Training) -> None:
     low = low_format(training)
-    need(training.run.policy.row("layernorm").input("x") == "fp32", "a recipe that keeps it in FP32 (amp-fp16, amp-bf16)")
-    need(training.model.name == "gpt", "layer norms (gpt)")
-    _rows(training, layernorm=Precision(low, "fp32", low))
+    norm, kept = ("layernorm", "fp32") if training.model.name == "gpt" else ("llama_rmsnorm", SAME)
+    need(training.model.name != "mlp", "norms (gpt or llama)")
+    need(training.run.policy.row(norm).input("x") == kept, "a recipe that keeps it in FP32 (amp-fp16, amp-bf16)")
+    _rows(training, **{norm: Precision(low, "fp32", low)})
+
+
+def _rope_in_16_bits(training: Training, frequencies: str, angles: str) -> None:
+    """Round the frequencies of rotary positions, or the angles, to 16 bits."""
+    need(training.model.name == "llama", "rotary positions (llama)")
+
+    def rotation(theta: float, D: int, scaling: RopeScaling, start: int, stop: int) -> tuple[Array, Array]:
+        inverse = widen(cast(inverse_frequencies(theta, D, scaling, stop), frequencies), "fp32")
+        rounded = widen(cast(angles_at(start, stop, inverse), angles), "fp32")
+        return cos_and_sin(rounded, scaling.attention_factor)
+
+    model = training.model
+    training.model = llama_model(LlamaConfig(**model.config), model.ignore_index, model.loss_mean, rotation)
+
+
+def _rope_frequencies_in_16_bits(training: Training) -> None:
+    _rope_in_16_bits(training, frequencies=low_format(training), angles="fp32")
+
+
+def _rope_angles_in_16_bits(training: Training) -> None:
+    _rope_in_16_bits(training, frequencies="fp32", angles=low_format(training))
 
 
 class SixteenBitSums(State):
@@ -204,11 +231,11 @@ def _accumulate_in_16_bits(training: Training) -> None:
 
 def _residual_truncated(training: Training) -> None:
     low = low_format(training)
-    need(training.model.name == "gpt" and training.run.policy.row("add").out == low, "residuals in 16 bits (gpt; fp16 or bf16)")
+    need(training.model.name != "mlp" and training.run.policy.row("add").out == low, "residuals in 16 bits (fp16 or bf16)")
 
     def forward(a: Array, b: Array, p: OpPrecision) -> tuple[Array, Any]:
         y, saved = add.forward(a, b, p=p)
-        if p.place == "transformer.h.0.residual_1":  # in this place only
+        if p.place.endswith(".0.residual_1"):  # in this place only
             y = _toward_zero(p.widen(a) + p.widen(b), y)
         return y, saved
 
@@ -318,9 +345,15 @@ FORWARD = (
     Mistake("softmax-in-16-bits", "attention's softmax is computed in 16 bits: its exp, its sum and its quotient",
             "probabilities that do not add up to 1; little effect on the loss of a small model", "2.activations",
             _softmax_in_16_bits),
-    Mistake("norm-in-16-bits", "layer norm reads and writes 16 bits where autocast keeps FP32",
+    Mistake("norm-in-16-bits", "a norm reads and writes 16 bits where autocast keeps FP32",
             "little effect on the loss; the residual stream, which is summed in FP32, is read in 16 bits", "2.activations",
             _norm_in_16_bits),
+    Mistake("rope-frequencies-in-16-bits", "the frequencies of rotary positions are cast to 16 bits with the model",
+            "nothing in the loss of short texts; at position 1,000 some angles are a radian off (BF16)",
+            "2.activations", _rope_frequencies_in_16_bits),
+    Mistake("rope-angles-in-16-bits", "the angles of rotary positions, position times frequency, are rounded to 16 bits",
+            "nothing in the loss of short texts; neighbors get equal angles, from position 256 on (BF16)",
+            "2.activations", _rope_angles_in_16_bits),
     Mistake("residual-truncated", "one residual addition is rounded toward zero instead of to nearest",
             "nothing in the loss; half of the elements of one residual are an ulp smaller", "2.activations",
             _residual_truncated),

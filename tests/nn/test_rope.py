@@ -12,7 +12,8 @@ from torch_cases import SPECIAL_VALUES, Case, cases_of, check, rotated, same_kin
 
 from refimpl.errors import UsageError
 from refimpl.nn.ops import OPS
-from refimpl.nn.rope_scaling import RopeScaling, inverse_frequencies, rotation
+from refimpl.nn.rope_scaling import RopeScaling, angles_at, cos_and_sin, inverse_frequencies, rotation
+from refimpl.numerics.casts import cast, widen
 from refimpl.precision.recipes import get_recipe
 
 r = normal_numbers()
@@ -41,6 +42,42 @@ def test_scores_depend_on_the_distance_of_two_positions_alone() -> None:
     for distance in (0, 1, 17):
         scores = np.sum(q[distance:] * k[: 40 - distance], -1)
         np.testing.assert_allclose(scores, scores[0], rtol=0, atol=40 * 2**-23 * np.abs(q[0]).sum() * np.abs(k).max())
+
+
+POSITIONS = (255, 1000, 8191, 32767)
+LARGEST_ERRORS = {
+    # what is rounded, and to which format: the largest error of cos and sin at each of POSITIONS
+    "nothing": (5.9e-6, 1.7e-5, 1.4e-4, 3.9e-4),
+    "bf16 cos, sin": (1.9e-3, 2.0e-3, 1.9e-3, 1.9e-3),
+    "fp16 cos, sin": (2.4e-4, 2.4e-4, 2.3e-4, 4.0e-4),
+    "bf16 frequencies": (0.29, 1.1, 1.8, 1.9),
+    "fp16 frequencies": (2.4e-2, 9.3e-2, 0.57, 1.9),
+    "bf16 angles": (0.18, 1.4, 1.9, 1.8),
+    "fp16 angles": (4.7e-2, 0.15, 0.94, 1.7),
+    "bf16 positions, frequencies, angles": (0.19, 1.8, 1.9, 1.8),
+}
+
+
+@pytest.mark.parametrize("what", LARGEST_ERRORS)
+def test_what_16_bits_do_to_the_angles(what: str) -> None:
+    """Heads of width 64, theta 1e5, as in SmolLM2. Recipes of 16 bits round cos and sin; a cast of the whole model rounds
+    frequencies, which is wrong by radians at far positions: as for no rotation at all."""
+    fmt, _, rounded = what.partition(" ")
+
+    def maybe(x: np.ndarray, name: str) -> np.ndarray:
+        return widen(cast(x, fmt), "fp32") if name in rounded else x
+
+    inverse = maybe(inverse_frequencies(1e5, 64, DEFAULT, 1), "frequencies")
+    found = []
+    for position in POSITIONS:
+        if "positions" in rounded:
+            angles = maybe(maybe(cast(np.array([[position]]) / 1, "fp32"), "positions") * inverse, "angles")
+        else:
+            angles = maybe(angles_at(position, position + 1, inverse), "angles")
+        exact = position * 1e5 ** (-np.arange(32) / 32)
+        tables = [maybe(table[0], "cos, sin") for table in cos_and_sin(angles, 1.0)]
+        found.append(max(np.abs(table - f(exact)).max() for table, f in zip(tables, (np.cos, np.sin), strict=True)))
+    assert [float(f"{error:.1e}") for error in found] == list(LARGEST_ERRORS[what])
 
 
 @pytest.mark.parametrize("text", [

@@ -97,6 +97,31 @@ def test_no_other_mistake_explains_it(name: str) -> None:
     assert explanations(config(name), trace_of(name, name), first) == [name]
 
 
+LLAMA: dict[str, dict[str, Any]] = {
+    "cast-twice": {"qkv_bias": True}, "sum-in-16-bits": {}, "missing-cast": {}, "softmax-in-16-bits": {}, "norm-in-16-bits": {},
+    "residual-truncated": {}, "tied-gradient-dropped": {}, "loss-in-16-bits": {},
+}  # fmt: skip
+"""Mistakes that are made in operations, and which a Llama has as a GPT does."""
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_a_llama_has_them_too_and_they_are_named(name: str) -> None:
+    more = {"model": "llama", **LLAMA[name]}
+    trace = record(config(name, mistake=name, **more))
+    first = next(f for f in judge_trace(config(name, **more), trace) if f.departs)
+    assert first.point == MISTAKES[name].departs and explanations(config(name, **more), trace, first) == [name]
+
+
+@pytest.mark.parametrize(("recipe", "attention"), [("fp16", "unfused"), ("amp-bf16", "math"), ("bf16", "fused")])
+def test_nothing_departs_in_a_llama_whose_sums_have_another_order(recipe: str, attention: str) -> None:
+    """Two groups of two heads, and two blocks of queries: the definitions, judged by the fast versions."""
+    more = {"model": "llama", "n_head": 4, "n_kv_head": 2, "recipe": recipe, "attention": attention, "block_size": 72}
+    trace = record(config("none", backend="reference", steps=1, **more))
+    findings = judge_trace(config("none", steps=1, **more), trace)
+    assert len(findings) > 100 and not any(f.departs for f in findings)
+    assert min(f.identical for f in findings) < 1
+
+
 SCHEDULES = ({"schedule": "cosine"}, {"schedule": "linear"}, {"schedule": "constant", "warmup": 0})
 
 
@@ -204,7 +229,10 @@ def test_a_scale_in_16_bits_begins_with_a_skip() -> None:
     assert values(wrong, "3.found_inf") == [1, 0, 0] and values(wrong, "2.loss_scale") == [np.inf, 32768, 32768]
 
 
-@pytest.mark.parametrize("name", ["cast-twice", "missing-cast", "sum-in-16-bits", "softmax-in-16-bits", "norm-in-16-bits"])
+@pytest.mark.parametrize("name", [
+    "cast-twice", "missing-cast", "sum-in-16-bits", "softmax-in-16-bits", "norm-in-16-bits", "rope-frequencies-in-16-bits",
+    "rope-angles-in-16-bits",
+])  # fmt: skip
 def test_a_rounding_more_or_less_does_not_show_in_the_loss(name: str) -> None:
     right, wrong = both(name, steps=20, lr=5e-3)
     apart = np.abs(losses(right) - losses(wrong)).max()
@@ -387,6 +415,11 @@ def test_unknown_mistakes_and_runs_without_room_are_refused() -> None:
     for name, more, needs in (
         ("no-masters", {"recipe": "fp32"}, "separate masters"),
         ("cast-twice", {"recipe": "fp32"}, "in 16 bits"),
+        ("cast-twice", {"bias": False}, "linear layers with a bias"),
+        ("rope-angles-in-16-bits", {"model": "gpt"}, "rotary positions"),
+        ("rope-frequencies-in-16-bits", {"recipe": "fp32"}, "in 16 bits"),
+        ("norm-in-16-bits", {"model": "llama", "recipe": "fp16"}, "keeps it in FP32"),
+        ("missing-cast", {"model": "mlp", "n_head": 0}, "attention"),
         ("tied-gradient-dropped", {"model": "mlp", "n_head": 0}, "tied weights"),
         ("no-unscale", {"recipe": "bf16"}, "a loss scale"),
         ("unscale-after-clip", {"clip": 0.0}, "--clip above 0"),

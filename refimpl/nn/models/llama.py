@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from refimpl.errors import UsageError
@@ -78,7 +79,11 @@ def _block(t: Tape, x: Value, cos: Array, sin: Array, config: LlamaConfig) -> Va
     return t(add, "residual_2", x, h)                                         # (B, T, C)
 
 
-def _logits(t: Tape, tokens: Array, config: LlamaConfig, start: int) -> Value:
+Rotation = Callable[[float, int, RopeScaling, int, int], tuple[Array, Array]]
+"""A function with the arguments and the results of `rope_scaling.rotation`."""
+
+
+def _logits(t: Tape, tokens: Array, config: LlamaConfig, start: int, rotation: Rotation) -> Value:
     stop = start + tokens.shape[1]
     if stop > config.block_size:
         raise UsageError(f"{stop} tokens per sequence are too many: the model has {config.block_size} positions")
@@ -122,16 +127,19 @@ def _parameters(config: LlamaConfig) -> dict[str, Parameter]:
     return table if c.tied else table | _linear("lm_head", C, c.vocab_size, False, std)
 
 
-def llama_model(config: LlamaConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
+def llama_model(
+    config: LlamaConfig, ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens", rotation: Rotation = rotation
+) -> Model:
     """Return a model of the Llama family: RMSNorm, rotary positions, grouped-query attention, a gated MLP; no dropout.
 
     tokens (B, T) with T <= block_size -> logits (B, T, V). Targets equal to ignore_index do not count in the loss.
+    rotation: what computes cos and sin of the positions; a known mistake has another.
     Source: Touvron et al. 2023, arXiv 2302.13971. PyTorch: transformers' Llama, Mistral, Qwen2 and Qwen3, with eager attention.
     Differs from the source: the initial weights are nanoGPT's.
     """
 
     def logits(t: Tape, tokens: Array, start: int = 0) -> Value:
-        return _logits(t, tokens, config, start)
+        return _logits(t, tokens, config, start, rotation)
 
     def loss(t: Tape, tokens: Array, targets: Array) -> Value:
         return t(cross_entropy, "loss", logits(t, tokens), targets, ignore_index=ignore_index)
