@@ -103,9 +103,15 @@ def _master_facts(weight: Tensor, master: Tensor) -> MasterFacts:
     distance = (weight.double() - rounded.double()).abs() / ulp(weight.double(), weight.dtype)
     # NaN is equal to nothing.
     off = int((weight != rounded).count_nonzero())
-    bits = [int(x.contiguous().view(d).sum(dtype=torch.int64)) for x, d in ((weight, torch.int16), (master, torch.int32))]
+    bits = [_sum_of_bits(x, d) for x, d in ((weight, torch.int16), (master, torch.int32))]
     largest = float(distance.nan_to_num(0.0, 0.0, 0.0).max()) if distance.numel() else 0.0
     return MasterFacts(weight.numel(), off, largest, not bool(weight.any()), bits[0], bits[1])
+
+
+def _sum_of_bits(x: Tensor, of: torch.dtype) -> int:
+    """Return the sum of the elements' bits, each times an odd number of its own: opposite changes do not cancel."""
+    bits = x.contiguous().view(of).reshape(-1)
+    return int((bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum())
 
 
 def parameters_of(model: nn.Module, optimizers: Optimizers) -> dict[str, ParameterFacts]:

@@ -28,8 +28,8 @@ class MasterFacts:
     """A 16-bit weight and an FP32 tensor that an optimizer has, which may be its master, between two steps.
 
     elements: of either; off: of the weight's, those that are not the rounded master; ulps: the largest distance, in units in
-    the last place of the weight. trivial: whether the weight is 0 everywhere. weight_bits, master_bits: sums of their bits,
-    which change if the tensors do.
+    the last place of the weight. trivial: whether the weight is 0 everywhere. weight_bits, master_bits: sums of their bits by
+    place, which change if the tensors do.
     """
 
     elements: int

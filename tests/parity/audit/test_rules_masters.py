@@ -252,6 +252,32 @@ def test_weights_that_are_copied_at_the_next_step_are_not_stale() -> None:
     assert numbers(Late().train(steps=4)) == {}
 
 
+class LateByHand(TwoBlocks):
+    """Two weights, 1 at first, are copied at the next step's beginning from masters that move by `units` of theirs."""
+
+    late = True
+
+    def __init__(self, *units: tuple[float, float]) -> None:
+        super().__init__()
+        self.moves = iter(units)
+        for weight in (self.model.weight, self.masters.copies[0]):
+            weight.data.view(-1)[:2] = 1.0
+        self.optimizer.param_groups[0].update(lr=1e-12, weight_decay=0.0)
+
+    def update(self) -> None:
+        super().update()
+        self.masters.copies[0].data.view(-1)[:2] += torch.tensor(next(self.moves)) * 2.0**-7
+
+
+@pytest.mark.parametrize("units", [
+    ((0.2, 0.0), (0.6, 0.0), (0.0, 0.0)),     # rounded to the same weight after one step, to the next after two
+    ((1.1, -0.5), (1.1, -0.5), (1.1, -0.5)),  # to the next and, below 1, to the one before: by as many bits
+])  # fmt: skip
+def test_weights_that_are_copied_at_the_next_step_and_hardly_move_are_not_stale(units: tuple[tuple[float, float], ...]) -> None:
+    loop = LateByHand(*units)
+    assert numbers(loop.train(steps=3)) == {}
+
+
 def test_masters_that_have_not_moved_by_half_a_unit_have_no_stale_weights() -> None:
     loop = Stale()
     loop.optimizer.param_groups[0].update(lr=1e-12, weight_decay=0.0)

@@ -208,12 +208,13 @@ def copies_of_masters(view: View) -> dict[tuple[str, str], bool]:
 
 
 def _is_stale(pair: tuple[str, str], borders: tuple[Border, ...]) -> bool:
+    """Return whether masters moved in every step, and weights did not, though at the last border but one they should have."""
     facts = [border.masters.get(pair) for border in borders]
     known = [m for m in facts if m is not None]
     if len(known) < len(facts):
         return False
     moved = all(a.master_bits != b.master_bits for a, b in pairwise(known))
-    return moved and len({m.weight_bits for m in known}) == 1 and known[-1].off > 0
+    return moved and len({m.weight_bits for m in known}) == 1 and known[-2].off > 0 and known[-1].off > 0
 
 
 def share(part: int, whole: int) -> str:
