@@ -26,6 +26,9 @@ CASTS = ("numerics/casts.py", "numerics/fast_cast.py")
 FOREIGN = (
     "parity/pytorch_model.py", "tools/bench/pytorch.py", "tools/audit_demo.py",
     *(name for name in FILES if name.startswith("parity/audit/")),
+    *(f"parity/transformers/{name}.py" for name in (
+        "comparison", "following", "places", "printed", "recording", "sites", "training",
+    )),
 )  # fmt: skip
 OURS = [name for name in FILES if name not in CASTS + FOREIGN]
 
@@ -389,7 +392,7 @@ def test_untested_operations_are_seen() -> None:
 
 # ------------------------------------------------------------------------------------------------- (e) optional packages
 
-OPTIONAL = ("cupy", "cupyx", "torch", "matplotlib", "mpi4py", "tokenizers")
+OPTIONAL = ("cupy", "cupyx", "torch", "transformers", "matplotlib", "mpi4py", "tokenizers")
 
 
 def loaded_by(imported: str, hidden: tuple[str, ...] = ()) -> set[str]:

@@ -14,5 +14,6 @@
     pytorch.py             trains with PyTorch and with refimpl side by side; pytorch_model.py is PyTorch's side
     fused_optimizers.py    AdamW and SGD, equal to PyTorch's fused CPU kernels to the last bit
     state_dict.py          weights to and from PyTorch
+    transformers/          transformers' model of a folder beside ours, with the same weights
     audit/                 what any PyTorch loop computes: so far, a recorder of every operation of a step
 """

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from refimpl.backends.choose import ON_HOST
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
+from refimpl.nn.op import Op
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
@@ -71,10 +73,13 @@ class Judge:
     The optimizer, schedule and loss scale that a trace states, and its number of micro-batches, replace the configuration's.
     `notes` lists these changes and the names that were mapped.
 
+    kernels: operations that the judged program is known to compute otherwise than by their definitions: those stand in place.
     Errors: UsageError for a recipe that no bounds are derived for, and for anything malformed in the trace.
     """
 
-    def __init__(self, config: Config, theirs: Trace, mistake: str = "none") -> None:
+    def __init__(
+        self, config: Config, theirs: Trace, mistake: str = "none", kernels: Mapping[str, Op] = MappingProxyType({})
+    ) -> None:
         if config.recipe not in JUDGED:
             raise UsageError(f"traces of recipe {config.recipe} cannot be judged, only those of {', '.join(JUDGED)}")
         config, changed = stated(config, theirs.settings)
@@ -90,6 +95,7 @@ class Judge:
         self.own_rates = theirs.settings.get("schedule") == OWN_RATES
         backend = ON_HOST.get(config.backend, NUMPY)  # a trace from a device is judged on the host
         self.training, self.ours = config.make_training(backend), Trace()
+        self.training.run.overrides = {**kernels}
         self.recorder = Recorder(self.training, self.ours, follow=self.theirs)
         inject(mistake, self.training)
         start_from(self.theirs, self.training)
@@ -377,9 +383,11 @@ class Judge:
 # -- verdict and explanation -------------------------------------------------------------------------------------------
 
 
-def judge_trace(config: Config, theirs: Trace, mistake: str = "none") -> list[Finding]:
+def judge_trace(
+    config: Config, theirs: Trace, mistake: str = "none", kernels: Mapping[str, Op] = MappingProxyType({})
+) -> list[Finding]:
     """Return all findings on a trace. Errors: UsageError if it is of another model or recipe, or nothing can be judged."""
-    found = list(Judge(config, theirs, mistake).findings())
+    found = list(Judge(config, theirs, mistake, kernels).findings())
     if not found:
         raise UsageError("nothing in this trace can be judged: docs/traces.md says what else each point requires")
     return found

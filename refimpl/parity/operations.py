@@ -40,7 +40,7 @@ def operations_of(model: Model) -> list[Operation]:
     """Return a model's operations in the order in which they run, the loss last, as its tape records them."""
     weights = {name: np.zeros(spec.shape, np.float32) for name, spec in model.parameters.items()}
     tape = Tape(Run(get_recipe("fp32").policy, REFERENCE), weights, model.tied)
-    tokens = np.zeros((1, model.config["block_size"]), np.int64)
+    tokens = np.zeros((1, model.config["block_size"] if model.name == "mlp" else 1), np.int64)
     model.loss(tape, tokens, tokens)
     return [
         Operation(

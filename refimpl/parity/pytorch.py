@@ -23,6 +23,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,7 +173,8 @@ class RefimplRun:
         """Train for one step and return its figures. overflow: put an Inf into the first parameter's gradient."""
         self.state.overflow, self.branches.given = overflow, branches
         r = self.training.step([(tokens, targets)])
-        return {"loss": float(r.loss), "loss_scale": float(r.loss_scale), "skipped": bool(r.skipped)}
+        figures = {"loss": r.loss, "loss_scale": r.loss_scale, "grad_norm": r.grad_norm}
+        return {**{name: float(x) for name, x in figures.items()}, "skipped": bool(r.skipped)}
 
     def weights(self) -> dict[str, np.ndarray]:
         """Return copies of the masters by name."""
@@ -212,7 +214,7 @@ def compare(config: Config, spread: bool = True, device: str = "cpu", audit: boo
     torch.set_num_threads(1)
     try:
         theirs = PyTorchTraining(config, weights, device)
-        result = _side_by_side(config, weights, batches, theirs, audit)
+        result = side_by_side(config, weights, batches, theirs, audit)
         if spread and device == "cpu":
             result.spread = _own_spread(config, weights, batches, theirs, torch)
     finally:
@@ -238,23 +240,30 @@ def _batches(config: Config) -> Any:
         yield (*sample_batch(corpus.train, *sizes, rng, config.no_target), i in injected)
 
 
-def _side_by_side(
-    config: Config, weights: Tensors, batches: list[Any], theirs: PyTorchTraining, audited: bool
-) -> Comparison:
+def side_by_side(
+    config: Config, weights: Tensors, batches: list[Any], theirs: PyTorchTraining, audited: bool, stages: int = STAGE_STEPS,
+    kernels: Mapping[str, Op] = MappingProxyType({}),
+) -> Comparison:  # fmt: skip
+    """Train both on the same batches (tokens, targets, overflow).
+
+    audited: whether the first steps are. stages: how many of them are judged. kernels: operations as PyTorch's kernels compute
+    them, for the judge (`Judge`).
+    """
     from refimpl.parity.audit.agreement import TwinAudit
 
-    predictions = config.batch_size * (config.block_size if config.model == "gpt" else 1)
+    predictions = config.batch_size * (1 if config.model == "mlp" else config.block_size)
     ours, result, trace = RefimplRun(config, weights), Comparison(config.recipe, predictions), Trace()
-    theirs.write_states(trace, 0)
-    with TwinAudit(theirs, STAGE_STEPS if audited else 0) as audit:
+    if stages:
+        theirs.write_states(trace, 0)
+    with TwinAudit(theirs, stages if audited else 0) as audit:
         for i, (tokens, targets, overflow) in enumerate(batches):
-            b = theirs.step(tokens, targets, overflow, trace if i < STAGE_STEPS else None)
+            b = theirs.step(tokens, targets, overflow, trace if i < stages else None)
             audit.step()
             a = ours.step(tokens, targets, overflow, theirs.branches)
             drift = _drift(ours.weights(), theirs.weights(), weights)
             theirs_row = {f"{key}_torch": b[key] for key in a}
             result.rows.append({"step": i + 1, **a, **theirs_row, "drift": drift})
-    result.findings, result.branches = judge_trace(config, trace), ours.branches
+    result.findings, result.branches = judge_trace(config, trace, kernels=kernels) if stages else [], ours.branches
     result.agreement = audit.agreement(result.findings) if audited else None
     return result
 

@@ -227,18 +227,17 @@ class PyTorchTraining:
 
     def __init__(self, config: Config, weights: Mapping[str, np.ndarray], device: str = "cpu") -> None:
         self.config, self.device = config, device
-        self.model: nn.Module = GPT(config) if config.model == "gpt" else ByteMLP(config)
-        self.model.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()}, strict=False)
+        self.model: nn.Module = self._make_model(weights)
         self.model.to(device)
         if device == "cuda":  # by default PyTorch may reduce products in 16 bits there; the recipes sum in FP32
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self.low = LOW.get(config.recipe.removeprefix("amp-").removesuffix("-cpu"))
-        self.amp = config.recipe.startswith("amp-")
+        self.low = LOW.get(config.recipe.removeprefix("amp-").removeprefix("pure-").removesuffix("-cpu"))
+        self.amp, pure = config.recipe.startswith("amp-"), config.recipe.startswith("pure-")
         self.masters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         if self.low is not None and not self.amp:
-            self.model.to(self.low)
-        else:
+            self._round_weights(self.low)
+        if self.low is None or self.amp or pure:
             self.masters = dict(self.model.named_parameters())
         for master in self.masters.values():
             master.requires_grad_(True)
@@ -251,6 +250,25 @@ class PyTorchTraining:
             device, config.init_scale, config.growth_factor or 2.0, config.backoff_factor or 0.5, config.growth_interval,
             enabled=dynamic,
         )  # fmt: skip
+
+    def _make_model(self, weights: Mapping[str, np.ndarray]) -> nn.Module:
+        """Return the model, with these weights."""
+        model: nn.Module = GPT(self.config) if self.config.model == "gpt" else ByteMLP(self.config)
+        model.load_state_dict({name: torch.from_numpy(w.copy()) for name, w in weights.items()}, strict=False)
+        return model
+
+    def _round_weights(self, low: torch.dtype) -> None:
+        """Make a 16-bit model of the FP32 one."""
+        self.model.to(low)
+
+    def _loss(self, tokens: Tensor, targets: Tensor, casts: Casts) -> Tensor:
+        """Return the mean loss of a batch."""
+        loss: Tensor = self.model(tokens, targets, casts)
+        return loss
+
+    def _clip(self) -> Tensor:
+        """Clip the unscaled gradients, and return their norm before that."""
+        return torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.clip or math.inf)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -303,7 +321,7 @@ class PyTorchTraining:
         casts.seen, casts.ignore_index = None if trace is None else {}, self.config.ignore_index
         x, y = (torch.from_numpy(part).to(self.device) for part in (tokens, targets))
         with torch.autocast(self.device, dtype=self.low, enabled=self._autocast):
-            loss = self.model(x, y, casts)
+            loss = self._loss(x, y, casts)
         self.branches = casts.branches
         scale = float(self.scaler.get_scale())
         self.scaler.scale(loss).backward()
@@ -313,12 +331,12 @@ class PyTorchTraining:
         scaled = self._read("2.grads", grads) if trace else {}  # FP32 ones are unscaled in place
         finite = all(bool(g.isfinite().all()) for g in grads.values())
         for name, master in self.masters.items():
-            master.grad = grads[name].float()
+            master.grad = grads[name].to(master.dtype)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         unscaled = self._read("3.unscaled", {name: p.grad for name, p in self.masters.items()}) if trace else {}
         weights = self._read("1.weights", model_parameters) if trace else {}
-        norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.config.clip or math.inf)
+        norm = self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         result = {"loss": loss.item(), "loss_scale": scale, "skipped": not finite, "grad_norm": norm.item()}
@@ -367,7 +385,11 @@ class PyTorchTraining:
         if self.watch is not None:
             for name, tensor in tensors.items():
                 self.watch(point, name, cast(Tensor, tensor))
-        return {name: _numpy(tensor) for name, tensor in tensors.items()}
+        return {name: self._array(point, name, _numpy(tensor)) for name, tensor in tensors.items()}
+
+    def _array(self, point: str, name: str, array: np.ndarray) -> np.ndarray:
+        """Return a tensor of a point in refimpl's shape."""
+        return array
 
     def weights(self) -> dict[str, np.ndarray]:
         """Return the FP32 weights (the masters) by name."""

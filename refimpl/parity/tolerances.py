@@ -13,7 +13,7 @@ from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS, format_of, is_float, ulp
 from refimpl.optim.state import State
-from refimpl.parity.other_kernels import other_kernel
+from refimpl.parity.other_kernels import OTHER_KERNELS
 from refimpl.parity.trace import Recorder, Trace, in_batch, key
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
@@ -202,7 +202,7 @@ class Bounds:
         """Return our step, from the trace's values, with fused attention as another correct kernel computes it."""
         if self._other_kernel is None:
             run = self.training.run
-            other = Run(run.policy, run.backend, overrides={**run.overrides, "attention": other_kernel})
+            other = Run(run.policy, run.backend, overrides={**run.overrides, **OTHER_KERNELS})
             self._other_kernel = self._run(self._same_weights(), other, self.S, follow=True)
         return self._other_kernel
 

@@ -1,0 +1,242 @@
+"""The comparison of transformers' model of a folder with ours: from FP64, operation by operation, and over some steps.
+
+*From FP64.* One forward and one backward pass of each, against an FP64 reference of the same weights (`distances.py`).
+
+*Operation by operation.* The same pass of theirs is recorded, and each rounding of ours is computed from their own numbers
+(`following.py`). At least 999 of 1000 results must be identical: the others are sums in another order, rounded the other way.
+The audit has judged each of their operations too; where both have judged one, they must agree. What has no counterpart, results
+in FP32 and those of a fused kernel for attention, is held to the bounds of a trace: each output, its gradient, and the
+gradients of parameters, computed from the tensors before it (`parity/judge.py`).
+
+*Over some steps.* Both are trained on the same batches, and the first steps are judged tensor by tensor, as PyTorch's training
+of our own models is (`parity/pytorch.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from refimpl.errors import UsageError
+from refimpl.nn.op import Op
+from refimpl.parity.audit.finding import is_serious
+from refimpl.parity.audit.operation import Operation
+from refimpl.parity.findings import Finding
+from refimpl.parity.judge import judge_trace
+from refimpl.parity.other_kernels import OTHER_KERNELS
+from refimpl.parity.pytorch import STAGE_STEPS, Comparison, side_by_side
+from refimpl.parity.trace import Trace
+from refimpl.parity.transformers.distances import LOGITS, Distance, measure, reference, run_pass
+from refimpl.parity.transformers.following import ENOUGH, Compared, replay
+from refimpl.parity.transformers.kernels import kernels_of
+from refimpl.parity.transformers.ours import Batch, Ours
+from refimpl.parity.transformers.recording import Recording
+from refimpl.parity.transformers.training import TransformersTraining
+
+LARGE = 20_000_000
+"""Parameters of a model whose steps are trained side by side, but not judged tensor by tensor: that takes many copies."""
+MOVES = (
+    "embedding", "clone", "cat", "neg", "copy_", "slice_backward", "zeros", "zeros_like", "scalar_tensor", "where", "repeat",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+)  # fmt: skip
+"""Operations of theirs without a counterpart: they copy, or are attention's kernel, which the steps judge by its own bound."""
+SUMS_WITH_ZEROS = ("attn", "self_attn")
+"""Modules in which `add` also adds the mask, where ours hides a score, and puts the halves of a head together beside zeros."""
+
+
+@dataclass
+class Result:
+    """A comparison.
+
+    losses: ours, theirs, FP64's. distances: of the logits, then of each gradient. compared: each rounding. alone: results of
+    theirs with 16 bits that none of our roundings makes, by operation. findings: the recorded pass, judged as a trace.
+    kernels: what stands in place of our definitions in both. steps: None if none were trained.
+    """
+
+    ours: Ours
+    losses: tuple[float, float, float]
+    distances: list[Distance]
+    compared: list[Compared]
+    alone: Counter[str]
+    findings: list[Finding]
+    kernels: Mapping[str, Op]
+    steps: Comparison | None = None
+
+    @property
+    def logits(self) -> Distance:
+        """Return the distance of the logits."""
+        return self.distances[0]
+
+    @property
+    def far(self) -> list[Distance]:
+        """Return the tensors of which one side is much farther from FP64 than the other."""
+        return [distance for distance in self.distances if distance.departs]
+
+    @property
+    def results(self) -> int:
+        """Return how many 16-bit results were compared."""
+        return sum(each.elements for each in self.compared if each.result is not None)
+
+    @property
+    def identical(self) -> float:
+        """Return the share of them that is identical; 1 if there are none."""
+        return 1 - sum(each.differ for each in self.compared) / max(1, self.results)
+
+    @property
+    def apart(self) -> list[Compared]:
+        """Return the roundings whose results differ by more than sums in another order explain."""
+        return [each for each in self.compared if each.departs]
+
+    @property
+    def outside(self) -> list[Finding]:
+        """Return the tensors of the pass that are outside their bounds."""
+        return [finding for finding in self.findings if finding.departs]
+
+    @property
+    def unseen(self) -> list[Compared]:
+        """Return our roundings that transformers does not make; inside a kernel for attention nobody sees them."""
+        fused = self.ours.attention == "sdpa"
+        return [each for each in self.compared if each.result is None and not (fused and each.site.startswith("attention."))]
+
+    @cached_property
+    def disagreements(self) -> list[str]:
+        """Return sentences on the operations that the audit and this comparison judge differently."""
+        found = []
+        for each in self.compared:
+            verdict = each.verdict
+            if verdict is not None and each.departs != is_serious(verdict.level):
+                says = f"{verdict.level}: {verdict.reason}" if is_serious(verdict.level) else "right"
+                own = f"{each.differ} of {each.elements} differ{f' ({each.note})' if each.note else ''}"
+                found.append(f"{each.place}, {each.site}: by the comparison {own}; by the audit the operation is {says}")
+        return found
+
+    @property
+    def both(self) -> int:
+        """Return how many operations of transformers both have judged."""
+        judged = [each.result for each in self.compared if each.verdict is not None]
+        return len({result.operation.index for result in judged if result is not None})
+
+    @property
+    def agrees(self) -> bool:
+        """Return whether all of it is within its bounds."""
+        named = [self.far, self.apart, self.unseen, self.alone, self.disagreements, self.outside]
+        return not any(named) and self.identical >= ENOUGH and (self.steps is None or self.steps.agrees)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of the verdict, as `--json` writes them."""
+        gradients = self.distances[1:]
+        medians = {name: median(getattr(d, name) for d in gradients) for name in ("ours", "theirs", "between", "identical")}
+        return {
+            "recipe": self.ours.config.recipe, "attention": self.ours.attention, "agrees": self.agrees,
+            "losses": dict(zip(("ours", "theirs", "fp64"), self.losses, strict=True)),
+            "logits": vars(self.logits), "gradients": medians, "far": [d.name for d in self.far],
+            "results_of_16_bits": self.results, "identical": self.identical,
+            "apart": sorted({each.site for each in self.apart}), "unseen": sorted({each.site for each in self.unseen}),
+            "alone": dict(self.alone), "outside": [finding.where for finding in self.outside],
+            "operations_judged_by_both": self.both, "disagreements": self.disagreements,
+            "steps": self.steps.summary() if self.steps is not None else None,
+        }  # fmt: skip
+
+
+def compare(folder: Path, ours: Ours) -> Result:
+    """Compare the model of a folder with ours. Errors: UsageError without the packages, or for what cannot be compared."""
+    with _one_thread():
+        return _compare(folder, ours)
+
+
+def _compare(folder: Path, ours: Ours) -> Result:
+    config = ours.config
+    theirs = TransformersTraining(config, folder, ours.attention)
+    kinds = {operation.kind for operation in theirs.operations}
+    kernels = {name: op for name, op in kernels_of(config.make_recipe(), ours.attention == "sdpa").items() if name in kinds}
+    batches = ours.batches()
+    tokens, targets, _ = batches[0]
+    recording = Recording(theirs, tokens, targets, ours.S)
+    theirs.model.zero_grad(set_to_none=True)
+    weights, policy = ours.read_weights(), config.make_recipe().policy
+    distances, losses = _distances(ours, weights, recording, (tokens, targets), kernels)
+    compared = replay(theirs.ours, weights, policy, recording, (tokens, targets), ours.S, kernels)
+    findings = judge_trace(config, _whole(recording, weights, (tokens, targets), ours.S), kernels=kernels)
+    result = Result(ours, losses, distances, compared, _alone(recording, compared), findings, kernels)
+    del recording
+    if config.steps > 1:
+        stages = STAGE_STEPS if theirs.ours.n_params <= LARGE else 0
+        result.steps = side_by_side(config, ours.weights, batches, theirs, bool(stages), stages, kernels)
+    return result
+
+
+def _distances(
+    ours: Ours, weights: Mapping[str, Any], recording: Recording, batch: Batch, kernels: Mapping[str, Op]
+) -> tuple[list[Distance], tuple[float, float, float]]:
+    """Return the distances from FP64, and the losses.
+
+    PyTorch's log_softmax over a large vocabulary errs more than ours does, and with the gradient of the logits all gradients:
+    so theirs may be farther by as much as that one is.
+    """
+    model, policy, backend = ours.config.make_model(), ours.config.make_recipe().policy, ours.config.make_backend()
+    own = run_pass(model, weights, policy, backend, batch, ours.S)
+    other_kernels = {**kernels, **(OTHER_KERNELS if ours.attention == "sdpa" else {})}
+    other = run_pass(model, weights, policy, backend, batch, ours.S, other_kernels) if other_kernels else own
+    exact = reference(model, weights, backend, batch, ours.S)
+    trace = recording.trace
+
+    def measured(name: str, point: str, place: str, of: Any) -> Distance:
+        theirs = trace.get(1, point, place)
+        assert theirs is not None
+        return measure(name, of(own), theirs, of(exact), of(other))
+
+    dlogits = measured("", "2.activation_grads", "lm_head", lambda p: p.dlogits)
+    found = [measured(LOGITS, "2.activations", "lm_head", lambda p: p.logits)]
+    for name in model.parameters:
+        found.append(measured(name, "2.grads", name, lambda p, name=name: p.grads[name]).with_room(dlogits))
+    return found, (own.loss, recording.loss, exact.loss)
+
+
+def _whole(recording: Recording, weights: Mapping[str, Any], batch: Batch, S: float) -> Trace:
+    """Return the trace of a recorded pass with what it started from."""
+    trace = recording.trace
+    for point, array in (("0.tokens", batch[0]), ("0.targets", batch[1]), ("2.loss_scale", S), ("2.loss", recording.loss)):
+        trace.put(1, point, "", array if isinstance(array, np.ndarray) else np.float32(array))
+    for name, w in weights.items():
+        trace.put(1, "1.weights", name, w)
+    return trace
+
+
+def _alone(recording: Recording, compared: list[Compared]) -> Counter[str]:
+    """Return 16-bit results of theirs that none of our roundings makes, without copies: operation and module -> elements."""
+    used = {(each.result.operation.index, each.result.name) for each in compared if each.result is not None}
+    alone: Counter[str] = Counter()
+    for result in recording.results:
+        operation: Operation = result.operation
+        last = (operation.module or "").rpartition(".")[2]
+        if (operation.index, result.name) in used or result.is_a(*MOVES) or (result.is_a("add") and last in SUMS_WITH_ZEROS):
+            continue
+        alone[f"{operation.name} in {last or 'the model'}, {operation.phase}"] += result.values.size
+    return alone
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def require_packages() -> None:
+    """Check that transformers is installed. Errors: UsageError."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise UsageError("transformers is not installed: pip install 'transformers==5.24.0'") from None

@@ -1,0 +1,160 @@
+"""Our definitions on transformers' own numbers, rounding by rounding.
+
+The model runs by its definitions, forward and backward. Each time an operation rounds to 16 bits, the result is compared with
+the one that transformers has made there, and the operation goes on with that. So no difference is carried from one rounding to
+the next: what is compared is one rounding, of a number computed from transformers' own inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from refimpl.backends.base import REFERENCE
+from refimpl.nn.autograd import Tape
+from refimpl.nn.models.model import Model
+from refimpl.nn.op import Op
+from refimpl.numerics.arrays import Array
+from refimpl.numerics.bits import bits_of
+from refimpl.numerics.formats import FORMATS, format_of, ulp, widens_to
+from refimpl.parity.audit.verdict import Verdict
+from refimpl.parity.tolerances import fp64
+from refimpl.parity.trace import like
+from refimpl.parity.transformers.recording import Recording, Result
+from refimpl.parity.transformers.sites import Counterpart, Finder, sizes_of
+from refimpl.precision.context import OpPrecision, Run
+from refimpl.precision.policy import Policy
+
+ENOUGH = 0.999
+"""The share of results that must be identical."""
+FREE = 3
+"""So many more may be rounded the other way: tensors are small, and one in a thousand of 64 is none."""
+ROUNDED_OTHERWISE = 4
+"""How many times as many results as FP32 sums in any order leave not correctly rounded may differ: `verdict` in the audit."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One rounding of ours beside its counterpart; result is None if there is none.
+
+    differ: how many elements are not identical. ulps: the largest distance of two elements, in numbers of the format.
+    largest: the largest difference, in ulps of the largest element.
+    """
+
+    place: str
+    site: str
+    elements: int
+    differ: int = 0
+    ulps: int = 0
+    largest: float = 0.0
+    result: Result | None = None
+    note: str = ""
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Return what the audit says of the counterpart."""
+        verdicts = () if self.result is None else self.result.operation.verdicts
+        return next((v for v in verdicts if self.result is not None and v.result == self.result.name), None)
+
+    @property
+    def departs(self) -> bool:
+        """Return whether more results differ, or by more, than sums in another order explain.
+
+        Each that differs is a rounding to the other neighbor, one ulp of the largest element at most where terms cancel.
+        """
+        expected = None if self.verdict is None else self.verdict.expected
+        rate = max(1 - ENOUGH, ROUNDED_OTHERWISE * (1 - expected) if expected is not None else 0.0)
+        return bool(self.note) or self.differ > FREE + rate * self.elements or self.largest > 1
+
+
+def compared(place: str, site: str, ours: Array, theirs: Counterpart | None) -> Compared:
+    """Compare a result bit by bit; NaN is equal to NaN."""
+    if theirs is None:
+        return Compared(place, site, ours.size)
+    if theirs.array.size != ours.size or format_of(theirs.array) != format_of(ours):
+        what = f"{format_of(ours)} {ours.shape} here, {theirs.result.facts.dtype} {theirs.array.shape} there"
+        return Compared(place, site, ours.size, ours.size, result=theirs.result, note=what)
+    other = theirs.array.reshape(ours.shape)
+    places = np.abs(_ordered(ours) - _ordered(other))
+    places[np.isnan(ours) & np.isnan(other)] = 0
+    differ, a, b = int(np.count_nonzero(places)), fp64(ours), fp64(other)
+    largest = 0.0
+    if differ:
+        apart = np.abs(a - b)[places > 0]
+        unit = ulp(format_of(other), float(np.abs(b[np.isfinite(b)]).max(initial=0.0)))
+        largest = math.inf if not np.isfinite(apart).all() else float(apart.max()) / unit
+    return Compared(place, site, ours.size, differ, int(places.max(initial=0)), largest, theirs.result)
+
+
+def _ordered(x: Array) -> Array:
+    """Return the place of each 16-bit number among all of its format: neighbors differ by 1, and -0 is 0."""
+    code = np.asarray(bits_of(np.ascontiguousarray(x)), np.int64)
+    size = code & 0x7FFF
+    return np.where(code & 0x8000, -size, size)
+
+
+class Following(OpPrecision):
+    """The precision of an operation whose 16-bit roundings are compared and then replaced."""
+
+    run: FollowingRun
+
+    def __getitem__(self, part: str) -> OpPrecision:
+        if part not in self._parts:
+            self._parts[part] = Following(self.run, f"{self.op}.{part}", self.place)
+        return self._parts[part]
+
+    def round_to(self, x: Array, fmt: str, site: str) -> Array:
+        y = super().round_to(x, fmt, site)
+        if widens_to(format_of(x), fmt) or FORMATS[fmt].bits > 16:
+            return y
+        return self.run.follow(self.place, f"{self.op}.{site}", y)
+
+
+@dataclass
+class FollowingRun(Run):
+    """A run whose operations go on with the results of a recording. compared: each rounding, in order."""
+
+    finder: Finder = field(kw_only=True)
+    compared: list[Compared] = field(default_factory=list, kw_only=True)
+    _counts: dict[str, int] = field(default_factory=dict, kw_only=True)
+
+    def precision(self, op: str, place: str) -> OpPrecision:
+        """Return the precision of an operation, which compares."""
+        if (op, place) not in self._precisions:
+            self._precisions[op, place] = Following(self, op, place)
+        return self._precisions[op, place]
+
+    def follow(self, place: str, site: str, y: Array) -> Array:
+        """Compare a rounded result with its counterpart, and return that, or ours where there is none."""
+        count = self._counts.get(f"{place}:{site}", 0)
+        self._counts[f"{place}:{site}"] = count + 1
+        theirs = self.finder.find(place, site.partition(".")[0], site, count)
+        result = compared(place, site, y, theirs)
+        self.compared.append(result)
+        return y if theirs is None or result.note else np.ascontiguousarray(theirs.array.reshape(y.shape))
+
+
+def replay(
+    model: Model, weights: Mapping[str, Array], policy: Policy, recording: Recording, batch: tuple[np.ndarray, np.ndarray],
+    S: float, kernels: Mapping[str, Op],
+) -> list[Compared]:  # fmt: skip
+    """Run forward and backward along a recording, and return each rounding beside its counterpart.
+
+    weights: in the format that the operations read. kernels: what stands in place of definitions.
+    """
+    tokens, targets = batch
+
+    def observe(point: str, place: str, array: Array) -> Array:
+        theirs = recording.trace.get(1, f"2.{point}", place)
+        return array if array.ndim == 0 or theirs is None else like(theirs, array, place)
+
+    finder = Finder(recording, sizes_of(model, tokens))
+    run = FollowingRun(policy, REFERENCE, observer=observe, overrides=kernels, finder=finder)
+    tape = Tape(run, weights, model.tied)
+    with np.errstate(all="ignore"):
+        loss = model.loss(tape, tokens, targets)
+        tape.backward(loss, np.full((), S, np.float32), lambda name, gradient: None)
+    return run.compared
