@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import SCRIPTS
+from paths import ROOT, SCRIPTS
 from script_loader import load_script
 
 from refimpl.distributed.zero import per_rank
@@ -247,6 +247,25 @@ def test_a_preset_with_a_recipe_is_counted_as_we_train_it() -> None:
         choice = choose(**flags, **more)
         assert own_activations(choice) == [] and published(choice)
         assert ("Give --recipe" in ledger_text(choice)) == ("recipe" not in more)
+
+
+def test_the_table_of_the_docs() -> None:
+    """Its rows are those of --preset NAME --recipe bf16 --block-size 2048."""
+    text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+
+    def gigabytes(nbytes: int) -> float:
+        return float(f"{nbytes / GB:.3g}")
+
+    for name in ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b"):
+        more: list[dict[str, str]] = [{}, {"attention": "fused"}, {"checkpointing": "full"}]
+        choices = [choose(preset=name, recipe="bf16", block_size=2048, **flags) for flags in more]
+        lines = [own_activations(choice) for choice in choices]
+        activations = [gigabytes(sum(line.nbytes for line in some)) for some in lines]
+        logits = next(line.nbytes for line in lines[0] if line.name == "logits")
+        states = sum(line.nbytes for line in ledger(choices[0]))
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |")).strip("| ").split(" | ")
+        assert int(row[1].replace(",", "")) == choices[0].n_params
+        assert [float(cell) for cell in row[2:]] == [gigabytes(states), *activations, gigabytes(logits)]
 
 
 def config_json(folder: Path, **more: Any) -> Path:
