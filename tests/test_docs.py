@@ -100,6 +100,7 @@ def test_the_commands_of_docs_run_one_after_the_other(tmp_path: Path) -> None:
             script, *arguments = shlex.split(command, comments=True)[1:]
             if (
                 command in NEEDS_A_GPU
+                or "DIR" in arguments  # a folder of the reader's
                 or (Path(script).name == "audit.py" and needs_a_users_program(arguments))
                 or Path(script).name in SLOW_OR_WRITING
                 or ("torch" in script and importlib.util.find_spec("torch") is None)
