@@ -43,6 +43,7 @@ from refimpl.tools.precision_report.figures import (
     run_pictures,
     sweep_caption,
 )
+from refimpl.tools.precision_report.layer_figures import PANELS
 from refimpl.tools.precision_report.main import command, data, inspect_precision, terminal_text
 from refimpl.tools.precision_report.page import precision_page
 from refimpl.tools.precision_report.tables import (
@@ -310,7 +311,8 @@ def test_each_case_has_the_figures_that_it_can_have() -> None:
     def titles(case: str) -> list[str]:
         return [picture.title for pictures in pictures_of(case).values() for picture in pictures]
 
-    rest = ["Loss", "Weights that an update did not move", "Weights that have moved since the start"]
+    layers = [title for _, title, _, _ in PANELS]
+    rest = ["Loss", "Weights that an update did not move", "Weights that have moved since the start", *layers]
     sweep = "Flushed to zero, layer by layer"
     gradients = ["Gradients before the loss scale", f"Gradients times the loss scale, {scales_text(inspected('fp16').rows)}"]
     assert titles("fp16") == ["Weights", "Activations", *gradients, sweep, "Loss scale", *rest]
@@ -318,7 +320,7 @@ def test_each_case_has_the_figures_that_it_can_have() -> None:
     assert titles("bf16") == ["Weights", "Activations", plain, sweep, *rest]
     assert titles("pure-bf16") == ["Activations", plain, "Updated states", sweep, *rest]
     assert titles("fp32") == rest
-    assert titles("all skipped")[-2:] == ["Loss scale", "Loss"]
+    assert titles("all skipped")[-6:] == ["Loss scale", "Loss", *layers]
 
 
 @needs_matplotlib
@@ -630,7 +632,7 @@ def test_a_fresh_run_in_a_process_of_its_own_writes_the_same_page(tmp_path: Path
     assert out.read_text() == precision_page(inspected("fp16"), made)
     assert target.read_text() == json_text(data(inspected("fp16"))) + "\n"
     given = {**TINY, "init_scale": 2.0**17}
-    assert made == command(given, None, None, 2, ["e4m3", "bf16"])
+    assert made == command(given, 2, ["e4m3", "bf16"])
     assert made.startswith("python scripts/inspect_precision.py --n-layer 2") and made.endswith("--every 2 --what-if e4m3,bf16")
 
 
@@ -667,7 +669,7 @@ def test_a_run_of_train_py_is_gone_on_with(tmp_path: Path, capsys: pytest.Captur
     assert "steps from the checkpoint of" in capsys.readouterr().out
     found = json.loads((tmp_path / "data.json").read_text())
     assert found["what"] == f"2 steps from the checkpoint of {folder.name} at step 4" and len(found["rows"]) == 2
-    line = command({"steps": 2}, folder, None, 10, [])
+    line = command({"run": folder, "steps": 2}, 10, [])
     assert line == f"python scripts/inspect_precision.py --run '{folder}' --steps 2"
     with pytest.raises(UsageError, match="--run has a configuration of its own: it takes no --lr, --seed"):
         run("--run", str(folder), "--steps", "2", "--lr", "1", "--seed", "3", "--no-page")
@@ -696,6 +698,8 @@ def test_a_trace_is_taken_again(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (["--no-page", "--out", "a.html"], "contradict"),
         (["--run", "a", "--trace", "b", "--no-page"], "--run and --trace contradict each other"),
+        (["--trace", "b", "--init-from", "c", "--no-page"], "--trace and --init-from contradict each other"),
+        (["--no-page", "--plot", "layers.svg"], "its name must end in .png"),
         (["--run", "missing", "--no-page"], "there is no run in missing"),
         (["--trace", "missing", "--no-page"], "missing"),
         (["--every", "0", "--no-page"], "--every is 0"),

@@ -4,6 +4,7 @@
     python scripts/inspect_precision.py --recipe bf16 --steps 50 --every 5
     python scripts/inspect_precision.py --what-if e4m3,bf16              also round the same values to other formats
     python scripts/inspect_precision.py --run runs/gpt-fp16 --steps 20   continue from the checkpoint of a run of train.py
+    python scripts/inspect_precision.py --init-from DIR --batch-size 1   five steps of a model of Hugging Face: its outliers
     python scripts/inspect_precision.py --trace ours.safetensors --no-page --json precision.json
 
 A summary is printed; the page is one HTML file with figures and all tables, and needs matplotlib.
@@ -14,7 +15,7 @@ from refimpl.training.cli import main as run_program
 import argparse
 from pathlib import Path
 
-from refimpl.tools.precision_report.main import MORE_STEPS, STEPS, inspect_precision
+from refimpl.tools.precision_report.main import FIRST_STEPS, MORE_STEPS, STEPS, inspect_precision
 from refimpl.training.arguments import Parser
 from refimpl.training.config import LLAMA
 from refimpl.training.flags import add_config_flags, refuse_unused
@@ -25,7 +26,7 @@ CONFIG_FLAGS = (
     "masters_from", "loss_scale", "init_scale", "growth_interval", "hysteresis", "growth_factor", "backoff_factor",
     "scale_floor", "seed", "mistake", "backend",
 )  # fmt: skip
-OWN_FLAGS = ("run", "trace", "every", "what_if", "out", "no_page", "json_file", "overwrite")
+OWN_FLAGS = ("init_from", "run", "trace", "every", "what_if", "out", "no_page", "json_file", "plot", "overwrite")
 
 
 def parser() -> Parser:
@@ -33,8 +34,11 @@ def parser() -> Parser:
     result = Parser(description=__doc__)
     add_config_flags(result, CONFIG_FLAGS)
     result.add_argument(
-        "--steps", type=int, default=argparse.SUPPRESS, help=f"training steps ({STEPS}; with --run {MORE_STEPS} more)"
-    )
+        "--steps", type=int, default=argparse.SUPPRESS,
+        help=f"training steps ({STEPS}; with --init-from {FIRST_STEPS}; with --run {MORE_STEPS} more)",
+    )  # fmt: skip
+    what = "start from the weights and sizes of a folder of Hugging Face, or of a checkpoint"
+    result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
     result.add_argument("--run", type=Path, metavar="DIR", help="continue a run of train.py; its folder is only read")
     result.add_argument("--trace", type=Path, metavar="FILE", help="repeat the run of a trace")
     result.add_argument("--every", type=int, default=10, metavar="N", help="inspect every N-th step, and both ends (10)")
@@ -42,7 +46,8 @@ def parser() -> Parser:
     result.add_argument("--out", type=Path, metavar="FILE", help="the page (a new one, such as runs/report-fp16.html)")
     result.add_argument("--no-page", action="store_true", help="write no page; needs no matplotlib")
     result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
-    result.add_argument("--overwrite", action="store_true", help="replace an existing page and data")
+    result.add_argument("--plot", type=Path, metavar="FILE", help="also write the outliers and errors by block as a PNG")
+    result.add_argument("--overwrite", action="store_true", help="replace an existing page, data and picture")
     return result
 
 

@@ -2,7 +2,7 @@
 
 The run is `step.train_step` itself. At the inspected steps a `RoundingMonitor` counts every cast; at all steps the weights
 are compared with those before, with masters and as they would be without. At the end backward runs on one batch with many
-loss scales, to see which gradients each of them keeps.
+loss scales, to see which gradients each of them keeps, and each layer is looked at by itself.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from refimpl.precision.recipes import Recipe
 from refimpl.precision.state_encodings import Plain, Remainder, Stochastic, get_encoding
 from refimpl.step import Batch, StepResult, forward_backward
 from refimpl.tools.precision_report.counts import RoundingMonitor, kind_of, layer_of
+from refimpl.tools.precision_report.layers import Layer, inspect_layers
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import check_run_header
 from refimpl.training.config import Config
+from refimpl.training.init_from import First
 from refimpl.training.non_finite import find_origin
 from refimpl.training.run_folder import CHECKPOINT, read_config
 from refimpl.training.setup import Training, start
@@ -51,11 +53,12 @@ class Source:
     steps: int
 
 
-def fresh(config: Config) -> Source:
-    """Return a new run."""
-    training = start(config, faults=MISTAKES)
+def fresh(config: Config, first: First | None = None) -> Source:
+    """Return a new run. first: weights to start from, in place of new ones."""
+    training = start(config, faults=MISTAKES, first=first)
     batches = _on_device(batches_of(config, None), training)
-    return Source(f"a new run of {_steps(config.steps)}", config, training, batches, config.steps)
+    where = "" if first is None else f" from the weights of {first[0].resolve().name}"
+    return Source(f"a new run of {_steps(config.steps)}{where}", config, training, batches, config.steps)
 
 
 def from_trace(path: Path) -> Source:
@@ -136,6 +139,8 @@ class Inspection:
     unscaled: dict[str, Counts] = field(default_factory=dict)  # gradients divided by the loss scale of their step
     others: dict[str, dict[str, Counts]] = field(default_factory=dict)
     sweep: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    scale: float = 1.0  # the loss scale after the last step, with which the layers were inspected
     non_finite: str = ""  # a sentence on the origin of the first loss that was not finite
 
     def add(self, step: int, scale: float, sites: Mapping[str, Counts], others: Mapping[str, Mapping[str, Counts]]) -> None:
@@ -207,6 +212,7 @@ def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: A
             result.what += f", ended at step {step} because the last {SKIPS_BEFORE_STOP} were all skipped"
             break
     result.sweep = sweep_scales(training, batches)
+    result.layers, result.scale = inspect_layers(training, batches), float(training.loss_scale.scale)
     return result
 
 

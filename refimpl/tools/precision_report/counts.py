@@ -101,10 +101,18 @@ def kind_of(site: str) -> str:
 def layer_of(site: str) -> str:
     """Return the layer of a site: 'block 3' for 'transformer.h.3.mlp.c_fc:linear.dw.dw', else 'embedding' or 'head'."""
     place = site.partition(":")[0]
-    block = re.search(r"\b(?:h|layers)\.(\d+)\.", place)
+    block = _BLOCK.match(place)
     if block:
         return f"block {block[1]}"
     return "embedding" if re.search(r"\b(wte|wpe|embedding|embed_tokens|join)\b", place) else "head"
+
+
+def within_layer(place: str) -> str:
+    """Return the name of a place within its layer: 'mlp.c_fc' for 'transformer.h.3.mlp.c_fc'."""
+    return _BLOCK.sub("", place)
+
+
+_BLOCK = re.compile(r".*\b(?:h|layers)\.(\d+)\.")
 
 
 def by_kind(sites: Mapping[str, Counts]) -> Iterator[tuple[str, dict[str, Counts]]]:

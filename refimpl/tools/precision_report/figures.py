@@ -12,6 +12,7 @@ from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.rounding_effects import HIGHEST, LOWEST, NEGLIGIBLE, Counts
 from refimpl.numerics.rounding_words import percent, power
 from refimpl.tools.precision_report.collect import Inspection, StepRow
+from refimpl.tools.precision_report.layer_figures import layer_pictures
 from refimpl.tools.precision_report.tables import (
     exponents_text,
     loss_sentence,
@@ -346,4 +347,5 @@ def all_pictures(inspection: Inspection) -> dict[str, list[Picture]]:
         "sweep": sweep_pictures(inspection),
         "run": run_pictures(inspection),
         "updates": update_pictures(inspection),
+        "layers": layer_pictures(inspection.layers),
     }

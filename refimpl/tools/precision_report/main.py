@@ -25,6 +25,8 @@ from refimpl.tools.precision_report.collect import (
     inspect,
 )
 from refimpl.tools.precision_report.counts import kind_of
+from refimpl.tools.precision_report.layer_figures import draw_layers, plot_for_flag
+from refimpl.tools.precision_report.layer_tables import layer_parts, layers_data
 from refimpl.tools.precision_report.page import precision_page
 from refimpl.tools.precision_report.tables import (
     COLUMNS,
@@ -38,12 +40,14 @@ from refimpl.tools.precision_report.tables import (
 from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.console import json_text, table
+from refimpl.training.init_from import settings_from
 from refimpl.training.outputs import target
+from refimpl.training.pictures import save
 from refimpl.training.program import as_called
 from refimpl.training.run_folder import short_name
 
-STEPS, MORE_STEPS = 200, 50
-"""Default numbers of steps of a new run, and after a checkpoint."""
+STEPS, MORE_STEPS, FIRST_STEPS = 200, 50, 5
+"""Default numbers of steps of a new run, after the checkpoint of a run, and of a new run from the weights of another."""
 WORST = 10
 PAGE = Path("runs/report.html")
 """The default page; the name of the run is added, as in report-fp8.html."""
@@ -59,10 +63,13 @@ def inspect_precision(
     no_page: bool = False,
     json_file: Path | None = None,
     overwrite: bool = False,
+    init_from: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
-    """Train, print the summary, and write the page and the data.
+    """Train, print the summary, and write the page, the data and the picture.
 
     given: fields of Config, for a new run. run: the folder of a run to continue. trace: a trace whose run is repeated.
+    init_from: a checkpoint or a folder of Hugging Face with whose weights a new run starts. plot: a PNG of the layers.
     Errors: UsageError, before any step, for contradicting flags, or files that cannot be read or written.
     """
     from tqdm import tqdm
@@ -71,23 +78,31 @@ def inspect_precision(
         raise UsageError("--no-page and --out contradict each other: choose one")
     if not no_page:
         _require_matplotlib()
-    source = make_source(given, run, trace)
+    source = make_source(given, run, trace, init_from)
     formats = [fmt for fmt in what_if.split(",") if fmt]
     page_file = None if no_page else target("--out", out, PAGE.with_stem(f"report-{short_name(source.config)}"), overwrite)
     data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
+    picture = None if plot is None else plot_for_flag(plot, overwrite)
     with tqdm(total=source.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # `delay`: errors of `inspect` come first
         inspection = inspect(source, every, formats, bar)
     print(terminal_text(inspection, shutil.get_terminal_size().columns))
     if data_file is not None:
         print(f"written: {data_file.write_text(json_text(data(inspection)) + chr(10))}")
+    if picture is not None:
+        figure, file = picture
+        draw_layers(figure, inspection.layers, f"{source.what}, {source.config.recipe}")
+        print(f"written: {file.write(lambda temporary: save(figure, temporary))}")
     if page_file is not None:
-        print(f"written: {page_file.write_text(precision_page(inspection, command(given, run, trace, every, formats)))}")
+        called = command({"init_from": init_from, "run": run, "trace": trace, **given}, every, formats)
+        print(f"written: {page_file.write_text(precision_page(inspection, called))}")
 
 
-def make_source(given: Mapping[str, Any], run: Path | None, trace: Path | None) -> Source:
+def make_source(given: Mapping[str, Any], run: Path | None, trace: Path | None, init_from: Path | None = None) -> Source:
     """Return the run to inspect. Errors: UsageError for wrong flags, or flags that do not go together."""
-    if run is not None and trace is not None:
-        raise UsageError("--run and --trace contradict each other: choose one")
+    sources = {"--run": run, "--trace": trace, "--init-from": init_from}
+    chosen = [name for name, path in sources.items() if path is not None]
+    if len(chosen) > 1:
+        raise UsageError(f"{chosen[0]} and {chosen[1]} contradict each other: choose one")
     bound = [f"--{name.replace('_', '-')}" for name in given if run is None or name != "steps"]
     if (run or trace) and bound:
         raise UsageError(f"{'--run' if run else '--trace'} has a configuration of its own: it takes no {', '.join(bound)}")
@@ -98,6 +113,9 @@ def make_source(given: Mapping[str, Any], run: Path | None, trace: Path | None) 
         return from_checkpoint(run, steps)
     if trace is not None:
         return from_trace(trace)
+    if init_from is not None:
+        settings, first = settings_from(init_from, {"steps": FIRST_STEPS, **given})
+        return fresh(Config.of(settings), first)
     return fresh(Config.of({"steps": STEPS, **given}))
 
 
@@ -108,9 +126,9 @@ def _require_matplotlib() -> None:
         raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (or give --no-page)") from None
 
 
-def command(given: Mapping[str, Any], run: Path | None, trace: Path | None, every: int, what_if: Sequence[str]) -> str:
-    """Return the command line that makes this page."""
-    flags = {"run": run, "trace": trace, **given, "every": None if every == 10 else every, "what_if": ",".join(what_if) or None}
+def command(given: Mapping[str, Any], every: int, what_if: Sequence[str]) -> str:
+    """Return the command line that makes this page. given: flags and their values; None for one that is not given."""
+    flags = {**given, "every": None if every == 10 else every, "what_if": ",".join(what_if) or None}
     words = [word for k, v in flags.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
     return as_called(shlex.join(["python", "scripts/inspect_precision.py", *words]))
 
@@ -119,12 +137,14 @@ def command(given: Mapping[str, Any], run: Path | None, trace: Path | None, ever
 
 
 def terminal_text(inspection: Inspection, width: int = 80) -> str:
-    """Return the summary, a table by kind of tensor, the worst tensors, and a table of other formats."""
+    """Return the summary, a table by kind of tensor, the worst tensors, a table of other formats, and tables of the layers."""
     parts = [_wrapped(sentence, width) for sentence in summary(inspection)]
     if inspection.sites:
         parts += [_kinds_text(inspection), _worst_text(inspection, width)]
     if inspection.sites and inspection.what_if:
         parts.append(_other_formats_text(inspection, width))
+    for text, rows in layer_parts(inspection.layers, inspection.scale):
+        parts.append(f"{_wrapped(text, width)}\n{table(*rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -196,6 +216,8 @@ def data(inspection: Inspection) -> dict[str, Any]:
             }
             for row in inspection.sweep
         ],
+        "layers_loss_scale": inspection.scale,
+        "layers": layers_data(inspection.layers),
         "what_if": {fmt: {k: _counts_data(c) for k, c in counts.items()} for fmt, counts in inspection.others.items()},
     }
 

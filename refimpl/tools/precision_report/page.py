@@ -11,6 +11,7 @@ import numpy as np
 from refimpl.tools.precision_report.collect import Inspection
 from refimpl.tools.precision_report.counts import kind_of
 from refimpl.tools.precision_report.figures import all_pictures
+from refimpl.tools.precision_report.layer_tables import layer_parts
 from refimpl.tools.precision_report.tables import (
     COLUMNS,
     OTHER_COLUMNS,
@@ -23,10 +24,12 @@ from refimpl.tools.precision_report.tables import (
     worst_sentence,
 )
 from refimpl.tools.precision_report.verdicts import Verdict, verdicts_of
+from refimpl.training.html.figures import Picture
 from refimpl.training.html.page import document, escape, figures, paragraphs, section, table
 
 WORST = 20
 """The number of tensors with a verdict on the page."""
+
 
 def precision_page(inspection: Inspection, command: str) -> str:
     """Return the page. The same inspection and command give the same text. command: the command line that made it."""
@@ -37,6 +40,7 @@ def precision_page(inspection: Inspection, command: str) -> str:
         section("Loss scales", paragraphs([SWEEP if pictures["sweep"] else NO_CASTS]), figures(pictures["sweep"])),
         section("The run", figures(pictures["run"])),
         section("Updates", paragraphs([UPDATES if pictures["updates"] else NO_UPDATES]), figures(pictures["updates"])),
+        section("Layers", *_layers(inspection, pictures["layers"])) if inspection.layers else "",
         section("Tensors", *_tensors(inspection, ranked)),
         section("Other formats", *_other_formats(inspection, ranked)) if inspection.what_if else "",
         section("Explanation of the columns, and configuration", *_reading(inspection, command)),
@@ -84,6 +88,13 @@ def _kinds(inspection: Inspection) -> str:
     ]
     heads = ["kind", "format", "tensors", *(column.heading for column in COLUMNS)]
     return table("All casts by kind of tensor", heads, rows) if rows else ""
+
+
+def _layers(inspection: Inspection, pictures: Sequence[Picture]) -> list[str]:
+    parts = [figures(pictures)]
+    for text, (heads, rows) in layer_parts(inspection.layers, inspection.scale):
+        parts += [paragraphs([text]), table(text.partition(":")[0], heads, rows)]
+    return parts
 
 
 def _tensors(inspection: Inspection, ranked: Sequence[Verdict]) -> list[str]:
