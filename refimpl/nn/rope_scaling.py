@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refimpl.errors import UsageError, unknown
+from refimpl.errors import UsageError, nearest, unknown
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 
@@ -48,8 +48,8 @@ class RopeScaling:
         for pair in pairs:
             name, _, value = pair.partition("=")
             if name not in known:
-                wrong = unknown(f"setting of rope scaling {kind}", name, known)
-                raise UsageError(wrong if known else f"rope scaling {text}: {kind} has no settings")
+                it_has = f"it has {', '.join(known)}{nearest(name, known)}" if known else "it has none"
+                raise UsageError(f"rope scaling {kind} has no setting {name!r}: {it_has}")
             try:
                 given[name] = float(value)
             except ValueError:
@@ -58,11 +58,12 @@ class RopeScaling:
                 raise UsageError(f"rope scaling {text}: {name} must be positive and finite")
         missing = [name for name, default in known.items() if default is None and name not in given]
         if missing:
-            raise UsageError(f"rope scaling {text} lacks {missing[0]}: write {kind},{missing[0]}=...")
+            form = ",".join(f"{name}=..." for name, default in known.items() if default is None)
+            raise UsageError(f"rope scaling {text} lacks {' and '.join(missing)}: write {kind},{form}")
         return cls(kind, {name: given.get(name, default or 0.0) for name, default in known.items()})
 
     def __str__(self) -> str:
-        pairs = [f"{name}={value:g}" if value == int(value) else f"{name}={value!r}" for name, value in self.settings.items()]
+        pairs = [f"{name}={int(value) if value == int(value) else value!r}" for name, value in self.settings.items()]
         return ",".join([self.kind, *pairs])
 
     @property
@@ -82,7 +83,7 @@ def inverse_frequencies(theta: float, D: int, scaling: RopeScaling, longest: int
     arXiv 2309.00071. PyTorch: `ROPE_INIT_FUNCTIONS` of transformers.
     """
     s = scaling.settings
-    if scaling.kind == "dynamic" and longest > s["original"]:
+    if scaling.kind == "dynamic" and longest > s["original"] and D > 2:  # the only frequency of two channels is 1 for any theta
         theta *= (s["factor"] * longest / s["original"] - (s["factor"] - 1)) ** (D / (D - 2))
     exponents = cast(np.arange(0, D, 2) / D, "fp32")
     powers = cast(theta ** widen(exponents, "fp64"), "fp32")  # in FP64 and rounded once: PyTorch's bits on the CPU

@@ -299,6 +299,8 @@ def _resolve(given: dict[str, Any]) -> dict[str, Any]:
     if model == "llama":
         n_head, n_embd = settings["n_head"], settings["n_embd"]
         settings.setdefault("n_kv_head", n_head if n_head % 2 else n_head // 2)
+        if n_head > 0 and n_embd % n_head and "head_dim" not in settings:
+            raise UsageError(f"n_embd {n_embd} is not a multiple of n_head {n_head}: give --head-dim, the width of a head")
         settings.setdefault("head_dim", n_embd // max(1, n_head))
         settings.setdefault("ffn_dim", -(-n_embd * 8 // 24) * 8)  # 8/3 of the width, as Llama's, in whole multiples of 8
     constant = settings.get("schedule", Config.schedule) == "constant"

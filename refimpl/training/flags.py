@@ -31,7 +31,8 @@ HELP = {
     "head_dim": "width of a head (llama; --n-embd / --n-head)",
     "ffn_dim": "width of the gated MLP (llama; 8/3 of --n-embd)",
     "rope_theta": "base of the frequencies of positions",
-    "rope_scaling": "how the frequencies are scaled: default, or e.g. linear,factor=4 or llama3,factor=32; also dynamic, yarn",
+    "rope_scaling": "scaling of the frequencies: default; linear,factor=4; llama3,factor=32; or dynamic or yarn with factor=2,"
+    "original=2048, where original is the number of positions of pretraining",
     "norm_eps": "eps of the norms",
     "qk_norm": "normalize queries and keys, as Qwen3",
     "qkv_bias": "biases of queries, keys and values, as Qwen2",

@@ -83,6 +83,7 @@ def test_what_16_bits_do_to_the_angles(what: str) -> None:
 @pytest.mark.parametrize("text", [
     "default", "linear,factor=4", "dynamic,factor=2,original=2048", "llama3,factor=32,low=1,high=4,original=8192",
     "yarn,factor=4,original=32768,beta_fast=32,beta_slow=1,attention_factor=0,truncate=1",
+    "dynamic,factor=2.5,original=1048576",
 ])  # fmt: skip
 def test_the_text_of_a_scaling_is_read_and_written(text: str) -> None:
     assert str(RopeScaling.parse(text)) == text
@@ -93,8 +94,9 @@ def test_the_text_of_a_scaling_is_read_and_written(text: str) -> None:
     ("linear", "rope scaling linear lacks factor: write linear,factor=..."),
     ("linear,factor=x", "rope scaling linear,factor=x: factor is 'x', and must be a number"),
     ("linear,factor=0", "rope scaling linear,factor=0: factor must be positive and finite"),
-    ("linear,factr=2", "unknown setting of rope scaling linear 'factr': choose one of factor; did you mean factor?"),
-    ("default,factor=2", "rope scaling default,factor=2: default has no settings"),
+    ("linear,factr=2", "rope scaling linear has no setting 'factr': it has factor; did you mean factor?"),
+    ("default,factor=2", "rope scaling default has no setting 'factor': it has none"),
+    ("dynamic", "rope scaling dynamic lacks factor and original: write dynamic,factor=...,original=..."),
 ])  # fmt: skip
 def test_a_wrong_scaling_is_refused(text: str, says: str) -> None:
     with pytest.raises(UsageError) as error:
@@ -124,6 +126,7 @@ def test_dynamic_changes_nothing_up_to_the_original_length() -> None:
     scaling = RopeScaling.parse("dynamic,factor=2,original=128")
     plain = inverse_frequencies(1e4, 32, DEFAULT, 1)
     assert (inverse_frequencies(1e4, 32, scaling, 128) == plain).all()
+    assert inverse_frequencies(1e4, 2, scaling, 256) == [1]
     longer = inverse_frequencies(1e4, 32, scaling, 256)
     assert longer[0] == 1 and (longer[1:] < plain[1:]).all()
 

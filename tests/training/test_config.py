@@ -136,3 +136,32 @@ def test_resume_reads_a_folder_from_before_a_flag(finished: tuple[Path, dict[str
     with pytest.raises(UsageError, match=r"has beta2 0\.95, not 0\.9: it cannot be resumed"):
         train({"beta2": 0.9}, folder, True, False, None)
     assert train({"beta2": 0.95, "steps": 5}, folder, True, False, None) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- llama
+
+
+def test_the_sizes_of_a_llama_follow_from_its_width() -> None:
+    config = Config.of({"model": "llama", "n_embd": 96, "n_head": 6})
+    assert (config.n_kv_head, config.head_dim, config.ffn_dim) == (3, 16, 256)
+    assert Config.of({"model": "llama", "n_embd": 96, "n_head": 3}).n_kv_head == 3
+    sizes = Config.of({"model": "llama", "n_positions": 100}).make_model().config
+    assert sizes["block_size"] == 100 and sizes["tied"] is True
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ({"model": "llama", "n_embd": 34}, "n_embd 34 is not a multiple of n_head 4: give --head-dim"),
+    ({"model": "llama", "n_embd": 36}, "head_dim is 9: it must be even"),
+    ({"model": "llama", "n_kv_head": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
+    ({"model": "llama", "norm_eps": 0.0}, "norm_eps is 0.0: it must be positive and finite"),
+    ({"model": "llama", "rope_scaling": "ntk"}, "unknown rope scaling 'ntk'"),
+    ({"model": "llama", "bias": False}, "--no-bias is for --model gpt: llama has --qkv-bias, --o-bias and --mlp-bias"),
+    ({"model": "llama", "n_positions": 8}, "--n-positions 8 is less than --block-size 64"),
+    ({"n_kv_head": 2}, "--n-kv-head is for --model llama"),
+    ({"model": "mlp", "tied": False}, "--tied is for --model llama"),
+    ({"model": "mlp", "n_positions": 99}, "--n-positions 99 is for --model gpt or llama"),
+])  # fmt: skip
+def test_a_wrong_size_of_a_llama_is_refused(flags: dict[str, object], says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Config.of(flags)
+    assert str(error.value).startswith(says)
