@@ -33,6 +33,7 @@ from refimpl.tools.memory.states import (
 )
 from refimpl.training.activation_memory import gpt_activations, llama_activations, moments, nbytes
 from refimpl.training.config import Config
+from refimpl.training.huggingface.config_json import read_config
 from refimpl.training.memory_limits import GIB
 
 SCRIPT = SCRIPTS / "memory.py"
@@ -288,6 +289,7 @@ def test_sizes_from_a_folder_of_hugging_face(tmp_path: Path, capsys: pytest.Capt
     assert choice.n_params == llama_model(sizes).n_params
     assert sum(line.nbytes for line in own_activations(choice)) == nbytes(llama_activations(sizes, get_recipe("fp16"), 1, 16))
     assert "a sliding window of 16 tokens" in ledger_text(choice)
+    assert choice.own == LlamaConfig(**read_config(folder).sizes)  # all of them, also those that no formula reads
     with pytest.raises(UsageError, match="model_type 'bert': the models that are read are"):
         choose(hf=str(config_json(tmp_path, model_type="bert")))
 

@@ -71,7 +71,7 @@ def choose(
     Activations are those of our own tape if a recipe, --model or --hf is given, else those of the published formula.
     Errors: UsageError that names the flag and what it must be.
     """
-    architecture, notes = _architecture(params, preset, model, hf, dict(sizes or {}), block_size)
+    architecture, sizes_of_ours, notes = _architecture(params, preset, model, hf, dict(sizes or {}), block_size)
     for name, value in (("--ranks", ranks), ("--batch-size", batch_size), ("--grad-accum", grad_accum)):
         if value < 1:
             raise UsageError(f"{name} is {value}: it must be at least 1")
@@ -86,7 +86,7 @@ def choose(
     n_params = architecture.n_params if architecture else int(DEFAULT_PARAMS if params is None else params)
     what = f"{architecture.name}, {n_params:,} parameters" if architecture else f"{n_params:,} parameters"
     ours = architecture and chosen and checkpointing in CHECKPOINTING and (recipe or not preset)
-    own = architecture.sizes if architecture and ours else None
+    own = sizes_of_ours if ours else None
     if attention is not None:
         if attention not in ATTENTION:
             raise UsageError(unknown("attention", attention, ATTENTION))
@@ -99,8 +99,8 @@ def choose(
 
 def _architecture(
     params: float | None, preset: str | None, model: str | None, hf: str | None, sizes: dict[str, Any], block_size: int | None
-) -> tuple[Architecture | None, tuple[str, ...]]:
-    """Return the model that the flags name, if any, and what is to be said of it."""
+) -> tuple[Architecture | None, GPTConfig | LlamaConfig | None, tuple[str, ...]]:
+    """Return the model that the flags name, if any, its sizes if we have it, and what is to be said of it."""
     flags = {"--params": params, "--preset": preset, "--model": model, "--hf": hf}
     given = [name for name, value in flags.items() if value is not None]
     if len(given) > 1:
@@ -113,21 +113,22 @@ def _architecture(
     if hf is not None:
         path = Path(hf).resolve()
         found, folder = read_config(Path(hf)), path.parent if path.is_file() else path
-        return _ours(found.model, found.sizes, folder.name, hf), found.notes
+        return *_ours(found.model, found.sizes, folder.name, hf), found.notes
     if model is None:
-        return (PRESETS[preset] if preset else None), ()
+        known = PRESETS[preset] if preset else None
+        return known, known.sizes if known else None, ()
     if model not in OWN:
         raise UsageError(f"--model is {model!r}: the formulas are for {' and '.join(OWN)}")
     config = Config.of({"model": model, **sizes, "block_size": block_size})
     one = replace(config, n_layer=1).make_model().config  # --n-layer may be 10^9
-    return _ours(model, {**one, "n_layer": config.n_layer}, model, f"refimpl/nn/models/{model}.py"), ()
+    return *_ours(model, {**one, "n_layer": config.n_layer}, model, f"refimpl/nn/models/{model}.py"), ()
 
 
-def _ours(model: str, sizes: Mapping[str, Any], name: str, source: str) -> Architecture:
-    """Return the architecture of a gpt or llama of these sizes."""
+def _ours(model: str, sizes: Mapping[str, Any], name: str, source: str) -> tuple[Architecture, GPTConfig | LlamaConfig]:
+    """Return the architecture of a gpt or llama of these sizes, and the sizes."""
     own = SIZES[model](**sizes)
     assert isinstance(own, GPTConfig | LlamaConfig)
-    return Architecture.of(name, own, source)
+    return Architecture.of(name, own, source), own
 
 
 def _states(
