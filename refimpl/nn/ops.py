@@ -116,5 +116,8 @@ OPS: dict[str, Op] = {
 }
 """Name -> operation."""
 
+GELUS: dict[str, Op] = {op.name: op for op in (gelu_tanh, gelu_new)}
+"""Name -> operation that GPT-2 may have as its activation: equal in FP32, and rounded once or at every step in 16 bits."""
+
 SELECTED: dict[str, Op] = {op.name: op for op in (quantized_linear, fused_attention, fused_grouped_attention)}
 """Name -> operation that a policy can select in place of one in OPS."""

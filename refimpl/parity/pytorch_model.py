@@ -60,6 +60,9 @@ class Casts:
     def softmax(self, x: Tensor) -> Tensor:
         return torch.softmax(x, -1)
 
+    def cube(self, x: Tensor) -> Tensor:
+        return torch.pow(x, 3.0)
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=self.ignore_index)
 
@@ -105,6 +108,9 @@ class CudaAutocast(Casts):
     def softmax(self, x: Tensor) -> Tensor:
         return torch.softmax(x, -1, dtype=torch.float32)
 
+    def cube(self, x: Tensor) -> Tensor:
+        return torch.pow(x.float(), 3.0)
+
 
 class Attention(nn.Module):
     """Causal self-attention, one operation per line, or by one of PyTorch's own kernels."""
@@ -133,26 +139,32 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU (tanh) between them."""
+    """Two linear layers with GELU (tanh) between them: PyTorch's kernel, or step by step as transformers' GPT-2."""
 
-    def __init__(self, width: int, bias: bool) -> None:
+    def __init__(self, width: int, bias: bool, activation: str) -> None:
         super().__init__()
+        self.activation = activation
         self.c_fc = nn.Linear(width, 4 * width, bias)
         self.c_proj = nn.Linear(4 * width, width, bias)
 
     def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
         x = casts.see(f"{name}.c_fc", casts.linear(x, self.c_fc))
-        x = casts.see(f"{name}.gelu", F.gelu(x, approximate="tanh"))
+        if self.activation == "gelu_new":
+            x = 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * casts.cube(x))))
+        else:
+            x = F.gelu(x, approximate="tanh")
+        x = casts.see(f"{name}.gelu", x)
         return casts.see(f"{name}.c_proj", casts.linear(x, self.c_proj))
 
 
 class Block(nn.Module):
     """A transformer block, layer norm first."""
 
-    def __init__(self, width: int, n_head: int, bias: bool, attention: str = "unfused") -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(width, bias=bias), Attention(width, n_head, bias, attention)
-        self.ln_2, self.mlp = nn.LayerNorm(width, bias=bias), MLP(width, bias)
+        width, bias = config.n_embd, config.bias
+        self.ln_1, self.attn = nn.LayerNorm(width, bias=bias), Attention(width, config.n_head, bias, config.attention)
+        self.ln_2, self.mlp = nn.LayerNorm(width, bias=bias), MLP(width, bias, config.activation)
 
     def forward(self, x: Tensor, casts: Casts, name: str) -> Tensor:
         h = casts.see(f"{name}.ln_1", casts.norm(x, self.ln_1))
@@ -171,7 +183,7 @@ class GPT(nn.Module):
             {
                 "wte": nn.Embedding(config.vocab_size, width),
                 "wpe": nn.Embedding(config.block_size, width),
-                "h": nn.ModuleList(Block(width, config.n_head, bias, config.attention) for _ in range(config.n_layer)),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(width, bias=bias),
             }
         )

@@ -13,8 +13,10 @@ import numpy as np
 from refimpl.backends.base import Backend
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
+from refimpl.nn.models.gpt import OPTIONAL
 from refimpl.nn.models.model import Model
 from refimpl.nn.models.registry import make_model
+from refimpl.nn.ops import GELUS
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast
 from refimpl.numerics.compensated import merge
@@ -99,7 +101,11 @@ def load_state_arrays(path: Path, arrays: dict[str, np.ndarray], state: State) -
 _SIZE = Integer(1, 2**31 - 1)
 _NAMES = ("n_layer", "n_embd", "block_size", "vocab_size")
 SIZES = {
-    "gpt": Table(dict.fromkeys((*_NAMES, "n_head"), _SIZE), {"bias": OneOf((False, True))}, closed=True),
+    "gpt": Table(
+        dict.fromkeys((*_NAMES, "n_head"), _SIZE),
+        {"bias": OneOf((False, True)), "activation": OneOf(tuple(GELUS))},
+        closed=True,
+    ),
     "llama": Table(
         {
             **dict.fromkeys((*_NAMES, "n_head", "n_kv_head", "head_dim", "ffn_dim"), _SIZE),
@@ -252,8 +258,7 @@ def start_from(path: Path, read: FirstWeights, model: Model, state: State, round
         raise UsageError(f"{path} is a {theirs.name}, this run's model is a {model.name}")
     if theirs.config != model.config:
         names = sorted(theirs.config.keys() | model.config.keys())
-        # `bias`, the only optional size, is in the config if it is False
-        pairs = {name: (theirs.config.get(name, True), model.config.get(name, True)) for name in names}
+        pairs = {name: [one.config.get(name, OPTIONAL.get(name)) for one in (theirs, model)] for name in names}
         differences = ", ".join(f"{name} {a} instead of {b}" for name, (a, b) in pairs.items() if a != b)
         raise UsageError(f"{path} has other sizes than this run: {differences}; what is not given is taken from the file")
     state.load_weights(weights, rounded)

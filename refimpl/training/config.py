@@ -85,6 +85,7 @@ class Config:
     n_embd: int
     vocab_size: int = 256  # the tokenizer's
     bias: bool = True
+    activation: str = "gelu_tanh"
     n_kv_head: int | None = None  # this and the next ten are llama's: MODEL_DEFAULTS, and `_resolve` for the first three
     head_dim: int | None = None
     ffn_dim: int | None = None
@@ -185,6 +186,8 @@ class Config:
         if self.model != "gpt" and not self.bias:
             what = "the mlp always has biases" if self.model == "mlp" else "llama has --qkv-bias, --o-bias and --mlp-bias"
             raise UsageError(f"--no-bias is for --model gpt: {what}")
+        if self.model != "gpt" and self.activation != Config.activation:
+            raise UsageError(f"--activation {self.activation} is for --model gpt: leave it out")
         for name in LLAMA if self.model != "llama" else ():
             if getattr(self, name) is not None:
                 raise UsageError(f"{flag(name)} is for --model llama: leave it out")

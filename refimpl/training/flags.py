@@ -27,6 +27,7 @@ HELP = {
     "n_embd": "width",
     "vocab_size": "number of token ids (default: the tokenizer's)",
     "bias": "biases in linear layers and layer norms (gpt); --no-bias is nanoGPT's bias=False",
+    "activation": "gelu_tanh, or gelu_new as Hugging Face's GPT-2 computes it, rounded at every step (gpt)",
     "n_kv_head": "heads of keys and values (llama; half of --n-head)",
     "head_dim": "width of a head (llama; --n-embd / --n-head)",
     "ffn_dim": "width of the gated MLP (llama; 8/3 of --n-embd)",

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arrays import DTYPE, Array
+from arrays import DTYPE, Array, wide
 from recipe_lists import BASIC
 
-from refimpl.backends.base import Backend
+from refimpl.backends.base import REFERENCE, Backend
 from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
@@ -19,6 +19,7 @@ from refimpl.nn.models.mlp import MLPConfig, mlp_model
 from refimpl.nn.models.model import Model
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
+from refimpl.training.config import Config
 
 SMALL_GPT = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=23)
 SMALL_MLP = MLPConfig(n_layer=2, n_embd=6, block_size=5, vocab_size=23)
@@ -224,6 +225,20 @@ def test_a_model_knows_its_configuration() -> None:
     assert gpt_model(SMALL_GPT).config == {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 23}
     assert gpt_model(replace(SMALL_GPT, bias=False)).config == {**gpt_model(SMALL_GPT).config, "bias": False}
     assert mlp_model(SMALL_MLP).config == {"n_layer": 2, "n_embd": 6, "block_size": 5, "vocab_size": 23}
+
+
+def test_the_activation_of_a_gpt_is_in_its_config_where_it_is_not_the_usual_and_rounds_otherwise_in_16_bits() -> None:
+    usual, other = gpt_model(SMALL_GPT), gpt_model(replace(SMALL_GPT, activation="gelu_new"))
+    assert "activation" not in usual.config and other.config == {**usual.config, "activation": "gelu_new"}
+    weights, (tokens, _) = usual.initial_weights(np.random.default_rng(0)), batch(2, 4, SMALL_GPT.vocab_size)
+    for recipe, differs in (("fp64", False), ("bf16", True)):
+        one, two = (wide(logits_of(REFERENCE, model, weights, tokens, recipe)) for model in (usual, other))
+        assert (np.abs(one - two).max() > 1e-12) == differs
+    with pytest.raises(UsageError, match="activation is 'relu': it must be gelu_tanh or gelu_new"):
+        replace(SMALL_GPT, activation="relu")
+    for model in ("llama", "mlp"):
+        with pytest.raises(UsageError, match="--activation gelu_new is for --model gpt"):
+            Config.of({"model": model, "activation": "gelu_new"})
 
 
 # ----------------------------------------------------------------------------------------------------------- whole gradients

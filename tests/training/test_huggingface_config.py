@@ -176,12 +176,11 @@ def test_a_sliding_window_shortens_the_positions_and_says_so() -> None:
 def test_the_sizes_of_a_gpt2() -> None:
     found = described(GPT2, "F")
     assert found.model == "gpt"
-    assert found.sizes == {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 32, "vocab_size": 64}
-    assert found.notes == (
-        "F has gelu_new: here GELU rounds once in 16 bits, as gelu_pytorch_tanh; transformers rounds eight times",
-    )
-    assert described({**GPT2, "activation_function": "gelu_pytorch_tanh", "n_inner": 64}, "F").notes == ()
-    assert "reorder_and_upcast_attn" in described({**GPT2, "reorder_and_upcast_attn": True}, "F").notes[1]
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 32, "vocab_size": 64, "activation": "gelu_new"}
+    assert found.sizes == sizes and found.notes == ()
+    other = described({**GPT2, "activation_function": "gelu_pytorch_tanh", "n_inner": 64}, "F")
+    assert other.sizes == {**sizes, "activation": "gelu_tanh"}
+    assert "reorder_and_upcast_attn" in described({**GPT2, "reorder_and_upcast_attn": True}, "F").notes[0]
 
 
 @pytest.mark.parametrize(("keys", "message"), [
@@ -243,8 +242,10 @@ def test_the_length_that_dynamic_scaling_begins_at_is_written() -> None:
 
 def test_the_table_of_a_gpt_and_the_ids_of_tokens() -> None:
     ours = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 32, "vocab_size": 64}
-    table = config_table("gpt", ours, "fp32", {"eos_token_id": 5})
-    assert described(table, "F").sizes == ours and described(table, "F").notes == ()
+    for more in ({}, {"activation": "gelu_new"}):
+        table = config_table("gpt", ours | more, "fp32", {"eos_token_id": 5})
+        found = described(table, "F")
+        assert make_model("gpt", found.sizes).config == ours | more and found.notes == ()
     assert (table["bos_token_id"], table["eos_token_id"], table["pad_token_id"]) == (None, 5, None)
     assert table["architectures"] == ["GPT2LMHeadModel"] and table["dtype"] == "float32"
 

@@ -30,7 +30,7 @@ from refimpl.precision.context import Run
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.commands.generate import run as generate
 from refimpl.training import checkpoint
-from refimpl.training.checkpoint_states import load_for_inference, read_weights, state_arrays
+from refimpl.training.checkpoint_states import in_recipe, load_for_inference, read_weights, state_arrays
 from refimpl.training.config import Config
 from refimpl.training.huggingface.export import export_folder
 from refimpl.training.huggingface.files import read_folder
@@ -51,6 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "gpt2": GPT2,
+    "gpt2-gelu-new": {**GPT2, "activation_function": "gelu_new"},
 }  # fmt: skip
 TINY: dict[str, Any] = {"batch_size": 2, "steps": 2, "eval_every": 2, "eval_batches": 1, "sample_bytes": 0, "block_size": 8}
 
@@ -311,6 +312,27 @@ def test_transformers_folders_come_in_and_go_out_with_equal_logits(name: str, tm
     assert np.array_equal(logits_of(again), expected)
     for (key, one), (_, other) in zip(theirs.state_dict().items(), again.state_dict().items(), strict=True):
         assert np.array_equal(one.numpy(), other.numpy()), key
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
+def test_a_gpt2_in_bf16_has_transformers_bits_with_its_own_gelu(activation: str, tmp_path: Path) -> None:
+    """Every rounding at the same place: what differs is a flipped rounding of a sum, of which there are few."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    theirs = made_by_transformers(transformers, {**GPT2, "activation_function": activation}, tmp_path / "a").to(torch.bfloat16)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(TOKENS)).logits.float().numpy()
+    model, weights, _ = read_model(tmp_path / "a")
+
+    def identical(activation: str) -> float:
+        changed = make_model("gpt", {**model.config, "activation": activation})
+        state, run = in_recipe(changed, weights, get_recipe("pure-bf16"))
+        ours = changed.logits(Tape(run, state.weight_views, changed.tied), TOKENS).array
+        return float((cast(ours, "fp32") == expected).mean())
+
+    own = model.config.get("activation", "gelu_tanh")
+    assert identical(own) > 0.99
+    assert identical("gelu_new" if own == "gelu_tanh" else "gelu_tanh") < 0.8
 
 
 @pytest.mark.parametrize("sizes", [

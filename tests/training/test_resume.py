@@ -23,7 +23,7 @@ GIVEN: dict[str, Any] = {
 }  # fmt: skip
 WRITTEN = """{
   "model": "mlp", "recipe": "fp16", "backend": "numpy", "data": "text", "examples": "blocks", "steps": 4, "batch_size": 2,
-  "block_size": 4, "n_layer": 1, "n_head": 0, "n_embd": 4, "vocab_size": 256, "bias": true,
+  "block_size": 4, "n_layer": 1, "n_head": 0, "n_embd": 4, "vocab_size": 256, "bias": true, "activation": "gelu_tanh",
   "n_kv_head": null, "head_dim": null, "ffn_dim": null, "rope_theta": null, "rope_scaling": null, "norm_eps": null,
   "qk_norm": null, "qkv_bias": null, "o_bias": null, "mlp_bias": null, "tied": null, "n_positions": null, "optimizer": "adamw",
   "momentum": 0.9, "beta1": 0.9, "beta2": 0.95, "eps": 1e-08, "lr": 0.01, "min_lr": 0.001, "schedule": "cosine", "warmup": 1,
@@ -33,7 +33,7 @@ WRITTEN = """{
   "eval_batches": 1, "log_every": 10, "sample_bytes": 0, "zero": null
 }"""
 """config.json of a run with these flags, as November 2026 wrote it."""
-LATER = (*LLAMA, "n_positions")
+LATER = (*LLAMA, "n_positions", "activation")
 """Fields that config.json had not from the beginning."""
 
 ADDED = {"checkpointing": "none", "tokenizer": "bytes"}
@@ -41,7 +41,8 @@ ADDED = {"checkpointing": "none", "tokenizer": "bytes"}
 
 OTHER: dict[str, Any] = {
     "model": "gpt", "recipe": "bf16", "backend": "cupy", "data": "stdlib", "examples": "lines", "steps": 6, "batch_size": 4,
-    "block_size": 8, "n_layer": 2, "n_head": 1, "n_embd": 8, "vocab_size": 257, "bias": False, "n_kv_head": 2,
+    "block_size": 8, "n_layer": 2, "n_head": 1, "n_embd": 8, "vocab_size": 257, "bias": False,
+    "activation": "gelu_new", "n_kv_head": 2,
     "head_dim": 2, "ffn_dim": 8, "rope_theta": 100.0, "rope_scaling": "default", "norm_eps": 1e-6, "qk_norm": True,
     "qkv_bias": True, "o_bias": True, "mlp_bias": True, "tied": False, "n_positions": 8, "optimizer": "sgd",
     "momentum": 0.5, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "lr": 0.02, "min_lr": 0.002, "schedule": "linear", "warmup": 2,

@@ -9,13 +9,15 @@ from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.loss import IGNORE_INDEX
 from refimpl.nn.models.model import Model, Parameter, check_sizes
-from refimpl.nn.ops import add, attention, cross_entropy, embedding, gelu_tanh, layernorm, linear
+from refimpl.nn.ops import GELUS, add, attention, cross_entropy, embedding, layernorm, linear
 from refimpl.numerics.arrays import Array
+
+OPTIONAL = {"bias": True, "activation": "gelu_tanh"}  # in `Model.config` where they are others
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes, named as in nanoGPT. bias: whether layer norms and all linear layers but the last have one, as in GPT-2."""
+    """The sizes, named as in nanoGPT. bias: of layer norms and all linear layers but the last. activation: one of GELUS."""
 
     n_layer: int = 4
     n_head: int = 4
@@ -23,24 +25,27 @@ class GPTConfig:
     block_size: int = 64
     vocab_size: int = 256
     bias: bool = True
+    activation: str = "gelu_tanh"
 
     def __post_init__(self) -> None:
-        check_sizes({name: size for name, size in asdict(self).items() if name != "bias"})
+        check_sizes({name: size for name, size in asdict(self).items() if name not in OPTIONAL})
+        if self.activation not in GELUS:
+            raise UsageError(f"activation is {self.activation!r}: it must be {' or '.join(GELUS)}")
         if not isinstance(self.bias, bool):
             raise UsageError(f"bias is {self.bias!r}: it must be True or False")
         if self.n_embd % self.n_head:
             raise UsageError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: heads must be equally wide")
 
 
-def _block(t: Tape, x: Value, n_head: int) -> Value:
+def _block(t: Tape, x: Value, config: GPTConfig) -> Value:
     h = t(layernorm, "ln_1", x)                       # (B, T, C)
     h = t(linear, "attn.c_attn", h)                   # (B, T, 3C)
-    h = t(attention, "attn", h, n_head=n_head)        # (B, T, C)
+    h = t(attention, "attn", h, n_head=config.n_head) # (B, T, C)
     h = t(linear, "attn.c_proj", h)                   # (B, T, C)
     x = t(add, "residual_1", x, h)                    # (B, T, C)
     h = t(layernorm, "ln_2", x)                       # (B, T, C)
     h = t(linear, "mlp.c_fc", h)                      # (B, T, 4C)
-    h = t(gelu_tanh, "mlp.gelu", h)                   # (B, T, 4C)
+    h = t(GELUS[config.activation], "mlp.gelu", h)    # (B, T, 4C)
     h = t(linear, "mlp.c_proj", h)                    # (B, T, C)
     return t(add, "residual_2", x, h)                 # (B, T, C)
 
@@ -55,7 +60,7 @@ def _logits(t: Tape, tokens: Array, config: GPTConfig, start: int) -> Value:
     x = t(add, "transformer.embedding", x, e)         # (B, T, C)
     for i in range(config.n_layer):
         with t.block(f"transformer.h.{i}"):
-            x = _block(t, x, config.n_head)           # (B, T, C)
+            x = _block(t, x, config)                  # (B, T, C)
     x = t(layernorm, "transformer.ln_f", x)           # (B, T, C)
     return t(linear, "lm_head", x)                    # (B, T, V)
 
@@ -102,5 +107,5 @@ def gpt_model(config: GPTConfig, ignore_index: int = IGNORE_INDEX, loss_mean: st
         return t(cross_entropy, "loss", logits(t, tokens), targets, ignore_index=ignore_index)
 
     tied = {"lm_head.weight": "transformer.wte.weight"}
-    sizes = {name: size for name, size in asdict(config).items() if name != "bias" or not size}  # only where not GPT-2's
+    sizes = {name: size for name, size in asdict(config).items() if size != OPTIONAL.get(name)}
     return Model("gpt", sizes, _parameters(config), tied, logits, loss, ignore_index=ignore_index, loss_mean=loss_mean)

@@ -33,7 +33,7 @@ START: dict[str, Any] = {"init_scale": 2.0**18, "growth_interval": 8}
 """Settings of the loss scale, if it adapts and they are not given: with these FP16 overflows once or twice."""
 CONFIG_FLAGS = (
     "backend", "examples", "ignore_index", "weight_decay", "momentum", "beta1", "beta2", "eps", "min_lr", "schedule",
-    "growth_factor", "backoff_factor", "attention", "clip", "tokenizer",
+    "growth_factor", "backoff_factor", "attention", "clip", "tokenizer", "activation",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def gpt_activations(config: GPTConfig, recipe: Recipe, batch_size: int, block_si
         ("tokens", "B T", "int64", "transformer.wte", "the batch itself"),
         ("positions", "T", "int64", "transformer.wpe", "0, 1, ..."),
         *_attention_lines(f, x),
-        *_mlp_lines(f, x),
+        *_mlp_lines(f, x, config.activation),
         *_norm_lines(f, "ln_f", "", "transformer.ln_f", x),
         ("lm_head input", "B T C", f.saved_by_linear(top), "lm_head", made_by("ln_f", top, f.saved_by_linear(top))),
         *loss_lines(f, "B T", f.linear(top), "the batch itself"),
@@ -71,16 +71,16 @@ def _fused_lines(f: Flow, O: str, place: str) -> list[Line]:  # noqa: E741
     ]
 
 
-def _mlp_lines(f: Flow, x: str) -> list[Line]:
+def _mlp_lines(f: Flow, x: str, gelu: str) -> list[Line]:
     """Return the second half of a block: ln_2, c_fc, gelu, c_proj. x: the format of the residual stream."""
     place, h = "transformer.h.i", f.out("layernorm", x)
     kept, u = f.saved_by_linear(h), f.linear(h)
-    g = f.out("gelu_tanh", u)
+    g = f.out(gelu, u)
     kept_g = f.saved_by_linear(g)
     return [
         *_norm_lines(f, "h.i ln_2", "L ", f"{place}.ln_2", x),
         ("h.i mlp.c_fc input", "L B T C", kept, f"{place}.mlp.c_fc", made_by("ln_2", h, kept)),
-        ("h.i mlp.gelu input", "L B T 4C", f.cast("gelu_tanh", "x", u), f"{place}.mlp.gelu", "the output of mlp.c_fc"),
+        ("h.i mlp.gelu input", "L B T 4C", f.cast(gelu, "x", u), f"{place}.mlp.gelu", "the output of mlp.c_fc"),
         ("h.i mlp.c_proj input", "L B T 4C", kept_g, f"{place}.mlp.c_proj", made_by("mlp.gelu", g, kept_g)),
     ]
 

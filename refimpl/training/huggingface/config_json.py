@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.errors import UsageError, one_line
+from refimpl.nn.models.gpt import GPTConfig
 from refimpl.training.huggingface.rope_parameters import read_rope, written_rope
 from refimpl.training.schema import FINITE, Integer, Maybe, OneOf, Real, Table, Text, Words, check
 
@@ -47,6 +48,8 @@ _GPT2 = Table(
 )
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _LAYER_NORM_EPS = 1e-5
+_ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_tanh"}
+"""activation_function of GPT-2 -> ours."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +160,16 @@ def _gpt(table: Mapping[str, Any], where: str) -> Described:
         if value is not None and value != ours:
             raise UsageError(f"{where} has {name} {value!r:.60}: our gpt has {ours} only")
     activation = table.get("activation_function", "gelu_new")
-    if activation not in ("gelu_new", "gelu_pytorch_tanh"):
+    if activation not in _ACTIVATIONS:
         raise UsageError(
             f"{where} has activation_function {activation!r:.60}: our gpt has GELU by tanh only, gelu_new or gelu_pytorch_tanh"
         )
-    notes = [f"{where} has gelu_new: here GELU rounds once in 16 bits, as gelu_pytorch_tanh; transformers rounds eight times"]
+    notes = []
     if table.get("reorder_and_upcast_attn"):
         notes.append(f"{where} has reorder_and_upcast_attn, which is left out: the policy says what attention computes in")
-    sizes = {name: table[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"block_size": table["n_positions"]}
-    return Described("gpt", sizes, tuple(notes[activation != "gelu_new" :]))
+    sizes = {name: table[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    sizes |= {"block_size": table["n_positions"], "activation": _ACTIVATIONS[activation]}
+    return Described("gpt", sizes, tuple(notes))
 
 
 # -- the way out -------------------------------------------------------------------------------------------------------------
@@ -194,9 +198,10 @@ def config_table(model: str, sizes: Mapping[str, Any], fmt: str, tokens: Mapping
 
 
 def _gpt_table(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    theirs, activation = {ours: name for name, ours in _ACTIVATIONS.items()}, sizes.get("activation", GPTConfig.activation)
     return {
         "n_layer": sizes["n_layer"], "n_head": sizes["n_head"], "n_embd": sizes["n_embd"], "n_positions": sizes["block_size"],
-        "activation_function": "gelu_pytorch_tanh", "layer_norm_epsilon": _LAYER_NORM_EPS, "tie_word_embeddings": True,
+        "activation_function": theirs[activation], "layer_norm_epsilon": _LAYER_NORM_EPS, "tie_word_embeddings": True,
         "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
     }  # fmt: skip
 
