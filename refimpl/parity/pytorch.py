@@ -189,7 +189,7 @@ def compare(config: Config, spread: bool = True, device: str = "cpu", audit: boo
     explicitly. Errors: UsageError without torch or that device, or for a recipe that has no PyTorch model there.
     """
     if config.model not in ("gpt", "mlp"):
-        raise UsageError(f"--model {config.model} has no PyTorch model here: choose gpt or mlp")
+        raise UsageError(f"--model {config.model} has no PyTorch model here: choose gpt or mlp, or give --hf DIR")
     if config.recipe not in RECIPES:
         raise UsageError(f"recipe {config.recipe} has no PyTorch model: choose one of {', '.join(RECIPES)}")
     if config.grad_accum > 1 or (config.optimizer == "sgd" and config.weight_decay):
