@@ -19,6 +19,7 @@ from refimpl.errors import UsageError
 from refimpl.training.checkpoint import FILE_NAME, write_bytes_atomically, write_text_atomically
 from refimpl.training.config import Config, Flags, check_types
 from refimpl.training.folder_lock import locked
+from refimpl.training.huggingface.config_json import file_of_hugging_face, is_hugging_face
 from refimpl.training.resume import refuse_changes
 from refimpl.training.schema import Table, Text, check
 from refimpl.training.tokenizer import BYTES, load_tokenizer
@@ -50,6 +51,7 @@ def prepare_folder(given: Flags, out: Path | None, resume: bool, overwrite: bool
     if resume:
         if out is None:
             raise UsageError("--resume needs --out DIR: the folder of the run to resume")
+        _refuse_hugging_face(out)
         saved = read_config(out)
         refuse_changes(saved, given)
         return Config.of({**saved, **given, "tokenizer": _same_tokenizer(out, saved, given)}), out
@@ -58,6 +60,7 @@ def prepare_folder(given: Flags, out: Path | None, resume: bool, overwrite: bool
         return config, next(path for path in numbered(Path("runs") / run_name(config)) if not path.exists())
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file, not a folder")
+    _refuse_hugging_face(out)
     if not overwrite:
         _refuse_to_replace(out)
     return config, out
@@ -104,6 +107,16 @@ def _refuse_to_replace(folder: Path) -> None:
         raise UsageError(f"--out {folder} has a {present[0]} that belongs to no run: name another folder, or give --overwrite")
 
 
+def _refuse_hugging_face(folder: Path) -> None:
+    """Raise UsageError for a folder with a model of Hugging Face: a run has a config.json too, which would replace its."""
+    file = file_of_hugging_face(folder)
+    if file is not None:
+        raise UsageError(
+            f"--out {folder} has a model of Hugging Face ({file}), whose files a run would replace: name a new folder; "
+            f"a run starts from that model with --init-from {folder}"
+        )
+
+
 @contextmanager
 def own_folder(config: Config, out: Path | None, comm: Comm, resume: bool, overwrite: bool) -> Iterator[Path]:
     """Create and lock the folder of a run, and yield its path. All ranks must call this together; they share the lock.
@@ -128,6 +141,7 @@ def own_folder(config: Config, out: Path | None, comm: Comm, resume: bool, overw
         raise UsageError(f"cannot create the folder {folder}: {error.strerror}") from error
     try:
         with locked(folder):
+            _refuse_hugging_face(folder)  # another program may have written to it since prepare_folder
             if not resume and not overwrite:
                 _refuse_to_replace(folder)  # another run may have used it since prepare_folder
             for name in FILES:  # half-written by a run that was killed
@@ -187,6 +201,8 @@ def write_config(config: Config, folder: Path, init_from: Path | None = None) ->
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder. Errors: UsageError if there is none."""
     saved, names = _read(folder), {f.name for f in fields(Config)}
+    if is_hugging_face(folder):
+        raise UsageError(f"there is no run in {folder}: it has a model of Hugging Face, which --init-from reads")
     settings = {name: value for name, value in saved.items() if name in names}
     try:
         check_types(settings)

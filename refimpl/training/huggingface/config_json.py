@@ -12,6 +12,7 @@ Source: transformers 5.24, models/*/configuration_*.py and modeling_rope_utils.p
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from refimpl.training.huggingface.rope_parameters import read_rope, written_rope
 from refimpl.training.schema import FINITE, Integer, Maybe, OneOf, Real, Table, Text, Words, check
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", ADAPTER)
+"""Files of a model, beside config.json, which no run writes."""
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 """The values of model_type that our llama computes."""
 MODEL_TYPES = (*LLAMAS, "gpt2")
@@ -68,6 +72,13 @@ def is_hugging_face(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(table, dict) and ("model_type" in table or "architectures" in table)
+
+
+def file_of_hugging_face(folder: Path) -> str | None:
+    """Return the name of a file that shows that a folder is a model of Hugging Face, damaged or not; None for other folders."""
+    if is_hugging_face(folder):
+        return CONFIG
+    return next((name for name in _FILES if os.path.exists(folder / name)), None)
 
 
 def read_config(path: Path) -> Described:
