@@ -217,13 +217,13 @@ def test_a_softmax_in_16_bits_is_named(folders: Callable[[str], Path], monkeypat
 class Wrong(TorchDispatchMode):
     """PyTorch with a mistake in one operation: its result is changed, but in FP64, in which the audit computes."""
 
-    def __init__(self, name: str, change: Callable[[Tensor], Any]) -> None:
+    def __init__(self, name: str, change: Callable[[Tensor], Any], dtype: Any = torch.bfloat16) -> None:
         super().__init__()
-        self.name, self.change = name, change
+        self.name, self.change, self.dtype = name, change, dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if str(func) == self.name and output.dtype == torch.bfloat16:
+        if str(func) == self.name and output.dtype == self.dtype:
             self.change(output)
         return output
 
@@ -234,9 +234,15 @@ def test_a_wrong_operation_of_pytorch_is_named_by_both(folders: Callable[[str], 
     assert not result.agrees and "swiglu.silu" in sites_apart(result) and not result.disagreements, report(result)
 
 
-def test_an_operation_that_is_found_nowhere_is_named(
-    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_operation_in_fp32_is_named_by_the_audit_and_where_it_is_rounded(folders: Callable[[str], Path]) -> None:
+    with Wrong("aten._softmax.default", lambda y: y.mul_(1.01), torch.float32):
+        result = compared(folders("llama"), "pure-bf16")
+    assert not result.agrees and "attention.values.P" in sites_apart(result), report(result)
+    alone = [s for s in result.disagreements if "the comparison has no such result" in s]
+    assert len(alone) == 2 and all("self_attn, aten._softmax.default: by the audit wrong" in s for s in alone)
+
+
+def test_an_operation_that_is_found_nowhere_is_named(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sites, "FAMILIES", {**sites.FAMILIES, "swiglu": lambda r, place, sizes: {}})
     result = compared(folders("llama"), "pure-bf16")
     assert {each.site for each in result.unseen} == {f"swiglu.{s}" for s in ("silu", "y", "ds", "dup", "dgate")}

@@ -28,6 +28,8 @@ import torch
 
 from refimpl.errors import UsageError
 from refimpl.nn.op import Op
+from refimpl.numerics.casts import cast, widen
+from refimpl.numerics.formats import format_of
 from refimpl.parity.audit.finding import is_serious
 from refimpl.parity.audit.operation import Operation
 from refimpl.parity.findings import Finding
@@ -37,7 +39,7 @@ from refimpl.parity.pytorch import STAGE_STEPS, Comparison, side_by_side
 from refimpl.parity.trace import Trace
 from refimpl.parity.transformers.distances import LOGITS, Distance, measure, reference, run_pass
 from refimpl.parity.transformers.following import ENOUGH, Compared, replay
-from refimpl.parity.transformers.kernels import kernels_of
+from refimpl.parity.transformers.kernels import cross_entropy_with, kernels_of
 from refimpl.parity.transformers.ours import Batch, Ours
 from refimpl.parity.transformers.recording import Recording
 from refimpl.parity.transformers.training import TransformersTraining
@@ -58,8 +60,9 @@ class Result:
     """A comparison.
 
     losses: ours, theirs, FP64's. distances: of the logits, then of each gradient. compared: each rounding. alone: results of
-    theirs with 16 bits that none of our roundings makes, by operation. findings: the recorded pass, judged as a trace.
-    kernels: what stands in place of our definitions in both. steps: None if none were trained.
+    theirs with 16 bits that none of our roundings makes, by operation. serious: the operations of theirs that the audit minds.
+    findings: the recorded pass, judged as a trace. kernels: what stands in place of our definitions in both. steps: None if
+    there were none.
     """
 
     ours: Ours
@@ -67,6 +70,7 @@ class Result:
     distances: list[Distance]
     compared: list[Compared]
     alone: Counter[str]
+    serious: list[Operation]
     findings: list[Finding]
     kernels: Mapping[str, Op]
     steps: Comparison | None = None
@@ -117,6 +121,12 @@ class Result:
                 says = f"{verdict.level}: {verdict.reason}" if is_serious(verdict.level) else "right"
                 own = f"{each.differ} of {each.elements} differ{f' ({each.note})' if each.note else ''}"
                 found.append(f"{each.place}, {each.site}: by the comparison {own}; by the audit the operation is {says}")
+        used = {each.result.operation.index for each in self.compared if each.result is not None}
+        for operation in self.serious:
+            if operation.index not in used:
+                v = next(v for v in operation.verdicts if is_serious(v.level))
+                what = f"{operation.module}, {operation.name}"
+                found.append(f"{what}: by the audit {v.level}: {v.reason}; the comparison has no such result")
         return found
 
     @property
@@ -164,13 +174,17 @@ def _compare(folder: Path, ours: Ours) -> Result:
     theirs.model.zero_grad(set_to_none=True)
     weights, policy = ours.read_weights(), config.make_recipe().policy
     distances, losses = _distances(ours, weights, recording, (tokens, targets), kernels)
+    if recording.log_sums is not None:
+        log_sums = recording.log_sums
+        kernels = {**kernels, "cross_entropy": cross_entropy_with(lambda own: widen(log_sums, format_of(own)))}
     compared = replay(theirs.ours, weights, policy, recording, (tokens, targets), ours.S, kernels)
     findings = judge_trace(config, _whole(recording, weights, (tokens, targets), ours.S), kernels=kernels)
-    result = Result(ours, losses, distances, compared, _alone(recording, compared), findings, kernels)
+    result = Result(ours, losses, distances, compared, _alone(recording, compared), recording.serious, findings, kernels)
     del recording
     if config.steps > 1:
         stages = STAGE_STEPS if theirs.ours.n_params <= LARGE else 0
-        result.steps = side_by_side(config, ours.weights, batches, theirs, bool(stages), stages, kernels)
+        of_steps = {name: op for name, op in kernels.items() if name != "cross_entropy"}
+        result.steps = side_by_side(config, ours.weights, batches, theirs, bool(stages), stages, of_steps)
     return result
 
 
@@ -179,13 +193,15 @@ def _distances(
 ) -> tuple[list[Distance], tuple[float, float, float]]:
     """Return the distances from FP64, and the losses.
 
-    PyTorch's log_softmax over a large vocabulary errs more than ours does, and with the gradient of the logits all gradients:
-    so theirs may be farther by as much as that one is.
+    PyTorch's sums of exponentials over a large vocabulary err more than ours, and with them all gradients. So the pass with
+    other correct kernels has errors as large as theirs are.
     """
     model, policy, backend = ours.config.make_model(), ours.config.make_recipe().policy, ours.config.make_backend()
     own = run_pass(model, weights, policy, backend, batch, ours.S)
-    other_kernels = {**kernels, **(OTHER_KERNELS if ours.attention == "sdpa" else {})}
-    other = run_pass(model, weights, policy, backend, batch, ours.S, other_kernels) if other_kernels else own
+    others = {**kernels, **(OTHER_KERNELS if ours.attention == "sdpa" else {})}
+    if (errors := recording.errors_of_log_sums()) is not None:
+        others["cross_entropy"] = cross_entropy_with(lambda own: own + cast(errors, format_of(own)))
+    other = run_pass(model, weights, policy, backend, batch, ours.S, others) if others else own
     exact = reference(model, weights, backend, batch, ours.S)
     trace = recording.trace
 
@@ -194,10 +210,9 @@ def _distances(
         assert theirs is not None
         return measure(name, of(own), theirs, of(exact), of(other))
 
-    dlogits = measured("", "2.activation_grads", "lm_head", lambda p: p.dlogits)
     found = [measured(LOGITS, "2.activations", "lm_head", lambda p: p.logits)]
     for name in model.parameters:
-        found.append(measured(name, "2.grads", name, lambda p, name=name: p.grads[name]).with_room(dlogits))
+        found.append(measured(name, "2.grads", name, lambda p, name=name: p.grads[name]))
     return found, (own.loss, recording.loss, exact.loss)
 
 

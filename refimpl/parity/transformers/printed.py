@@ -37,7 +37,7 @@ def _from_fp64(result: Result) -> str:
     gradients = result.distances[1:]
     rows = [_row("logits", [result.logits]), _row(f"gradients, median of {len(gradients)}", gradients)]
     rows += [_row(d.name, [d]) for d in sorted(gradients, key=lambda d: -d.theirs)[:1]]
-    lines = ["1. Distance from FP64, relative L2", table(["", "ours", "theirs", "between", "identical"], rows)]
+    lines = ["1. Distance from FP64, relative L2", table(["", "ours", "with kernels", "theirs", "between", "identical"], rows)]
     lines.append("loss: ours {:.7g}, theirs {:.7g}, FP64 {:.7g}".format(*result.losses))
     lines += [f"  far: {d.name}: ours {d.ours:.2e}, theirs {d.theirs:.2e}" for d in result.far[:SHOWN]]
     n = len(result.far)
@@ -47,7 +47,7 @@ def _from_fp64(result: Result) -> str:
 
 
 def _row(name: str, distances: Sequence[Distance]) -> list[str]:
-    middle = [median(getattr(d, part) for d in distances) for part in ("ours", "theirs", "between")]
+    middle = [median(getattr(d, part) for d in distances) for part in ("ours", "kernel", "theirs", "between")]
     return [name, *(f"{x:.1e}" for x in middle), f"{median(d.identical for d in distances):.1%}"]
 
 

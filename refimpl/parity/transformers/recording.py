@@ -16,10 +16,12 @@ from torch import Tensor
 
 from refimpl.errors import UsageError
 from refimpl.numerics.bits import from_bits
+from refimpl.parity.audit.finding import is_serious
 from refimpl.parity.audit.judge.judge import Judge, produces
 from refimpl.parity.audit.operation import Keep, Operation, TensorFacts
 from refimpl.parity.audit.recorder import Recorder
 from refimpl.parity.audit.values import Values, is_float
+from refimpl.parity.tolerances import fp64
 from refimpl.parity.trace import Trace
 from refimpl.parity.transformers.training import TransformersTraining
 
@@ -77,8 +79,10 @@ class Module:
 class Recording:
     """A recorded pass.
 
-    modules: results by the path of their module. results: all with 16 bits, in order. trace: outputs and gradients of our
-    places, and gradients of parameters, in FP32. loss: not scaled. judge: the audit's judge, which has judged every operation.
+    modules: results by the path of their module. results: all with 16 bits, in order. sums: those of the engine. log_sums: the
+    logarithms of the sums of exponentials, in FP32, of each row of the loss. trace: outputs and gradients of our places, and
+    gradients of parameters, in FP32. loss: not scaled. judge: the audit's judge, which has judged every operation; serious:
+    those that it minds.
     """
 
     def __init__(self, training: TransformersTraining, tokens: np.ndarray, targets: np.ndarray, S: float) -> None:
@@ -86,6 +90,8 @@ class Recording:
         self.modules: dict[str, Module] = {}
         self.results: list[Result] = []
         self.sums: list[Result] = []
+        self.serious: list[Operation] = []
+        self.log_sums: np.ndarray | None = None
         self.trace, self.judge = Trace(), Judge()
         recorder = Recorder(training.model, choose=_choose, observe=self._see)
         with recorder:
@@ -98,6 +104,10 @@ class Recording:
         if not produces(operation):
             return
         operation.verdicts = self.judge(values)
+        if any(is_serious(verdict.level) for verdict in operation.verdicts):
+            self.serious.append(operation)
+        if operation.name.startswith("aten._log_softmax.") and values.output.dtype == torch.float32:
+            self.log_sums = to_numpy(-values.output.amax(-1, keepdim=True))  # the largest logit minus itself and the logarithm
         for name, tensor in values.results():
             if is_float(tensor):
                 facts = _facts(operation, name)
@@ -120,6 +130,15 @@ class Recording:
     def module(self, path: str) -> Module:
         """Return the results of a module; none, if nothing ran in it."""
         return self.modules.setdefault(path, Module())
+
+    def errors_of_log_sums(self) -> np.ndarray | None:
+        """Return how far each is from FP64's, computed from the same logits; None if they were not recorded."""
+        logits = self.trace.get(1, "2.activations", "lm_head")
+        if self.log_sums is None or logits is None:
+            return None
+        z = fp64(logits).reshape(len(self.log_sums), -1)
+        errors: np.ndarray = fp64(self.log_sums) - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        return errors
 
     def casts_of(self, parameter: str) -> list[Result]:
         """Return the 16-bit copies of a parameter that autocast has made."""
