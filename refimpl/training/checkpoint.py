@@ -149,8 +149,11 @@ def refuse_pickles(path: Path) -> None:
 
     Also for a GGUF file, which has a command of its own.
     """
-    with path.open("rb") as file:
-        start = file.read(4)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     if start == b"GGUF":
         raise UsageError(f"{path} is a GGUF file: `python scripts/convert.py gguf {path} DIR` makes a folder that is read")
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):

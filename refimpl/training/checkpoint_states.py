@@ -26,7 +26,8 @@ from refimpl.precision.recipes import Recipe, get_recipe
 from refimpl.precision.state_encodings import BufferSpec, buffer_name, get_encoding
 from refimpl.training import checkpoint
 from refimpl.training.huggingface.config_json import is_hugging_face
-from refimpl.training.huggingface.weights import read_model
+from refimpl.training.huggingface.kinds import is_model_folder
+from refimpl.training.huggingface.weights import read_model, refuse_non_finite
 from refimpl.training.schema import FINITE, Integer, OneOf, Real, Table, Text, check
 from refimpl.training.tokenizer import BYTES, Tokenizer, load_tokenizer
 from refimpl.training.tokenizer import FILE as TOKENIZER
@@ -239,7 +240,7 @@ def read_weights(path: Path) -> FirstWeights:
 
     A note on stderr says where a folder's model computes something else here. Errors: UsageError.
     """
-    if is_hugging_face(path):
+    if is_model_folder(path):
         model, weights, notes = read_model(path)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -248,7 +249,10 @@ def read_weights(path: Path) -> FirstWeights:
     model = model_of(path, header, arrays)
     block_size = header["config"].get("block_size") if isinstance(header.get("config"), dict) else None
     known = type(block_size) is int and 1 <= block_size <= model.config["block_size"]
-    return FirstWeights(model, fp32_weights(path, arrays, model), block_size if known else model.config["block_size"])
+    weights = fp32_weights(path, arrays, model)
+    for name, array in weights.items():
+        refuse_non_finite(path, name, array)
+    return FirstWeights(model, weights, block_size if known else model.config["block_size"])
 
 
 def start_from(path: Path, read: FirstWeights, model: Model, state: State, rounded: bool = False) -> None:
@@ -277,7 +281,7 @@ def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, Sta
     A folder of Hugging Face has no recipe: its model computes in FP32.
     Errors: UsageError if the file is damaged or does not match the model in its header.
     """
-    if is_hugging_face(path):
+    if is_model_folder(path):
         model, weights, _ = read_weights(path)
         return model, *in_recipe(model, weights, get_recipe("fp32"), backend)
     arrays, header = checkpoint.load(path)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from refimpl.errors import UsageError
 from refimpl.training.checkpoint_states import FirstWeights, read_weights, tokenizer_of
 from refimpl.training.config import Flags
+from refimpl.training.tokenizer import refuse_smaller
 
 First: TypeAlias = tuple[Path, FirstWeights]
 """Where a run's first weights are, and what was read there."""
@@ -23,9 +24,11 @@ def settings_from(path: Path, given: Flags) -> tuple[dict[str, Any], First]:
     Errors: UsageError if it cannot be read, or a given setting is not possible with it.
     """
     first = read_weights(path)
-    tokenizer = tokenizer_of(path, first.model, given.get("tokenizer")).name
+    tokenizer = tokenizer_of(path, first.model, given.get("tokenizer"))
+    if "vocab_size" not in given:
+        refuse_smaller(tokenizer, first.model.config["vocab_size"], f"the vocabulary of {path}")
     own = {name: value for name, value in given.items() if value is not None}
-    return {**sizes_of(path, first, own), **own, "tokenizer": tokenizer}, (path, first)
+    return {**sizes_of(path, first, own), **own, "tokenizer": tokenizer.name}, (path, first)
 
 
 def sizes_of(path: Path, first: FirstWeights, given: Flags) -> dict[str, Any]:

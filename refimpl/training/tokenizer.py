@@ -70,8 +70,8 @@ def refuse_smaller(tokenizer: Tokenizer, vocab_size: int, whose: str) -> None:
             "tokenizer.json of the model, or train a model of characters or other tokens again on bytes"
         )
     raise UsageError(
-        f"{whose} is {vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids: it is the tokenizer of another model, "
-        "or --vocab-size is too small"
+        f"{whose} is {vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids: it is the tokenizer of another model"
+        + (", or --vocab-size is too small" if whose == "--vocab-size" else "")
     )
 
 

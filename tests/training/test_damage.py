@@ -169,7 +169,7 @@ def test_damaged_folders_of_hugging_face(seeds: range, tmp_path: Path) -> None:
     for seed in seeds:
         path = files[seed % len(files)]
         put(path, damaged(contents[path], np.random.default_rng(seed)))
-        if not refused(lambda folder=path.parent: read_model(folder)):
+        if not refused(lambda folder=path.parent: dict(read_model(folder)[1])):  # NaN and Inf are seen when a weight is read
             read += 1
             model, weights, _ = read_model(path.parent)
             assert {name: weights[name].shape for name in weights} == {k: p.shape for k, p in model.parameters.items()}, seed

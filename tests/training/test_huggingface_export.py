@@ -114,7 +114,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path: Pat
     with pytest.raises(UsageError, match="exists and is not empty"):
         export_folder(folder, tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot create the folder"):
+    with pytest.raises(UsageError, match="is a file: name a new folder"):
         export_folder(folder, tmp_path / "file")
 
 

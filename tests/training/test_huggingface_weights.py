@@ -250,7 +250,7 @@ def test_files_that_stand_for_others_say_what_to_do(tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0")
     for path, message in (
-        (folder, "has neither a checkpoint.safetensors, as the folder of a run, nor a config.json of Hugging Face"),
+        (folder, "has weights of Hugging Face, but not the config.json that belongs to them"),
         (tmp_path / "x.gguf", "x.gguf DIR` makes a folder that is read"),
     ):
         with pytest.raises(UsageError, match=message):

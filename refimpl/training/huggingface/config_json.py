@@ -86,14 +86,24 @@ def read_config(path: Path) -> Described:
 
     Errors: UsageError that names what is missing, damaged, or computed otherwise by our models.
     """
-    path = path / CONFIG if path.is_dir() else path
+    path = path / CONFIG if os.path.isdir(path) else path
+    return described(read_table(path), str(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Return the table in a config.json. Errors: UsageError for a file that cannot be read, is no JSON, or holds no table."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"there is no {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {one_line(error, 200)}") from error
-    return described(table, str(path))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"it is no valid JSON ({one_line(error, 200)})"
+        raise UsageError(f"{path} cannot be read: {reason}; it may be cut off: get it again") from error
+    if not isinstance(table, dict):
+        raise UsageError(f"{path} holds {type(table).__name__} {str(table)!r:.40}, not the table of a model's settings")
+    return table
 
 
 def described(table: Any, where: str) -> Described:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,15 @@ _BESIDE = ("special_tokens_map.json", "chat_template.jinja", "generation_config.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def new_folder(path: Path) -> Path:
-    """Create a folder and return it. Errors: UsageError if there is one with files in it, or it cannot be created."""
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Create a folder and yield it; what fails leaves nothing in it.
+
+    Errors: UsageError if it has files already, or cannot be created.
+    """
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UsageError(f"{path} is a file: name a new folder, or a file with the ending .safetensors for a state_dict")
+    made = not os.path.isdir(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         empty = not any(path.iterdir())
@@ -36,7 +46,14 @@ def new_folder(path: Path) -> Path:
         raise UsageError(f"cannot create the folder {path}: {error.strerror}") from error
     if not empty:
         raise UsageError(f"{path} exists and is not empty: give another name, or remove it first")
-    return path
+    try:
+        yield path
+    except BaseException:
+        for file in path.iterdir():
+            file.unlink()
+        if made:
+            path.rmdir()
+        raise
 
 
 def export_folder(source: Path, target: Path, fmt: str = "fp32") -> None:
@@ -53,12 +70,12 @@ def export_folder(source: Path, target: Path, fmt: str = "fp32") -> None:
             if np.isfinite(array).all() and float(np.abs(array).max()) > FORMATS[fmt].max:
                 raise UsageError(f"{name} has values above {FORMATS[fmt].max:g}, the largest of FP16: export as bf16 or fp32")
     arrays, nbytes = their_weights(model, weights, fmt)
-    folder = new_folder(target)
-    write_files(folder, arrays, nbytes)
-    if (beside / TOKENIZER).is_file():
-        _copy(beside / TOKENIZER, folder)
-        _copy_settings(origin, folder, model.config["block_size"])
-    _finish(folder, table, nbytes, fmt)
+    with new_folder(target) as folder:
+        write_files(folder, arrays, nbytes)
+        if (beside / TOKENIZER).is_file():
+            _copy(beside / TOKENIZER, folder)
+            _copy_settings(origin, folder, model.config["block_size"])
+        _finish(folder, table, nbytes, fmt)
 
 
 def _origin(source: Path) -> Path | None:
@@ -100,11 +117,11 @@ def convert_gguf(source: Path, target: Path) -> None:
     table = config_table("llama", read.sizes, "fp32", gguf_tokenizer.token_ids(read.metadata))
     reason = gguf_tokenizer.why_not(read.metadata)
     nbytes = {name: 4 * math.prod(read.tensors.shape(name)) for name in read.tensors}
-    folder = new_folder(target)
-    write_files(folder, read.tensors, nbytes)
-    if reason is None:
-        gguf_tokenizer.write_tokenizer(read.metadata, folder, read.sizes["block_size"])
-    _finish(folder, table, nbytes, "fp32")
+    with new_folder(target) as folder:
+        write_files(folder, read.tensors, nbytes)
+        if reason is None:
+            gguf_tokenizer.write_tokenizer(read.metadata, folder, read.sizes["block_size"])
+        _finish(folder, table, nbytes, "fp32")
     if reason is not None:
         print(f"note: no {TOKENIZER} was written: {reason}")
 

@@ -81,8 +81,11 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     Source: the format as https://github.com/huggingface/safetensors describes it: 8 bytes with the length of the JSON, the JSON
     {name: {dtype, shape, data_offsets}}, then the data. Errors: UsageError for a damaged file and for types that are not read.
     """
-    size = path.stat().st_size
-    whole = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
+    try:
+        size = path.stat().st_size
+        whole = np.memmap(path, np.uint8, mode="r") if size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     start = 8 + int.from_bytes(whole[:8].tobytes(), "little")
     if bytes(whole[:12]) == b"version http":
         raise UsageError(f"{path} is a pointer of Git LFS in place of the file: get the file itself, with git lfs pull")
@@ -135,7 +138,8 @@ def _json(path: Path, read: Any) -> dict[str, Any]:
     try:
         table = json.loads(read(), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {one_line(error, 200)}") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error, 200)
+        raise UsageError(f"{path} cannot be read: {reason}") from error
     if not isinstance(table, dict):
         raise UsageError(f"{path} is damaged: it holds no table")
     return table

@@ -14,6 +14,7 @@ Source: llama.cpp, convert_hf_to_gguf.py; transformers 5.24, modeling_gguf_pytor
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import UsageError, one_line
+from refimpl.errors import UsageError
 from refimpl.nn.models.registry import make_model
 from refimpl.nn.rope_scaling import RopeScaling, inverse_frequencies
 from refimpl.numerics.casts import cast
@@ -110,18 +111,33 @@ def read_gguf(path: Path) -> GGUF:
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return metadata and tensors of a file by GGUF's names."""
+    _refuse_others(path)
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError:
         raise UsageError(EXTRA) from None
-    if not path.is_file():
-        raise UsageError(f"there is no {path}")
     try:
         reader = GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, OSError) as error:
-        raise UsageError(f"{path} is not a whole GGUF file: {one_line(error, 200)}") from error
+        reason = f"damaged, or cut off after {path.stat().st_size:,} bytes: get it again"
+        raise UsageError(f"{path} is not a whole GGUF file: it is {reason}") from error
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise UsageError for what is no GGUF file, before the package is asked for."""
+    if os.path.isdir(path):
+        raise UsageError(f"{path} is a folder: give the GGUF file itself; a folder of Hugging Face needs no conversion")
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except FileNotFoundError:
+        raise UsageError(f"there is no {path}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    if start not in (b"GGUF", b"FUGG"):  # FUGG: big-endian
+        raise UsageError(f"{path} is not a whole GGUF file: it does not begin with GGUF")
 
 
 def _renamed(path: Path, name: str) -> str:

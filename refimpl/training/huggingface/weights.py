@@ -51,7 +51,7 @@ def read_model(folder: Path) -> tuple[Model, Mapping[str, np.ndarray], tuple[str
     """Return the model of a folder, its weights in FP32 by our names, and notes for the user.
 
     Everything is checked here; a weight is read and converted when it is asked for. Errors: UsageError that names what is
-    missing, surplus, damaged or unknown.
+    missing, surplus, damaged or unknown, and, when a weight is asked for, for NaN and Inf.
     """
     described = read_config(folder)
     arrays = read_folder(folder)
@@ -62,7 +62,24 @@ def read_model(folder: Path) -> tuple[Model, Mapping[str, np.ndarray], tuple[str
     except UsageError as error:
         raise UsageError(f"{folder / CONFIG}: {error}") from None
     named = own_weights(arrays, model, folder)
-    return model, Converted(named, lambda name, array: cast(array, "fp32")), described.notes
+
+    def convert(name: str, array: np.ndarray) -> np.ndarray:
+        wide: np.ndarray = cast(array, "fp32")
+        refuse_non_finite(folder, name, wide)
+        return wide
+
+    return model, Converted(named, convert), described.notes
+
+
+def refuse_non_finite(path: Path, name: str, array: np.ndarray) -> None:
+    """Raise UsageError for weights with NaN or Inf: nothing but NaN comes of them."""
+    finite = np.isfinite(array)
+    if not finite.all():
+        nan, n = np.count_nonzero(np.isnan(array)), array.size - np.count_nonzero(finite)
+        raise UsageError(
+            f"{path}: {name} has {nan:,} NaN and {n - nan:,} Inf among its {array.size:,} values in FP32: its training "
+            "diverged, or the file is damaged; take another checkpoint of the model"
+        )
 
 
 def own_weights(arrays: Mapping[str, np.ndarray], model: Model, folder: Path) -> dict[str, np.ndarray]:
