@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,13 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from refimpl.parity.transformers import comparison, kernels, sites  # noqa: E402
 from refimpl.parity.transformers.comparison import Result, compare  # noqa: E402
-from refimpl.parity.transformers.ours import RECIPES, Ours  # noqa: E402
+from refimpl.parity.transformers.ours import RECIPES, Ours, WithMask  # noqa: E402
 from refimpl.parity.transformers.printed import report  # noqa: E402
 from refimpl.parity.transformers.recording import Recording, to_numpy  # noqa: E402
 from refimpl.parity.transformers.training import TransformersTraining  # noqa: E402
 from refimpl.tools.commands.compare_pytorch import parser, run  # noqa: E402
 
 TINY: dict[str, Any] = {"block_size": 16, "batch_size": 2, "steps": 1, "lr": 1e-3}
-LLAMA_RECIPES = [r for r in RECIPES if r not in ("amp-bf16", "amp-fp16")]  # the same as -cpu there
-GPT_RECIPES = [r for r in RECIPES if not r.endswith("-cpu")]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +70,7 @@ def sites_apart(result: Result) -> set[str]:
 
 # -- one pass ----------------------------------------------------------------------------------------------------------------
 
-CASES = [(kind, recipe) for kind in KINDS for recipe in (GPT_RECIPES if kind.startswith("gpt2") else LLAMA_RECIPES)]
+CASES = [(kind, recipe) for kind in KINDS for recipe in RECIPES]
 PLAIN = {
     *((kind, "pure-bf16") for kind in KINDS), *((kind, recipe) for kind in ("llama", "gpt2") for recipe in RECIPES),
     ("qwen3", "amp-bf16-cpu"), ("llama biases", "amp-fp16-cpu"),
@@ -127,6 +125,14 @@ def test_frequencies_stay_in_fp32_where_weights_are_rounded(folders: Callable[[s
     dtypes = {name: buffer.dtype for name, buffer in training.model.named_buffers()}
     assert dtypes and set(dtypes.values()) == {torch.float32}
     assert {p.dtype for p in training.model.parameters()} == {torch.bfloat16}
+
+
+def test_the_mask_of_gpt2_has_fp32_under_autocast(folders: Callable[[str], Path]) -> None:
+    """Negative control of `WithMask`: by the lists of CPU autocast alone softmax would have 16 bits."""
+    ours = read(folders("gpt2"), "amp-bf16-cpu")
+    assert isinstance(ours.config, WithMask)
+    result = compare(folders("gpt2"), replace(ours, config=Config(**asdict(ours.config))))
+    assert not result.agrees and {each.site for each in result.unseen} == {"attention.softmax.P"}
 
 
 # -- kernels that round more often -------------------------------------------------------------------------------------------
@@ -310,14 +316,13 @@ def error_of(words: list[str]) -> str:
 
 
 def test_what_cannot_be_compared_is_refused(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    llama, gpt2 = str(folders("llama")), str(folders("gpt2"))
+    llama = str(folders("llama"))
     assert "there is no" in error_of(["--hf", "nowhere"])
     assert "--n-layer is not for --hf" in error_of(["--hf", llama, "--n-layer", "2"])
     assert "--tokens is the length of a sequence" in error_of(["--hf", llama, "--block-size", "2"])
     assert "--device is not for --hf" in error_of(["--hf", llama, "--device", "cuda"])
     assert "choose eager or sdpa" in error_of(["--hf", llama, "--attention", "fused"])
     assert "--tokens is 65: the model has 64 positions" in error_of(["--hf", llama, "--tokens", "65"])
-    assert "compare it with recipe amp-bf16" in error_of(["--hf", gpt2, "--recipe", "amp-bf16-cpu"])
     assert "has no tokenizer.json to read it with" in error_of(["--hf", llama, "--data", "pydoc"])
     assert "--tokens is for --hf: give --block-size" in error_of(["--tokens", "8"])
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)

@@ -18,6 +18,7 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 KINDS = (
     "llama", "llama tied", "llama biases", "llama llama3", "llama linear", "llama yarn", "mistral", "qwen2", "qwen3", "gpt2",
+    "gpt2 gelu_new",
 )  # fmt: skip
 
 

@@ -227,15 +227,20 @@ def _whole(recording: Recording, weights: Mapping[str, Any], batch: Batch, S: fl
 
 
 def _alone(recording: Recording, compared: list[Compared]) -> Counter[str]:
-    """Return 16-bit results of theirs that none of our roundings makes, without copies: operation and module -> elements."""
-    used = {(each.result.operation.index, each.result.name) for each in compared if each.result is not None}
+    """Return 16-bit results of theirs that none of our roundings makes: operation and module -> elements.
+
+    Copies are not counted, nor what the next operation halves, which is exact: there ours rounds once, after that.
+    """
+    used = [each.result for each in compared if each.result is not None]
+    known = {(result.operation.index, result.name) for result in used}
+    halved = {result.read("self") for result in used if result.operation.arguments.get("other") == 0.5}
     alone: Counter[str] = Counter()
     for result in recording.results:
-        operation: Operation = result.operation
+        operation = result.operation
         last = (operation.module or "").rpartition(".")[2]
-        if (operation.index, result.name) in used or result.is_a(*MOVES) or (result.is_a("add") and last in SUMS_WITH_ZEROS):
-            continue
-        alone[f"{operation.name} in {last or 'the model'}, {operation.phase}"] += result.values.size
+        moved = result.is_a(*MOVES) or (result.is_a("add") and last in SUMS_WITH_ZEROS) or result.facts.storage in halved
+        if not moved and (operation.index, result.name) not in known:
+            alone[f"{operation.name} in {last or 'the model'}, {operation.phase}"] += result.values.size
     return alone
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from refimpl.backends.choose import ON_HOST
 from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast
-from refimpl.precision.recipes import get_recipe
+from refimpl.precision.policy import Policy, Precision
+from refimpl.precision.recipes import Recipe, get_recipe
 from refimpl.training.config import Config
 from refimpl.training.data import sample_batch
 from refimpl.training.huggingface.weights import read_model
 
-RECIPES = ("fp32", "pure-bf16", "bf16", "fp16", "amp-bf16", "amp-fp16", "amp-bf16-cpu", "amp-fp16-cpu")
-"""The recipes that PyTorch trains a model of transformers by."""
+RECIPES = ("fp32", "pure-bf16", "bf16", "fp16", "amp-bf16-cpu", "amp-fp16-cpu")
+"""The recipes that PyTorch trains a model of transformers by, on the CPU."""
 ATTENTION = {"eager": "unfused", "sdpa": "fused"}
 """transformers' name of an attention -> ours."""
 DEFAULTS: Mapping[str, Any] = {
@@ -27,6 +28,16 @@ DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 """A small first scale: the first pass shall not overflow, since its gradients are compared."""
 TOKENIZER = "tokenizer.json"
+
+class WithMask(Config):
+    """The settings of transformers' GPT-2 under autocast: with its mask, which has FP32, softmax has FP32 on the CPU too."""
+
+    def make_recipe(self) -> Recipe:
+        """Return the recipe with that row."""
+        recipe = super().make_recipe()
+        rows = {**recipe.policy.rows, "attention.softmax": Precision("fp32", "fp32", "fp32")}
+        return replace(recipe, policy=Policy(f"{recipe.policy.name}, FP32 mask", rows))
+
 
 Batch = tuple[np.ndarray, np.ndarray]
 
@@ -50,11 +61,6 @@ class Ours:
         if recipe not in RECIPES:
             raise UsageError(f"PyTorch has no counterpart of recipe {recipe}: with --hf choose one of {', '.join(RECIPES)}")
         model, weights, notes = read_model(folder)
-        if model.name == "gpt" and recipe.endswith("-cpu"):
-            raise UsageError(
-                f"transformers' GPT-2 adds an FP32 mask to its scores, so that autocast computes softmax in FP32 on the CPU "
-                f"too: compare it with recipe {recipe.removesuffix('-cpu')}"
-            )
         settings = {**DEFAULTS, **flags}
         settings["steps"] = max(1, settings["steps"])  # the first pass is none, and one step is no training
         sizes = {**model.config, "model": model.name, "n_positions": model.config["block_size"]}
@@ -66,7 +72,8 @@ class Ours:
             raise UsageError(f"--data is {flags['data']}: {folder} has no {TOKENIZER} to read it with")
         elif "tokenizer" not in flags:
             notes = (*notes, f"{folder} has no {TOKENIZER}: the tokens are drawn at random")
-        config = Config.of({**sizes, **settings, "attention": ATTENTION[attention]})
+        masked = model.name == "gpt" and recipe.startswith("amp-") and attention == "eager"
+        config = (WithMask if masked else Config).of({**sizes, **settings, "attention": ATTENTION[attention]})
         if config.grad_accum > 1 or config.optimizer != "adamw" or config.loss_scale not in ("dynamic", "none"):
             raise UsageError("with --hf PyTorch trains by AdamW, with a GradScaler or none, one micro-batch per step")
         if config.backend not in ON_HOST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 
@@ -65,7 +66,8 @@ def _roundings(result: Result) -> list[str]:
     for each in result.compared:
         by_site.setdefault(each.site, []).append(each)
     lines = [table(["rounding", "results", "identical", "ulps", "verdict"], [_site(*pair) for pair in by_site.items()])]
-    lines.append(f"{result.results:,} results of 16 bits, {result.identical:.4%} identical (at least {ENOUGH:.1%})")
+    share = _share(sum(each.differ for each in result.compared), result.results)
+    lines.append(f"{result.results:,} results of 16 bits, {share} identical (at least {ENOUGH:.1%})")
     lines += [f"  apart: {_where(each)}" for each in result.apart[:SHOWN]]
     lines += [f"  theirs alone: {name}: {n:,} results" for name, n in result.alone.most_common(SHOWN)]
     lines += [f"  ours alone: {each.place}, {each.site}" for each in result.unseen[:SHOWN]]
@@ -82,7 +84,12 @@ def _site(site: str, here: list[Compared]) -> list[str]:
         return [site, "-", "-", "-", "inside a kernel" if site.startswith("attention.") else "not found"]
     n, differ = sum(each.elements for each in seen), sum(each.differ for each in seen)
     verdict = "DEPARTS" if any(each.departs for each in seen) else "rounding" if differ else "same"
-    return [site, f"{n:,}", f"{1 - differ / n:.4%}", str(max(each.ulps for each in seen)), verdict]
+    return [site, f"{n:,}", _share(differ, n), str(max(each.ulps for each in seen)), verdict]
+
+
+def _share(differ: int, of: int) -> str:
+    """Return the share of those that do not differ, 100 % only of all."""
+    return f"{math.floor(1e6 * (1 - differ / of)) / 1e4:.4f}%" if differ else "100.0000%"
 
 
 def _tensors(result: Result) -> list[str]:
