@@ -19,6 +19,7 @@ from refimpl.errors import UsageError
 from refimpl.training.checkpoint import FILE_NAME, write_bytes_atomically, write_text_atomically
 from refimpl.training.config import Config, Flags, check_types
 from refimpl.training.folder_lock import locked
+from refimpl.training.huggingface.beside import keep, read_files
 from refimpl.training.huggingface.config_json import file_of_hugging_face, is_hugging_face
 from refimpl.training.resume import refuse_changes
 from refimpl.training.schema import Table, Text, check
@@ -175,15 +176,17 @@ def open_folder(config: Config, folder: Path, init_from: Path | None = None) -> 
 
     At each moment the folder has a run that can be resumed, or files that a new run may replace.
     """
+    beside = read_files(init_from)  # perhaps from this folder, as the tokenizer
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer = load_tokenizer(config.tokenizer)  # perhaps from this folder
+        tokenizer = load_tokenizer(config.tokenizer)
         for name in (CHECKPOINT, METRICS, PICTURE, TOKENIZER):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error
     if tokenizer.contents is not None:
         write_bytes_atomically(folder / TOKENIZER, tokenizer.contents)
+    keep(beside, folder)
     write_config(config, folder, init_from)
 
 

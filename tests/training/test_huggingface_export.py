@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +152,50 @@ def test_a_run_begins_with_the_values_of_a_folder(
     assert config["block_size"] == 8 and config["n_positions"] == model.config["block_size"]
     generate(tmp_path / "hf", prompt="to be", n_tokens=3, temperature=0.0, seed=0, loss=None, tokenizer="bytes")
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("chain", [1, 2])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_an_export_has_the_small_files_when_the_source_is_gone(
+    chain: int, as_file: bool, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run, of a run that began with that run, and of one that replaced it in its own folder."""
+    table = {**LLAMA, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": [2, 3]}
+    folder = write(tmp_path / "hf", table, tensors_of(table))
+    small = {
+        "generation_config.json": b'{"temperature": 0.5}', "tokenizer_config.json": b'{"tokenizer_class": "X"}',
+        "special_tokens_map.json": "{\"bos_token\": \"\u00e9\"}".encode(), "chat_template.jinja": b"{{ messages }}\r\n",
+    }  # fmt: skip
+    for name, contents in small.items():
+        (folder / name).write_bytes(contents)
+    given, before = {**TINY, "data": text, "tokenizer": "bytes"}, folder
+    for n in range(chain):
+        assert train(given, tmp_path / f"run{n}", False, False, before) == 0
+        shutil.rmtree(before)
+        before = tmp_path / f"run{n}"
+    assert train(given, before, False, True, before) == 0  # --overwrite, from its own weights
+    assert train({"steps": 3}, before, True, False, None) == 0
+    (before / "tokenizer.json").write_bytes(b"{}")  # as if its tokenizer were a file, which takes the package tokenizers
+    export_folder(before / checkpoint.FILE_NAME if as_file else before, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in small} == small
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 3])
+    assert "note: no tokenizer.json" not in capsys.readouterr().out
+    (before / "tokenizer.json").unlink()
+    export_folder(before, tmp_path / "out2")
+    assert f"note: no tokenizer.json was written: {before} has none" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out2").iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_run_that_replaces_another_keeps_nothing_of_its_model(text: str, tmp_path: Path) -> None:
+    table = {**LLAMA, "vocab_size": 256, "eos_token_id": 7}
+    folder = write(tmp_path / "hf", table, tensors_of(table))
+    assert train({**TINY, "data": text}, tmp_path / "run", False, False, folder) == 0
+    assert (tmp_path / "run" / "model" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert train({**TINY, "data": text, "n_layer": 1, "n_embd": 16}, tmp_path / "run", False, True, None) == 0
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_what_is_not_given_is_fit_for_fine_tuning_a_folder_and_not_for_weights_of_our_own(tmp_path: Path) -> None:

@@ -14,19 +14,17 @@ import numpy as np
 
 from refimpl.errors import UsageError
 from refimpl.numerics.formats import FORMATS
-from refimpl.training.checkpoint import write_text_atomically
+from refimpl.training.checkpoint import write_bytes_atomically, write_text_atomically
 from refimpl.training.checkpoint_states import read_weights
 from refimpl.training.huggingface import gguf_tokenizer
-from refimpl.training.huggingface.config_json import CONFIG, config_table, is_hugging_face
+from refimpl.training.huggingface.beside import GENERATION, OF_TOKENIZER, TOKENIZER_CONFIG, kept_by, read_file
+from refimpl.training.huggingface.config_json import CONFIG, config_table, read_table
 from refimpl.training.huggingface.files import write_files
 from refimpl.training.huggingface.gguf import read_gguf
 from refimpl.training.huggingface.weights import their_weights
 from refimpl.training.run_folder import first_weights
 
 TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-_BESIDE = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json", TOKENIZER_CONFIG)
-"""Files that say how tokenizer and model are used. A run has none: they are copied from the folder that it began with."""
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -72,40 +70,41 @@ def export_folder(source: Path, target: Path, fmt: str = "fp32") -> None:
     arrays, nbytes = their_weights(model, weights, fmt)
     with new_folder(target) as folder:
         write_files(folder, arrays, nbytes)
-        if (beside / TOKENIZER).is_file():
-            _copy(beside / TOKENIZER, folder)
-            _copy_settings(origin, folder, model.config["block_size"])
+        has_tokenizer = (beside / TOKENIZER).is_file()
+        _copy(origin, (GENERATION, *(OF_TOKENIZER if has_tokenizer else ())), folder)
+        if has_tokenizer:
+            _copy(beside, (TOKENIZER,), folder)
+            _write_tokenizer_config(folder, model.config["block_size"])
         _finish(folder, table, nbytes, fmt)
+    if not has_tokenizer:
+        print(f"note: no {TOKENIZER} was written: {beside} has none")
 
 
 def _origin(source: Path) -> Path | None:
-    """Return the folder of Hugging Face that `source` is or that its run began with, if it is still there."""
-    folder = source if source.is_dir() else source.parent
+    """Return the folder with the small files of `source`: its own, those that its run has kept, or that it began with."""
+    if (kept := kept_by(source)) is not None:
+        return kept
     try:
-        begun = folder if is_hugging_face(folder) else Path(first_weights(folder) or "")
+        begun = first_weights(source if source.is_dir() else source.parent)  # a run from before these files were kept
     except UsageError:  # no run's folder: weights alone
         return None
-    return begun if is_hugging_face(begun) else None
+    return None if begun is None else kept_by(Path(begun))
 
 
 def _token_ids(origin: Path | None) -> dict[str, Any]:
-    table = {} if origin is None else json.loads((origin / CONFIG).read_text(encoding="utf-8"))
+    table = {} if origin is None else read_table(origin / CONFIG)
     return {name: table[name] for name in _TOKEN_IDS if name in table}
 
 
-def _copy(path: Path, folder: Path) -> None:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    write_text_atomically(folder / path.name, text)
-
-
-def _copy_settings(origin: Path | None, folder: Path, positions: int) -> None:
-    """Copy the files beside a tokenizer; without them AutoTokenizer would take another class than tokenizer.json needs."""
-    for name in _BESIDE:
+def _copy(origin: Path | None, names: tuple[str, ...], folder: Path) -> None:
+    """Copy those of the files that there are. Errors: UsageError."""
+    for name in names:
         if origin is not None and (origin / name).is_file():
-            _copy(origin / name, folder)
+            write_bytes_atomically(folder / name, read_file(origin / name))
+
+
+def _write_tokenizer_config(folder: Path, positions: int) -> None:
+    """Write tokenizer_config.json if none was copied: AutoTokenizer would take another class than tokenizer.json needs."""
     if not (folder / TOKENIZER_CONFIG).exists():
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": positions}
         write_text_atomically(folder / TOKENIZER_CONFIG, json.dumps(settings, indent=2) + "\n")
