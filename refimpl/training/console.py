@@ -110,6 +110,11 @@ def keep_closed_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
 
 
+def count(n: int, unit: str) -> str:
+    """Return a number of things: '1 step', '1,000 steps'."""
+    return f"{n:,} {unit}" if n == 1 else f"{n:,} {unit}s"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> str:
     """Return a text table: columns as wide as their widest cell, two spaces apart; the last one is not padded."""
     lines = [list(header), *([list(row) for row in rows])] if header else [list(row) for row in rows]

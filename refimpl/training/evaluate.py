@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,10 @@ from refimpl.training.config import Config
 from refimpl.training.data import Corpus, sample_batch, sequential_batches
 from refimpl.training.setup import EVALUATION, Training, generator
 
-FINAL_EVAL_BLOCKS = 1024
+WHOLE_TEXT = 2**37
+"""The most parameters * tokens of the validation part for which a run ends with the loss of all of it: seconds, not minutes."""
+SLOW = 5.0
+"""Seconds after which an evaluation shows its own progress bar."""
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
 MeasuredBatches = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -71,28 +75,42 @@ def text_loss(model: Model, state: State, run: Run, batches: MeasuredBatches) ->
     return TextLoss(nats, nats * tokens / n_bytes / math.log(2) if n_bytes else float("nan"))
 
 
-def validation_loss(
-    training: Training, config: Config, corpus: Corpus, final: bool, stopping: Callable[[], bool]
-) -> TextLoss | None:
-    """Return the loss on the same sampled validation batches each time, or if `final` on the first 1024 blocks of the part.
+def reads_whole_text(model: Model, corpus: Corpus) -> bool:
+    """Return whether a run ends with the loss of the whole validation part too: if the part is not too long for the model.
 
-    Return None if `stopping()`, called before each batch, returned True.
+    That loss compares with those of n-gram models, and of other tokenizers, which are over the same text.
     """
+    return model.n_params * corpus.valid.size <= WHOLE_TEXT
+
+
+def validation_loss(
+    training: Training, config: Config, corpus: Corpus, whole: bool, stopping: Callable[[], bool], shows: bool = False
+) -> TextLoss | None:
+    """Return the loss on the same sampled validation batches each time, or if `whole` on all blocks of the part.
+
+    Return None if `stopping()`, called before each batch, returned True. shows: show a progress bar after SLOW seconds.
+    """
+    from tqdm import tqdm
+
     training.state.weights_down()
-    if final:
-        sizes = config.batch_size, config.block_size
-        batches = whole_text(corpus.valid, corpus.valid_lengths, sizes, FINAL_EVAL_BLOCKS, config.no_target)
+    sizes = config.batch_size, config.block_size
+    if whole:
+        batches = whole_text(corpus.valid, corpus.valid_lengths, sizes, None, config.no_target)
+        total = -(-((corpus.valid.size - 1) // sizes[1]) // sizes[0])
     else:
-        batches = validation_batches(config, corpus, config.seed)
+        batches, total = validation_batches(config, corpus, config.seed), config.eval_batches
     cut = False
 
     def until_stopped() -> MeasuredBatches:
         nonlocal cut
-        for batch in batches:
-            cut = stopping()
-            if cut:
-                return
-            yield batch
+        shown: dict[str, Any] = {"delay": SLOW, "leave": False, "dynamic_ncols": True, "disable": not shows}
+        with tqdm(total=total, desc="evaluation", unit="batch", **shown) as bar:
+            for batch in batches:
+                cut = stopping()
+                if cut:
+                    return
+                yield batch
+                bar.update(1)
 
     loss = text_loss(training.model, training.state, training.run, until_stopped())
     return None if cut else loss

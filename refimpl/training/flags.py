@@ -68,7 +68,7 @@ HELP = {
     "seed": "seed of weights, batches, evaluation and sample",
     "mistake": "known mistake to inject (`python scripts/mistakes.py` lists them)",
     "eval_every": "steps between evaluations, each followed by a checkpoint",
-    "eval_batches": "batches per evaluation",
+    "eval_batches": "batches per evaluation, the same ones each time",
     "log_every": "steps between reads of the results, for which a device must wait",
     "sample_bytes": "bytes of text to generate at the end; tokens, with a tokenizer",
     "zero": "ZeRO stage, 0 to 3, for training on several ranks (docs/ranks.md)",

@@ -41,8 +41,12 @@ def _finite_or_none(value: Any) -> Any:
 
 _NUMBER = Maybe(FINITE)
 STEP_ROW = Table({"step": Integer(1), "loss": _NUMBER}, {"loss_scale": _NUMBER, "skipped": OneOf((False, True))})
-EVALUATION_ROW = Table({"step": Integer(0), "val_loss": _NUMBER}, {"val_bits_per_byte": _NUMBER})
-"""Losses in nats per token. Logs from before there were tokenizers lack the bits per byte."""
+WHOLE, WHOLE_BITS = "whole_text_loss", "whole_text_bits_per_byte"
+EVALUATION_ROW = Table(
+    {"step": Integer(0), "val_loss": _NUMBER}, {"val_bits_per_byte": _NUMBER, WHOLE: _NUMBER, WHOLE_BITS: _NUMBER}
+)
+"""Losses in nats per token. Logs from before there were tokenizers lack the bits per byte. The last row has those of the whole
+validation text too, unless it is long."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -24,10 +24,10 @@ from refimpl.distributed.nccl import nccl_comm
 from refimpl.distributed.zero import exchanged
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.training.config import Config, Flags
-from refimpl.training.console import printable
+from refimpl.training.console import count, printable
 from refimpl.training.evaluate import TextLoss
 from refimpl.training.init_from import settings_from
-from refimpl.training.metrics import plot_run, read_metrics
+from refimpl.training.metrics import WHOLE, WHOLE_BITS, plot_run, read_metrics
 from refimpl.training.ngrams import NgramBaselines, ngram_baselines
 from refimpl.training.pictures import NO_PICTURE
 from refimpl.training.run_folder import (
@@ -122,7 +122,7 @@ def _resume(trainer: Trainer) -> int:
     planned, backend = saved["steps"], saved.get("backend", Config.backend)
     trainer.restore()
     done, steps = trainer.progress.step, config.steps
-    if done == steps:
+    if done == steps and not trainer.owes_evaluation:
         print(f"already at step {done} of {steps}; give --steps N for more")
         return 0
     if not done and weights is not None:
@@ -131,7 +131,9 @@ def _resume(trainer: Trainer) -> int:
     trainer.comm.barrier()
     if trainer.writes:
         write_config(config, folder, None if weights is None else Path(weights))
-    note = f"resumed after step {done} of {steps}" if done else f"no checkpoint in {folder}: starting at step 1 of {steps}"
+    missing = ", whose validation loss is missing" if done == steps else ""
+    note = f"resumed after step {done} of {steps}"
+    note = note + missing if done else f"no checkpoint in {folder}: starting at step 1 of {steps}"
     if planned != steps and done:
         schedules = [replace(config, steps=n).make_optimizer(NUMPY).schedule for n in (planned, steps)]
         t = int(trainer.state.t)
@@ -169,7 +171,11 @@ def _train(trainer: Trainer, baselines: NgramBaselines, note: str) -> int:
             print(f"\nstopped after step {trainer.progress.step} of {steps}; continue with: --resume --out {folder}")
             _draw(trainer, baselines)
         else:
-            print(f"\nall {steps} steps are done; stopped before the end of their evaluation")
+            all_done = f"all {steps} steps are done" if steps > 1 else "the only step is done"
+            when = "before its evaluation ended" if trainer.owes_evaluation else "after its evaluation"
+            print(f"\n{all_done}; stopped {when}")
+            if trainer.owes_evaluation:
+                print(f"evaluate with: --resume --out {folder}")
             _draw(trainer, baselines)
         warn(trainer)
         return ENDED if trainer.stopping() else 0
@@ -192,18 +198,23 @@ def _announce(trainer: Trainer, baselines: NgramBaselines) -> None:
         print("  (one rank, which stores everything; start several with mpiexec -n N python -m mpi4py scripts/train.py ...)")
     corpus = trainer.corpus
     unit = corpus.tokenizer.unit
-    print(f"data: {corpus.name}, {len(corpus.train):,} {unit}s to train on, {len(corpus.valid):,} to validate on")
+    print(f"data: {corpus.name}, {count(len(corpus.train), unit)} to train on, {len(corpus.valid):,} to validate on")
     if unit != "byte":
-        print(f"tokenizer: {corpus.tokenizer.name}, {corpus.tokenizer.vocab_size:,} ids")
-    sampled = " (from a sample)" if baselines.sampled else ""
-    print(f"to beat{sampled}: {_list_baselines(baselines)}")
+        comparable = "bits per byte compare between tokenizers"
+        print(f"tokenizer: {corpus.tokenizer.name}, {corpus.tokenizer.vocab_size:,} ids; {comparable}")
+    if baselines.entropies:
+        sampled = " (from a sample)" if baselines.sampled else ""
+        print(f"to beat{sampled}: {_list_baselines(baselines)}")
 
 
 def _list_baselines(baselines: NgramBaselines) -> str:
-    if not baselines.entropies:
-        return "no n-gram models, which are counted for bytes only; compare bits per byte"
     names = {1: "unigram", 2: "bigram", 3: "trigram"}
     return ", ".join(f"{names[n]} {entropy:.3f}" for n, entropy in baselines.entropies.items()) + " nats per byte"
+
+
+def _compared(baselines: NgramBaselines) -> str:
+    """Return what follows the loss at the end of a run: what it compares with."""
+    return f"; {_list_baselines(baselines)}" if baselines.entropies else ""
 
 
 def _report(trainer: Trainer, baselines: NgramBaselines, steps: int) -> None:
@@ -212,9 +223,12 @@ def _report(trainer: Trainer, baselines: NgramBaselines, steps: int) -> None:
     counted = trainer.comm.on_host.all_reduce(np.array([trainer.exchanged / max(1, steps)]))[0] / trainer.comm.size
     if trainer.writes:
         last = [row for row in read_metrics(trainer.folder / METRICS) if "val_loss" in row][-1]
-        loss = TextLoss(*(_number(last.get(name)) for name in ("val_loss", "val_bits_per_byte")))
-        print(f"\nvalidation loss {loss.described(trainer.corpus.tokenizer.unit)}; {_list_baselines(baselines)}")
-        print(f"{progress.skipped} of {progress.step} steps skipped, loss scale {float(trainer.loss_scale.scale):g}")
+        unit, has_whole = trainer.corpus.tokenizer.unit, WHOLE in last
+        names = (WHOLE, WHOLE_BITS) if has_whole else ("val_loss", "val_bits_per_byte")
+        loss = TextLoss(*(_number(last.get(name)) for name in names))
+        of = f" of the whole text ({count(trainer.corpus.valid.size, unit)})" if has_whole else ""
+        print(f"\nvalidation loss{of} {loss.described(unit)}{_compared(baselines)}")
+        print(f"{progress.skipped} of {count(progress.step, 'step')} skipped, loss scale {float(trainer.loss_scale.scale):g}")
         if trainer.comm.size > 1 and steps:
             print(_exchanged(trainer, counted))
         _draw(trainer, baselines)
@@ -229,7 +243,7 @@ def _show_sample(trainer: Trainer) -> None:
     prompt, _ = tokenizer.encode(START)
     writer = Writer(trainer.model, trainer.state, trainer.run, tokenizer, prompt if prompt.size else trainer.corpus.valid[:1])
     text = "".join(writer.text(config.sample_bytes, rng, stopping=stopping))
-    print(f"\na sample of {writer.count} {tokenizer.unit}s:\n{'-' * 60}\n{printable(text)}\n{'-' * 60}")
+    print(f"\na sample of {count(writer.count, tokenizer.unit)}:\n{'-' * 60}\n{printable(text)}\n{'-' * 60}")
     if writer.why_ended and not stopping():
         print(f"({writer.why_ended})")
 
@@ -258,7 +272,8 @@ def warn(trainer: Trainer) -> None:
     progress = trainer.progress
     if progress.skipped > MANY_SKIPPED * progress.step:
         share = 100 * progress.skipped / progress.step
-        print(f"WARNING: {progress.skipped} of {progress.step} steps ({share:.0f} %) were skipped: they changed no weight")
+        steps = count(progress.step, "step")
+        print(f"WARNING: {progress.skipped} of {steps} ({share:.0f} %) were skipped: they changed no weight")
     if trainer.fault is not None:
         print(trainer.fault.announcement)
 

@@ -13,9 +13,9 @@ from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import scale_arrays, state_arrays
 from refimpl.training.config import Config
 from refimpl.training.data import Corpus, sample_batch
-from refimpl.training.evaluate import validation_loss
+from refimpl.training.evaluate import TextLoss, reads_whole_text, validation_loss
 from refimpl.training.init_from import First
-from refimpl.training.metrics import MetricsLog, read_metrics
+from refimpl.training.metrics import WHOLE, WHOLE_BITS, MetricsLog, read_metrics
 from refimpl.training.resume import Progress, load_run, run_header
 from refimpl.training.run_folder import CHECKPOINT, METRICS
 from refimpl.training.setup import BATCHES, NO_FAULTS, Fault, find_fault, generator, start
@@ -23,6 +23,7 @@ from refimpl.training.signals import Stop
 from refimpl.training.stopping import StopRules
 
 STOPPING = "stopping after this step, with a checkpoint; again to stop at once"
+EVALUATING = "stopping this evaluation, whose loss --resume computes; the checkpoint is written; again to stop at once"
 
 
 class Trainer:
@@ -56,7 +57,7 @@ class Trainer:
         self._pending: list[tuple[int, StepResult, list[Batch]]] = []
         self._rules = StopRules(config, self.training)
         self._window_start = time.perf_counter()
-        self._owes_evaluation = False
+        self.owes_evaluation = False
         self.stop = Stop(STOPPING, speaks=self.writes)
 
     def _load_corpus(self) -> Corpus:
@@ -79,20 +80,20 @@ class Trainer:
         self._window_start = time.perf_counter()
         self._rules.first_step = self.progress.step + 1
         with self.stop:
-            if self._owes_evaluation:
-                self._print(bar, self._evaluate(False))
+            if self.owes_evaluation:
+                self._print(bar, self._evaluate())
             while self.progress.step < steps and not self.stopping():
                 batches = self.next_batches()
                 self._pending.append((self.progress.step + 1, self._one_step(batches), batches))
                 self.progress.step += 1
+                bar.update(1)  # a device may still compute it
                 at_end = self.progress.step == steps
                 if self.progress.step % self.config.log_every == 0:
                     self._write_steps(bar)
                 if at_end or self.progress.step % self.config.eval_every == 0:
                     self._write_steps(bar)
-                    report = self._evaluate(at_end)
-                    self.save()  # before printing, which fails if the reader of the output has gone
-                    self._print(bar, report)
+                    self.save()  # before an evaluation, which can be interrupted, and printing, where the reader may have gone
+                    self._print(bar, self._evaluate())
             if self.progress.step < steps:
                 self._write_steps(bar)
                 self.save()
@@ -134,7 +135,6 @@ class Trainer:
         rate = tokens * len(self._pending) / seconds
         rows = [_row(step, result, rate) for step, result, _ in self._pending]
         self._log(rows)
-        bar.update(len(rows))
         for row, (_, _, batches) in zip(rows, self._pending, strict=True):
             self.progress.count(row["skipped"])
             self._print(bar, self._rules.check_step(row, batches, self.progress.skipped_in_a_row))
@@ -149,16 +149,29 @@ class Trainer:
         if self.writes:
             self.log.write(rows)
 
-    def _evaluate(self, final: bool) -> str:
-        """Log the validation loss, and return the line to print: '' if a signal asked to stop before it was complete."""
-        started = time.perf_counter()
-        loss = validation_loss(self.training, self.config, self.corpus, final, self.stopping)
+    def _evaluate(self) -> str:
+        """Log the validation loss, and return the line to print: '' if a signal asked to stop before it was complete.
+
+        All are on the same batches. After the last step comes that of the whole text, if `reads_whole_text`.
+        """
+        started, self.owes_evaluation = time.perf_counter(), True
+        saying, self.stop.saying = self.stop.saying, EVALUATING
+        loss, row = self._loss_on(False), {}
+        if loss is not None and self.progress.step == self.config.steps and reads_whole_text(self.model, self.corpus):
+            whole = self._loss_on(True)
+            loss = None if whole is None else loss
+            row = {} if whole is None else {WHOLE: whole.nats_per_token, WHOLE_BITS: whole.bits_per_byte}
+        self.stop.saying = saying
         self._window_start += time.perf_counter() - started
         if loss is None:
             return ""
+        self.owes_evaluation = False
         per_byte = {"val_bits_per_byte": loss.bits_per_byte}
-        self._log([{"step": self.progress.step, "val_loss": loss.nats_per_token, **per_byte}])
+        self._log([{"step": self.progress.step, "val_loss": loss.nats_per_token, **per_byte, **row}])
         return f"step {self.progress.step}: validation loss {loss.described(self.corpus.tokenizer.unit)}"
+
+    def _loss_on(self, whole: bool) -> TextLoss | None:
+        return validation_loss(self.training, self.config, self.corpus, whole, self.stopping, self.writes)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -183,7 +196,8 @@ class Trainer:
             self.load_checkpoint()
         step = self.progress.step
         evaluated = any(row["step"] == step for row in read_metrics(self.log.path) if "val_loss" in row)
-        self._owes_evaluation = step > 0 and step % self.config.eval_every == 0 and not evaluated  # a signal interrupted it
+        due = step > 0 and (step % self.config.eval_every == 0 or step == self.config.steps)
+        self.owes_evaluation = due and not evaluated  # a signal interrupted it
         if self.writes:
             self.log.keep_up_to(step)
 

@@ -392,7 +392,7 @@ def test_stopped_and_resumed_it_goes_on_bit_for_bit(
     recipe: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On three ranks, of which the last is told to stop; on as many it ends where it would have ended, on two it goes on."""
-    monkeypatch.setattr("refimpl.training.evaluate.FINAL_EVAL_BLOCKS", 4)
+    monkeypatch.setattr("refimpl.training.evaluate.WHOLE_TEXT", 0)
     sizes = {**(UNTIED if model == "llama" else {}), "n_layer": 1, "steps": 6}
     made = config(recipe, 2, log_every=2, eval_every=100, eval_batches=1, **sizes)
     whole, parts, fewer = (tmp_path / name for name in ("whole", "parts", "fewer"))

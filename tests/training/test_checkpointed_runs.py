@@ -138,7 +138,7 @@ def flags(text: str, **more: Any) -> dict[str, Any]:
 def test_a_run_goes_on_with_the_other_setting_to_the_same_bytes(
     recipe: str, first: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refimpl.training.evaluate.FINAL_EVAL_BLOCKS", 4)
+    monkeypatch.setattr("refimpl.training.evaluate.WHOLE_TEXT", 0)
     given, whole, parts = flags(text, recipe=recipe), tmp_path / "whole", tmp_path / "parts"
     assert train(given, whole, False, False, None) == 0
     config, _ = prepare_folder({**given, "checkpointing": first}, parts, False, False)
@@ -153,7 +153,7 @@ def test_a_run_goes_on_with_the_other_setting_to_the_same_bytes(
 
 def test_a_killed_run_goes_on_to_the_same_bytes(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process with `full` is killed at some moment after its first checkpoint; what goes on does without it."""
-    monkeypatch.setattr("refimpl.training.evaluate.FINAL_EVAL_BLOCKS", 4)
+    monkeypatch.setattr("refimpl.training.evaluate.WHOLE_TEXT", 0)
     given = flags(text, steps=20000, warmup=1, eval_every=1)
     words = [f"--{name.replace('_', '-')}={value}" for name, value in {**given, "checkpointing": "full"}.items()]
     folder, whole = tmp_path / "killed", tmp_path / "whole"

@@ -82,7 +82,7 @@ OF_EACH_KIND = [*((recipe, 3) for recipe in MECHANISMS if recipe not in STATELES
 def test_resumed_run_equals_one_never_stopped(
     recipe: str, step: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refimpl.training.evaluate.FINAL_EVAL_BLOCKS", 4)
+    monkeypatch.setattr("refimpl.training.evaluate.WHOLE_TEXT", 0)
     assert run(tmp_path / "whole", text, recipe=recipe) == 0
     stop_at(tmp_path / "parts", text, step, recipe=recipe)
     assert run(tmp_path / "parts", text, resume=True) == 0
@@ -481,3 +481,77 @@ def test_command_line(text: str, tmp_path: Path) -> None:
     assert "nats per byte" in measured.stdout
     missing = subprocess.run([*generate[:2], "nothing"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert missing.returncode == 2 and missing.stderr == "error: no checkpoint at nothing\n"
+
+
+def test_all_evaluations_are_on_the_same_batches_and_the_whole_text_comes_last_if_it_is_cheap(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With weights that do not change, all losses are equal; that of the whole text is of other blocks."""
+    still = {"lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0, "recipe": "fp32"}
+    run(tmp_path / "a", text, **still)
+    rows = [row for row in read_metrics(tmp_path / "a" / "metrics.jsonl") if "val_loss" in row]
+    assert len({row["val_loss"] for row in rows}) == 1 and ["whole_text_loss" in row for row in rows] == [False, False, True]
+    whole = rows[-1]["whole_text_loss"]
+    size = Trainer(Config.of({**TINY, "data": text}), tmp_path / "a").corpus.valid.size
+    assert whole != rows[-1]["val_loss"]
+    assert f"\nvalidation loss of the whole text ({size:,} bytes) {whole:.4f} nats per byte" in capsys.readouterr().out
+
+    monkeypatch.setattr("refimpl.training.evaluate.WHOLE_TEXT", 0)
+    run(tmp_path / "b", text, **still)
+    rows = [row for row in read_metrics(tmp_path / "b" / "metrics.jsonl") if "val_loss" in row]
+    assert not any("whole_text_loss" in row for row in rows) and "whole text" not in capsys.readouterr().out
+
+
+def test_ctrl_c_in_the_last_evaluation_keeps_the_step_and_resume_computes_the_loss(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint is there before the evaluation begins, so that a second Ctrl-C loses nothing either."""
+    from refimpl.training import evaluate
+
+    mean_loss, folder = evaluate.mean_loss, tmp_path / "r"
+
+    def interrupted(*given: Any) -> float:
+        assert load(folder / "checkpoint.safetensors")[1]["progress"]["step"] == 8
+        signal.raise_signal(signal.SIGINT)
+        return mean_loss(*given)
+
+    run(tmp_path / "whole", text, eval_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "mean_loss", interrupted)
+        assert run(folder, text, eval_every=100) == 130
+    said = capfd.readouterr()
+    assert "stopping this evaluation, whose loss --resume computes; the checkpoint is written" in said.err
+    assert f"all 8 steps are done; stopped before its evaluation ended\nevaluate with: --resume --out {folder}" in said.out
+    assert not any("val_loss" in row for row in read_metrics(folder / "metrics.jsonl"))
+    assert run(folder, text, resume=True) == 0
+    assert "resumed after step 8 of 8, whose validation loss is missing" in capfd.readouterr().out
+    assert rows_without_timing(folder) == rows_without_timing(tmp_path / "whole")
+    assert run(folder, text, resume=True) == 0 and "already at step 8" in capfd.readouterr().out
+
+
+def test_a_slow_evaluation_shows_its_own_bar(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "a", text)
+    assert "evaluation:" not in capfd.readouterr().err
+    monkeypatch.setattr("refimpl.training.evaluate.SLOW", 0.0)
+    run(tmp_path / "b", text)
+    assert "evaluation:" in capfd.readouterr().err
+
+
+def test_the_bar_moves_after_every_step_and_results_are_read_every_log_every(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Bar(NoBar):
+        def update(self, n: int) -> None:
+            events.append(f"bar {n}")
+
+        def set_postfix_str(self, text: str) -> None:
+            events.append("results")
+
+    config = Config.of({**TINY, "data": text, "steps": 4, "eval_every": 4})
+    trainer = Trainer(config, tmp_path)
+    trainer.train(Bar())
+    assert events == ["bar 1", "bar 1", "results"] * 2

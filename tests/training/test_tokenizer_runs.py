@@ -109,10 +109,11 @@ def test_a_run_with_a_tokenizer_reports_both_losses_and_keeps_a_copy(
     assert [row["step"] for row in evaluations] == [2, 4]
     assert all(1 < row["val_loss"] / row["val_bits_per_byte"] / math.log(2) < 4 for row in evaluations)  # bytes per token
     said = capsys.readouterr()
-    assert "nats per token (" in said.out and "bits per byte); no n-gram models, which are counted for bytes only" in said.out
+    assert "nats per token (" in said.out and said.out.count("bits per byte compare between tokenizers") == 1
     assert f"tokenizer: {path}, 320 ids" in said.out and "tokens to train on" in said.out and "a sample of 5 tokens" in said.out
     loss = evaluations[-1]
-    assert f"{loss['val_loss']:.4f} nats per token ({loss['val_bits_per_byte']:.4f} bits per byte); no n-gram" in said.out
+    whole = f"{loss['whole_text_loss']:.4f} nats per token ({loss['whole_text_bits_per_byte']:.4f} bits per byte)\n"
+    assert whole in said.out and "n-gram" not in said.out
 
 
 def test_the_same_model_of_equal_probabilities_has_the_bits_of_its_vocabulary(text: str, tmp_path: Path) -> None:
