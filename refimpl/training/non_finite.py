@@ -33,11 +33,13 @@ class Origin:
         operation with finite inputs), 'targets' (all are ignored, so that the loss is a mean over nothing), 'backward' (a
         gradient, while the loss is finite), or 'gone' (with the present weights every result is finite).
     name: the parameter, the operation's place, or what the gradient belongs to. text: a sentence, without its period.
+    of_rows: whether the operation reads only the rows of the parameter that a batch asks for.
     """
 
     stage: str
     name: str
     text: str
+    of_rows: bool = False
 
     @property
     def in_loss(self) -> bool:
@@ -155,7 +157,7 @@ def _of_parameters(training: Training, entry: Entry) -> Origin | None:
             return Origin("parameter", name, f"{name} has {master}")
         if weight or copied:
             text = f"{name} is finite, but its 16-bit copy has {weight or copied}: it overflows when it is cast"
-            return Origin("cast", name, text)
+            return Origin("cast", name, text, entry.op.name == "embedding")
     return None
 
 

@@ -2,6 +2,8 @@
 
 A run stops
 - at a step that is skipped without a loss scale, and at a weight that is Inf or NaN: no later step repairs it;
+- at a skipped step in which a weight is Inf in 16 bits: the same copy is made at the next step. A table of embeddings, of which
+  another batch may read other rows, only stops a run of which every step was skipped, at its end;
 - after SKIPS_BEFORE_STOP skipped steps in a row whose losses are not finite, or that no smaller loss scale would help;
 - at a loss scale that its project's rule calls exhausted, with a checkpoint, since skipped steps have changed no weight;
 - at a loss scale of 0, or a subnormal one: gradients cannot be divided by it, and every step is skipped.
@@ -44,6 +46,7 @@ class StopRules:
         self.config, self.training = config, training
         self.first_step = 1  # the first step of this process: later than 1 if the run was resumed
         self.bad_losses = 0  # steps in a row whose loss was not finite
+        self._overflowed = ""  # the weight that is Inf in 16 bits, with advice, since the loss has not been finite
 
     def check_step(self, row: Mapping[str, Any], batches: Sequence[Batch], skipped_in_a_row: int) -> str | None:
         """Return a sentence on a loss that is not finite, at the first step of several; None after other steps."""
@@ -53,7 +56,9 @@ class StopRules:
         if self.bad_losses == 1 or unscaled_skip:
             origin = self._origin(row, batches)
             found = f"step {row['step']}: the loss is {row['loss']:g}: {self._explained(origin, row)}"
-            if unscaled_skip or origin.stage == "parameter":  # a NaN in a weight stays, whatever the loss scale
+            lasting = origin.stage == "parameter" or (origin.stage == "cast" and row["skipped"] and not origin.of_rows)
+            self._overflowed = self._explained(origin, row) if origin.stage == "cast" else ""
+            if unscaled_skip or lasting:  # it stays, whatever the loss scale
                 raise TrainingStopped(f"{found}. No weight was changed by this step" if row["skipped"] else found)
         hopeless = max(self.bad_losses, skipped_in_a_row if self._collapsed(row["loss_scale"]) else 0)
         if row["skipped"] and hopeless >= SKIPS_BEFORE_STOP:
@@ -62,6 +67,11 @@ class StopRules:
                 f"{row['loss_scale']:g}: {self._why(row, batches)}"
             )
         return found
+
+    def check_end(self, steps: int, skipped: int) -> None:
+        """Stop, with exit code 1, a run that is done but for which every step was skipped, since a weight is Inf in 16 bits."""
+        if skipped == steps and self.bad_losses and self._overflowed:
+            raise TrainingStopped(f"no step has changed a weight, all {steps:,} were skipped: {self._overflowed}")
 
     def check_scale(self, row: Mapping[str, Any], batches: Sequence[Batch], step: int, save: Callable[[], Path]) -> None:
         """Stop a run whose loss scale is exhausted or 0. row, batches: the last step's. save: write a checkpoint."""

@@ -92,6 +92,8 @@ class Trainer:
                     self._write_steps(bar)
                 if at_end or self.progress.step % self.config.eval_every == 0:
                     self._write_steps(bar)
+                    if at_end:
+                        self._rules.check_end(self.progress.step, self.progress.skipped)
                     self.save()  # before an evaluation, which can be interrupted, and printing, where the reader may have gone
                     self._print(bar, self._evaluate())
             if self.progress.step < steps:

@@ -200,6 +200,36 @@ def test_an_overflow_in_forward_is_told_once_and_ends_the_run_whatever_the_scale
     assert bar.written[0].startswith("step 1: the loss is ") and "--recipe bf16" in bar.written[0]
 
 
+@pytest.mark.parametrize("recipe", ["fp16", "amp-fp16"])
+def test_a_weight_that_overflows_in_16_bits_ends_the_run_at_the_step_that_is_skipped(recipe: str, tmp_path: Path) -> None:
+    """No scale can mend it: the weight is what it was, and its copy is made again at the next step."""
+    run = trainer_of(tmp_path / "r", recipe=recipe, steps=3, eval_every=3)
+    run.state.layout.views(run.state.values(run.state.master_kind))[FC][3, 4] = 1e6
+    with pytest.raises(TrainingStopped) as error:
+        run.train(NoBar())
+    assert str(error.value).startswith(f"step 1: the loss is nan: {FC} is finite, but its 16-bit copy has 1 Inf: it overflows")
+    assert "--recipe" in str(error.value) and str(error.value).endswith("No weight was changed by this step")
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_a_row_that_overflows_ends_the_run_if_every_step_has_read_it(always: bool, tmp_path: Path) -> None:
+    """Another batch may not read it: steps that were made count, and the run ends as usual."""
+    run = trainer_of(tmp_path / "r", model="mlp", n_head=None, recipe="fp16", steps=3, eval_every=3)
+    run.state.layout.views(run.state.master)["wte.weight"][250] = 1e6
+    draw = run.next_batches
+
+    def batches() -> Any:
+        reads = always or run.progress.step == 1
+        return [(np.full_like(x, 250) if reads else x, y) for x, y in draw()]
+
+    run.next_batches = batches  # type: ignore[method-assign]
+    if not always:
+        assert run.train(NoBar()) and run.progress.skipped == 1
+        return
+    with pytest.raises(TrainingStopped, match=r"no step has changed a weight, all 3 were skipped: wte.weight is finite, but"):
+        run.train(NoBar())
+
+
 def test_a_run_whose_targets_are_all_ignored_says_so_and_goes_on(tmp_path: Path) -> None:
     run = trainer_of(tmp_path / "r", recipe="bf16", steps=3, eval_every=3)
     run.model = run.training.model
