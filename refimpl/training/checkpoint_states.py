@@ -247,12 +247,21 @@ def read_weights(path: Path) -> FirstWeights:
         return FirstWeights(model, weights, None)
     arrays, header = checkpoint.load(path)
     model = model_of(path, header, arrays)
-    block_size = header["config"].get("block_size") if isinstance(header.get("config"), dict) else None
-    known = type(block_size) is int and 1 <= block_size <= model.config["block_size"]
     weights = fp32_weights(path, arrays, model)
     for name, array in weights.items():
         refuse_non_finite(path, name, array)
-    return FirstWeights(model, weights, block_size if known else model.config["block_size"])
+    return FirstWeights(model, weights, _block_size(header, model))
+
+
+def block_size_of(path: Path, model: Model) -> int | None:
+    """Return the length of the sequences that a checkpoint, which has been loaded, was trained with; None for other folders."""
+    return None if is_hugging_face(path) else _block_size(checkpoint.header_of(path), model)
+
+
+def _block_size(header: Mapping[str, Any], model: Model) -> int:
+    size = header["config"].get("block_size") if isinstance(header.get("config"), dict) else None
+    positions: int = model.config["block_size"]
+    return size if type(size) is int and 1 <= size <= positions else positions
 
 
 def start_from(path: Path, read: FirstWeights, model: Model, state: State, rounded: bool = False) -> None:

@@ -227,6 +227,40 @@ def test_the_loss_of_a_file_is_measured_in_blocks_that_fit(
     assert abs(float(said.split(": ")[1].split()[0]) - expected) < 1e-3
 
 
+@pytest.mark.parametrize("n_bytes", [2, 21, 33])
+def test_a_file_shorter_than_a_block_is_one_block(n_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All tokens after the first are predicted, as by one call of transformers."""
+    table = {**LLAMA, "vocab_size": 256}
+    folder, words = write(tmp_path / "hf", table, tensors_of(table)), b"to be or not to be, that is the question"[:n_bytes]
+    (tmp_path / "small").write_bytes(words)
+    generate(folder, prompt="", n_tokens=0, temperature=0.0, seed=0, loss=tmp_path / "small")
+    said = capsys.readouterr().out
+    assert said.endswith(f", in blocks of {n_bytes - 1} byte{'s' if n_bytes > 2 else ''}\n")
+    assert abs(float(said.split(": ")[1].split()[0]) - mean_loss_of(folder, words, n_bytes - 1)) < 1e-3
+    (tmp_path / "small").write_bytes(words[:1])
+    with pytest.raises(UsageError, match="small has 1 byte; this model needs at least 2, the last to be predicted"):
+        generate(folder, prompt="", n_tokens=0, temperature=0.0, seed=0, loss=tmp_path / "small")
+
+
+@pytest.mark.parametrize("model", ["llama", "mlp"])
+def test_the_loss_of_a_run_is_measured_in_its_own_blocks(
+    model: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its positions may be more: it was trained and evaluated with sequences of --block-size."""
+    more = {"n_positions": 64, "n_kv_head": 2} if model == "llama" else {"n_head": None}
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 1, "sample_bytes": 0}
+    train({**sizes, "model": model, "data": text, "eval_batches": 1, **more}, tmp_path / "run", False, False, None)
+    generate(tmp_path / "run", prompt="", n_tokens=0, temperature=0.0, seed=0, loss=Path(text))
+    assert capsys.readouterr().out.endswith(", in blocks of 8 bytes\n")
+    (tmp_path / "small").write_bytes(b"to be")
+    if model == "mlp":
+        with pytest.raises(UsageError, match="small has 5 bytes; this model needs at least 9"):
+            generate(tmp_path / "run", prompt="", n_tokens=0, temperature=0.0, seed=0, loss=tmp_path / "small")
+        return
+    generate(tmp_path / "run", prompt="", n_tokens=0, temperature=0.0, seed=0, loss=tmp_path / "small")
+    assert capsys.readouterr().out.endswith(", in blocks of 4 bytes\n")
+
+
 def mean_loss_of(folder: Path, words: bytes, T: int) -> float:
     """The mean cross-entropy over whole blocks of T bytes, in FP64 from the logits."""
     ids = np.frombuffer(words, np.uint8)

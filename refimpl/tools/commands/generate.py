@@ -19,8 +19,8 @@ from refimpl.nn.models.model import Model
 from refimpl.optim.state import State
 from refimpl.precision.context import Run
 from refimpl.training.arguments import Parser
-from refimpl.training.checkpoint_states import load_for_inference, tokenizer_of
-from refimpl.training.console import printable
+from refimpl.training.checkpoint_states import block_size_of, load_for_inference, tokenizer_of
+from refimpl.training.console import count, printable
 from refimpl.training.data import map_file
 from refimpl.training.evaluate import text_loss, whole_text
 from refimpl.training.sampling import Choice, Writer
@@ -28,7 +28,8 @@ from refimpl.training.token_cache import encode_text
 from refimpl.training.tokenizer import Tokenizer, refuse_smaller
 
 LONGEST = 1024
-"""The most tokens of a block in which the loss of a file is measured: attention takes their square in memory."""
+"""The most tokens of a block for the loss of a file, unless a run had longer ones: attention takes their square
+in memory."""
 LOGITS = 2**26
 """The most logits at a time, unless one block has more."""
 
@@ -43,7 +44,9 @@ def parser() -> Parser:
     result.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token (0.8)")
     result.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest tokens of this probability (1)")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--loss", type=Path, metavar="FILE", help="print the loss of this file instead")
+    blocks = f"in blocks of the run's --block-size, or of a folder's positions, at most {LONGEST:,}; a short file is one block"
+    what = f"print the loss of this file instead, {blocks}"
+    result.add_argument("--loss", type=Path, metavar="FILE", help=what)
     return result
 
 
@@ -70,7 +73,7 @@ def run(
         more = "and are never chosen; the sample is text only if the model was trained with it"
         print(f"{note}, {tokens.name}, {more}", file=sys.stderr)
     if loss is not None:
-        _print_loss(*loaded, tokens, loss)
+        _print_loss(*loaded, tokens, loss, block_size_of(checkpoint, loaded[0]) or LONGEST)
         return
     _print_text(*loaded, tokens, prompt, n_tokens, choice, np.random.Generator(np.random.PCG64(seed)))
 
@@ -94,16 +97,18 @@ def _print_text(
         print(f"note: {writer.why_ended}", file=sys.stderr)
 
 
-def _print_loss(model: Model, state: State, run: Run, tokenizer: Tokenizer, file: Path) -> None:
+def _print_loss(model: Model, state: State, run: Run, tokenizer: Tokenizer, file: Path, usual: int) -> None:
+    """Print the loss of the consecutive blocks of a file, or of a single one of a file that is shorter. usual: their length."""
     ids, lengths = encode_text(tokenizer, map_file(file))
-    positions, vocab_size = model.config["block_size"], model.config["vocab_size"]
-    block_size = positions if model.name == "mlp" else min(positions, LONGEST)  # an mlp reads whole blocks
-    if len(ids) <= block_size:
-        raise UsageError(f"{file} has {len(ids)} {tokenizer.unit}s; this model needs at least {block_size + 1}")
+    vocab_size, unit = model.config["vocab_size"], tokenizer.unit
+    whole = model.config["block_size"] if model.name == "mlp" else None  # an mlp reads whole blocks only
+    least = (whole or 1) + 1
+    if len(ids) < least:
+        raise UsageError(f"{file} has {count(len(ids), unit)}; this model needs at least {least}, the last to be predicted")
+    block_size = whole or min(model.config["block_size"], usual, len(ids) - 1)
     batch_size = min(16, max(1, LOGITS // (block_size * vocab_size)))
     loss = text_loss(model, state, run, whole_text(ids, lengths, (batch_size, block_size)))
-    blocks = "" if block_size == positions else f", in blocks of {block_size} {tokenizer.unit}s"
-    print(f"{file}: {loss.described(tokenizer.unit)}{blocks}")
+    print(f"{file}: {loss.described(unit)}, in blocks of {count(block_size, unit)}")
 
 
 def main() -> None:
