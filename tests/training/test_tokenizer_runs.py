@@ -171,6 +171,7 @@ def test_the_checkpoint_of_another_tokenizer_is_refused(text: str, tmp_path: Pat
 
 
 def test_one_rank_makes_the_tokens_and_the_others_read_them(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # the user's own may have the tokens of this text
     config = Config.of({**TINY, "data": text, "tokenizer": str(byte_level(tmp_path / "t")), "zero": 1})
     made, tokenize = [], token_cache._tokenize
     monkeypatch.setattr(token_cache, "_tokenize", lambda *parts: (made.append(1), tokenize(*parts))[1])
