@@ -254,7 +254,7 @@ def test_text_is_written_with_the_copy_of_the_run(trained: Path, tmp_path: Path,
     text = tmp_path / "held_back.txt"
     text.write_text(TEXT)
     generate(trained, "", 0, 0.8, 0, text)
-    nats, bits = (float(word) for word in capsys.readouterr().out.replace("(", "").split() if word[0].isdigit())
+    nats, bits, _ = (float(word) for word in capsys.readouterr().out.replace("(", "").split() if word[0].isdigit())
     assert 1 < nats / math.log(2) / bits < 4
 
 
