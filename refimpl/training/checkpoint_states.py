@@ -255,7 +255,7 @@ def read_weights(path: Path) -> FirstWeights:
 
 def block_size_of(path: Path, model: Model) -> int | None:
     """Return the length of the sequences that a checkpoint, which has been loaded, was trained with; None for other folders."""
-    return None if is_hugging_face(path) else _block_size(checkpoint.header_of(path), model)
+    return None if is_model_folder(path) else _block_size(checkpoint.header_of(path), model)
 
 
 def _block_size(header: Mapping[str, Any], model: Model) -> int:
