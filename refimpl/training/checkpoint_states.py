@@ -292,6 +292,7 @@ def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, Sta
     """
     if is_model_folder(path):
         model, weights, _ = read_weights(path)
+        print(f"reading {path}: {model.n_params:,} parameters", file=sys.stderr)
         return model, *in_recipe(model, weights, get_recipe("fp32"), backend)
     arrays, header = checkpoint.load(path)
     model, recipe = model_of(path, header, arrays), get_recipe(header["recipe"])

@@ -24,6 +24,7 @@ def settings_from(path: Path, given: Flags) -> tuple[dict[str, Any], First]:
     Errors: UsageError if it cannot be read, or a given setting is not possible with it.
     """
     first = read_weights(path)
+    print(f"reading {path}: {first.model.n_params:,} parameters", flush=True)
     tokenizer = tokenizer_of(path, first.model, given.get("tokenizer"))
     if "vocab_size" not in given:
         refuse_smaller(tokenizer, first.model.config["vocab_size"], f"the vocabulary of {path}")

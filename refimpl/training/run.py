@@ -112,6 +112,7 @@ def _begin(trainer: Trainer, init_from: Path | None) -> int:
     trainer.comm.barrier()  # until all ranks have read the folder as it was
     if trainer.writes:
         open_folder(trainer.config, trainer.folder, init_from)
+    trainer.owes_evaluation = init_from is not None
     return _train(trainer, baselines, "")
 
 
@@ -125,12 +126,13 @@ def _resume(trainer: Trainer) -> int:
     if done == steps and not trainer.owes_evaluation:
         print(f"already at step {done} of {steps}; give --steps N for more")
         return 0
-    if not done and weights is not None:
+    if not done and weights is not None and not (folder / CHECKPOINT).exists():
         raise UsageError(f"{folder} has no checkpoint to resume: start the run again with --init-from {weights}")
     baselines = ngram_baselines(trainer.corpus)
     trainer.comm.barrier()
     if trainer.writes:
         write_config(config, folder, None if weights is None else Path(weights))
+    trainer.owes_evaluation |= not done and weights is not None
     missing = ", whose validation loss is missing" if done == steps else ""
     note = f"resumed after step {done} of {steps}"
     note = note + missing if done else f"no checkpoint in {folder}: starting at step 1 of {steps}"
@@ -217,17 +219,31 @@ def _compared(baselines: NgramBaselines) -> str:
     return f"; {_list_baselines(baselines)}" if baselines.entropies else ""
 
 
+def _losses(trainer: Trainer) -> str:
+    """Return the losses at the end of a run: beside that before its first step, if it is known, and of the whole text."""
+    rows = [row for row in read_metrics(trainer.folder / METRICS) if "val_loss" in row]
+    unit, first, last = trainer.corpus.tokenizer.unit, rows[0], rows[-1]
+
+    def described(*names: str) -> str:
+        return TextLoss(*(_number(last.get(name)) for name in names)).described(unit)
+
+    known = first["step"] == 0 and last["step"] > 0
+    lines = []
+    if known or WHOLE not in last:
+        before = f"; before the first step {_number(first['val_loss']):.4f}" if known else ""
+        lines.append(f"validation loss {described('val_loss', 'val_bits_per_byte')}{before}")
+    if WHOLE in last:
+        size = count(trainer.corpus.valid.size, unit)
+        lines.append(f"validation loss of the whole text ({size}) {described(WHOLE, WHOLE_BITS)}")
+    return "\n".join(lines)
+
+
 def _report(trainer: Trainer, baselines: NgramBaselines, steps: int) -> None:
     """Print the end of a run: the losses, the files that were written, and a sample of the model."""
     config, progress = trainer.config, trainer.progress
     counted = trainer.comm.on_host.all_reduce(np.array([trainer.exchanged / max(1, steps)]))[0] / trainer.comm.size
     if trainer.writes:
-        last = [row for row in read_metrics(trainer.folder / METRICS) if "val_loss" in row][-1]
-        unit, has_whole = trainer.corpus.tokenizer.unit, WHOLE in last
-        names = (WHOLE, WHOLE_BITS) if has_whole else ("val_loss", "val_bits_per_byte")
-        loss = TextLoss(*(_number(last.get(name)) for name in names))
-        of = f" of the whole text ({count(trainer.corpus.valid.size, unit)})" if has_whole else ""
-        print(f"\nvalidation loss{of} {loss.described(unit)}{_compared(baselines)}")
+        print(f"\n{_losses(trainer)}{_compared(baselines)}")
         print(f"{progress.skipped} of {count(progress.step, 'step')} skipped, loss scale {float(trainer.loss_scale.scale):g}")
         if trainer.comm.size > 1 and steps:
             print(_exchanged(trainer, counted))

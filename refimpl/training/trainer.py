@@ -157,7 +157,9 @@ class Trainer:
         All are on the same batches. After the last step comes that of the whole text, if `reads_whole_text`.
         """
         started, self.owes_evaluation = time.perf_counter(), True
-        saying, self.stop.saying = self.stop.saying, EVALUATING
+        saying = self.stop.saying
+        if self.progress.step:
+            self.stop.saying = EVALUATING
         loss, row = self._loss_on(False), {}
         if loss is not None and self.progress.step == self.config.steps and reads_whole_text(self.model, self.corpus):
             whole = self._loss_on(True)
@@ -170,7 +172,9 @@ class Trainer:
         self.owes_evaluation = False
         per_byte = {"val_bits_per_byte": loss.bits_per_byte}
         self._log([{"step": self.progress.step, "val_loss": loss.nats_per_token, **per_byte, **row}])
-        return f"step {self.progress.step}: validation loss {loss.described(self.corpus.tokenizer.unit)}"
+        n = self.progress.step
+        when = f"step {n}: validation loss" if n else "to beat: validation loss before the first step"
+        return f"{when} {loss.described(self.corpus.tokenizer.unit)}"
 
     def _loss_on(self, whole: bool) -> TextLoss | None:
         return validation_loss(self.training, self.config, self.corpus, whole, self.stopping, self.writes)

@@ -14,7 +14,7 @@ import pytest
 from paths import EXAMPLES, SCRIPTS
 
 from refimpl.errors import UsageError
-from refimpl.training.console import printable
+from refimpl.training.console import count, printable
 
 
 @pytest.mark.parametrize(
@@ -115,3 +115,7 @@ def test_no_room_and_no_output_at_all(name: str, tmp_path: Path) -> None:
         done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
         assert done.stderr.count("\n") == 1 and "standard output" in done.stderr, done.stderr
         assert done.returncode in (0, 1)
+
+
+def test_numbers_of_things_are_singular_for_one() -> None:
+    assert [count(n, "step") for n in (0, 1, 2, 1000)] == ["0 steps", "1 step", "2 steps", "1,000 steps"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from tiny_tokenizers import END, TEXT, byte_level
 from refimpl.distributed.threads import run_ranks
 from refimpl.errors import UsageError
 from refimpl.tools.commands.generate import run as generate
-from refimpl.training import token_cache
+from refimpl.training import evaluate, token_cache
 from refimpl.training.checkpoint import load
 from refimpl.training.config import Config
 from refimpl.training.data import Corpus
@@ -177,6 +178,43 @@ def test_one_rank_makes_the_tokens_and_the_others_read_them(text: str, tmp_path:
     monkeypatch.setattr(token_cache, "_tokenize", lambda *parts: (made.append(1), tokenize(*parts))[1])
     corpora = run_ranks(4, lambda comm: Trainer(config, tmp_path / "run", comm).corpus)
     assert len(made) == 1 and all(np.array_equal(corpora[0].train, corpus.train) for corpus in corpora)
+
+
+def test_what_a_start_from_other_weights_has_to_beat_is_its_own_loss(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the batches of all evaluations: a model that does not change keeps it. The line comes before the first step."""
+    run(tmp_path / "a", data=text, tokenizer=str(byte_level(tmp_path / "t")))
+    capsys.readouterr()
+    still = {**TINY, "data": text, "recipe": "fp32", "lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0, "eval_every": 4}
+    for name, limit in (("long", 0), ("short", 2**37)):
+        monkeypatch.setattr("refimpl.training.evaluate.WHOLE_TEXT", limit)
+        assert train(still, tmp_path / name, False, False, tmp_path / "a") == 0
+        first, last = (row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "val_loss" in row)
+        assert (first["step"], last["step"]) == (0, 4) and first["val_loss"] == last["val_loss"]
+        said, loss = capsys.readouterr().out, TextLoss(first["val_loss"], first["val_bits_per_byte"]).described("token")
+        assert said.startswith(f"reading {tmp_path / 'a'}: 8,560 parameters\n")
+        assert said.count(f"to beat: validation loss before the first step {loss}\n") == said.count("to beat") == 1
+        assert f"\nvalidation loss {loss}; before the first step {first['val_loss']:.4f}\n" in said
+        assert said.count("validation loss of the whole text (") == (limit > 0)
+
+
+def test_a_start_from_other_weights_that_is_stopped_in_its_first_evaluation_resumes(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "a", data=text)
+    given = {**TINY, "data": text}
+    assert train(given, tmp_path / "whole", False, False, tmp_path / "a") == 0
+    measured = evaluate.mean_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "mean_loss", lambda *all: (signal.raise_signal(signal.SIGINT), measured(*all))[1])
+        assert train(given, tmp_path / "parts", False, False, tmp_path / "a") == 130
+    assert "stopped after step 0 of 4; continue with: --resume" in capsys.readouterr().out
+    assert train({}, tmp_path / "parts", True, False, None) == 0
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    assert (whole / "checkpoint.safetensors").read_bytes() == (parts / "checkpoint.safetensors").read_bytes()
+    losses = [[row["val_loss"] for row in read_metrics(at / "metrics.jsonl") if "val_loss" in row] for at in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
 def test_vocabularies_too_small_are_refused_and_larger_ones_taken(text: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from statistics import median
 import numpy as np
 
 from refimpl.tools.compare_recipes.runs import COUNT_EVERY, LAST, Comparison
+from refimpl.training.console import count
 from refimpl.training.memory_limits import GIB
 
 HEADER = ("recipe", "bytes", "loss", "validation", "minus fp32", "skipped", "moved", "ms per step")
@@ -62,8 +63,9 @@ def meaning(comparison: Comparison) -> list[str]:
     """Return sentences that explain the columns."""
     baseline, seeds, width = comparison.runs[0], 1 + len(comparison.others), max(1, comparison.steps // LAST)
     more = len(comparison.others) + len(comparison.changed)
+    of_loss = f"the mean of the last {width} steps" if width > 1 else "that of the last step"
     return [
-        f"{comparison.steps} steps from the same weights on the same batches. loss: the mean of the last {width} steps. "
+        f"{count(comparison.steps, 'step')} from the same weights on the same batches. loss: {of_loss}. "
         f"validation: in nats per {baseline.unit}, on the same {baseline.config.eval_batches} batches for all; "
         f"FP32's is {baseline.bits_per_byte:.4f} bits per byte.",
         f"*: {IS_DIFFERENT} Yes: its validation loss differs from FP32's by more than {comparison.drift:.2g}, the largest "

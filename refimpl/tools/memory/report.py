@@ -19,7 +19,7 @@ from refimpl.tools.memory.states import (
     zero_table,
 )
 from refimpl.training.activation_memory import Row, against_paper, moments, nbytes, weight_copies
-from refimpl.training.console import json_text, table
+from refimpl.training.console import count, json_text, table
 from refimpl.training.memory_limits import GIB
 
 
@@ -117,7 +117,8 @@ def ledger_text(choice: Choice) -> str:
         f"{choice.what}{rank}\n{choice.states_from}",
         f"model states: {each} = {total} bytes per parameter\n{_table(states)}",
     ]
-    sizes = f"{choice.batch_size} sequences of {choice.block_size} tokens, checkpointing {choice.checkpointing}"
+    batch = f"{count(choice.batch_size, 'sequence')} of {count(choice.block_size, 'token')}"
+    sizes = f"{batch}, checkpointing {choice.checkpointing}"
     if own:
         what = "GPT" if isinstance(choice.own, GPTConfig) else "llama"
         parts.append(f"activations of this project's {what} by its own formula (see --measure), {sizes}\n{_table(own)}")

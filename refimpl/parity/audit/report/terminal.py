@@ -74,9 +74,10 @@ def _rest(data: Mapping[str, Any]) -> Iterator[str]:
     shown = [f"{name} {values[name]}" for name in SHOWN if name in values]
     yield from _wrapped("flags: " + ", ".join(shown), 2, most=2) if shown else ()
     if data["failures"]:
-        count = sum(failure["count"] for failure in data["failures"])
+        n = sum(failure["count"] for failure in data["failures"])
+        times = f"{n} times" if n > 1 else "once"
         yield from _wrapped(
-            f"the audit itself failed {count} times, and the training went on: {data['failures'][0]['text']}", 2, 2
+            f"the audit itself failed {times}, and the training went on: {data['failures'][0]['text']}", 2, 2
         )
 
 
