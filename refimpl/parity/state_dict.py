@@ -19,6 +19,7 @@ from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import is_float
 from refimpl.training import checkpoint
 from refimpl.training.checkpoint_states import fp32_weights, model_of
+from refimpl.training.huggingface.kinds import is_model_folder
 from refimpl.training.non_finite import contents
 from refimpl.training.tokenizer import BYTES, refuse_smaller
 
@@ -31,6 +32,8 @@ def to_state_dict(path: Path) -> dict[str, np.ndarray]:
 
     PyTorch: model.load_state_dict(safetensors.torch.load_file(...)). Errors: UsageError.
     """
+    if is_model_folder(path):
+        raise UsageError(f"{path} is a folder of Hugging Face, whose names a state_dict does not have: export it as a folder")
     arrays, header = checkpoint.load(path)
     model = model_of(path, header, arrays)
     weights = fp32_weights(path, arrays, model)

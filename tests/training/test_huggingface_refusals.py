@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -161,6 +162,10 @@ def test_a_folder_that_cannot_be_listed(folder: Path, target: Path, monkeypatch:
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
+    monkeypatch.setattr(os, "stat", refuse)  # its own folder cannot be searched
+    with pytest.raises(UsageError, match=r"model\.safetensors cannot be read: Permission denied"):
+        read_weights(folder / "model.safetensors")
+    monkeypatch.undo()
     monkeypatch.setattr("os.listdir", refuse)
     with pytest.raises(UsageError, match=r"model cannot be read: Permission denied"):
         read_weights(folder)
@@ -255,6 +260,9 @@ def test_what_is_no_gguf_file_is_said_before_the_package_is_asked_for(
 
 def test_an_export_that_fails_leaves_nothing(folder: Path, text: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"{text} is a file: name a new folder" in converted(monkeypatch, "export", folder, text)
+
+    assert "is a folder of Hugging Face" in converted(monkeypatch, "export", folder, target / "x.safetensors")
+    assert "but a text, no checkpoint" in converted(monkeypatch, "export", text, target / "x.safetensors")
 
     def refuse(path: Path, *_: object) -> None:
         path.write_text("half")

@@ -23,14 +23,13 @@ def is_model_folder(path: Path) -> bool:
     whose config.json is damaged or missing.
     """
     try:
-        if not os.path.lexists(path):
-            _refuse_hub_name(path)
-            return False
+        os.stat(path)
         if not path.is_dir():
             _refuse_text(path)
             return False
         names = set(os.listdir(path))
     except (FileNotFoundError, NotADirectoryError):
+        _refuse_hub_name(path)
         return False
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
