@@ -105,7 +105,7 @@ def effect_of(x: np.ndarray, scheme: str) -> Effect:
         for before, after in zip(_pieces(x), _pieces(q), strict=True):
             wide = widen(before, "fp64")
             difference = widen(after, "fp64") - wide
-            signal, noise = signal + float(np.vdot(wide, wide)), noise + float(np.vdot(difference, difference))
+            signal, noise = signal + float((wide * wide).sum()), noise + float((difference * difference).sum())
             flushed += int(np.count_nonzero((after == 0) & (before != 0)))
             nonzero += int(np.count_nonzero(before))
     if not math.isfinite(signal) or math.isnan(noise):
