@@ -45,13 +45,15 @@ def find(
         return Finding(step, point, name, 0.0, math.inf, math.inf, max(1, np.size(theirs)))
     a, b = fp64(ours), fp64(theirs)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
+    if same.all():
+        return Finding(step, point, name, 1.0, 0.0, 0.0, same.size, weak, note)
     with np.errstate(all="ignore"):
         difference = np.where(same, 0.0, a - b)
         distance = float(np.sqrt((difference * difference).sum()))
         unit = ulp(format_of(theirs), float(np.abs(b).max(initial=0.0))) if is_float(np.asarray(theirs)) else 1.0
         ulps = float(np.abs(difference).max(initial=0.0)) / unit
-    error = 0.0 if same.all() else distance / bound if bound > 0 else math.inf
-    return Finding(step, point, name, float(same.mean()) if same.size else 1.0, error, ulps, same.size, weak, note)
+    error = distance / bound if bound > 0 else math.inf
+    return Finding(step, point, name, float(same.mean()), error, ulps, same.size, weak, note)
 
 
 def without_overflows(a: np.ndarray, b: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:

@@ -64,6 +64,8 @@ def _free(fmt: str, exact: Array) -> float:
 
 def _unfit(x: Array, fmt: str) -> int:
     """Return how many finite values of an array a format does not hold."""
+    if x.dtype == FORMATS[fmt].dtype:
+        return 0
     values = _finite(x)
     return int(np.count_nonzero(fp64(cast(values, fmt)) != values))
 
@@ -146,10 +148,10 @@ class Bounds:
         low = self._low
         if FORMATS[low].bits > 16 or np.shape(ours) != np.shape(theirs):
             return ""
-        (a, b), present = (_unfit(x, low) for x in (ours, theirs)), np.count_nonzero(_finite(ours))
+        a, b = (_unfit(x, low) for x in (ours, theirs))
         if a >= 8 and b == 0:
             return f"all values fit {low}: they should have more bits"
-        if a == 0 and b > 0 and present >= 8:
+        if a == 0 and b > 0 and np.count_nonzero(_finite(ours)) >= 8:
             return f"{b} values do not fit {low}: they should have been rounded to it"
         return ""
 
@@ -185,7 +187,9 @@ class Bounds:
 
     def _rounded_to(self, x: Array) -> str:
         """Return the format of products if it holds the values, as of many FP32 tensors under autocast; else the tensor's."""
-        return self._low if np.array_equal(fp64(cast(x, self._low)), fp64(x), equal_nan=True) else format_of(x)
+        low = self._low
+        fits = x.dtype == FORMATS[low].dtype or np.array_equal(fp64(cast(x, low)), fp64(x), equal_nan=True)
+        return low if fits else format_of(x)
 
     @property
     def exact_sums(self) -> Trace:

@@ -63,7 +63,7 @@ def both(name: str, **more: Any) -> tuple[Trace, Trace]:
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_trace_of_the_mistake_departs_where_the_table_says(name: str) -> None:
-    first = next((f for f in judge_trace(config(name), trace_of(name, name)) if f.departs), None)
+    first = next((f for f in Judge(config(name), trace_of(name, name)).findings() if f.departs), None)
     assert first is not None
     assert first.point == MISTAKES[name].departs, first
 
@@ -93,7 +93,7 @@ def test_without_a_mistake_nothing_departs(settings: str) -> None:
 
 @pytest.mark.parametrize("name", ["missing-cast", "eps-inside-root"])
 def test_no_other_mistake_explains_it(name: str) -> None:
-    first = next(f for f in judge_trace(config(name), trace_of(name, name)) if f.departs)
+    first = next(f for f in Judge(config(name), trace_of(name, name)).findings() if f.departs)
     assert explanations(config(name), trace_of(name, name), first) == [name]
 
 
