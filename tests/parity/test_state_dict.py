@@ -11,6 +11,7 @@ import pytest
 from paths import SCRIPTS
 from safetensors.numpy import load_file, save_file
 from samples import sample
+from script_loader import run_here
 
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
@@ -258,13 +259,14 @@ def test_a_state_dict_is_no_start(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
+    """Through a real process once."""
     saved(tmp_path / "a", MODELS["gpt"], "fp16")
-    script = str(SCRIPTS / "convert.py")
+    first = [sys.executable, SCRIPTS / "convert.py", "export", "a", "b.safetensors"]
+    assert "FP32" in subprocess.run(first, capture_output=True, text=True, cwd=tmp_path, check=False).stdout
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+        return run_here("convert", *arguments, folder=tmp_path)
 
-    assert "FP32" in call("export", "a", "b.safetensors").stdout
     assert "a gpt of" in call("import", "b.safetensors", "c", "--n-head", "3").stdout
     assert "GPT2LMHeadModel of 28 tensors in BF16" in call("export", "a", "folder", "--format", "bf16").stdout
     assert "GPT2LMHeadModel of 28 tensors in FP32" in call("export", "folder", "again").stdout

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 from safetensors.numpy import save_file
-from script_loader import load_script
+from script_loader import load_script, run_here
 
 from refimpl.backends.base import REFERENCE, Backend
 from refimpl.backends.numpy.backend import NUMPY
@@ -247,17 +247,18 @@ def test_the_script_has_defaults_of_its_own() -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
+    """Recorded and judged by real processes once."""
     small = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    assert script("record", "--recipe=fp16", *small, "--out", ours).returncode == 0
+    assert run_here("trace", "record", "--recipe=fp16", *small, "--out", ours).returncode == 0
     done = script("record", "--recipe=fp16", "--mistake=coupled-decay", *small, "--like", ours, "--out", theirs)
     assert done.returncode == 0 and "2 steps" in done.stdout
-    assert script("diff", ours, ours).returncode == 0
+    assert run_here("trace", "diff", ours, ours).returncode == 0
     done = script("diff", ours, theirs, "--json", tmp_path / "verdict")
     assert done.returncode == 1 and "explained by --mistake coupled-decay" in done.stdout
     verdict = json.loads((tmp_path / "verdict").read_text())
     assert verdict["explained_by"] == ["coupled-decay"] and verdict["first_departure"]["point"] == "4.m"
-    done = script("diff", ours, tmp_path / "none")
+    done = run_here("trace", "diff", ours, tmp_path / "none")
     assert done.returncode == 2 and done.stderr.startswith("error: no trace at") and done.stderr.count("\n") == 1
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from paths import ROOT
 from safetensors.numpy import save_file
-from script_loader import load_script
+from script_loader import load_script, run_here
 from trace_mutations import MUTATIONS, mutated
 
 from refimpl.errors import UsageError
@@ -227,6 +224,5 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert data["verdict"] == said and data["coverage"]["judged"] <= data["coverage"]["tensors"]
         assert bool(data["coverage"]["judged_by_the_weaker_bound"]) == (code == 3)
     save(tmp_path / "theirs", changed(**{"0_targets": TOKENS + 256}))
-    command = [sys.executable, "scripts/trace.py", "diff", *files[:2]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_here("trace", "diff", *files[:2])
     assert done.returncode == 2 and done.stderr.startswith("error: 1/0.targets holds 256") and done.stderr.count("\n") == 1

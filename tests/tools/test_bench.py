@@ -9,6 +9,7 @@ import time
 
 import pytest
 from paths import SCRIPTS
+from script_loader import run_here
 
 from refimpl.backends.numpy.malloc import keep_freed_memory
 from refimpl.errors import UsageError
@@ -107,4 +108,4 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 def test_the_script_itself() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--smoke"], capture_output=True, text=True)
     assert done.returncode == 0 and "over_floor" in done.stdout, done.stderr
-    assert subprocess.run([sys.executable, SCRIPT, "--models", "huge"], capture_output=True).returncode == 2
+    assert run_here("bench", "--models", "huge").returncode == 2

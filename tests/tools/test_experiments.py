@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from paths import SCRIPTS
+from script_loader import run_here
 
 from refimpl.errors import UsageError
 from refimpl.precision.recipes import RECIPES
@@ -246,12 +247,10 @@ def test_bad_arguments(arguments: tuple[list[str], int], message: str, tmp_path:
 
 
 def test_the_script_itself(tmp_path: Path) -> None:
-    def run(*words: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, cwd=tmp_path)
-
-    assert "hundred-updates" in run().stdout
-    bad = run("flush", "nothing")
+    listed = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, cwd=tmp_path)
+    assert "hundred-updates" in listed.stdout
+    bad = run_here("experiments", "flush", "nothing", folder=tmp_path)
     assert bad.returncode == 2 and bad.stderr.startswith("error: unknown experiment 'nothing'") and bad.stderr.count("\n") == 1
     (tmp_path / "file").write_text("")
     pytest.importorskip("matplotlib")
-    assert run("flush", "--out", "file/x").returncode == 2
+    assert run_here("experiments", "flush", "--out", "file/x", folder=tmp_path).returncode == 2

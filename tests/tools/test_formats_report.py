@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from paths import ROOT
-from script_loader import load_script
+from script_loader import load_script, run_here
 
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast
@@ -450,15 +450,12 @@ def test_an_unknown_format_lists_the_names(names: str) -> None:
 
 
 def test_the_script_in_a_process_of_its_own() -> None:
-    def script(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "scripts/formats.py", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-
-    done = script("65520", "-1e-8", "--format", "fp16")
+    command = [sys.executable, "scripts/formats.py", "65520", "-1e-8", "--format", "fp16"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert "inf     -            overflow to inf\n" in done.stdout
     assert "-1e-8 is not an FP64 number" in done.stdout
-    done = script("0.1", "abc")
+    done = run_here("formats", "0.1", "abc")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: 'abc' is not a number") and done.stderr.count("\n") == 1
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 from progress_bars import NoBar
+from script_loader import run_here
 
 from refimpl import step
 from refimpl.errors import UsageError
@@ -432,18 +433,14 @@ def test_wrong_input_says_what_is_right(options: dict[str, Any], says: list[str]
     assert all(part in str(caught.value) for part in says), caught.value
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / arguments[0]), *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-
-
 def test_the_script_runs_and_ends_with_2_on_wrong_input() -> None:
-    good = run("inspect_step.py", "--recipe", "amp-bf16", "--index", "3,5")
+    command = [sys.executable, ROOT / "scripts" / "inspect_step.py", "--recipe", "amp-bf16", "--index", "3,5"]
+    good = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (good.returncode, good.stderr) == (0, "") and good.stdout.startswith("recipe amp-bf16, training step 1: ")
-    bad = run("inspect_step.py", "--parameter", "nothing")
+    bad = run_here("inspect_step", "--parameter", "nothing")
     assert (bad.returncode, bad.stdout) == (2, "") and bad.stderr.startswith("error: unknown parameter 'nothing': choose")
     assert bad.stderr.count("\n") == 1
-    listed = "".join(run("inspect_step.py", "--help").stdout.split())  # lines are broken at hyphens
+    listed = "".join(run_here("inspect_step", "--help").stdout.split())  # lines are broken at hyphens
     assert all(name in listed for name in (*FOLLOWED, *SCALER_RULES)) and "bf16-kahan" not in listed
-    for wrong in (["inspect_step.py", "--index", "x"], ["recipes.py", "--recipe", "fp17"]):
-        assert run(*wrong).returncode == 2
+    for wrong in (["inspect_step", "--index", "x"], ["recipes", "--recipe", "fp17"]):
+        assert run_here(*wrong).returncode == 2

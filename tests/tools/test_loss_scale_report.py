@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from paths import DOCS, SCRIPTS
 from scaler_traces import FP32_MAX, GOLDEN, PATIENT, TINY, TOP, A, B
-from script_loader import load_script
+from script_loader import load_script, run_here
 
 from refimpl.errors import UsageError
 from refimpl.optim.loss_scalers import SCALER_RULES, ScalerRule
@@ -97,12 +97,10 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_as_a_process() -> None:
-    def call(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, check=False)
-
-    good = call("megatron", "--overflows", B, "--init-scale", "1024", "--interval", "3", "--hysteresis", "2")
+    words = ["megatron", "--overflows", B, "--init-scale", "1024", "--interval", "3", "--hysteresis", "2"]
+    good = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, check=False)
     assert (good.returncode, good.stdout, good.stderr) == (0, GOLDEN["megatron", 2][B] + "\n", "")
-    bad = call("torch", "--overflows", "2")
+    bad = run_here("loss_scale", "--overflows", "2")
     assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from paths import ROOT, SCRIPTS
-from script_loader import load_script
+from script_loader import load_script, run_here
 
 from refimpl.distributed.zero import per_rank
 from refimpl.errors import UsageError
@@ -416,5 +416,5 @@ def test_bad_arguments_are_refused_in_one_line(words: list[str], message: str) -
 def test_the_script_itself() -> None:
     good = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert good.returncode == 0 and "104.3" in good.stdout
-    bad = subprocess.run([sys.executable, SCRIPT, "--ranks", "0"], capture_output=True, text=True)
+    bad = run_here("memory", "--ranks", "0")
     assert bad.returncode == 2 and bad.stderr == "error: --ranks is 0: it must be at least 1\n"

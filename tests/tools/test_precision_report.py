@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from browser import browse, measured, needs_browser
 from paths import ROOT
-from script_loader import load_script
+from script_loader import load_script, run_here
 
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast
@@ -720,6 +720,6 @@ def test_wrong_arguments_are_refused_in_one_line_before_any_step(
 
 
 def test_the_exit_code_of_wrong_arguments_is_2() -> None:
-    done = in_a_process("--what-if", "fp8", "--no-page")
+    done = run_here("inspect_precision", "--what-if", "fp8", "--no-page")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --what-if 'fp8': choose from") and done.stderr.count("\n") == 1

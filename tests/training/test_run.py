@@ -19,6 +19,7 @@ from overflow import overflow_always
 from paths import SCRIPTS
 from progress_bars import NoBar
 from recipe_lists import MECHANISMS, others_slow
+from script_loader import run_here
 
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.nn.models.model import Model
@@ -457,7 +458,7 @@ def test_config_fills_in_the_models_defaults() -> None:
 
 
 def test_command_line(text: str, tmp_path: Path) -> None:
-    """Once through real processes: a run, exit codes, one line of error and no traceback."""
+    """Through real processes once: a run, exit codes, one line of error and no traceback."""
     script = SCRIPTS / "train.py"
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
 
@@ -469,7 +470,7 @@ def test_command_line(text: str, tmp_path: Path) -> None:
     assert good.returncode == 0 and (tmp_path / "runs" / "mlp-fp16" / "checkpoint.safetensors").exists(), good.stderr
     bad = call("--recipe=fp99")
     assert bad.returncode == 2 and bad.stderr.startswith("error: unknown recipe 'fp99'") and bad.stderr.count("\n") == 1
-    unused = call("--loss-scale=128")
+    unused = run_here("train", *flags, f"--data={text}", "--loss-scale=128", folder=tmp_path)
     assert unused.returncode == 2 and unused.stderr.startswith("error: --init-scale 4194304.0 with loss scale 128: only one")
     del flags[-2:]  # --growth-interval and --init-scale
     stopped = call("--recipe=pure-fp16", "--lr=1", "--steps=50", "--out=p")
@@ -477,9 +478,8 @@ def test_command_line(text: str, tmp_path: Path) -> None:
     generate = [sys.executable, str(script.with_name("generate.py")), "runs/mlp-fp16/checkpoint.safetensors"]
     sampled = subprocess.run([*generate, "--tokens=9"], capture_output=True, cwd=tmp_path, check=False)
     assert sampled.returncode == 0 and len(sampled.stdout) >= 10
-    measured = subprocess.run([*generate, f"--loss={text}"], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert "nats per byte" in measured.stdout
-    missing = subprocess.run([*generate[:2], "nothing"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "nats per byte" in run_here("generate", generate[-1], f"--loss={text}", folder=tmp_path).stdout
+    missing = run_here("generate", "nothing", folder=tmp_path)
     assert missing.returncode == 2 and missing.stderr.startswith("error: there is no nothing, no checkpoint at that path")
 
 
