@@ -31,6 +31,7 @@ One has no rule: 'decay-all' is a setting that may be meant.
 """
 KNOWN_MISTAKES["A10"] = ("no-bias-correction", "coupled-decay", "eps-inside-root")
 KNOWN_MISTAKES["B2"] += ("unscale-each-micro-batch",)
-KNOWN_MISTAKES["D4"] = ("rope-angles-in-16-bits", "rope-frequencies-in-16-bits")
+KNOWN_MISTAKES["D4"] = ("rope-angles-in-16-bits",)
+KNOWN_MISTAKES["D5"] = ("rope-frequencies-in-16-bits",)
 KNOWN_MISTAKES["D14"] = ("residual-truncated",)
 KNOWN_MISTAKES["D16"] = ("sum-in-16-bits",)
