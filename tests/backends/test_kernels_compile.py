@@ -113,9 +113,11 @@ def test_the_kernels_own_arithmetic_rounds_after_every_operation(fmt: str) -> No
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_only_exp_log_and_tanh_fuse(fmt: str) -> None:
     """With them, fused operations are in the kernels that call one, and only there; nothing else is found."""
-    kernels = {name for name, body in bodies(source()).items() if re.search(r"\b(expf|logf|tanhf|gelu_tanh)\(", body)}
+    calls = re.compile(r"\b(expf|logf|tanhf|gelu_tanh|one_plus_exp|causal_softmax)\(")
+    kernels = {name for name, body in bodies(source()).items() if calls.search(body)}
     assert kernels == {
-        "gelu_tanh_forward", "gelu_tanh_backward", "causal_softmax_forward", "cross_entropy_forward", "cross_entropy_backward"
+        "gelu_tanh_forward", "gelu_tanh_backward", "silu_forward", "silu_backward", "swiglu_forward", "swiglu_backward",
+        "causal_softmax_forward", "wide_causal_softmax_forward", "cross_entropy_forward", "cross_entropy_backward",
     }  # fmt: skip
     assert lint(compiled(source(), fmt, "sm_90")[0]) == {(name, "a fused product and sum") for name in kernels}
 
@@ -139,7 +141,8 @@ def test_a_thread_asks_for_several_values_at_once(fmt: str) -> None:
 
 AT_ONCE = {
     "layernorm_forward": 8, "layernorm_backward": 12, "layernorm_weights_backward": 16, "bias_backward": 8,
-    "causal_softmax_forward": 8, "causal_softmax_backward": 16,
+    "causal_softmax_forward": 8, "causal_softmax_backward": 16, "llama_rmsnorm_forward": 8, "llama_rmsnorm_backward": 12,
+    "llama_rmsnorm_weights_backward": 12, "wide_causal_softmax_forward": 8, "wide_causal_softmax_backward": 16,
 }  # fmt: skip
 
 BAD = {

@@ -61,6 +61,43 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "gelu: another constant": ("gelu_tanh", "bf16", "KAPPA = 0.044715f", "KAPPA = 0.044716f"),
     "gelu: another half": ("gelu_tanh", "fp32", "mul(0.5f, z)", "mul(0.49999997f, z)"),
     "gelu: sign of the slope": ("gelu_tanh", "fp16", "sub(1.0f, mul(t, t))", "add(1.0f, mul(t, t))"),
+    "silu: another sign": ("silu", "fp32", "add(expf(-z), 1.0f)", "add(expf(z), 1.0f)"),
+    "silu: sign of the slope": ("silu", "bf16", "add(mul(sub(1.0f, s), z), 1.0f)", "sub(1.0f, mul(sub(1.0f, s), z))"),
+    "swiglu: a rounding dropped": (
+        "silu", "fp16", "mul(widen(round_to<T>(div(g, one_plus_exp(g)))), u)", "mul(div(g, one_plus_exp(g)), u)",
+    ),
+    "swiglu: silu not rounded again": ("silu", "fp16", "mul(widen(round_to<T>(div(g, e))), d)", "mul(div(g, e), d)"),
+    "swiglu: a gradient not rounded": (
+        "silu", "bf16", "float ds = widen(round_to<T>(mul(d, widen(up[i]))))", "float ds = mul(d, widen(up[i]))",
+    ),
+    "swiglu: the last element missed": (
+        "silu", "fp32", "i < n; i += stride()) {\n        float d", "i < n - 1; i += stride()) {\n        float d",
+    ),
+    "rope: a product not rounded": ("rope", "fp16", "return widen(round_to<T>(mul(p, q)))", "return mul(p, q)"),
+    "rope: angles not rounded": ("rope", "bf16", "c = widen(round_to<T>(cos[j]))", "c = cos[j]"),
+    "rope: the other sign": ("rope", "fp32", "sub(product(a, c), product(b, s))", "add(product(a, c), product(b, s))"),
+    "rope: backward turns forward": ("rope", "fp32", "mul(widen(round_to<T>(sin[j])), sign)", "widen(round_to<T>(sin[j]))"),
+    "rope: neighbors for halves": ("rope", "fp32", "second = first + half", "second = first + 1"),
+    "rope: one position for all": ("rope", "fp32", "cos += row % positions * half", "cos += 0"),
+    "llama_rmsnorm: rounded once": (
+        "llama_rmsnorm", "fp16",
+        "T n = round_to<T>(mul(widen(x[i]), r));", "float n = mul(widen(x[i]), r);",
+    ),
+    "llama_rmsnorm: eps left out": (
+        "llama_rmsnorm", "fp32", "div(warp_fold<add>(sum), (float)C), eps)", "div(warp_fold<add>(sum), (float)C), 0.0f)",
+    ),
+    "llama_rmsnorm: dn not rounded": (
+        "llama_rmsnorm", "bf16",
+        "return widen(round_to<T>(mul(widen(dy[i]), widen(w[i]))))", "return mul(widen(dy[i]), widen(w[i]))",
+    ),
+    "llama_rmsnorm: dy n not rounded": (
+        "llama_rmsnorm", "bf16", "widen(round_to<T>(mul(widen(dy[i]), widen(n))))", "mul(widen(dy[i]), widen(n))",
+    ),
+    "wide softmax: P rounded": (
+        "wide_causal_softmax", "fp16",
+        "round_to<U>(div(expf(sub(scaled(i), largest)), sum))",
+        "round_to<U>(widen(round_to<T>(div(expf(sub(scaled(i), largest)), sum))))",
+    ),
     "layernorm: eps outside the root": (
         "layernorm", "fp16",
         "root(add(div(warp_fold<add>(squares), (float)C), eps))", "add(root(div(warp_fold<add>(squares), (float)C)), eps)",

@@ -26,10 +26,11 @@ from strict_backend import PLAIN, STRICT, StrictBackend, on_host, put
 from strict_cupy import Counter, WaitError, counter, xp
 
 from refimpl.backends.base import REFERENCE, Backend
-from refimpl.backends.cupy import cublas
+from refimpl.backends.cupy import cublas, llama_ops
 from refimpl.backends.cupy import ops as cupy_ops
 from refimpl.backends.cupy import passes as cupy_passes
-from refimpl.backends.cupy.ops import CUPY_OPS, Fused
+from refimpl.backends.cupy.dispatch import Fused, with_fallback
+from refimpl.backends.cupy.ops import CUPY_OPS
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.nn.ops import OPS, fan_in
@@ -46,7 +47,7 @@ from refimpl.training.config import Config
 from refimpl.training.setup import start
 
 Array = Any
-MODELS = ("gpt", "mlp")
+MODELS = ("gpt", "llama", "mlp")
 KNOWN = [
     name
     for name, recipe in RECIPES.items()
@@ -57,8 +58,8 @@ JUDGED_RECIPES = [
     name for name in KNOWN if all(type(get_encoding(kept)) is Plain for kept in RECIPES[name].state_encodings().values())
 ]
 """Those whose states are plain numbers, which the judge knows; test_device_encodings.py has the others."""
-OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), ("fp16", "mlp"), ("amp-fp16", "mlp")]
-"""Each mechanism in the model with nearly all operations; the other in one format and under autocast."""
+OF_EACH_KIND = [*((recipe, "gpt") for recipe in MECHANISMS), *every(("fp16", "amp-fp16"), ("llama", "mlp"))]
+"""Each mechanism in the model with nearly all operations; the others in one format and under autocast."""
 TINY: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 16, "lr": 1e-3, "warmup": 2, "steps": 5,
     "init_scale": 2.0**19, "growth_interval": 2,
@@ -67,7 +68,7 @@ TINY: dict[str, Any] = {
 
 
 def config(recipe: str, model: str = "gpt", **more: Any) -> Config:
-    sizes = {key: value for key, value in TINY.items() if model == "gpt" or key != "n_head"}
+    sizes = {key: value for key, value in TINY.items() if model != "mlp" or key != "n_head"}
     return Config.of({**sizes, "model": model, "recipe": recipe, **more})
 
 
@@ -119,6 +120,13 @@ def test_a_training_without_biases_and_with_more_token_ids_does_too() -> None:
     assert list(departures(STRICT, config("bf16", "gpt", bias=False, vocab_size=300))) == []
 
 
+def test_a_llama_whose_eps_and_heads_are_others_does_too() -> None:
+    """The kernels of norms take any eps; two groups of two heads, each normalized, biases, and more positions than a warp."""
+    more = {"n_head": 4, "n_kv_head": 2, "head_dim": 6, "norm_eps": 0.01, "qk_norm": True, "qkv_bias": True, "block_size": 40}
+    for recipe in ("fp32", "bf16", "amp-bf16"):
+        assert list(departures(STRICT, config(recipe, "llama", **more))) == []
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("recipe", [name for name in KNOWN if RECIPES[name].loss_scale == "dynamic"])
 def test_the_scale_and_the_skips_of_free_runs_are_the_hosts(recipe: str, model: str) -> None:
@@ -133,6 +141,7 @@ def test_the_scale_and_the_skips_of_free_runs_are_the_hosts(recipe: str, model: 
 # --------------------------------------------------------------------------------------------------------------- the costs
 
 LAUNCHES_A_LAYER, GEMMS_A_LAYER = 45, 18  # launches with the GEMMs among them, as in test_cupy_backend.py
+OF_LLAMA = 64, 27  # seven linear layers for four
 UNIFORM = ("fp32", "fp16", "bf16")
 
 
@@ -149,30 +158,34 @@ def third_step(backend: Backend, recipe: str, n_layer: int, model: str = "gpt", 
     return dataclasses.replace(counter)
 
 
-def excesses(backend: Backend, recipe: str) -> Iterator[str]:
-    """Where a step of GPT is over its budget."""
-    two, three = (third_step(backend, recipe, n_layer) for n_layer in (2, 3))
+def excesses(backend: Backend, recipe: str, model: str = "gpt") -> Iterator[str]:
+    """Where a step is over its budget."""
+    two, three = (third_step(backend, recipe, n_layer, model) for n_layer in (2, 3))
+    most, exactly = (LAUNCHES_A_LAYER, GEMMS_A_LAYER) if model == "gpt" else OF_LLAMA
     if two.h2d or two.d2h or two.syncs:
         yield f"a step copies or waits: {two}"
     gemms = three.gemms - two.gemms
     launches = three.launches - two.launches + gemms
-    if gemms != GEMMS_A_LAYER:
-        yield f"{gemms} GEMMs a layer, not {GEMMS_A_LAYER}"
-    if launches > LAUNCHES_A_LAYER:
-        yield f"{launches} launches a layer, more than {LAUNCHES_A_LAYER}"
+    if gemms != exactly:
+        yield f"{gemms} GEMMs a layer, not {exactly}"
+    if launches > most:
+        yield f"{launches} launches a layer, more than {most}"
 
 
 @pytest.mark.parametrize("recipe", UNIFORM)
-def test_a_step_is_within_its_budget(recipe: str) -> None:
-    assert list(excesses(STRICT, recipe)) == []
+@pytest.mark.parametrize("model", ["gpt", "llama"])
+def test_a_step_is_within_its_budget(model: str, recipe: str) -> None:
+    assert list(excesses(STRICT, recipe, model)) == []
 
 
 @pytest.mark.parametrize("recipe", UNIFORM)
-def test_without_kernels_a_step_is_far_over_its_budget(recipe: str) -> None:
-    """The control: the definitions take as many GEMMs, and several times as many launches."""
-    (excess,) = excesses(PLAIN, recipe)
-    assert excess.endswith(f"launches a layer, more than {LAUNCHES_A_LAYER}")
-    assert int(excess.split()[0]) > 3 * LAUNCHES_A_LAYER
+@pytest.mark.parametrize("model", ["gpt", "llama"])
+def test_without_kernels_a_step_is_far_over_its_budget(model: str, recipe: str) -> None:
+    """The control: the definitions take as many GEMMs, and more than twice as many launches, in 16 bits several times."""
+    (excess,) = excesses(PLAIN, recipe, model)
+    most = LAUNCHES_A_LAYER if model == "gpt" else OF_LLAMA[0]
+    assert excess.endswith(f"launches a layer, more than {most}")
+    assert int(excess.split()[0]) > (2 if recipe == "fp32" else 5) * most
 
 
 @pytest.mark.parametrize(("recipe", "model"), others_slow(every(KNOWN, MODELS), plain=OF_EACH_KIND))
@@ -199,11 +212,12 @@ class Watched(StrictBackend):
 
 
 @pytest.mark.parametrize("attention", ["unfused", "fused"])
+@pytest.mark.parametrize("model", ["gpt", "llama"])
 @pytest.mark.parametrize("recipe", ["fp16", "bf16", "amp-fp16", "amp-bf16", "amp-bf16-cpu"])
-def test_every_product_of_a_step_reads_16_bits(recipe: str, attention: str) -> None:
+def test_every_product_of_a_step_reads_16_bits(recipe: str, model: str, attention: str) -> None:
     """A definition that is run for want of a kernel multiplies what it cast, not copies of it in FP32."""
     backend, low = Watched("watched", xp), "fp16" if "fp16" in recipe else "bf16"
-    third_step(backend, recipe, 1, attention=attention)
+    third_step(backend, recipe, 1, model, attention=attention)
     assert set(backend.operands) == {(low, low)}
 
 
@@ -279,13 +293,13 @@ class Case:
     arrays: tuple[str, ...]
     row: Precision = LOW
     rows: Mapping[str, Precision] = field(default_factory=dict)
-    static: Mapping[str, int] = field(default_factory=dict)
+    static: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, op: Any, backend: Backend) -> tuple[Array, Array, list[Array | None]]:
         """y, what was saved, and the gradients, of this operation or of a version of it."""
         rng = np.random.default_rng(0)
         arrays = [backend.from_host(self._draw(rng, *words.split())) for words in self.arrays]
-        p = Run(Policy("case", {EVERY_OTHER: self.row, **self.rows}), backend).precision(self.op, "here")
+        p = Run(Policy("case", {EVERY_OTHER: self.row, **self.rows}), backend).precision(op.key, "here")
         y, saved = op.forward(*arrays, p=p, **self.static)
         dy = backend.from_host(cast(rng.standard_normal(y.shape), format_of(y)))
         params = arrays[len(arrays) - len(op.params) :] if op.params else []
@@ -298,12 +312,30 @@ class Case:
         return rng.integers(0, 5, sizes, fmt) if fmt.startswith("int") else cast(rng.standard_normal(sizes), fmt)
 
 
+GROUPS = {"n_head": 4, "n_kv_head": 2}
+SOFTMAX = {"attention.wide_softmax": HIGH}
+AUTOCAST = {"attention.scores": LOW, "attention.values": LOW, **SOFTMAX}
 FUSED = {
     "add": Case("add", ("fp16 3 4", "fp16 3 4")),
     "add of FP32 under autocast": Case("add", ("fp32 3 4", "fp32 3 4"), PROMOTE),
     "fan_in": Case("fan_in", ("fp16 3 4", "fp16 3 4")),
     "gelu": Case("gelu_tanh", ("fp16 3 4",)),
+    "silu": Case("silu", ("fp16 3 4",)),
+    "swiglu": Case("swiglu", ("fp16 3 4", "fp16 3 4")),
+    "swiglu of FP16 under autocast": Case("swiglu", ("fp16 3 4", "fp16 3 4"), PROMOTE),
+    "rope": Case("rope", ("fp16 2 3 8", "fp32 3 2", "fp32 3 2")),
+    "rope of FP32 under autocast": Case("rope", ("fp32 2 3 8", "fp32 3 2", "fp32 3 2"), PROMOTE),
+    "llama_rmsnorm": Case("llama_rmsnorm", ("fp16 3 8", "fp16 4"), static={"eps": 0.1}),
+    "llama_rmsnorm of FP32 under autocast": Case("llama_rmsnorm", ("fp32 3 4", "fp32 4"), PROMOTE),
+    "grouped_attention": Case("grouped_attention", ("fp16 2 3 8", "fp16 2 3 4", "fp16 2 3 4"), rows=SOFTMAX, static=GROUPS),
+    "grouped_attention, all in FP32": Case(
+        "grouped_attention", ("fp32 2 3 8", "fp32 2 3 4", "fp32 2 3 4"), HIGH, static=GROUPS
+    ),
+    "grouped_attention under autocast": Case(
+        "grouped_attention", ("fp32 2 3 8", "fp32 2 3 4", "fp16 2 3 4"), PROMOTE, AUTOCAST, GROUPS
+    ),
     "layernorm": Case("layernorm", ("fp16 3 4", "fp16 4", "fp16 4")),
+    "layernorm, another eps": Case("layernorm", ("fp16 3 4", "fp16 4", "fp16 4"), static={"eps": 0.1}),
     "layernorm of FP32 under autocast": Case("layernorm", ("fp32 3 4", "fp32 4", "fp32 4"), HIGH),
     "linear": Case("linear", ("fp16 3 4", "fp16 5 4", "fp16 5")),
     "linear of FP32 under autocast": Case("linear", ("fp32 3 4", "fp16 5 4", "fp16 5")),
@@ -326,6 +358,39 @@ FALLBACKS = {
     "gelu, a cast operand": Case("gelu_tanh", ("fp32 3 4",)),
     "gelu, a wider result": Case("gelu_tanh", ("fp16 3 4",), WIDE_RESULT),
     "gelu, fp64": Case("gelu_tanh", ("fp64 3 4",), EXACT),
+    "silu, a cast operand": Case("silu", ("fp32 3 4",)),
+    "silu, a wider result": Case("silu", ("fp16 3 4",), WIDE_RESULT),
+    "silu, fp64": Case("silu", ("fp64 3 4",), EXACT),
+    "swiglu, two formats": Case("swiglu", ("fp16 3 4", "fp32 3 4"), PROMOTE),
+    "swiglu, a cast operand": Case("swiglu", ("fp32 3 4", "fp16 3 4")),
+    "swiglu, a wider result": Case("swiglu", ("fp16 3 4", "fp16 3 4"), WIDE_RESULT),
+    "swiglu, fp64": Case("swiglu", ("fp64 3 4", "fp64 3 4"), EXACT),
+    "rope, a cast operand": Case("rope", ("fp32 2 3 8", "fp32 3 2", "fp32 3 2")),
+    "rope, angles in FP32": Case("rope", ("fp16 2 3 8", "fp32 3 2", "fp32 3 2"), PROMOTE),
+    "rope, angles in FP16": Case("rope", ("fp16 2 3 8", "fp16 3 2", "fp16 3 2")),
+    "rope, a wider result": Case("rope", ("fp16 2 3 8", "fp32 3 2", "fp32 3 2"), WIDE_RESULT),
+    "rope, fp64": Case("rope", ("fp64 2 3 8", "fp32 3 2", "fp32 3 2"), EXACT),
+    "llama_rmsnorm, a cast operand": Case("llama_rmsnorm", ("fp32 3 8", "fp16 4")),
+    "llama_rmsnorm, two formats": Case("llama_rmsnorm", ("fp16 3 8", "fp32 4"), PROMOTE),
+    "llama_rmsnorm, a wider result": Case("llama_rmsnorm", ("fp16 3 8", "fp16 4"), WIDE_RESULT),
+    "llama_rmsnorm, fp64": Case("llama_rmsnorm", ("fp64 3 8", "fp64 4"), EXACT),
+    "grouped_attention, a softmax in 16 bits": Case(
+        "grouped_attention", ("fp16 2 3 8", "fp16 2 3 4", "fp16 2 3 4"), static=GROUPS
+    ),
+    **{
+        f"grouped_attention, wider {part}": Case(
+            "grouped_attention", ("fp16 2 3 8", "fp16 2 3 4", "fp16 2 3 4"),
+            rows={**SOFTMAX, f"attention.{part}": WIDE_RESULT}, static=GROUPS,
+        )
+        for part in ("scores", "scale", "values")
+    },
+    "grouped_attention, more keys": Case(
+        "grouped_attention", ("fp16 2 2 8", "fp16 2 3 4", "fp16 2 3 4"), rows=SOFTMAX, static=GROUPS
+    ),
+    "grouped_attention, two formats": Case(
+        "grouped_attention", ("fp16 2 3 8", "fp16 2 3 4", "fp32 2 3 4"), PROMOTE, SOFTMAX, GROUPS
+    ),
+    "grouped_attention, fp64": Case("grouped_attention", ("fp64 2 3 8", "fp64 2 3 4", "fp64 2 3 4"), EXACT, static=GROUPS),
     "layernorm, a cast operand": Case("layernorm", ("fp16 3 4", "fp32 4", "fp32 4"), HIGH),
     "layernorm, a cast bias": Case("layernorm", ("fp16 3 4", "fp16 4", "fp32 4")),
     "layernorm, cast parameters": Case("layernorm", ("fp32 3 4", "fp16 4", "fp16 4"), HIGH),
@@ -635,7 +700,7 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
         edited(cupy_ops, "layernorm_forward(by_warps(mean.size)", "layernorm_forward(by_warps(mean.size - 8)"),
         "AssertionError: a grid of (15,)",
     ),
-    "a number of Python": (edited(cupy_ops, "*sizes, number(EPS)", "*sizes, EPS"), "packed as a double"),
+    "a number of Python": (edited(cupy_ops, "*sizes, number(eps)", "*sizes, eps"), "packed as a double"),
     "statistics in 16 bits": (
         edited(cupy_ops, '(p.empty(target.shape, "fp32")', "(p.empty(target.shape, fmt)"),
         "TypeError: cross_entropy_forward: row_loss is an array of float32, not float16",
@@ -657,6 +722,54 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
     ),
 }  # fmt: skip
 """What is done wrong, and the fault that shows it."""
+
+
+OF_LLAMA_MISTAKES = {
+    "one head of a group counts": (
+        "sum_of_group(widen(d, stored), p, site)", "widen(d, stored)[:, :, :1].copy()",
+        "2.activation_grads of model.layers.0.self_attn",
+    ),
+    "P in 16 bits": (
+        "_backward(grid, ROWS, P, dS", "_backward(grid, ROWS, p['scores'].cast(P, 'q'), dS", "P is an array of float32",
+    ),
+    "heads dealt in turn to the groups": (
+        "q_heads = heads.reshape(B, n_kv_head, group * T, D)",
+        "q_heads = heads.reshape(B, group, n_kv_head, T, D).swapaxes(1, 2).reshape(B, n_kv_head, group * T, D)",
+        "2.activations of model.layers.0.self_attn departs",
+    ),
+    "the slope is not scaled": (
+        "P, dS, dS, np.int32(T), number(1 / math.sqrt(D))", "P, dS, dS, np.int32(T), number(1.0)", "self_attn.k_rope departs",
+    ),
+    "gradients turned forward": (
+        "rotated(dy, cos, sin, -1.0, p)", "rotated(dy, cos, sin, 1.0, p)",
+        "2.activation_grads of model.layers.0.self_attn.q_proj",
+    ),
+    "the eps of GPT-2": ("*sizes, number(eps)", "*sizes, number(EPS)", "2.activations of model.layers.0.input_layernorm"),
+    "gate and up exchanged": (
+        "in_order(p, dy), gate, up, dgate", "in_order(p, dy), up, gate, dgate", "2.activation_grads of model.layers.0.mlp",
+    ),
+    "a sum for a product": ('"swiglu_forward", fmt, gc, uc', '"add_forward", fmt, gc, uc', "mlp.act departs"),
+}
+"""What is written otherwise in llama_ops.py, and the fault that shows it."""
+
+
+@pytest.mark.parametrize("name", OF_LLAMA_MISTAKES)
+def test_a_mistake_in_llamas_operations_is_found(name: str) -> None:
+    old, new, fault = OF_LLAMA_MISTAKES[name]
+    text = Path(llama_ops.__file__).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    names: dict[str, Any] = {"__name__": llama_ops.__name__}
+    exec(compile(text.replace(old, new), llama_ops.__file__, "exec"), names)
+    changed = {
+        op: with_fallback(OPS[op], names[f"{op}_forward"], names[f"{op}_backward"])
+        for op in ("swiglu", "rope", "llama_rmsnorm", "grouped_attention")
+    }
+    settings = config("fp16", "llama", n_head=4, n_kv_head=2, norm_eps=0.01, init_scale=1024.0, steps=1)
+    try:
+        found = list(departures(Broken("broken", xp, changed_ops={**CUPY_OPS, **changed}), settings))
+    except TypeError as error:
+        found = [str(error)]
+    assert any(fault in one for one in found), found
 
 
 ONE_IN_THREE = list(MISTAKES)[::3]

@@ -24,11 +24,14 @@ from bounds import (
     gamma,
     gelu_tanh_near,
     layernorm_near,
+    llama_rmsnorm_near,
     near,
     possible,
+    silu_near,
     softmax_of,
     softmax_slope,
     stored,
+    swiglu_near,
 )
 
 from refimpl.backends.cupy.launch import COLUMNS, LANES, THREADS, WARP, WARPS, elementwise_grid
@@ -174,6 +177,47 @@ def check_gelu(device: Device, fmt: str) -> None:
     moderate = (np.abs(wide(x)) < 100) & (np.abs(wide(dy)) < 100)
     for got, exact in zip((y, dx), gelu_tanh_near(near(wide(x[moderate])), near(wide(dy[moderate]))), strict=True):
         assert_possible(got[moderate], exact, fmt)
+
+
+def check_silu(device: Device, fmt: str) -> None:
+    """silu and swiglu, both ways: with the C library's exp bit for bit, else each result a possible one."""
+    rng = np.random.default_rng(17)
+    gate, up, dy = (all_kinds(rng, MANY, fmt, tiny=not device.flushes) for _ in range(3))
+    if device.flushes:
+        gate[wide(gate) < -40] = -1  # a sigmoid of 2^-58 at least, so that no product with it vanishes
+    gate[:3] = dy[:3] = up[:3] = np.inf, -np.inf, np.nan
+    special = slice(None) if device.functions else slice(0, 3)
+    moderate = np.logical_and.reduce([np.abs(wide(x)) < 80 for x in (gate, up, dy)])  # exp(-gate) is finite
+    n, grid = np.int64(MANY), elementwise_grid(MANY)
+    for op, operands in (("silu", (gate,)), ("swiglu", (gate, up))):
+        y, gradients = empty(MANY, fmt), [empty(MANY, fmt) for _ in operands]
+        device.launch(fmt, f"{op}_forward", grid, *operands, y, n)  # "silu_forward" and "swiglu_forward"
+        device.launch(fmt, f"{op}_backward", grid, dy, *operands, *gradients, n)  # "silu_backward" and "swiglu_backward"
+        p = bound(fmt, op, device.functions)
+        expected, saved = OPS[op].forward(*operands, p)
+        for one, other in zip((y, *gradients), (expected, *OPS[op].backward(dy, saved, p)), strict=True):
+            assert_same(one[special], other[special])
+        exact = [near(wide(x[moderate])) for x in (*operands, dy)]
+        formulas = silu_near(*exact) if op == "silu" else swiglu_near(*exact, fmt)
+        for one, value in zip((y, *gradients), formulas, strict=True):
+            assert_possible(one[moderate], value, fmt)
+
+
+def check_rope(device: Device, fmt: str) -> None:
+    """Both ways, bit for bit, with infinities and NaNs among x; the angles are FP32, and the kernel rounds them."""
+    rng = np.random.default_rng(18)
+    for B, T, H, half in ((1, 1, 1, 1), (2, 5, 3, 3), (3, 7, 1, 64), (2, 3, 9, 32)):
+        shape = (B, T, H * 2 * half)
+        x = all_kinds(rng, B * T * H * 2 * half, fmt, tiny=not device.flushes).reshape(shape)
+        angle = rng.uniform(0.1, 1.4, (T, half)) + rng.integers(0, 4, (T, half)) * np.pi / 2  # no product below 2^-26
+        cos, sin = (array(f(angle), "fp32") for f in (np.cos, np.sin))
+        p, sizes = bound(fmt, "rope"), (np.int32(T), np.int32(H), np.int32(half))
+        for sign, expected in (
+            (1, OPS["rope"].forward(x, cos, sin, p)[0]), (-1, OPS["rope"].backward(x, (cos, sin, fmt), p)[0])
+        ):  # fmt: skip
+            y = empty(shape, fmt)
+            device.launch(fmt, "rope", (B * T,), x, cos, sin, y, *sizes, np.float32(sign))
+            assert_same(y, expected, zeros=not device.flushes)
 
 
 def some_ignored(rng: np.random.Generator, rows: int, V: int, ignore_index: int) -> Array:
@@ -333,6 +377,55 @@ def check_layernorm_specials(device: Device, fmt: str) -> None:
         assert (np.isnan(wide(one)) == np.isnan(wide(other))).all()
 
 
+def llama_rmsnorm_restated(x: Array, w: Array, dy: Array, fmt: str, eps: np.float32) -> list[Array]:
+    """y, rrms, dx, dw of llama_rmsnorm_* with the sums in the order of the kernels."""
+    C = np.float32(x.shape[-1])
+    z, scale, d = widen(x), widen(w), widen(dy)
+    rrms = 1 / np.sqrt(tree_sum(z * z, WARP)[:, None] / C + eps)
+    h = z * rrms
+    n, dn = widen(cast(h, fmt)), widen(cast(d * scale, fmt))
+    dx = (dn - h * (tree_sum(dn * h, WARP) / C)[:, None]) * rrms
+    dw = tree_sum(widen(cast(d * n, fmt)).T, LANES)
+    return [cast(n * scale, fmt), rrms[:, 0], cast(dx, fmt), cast(dw, fmt)]
+
+
+def llama_rmsnorm_launched(device: Device, x: Array, w: Array, dy: Array, fmt: str, eps: np.float32) -> list[Array]:
+    rows, C = x.shape
+    y, dx, dw, rrms = empty(x.shape, fmt), empty(x.shape, fmt), empty(C, fmt), empty(rows, "fp32")
+    sizes = np.int32(rows), np.int32(C)
+    device.launch(fmt, "llama_rmsnorm_forward", by_warps(rows), x, w, y, rrms, *sizes, eps)
+    device.launch(fmt, "llama_rmsnorm_backward", by_warps(rows), dy, x, w, rrms, dx, *sizes)
+    device.launch(fmt, "llama_rmsnorm_weights_backward", (-(-C // COLUMNS),), dy, x, rrms, dw, *sizes)
+    return [y, rrms, dx, dw]
+
+
+def check_llama_rmsnorm(device: Device, fmt: str) -> None:
+    """Both ways and the weights': bit for bit as restated, each a possible result of the definition; a large eps too."""
+    rng = np.random.default_rng(19)
+    for (rows, C), eps in product(SHAPES, (EPS, np.float32(0.5))):
+        x, dy, w = (normal(rng, shape, fmt) for shape in ((rows, C), (rows, C), C))
+        got = llama_rmsnorm_launched(device, x, w, dy, fmt, eps)
+        for one, other in zip(got, llama_rmsnorm_restated(x, w, dy, fmt, eps), strict=True):
+            assert_same(one, other, zeros=False)
+        exact = llama_rmsnorm_near(*(near(wide(v)) for v in (x, w, dy)), fmt, fmt, float(eps))
+        for one, value in zip((got[0], *got[2:]), exact, strict=True):
+            assert_possible(one, value, fmt)
+
+
+def check_llama_rmsnorm_specials(device: Device, fmt: str) -> None:
+    """An Inf or NaN spoils its own row, and its column of dw, as in the definition; zeros do not."""
+    rng = np.random.default_rng(20)
+    x, dy, w = (normal(rng, shape, fmt) for shape in ((7, 50), (7, 50), 50))
+    x[0, 3], x[1, 4], dy[2, 5], dy[3, 6], x[4] = np.inf, np.nan, -np.inf, np.nan, 0
+    got = llama_rmsnorm_launched(device, x, w, dy, fmt, EPS)
+    for one, other in zip(got, llama_rmsnorm_restated(x, w, dy, fmt, EPS), strict=True):
+        assert_same(one, other, zeros=False)
+    p = bound(fmt, "llama_rmsnorm")
+    y, saved = OPS["llama_rmsnorm"].forward(x, w, p)
+    for one, other in zip((got[0], *got[2:]), (y, *OPS["llama_rmsnorm"].backward(dy, saved, w, p)), strict=True):
+        assert (np.isnan(wide(one)) == np.isnan(wide(other))).all()
+
+
 def check_bias_forward(device: Device, fmt: str) -> None:
     """y is FP32 products and a bias added and rounded once, bit for bit; also in place where y is FP32."""
     rng = np.random.default_rng(15)
@@ -380,25 +473,35 @@ QUERIES = ((1, 1), (2, 7), (3, 64), (1, 300))  # (heads, queries)
 
 def check_causal_softmax(device: Device, fmt: str) -> None:
     """P and dS, also where P is written over S and dS over dP; later keys are 0."""
+    check_causal_softmaxes(device, fmt, fmt, "causal_softmax_forward", "causal_softmax_backward")
+
+
+def check_wide_causal_softmax(device: Device, fmt: str) -> None:
+    """The same with P in FP32."""
+    check_causal_softmaxes(device, fmt, "fp32", "wide_causal_softmax_forward", "wide_causal_softmax_backward")
+
+
+def check_causal_softmaxes(device: Device, fmt: str, kept: str, forward: str, backward: str) -> None:
     rng = np.random.default_rng(8)
     for heads, queries in QUERIES:
         shape, scale = (heads * queries, queries), np.float32(1 / np.sqrt(6))
-        S, dP, P, dS = normal(rng, shape, fmt, 3.0), normal(rng, shape, fmt), empty(shape, fmt), empty(shape, fmt)
+        S, dP, P, dS = normal(rng, shape, fmt, 3.0), normal(rng, shape, fmt), empty(shape, kept), empty(shape, fmt)
         grid, n = (heads, *by_warps(queries)), np.int32(queries)
-        device.launch(fmt, "causal_softmax_forward", grid, S, P, n, scale)
-        device.launch(fmt, "causal_softmax_backward", grid, P, dP, dS, n, scale)
+        device.launch(fmt, forward, grid, S, P, n, scale)
+        device.launch(fmt, backward, grid, P, dP, dS, n, scale)
         in_place, slope_in_place = S.copy(), dP.copy()
-        device.launch(fmt, "causal_softmax_forward", grid, in_place, in_place, n, scale)
-        device.launch(fmt, "causal_softmax_backward", grid, P, slope_in_place, slope_in_place, n, scale)
-        assert_same(in_place, P)
+        device.launch(fmt, backward, grid, P, slope_in_place, slope_in_place, n, scale)
         assert_same(slope_in_place, dS)
+        if kept == fmt:
+            device.launch(fmt, forward, grid, in_place, in_place, n, scale)
+            assert_same(in_place, P)
 
         seen = np.tile(np.tri(queries, dtype=bool), (heads, 1))
         scaled, probability, slope = widen(cast(widen(S) * scale, fmt)), widen(P), widen(dP)
         if device.functions:
             largest = np.where(seen, scaled, -np.inf).max(-1, keepdims=True)
             e = device.functions.exp(np.where(seen, scaled - largest, -np.inf))
-            assert_same(P, cast(e / tree_sum(e, WARP)[:, None], fmt))
+            assert_same(P, cast(e / tree_sum(e, WARP)[:, None], kept))
         products = np.where(seen, slope * probability, np.float32(0))
         unscaled = widen(cast((slope - tree_sum(products, WARP)[:, None]) * probability, fmt))
         assert_same(dS, cast(np.where(seen, unscaled * scale, np.float32(0)), fmt), zeros=False)
@@ -406,7 +509,7 @@ def check_causal_softmax(device: Device, fmt: str) -> None:
         for row in range(len(S)):
             keys = row % queries + 1
             assert not wide(P[row, keys:]).any() and not wide(dS[row, keys:]).any()
-            assert_possible(P[row, :keys], softmax_of(near(wide(scaled[row, :keys]))), fmt)
+            assert_possible(P[row, :keys], softmax_of(near(wide(scaled[row, :keys]))), kept)
             dS_row = stored(softmax_slope(near(wide(dP[row, :keys])), near(wide(P[row, :keys]))), fmt) * near(wide(scale))
             assert_possible(dS[row, :keys], dS_row, fmt)
 
@@ -439,8 +542,10 @@ def check_rows_beyond_the_last(device: Device, fmt: str) -> None:
         ("layernorm_backward", (1,), (x, x, w, mean, mean, y, *sizes), (y,)),
         ("causal_softmax_forward", (1, 1), (x, y, sizes[1], scale), (y,)),
         ("causal_softmax_backward", (1, 1), (x, x, y, sizes[1], scale), (y,)),
+        ("llama_rmsnorm_forward", (1,), (x, w, y, r, *sizes, EPS), (y, r)),
+        ("llama_rmsnorm_backward", (1,), (x, x, w, mean, y, *sizes), (y,)),
     ):
-        y[...] = np.nan
+        y[...] = r[...] = np.nan
         device.launch(fmt, kernel, grid, *arguments)
         for result in results:
             assert np.isfinite(wide(result[:rows])).all() and np.isnan(wide(result[rows:])).all(), kernel
@@ -560,6 +665,8 @@ def check_gradient_norm(device: Device, fmt: str) -> None:
 ELEMENTWISE = {
     "add_forward": check_add,
     "gelu_tanh": check_gelu,
+    "silu": check_silu,
+    "rope": check_rope,
     "cross_entropy_backward": check_cross_entropy_backward,
     "adamw": check_adamw,
     "bias_forward": check_bias_forward,
@@ -569,9 +676,12 @@ ELEMENTWISE = {
 REDUCING = {
     "layernorm": check_layernorm,
     "layernorm_specials": check_layernorm_specials,
+    "llama_rmsnorm": check_llama_rmsnorm,
+    "llama_rmsnorm_specials": check_llama_rmsnorm_specials,
     "bias_backward": check_bias,
     "causal_softmax": check_causal_softmax,
     "causal_softmax_specials": check_causal_softmax_specials,
+    "wide_causal_softmax": check_wide_causal_softmax,
     "rows_beyond_the_last": check_rows_beyond_the_last,
     "cross_entropy_forward": check_cross_entropy_forward,
     "cross_entropy_mean": check_cross_entropy_mean,

@@ -31,7 +31,6 @@ from refimpl.backends.cupy.backend import CupyBackend
 from refimpl.backends.cupy.launch import COLUMNS, THREADS, WARPS, Kernels, Module
 from refimpl.backends.numpy.backend import NUMPY
 from refimpl.nn.attention import hide_later
-from refimpl.nn.norm import EPS
 from refimpl.nn.ops import OPS, fan_in
 from refimpl.nn.softmax import softmax_slope, unrounded_softmax
 from refimpl.numerics.casts import cast, widen
@@ -79,14 +78,45 @@ def gelu_tanh_backward(fmt: str, grid: Grid, dy: Array, x: Array, dx: Array, n: 
     put(dx, OPS["gelu_tanh"].backward(dy.reshape(n), (x.reshape(n), fmt), bound(fmt, "gelu_tanh"))[0])
 
 
+def silu_forward(fmt: str, grid: Grid, x: Array, y: Array, n: np.int64) -> None:
+    put(y, OPS["silu"].forward(x.reshape(n), bound(fmt, "silu"))[0])
+
+
+def silu_backward(fmt: str, grid: Grid, dy: Array, x: Array, dx: Array, n: np.int64) -> None:
+    put(dx, OPS["silu"].backward(dy.reshape(n), (x.reshape(n), fmt), bound(fmt, "silu"))[0])
+
+
+def swiglu_forward(fmt: str, grid: Grid, gate: Array, up: Array, y: Array, n: np.int64) -> None:
+    put(y, OPS["swiglu"].forward(gate.reshape(n), up.reshape(n), bound(fmt, "swiglu"))[0])
+
+
+def swiglu_backward(
+    fmt: str, grid: Grid, dy: Array, gate: Array, up: Array, dgate: Array, dup: Array, n: np.int64
+) -> None:
+    saved = gate.reshape(n), up.reshape(n), fmt, fmt
+    for out, value in zip((dgate, dup), OPS["swiglu"].backward(dy.reshape(n), saved, bound(fmt, "swiglu")), strict=True):
+        put(out, value)
+
+
+def rope(
+    fmt: str, grid: Grid, x: Array, cos: Array, sin: Array, y: Array, positions: np.int32, H: np.int32, half: np.int32,
+    sign: np.float32,
+) -> None:  # fmt: skip
+    covers(grid, x.size // (H * 2 * half))
+    rows, angles = x.reshape(-1, positions, H * 2 * half), (cos.reshape(positions, half), sin.reshape(positions, half))
+    if sign > 0:
+        put(y, OPS["rope"].forward(rows, *angles, bound(fmt, "rope"))[0])
+    else:
+        put(y, OPS["rope"].backward(rows, (*angles, fmt), bound(fmt, "rope"))[0])
+
+
 def layernorm_forward(
     fmt: str, grid: Grid, x: Array, w: Array, b: Array | None, y: Array, mean: Array, rstd: Array, rows: np.int32, C: np.int32,
     eps: np.float32,
 ) -> None:  # fmt: skip
     assert mean.size == rows
     covers_rows(grid, mean.size)
-    assert eps == np.float32(EPS)
-    result, (_, m, r, _) = OPS["layernorm"].forward(x.reshape(-1, C), w, b, bound(fmt, "layernorm"))
+    result, (_, m, r, _) = OPS["layernorm"].forward(x.reshape(-1, C), w, b, bound(fmt, "layernorm"), float(eps))
     for out, value in ((y, result), (mean, m), (rstd, r)):
         put(out, value)
 
@@ -118,6 +148,39 @@ def layernorm_weights_backward(
     put(db, bias)
 
 
+def llama_rmsnorm_forward(
+    fmt: str, grid: Grid, x: Array, w: Array, y: Array, rrms: Array, rows: np.int32, C: np.int32, eps: np.float32
+) -> None:
+    assert rrms.size == rows
+    covers_rows(grid, rrms.size)
+    result, (_, r, _) = OPS["llama_rmsnorm"].forward(x.reshape(-1, C), w, bound(fmt, "llama_rmsnorm"), float(eps))
+    put(y, result)
+    put(rrms, r)
+
+
+def llama_rmsnorm_gradients(dy: Array, x: Array, w: Array, rrms: Array, fmt: str, C: np.int32) -> tuple[Array, ...]:
+    """dx and dw of the definition, which two kernels share."""
+    saved = x.reshape(-1, C), rrms.reshape(-1, 1), fmt
+    gradients: Any = OPS["llama_rmsnorm"].backward(dy.reshape(-1, C), saved, w, bound(fmt, "llama_rmsnorm"))
+    return tuple(gradients)
+
+
+def llama_rmsnorm_backward(
+    fmt: str, grid: Grid, dy: Array, x: Array, w: Array, rrms: Array, dx: Array, rows: np.int32, C: np.int32
+) -> None:
+    assert rrms.size == rows
+    covers_rows(grid, rrms.size)
+    put(dx, llama_rmsnorm_gradients(dy, x, w, rrms, fmt, C)[0])
+
+
+def llama_rmsnorm_weights_backward(
+    fmt: str, grid: Grid, dy: Array, x: Array, rrms: Array, dw: Array, rows: np.int32, C: np.int32
+) -> None:
+    covers(grid, -(-C // COLUMNS))
+    assert rrms.size == rows
+    put(dw, llama_rmsnorm_gradients(dy, x, np.ones(C, dtype_of(fmt)), rrms, fmt, C)[1])  # which does not depend on w
+
+
 def bias_forward(fmt: str, grid: Grid, products: Array, b: Array, y: Array, C: np.int32) -> None:
     covers(grid, y.size // C)
     put(y, cast(products.reshape(-1, C) + widen(b), fmt))
@@ -143,11 +206,20 @@ def merge_heads(
 
 
 def causal_softmax_forward(fmt: str, grid: Grid, S: Array, P: Array, queries: np.int32, scale: np.float32) -> None:
+    causal_softmax(fmt, fmt, grid, S, P, queries, scale)
+
+
+def wide_causal_softmax_forward(fmt: str, grid: Grid, S: Array, P: Array, queries: np.int32, scale: np.float32) -> None:
+    causal_softmax(fmt, "fp32", grid, S, P, queries, scale)
+
+
+def causal_softmax(fmt: str, stored: str, grid: Grid, S: Array, P: Array, queries: np.int32, scale: np.float32) -> None:
+    """P in the format `stored`."""
     covers_rows(grid, int(queries), S.size // queries**2)
     p = bound(fmt, "attention")["softmax"]
     z = widen(cast(widen(S.reshape(-1, queries, queries)) * scale, fmt))
     z = unrounded_softmax(hide_later(z, p, -math.inf), p)
-    put(P, cast(hide_later(z, p, 0.0), fmt))  # later keys are 0 also where a row is NaN
+    put(P, cast(hide_later(z, p, 0.0), stored))  # later keys are 0 also where a row is NaN
 
 
 def causal_softmax_backward(
@@ -229,12 +301,15 @@ def adamw(
 
 
 DEFINITIONS: dict[str, Callable[..., None]] = {
+    "wide_causal_softmax_backward": causal_softmax_backward,  # which widens P, whatever it is stored in
+} | {
     definition.__name__: definition
     for definition in (
-        add_forward, gelu_tanh_forward, gelu_tanh_backward, layernorm_forward, layernorm_backward, layernorm_weights_backward,
-        bias_forward, bias_backward, split_heads, merge_heads, causal_softmax_forward, causal_softmax_backward,
-        cross_entropy_forward, cross_entropy_backward, cross_entropy_mean, embedding_backward, gradient_norm,
-        gradient_norm_fold, adamw,
+        add_forward, gelu_tanh_forward, gelu_tanh_backward, silu_forward, silu_backward, swiglu_forward, swiglu_backward, rope,
+        layernorm_forward, layernorm_backward, layernorm_weights_backward, llama_rmsnorm_forward, llama_rmsnorm_backward,
+        llama_rmsnorm_weights_backward, bias_forward, bias_backward, split_heads, merge_heads, causal_softmax_forward,
+        causal_softmax_backward, wide_causal_softmax_forward, cross_entropy_forward, cross_entropy_backward,
+        cross_entropy_mean, embedding_backward, gradient_norm, gradient_norm_fold, adamw,
     )
 }  # fmt: skip
 

@@ -7,13 +7,41 @@ have one storage format. Where an operation's row asks for something else, its d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from refimpl.backends.cupy.launch import COLUMNS, FORMATS, LANES, THREADS, WARP, WARPS, elementwise_grid, number
+from refimpl.backends.cupy.dispatch import (
+    COLUMN,
+    ROW,
+    ROWS,
+    Fused,
+    by_warps,
+    columns,
+    elementwise,
+    in_order,
+    keeps,
+    launcher,
+    merge_heads,
+    one_format,
+    split_heads,
+    with_fallback,
+)
+from refimpl.backends.cupy.launch import THREADS, number
+from refimpl.backends.cupy.llama_ops import (
+    grouped_attention_backward,
+    grouped_attention_forward,
+    llama_rmsnorm_backward,
+    llama_rmsnorm_forward,
+    rope_backward,
+    rope_forward,
+    silu_backward,
+    silu_forward,
+    swiglu_backward,
+    swiglu_forward,
+)
 from refimpl.nn.linear import as_rows
 from refimpl.nn.loss import IGNORE_INDEX
 from refimpl.nn.norm import EPS
@@ -24,61 +52,6 @@ from refimpl.numerics.casts import widen
 from refimpl.numerics.formats import format_of
 from refimpl.precision.context import OpPrecision
 from refimpl.precision.policy import SAME
-
-ROW = (THREADS,)
-ROWS = (WARP, WARPS)
-COLUMN = (COLUMNS, LANES)
-
-
-class Fused(tuple[Any, ...]):
-    """What a fast forward saved for its backward; what a definition saved is not of this type."""
-
-
-def with_fallback(definition: Op, forward: Callable[..., Any], backward: Callable[..., Any]) -> Op:
-    """Return an operation that runs `forward`, and its definition where `forward` returns None."""
-
-    def either_forward(*arrays: Any, p: OpPrecision, **static: Any) -> tuple[Array, Any]:
-        result = forward(*arrays, p=p, **static)
-        return definition.forward(*arrays, p=p, **static) if result is None else result
-
-    def either_backward(dy: Array, saved: Any, *params: Any, p: OpPrecision, **static: Any) -> tuple[Array | None, ...]:
-        how = backward if isinstance(saved, Fused) else definition.backward
-        gradients: tuple[Array | None, ...] = how(dy, saved, *params, p=p, **static)
-        return gradients
-
-    return replace(definition, forward=either_forward, backward=either_backward)
-
-
-def one_format(p: OpPrecision, *arrays: Array | None) -> str | None:
-    """Return the format that all these arrays (operands after their cast) have, if kernels exist for it; else None."""
-    formats = {format_of(x) for x in arrays if x is not None}
-    fmt = formats.pop() if len(formats) == 1 else ""
-    return fmt if fmt in FORMATS and p.row.acc == "fp32" else None
-
-
-def keeps(p: OpPrecision, fmt: str) -> bool:
-    """Return whether a row reads operands of this format without a cast, and returns the same format."""
-    inputs = {p.row.inputs} if isinstance(p.row.inputs, str) else set(p.row.inputs.values())
-    return p.row.acc == "fp32" and fmt in FORMATS and inputs | {p.row.out} <= {SAME, fmt}
-
-
-def launcher(p: OpPrecision, fmt: str) -> Any:
-    """Return the kernels of the run's backend for a storage format."""
-    return p.run.backend.kernels(fmt)
-
-
-def in_order(p: OpPrecision, x: Array) -> Array:
-    """Return `x`, or a copy in C order, which kernels need."""
-    return p.xp.ascontiguousarray(x)
-
-
-def elementwise(p: OpPrecision, kernel: str, fmt: str, *arrays: Array) -> Array:
-    """Return a new array y of the shape of the first, computed by `kernel(arrays..., y, n)`."""
-    arrays = tuple(in_order(p, x) for x in arrays)
-    y = p.empty(arrays[0].shape, fmt)
-    getattr(launcher(p, fmt), kernel)(elementwise_grid(y.size), ROW, *arrays, y, np.int64(y.size))
-    return y
-
 
 # ---------------------------------------------------------------------------------------------------- pointwise
 
@@ -115,10 +88,10 @@ def gelu_tanh_backward(dy: Array, saved: Any, p: OpPrecision) -> tuple[Array]:
     return (elementwise(p, "gelu_tanh_backward", format_of(x), dy, x),)
 
 
-# ---------------------------------------------------------------------------------------------------- layer norm
+# ---------------------------------------------------------------------------------------------------- norms
 
 
-def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array, Any] | None:
+def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision, eps: float = EPS) -> tuple[Array, Any] | None:
     """Return y, computed with mean and rstd in one kernel."""
     xc, wc, bc = p.cast(x, "x"), p.cast(w, "w"), None if b is None else p.cast(b, "b")
     fmt = one_format(p, xc, wc, bc)
@@ -128,11 +101,13 @@ def layernorm_forward(x: Array, w: Array, b: Array | None, p: OpPrecision) -> tu
     xc, C = in_order(p, xc), x.shape[-1]
     y, mean, rstd = p.empty(x.shape, fmt), p.empty((*x.shape[:-1], 1), "fp32"), p.empty((*x.shape[:-1], 1), "fp32")
     sizes = np.int32(mean.size), np.int32(C)
-    launcher(p, fmt).layernorm_forward(by_warps(mean.size), ROWS, xc, wc, bc, y, mean, rstd, *sizes, number(EPS))
+    launcher(p, fmt).layernorm_forward(by_warps(mean.size), ROWS, xc, wc, bc, y, mean, rstd, *sizes, number(eps))
     return y, Fused((xc, mean, rstd))
 
 
-def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision) -> tuple[Array | None, ...]:
+def layernorm_backward(
+    dy: Array, saved: Any, w: Array, b: Array | None, p: OpPrecision, eps: float = EPS
+) -> tuple[Array | None, ...]:
     """Return dx, computed by rows, and dw and db, computed by columns in a second kernel."""
     x, mean, rstd = saved
     fmt, rows, C, dy = format_of(x), mean.size, x.shape[-1], in_order(p, dy)
@@ -141,16 +116,6 @@ def layernorm_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPr
     kernels.layernorm_backward(by_warps(rows), ROWS, dy, x, w, mean, rstd, dx, *sizes)
     kernels.layernorm_weights_backward(columns(C), COLUMN, dy, x, mean, rstd, dw, db, *sizes)
     return dx, dw, db
-
-
-def by_warps(rows: int) -> tuple[int]:
-    """Return the grid of a kernel with one warp per row."""
-    return (-(-rows // WARPS),)
-
-
-def columns(C: int) -> tuple[int]:
-    """Return the grid of a kernel that sums columns."""
-    return (-(-C // COLUMNS),)
 
 
 # ---------------------------------------------------------------------------------------------------- products
@@ -183,22 +148,6 @@ def linear_backward(dy: Array, saved: Any, w: Array, b: Array | None, p: OpPreci
     if db is not None:
         launcher(p, fmt).bias_backward(columns(len(db)), COLUMN, dy, db, np.int32(len(dy)), np.int32(len(db)))
     return widen(dx, x_format).reshape(x_shape), widen(dw, format_of(w)), db if b is None else widen(db, format_of(b))
-
-
-def split_heads(x: Array, shape: tuple[int, ...], p: OpPrecision) -> Array:
-    """Split the heads: x (B, T, parts H D) -> `shape`, which is (parts, B, H, T, D)."""
-    parts, B, H, T, D = shape
-    fmt, y = format_of(x), p.empty(shape, format_of(x))
-    launcher(p, fmt).split_heads((B * T,), ROW, in_order(p, x), y, *map(np.int32, (T, parts, H, D)))
-    return y
-
-
-def merge_heads(y: Array, p: OpPrecision) -> Array:
-    """Join the heads: y (parts, B, H, T, D) -> (B, T, parts H D)."""
-    (parts, B, H, T, D), fmt = y.shape, format_of(y)
-    x = p.empty((B, T, parts * H * D), fmt)
-    launcher(p, fmt).merge_heads((B * T,), ROW, y, x, *map(np.int32, (T, parts, H, D)))
-    return x
 
 
 def attention_forward(qkv: Array, p: OpPrecision, n_head: int) -> tuple[Array, Any] | None:
@@ -292,9 +241,14 @@ CUPY_OPS: Mapping[str, Op] = {
         with_fallback(OPS["add"], add_forward, OPS["add"].backward),
         with_fallback(fan_in, fan_in_forward, no_backward),
         with_fallback(OPS["gelu_tanh"], gelu_tanh_forward, gelu_tanh_backward),
+        with_fallback(OPS["silu"], silu_forward, silu_backward),
+        with_fallback(OPS["swiglu"], swiglu_forward, swiglu_backward),
+        with_fallback(OPS["rope"], rope_forward, rope_backward),
         with_fallback(OPS["layernorm"], layernorm_forward, layernorm_backward),
+        with_fallback(OPS["llama_rmsnorm"], llama_rmsnorm_forward, llama_rmsnorm_backward),
         with_fallback(OPS["linear"], linear_forward, linear_backward),
         with_fallback(OPS["attention"], attention_forward, attention_backward),
+        with_fallback(OPS["grouped_attention"], grouped_attention_forward, grouped_attention_backward),
         with_fallback(replace(OPS["embedding"], backward=embedding_backward_by_product), embedding_forward, embedding_backward),
         with_fallback(OPS["cross_entropy"], cross_entropy_forward, cross_entropy_backward),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape, Value
@@ -83,12 +84,29 @@ Rotation = Callable[[float, int, RopeScaling, int, int], tuple[Array, Array]]
 """A function with the arguments and the results of `rope_scaling.rotation`."""
 
 
-def _logits(t: Tape, tokens: Array, config: LlamaConfig, start: int, rotation: Rotation) -> Value:
+class Angles:
+    """The cos and sin of a model's positions on a backend. The last ones are kept: a step computes and copies none."""
+
+    def __init__(self, config: LlamaConfig, rotation: Rotation) -> None:
+        self.config, self.rotation = config, rotation
+        self.scaling = RopeScaling.parse(config.rope_scaling)
+        self.last: tuple[Any, tuple[Array, ...]] = (None, ())
+
+    def at(self, start: int, stop: int, backend: Any) -> tuple[Array, ...]:
+        """Return cos and sin (T, D/2) at positions start to stop - 1."""
+        asked, tables = self.last
+        if asked != (start, stop, backend):
+            found = self.rotation(self.config.rope_theta, self.config.head_dim, self.scaling, start, stop)
+            tables = tuple(map(backend.from_host, found))
+            self.last = (start, stop, backend), tables
+        return tables
+
+
+def _logits(t: Tape, tokens: Array, config: LlamaConfig, start: int, angles: Angles) -> Value:
     stop = start + tokens.shape[1]
     if stop > config.block_size:
         raise UsageError(f"{stop} tokens per sequence are too many: the model has {config.block_size} positions")
-    angles = rotation(config.rope_theta, config.head_dim, RopeScaling.parse(config.rope_scaling), start, stop)
-    cos, sin = map(t.run.backend.from_host, angles)                           # (T, D/2)
+    cos, sin = angles.at(start, stop, t.run.backend)                          # (T, D/2)
     x = t(embedding, "model.embed_tokens", tokens)                            # (B, T, C)
     for i in range(config.n_layer):
         with t.block(f"model.layers.{i}"):
@@ -137,9 +155,10 @@ def llama_model(
     Source: Touvron et al. 2023, arXiv 2302.13971. PyTorch: transformers' Llama, Mistral, Qwen2 and Qwen3, with eager attention.
     Differs from the source: the initial weights are nanoGPT's.
     """
+    angles = Angles(config, rotation)
 
     def logits(t: Tape, tokens: Array, start: int = 0) -> Value:
-        return _logits(t, tokens, config, start, rotation)
+        return _logits(t, tokens, config, start, angles)
 
     def loss(t: Tape, tokens: Array, targets: Array) -> Value:
         return t(cross_entropy, "loss", logits(t, tokens), targets, ignore_index=ignore_index)

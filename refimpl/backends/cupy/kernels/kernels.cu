@@ -142,6 +142,65 @@ gelu_tanh_backward(const T* dy, const T* x, T* dx, long long n) {
     each(gradient, dx, n, dy, x);
 }
 
+// 1 + exp(-z), the inverse of the sigmoid;  and the derivative of silu over the sigmoid s.
+__device__ inline float one_plus_exp(float z) { return add(expf(-z), 1.0f); }
+__device__ inline float silu_slope(float z, float s) { return add(mul(sub(1.0f, s), z), 1.0f); }
+
+// y = x / (1 + exp(-x)).  x, y (n,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+silu_forward(const T* x, T* y, long long n) {
+    each([](float z) { return div(z, one_plus_exp(z)); }, y, n, x);
+}
+
+// dx = dy s (1 + x (1 - s)),  s = sigmoid(x).  dy, x, dx (n,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+silu_backward(const T* dy, const T* x, T* dx, long long n) {
+    auto gradient = [](float d, float z) {
+        float s = div(1.0f, one_plus_exp(z));
+        return mul(mul(d, s), silu_slope(z, s));
+    };
+    each(gradient, dx, n, dy, x);
+}
+
+// y = R(R(silu(gate)) up).  All (n,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+swiglu_forward(const T* gate, const T* up, T* y, long long n) {
+    each([](float g, float u) { return mul(widen(round_to<T>(div(g, one_plus_exp(g)))), u); }, y, n, gate, up);
+}
+
+// dup = R(dy R(silu(gate))),  dgate = R(R(dy up) s (1 + gate (1 - s))),  s = sigmoid(gate).  All (n,).
+extern "C" __global__ void __launch_bounds__(THREADS)
+swiglu_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, long long n) {
+    for (long long i = first_element(); i < n; i += stride()) {
+        float d = widen(dy[i]), g = widen(gate[i]), e = one_plus_exp(g), s = div(1.0f, e);
+        float ds = widen(round_to<T>(mul(d, widen(up[i]))));
+        dup[i] = round_to<T>(mul(widen(round_to<T>(div(g, e))), d));
+        dgate[i] = round_to<T>(mul(mul(ds, s), silu_slope(g, s)));
+    }
+}
+
+
+// -------------------------------------------------------------------------------------------- rotary position embedding (rope.py)
+
+// y_i = R(R(a cos) - R(b sin)),  y_{i + half} = R(R(b cos) + R(a sin)),  for the pairs (a, b) = (x_i, x_{i + half}) of each head.
+// One block per row (b, position); sign is 1, or -1 backward.  x, y (rows, H 2 half);  cos, sin (positions, half), rounded to T.
+extern "C" __global__ void __launch_bounds__(THREADS)
+rope(const T* x, const float* cos, const float* sin, T* y, int positions, int H, int half, float sign) {
+    long long row = blockIdx.x;
+    x += row * H * 2 * half;
+    y += row * H * 2 * half;
+    cos += row % positions * half;
+    sin += row % positions * half;
+    auto product = [](float p, float q) { return widen(round_to<T>(mul(p, q))); };
+    for (int pair = threadIdx.x; pair < H * half; pair += THREADS) {
+        int j = pair % half, first = pair / half * 2 * half + j, second = first + half;
+        float a = widen(x[first]), b = widen(x[second]);
+        float c = widen(round_to<T>(cos[j])), s = mul(widen(round_to<T>(sin[j])), sign);
+        y[first] = round_to<T>(sub(product(a, c), product(b, s)));
+        y[second] = round_to<T>(add(product(b, c), product(a, s)));
+    }
+}
+
 
 // ------------------------------------------------------------------------------------------------------- layer norm (norm.py)
 
@@ -231,6 +290,68 @@ layernorm_weights_backward(const T* dy, const T* x, const float* mean, const flo
     }
 }
 
+// y = R(w n),  n = R(x rrms),  rrms = 1 / sqrt(mean(x^2) + eps).  One warp per row.
+// x, y (rows, C);  w (C,);  rrms (rows,) in fp32, for backward.
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+llama_rmsnorm_forward(const T* x, const T* w, T* y, float* rrms, int rows, int C, float eps) {
+    long long row = row_of_warp();
+    if (row >= rows) return;
+    x += row * C;
+    y += row * C;
+
+    float sum = 0.0f;
+    #pragma unroll 8
+    for (int i = threadIdx.x; i < C; i += WARP) sum = add(sum, mul(widen(x[i]), widen(x[i])));
+    float r = div(1.0f, root(add(div(warp_fold<add>(sum), (float)C), eps)));
+
+    for (int i = threadIdx.x; i < C; i += WARP) {
+        T n = round_to<T>(mul(widen(x[i]), r));
+        y[i] = round_to<T>(mul(widen(n), widen(w[i])));
+    }
+    if (threadIdx.x == 0) rrms[row] = r;
+}
+
+// With h = x rrms and dn = R(dy w):  dx = rrms (dn - h mean(dn h)).  One warp per row.
+// dy, x, dx (rows, C);  w (C,);  rrms (rows,).
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+llama_rmsnorm_backward(const T* dy, const T* x, const T* w, const float* rrms, T* dx, int rows, int C) {
+    long long row = row_of_warp();
+    if (row >= rows) return;
+    x += row * C;
+    dy += row * C;
+    dx += row * C;
+    float r = rrms[row];
+    auto dn = [=](int i) { return widen(round_to<T>(mul(widen(dy[i]), widen(w[i])))); };
+
+    float sum = 0.0f;
+    #pragma unroll 4
+    for (int i = threadIdx.x; i < C; i += WARP) sum = add(sum, mul(dn(i), mul(widen(x[i]), r)));
+    float mean = div(warp_fold<add>(sum), (float)C);
+
+    for (int i = threadIdx.x; i < C; i += WARP) {
+        float h = mul(widen(x[i]), r);
+        dx[i] = round_to<T>(mul(sub(dn(i), mul(h, mean)), r));
+    }
+}
+
+// dw = sum(R(dy n)) over the rows, with n = R(x rrms).  One block per COLUMNS columns, as above.
+// dy, x (rows, C);  rrms (rows,);  dw (C,).
+extern "C" __global__ void __launch_bounds__(COLUMNS * LANES)
+llama_rmsnorm_weights_backward(const T* dy, const T* x, const float* rrms, T* dw, int rows, int C) {
+    int column = blockIdx.x * COLUMNS + threadIdx.x;
+    float sum = 0.0f;
+    if (column < C) {
+        #pragma unroll 4
+        for (int row = threadIdx.y; row < rows; row += LANES) {
+            long long i = (long long)row * C + column;
+            T n = round_to<T>(mul(widen(x[i]), rrms[row]));
+            sum = add(sum, widen(round_to<T>(mul(widen(dy[i]), widen(n)))));
+        }
+    }
+    sum = lanes_sum(sum);
+    if (threadIdx.y == 0 && column < C) dw[column] = round_to<T>(sum);
+}
+
 
 // ----------------------------------------------------------------------------------------- bias of a linear layer (linear.py)
 
@@ -297,12 +418,11 @@ merge_heads(const T* y, T* x, int positions, int parts, int H, int D) {
 
 // ---------------------------------------------------------------------------------- causal softmax (attention.py, softmax.py)
 
-// P = R(softmax(S')),  S' = R(S scale),  over the keys up to the query; later keys get 0.  P may be S.
+// P = R(softmax(S')),  S' = R(S scale),  over the keys up to the query; later keys get 0.  P may be S where it has T.
 // S, P (heads, queries, keys), as many keys as queries.  One warp per row: grid (heads, queries / WARPS).
 // Each loop computes S' again, since there is no memory for it where P is S.
 // Differs from NumPy: later keys are 0 also where a row is NaN.
-extern "C" __global__ void __launch_bounds__(WARP * WARPS)
-causal_softmax_forward(const T* S, T* P, int queries, float scale) {
+template <class U> __device__ inline void causal_softmax(const T* S, U* P, int queries, float scale) {
     unsigned query = blockIdx.y * WARPS + threadIdx.y;
     if (query >= queries) return;
     int keys = query + 1;
@@ -322,14 +442,24 @@ causal_softmax_forward(const T* S, T* P, int queries, float scale) {
     sum = warp_fold<add>(sum);
 
     int i = threadIdx.x;
-    for (; i < keys; i += WARP) P[i] = round_to<T>(div(expf(sub(scaled(i), largest)), sum));
-    for (; i < queries; i += WARP) P[i] = round_to<T>(0.0f);
+    for (; i < keys; i += WARP) P[i] = round_to<U>(div(expf(sub(scaled(i), largest)), sum));
+    for (; i < queries; i += WARP) P[i] = round_to<U>(0.0f);
+}
+
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+causal_softmax_forward(const T* S, T* P, int queries, float scale) {
+    causal_softmax(S, P, queries, scale);
+}
+
+// The same with P in fp32, as grouped attention has it (grouped_attention.py).
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+wide_causal_softmax_forward(const T* S, float* P, int queries, float scale) {
+    causal_softmax(S, P, queries, scale);
 }
 
 // dS = R(dS' scale),  dS' = R(P (dP - sum(dP P))); later keys get 0, also where dP is infinite.  dS may be dP.
 // P, dP, dS and the grid as in forward.
-extern "C" __global__ void __launch_bounds__(WARP * WARPS)
-causal_softmax_backward(const T* P, const T* dP, T* dS, int queries, float scale) {
+template <class U> __device__ inline void causal_softmax_slope(const U* P, const T* dP, T* dS, int queries, float scale) {
     unsigned query = blockIdx.y * WARPS + threadIdx.y;
     if (query >= queries) return;
     int keys = query + 1;
@@ -349,6 +479,16 @@ causal_softmax_backward(const T* P, const T* dP, T* dS, int queries, float scale
         dS[i] = round_to<T>(mul(widen(unscaled), scale));
     }
     for (; i < queries; i += WARP) dS[i] = round_to<T>(0.0f);
+}
+
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+causal_softmax_backward(const T* P, const T* dP, T* dS, int queries, float scale) {
+    causal_softmax_slope(P, dP, dS, queries, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(WARP * WARPS)
+wide_causal_softmax_backward(const float* P, const T* dP, T* dS, int queries, float scale) {
+    causal_softmax_slope(P, dP, dS, queries, scale);
 }
 
 
