@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,7 +25,7 @@ def settings_from(path: Path, given: Flags) -> tuple[dict[str, Any], First]:
     Errors: UsageError if it cannot be read, or a given setting is not possible with it.
     """
     first = read_weights(path)
-    print(f"reading {path}: {first.model.n_params:,} parameters", flush=True)
+    print(f"reading {path}: {first.model.n_params:,} parameters", file=sys.stderr)
     tokenizer = tokenizer_of(path, first.model, given.get("tokenizer"))
     if "vocab_size" not in given:
         refuse_smaller(tokenizer, first.model.config["vocab_size"], f"the vocabulary of {path}")
