@@ -57,7 +57,7 @@ def fresh(config: Config, first: First | None = None) -> Source:
     """Return a new run. first: weights to start from, in place of new ones."""
     training = start(config, faults=MISTAKES, first=first)
     batches = _on_device(batches_of(config, None), training)
-    where = "" if first is None else f" from the weights of {first[0].resolve().name}"
+    where = "" if first is None else f" from the weights of {first[0].absolute().name}"
     return Source(f"a new run of {_steps(config.steps)}{where}", config, training, batches, config.steps)
 
 
