@@ -8,8 +8,9 @@ about as far from it; one that computes another formula, or with other weights, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -26,10 +27,10 @@ from refimpl.precision.policy import Policy
 from refimpl.precision.recipes import get_recipe
 
 FACTOR = 2.0
-"""How many times as far from FP64 as the other one a correct pass may be: as in `tolerances.Bounds`."""
-FACTOR_OF_FEW, FEW = 3.0, 1000
-"""The same for a tensor of fewer elements, as a bias or the weight of a norm. Distances that are made of 16 independent errors
-each differ by a factor of 2 in 9 of 1000 cases by chance, and by 3 in 6 of 100,000 (the F distribution)."""
+"""How many times as far from FP64 as the other one the logits, and the median gradient, may be: as in `tolerances.Bounds`."""
+FACTOR_OF_ONE = 10.0
+"""The same for one gradient. In a deep model its error is that of a few roundings far up. The L2 norms of 4 independent errors
+and of 4 others differ by a factor of 3 in 6 of 100 cases by chance, and by 10 in 6 of 10,000 (the F distribution)."""
 FLOOR = 8 * U
 """A relative distance that a few FP32 roundings make."""
 LOGITS = "logits"
@@ -85,12 +86,16 @@ class Distance:
     identical: float
     kernel: float = 0.0
 
-    @property
-    def departs(self) -> bool:
-        """Return whether one is much farther from FP64 than the other."""
-        factor = FACTOR if self.elements >= FEW else FACTOR_OF_FEW
+    def beyond(self, factor: float) -> bool:
+        """Return whether one is more than `factor` times as far from FP64 as the other."""
         near = self.theirs <= factor * max(self.ours, self.kernel) + FLOOR and self.ours <= factor * self.theirs + FLOOR
         return not (near and math.isfinite(self.between))
+
+
+def middle(distances: Sequence[Distance]) -> Distance:
+    """Return the medians over some tensors."""
+    parts = {name: median(getattr(d, name) for d in distances) for name in ("ours", "theirs", "between", "identical", "kernel")}
+    return Distance(f"gradients, median of {len(distances)}", sum(d.elements for d in distances), **parts)
 
 
 def measure(name: str, ours: Array, theirs: Array, exact: Array, kernel: Array | None = None) -> Distance:

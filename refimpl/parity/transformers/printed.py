@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import median
 
 from refimpl.parity.pytorch import report as report_of_steps
 from refimpl.parity.transformers.comparison import Result
-from refimpl.parity.transformers.distances import FACTOR, FACTOR_OF_FEW, FEW, Distance
+from refimpl.parity.transformers.distances import FACTOR, FACTOR_OF_ONE, middle
 from refimpl.parity.transformers.following import ENOUGH, Compared
 from refimpl.parity.transformers.kernels import PROPERTIES
 from refimpl.training.console import table
@@ -35,21 +33,17 @@ def _heading(result: Result) -> str:
 
 
 def _from_fp64(result: Result) -> str:
-    gradients = result.distances[1:]
-    rows = [_row("logits", [result.logits]), _row(f"gradients, median of {len(gradients)}", gradients)]
-    rows += [_row(d.name, [d]) for d in sorted(gradients, key=lambda d: -d.theirs)[:1]]
+    farthest = max(result.gradients, key=lambda d: d.theirs)
+    rows = [
+        [d.name, *(f"{x:.1e}" for x in (d.ours, d.kernel, d.theirs, d.between)), f"{d.identical:.1%}"]
+        for d in (result.logits, middle(result.gradients), farthest)
+    ]
     lines = ["1. Distance from FP64, relative L2", table(["", "ours", "with kernels", "theirs", "between", "identical"], rows)]
     lines.append("loss: ours {:.7g}, theirs {:.7g}, FP64 {:.7g}".format(*result.losses))
     lines += [f"  far: {d.name}: ours {d.ours:.2e}, theirs {d.theirs:.2e}" for d in result.far[:SHOWN]]
-    n = len(result.far)
-    says = f"{n} of {len(result.distances)} tensors are" if n else "none is"
-    factors = f"{FACTOR:g} times ({FACTOR_OF_FEW:g} times, if it has fewer than {FEW} elements)"
+    says = f"{len(result.far)} are" if result.far else "none is"
+    factors = f"{FACTOR:g} times ({FACTOR_OF_ONE:g} times, a single gradient)"
     return "\n".join([*lines, f"{says} more than {factors} as far from FP64 on one side as on the other"])
-
-
-def _row(name: str, distances: Sequence[Distance]) -> list[str]:
-    middle = [median(getattr(d, part) for d in distances) for part in ("ours", "kernel", "theirs", "between")]
-    return [name, *(f"{x:.1e}" for x in middle), f"{median(d.identical for d in distances):.1%}"]
 
 
 def _by_operation(result: Result) -> str:
@@ -93,11 +87,12 @@ def _share(differ: int, of: int) -> str:
 
 
 def _tensors(result: Result) -> list[str]:
-    """Return lines on the tensors of the pass that were held to bounds: all of them, whatever their format."""
+    """Return lines on the tensors of the pass that were held to bounds."""
     worst = max(result.findings, key=lambda finding: finding.error)
     elements = sum(finding.elements for finding in result.findings)
     same = sum(finding.identical * finding.elements for finding in result.findings) / elements
-    what = f"{len(result.findings)} outputs and gradients, {same:.2%} of {elements:,} elements identical"
+    others = "other " if result.compared else ""
+    what = f"{len(result.findings)} {others}outputs and gradients, {same:.2%} of {elements:,} elements identical"
     lines = [f"{what}: closest to its bound is {worst.where}, at {worst.error:.2f} of it"]
     return lines + [f"  outside its bound: {finding.where}, {finding.error:.3g} times" for finding in result.outside[:SHOWN]]
 
