@@ -329,7 +329,8 @@ def test_bytes_and_blocks_of_our_kernels_are_those_of_their_arguments(recipe: st
     for line in ledger(recipe, TINY):
         if line.name in recorded.declarations:
             ours[line.name, line.nbytes // line.times, line.blocks] += line.times
-    assert len(ours) > len(recorded.declarations)
+    of_llama = ("silu_", "swiglu_", "rope", "llama_rmsnorm_", "wide_causal_softmax_")
+    assert {name for name, *_ in ours} == {name for name in recorded.declarations if not name.startswith(of_llama)}
     assert ours == Counter(recorded.seen)
 
 
