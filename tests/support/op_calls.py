@@ -58,6 +58,8 @@ class Shapes:
 
 COS, SIN = rotation(100.0, 6, RopeScaling("default", {}), 0, 5)
 """Of 5 positions and heads of width 6, in FP32: data, which an operation reads and does not differentiate."""
+OF_TRANSFORMERS = {"rope", "llama_rmsnorm", "swiglu", "grouped_attention", "gelu_new"}
+"""Operations that transformers writes as several of PyTorch's, so that there are neither OpInfos nor ONNX nodes of them."""
 TOKENS = np.array([[3, 0, 3], [6, 3, 0]])
 SHAPES = {
     case.op: case

@@ -67,7 +67,12 @@ def test_products_with_alpha_and_beta_are_judged_with_any_number_of_terms(
 ) -> None:
     rows, columns, x = draw(100, K, dtype=dtype), draw(K, 100, dtype=dtype).t(), draw(K, dtype=dtype)
     for a in (rows, columns):
-        values = the("aten.addmv", lambda a=a: torch.addmv(draw(100, dtype=dtype), a, x, alpha=alpha, beta=beta))
+        bias = draw(100, dtype=dtype)
+        values = the("aten.addmv", lambda a=a, bias=bias: torch.addmv(bias, a, x, alpha=alpha, beta=beta))
+        if alpha == 0 and torch.equal(torch.addmv(bias, a, x, alpha=alpha, beta=beta), bias):
+            # PyTorch 2.13 forgets beta there, in BF16 on processors with instructions for it: the judge is right
+            assert level(values) == "wrong"
+            continue
         assert is_good(values) and level(values, "out", lambda y: moved(y, 600)) == "wrong"
     values = the("aten.addmm", lambda: torch.addmm(draw(100, 1, dtype=dtype), rows, x[:, None], alpha=alpha, beta=beta))
     assert is_good(values) and level(values, "out", lambda y: moved(y, 600 if dtype == torch.float32 else 4)) == "wrong"
