@@ -48,8 +48,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Note the threads that there are now that tests/conftest.py has loaded NumPy."""
+    """Note the threads that there are now that tests/conftest.py has loaded NumPy, and wait until they sleep.
+
+    New threads of a BLAS look for work in a loop for a moment, which is no work that the first test gave them.
+    """
     blas_threads.symmetric_difference_update(os.listdir("/proc/self/task"))
+    end, before = time.monotonic() + 5, -1.0
+    while before != (before := work_of_blas_threads()) and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
