@@ -228,6 +228,11 @@ class Config:
         return load_corpus(self.data, self.block_size, tokenizer=tokenizer)
 
     @property
+    def tokens_per_step(self) -> int:
+        """The tokens of all micro-batches of a step."""
+        return self.batch_size * self.block_size * self.grad_accum
+
+    @property
     def no_target(self) -> int | None:
         """The value of padding in a batch's targets, or None if examples are not padded."""
         return self.ignore_index if self.examples == "lines" else None

@@ -35,7 +35,9 @@ from refimpl.training.run_folder import (
     CONFIG,
     METRICS,
     PICTURE,
+    VALIDATION,
     first_weights,
+    name_in_logs,
     open_folder,
     own_folder,
     prepare_folder,
@@ -131,7 +133,7 @@ def _resume(trainer: Trainer) -> int:
     baselines = ngram_baselines(trainer.corpus)
     trainer.comm.barrier()
     if trainer.writes:
-        write_config(config, folder, None if weights is None else Path(weights))
+        write_config(config, folder, name_in_logs(folder), None if weights is None else Path(weights))
     trainer.owes_evaluation |= not done and weights is not None
     missing = ", whose validation loss is missing" if done == steps else ""
     note = f"resumed after step {done} of {steps}"
@@ -221,7 +223,7 @@ def _compared(baselines: NgramBaselines) -> str:
 
 def _losses(trainer: Trainer) -> str:
     """Return the losses at the end of a run: beside that before its first step, if it is known, and of the whole text."""
-    rows = [row for row in read_metrics(trainer.folder / METRICS) if "val_loss" in row]
+    rows = read_metrics(trainer.folder).evaluations
     unit, first, last = trainer.corpus.tokenizer.unit, rows[0], rows[-1]
 
     def described(*names: str) -> str:
@@ -277,7 +279,8 @@ def _draw(trainer: Trainer, baselines: NgramBaselines) -> None:
     except UsageError as error:  # a full disk must not hide why a run stopped
         picture = None
         print(f"no picture: {error}")
-    written = [name for name in (CONFIG, METRICS, CHECKPOINT) if (folder / name).exists()] + ([PICTURE] if picture else [])
+    written = [name for name in (CONFIG, METRICS, VALIDATION, CHECKPOINT) if (folder / name).exists()]
+    written += [PICTURE] if picture else []
     print(f"written to {folder}: {', '.join(written)}")
     if importlib.util.find_spec("matplotlib") is None:
         print(NO_PICTURE)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -29,12 +30,14 @@ from refimpl.training.tokenizer import FILE as TOKENIZER
 CHECKPOINT = FILE_NAME
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
 PICTURE = "loss.png"
-FILES = (CONFIG, CHECKPOINT, METRICS, PICTURE, TOKENIZER)
+FILES = (CONFIG, CHECKPOINT, METRICS, VALIDATION, PICTURE, TOKENIZER)
 INIT_FROM = "init_from"
 TOKENIZER_CHECKSUM = "tokenizer_sha256"
-"""Keys in config.json, beside the fields of Config: the file with a run's first weights, if there is one, and the checksum of
-its tokenizer, if it has one, of which the folder has a copy."""
+RUN = "run"
+"""Keys in config.json, beside the fields of Config: the file with a run's first weights, if there is one; the checksum of its
+tokenizer, if it has one, of which the folder has a copy; the run's name in logs, which no other run has."""
 
 
 NAMED = ("optimizer", "schedule", "masters_from", "loss_scale", "mistake", "seed")
@@ -180,19 +183,23 @@ def open_folder(config: Config, folder: Path, init_from: Path | None = None) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = load_tokenizer(config.tokenizer)
-        for name in (CHECKPOINT, METRICS, PICTURE, TOKENIZER):
-            (folder / name).unlink(missing_ok=True)
+        for name in FILES:
+            if name != CONFIG:
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error
     if tokenizer.contents is not None:
         write_bytes_atomically(folder / TOKENIZER, tokenizer.contents)
     keep(beside, folder)
-    write_config(config, folder, init_from)
+    write_config(config, folder, secrets.token_hex(4), init_from)
 
 
-def write_config(config: Config, folder: Path, init_from: Path | None = None) -> None:
-    """Write config.json. init_from: the file with the first weights, if any. Errors: UsageError."""
-    more = {} if init_from is None else {INIT_FROM: str(init_from)}
+def write_config(config: Config, folder: Path, run: str, init_from: Path | None = None) -> None:
+    """Write config.json. run: the run's name in logs. init_from: the file with the first weights, if any.
+
+    Errors: UsageError if it cannot be written.
+    """
+    more = {RUN: run} if init_from is None else {RUN: run, INIT_FROM: str(init_from)}
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer is not BYTES:
         more[TOKENIZER_CHECKSUM] = tokenizer.checksum
@@ -221,6 +228,12 @@ def first_weights(folder: Path) -> str | None:
     return _read(folder).get(INIT_FROM)
 
 
+def name_in_logs(folder: Path) -> str:
+    """Return the name in logs of the run in a folder, or a new name if it has none. Errors: UsageError if it is damaged."""
+    saved = _read(folder) if (folder / CONFIG).exists() else {}
+    return saved.get(RUN) or secrets.token_hex(4)
+
+
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
@@ -229,6 +242,6 @@ def _read(folder: Path) -> dict[str, Any]:
         raise UsageError(f"there is no run in {folder} (it has no config.json)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    check(saved, Table(optional={INIT_FROM: Text(), TOKENIZER_CHECKSUM: Text()}), f"{path} is damaged")
+    check(saved, Table(optional={INIT_FROM: Text(), TOKENIZER_CHECKSUM: Text(), RUN: Text()}), f"{path} is damaged")
     table: dict[str, Any] = saved
     return table

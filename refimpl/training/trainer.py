@@ -17,7 +17,7 @@ from refimpl.training.evaluate import TextLoss, reads_whole_text, validation_los
 from refimpl.training.init_from import First
 from refimpl.training.metrics import WHOLE, WHOLE_BITS, MetricsLog, read_metrics
 from refimpl.training.resume import Progress, load_run, run_header
-from refimpl.training.run_folder import CHECKPOINT, METRICS
+from refimpl.training.run_folder import CHECKPOINT, name_in_logs
 from refimpl.training.setup import BATCHES, NO_FAULTS, Fault, find_fault, generator, start
 from refimpl.training.signals import Stop
 from refimpl.training.stopping import StopRules
@@ -53,10 +53,10 @@ class Trainer:
         self.backend = self.state.backend
         self.batches = generator(config.seed, BATCHES)
         self.progress = Progress()
-        self.log = MetricsLog(folder / METRICS)
+        self.log = MetricsLog(folder)
         self._pending: list[tuple[int, StepResult, list[Batch]]] = []
         self._rules = StopRules(config, self.training)
-        self._window_start = time.perf_counter()
+        self._window_start = self._start = time.perf_counter()  # of the steps to log; of the run, without pauses
         self.owes_evaluation = False
         self.stop = Stop(STOPPING, speaks=self.writes)
 
@@ -77,7 +77,10 @@ class Trainer:
         Errors: TrainingStopped if training cannot continue; the last checkpoint stays.
         """
         steps = self.config.steps
+        self._start += time.perf_counter() - self._window_start
         self._window_start = time.perf_counter()
+        if self.writes:
+            self.log.run = name_in_logs(self.folder)
         self._rules.first_step = self.progress.step + 1
         with self.stop:
             if self.owes_evaluation:
@@ -132,11 +135,16 @@ class Trainer:
         """Log the steps since the last call, and stop the run if it cannot continue. The first use of the results: it waits."""
         if not self._pending:
             return
-        seconds = time.perf_counter() - self._window_start
-        tokens = self.config.batch_size * self.config.block_size * self.config.grad_accum
-        rate = tokens * len(self._pending) / seconds
-        rows = [_row(step, result, rate) for step, result, _ in self._pending]
-        self._log(rows)
+        rows = [_row(result) for _, result, _ in self._pending]
+        now, n = time.perf_counter(), len(rows)
+        each = (now - self._window_start) / n  # a device makes several steps before the host reads their results
+        rate = round(self.config.tokens_per_step / each, 1)
+        rows = [
+            {**self._position(step, now - (n - i) * each), **row, "tokens_per_s": rate}
+            for i, ((step, _, _), row) in enumerate(zip(self._pending, rows, strict=True), 1)
+        ]
+        if self.writes:
+            self.log.write_steps(rows)
         for row, (_, _, batches) in zip(rows, self._pending, strict=True):
             self.progress.count(row["skipped"])
             self._print(bar, self._rules.check_step(row, batches, self.progress.skipped_in_a_row))
@@ -147,9 +155,9 @@ class Trainer:
         self._pending.clear()
         self._window_start = time.perf_counter()
 
-    def _log(self, rows: list[dict[str, Any]]) -> None:
-        if self.writes:
-            self.log.write(rows)
+    def _position(self, step: int, now: float) -> dict[str, Any]:
+        """Return what begins each row of the log. now: when the step or evaluation was done."""
+        return {"step": step, "seconds": round(now - self._start, 3), "tokens": step * self.config.tokens_per_step}
 
     def _evaluate(self) -> str:
         """Log the validation loss, and return the line to print: '' if a signal asked to stop before it was complete.
@@ -170,9 +178,10 @@ class Trainer:
         if loss is None:
             return ""
         self.owes_evaluation = False
-        per_byte = {"val_bits_per_byte": loss.bits_per_byte}
-        self._log([{"step": self.progress.step, "val_loss": loss.nats_per_token, **per_byte, **row}])
         n = self.progress.step
+        row = {"val_loss": loss.nats_per_token, "val_bits_per_byte": loss.bits_per_byte, **row}
+        if self.writes:
+            self.log.write_evaluation({**self._position(n, time.perf_counter()), **row})
         when = f"step {n}: validation loss" if n else "to beat: validation loss before the first step"
         return f"{when} {loss.described(self.corpus.tokenizer.unit)}"
 
@@ -200,12 +209,12 @@ class Trainer:
         """
         if (self.folder / CHECKPOINT).exists():
             self.load_checkpoint()
-        step = self.progress.step
-        evaluated = any(row["step"] == step for row in read_metrics(self.log.path) if "val_loss" in row)
+        step, log = self.progress.step, read_metrics(self.folder)
+        evaluated = any(row["step"] == step for row in log.evaluations)
         due = step > 0 and (step % self.config.eval_every == 0 or step == self.config.steps)
         self.owes_evaluation = due and not evaluated  # a signal interrupted it
-        if self.writes:
-            self.log.keep_up_to(step)
+        kept = self.log.keep_up_to(step) if self.writes else log
+        self._start = self._window_start - max((row.get("seconds", 0.0) for rows in kept for row in rows), default=0.0)
 
     def load_checkpoint(self) -> None:
         """Load the checkpoint, as `restore` does, but leave the log alone: no file is changed."""
@@ -213,14 +222,12 @@ class Trainer:
         self.progress = load_run(path, self.config, self.corpus, self.training, self.batches)
 
 
-def _row(step: int, result: StepResult, tokens_per_s: float) -> dict[str, Any]:
-    """Return a step's row of the log. Waits for the device."""
+def _row(result: StepResult) -> dict[str, Any]:
+    """Return the numbers of a step's row of the log. Waits for the device."""
     return {
-        "step": step,
         "loss": float(result.loss),
         "lr": float(result.lr),
         "loss_scale": float(result.loss_scale),
         "grad_norm": float(result.grad_norm),
         "skipped": bool(result.skipped),
-        "tokens_per_s": round(tokens_per_s, 1),
     }

@@ -55,7 +55,7 @@ def tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in read_metrics(folder).steps]
 
 
 # -------------------------------------------------------------------------------------------------------- collectives

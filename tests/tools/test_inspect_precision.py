@@ -96,7 +96,7 @@ def test_a_checkpoint_goes_on_as_the_resumed_run_does_and_stays_as_it_is(tmp_pat
     rows = inspect(source).rows
     assert {path.name: path.read_bytes() for path in (tmp_path / "part").iterdir()} == before
     train({"steps": 12}, tmp_path / "part", True, False, None)
-    resumed = [row["loss"] for row in read_metrics(tmp_path / "part" / "metrics.jsonl") if "loss" in row][9:]
+    resumed = [row["loss"] for row in read_metrics(tmp_path / "part").steps][9:]
     assert [row.loss for row in rows] == resumed and len(resumed) == 3
 
 

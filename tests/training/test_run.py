@@ -31,7 +31,7 @@ from refimpl.training import init_from
 from refimpl.training.checkpoint import load, save
 from refimpl.training.checkpoint_states import FirstWeights
 from refimpl.training.config import Config
-from refimpl.training.metrics import MetricsLog, plot_run, read_metrics
+from refimpl.training.metrics import MetricsLog, read_metrics
 from refimpl.training.resume import Progress
 from refimpl.training.run import train, warn
 from refimpl.training.setup import start
@@ -68,8 +68,9 @@ def stop_at(folder: Path, text: str, step: int, **flags: Any) -> None:
     assert trainer.progress.step == step
 
 
-def rows_without_timing(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(folder / "metrics.jsonl")]
+def rows_without_timing(folder: Path) -> list[list[dict[str, Any]]]:
+    free = ("run", "seconds", "tokens_per_s")
+    return [[{k: v for k, v in row.items() if k not in free} for row in rows] for rows in read_metrics(folder)]
 
 
 EARLIEST = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu", "amp-bf16-cpu", "pure-bf16")
@@ -113,7 +114,7 @@ def test_resume_is_bitwise_with_skips_and_accumulation_and_sgd(text: str, tmp_pa
     run(tmp_path / "whole", text, **flags)
     stop_at(tmp_path / "parts", text, 7, **flags)
     run(tmp_path / "parts", text, resume=True)
-    skipped = [row["skipped"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss" in row]
+    skipped = [row["skipped"] for row in read_metrics(tmp_path / "whole").steps]
     assert 0 < sum(skipped) < 30
     whole, parts = (tmp_path / name / "checkpoint.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
@@ -189,11 +190,8 @@ def test_evaluating_and_sampling_more_often_changes_no_weight(recipe: str, text:
 
 def test_files_of_a_run(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "r", text, recipe="fp16") == 0
-    rows = read_metrics(tmp_path / "r" / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == list(range(1, 9))
-    assert all(set(row) == {"step", "loss", "lr", "loss_scale", "grad_norm", "skipped", "tokens_per_s"} for row in steps)
-    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 8]
+    steps, evaluations = read_metrics(tmp_path / "r")
+    assert [row["step"] for row in steps] == list(range(1, 9)) and [row["step"] for row in evaluations] == [3, 6, 8]
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["recipe"] == "fp16" and config["data"] == text
     arrays, header = load(tmp_path / "r" / "checkpoint.safetensors")
@@ -272,13 +270,13 @@ def test_the_picture_is_drawn_when_a_run_is_stopped(
     with pytest.raises(TrainingStopped):
         run(tmp_path / "a", text, recipe="pure-fp16", lr=1.0, steps=50)
 
-    write = MetricsLog.write
+    write = MetricsLog.write_steps
 
     def interrupted(self: MetricsLog, rows: list[dict[str, Any]]) -> None:
         write(self, rows)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(MetricsLog, "write", interrupted)
+    monkeypatch.setattr(MetricsLog, "write_steps", interrupted)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(tmp_path / "b", text) == 130
     told = capsys.readouterr().out
@@ -295,7 +293,7 @@ def test_accumulation_prints_its_bytes(text: str, tmp_path: Path, capsys: pytest
 
 def test_first_loss_is_that_of_a_uniform_guess(text: str, tmp_path: Path) -> None:
     run(tmp_path / "r", text, steps=1)
-    assert abs(read_metrics(tmp_path / "r" / "metrics.jsonl")[0]["loss"] - math.log(256)) < 0.1
+    assert abs(read_metrics(tmp_path / "r").steps[0]["loss"] - math.log(256)) < 0.1
 
 
 def test_init_from_takes_the_masters_of_another_recipe(text: str, tmp_path: Path) -> None:
@@ -386,7 +384,7 @@ def test_a_folder_in_use_is_kept(text: str, tmp_path: Path) -> None:
         train({**TINY, "data": text, "recipe": "no"}, tmp_path / "r", False, True, None)
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
     assert train({**TINY, "data": text, "steps": 2}, tmp_path / "r", False, True, None) == 0
-    assert len(read_metrics(tmp_path / "r" / "metrics.jsonl")) == 3  # two steps and the last evaluation
+    assert [len(rows) for rows in read_metrics(tmp_path / "r")] == [2, 1]
 
 
 def test_resume_refuses_other_data(text: str, tmp_path: Path) -> None:
@@ -400,7 +398,7 @@ def test_resume_refuses_other_data(text: str, tmp_path: Path) -> None:
 def test_nan_without_a_loss_scale_stops_and_names_the_step(text: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingStopped, match=r"step \d+: the loss is nan: .*No weight was changed by this step"):
         run(tmp_path / "r", text, recipe="pure-fp16", lr=1.0, steps=50)
-    assert [r for r in read_metrics(tmp_path / "r" / "metrics.jsonl") if r.get("skipped")]
+    assert [row for row in read_metrics(tmp_path / "r").steps if row["skipped"]]
 
 
 def test_a_collapsed_scale_stops_the_run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +411,7 @@ def test_a_collapsed_scale_stops_the_run(text: str, tmp_path: Path, monkeypatch:
     overflow_always(trainer.training)
     with pytest.raises(TrainingStopped, match=r"50 steps in a row were skipped .* the gradient of the output of lm_head is"):
         trainer.train(NoBar())
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_metrics(folder).steps
     assert all(row["skipped"] for row in rows) and 50 <= len(rows) < 60
     assert rows[-1]["loss_scale"] < 2.0**-14
 
@@ -430,24 +428,6 @@ def test_a_full_disk_keeps_the_old_checkpoint(text: str, tmp_path: Path, monkeyp
         run(tmp_path / "r", text, resume=True)
     assert (tmp_path / "r" / "checkpoint.safetensors").read_bytes() == before
     assert not list((tmp_path / "r").glob("*.tmp")) + list((tmp_path / "r").glob(".*"))
-
-
-def test_metrics_write_null_for_nan_and_drop_a_torn_line(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.write([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": float("inf")}])
-    with log.path.open("a") as file:
-        file.write('{"step": 4, "lo')
-    assert read_metrics(log.path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": None}]
-    log.keep_up_to(2)
-    assert [row["step"] for row in read_metrics(log.path)] == [1, 2]
-
-
-def test_picture(text: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    run(tmp_path / "r", text, init_scale=2.0**40)
-    (tmp_path / "r" / "loss.png").unlink(missing_ok=True)
-    path = plot_run(tmp_path / "r", {1: 3.0}, "title")
-    assert path is not None and path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_config_fills_in_the_models_defaults() -> None:
@@ -489,7 +469,7 @@ def test_all_evaluations_are_on_the_same_batches_and_the_whole_text_comes_last_i
     """With weights that do not change, all losses are equal; that of the whole text is of other blocks."""
     still = {"lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0, "recipe": "fp32"}
     run(tmp_path / "a", text, **still)
-    rows = [row for row in read_metrics(tmp_path / "a" / "metrics.jsonl") if "val_loss" in row]
+    rows = read_metrics(tmp_path / "a").evaluations
     assert len({row["val_loss"] for row in rows}) == 1 and ["whole_text_loss" in row for row in rows] == [False, False, True]
     whole = rows[-1]["whole_text_loss"]
     size = Trainer(Config.of({**TINY, "data": text}), tmp_path / "a").corpus.valid.size
@@ -498,7 +478,7 @@ def test_all_evaluations_are_on_the_same_batches_and_the_whole_text_comes_last_i
 
     monkeypatch.setattr("refimpl.training.evaluate.WHOLE_TEXT", 0)
     run(tmp_path / "b", text, **still)
-    rows = [row for row in read_metrics(tmp_path / "b" / "metrics.jsonl") if "val_loss" in row]
+    rows = read_metrics(tmp_path / "b").evaluations
     assert not any("whole_text_loss" in row for row in rows) and "whole text" not in capsys.readouterr().out
 
 
@@ -522,7 +502,7 @@ def test_ctrl_c_in_the_last_evaluation_keeps_the_step_and_resume_computes_the_lo
     said = capfd.readouterr()
     assert "stopping this evaluation, whose loss --resume computes; the checkpoint is written" in said.err
     assert f"all 8 steps are done; stopped before its evaluation ended\nevaluate with: --resume --out {folder}" in said.out
-    assert not any("val_loss" in row for row in read_metrics(folder / "metrics.jsonl"))
+    assert not read_metrics(folder).evaluations
     assert run(folder, text, resume=True) == 0
     assert "resumed after step 8 of 8, whose validation loss is missing" in capfd.readouterr().out
     assert rows_without_timing(folder) == rows_without_timing(tmp_path / "whole")

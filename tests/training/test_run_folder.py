@@ -201,7 +201,7 @@ def test_pairs_of_runs_that_start_at_the_same_moment(pairs: int, tmp_path: Path)
     folders = sorted(tmp_path.glob("runs/*"))
     assert len(folders) == 2 * pairs
     for folder in folders:
-        assert [row["step"] for row in read_metrics(folder / METRICS) if "loss" in row] == [1, 2, 3, 4]
+        assert [row["step"] for row in read_metrics(folder).steps] == [1, 2, 3, 4]
         assert load(folder / CHECKPOINT)[1]["progress"]["step"] == 4 and not list(folder.glob(".*"))
 
 
@@ -221,7 +221,7 @@ def test_a_killed_run_leaves_a_folder_that_can_be_resumed(tries: int, tmp_path: 
         run.communicate()
         reached = load(folder / CHECKPOINT)[1]["progress"]["step"] if (folder / CHECKPOINT).exists() else 0
         assert train({"steps": reached + 2, "eval_every": 2}, folder, True, False, None) == 0
-        steps = [row["step"] for row in read_metrics(folder / METRICS) if "loss" in row]
+        steps = [row["step"] for row in read_metrics(folder).steps]
         assert steps == list(range(1, reached + 3)) and not list(folder.glob(".*"))
 
 
@@ -241,7 +241,7 @@ def test_a_folder_without_a_checkpoint_can_be_started_afresh_or_resumed(
         assert train({} if resume else TINY, folder, resume, False, None) == 0
         assert ("starting at step 1 of 4" in capsys.readouterr().out) == resume
         assert (folder / CHECKPOINT).read_bytes() == (whole / CHECKPOINT).read_bytes()
-        assert len(read_metrics(folder / METRICS)) == len(read_metrics(whole / METRICS))
+        assert [len(rows) for rows in read_metrics(folder)] == [len(rows) for rows in read_metrics(whole)]
 
 
 def test_a_run_that_took_its_weights_from_a_file_is_not_begun_without_it(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_more_steps_are_remembered_and_told(tmp_path: Path, capsys: pytest.Captu
     assert train(TINY, tmp_path, False, False, None) == 0
     capsys.readouterr()
     assert train({"steps": 8}, tmp_path, True, False, None) == 0
-    lrs = [row["lr"] for row in read_metrics(tmp_path / METRICS) if "loss" in row]
+    lrs = [row["lr"] for row in read_metrics(tmp_path).steps]
     told = capsys.readouterr().out
     assert "resumed after step 4 of 8; the schedule is replanned for 8 steps instead of 4" in told
     assert f"the learning rate goes from {lrs[3]:.3g} to {lrs[4]:.3g}" in told

@@ -53,7 +53,7 @@ def stopped(phase: str, name: str, delay: float, folder: Path) -> str:
     assert code == 130 and "Traceback" not in run.seen and "Exception ignored" not in run.seen, where
     assert "stopping" in answer or "ended by" in answer, where
     assert time.monotonic() - sent < 30, where
-    steps = [row for row in read_metrics(folder / "r" / "metrics.jsonl") if "loss" in row]
+    steps = read_metrics(folder / "r").steps
     checkpoint = folder / "r" / "checkpoint.safetensors"
     if steps:
         assert load(checkpoint)[1]["progress"]["step"] == steps[-1]["step"], where
@@ -144,7 +144,7 @@ def test_in_an_evaluation_the_next_batch_is_the_end(tmp_path: Path, monkeypatch:
     assert not run.train(bar)
     assert drawn[0] == 4 and not bar.written and run.progress.step == 2
     assert load(tmp_path / "checkpoint.safetensors")[1]["progress"]["step"] == 2
-    assert not [row for row in read_metrics(tmp_path / "metrics.jsonl") if "val_loss" in row]
+    assert not read_metrics(tmp_path).evaluations
 
 
 def test_a_sample_ends_when_asked(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_run_with_a_tokenizer_reports_both_losses_and_keeps_a_copy(
     assert config["vocab_size"] == 320 and config["tokenizer"] == str(path)
     assert config["tokenizer_sha256"] == load_tokenizer(str(path)).checksum
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == path.read_bytes()
-    evaluations = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in row]
+    evaluations = read_metrics(tmp_path / "run").evaluations
     assert [row["step"] for row in evaluations] == [2, 4]
     assert all(1 < row["val_loss"] / row["val_bits_per_byte"] / math.log(2) < 4 for row in evaluations)  # bytes per token
     said = capsys.readouterr()
@@ -190,7 +190,7 @@ def test_what_a_start_from_other_weights_has_to_beat_is_its_own_loss(
     for name, limit in (("long", 0), ("short", 2**37)):
         monkeypatch.setattr("refimpl.training.evaluate.WHOLE_TEXT", limit)
         assert train(still, tmp_path / name, False, False, tmp_path / "a") == 0
-        first, last = (row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "val_loss" in row)
+        first, last = read_metrics(tmp_path / name).evaluations
         assert (first["step"], last["step"]) == (0, 4) and first["val_loss"] == last["val_loss"]
         (said, notes), loss = capsys.readouterr(), TextLoss(first["val_loss"], first["val_bits_per_byte"]).described("token")
         assert notes.startswith(f"reading {tmp_path / 'a'}: 8,560 parameters\n")
@@ -213,7 +213,7 @@ def test_a_start_from_other_weights_that_is_stopped_in_its_first_evaluation_resu
     assert train({}, tmp_path / "parts", True, False, None) == 0
     whole, parts = (tmp_path / name for name in ("whole", "parts"))
     assert (whole / "checkpoint.safetensors").read_bytes() == (parts / "checkpoint.safetensors").read_bytes()
-    losses = [[row["val_loss"] for row in read_metrics(at / "metrics.jsonl") if "val_loss" in row] for at in (whole, parts)]
+    losses = [[row["val_loss"] for row in read_metrics(at).evaluations] for at in (whole, parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
