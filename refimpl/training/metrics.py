@@ -1,4 +1,4 @@
-"""The log of a run and its plot: `metrics.jsonl` has a JSON object per step, `validation.jsonl` one per evaluation.
+"""The log of a run: `metrics.jsonl` has a JSON object per step, `validation.jsonl` one per evaluation.
 
 All rows of a file have the same keys, but for the loss of the whole validation text in the last evaluation.
 """
@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refimpl.errors import UsageError
-from refimpl.training.checkpoint import write_atomically, write_text_atomically
-from refimpl.training.pictures import new_figure, save
-from refimpl.training.run_folder import METRICS, PICTURE, VALIDATION
+from refimpl.training.checkpoint import write_text_atomically
+from refimpl.training.run_folder import METRICS, VALIDATION
 from refimpl.training.schema import FINITE, Integer, Kind, Maybe, OneOf, Real, Table, Text, check
 
 
@@ -109,41 +108,9 @@ def _read(path: Path, kind: Table | None) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_run(folder: Path, baselines: dict[int, float], title: str, unit: str = "byte") -> Path | None:
-    """Plot losses, n-gram baselines, loss scale and skipped steps to `loss.png`. Return its path; None without matplotlib.
-
-    unit: what a token is called.
-    """
-    figure = new_figure(9, 6)
-    if figure is None:
-        return None
-    steps, evals = read_metrics(folder)
-    steps = [row for row in steps if {"loss_scale", "skipped"} <= row.keys()]
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    _draw_losses(top, steps, evals, baselines)
-    top.set_ylabel(f"nats per {unit}")
-    top.set_title(title)
-    bottom.step([row["step"] for row in steps], [row["loss_scale"] for row in steps], where="post", color="tab:green")
-    skipped = [row for row in steps if row["skipped"]]
-    bottom.plot([r["step"] for r in skipped], [r["loss_scale"] for r in skipped], "x", color="tab:red", label="skipped step")
-    bottom.set_yscale("log", base=2)
-    bottom.set_ylabel("loss scale")
-    bottom.set_xlabel("step")
-    if skipped:
-        bottom.legend()
-    path = folder / PICTURE
-    write_atomically(path, lambda temporary: save(figure, temporary))
-    return path
-
-
-def _draw_losses(axes: Any, steps: list[dict[str, Any]], evals: list[dict[str, Any]], baselines: dict[int, float]) -> None:
-    nan = float("nan")
-    losses = [nan if row["loss"] is None else row["loss"] for row in steps]
-    axes.plot([row["step"] for row in steps], losses, lw=0.7, alpha=0.6, label="training loss")
-    axes.plot([row["step"] for row in evals], [nan if r["val_loss"] is None else r["val_loss"] for r in evals],
-              "o-", ms=4, label="validation loss")  # fmt: skip
-    for n, entropy in baselines.items():
-        axes.axhline(entropy, ls=":", color="gray", lw=1)
-        axes.annotate(f"{n}-gram", (1, entropy), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
-    axes.legend(loc="upper right", bbox_to_anchor=(0.9, 1))
-    axes.grid(alpha=0.3)
+def as_table(log: Metrics) -> list[dict[str, Any]]:
+    """Return one row per step, in which an evaluation after that step is included. One before the first step has its own."""
+    evaluations = {row["step"]: row for row in log.evaluations}
+    steps = {row["step"]: row for row in log.steps}
+    numbers = sorted(steps.keys() | evaluations.keys())
+    return [{**evaluations.get(n, {}), **steps.get(n, {})} for n in numbers]

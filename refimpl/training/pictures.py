@@ -23,17 +23,19 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def figure_for_flag(path: Path, default: Path, overwrite: bool, width: float, height: float) -> tuple[Any, Target]:
-    """Return an empty figure, and the file of `--plot PATH` that it will be written to.
+def figure_for_flag(
+    path: Path, default: Path, overwrite: bool, width: float, height: float, flag: str = "--plot"
+) -> tuple[Any, Target]:
+    """Return an empty figure, and the file of `--plot PATH`, or of another flag, that it will be written to.
 
     Errors: UsageError without matplotlib, for a name that does not end in .png, or if the file cannot be written.
     """
     if path.suffix != ".png":
-        raise UsageError(f"--plot {path}: the picture is a PNG, so its name must end in .png")
+        raise UsageError(f"{flag} {path}: the picture is a PNG, so its name must end in .png")
     figure = new_figure(width, height)
     if figure is None:
-        raise UsageError("--plot needs matplotlib: pip install -e '.[plot]'")
-    return figure, target("--plot", None if path is default else path, default, overwrite)
+        raise UsageError(f"{flag} needs matplotlib: pip install -e '.[plot]'")
+    return figure, target(flag, None if path is default else path, default, overwrite)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -27,9 +27,10 @@ from refimpl.training.config import Config, Flags
 from refimpl.training.console import count, printable
 from refimpl.training.evaluate import TextLoss
 from refimpl.training.init_from import settings_from
-from refimpl.training.metrics import WHOLE, WHOLE_BITS, plot_run, read_metrics
+from refimpl.training.metrics import WHOLE, WHOLE_BITS, read_metrics
 from refimpl.training.ngrams import NgramBaselines, ngram_baselines
 from refimpl.training.pictures import NO_PICTURE
+from refimpl.training.plots import plot_run
 from refimpl.training.run_folder import (
     CHECKPOINT,
     CONFIG,

@@ -24,7 +24,7 @@ def refimpl(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_lists_every_command() -> None:
-    assert list(commands()) == COMMANDS and len(COMMANDS) == 17
+    assert list(commands()) == COMMANDS and len(COMMANDS) == 18
     assert all(f"    {name} " in usage() for name in COMMANDS) and all(commands().values())
 
 

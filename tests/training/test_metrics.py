@@ -10,7 +10,7 @@ import pytest
 from progress_bars import NoBar
 
 from refimpl.training.config import Config
-from refimpl.training.metrics import WHOLE, WHOLE_BITS, MetricsLog, plot_run, read_metrics
+from refimpl.training.metrics import WHOLE, WHOLE_BITS, MetricsLog, read_metrics
 from refimpl.training.run import train
 from refimpl.training.run_folder import CONFIG, METRICS, VALIDATION, open_folder
 from refimpl.training.trainer import Trainer
@@ -100,10 +100,3 @@ def test_null_is_written_for_nan_and_a_torn_line_dropped(tmp_path: Path) -> None
     kept = log.keep_up_to(2)
     assert kept == read_metrics(tmp_path) and [row["step"] for row in kept.steps] == [1, 2] and not kept.evaluations
     assert not (tmp_path / VALIDATION).exists()
-
-
-def test_picture(given: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    train({**given, "init_scale": 2.0**40}, tmp_path / "r", False, False, None)
-    path = plot_run(tmp_path / "r", {1: 3.0}, "title")
-    assert path is not None and path.read_bytes().startswith(b"\x89PNG")
