@@ -79,7 +79,7 @@ def test_both_checkers_bite() -> None:
 
 
 SLOW_OR_WRITING = ("train.py", "compare_pytorch.py", "record_vectors.py")
-OF_TRAININGS = ("recipes.md", "speed.md", "real_models.md", "logs.md")  # pages whose commands take many minutes, or the files of a run
+OF_TRAININGS = ("recipes.md", "speed.md", "real_models.md", "logs.md")  # whose commands take minutes, or the files of a run
 NEEDS_A_GPU = ("python scripts/gpu_check.py",)
 
 
