@@ -1,24 +1,17 @@
-'''refimpl: mixed-precision training of language models, written out in NumPy.
+"""refimpl: mixed-precision training of language models, written out in NumPy.
 
-Read `refimpl.step` first: it is the algorithm on one page. This package gives the names that a training by hand needs. The
-example trains a small GPT for 20 steps in FP16, with FP32 masters and a dynamic loss scale:
+`refimpl.step` is the algorithm on one page. This package gives the names that a training by hand needs. The example trains a
+small GPT for 20 steps in FP16, with FP32 masters and a dynamic loss scale:
 
     import numpy as np
     import refimpl as rf
 
+    text, rng = np.frombuffer(b"The masters are FP32, the weights are FP16. " * 10, np.uint8), np.random.default_rng(0)
     model = rf.gpt_model(rf.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16))
-    backend, recipe, rule = rf.get_backend("reference"), rf.get_recipe("fp16"), rf.AdamW()
-    state = rf.State(model, recipe.state_encodings(rule.moments), backend)
-    state.load_weights(model.initial_weights(np.random.default_rng(0)))
-    optimizer = rf.Optimizer(rule, rf.Schedule(lr=1e-2, min_lr=1e-3, warmup=2, steps=20))
-    loss_scale = rf.make_loss_scale(recipe.loss_scale, init_scale=2.0**18)  # too large: it halves
-    run = rf.Run(recipe.policy, backend)
-
-    text = np.frombuffer(b"The masters are FP32, the weights are FP16. " * 10, np.uint8)
-    windows = np.lib.stride_tricks.sliding_window_view(text, 17)[:64:8]
-    batch = windows[:, :-1], windows[:, 1:]
+    scale = rf.make_loss_scale("dynamic", init_scale=2.0**17)  # too large: it halves
+    training = rf.make_training(model, "fp16", rf.Schedule(lr=1e-2, min_lr=1e-3, warmup=2, steps=20), loss_scale=scale)
     for step in range(20):
-        result = rf.train_step(model, [batch], state, optimizer, loss_scale, run, max_norm=1.0)
+        result = training.step([rf.sample_batch(text, 8, 16, rng)])
         print(step, float(result.loss), float(result.loss_scale), bool(result.skipped))
 
 The names, by what they are for; `help(refimpl.State)` and so on say more:
@@ -26,6 +19,8 @@ The names, by what they are for; `help(refimpl.State)` and so on say more:
     gpt_model, GPTConfig                          GPT-2, and its sizes
     llama_model, LlamaConfig                      Llama, Mistral or Qwen, and its sizes
     mlp_model, MLPConfig                          a byte language model of a few layers, and its sizes
+    make_training, Training                       all that a step takes, as one object with a method `step`
+    sample_batch                                  random blocks of a text, and the tokens that follow
     get_recipe                                    the formats of operations and states, by name: RECIPES holds all
     get_backend, Run                              what computes; what the operations of a run share
     State, Optimizer, AdamW, SGD, Schedule        weights, gradients, masters and moments, and how they are updated
@@ -34,8 +29,10 @@ The names, by what they are for; `help(refimpl.State)` and so on say more:
     cast, widen                                   round an array to a format; convert it to a wider one, exactly
     UsageError, TrainingStopped                   what wrong input raises, and a training that had to stop
 
+`docs/library.md` shows the same with plots, and what else these objects can be asked.
+
 The modules behind them are imported when a name is first used, so `import refimpl` alone takes no time.
-'''
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -47,14 +44,15 @@ else:
 
     def __getattr__(name: str) -> Any:
         """Import the library when one of its names is first used: a command must answer Ctrl-C before NumPy is imported."""
-        if not name.startswith("_"):
+        if not name.startswith("_") or name == "__all__":
             from refimpl import _library
 
-            if name in _library.__all__:
-                return getattr(_library, name)
+            if name in {*_library.__all__, "__all__"}:
+                globals().update({"__all__": _library.__all__}, **{each: getattr(_library, each) for each in _library.__all__})
+                return globals()[name]
         raise AttributeError(f"module 'refimpl' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
         from refimpl import _library
 
-        return sorted([*globals(), *_library.__all__])
+        return sorted({*globals(), *_library.__all__})

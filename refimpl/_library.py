@@ -17,9 +17,11 @@ from refimpl.optim.state import State
 from refimpl.precision.context import Run
 from refimpl.precision.recipes import RECIPES, get_recipe
 from refimpl.step import StepResult, forward_backward, train_step
+from refimpl.training.data import sample_batch
+from refimpl.training.setup import Training, make_training
 
 __all__ = [
     "RECIPES", "SGD", "AdamW", "GPTConfig", "LlamaConfig", "MLPConfig", "Optimizer", "Run", "Schedule", "State", "StepResult",
-    "TrainingStopped", "UsageError", "cast", "forward_backward", "get_backend", "get_recipe", "gpt_model", "llama_model",
-    "make_loss_scale", "mlp_model", "train_step", "widen",
+    "Training", "TrainingStopped", "UsageError", "cast", "forward_backward", "get_backend", "get_recipe", "gpt_model",
+    "llama_model", "make_loss_scale", "make_training", "mlp_model", "sample_batch", "train_step", "widen",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ def embedding_forward(tokens: Array, w: Array, p: OpPrecision) -> tuple[Array, A
     Errors: UsageError for a token outside 0 to V - 1 (on the host only: see `check_indices`).
     PyTorch: torch.nn.functional.embedding.
     """
-    check_indices(tokens, len(w), "index", p)
+    check_indices(tokens, len(w), "token", p)
     return p.round(p.cast(w, "w")[tokens], "y", w), tokens
 
 

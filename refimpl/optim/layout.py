@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array
 
 
@@ -98,6 +99,17 @@ class Layout:
             begin, end = max(first, start), min(last, stop)
             if begin < end:
                 yield name, slice(begin - first, end - first), slice(begin - start, end - start)
+
+    def checked(self, weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+        """Return one of the weights by name. Errors: UsageError if it is missing or has not the shape of the parameter."""
+        shape = self.slots[name][2]
+        try:
+            values = weights[name]
+        except KeyError:
+            raise UsageError(f"no weights for {name!r}: there must be an array of shape {shape}") from None
+        if values.shape != shape:
+            raise UsageError(f"the weights for {name!r} have the shape {values.shape}: it must be {shape}")
+        return values
 
     def name_at(self, index: int) -> str:
         """Return the name of the parameter at an index of the flat buffers."""

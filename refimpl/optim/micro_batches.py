@@ -19,6 +19,32 @@ from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import format_of, widest
 from refimpl.optim.state import State
 
+_PAIRS = "[(tokens, targets)] for one"
+
+
+def check_batches(batches: Sequence[tuple[Array, Array]]) -> None:
+    """Check what a device can check without waiting: that these are pairs of integer arrays (B, T) of equal shapes.
+
+    Errors: UsageError for anything else, and without any micro-batch.
+    """
+    if not isinstance(batches, Sequence):
+        raise UsageError(f"batches is of type {type(batches).__name__}: it must be a list of micro-batches, {_PAIRS}")
+    if not batches:
+        raise UsageError("no micro-batches: a step needs at least one")
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            what = f"has {len(batch)} parts" if isinstance(batch, tuple | list) else f"is of type {type(batch).__name__}"
+            raise UsageError(f"micro-batch {i} {what}: each must be a pair in a list of them, {_PAIRS}")
+        for name, array in zip(("tokens", "targets"), batch, strict=True):
+            dtype = getattr(array, "dtype", type(array).__name__)
+            if getattr(dtype, "kind", "") not in "iu" or not hasattr(array, "shape"):
+                raise UsageError(f"{name} are of type {dtype}: they must be an array of integers")
+            if len(array.shape) != 2 or 0 in array.shape:
+                raise UsageError(f"{name} have the shape {array.shape}: it must be (B, T), B rows of T {name}")
+        tokens, targets = batch
+        if tokens.shape != targets.shape:
+            raise UsageError(f"tokens {tokens.shape} and targets {targets.shape} must have equal shapes: one target per token")
+
 
 @np.errstate(divide="ignore", invalid="ignore")
 def divisors(model: Model, batches: Sequence[tuple[Array, Array]], state: State) -> list[Array]:
@@ -27,11 +53,10 @@ def divisors(model: Model, batches: Sequence[tuple[Array, Array]], state: State)
     With N_i targets in micro-batch i (without ignored ones) and N in all micro-batches of all ranks, the divisor is N / N_i:
     Inf if N_i is 0, NaN if N is 0, and exactly the number of micro-batches if all N_i are equal. For a mean of means
     (`nn.models.model.LOSS_MEANS`) it is always that number. Each is a 0-d array on the device of the batches.
-    Errors: UsageError without any micro-batch.
+    Errors: UsageError, as `check_batches` says.
     PyTorch: a training loop does this by hand: cross_entropy(..., reduction='sum') / N.
     """
-    if not batches:
-        raise UsageError("no micro-batches: a step needs at least one")
+    check_batches(batches)
     n = len(batches) * state.ranks
     if n == 1 or model.loss_mean == "micro-batches":
         return [n] * len(batches)

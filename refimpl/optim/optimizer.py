@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from refimpl.errors import UsageError
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.optim.adamw import AdamW
@@ -60,7 +61,9 @@ class Optimizer:
         self.scalars = self.xp.asarray(np.array([rule.scalars(schedule(t), t + 1) for t in range(schedule.steps)]))
 
     def lr(self, state: State) -> Array:
-        """Return the learning rate of the next update, 0-d. Errors: IndexError after the last update of the schedule."""
+        """Return the learning rate of the next update, 0-d. Errors, on the host: UsageError after the last of the schedule."""
+        if state.backend.on_host and state.t >= self.schedule.steps:
+            raise UsageError(f"all {self.schedule.steps} updates of the schedule have been made: give Schedule more steps")
         return self.learning_rates[state.t]
 
     def update(self, state: State, inverse_scale: Array, clip: Array | float, found_inf: Array) -> None:

@@ -120,9 +120,10 @@ class State(Exchange):
 
         rounded: set the masters to the rounded copy too, as Apex O2, Megatron, DeepSpeed and llm.c do, which make a 16-bit
         model first and then its masters. PyTorch: a model trained with autocast keeps its FP32 weights.
+        Errors: UsageError for a parameter that is missing or has another shape.
         """
         for name, elements, place in self.layout.parameters_in(self.first, self.first + self.master.size):
-            source = self.backend.from_host(weights[name].reshape(-1)[elements])
+            source = self.backend.from_host(self.layout.checked(weights, name).reshape(-1)[elements])
             if rounded:
                 source = cast(source, self.formats["weights"])
             self.encodings[self.master_kind].start(self.parts(self.master_kind, place), widen(source, self.math_format))

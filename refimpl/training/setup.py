@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from refimpl.backends.choose import get_backend
 from refimpl.distributed.collectives import Comm
 from refimpl.errors import UsageError, unknown
 from refimpl.nn.models.model import Model
+from refimpl.numerics.quantization.scaling_state import ScalingState
+from refimpl.optim.adamw import AdamW
 from refimpl.optim.loss_scale import LossScale
-from refimpl.optim.optimizer import Optimizer
+from refimpl.optim.loss_scalers import make_loss_scale
+from refimpl.optim.optimizer import Optimizer, Rule
+from refimpl.optim.schedule import Schedule
 from refimpl.optim.state import State
 from refimpl.precision.context import Monitor, Run
+from refimpl.precision.recipes import get_recipe
 from refimpl.step import Batch, StepResult, train_step
 from refimpl.training.checkpoint_states import start_from
 
@@ -53,6 +59,33 @@ class Training:
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """Make one training step."""
         return train_step(self.model, batches, self.state, self.optimizer, self.loss_scale, self.run, self.max_norm)
+
+
+def make_training(
+    model: Model,
+    recipe: str,
+    schedule: Schedule,
+    rule: Rule | None = None,
+    *,
+    loss_scale: LossScale | None = None,
+    max_norm: float = 1.0,
+    grad_accum: int = 1,
+    backend: str = "numpy",
+    seed: int = 0,
+) -> Training:
+    """Return a training of a model before its first step, with new weights: those of `train.py --seed` for the same sizes.
+
+    recipe: one of RECIPES, by name. rule: AdamW() if None. loss_scale: the recipe's if None. max_norm: where gradients are
+    clipped, math.inf for nowhere. grad_accum: the number of micro-batches of each step. backend: 'numpy', 'reference', which
+    runs the definitions alone, or 'cupy'. seed: of the weights, and of what a recipe rounds at random.
+    Errors: UsageError for an unknown recipe or backend.
+    """
+    where, row, rule = get_backend(backend), get_recipe(recipe), rule or AdamW()
+    state = State(model, row.state_encodings(rule.moments, grad_accum), where, seed)
+    state.load_weights(model.initial_weights(generator(seed, INIT)), rounded=row.masters_from == "rounded")
+    optimizer, scale = Optimizer(rule, schedule, where.xp), loss_scale or make_loss_scale(row.loss_scale, xp=where.xp)
+    run = Run(row.policy, where, scales=ScalingState(seed))
+    return Training(model, state, optimizer, scale, run, max_norm, grad_accum)
 
 
 class Fault(Protocol):

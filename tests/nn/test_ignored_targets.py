@@ -51,9 +51,9 @@ OUT_OF_RANGE = {
     "a target of V": ("targets", (1, 2), 256, "loss: target 256 at [1, 2] is out of range: it must be 0 to 255, or -100 to be"),
     "a target of -1": ("targets", (0, 0), -1, "loss: target -1 at [0, 0] is out of range"),
     "a large target": ("targets", (3, 15), 1 << 40, "at [3, 15] is out of range"),
-    "a token of V": ("tokens", (0, 3), 256, "transformer.wte: index 256 at [0, 3] is out of range: it must be 0 to 255"),
-    "a token of -1": ("tokens", (2, 0), -1, "transformer.wte: index -1 at [2, 0] is out of range"),
-    "an ignored token": ("tokens", (2, 0), -100, "transformer.wte: index -100 at [2, 0] is out of range"),
+    "a token of V": ("tokens", (0, 3), 256, "transformer.wte: token 256 at [0, 3] is out of range: it must be 0 to 255"),
+    "a token of -1": ("tokens", (2, 0), -1, "transformer.wte: token -1 at [2, 0] is out of range"),
+    "an ignored token": ("tokens", (2, 0), -100, "transformer.wte: token -100 at [2, 0] is out of range"),
 }
 
 
@@ -72,7 +72,7 @@ def test_an_index_out_of_range_is_one_clear_line(name: str) -> None:
 
 def test_numbers_with_a_fraction_are_no_tokens() -> None:
     training, (tokens, targets) = start(config_of()), batch(4, 0.0)
-    with pytest.raises(UsageError, match="index is float32: it must be an integer, 0 to 255"):
+    with pytest.raises(UsageError, match="tokens are of type float32: they must be an array of integers"):
         training.step([(tokens.astype(np.float32), targets)])
 
 

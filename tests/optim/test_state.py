@@ -8,6 +8,7 @@ import pytest
 
 import refimpl.optim.layout
 from refimpl.backends.numpy.backend import NUMPY
+from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig, gpt_model
 from refimpl.nn.models.llama import LlamaConfig, llama_model
 from refimpl.nn.models.mlp import MLPConfig, mlp_model
@@ -245,7 +246,7 @@ def test_loading_copies() -> None:
 def test_a_missing_weight_is_an_error_that_names_it() -> None:
     state, weights = state_of(TINY_MLP, "fp32"), weights_of(TINY_MLP)
     del weights["h.0.fc.bias"]
-    with pytest.raises(KeyError, match=r"h\.0\.fc\.bias"):
+    with pytest.raises(UsageError, match=r"h\.0\.fc\.bias"):
         state.load_weights(weights)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+from refimpl.errors import UsageError
 from refimpl.nn.autograd import Tape, Value
 from refimpl.nn.loss import IGNORE_INDEX
 from refimpl.nn.models.model import Model, Parameter, check_sizes
@@ -27,6 +28,8 @@ class MLPConfig:
 
 def _logits(t: Tape, tokens: Array, config: MLPConfig) -> Value:
     B, k = tokens.shape
+    if k != config.block_size:
+        raise UsageError(f"{k} tokens per sequence: the mlp reads exactly {config.block_size}, its block_size")
     x = t(embedding, "wte", tokens)                             # (B, k, C)
     x = t(reshape, "join", x, shape=(B, k * config.n_embd))     # (B, kC)
     for i in range(config.n_layer):
