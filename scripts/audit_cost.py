@@ -35,7 +35,7 @@ from refimpl.errors import UsageError
 from refimpl.parity.pytorch import import_torch
 from refimpl.tools.memory.measure import process_memory
 from refimpl.training.arguments import Parser
-from refimpl.training.console import table
+from refimpl.training.columns import table
 
 PRECISIONS = ("fp32", "amp-bf16")
 LIMITS = {"time": 12.0, "memory": 3.0, "unaudited": 1.01, "call": 1.01}

@@ -24,7 +24,7 @@ from typing import Any
 from refimpl.errors import UsageError, one_line
 from refimpl.parity.pytorch import import_torch
 from refimpl.training.arguments import Parser
-from refimpl.training.console import table
+from refimpl.training.columns import table
 
 LEAST = 0.98
 """The least share of the float elements made by arithmetic that is judged, in each loop."""

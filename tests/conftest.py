@@ -120,4 +120,4 @@ def pythons_manual(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the drawing of loss.png, which takes longer than the rest of a test."""
-    monkeypatch.setattr("refimpl.training.run.plot_run", lambda *_: None)
+    monkeypatch.setattr("refimpl.training.run_report.plot_run", lambda *_: None)

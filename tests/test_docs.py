@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -10,20 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from doc_commands import COMMANDS, commands, lacks, may_exit, words_of
 from line_links import LINK, PAGES, corrected, wrong
 from paths import ROOT
 from script_loader import load_script
 
 LINKS = [(page, *found) for page in PAGES for found in re.findall(r"\[(`[^`]+`|[^\]]+?)\]\((?!http)(.+?)\)", page.read_text())]
-
-
-def commands(text: str) -> list[str]:
-    """Every `python scripts/...` of a page: indented lines, fenced lines, and those between backquotes."""
-    lines = re.findall(r"^(?:    )?(?:.* && )?(python scripts/.+)$", text, re.M)
-    return [re.split(r"  +", line)[0].strip() for line in lines] + re.findall(r"`(python scripts/[^`]+)`", text)
-
-
-COMMANDS = sorted({(page.name, command) for page in PAGES for command in commands(page.read_text())})
 
 
 @pytest.mark.parametrize(("page", "text", "target"), LINKS, ids=[f"{page.name}-{target}" for page, _, target in LINKS])
@@ -78,14 +69,8 @@ def test_both_checkers_bite() -> None:
     assert commands(text) == ["python scripts/a.py --b", "python scripts/d.py", "python scripts/c.py"]
 
 
-SLOW_OR_WRITING = ("train.py", "compare_pytorch.py", "record_vectors.py")
+SLOW_OR_WRITING = ("train", "compare_pytorch", "record_vectors")
 OF_TRAININGS = ("recipes.md", "speed.md", "real_models.md", "logs.md")  # whose commands take minutes, or the files of a run
-NEEDS_A_GPU = ("python scripts/gpu_check.py",)
-
-
-def needs_a_users_program(arguments: list[str]) -> bool:
-    """Whether a command of the audit is for a script of the reader's, or needs PyTorch and has none."""
-    return ("--demo" not in arguments and "--replay" not in arguments) or importlib.util.find_spec("torch") is None
 
 
 @pytest.mark.slow
@@ -97,16 +82,11 @@ def test_the_commands_of_docs_run_one_after_the_other(tmp_path: Path) -> None:
         folder = tmp_path / page.stem
         folder.mkdir()
         for command in commands(page.read_text()):
-            script, *arguments = shlex.split(command, comments=True)[1:]
-            if (
-                command in NEEDS_A_GPU
-                or "DIR" in arguments  # a folder of the reader's
-                or (Path(script).name == "audit.py" and needs_a_users_program(arguments))
-                or Path(script).name in SLOW_OR_WRITING
-                or ("torch" in script and importlib.util.find_spec("torch") is None)
-                or (Path(script).name == "bench.py" and "--ranks" in arguments and importlib.util.find_spec("mpi4py") is None)
-            ):
+            script, arguments = words_of(command)
+            alone = {"--demo", "--replay", "--catalogue"} & set(arguments)
+            of_the_reader = "DIR" in arguments or (script == "audit" and not alone)
+            if script in SLOW_OR_WRITING or of_the_reader or lacks(command):
                 continue
-            done = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=folder, capture_output=True, text=True)
-            found = 1 if " diff " in command or "audit.py" in command else 0  # the exit code of what finds something
-            assert done.returncode in (0, found), f"{page.name}: {command}\n{done.stderr}"
+            path = ROOT / "scripts" / f"{script}.py"
+            done = subprocess.run([sys.executable, path, *arguments], cwd=folder, capture_output=True, text=True)
+            assert done.returncode in may_exit(command), f"{page.name}: {command}\n{done.stderr}"

@@ -18,7 +18,7 @@ from refimpl.parity.tolerances import fp64
 from refimpl.parity.trace import BY_PARAMETER, POINTS, Trace, parse_key
 from refimpl.parity.trace_checks import checked
 from refimpl.parity.trace_settings import config_from, stated
-from refimpl.training.console import table
+from refimpl.training.columns import table
 
 GROUPS = 12
 """The number of reasons that are printed; `--json` has all."""

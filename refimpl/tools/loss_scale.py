@@ -12,7 +12,7 @@ import numpy as np
 
 from refimpl.errors import UsageError
 from refimpl.optim.loss_scalers import SCALER_RULES, make_loss_scale
-from refimpl.training.console import table
+from refimpl.training.columns import table
 from refimpl.training.pictures import figure_for_flag, save
 
 PICTURE = Path("loss_scale.png")

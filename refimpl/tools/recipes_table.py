@@ -14,7 +14,8 @@ from refimpl.precision.policy import EVERY_OTHER, SAME, Policy, Precision
 from refimpl.precision.policy_checks import PARTS
 from refimpl.precision.recipes import RECIPES, STATE_KINDS, Recipe, get_recipe
 from refimpl.precision.state_encodings import get_encoding
-from refimpl.training.console import json_text, table
+from refimpl.training.columns import table
+from refimpl.training.console import json_text
 
 MOVES = ("reshape", "transpose", "split")
 """Operations that compute nothing, and so use no row."""

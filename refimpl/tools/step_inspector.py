@@ -26,8 +26,9 @@ from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import StepResult, forward_backward
 from refimpl.tools.scale_remarks import explain
+from refimpl.training.columns import table
 from refimpl.training.config import Config
-from refimpl.training.console import json_text, table
+from refimpl.training.console import json_text
 from refimpl.training.data import sample_batch
 from refimpl.training.flags import refuse_unused
 from refimpl.training.non_finite import first_non_finite

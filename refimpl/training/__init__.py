@@ -2,7 +2,7 @@
 
     config.py, schema.py      the settings of a run: flags as given, and all of them, checked; checks of data read from JSON
     setup.py, init_from.py    the start of a run: the objects that a step takes, random numbers, faults; weights of other runs
-    trainer.py, run.py        the loop over steps; a run in a folder, from start to report
+    trainer.py, run.py, run_report.py           the loop over steps; a run in a folder; what it prints
     data.py, ngrams.py        corpora and batches; the losses that a model must beat
     tokenizer.py, token_cache.py  bytes or a tokenizer.json: text as token ids and back; ids that are kept in a file
     evaluate.py, sampling.py  the loss of a model on a text; text that a model writes
@@ -13,6 +13,7 @@
     memory_limits.py, activation_memory/        whether a run fits into memory; formulas for its activations
     stopping.py, non_finite.py    when a run stops, and advice; where Inf or NaN first appears in a step
     cli.py, console.py, signals.py, program.py  the frame of every command: exit codes, output, Ctrl-C
+    columns.py, progress_bar.py   lines and tables that fit the terminal; progress on a terminal and in a file
     arguments.py, flags.py        the parser, the flags of a run
     outputs.py, pictures.py, html/              the files of reports, pictures as PNG, and parts of HTML pages
 """

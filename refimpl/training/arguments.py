@@ -58,6 +58,10 @@ class Parser(argparse.ArgumentParser):
             parser.error(f"unexpected {' '.join(extra)!r}")
         parser.error(f"unknown flag {unknown}{nearest(unknown.partition('=')[0], flags)}")
 
+    def add_quiet(self) -> None:
+        """Add --quiet, of the commands that show progress."""
+        self.add_argument("--quiet", action="store_true", help="show no progress, only results")
+
     def _chosen(self, result: argparse.Namespace) -> Iterator[Parser]:
         """Yield the parser of the sub-command that was given, if there is one."""
         for action in self._actions:

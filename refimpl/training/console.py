@@ -3,6 +3,7 @@
     a reader that has gone (`train.py | head`), a full disk, a closed stream (`>&-`)    -> `OutputLost`, or continue without it
     a character that the encoding lacks (cp1252, ascii)                                 -> \\ufffd
     a control character: ESC, BEL, Shift-Out, those of Unicode                          -> \\x1b
+    a line that is longer than the terminal is wide                                     -> wrapped at words
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+from refimpl.training.columns import terminal_width, wrapped
 
 
 class OutputLost(Exception):
@@ -40,16 +43,17 @@ def _escaped(code: int) -> str:
 
 
 class Output:
-    """A stream that drops what is written after its first failure.
+    """A stream that wraps lines at the terminal's width, and drops what is written after its first failure.
 
     Standard output raises `OutputLost` at the failure, or if `goes_on` prints one line to standard error. Standard error
-    fails silently.
+    fails silently. A line that is flushed before its end, and the progress bar, are not wrapped.
     """
 
     def __init__(self, stream: TextIO | None, is_error: bool, goes_on: bool) -> None:
         self.is_error, self.goes_on, self.lost = is_error, goes_on, False
         self.closed_before = None if stream is not None else OSError(errno.EBADF, "it is closed")
         self.stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115 (for as long as the process is)
+        self.line, self.streams = "", False  # the unfinished line; whether its beginning has been shown
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
@@ -58,14 +62,29 @@ class Output:
         try:
             if self.closed_before is not None:
                 raise self.closed_before
-            self.stream.write(text if self.is_error else printable(text))  # a progress bar moves the cursor on standard error
+            self.stream.write(self._shown(text))
         except OSError as error:
             self._lose(error)
         return len(text)
 
+    def _shown(self, text: str) -> str:
+        """Return what to show now of a text: the lines that end in it, wrapped. `line` keeps the rest."""
+        text = text if self.is_error else printable(text)  # a progress bar moves the cursor on standard error
+        width = terminal_width(self.stream)
+        if width is None or "\r" in text:
+            return text
+        *lines, self.line = (self.line + text).split("\n")
+        shown = [wrapped(line, width) for line in lines]
+        if lines and self.streams:
+            shown[0], self.streams = lines[0], False
+        return "".join(f"{line}\n" for line in shown)
+
     def flush(self) -> None:
         """Flush the buffer, or drop it after a failure."""
         try:
+            if self.line:
+                self.stream.write(self.line)
+                self.line, self.streams = "", True
             self.stream.flush()
         except OSError as error:
             self._lose(error)
@@ -98,6 +117,9 @@ def safe_streams(goes_on: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OutputLost):
+                stream.flush()  # a line without an end
         sys.stdout, sys.stderr = before
 
 
@@ -113,16 +135,6 @@ def keep_closed_descriptors() -> None:
 def count(n: int, unit: str) -> str:
     """Return a number of things: '1 step', '1,000 steps'."""
     return f"{n:,} {unit}" if n == 1 else f"{n:,} {unit}s"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Return a text table: columns as wide as their widest cell, two spaces apart; the last one is not padded."""
-    lines = [list(header), *([list(row) for row in rows])] if header else [list(row) for row in rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    if header:
-        lines.insert(1, ["-" * width for width in widths])
-    cells = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(indent + line.rstrip() for line in cells)
 
 
 def json_text(data: Any) -> str:

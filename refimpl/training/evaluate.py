@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from refimpl.optim.state import State
 from refimpl.precision.context import Run
 from refimpl.training.config import Config
 from refimpl.training.data import Corpus, sample_batch, sequential_batches
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.setup import EVALUATION, Training, generator
 
 WHOLE_TEXT = 2**37
@@ -90,8 +90,6 @@ def validation_loss(
 
     Return None if `stopping()`, called before each batch, returned True. shows: show a progress bar after SLOW seconds.
     """
-    from tqdm import tqdm
-
     training.state.weights_down()
     sizes = config.batch_size, config.block_size
     if whole:
@@ -103,8 +101,7 @@ def validation_loss(
 
     def until_stopped() -> MeasuredBatches:
         nonlocal cut
-        shown: dict[str, Any] = {"delay": SLOW, "leave": False, "dynamic_ncols": True, "disable": not shows}
-        with tqdm(total=total, desc="evaluation", unit="batch", **shown) as bar:
+        with ProgressBar(total, "batch", "evaluation", delay=SLOW, quiet=not shows, stays=False) as bar:
             for batch in batches:
                 cut = stopping()
                 if cut:

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from refimpl.errors import UsageError
 from refimpl.training import checkpoint
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.tokenizer import BYTES, Tokenizer
 
 ENDING = ".tokens"
@@ -119,11 +119,9 @@ def _tokenize(tokenizer: Tokenizer, train: np.ndarray, valid: np.ndarray) -> Tok
     return TokenizedParts(train_ids, valid_ids, lengths)
 
 
-def _progress(size: int) -> Any:
+def _progress(size: int) -> ProgressBar:
     """Return a bar that appears when PATIENCE is over."""
-    from tqdm import tqdm
-
-    return tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", delay=PATIENCE, dynamic_ncols=True)
+    return ProgressBar(size, "B", "tokenizing", delay=PATIENCE)
 
 
 def _encode(

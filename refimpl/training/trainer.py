@@ -16,6 +16,7 @@ from refimpl.training.data import Corpus, sample_batch
 from refimpl.training.evaluate import TextLoss, reads_whole_text, validation_loss
 from refimpl.training.init_from import First
 from refimpl.training.metrics import WHOLE, WHOLE_BITS, MetricsLog, read_metrics
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.resume import Progress, load_run, run_header
 from refimpl.training.run_folder import CHECKPOINT, name_in_logs
 from refimpl.training.setup import BATCHES, NO_FAULTS, Fault, find_fault, generator, start
@@ -71,8 +72,8 @@ class Trainer:
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def train(self, bar: Any) -> bool:
-        """Train to the last step, or until a signal asks to stop. Return whether all steps are done. bar: a tqdm bar.
+    def train(self, bar: ProgressBar) -> bool:
+        """Train to the last step, or until a signal asks to stop. Return whether all steps are done. bar: shows the steps.
 
         Errors: TrainingStopped if training cannot continue; the last checkpoint stays.
         """
@@ -84,7 +85,7 @@ class Trainer:
         self._rules.first_step = self.progress.step + 1
         with self.stop:
             if self.owes_evaluation:
-                self._print(bar, self._evaluate())
+                self._evaluate_and_print(bar)
             while self.progress.step < steps and not self.stopping():
                 batches = self.next_batches()
                 self._pending.append((self.progress.step + 1, self._one_step(batches), batches))
@@ -98,15 +99,15 @@ class Trainer:
                     if at_end:
                         self._rules.check_end(self.progress.step, self.progress.skipped)
                     self.save()  # before an evaluation, which can be interrupted, and printing, where the reader may have gone
-                    self._print(bar, self._evaluate())
+                    self._evaluate_and_print(bar)
             if self.progress.step < steps:
                 self._write_steps(bar)
                 self.save()
         return self.progress.step == steps
 
-    @staticmethod
-    def _print(bar: Any, report: str | None) -> None:
-        if report:
+    def _evaluate_and_print(self, bar: ProgressBar) -> None:
+        report = self._evaluate(bar.quiet)
+        if report and not bar.quiet:
             bar.write(report)
 
     def stopping(self) -> bool:
@@ -131,7 +132,7 @@ class Trainer:
 
     # -- the log ----------------------------------------------------------------------------------------------------
 
-    def _write_steps(self, bar: Any) -> None:
+    def _write_steps(self, bar: ProgressBar) -> None:
         """Log the steps since the last call, and stop the run if it cannot continue. The first use of the results: it waits."""
         if not self._pending:
             return
@@ -147,9 +148,10 @@ class Trainer:
             self.log.write_steps(rows)
         for row, (_, _, batches) in zip(rows, self._pending, strict=True):
             self.progress.count(row["skipped"])
-            self._print(bar, self._rules.check_step(row, batches, self.progress.skipped_in_a_row))
+            if (warning := self._rules.check_step(row, batches, self.progress.skipped_in_a_row)) is not None:
+                bar.write(warning)
         self._rules.check_scale(rows[-1], batches, self.progress.step, self.save)
-        bar.set_postfix_str(
+        bar.show(
             f"loss {rows[-1]['loss']:.3f}, scale {rows[-1]['loss_scale']:g}, skipped {self.progress.skipped}, {rate:,.0f} tok/s"
         )
         self._pending.clear()
@@ -159,7 +161,7 @@ class Trainer:
         """Return what begins each row of the log. now: when the step or evaluation was done."""
         return {"step": step, "seconds": round(now - self._start, 3), "tokens": step * self.config.tokens_per_step}
 
-    def _evaluate(self) -> str:
+    def _evaluate(self, quiet: bool) -> str:
         """Log the validation loss, and return the line to print: '' if a signal asked to stop before it was complete.
 
         All are on the same batches. After the last step comes that of the whole text, if `reads_whole_text`.
@@ -168,9 +170,9 @@ class Trainer:
         saying = self.stop.saying
         if self.progress.step:
             self.stop.saying = EVALUATING
-        loss, row = self._loss_on(False), {}
+        loss, row = self._loss_on(False, quiet), {}
         if loss is not None and self.progress.step == self.config.steps and reads_whole_text(self.model, self.corpus):
-            whole = self._loss_on(True)
+            whole = self._loss_on(True, quiet)
             loss = None if whole is None else loss
             row = {} if whole is None else {WHOLE: whole.nats_per_token, WHOLE_BITS: whole.bits_per_byte}
         self.stop.saying = saying
@@ -185,8 +187,8 @@ class Trainer:
         when = f"step {n}: validation loss" if n else "to beat: validation loss before the first step"
         return f"{when} {loss.described(self.corpus.tokenizer.unit)}"
 
-    def _loss_on(self, whole: bool) -> TextLoss | None:
-        return validation_loss(self.training, self.config, self.corpus, whole, self.stopping, self.writes)
+    def _loss_on(self, whole: bool, quiet: bool) -> TextLoss | None:
+        return validation_loss(self.training, self.config, self.corpus, whole, self.stopping, self.writes and not quiet)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import signal
 
+from refimpl.training.progress_bar import ProgressBar
 
-class NoBar:
+
+class NoBar(ProgressBar):
     """It keeps what is written above it, and presses Ctrl-C, once, when `stop_at` steps have been logged."""
 
     def __init__(self, stop_at: int = 0) -> None:
-        self.steps, self.stop_at = 0, stop_at
+        self.steps, self.stop_at, self.quiet = 0, stop_at, False
         self.written: list[str] = []
 
-    def update(self, n: int) -> None:
+    def update(self, n: int = 1) -> None:
         self.steps += n
         if self.stop_at and self.steps >= self.stop_at:
             self.stop_at = 0
@@ -21,4 +23,4 @@ class NoBar:
     def write(self, text: str) -> None:
         self.written.append(text)
 
-    def set_postfix_str(self, text: str) -> None: ...
+    def show(self, fields: str) -> None: ...

@@ -17,7 +17,7 @@ from paths import SCRIPTS
 LAUNCH = """\
 import fcntl, os, signal, struct, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, int(sys.argv.pop(1)), 0, 0))
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):
     signal.signal(getattr(signal, name), signal.SIG_DFL)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
@@ -27,9 +27,9 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 class TerminalRun:
     """A script that is running; `seen` is all that the terminal has shown so far."""
 
-    def __init__(self, script: str, *flags: str, cwd: Path) -> None:
+    def __init__(self, script: str, *flags: str, cwd: Path, columns: int = 160) -> None:
         self.master, terminal = pty.openpty()
-        command = [sys.executable, "-I", "-S", "-c", LAUNCH, str(SCRIPTS / f"{script}.py"), *flags]
+        command = [sys.executable, "-I", "-S", "-c", LAUNCH, str(columns), str(SCRIPTS / f"{script}.py"), *flags]
         self.process = subprocess.Popen(
             command, cwd=cwd, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
         )

@@ -27,7 +27,7 @@ from refimpl.tools.compare_recipes.runs import (
     compare,
     for_recipe,
 )
-from refimpl.tools.compare_recipes.tables import IS_DIFFERENT, MATTERS_MORE, header, loss_rows, meaning, rows
+from refimpl.tools.compare_recipes.tables import IS_DIFFERENT, MATTERS_MORE, header, loss_rows, meaning, one_line_of, rows
 from refimpl.training.config import Config
 from refimpl.training.data import load_corpus, sample_batch
 from refimpl.training.evaluate import mean_loss
@@ -298,7 +298,13 @@ def begun(folder: Path) -> tuple[Config, First]:
 def test_a_folder_is_where_all_runs_start_one_after_another(folder: Path) -> None:
     config, first = begun(folder)
     ticks: list[int] = []
-    result = compare(config, ["fp32", "bf16", "mxfp4"], 2, lambda: ticks.append(1), 1, first)
+    ended: list[str] = []
+    result = compare(
+        config, ["fp32", "bf16", "mxfp4"], 2, lambda: ticks.append(1), 1, first, lambda run: ended.append(one_line_of(run, 0))
+    )
+    assert [line.split(":")[0] for line in ended] == ["fp32", "fp32, seed 1", "fp32, last bits changed (1)", "bf16", "mxfp4"]
+    bf16 = result.runs[1]
+    assert ended[3] == f"bf16: loss {bf16.losses[-1]:.4f}, validation {bf16.val_loss:.4f}, {sum(bf16.seconds):.0f} s"
     assert len(ticks) == 3 * 5 and result.seeded == "batches"
     corpus = config.make_corpus()
     for run in (*result.runs, *result.others):

@@ -31,7 +31,7 @@ from refimpl.tools.recipes_table import (
     shared_casts,
     show_recipes,
 )
-from refimpl.training.console import json_text, table
+from refimpl.training.console import json_text
 
 SMALL = ["fp16", "bf16", "e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "e8m0"]  # few enough values to look at each
 
@@ -98,11 +98,6 @@ def test_digits_by_format() -> None:
     assert digits(1 / 3, "fp64") == "0.33333333333333331"
     assert digits(1 / 3, "fp32") == "0.333333333"
     assert digits(1 / 3, "bf16") == "0.3333"
-
-
-def test_table_aligns_and_leaves_no_trailing_blanks() -> None:
-    assert table(["a", "long"], [["xyz", "1"], ["", "2"]], "  ") == "  a    long\n  ---  ----\n  xyz  1\n       2"
-    assert table((), [["a", "b"], ["cc", ""]]) == "a   b\ncc"
 
 
 def test_json_has_null_where_json_has_no_number() -> None:

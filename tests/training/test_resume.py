@@ -79,7 +79,7 @@ def run(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """A copy of it, which is the current folder; return that of the run."""
     shutil.copytree(original, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
-    monkeypatch.setattr("refimpl.training.run.plot_run", lambda *_: None)
+    monkeypatch.setattr("refimpl.training.run_report.plot_run", lambda *_: None)
     return Path("run")
 
 

@@ -33,7 +33,8 @@ from refimpl.training.checkpoint_states import FirstWeights
 from refimpl.training.config import Config
 from refimpl.training.metrics import MetricsLog, read_metrics
 from refimpl.training.resume import Progress
-from refimpl.training.run import train, warn
+from refimpl.training.run import train
+from refimpl.training.run_report import warn
 from refimpl.training.setup import start
 from refimpl.training.trainer import Trainer
 
@@ -217,7 +218,7 @@ def test_a_mistake_is_said_at_both_ends_and_on_the_picture(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles: list[str] = []
-    monkeypatch.setattr("refimpl.training.run.plot_run", lambda folder, baselines, title, unit: titles.append(title))
+    monkeypatch.setattr("refimpl.training.run_report.plot_run", lambda folder, baselines, title, unit: titles.append(title))
     run(tmp_path / "r", text, mistake="scale-never-backs-off", init_scale=1e30)
     lines = capsys.readouterr().out.splitlines()
     said = "MISTAKE injected: scale-never-backs-off: "
@@ -266,7 +267,7 @@ def test_the_picture_is_drawn_when_a_run_is_stopped(
 ) -> None:
     """By a signal, by its numbers, and in the middle of its sample; without matplotlib that is said."""
     drawn: list[Path] = []
-    monkeypatch.setattr("refimpl.training.run.plot_run", lambda folder, *_: drawn.append(folder))
+    monkeypatch.setattr("refimpl.training.run_report.plot_run", lambda folder, *_: drawn.append(folder))
     with pytest.raises(TrainingStopped):
         run(tmp_path / "a", text, recipe="pure-fp16", lr=1.0, steps=50)
 
@@ -512,6 +513,7 @@ def test_ctrl_c_in_the_last_evaluation_keeps_the_step_and_resume_computes_the_lo
 def test_a_slow_evaluation_shows_its_own_bar(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("refimpl.training.progress_bar.terminal_width", lambda stream: 80)
     run(tmp_path / "a", text)
     assert "evaluation:" not in capfd.readouterr().err
     monkeypatch.setattr("refimpl.training.evaluate.SLOW", 0.0)
@@ -525,10 +527,10 @@ def test_the_bar_moves_after_every_step_and_results_are_read_every_log_every(
     events: list[str] = []
 
     class Bar(NoBar):
-        def update(self, n: int) -> None:
+        def update(self, n: int = 1) -> None:
             events.append(f"bar {n}")
 
-        def set_postfix_str(self, text: str) -> None:
+        def show(self, fields: str) -> None:
             events.append("results")
 
     config = Config.of({**TINY, "data": text, "steps": 4, "eval_every": 4})

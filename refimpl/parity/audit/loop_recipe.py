@@ -25,7 +25,7 @@ from refimpl.precision.policy import SAME, Policy, Precision
 from refimpl.precision.policy_checks import ROWS
 from refimpl.precision.policy_variants import ATTENTION, with_attention
 from refimpl.precision.recipes import RECIPES, STATE_KINDS, Recipe
-from refimpl.training.console import table
+from refimpl.training.columns import whole_table as table
 
 MOST_PLACES = 2
 """How many places of a row the table shows."""

@@ -9,7 +9,7 @@ from refimpl.parity.transformers.comparison import Result
 from refimpl.parity.transformers.distances import FACTOR, FACTOR_OF_ONE, middle
 from refimpl.parity.transformers.following import ENOUGH, Compared
 from refimpl.parity.transformers.kernels import PROPERTIES
-from refimpl.training.console import table
+from refimpl.training.columns import table
 
 SHOWN = 5
 """How many of a kind are named."""

@@ -27,8 +27,8 @@ from refimpl.parity.judge import judge_trace
 from refimpl.parity.pytorch import STAGE_STEPS, TRAJECTORY
 from refimpl.parity.trace import Trace, record
 from refimpl.tools.bench.steps import MODELS, WARM_UP, Ours, timed
+from refimpl.training.columns import table
 from refimpl.training.config import Config
-from refimpl.training.console import table
 
 RECIPES = ("fp32", "fp16", "bf16", "amp-fp16", "amp-bf16")
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "warmup": 10}

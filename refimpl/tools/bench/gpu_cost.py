@@ -26,7 +26,7 @@ from refimpl.optim.layout import GRAIN
 from refimpl.precision.recipes import Recipe, get_recipe
 from refimpl.tools.bench.steps import MODELS
 from refimpl.training.activation_memory import gpt_activations, itemsize
-from refimpl.training.console import table
+from refimpl.training.columns import table
 
 # ---------------------------------------------------------------------------------------------------- the device
 

@@ -24,8 +24,8 @@ from refimpl.parity.trace import batches_of
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.bench.gpu_cost import GPUS
 from refimpl.tools.bench.steps import MODELS, WARM_UP
+from refimpl.training.columns import table
 from refimpl.training.config import Config
-from refimpl.training.console import table
 from refimpl.training.setup import start
 
 STAGES = (0, 1, 2, 3)

@@ -29,8 +29,9 @@ from refimpl.nn.ops import OPS
 from refimpl.numerics.casts import cast
 from refimpl.parity.trace import batches_of
 from refimpl.tools.memory.measure import process_memory
+from refimpl.training.columns import table
 from refimpl.training.config import Config
-from refimpl.training.console import json_text, table
+from refimpl.training.console import json_text
 from refimpl.training.setup import start
 
 MODELS: dict[str, dict[str, int]] = {

@@ -32,7 +32,7 @@ CONFIG_FLAGS = (
     "seed", "eval_batches",
 )  # fmt: skip
 SEEDS = 3
-OWN_FLAGS = ("init_from", "recipes", "seeds", "perturbations", "out", "no_page", "json_file", "overwrite")
+OWN_FLAGS = ("init_from", "recipes", "seeds", "perturbations", "out", "no_page", "json_file", "overwrite", "quiet")
 
 
 def parser() -> Parser:
@@ -53,6 +53,7 @@ def parser() -> Parser:
     result.add_argument("--no-page", action="store_true", help="write no page; needs no matplotlib")
     result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
     result.add_argument("--overwrite", action="store_true", help="replace an existing page and data")
+    result.add_quiet()
     what = "train nothing: compare the loss of the validation text's first blocks, and a greedy continuation of --prompt"
     absent: dict[str, Any] = {"default": argparse.SUPPRESS}
     result.add_argument("--inference", action="store_true", **absent, help=what)
@@ -86,6 +87,7 @@ def run_inference(
     no_page: bool,
     json_file: Path | None,
     overwrite: bool,
+    quiet: bool,
     written: dict[str, Any],
 ) -> None:
     """Compare what the same weights compute. Errors: UsageError for flags of a comparison of trainings."""
@@ -95,7 +97,7 @@ def run_inference(
         surplus = "--seeds, --perturbations, --out and --no-page"
         raise UsageError(f"--inference trains nothing and writes no page: leave out {surplus}")
     names = ",".join(FORMATS_COMPARED) if recipes is None else recipes
-    compare_inference(given, init_from, names, **written, json_file=json_file, overwrite=overwrite)
+    compare_inference(given, init_from, names, **written, json_file=json_file, overwrite=overwrite, quiet=quiet)
 
 
 def main() -> None:

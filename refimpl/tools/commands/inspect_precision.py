@@ -26,7 +26,7 @@ CONFIG_FLAGS = (
     "masters_from", "loss_scale", "init_scale", "growth_interval", "hysteresis", "growth_factor", "backoff_factor",
     "scale_floor", "seed", "mistake", "backend",
 )  # fmt: skip
-OWN_FLAGS = ("init_from", "run", "trace", "every", "what_if", "out", "no_page", "json_file", "plot", "overwrite")
+OWN_FLAGS = ("init_from", "run", "trace", "every", "what_if", "out", "no_page", "json_file", "plot", "overwrite", "quiet")
 
 
 def parser() -> Parser:
@@ -48,6 +48,7 @@ def parser() -> Parser:
     result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
     result.add_argument("--plot", type=Path, metavar="FILE", help="also write the outliers and errors by block as a PNG")
     result.add_argument("--overwrite", action="store_true", help="replace an existing page, data and picture")
+    result.add_quiet()
     return result
 
 

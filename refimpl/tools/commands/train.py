@@ -26,6 +26,7 @@ def parser() -> Parser:
     result.add_argument("--out", type=Path, help="folder for log, checkpoint and picture (default: a new one under runs/)")
     result.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     result.add_argument("--resume", action="store_true", help="continue the run in --out, bit for bit")
+    result.add_quiet()
     what = "start from the weights and sizes of a run, a checkpoint, or a folder of Hugging Face"
     result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
     return result
@@ -34,7 +35,7 @@ def parser() -> Parser:
 def run() -> int:
     """Run the training that the command line describes. Return the exit code."""
     arguments = vars(parser().parse_args())
-    special = {name: arguments.pop(name) for name in ("out", "resume", "overwrite", "init_from")}
+    special = {name: arguments.pop(name) for name in ("out", "resume", "overwrite", "init_from", "quiet")}
     if not special["resume"]:  # a resumed run has the settings in its folder, and may change none of these
         with only_rank_0_prints():
             refuse_unused(arguments)

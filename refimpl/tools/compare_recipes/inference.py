@@ -18,12 +18,14 @@ from refimpl.errors import UsageError
 from refimpl.precision.recipes import get_recipe
 from refimpl.tools.compare_recipes.runs import chosen_recipes
 from refimpl.training.checkpoint_states import FirstWeights, in_recipe
+from refimpl.training.columns import table
 from refimpl.training.config import Config, flag
-from refimpl.training.console import json_text, table
+from refimpl.training.console import json_text
 from refimpl.training.data import Corpus
 from refimpl.training.evaluate import TextLoss, text_loss, whole_text
 from refimpl.training.init_from import settings_from
 from refimpl.training.outputs import target
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.sampling import Choice, Writer
 
 FORMATS_COMPARED = ("fp32", "bf16", "fp16", "fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4")
@@ -56,14 +58,14 @@ def compare_inference(
     n_tokens: int = TOKENS,
     json_file: Path | None = None,
     overwrite: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Print, for each recipe, the loss of a text and a continuation of a prompt, and write the data.
 
     given: fields of Config, of USED; the text is the first blocks of the validation part, eval_batches * batch_size of them.
+    quiet: show no progress.
     Errors: UsageError for another setting, or what cannot be read.
     """
-    from tqdm import tqdm
-
     unused = [flag(name) for name in given if name not in USED]
     if unused:
         raise UsageError(f"--inference trains nothing and has no {', '.join(unused)}: leave that out")
@@ -77,10 +79,11 @@ def compare_inference(
     if not ids.size:
         raise UsageError(f"--prompt {prompt!r} has no tokens: give a longer one")
     data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
-    results = [
-        computed(name, first, config, corpus, ids, n_tokens)
-        for name in tqdm(names, unit="recipe", dynamic_ncols=True, delay=0.5)
-    ]
+    results = []
+    with ProgressBar(len(names), "recipe", quiet=quiet) as bar:
+        for name in names:
+            results.append(computed(name, first, config, corpus, ids, n_tokens))
+            bar.update()
     print(table(HEADER, list(rows(results))), *meaning(results, config, corpus), sep="\n")
     print(*continuations(results, prompt), sep="\n")
     if data_file is not None:

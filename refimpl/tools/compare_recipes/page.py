@@ -11,14 +11,15 @@ import numpy as np
 
 from refimpl.errors import UsageError
 from refimpl.tools.compare_recipes.runs import DEFAULT, PERTURBATIONS, Comparison, RecipeRun, chosen_recipes, compare
-from refimpl.tools.compare_recipes.tables import IS_DIFFERENT, MATTERS_MORE, header, loss_rows, meaning, rows
+from refimpl.tools.compare_recipes.tables import IS_DIFFERENT, MATTERS_MORE, header, loss_rows, meaning, one_line_of, rows
+from refimpl.training.columns import table as text_table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
-from refimpl.training.console import table as text_table
 from refimpl.training.html.figures import Picture, as_svg
 from refimpl.training.html.page import document, escape, figures, paragraphs, section, table
 from refimpl.training.init_from import settings_from
 from refimpl.training.outputs import target
+from refimpl.training.progress_bar import ProgressBar
 
 PAGE = Path("runs/recipes.html")
 STEPS, STEPS_OF_ALL, STEPS_FROM, WARMUP = 200, 60, 20, 10
@@ -36,15 +37,14 @@ def compare_recipes(
     perturbations: int = PERTURBATIONS,
     overwrite: bool = False,
     init_from: Path | None = None,
+    quiet: bool = False,
 ) -> None:
     """Train, print the tables, and write the page and the data.
 
     given: fields of Config. recipes: names with commas between, None for DEFAULT. init_from: a checkpoint or a folder of
-    Hugging Face to start from.
+    Hugging Face to start from, one recipe after another, each with a line at its end. quiet: show no progress.
     Errors: UsageError before any step.
     """
-    from tqdm import tqdm
-
     recipes = ",".join(DEFAULT) if recipes is None else recipes
     names = chosen_recipes(recipes)
     steps = STEPS_FROM if init_from else STEPS_OF_ALL if "all" in recipes.split(",") else STEPS
@@ -59,8 +59,13 @@ def compare_recipes(
     page_file = None if no_page else target("--out", out, PAGE, overwrite)
     data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
     ticks = config.steps * (1 if first is None else len(names) + seeds - 1 + perturbations)
-    with tqdm(total=ticks, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # `delay`: errors of `compare` come first
-        comparison = compare(config, names, seeds, bar.update, perturbations, first)
+    with ProgressBar(ticks, "step", quiet=quiet) as bar:
+
+        def ended(run: RecipeRun) -> None:
+            if not quiet:
+                bar.write(one_line_of(run, config.seed))
+
+        comparison = compare(config, names, seeds, bar.update, perturbations, first, ended)
     print(text_table(header(comparison), list(rows(comparison))), *meaning(comparison), sep="\n")
     print(LOSSES, text_table(*loss_rows(comparison)), sep="\n")
     if data_file is not None:

@@ -213,11 +213,13 @@ def compare(
     tick: Callable[[], Any],
     perturbations: int = PERTURBATIONS,
     first: First | None = None,
+    ended: Callable[[RecipeRun], Any] = lambda run: None,
 ) -> Comparison:
     """Train under each recipe.
 
     config: the FP32 run. seeds: number of FP32 runs with different seeds. perturbations: number of FP32 runs from weights
     changed in their last bit. tick: callback after each step of all runs, or with `first` of one. first: weights to start from.
+    ended: with `first`, callback after each run.
     Ctrl-C ends the comparison after the steps that all runs made, or with `first` after the recipes that made all steps.
     Errors: UsageError for fewer than 2 seeds or 1 perturbation, or if memory cannot hold the runs; KeyboardInterrupt if there
     is nothing to compare yet.
@@ -234,8 +236,8 @@ def compare(
     needs = [need(maker.args[0]) for maker in makers]
     for together in [needs] if first is None else [[one] for one in needs]:
         require_memory(together, "the comparison")
-    corpus, make = config.make_corpus(), _in_turn if first is None else _one_by_one
-    runs = make(makers, config, corpus, tick)
+    corpus = config.make_corpus()
+    runs = _in_turn(makers, config, corpus, tick) if first is None else _one_by_one(makers, config, corpus, tick, ended)
     if len(runs) < seeds + perturbations:
         raise KeyboardInterrupt
     return Comparison([runs[0], *runs[seeds + perturbations :]], runs[1:seeds], runs[seeds : seeds + perturbations])
@@ -264,7 +266,9 @@ def _in_turn(makers: Makers, config: Config, corpus: Corpus, tick: Callable[[], 
     return runs
 
 
-def _one_by_one(makers: Makers, config: Config, corpus: Corpus, tick: Callable[[], Any]) -> list[RecipeRun]:
+def _one_by_one(
+    makers: Makers, config: Config, corpus: Corpus, tick: Callable[[], Any], ended: Callable[[RecipeRun], Any]
+) -> list[RecipeRun]:
     """Return the runs that made all steps, each of which was alone in memory, with its peak."""
     runs: list[RecipeRun] = []
     try:
@@ -279,6 +283,7 @@ def _one_by_one(makers: Makers, config: Config, corpus: Corpus, tick: Callable[[
             run.peak = memory and memory[1]
             del run.training
             runs.append(run)
+            ended(run)
     except KeyboardInterrupt:
         say(STOPPING_BETWEEN)
     return runs

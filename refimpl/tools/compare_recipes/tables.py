@@ -7,7 +7,7 @@ from statistics import median
 
 import numpy as np
 
-from refimpl.tools.compare_recipes.runs import COUNT_EVERY, LAST, Comparison
+from refimpl.tools.compare_recipes.runs import COUNT_EVERY, LAST, Comparison, RecipeRun
 from refimpl.training.console import count
 from refimpl.training.memory_limits import GIB
 
@@ -49,6 +49,17 @@ def loss_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         for run in comparison.runs
     ]
     return ["recipe", *(f"step {step}" for step in steps)], lines
+
+
+def one_line_of(run: RecipeRun, seed: int) -> str:
+    """Return the line on a run that is done. seed: of the comparison; additional FP32 runs have others, or changed weights."""
+    changed = f", last bits changed ({run.perturbation})" if run.perturbation else ""
+    other = f", seed {run.config.seed}" if run.config.seed != seed else ""
+    end = f", {run.ended}" if run.ended else ""
+    return (
+        f"{run.config.recipe}{other}{changed}: loss {run.losses[-1]:.4f}, validation {run.val_loss:.4f}{end}, "
+        f"{sum(run.seconds):.0f} s"
+    )
 
 
 def _marked(difference: float, comparison: Comparison) -> str:

@@ -14,7 +14,7 @@ from refimpl.tools.experiments.toy_runs import ALL_RECIPES, MASTERS, TINY_LOSS
 from refimpl.tools.experiments.updates import HUNDRED_UPDATES, MOVED_WEIGHTS
 from refimpl.tools.experiments.values import ACCUMULATE, FLUSH, LOST_UPDATE
 from refimpl.training.checkpoint import write_atomically
-from refimpl.training.console import table
+from refimpl.training.columns import table
 from refimpl.training.pictures import NO_PICTURE, new_figure, save
 
 EXPERIMENTS: dict[str, Experiment] = {

@@ -12,7 +12,7 @@ from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import FORMATS, Format
 from refimpl.numerics.rounding import Steps, floor_log2, round_to_nearest_even, rounding_steps
 from refimpl.tools.formats.numbers import Number, convention, fields, power_of_two, shown
-from refimpl.training.console import table
+from refimpl.training.columns import table
 
 Line = tuple[str, str]
 """A label and a text."""

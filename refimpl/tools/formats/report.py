@@ -19,7 +19,8 @@ from refimpl.numerics.rounding_effects import Effects, effects_of
 from refimpl.tools.formats.explain import explained
 from refimpl.tools.formats.numbers import Number, convention, fields, power_of_two, read_number, shown
 from refimpl.tools.formats.plot import plot_formats
-from refimpl.training.console import json_text, table
+from refimpl.training.columns import table
+from refimpl.training.console import json_text
 
 COMMON = ("fp32", "tf32", "fp16", "bf16", "e4m3", "e5m2", "e2m1")
 """The formats in which numbers are shown by default."""

@@ -26,8 +26,9 @@ from refimpl.step import Batch
 from refimpl.tools.memory.report import paper_text
 from refimpl.tools.memory.tape import computed_again, forward, owned_bytes, tape_memory
 from refimpl.training.activation_memory import Row, Term, against_paper, moments, nbytes, weight_copies
+from refimpl.training.columns import table
 from refimpl.training.config import Config
-from refimpl.training.console import json_text, table
+from refimpl.training.console import json_text
 from refimpl.training.setup import Training, start
 
 STEPS = 3

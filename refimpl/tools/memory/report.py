@@ -19,7 +19,8 @@ from refimpl.tools.memory.states import (
     zero_table,
 )
 from refimpl.training.activation_memory import Row, against_paper, moments, nbytes, weight_copies
-from refimpl.training.console import count, json_text, table
+from refimpl.training.columns import table
+from refimpl.training.console import count, json_text
 from refimpl.training.memory_limits import GIB
 
 

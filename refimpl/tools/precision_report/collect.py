@@ -34,6 +34,7 @@ from refimpl.training.checkpoint_states import check_run_header
 from refimpl.training.config import Config
 from refimpl.training.init_from import First
 from refimpl.training.non_finite import find_origin
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.run_folder import CHECKPOINT, read_config
 from refimpl.training.setup import Training, start
 from refimpl.training.stopping import SKIPS_BEFORE_STOP
@@ -178,11 +179,11 @@ def _named(monitor: Monitor, state: State) -> Monitor:
     return lambda site, x, y: monitor(site.replace(":update.weights", ":weights_down"), x, y)
 
 
-def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: Any = None) -> Inspection:
+def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: ProgressBar | None = None) -> Inspection:
     """Train for the steps of `source`; inspect the first, every `every`-th, and the last.
 
     A run that skips as many consecutive steps as would end scripts/train.py ends here too.
-    what_if: formats to which the same tensors are also rounded, for comparison. bar: a tqdm bar.
+    what_if: formats to which the same tensors are also rounded, for comparison. bar: shows the steps.
     Errors: UsageError for an unknown format, or `every` < 1.
     """
     if every < 1:

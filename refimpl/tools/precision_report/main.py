@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import shlex
-import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,12 +36,14 @@ from refimpl.tools.precision_report.tables import (
     worst_sentence,
 )
 from refimpl.tools.precision_report.verdicts import verdicts_of
+from refimpl.training.columns import table
 from refimpl.training.config import Config
-from refimpl.training.console import json_text, table
+from refimpl.training.console import json_text
 from refimpl.training.init_from import settings_from
 from refimpl.training.outputs import target
 from refimpl.training.pictures import save
 from refimpl.training.program import as_called
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.run_folder import short_name
 
 STEPS, MORE_STEPS, FIRST_STEPS = 200, 50, 5
@@ -65,15 +65,15 @@ def inspect_precision(
     overwrite: bool = False,
     init_from: Path | None = None,
     plot: Path | None = None,
+    quiet: bool = False,
 ) -> None:
     """Train, print the summary, and write the page, the data and the picture.
 
     given: fields of Config, for a new run. run: the folder of a run to continue. trace: a trace whose run is repeated.
     init_from: a checkpoint or a folder of Hugging Face with whose weights a new run starts. plot: a PNG of the layers.
+    quiet: show no progress.
     Errors: UsageError, before any step, for contradicting flags, or files that cannot be read or written.
     """
-    from tqdm import tqdm
-
     if no_page and out is not None:
         raise UsageError("--no-page and --out contradict each other: choose one")
     if not no_page:
@@ -83,9 +83,9 @@ def inspect_precision(
     page_file = None if no_page else target("--out", out, PAGE.with_stem(f"report-{short_name(source.config)}"), overwrite)
     data_file = None if json_file is None else target("--json", json_file, json_file, overwrite)
     picture = None if plot is None else plot_for_flag(plot, overwrite)
-    with tqdm(total=source.steps, unit="step", dynamic_ncols=True, delay=0.5) as bar:  # `delay`: errors of `inspect` come first
+    with ProgressBar(source.steps, "step", quiet=quiet) as bar:
         inspection = inspect(source, every, formats, bar)
-    print(terminal_text(inspection, shutil.get_terminal_size().columns))
+    print(terminal_text(inspection))
     if data_file is not None:
         print(f"written: {data_file.write_text(json_text(data(inspection)) + chr(10))}")
     if picture is not None:
@@ -136,24 +136,16 @@ def command(given: Mapping[str, Any], every: int, what_if: Sequence[str]) -> str
 # -- the terminal ------------------------------------------------------------------------------------------------------
 
 
-def terminal_text(inspection: Inspection, width: int = 80) -> str:
+def terminal_text(inspection: Inspection) -> str:
     """Return the summary, a table by kind of tensor, the worst tensors, a table of other formats, and tables of the layers."""
-    parts = [_wrapped(sentence, width) for sentence in summary(inspection)]
+    parts = list(summary(inspection))
     if inspection.sites:
-        parts += [_kinds_text(inspection), _worst_text(inspection, width)]
+        parts += [_kinds_text(inspection), _worst_text(inspection)]
     if inspection.sites and inspection.what_if:
-        parts.append(_other_formats_text(inspection, width))
+        parts.append(_other_formats_text(inspection))
     for text, rows in layer_parts(inspection.layers, inspection.scale):
-        parts.append(f"{_wrapped(text, width)}\n{table(*rows)}")
+        parts.append(f"{text}\n{table(*rows)}")
     return "\n\n".join(parts) + "\n"
-
-
-def _wrapped(text: str, width: int, indent: str = "") -> str:
-    """Wrap a text without breaking names, paths, or numbers with their units."""
-    space = "\N{NO-BREAK SPACE}"
-    bound = text.replace(" %", f"{space}%").replace(" dB", f"{space}dB")
-    wrapper = textwrap.TextWrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False)
-    return wrapper.fill(bound).replace(space, " ")
 
 
 def _kinds_text(inspection: Inspection) -> str:
@@ -164,16 +156,16 @@ def _kinds_text(inspection: Inspection) -> str:
     return table(["", *(total.kind for total in found)], rows)
 
 
-def _worst_text(inspection: Inspection, width: int) -> str:
+def _worst_text(inspection: Inspection) -> str:
     ranked = verdicts_of(inspection)
-    lines = [_wrapped(worst_sentence(ranked, WORST), width)]
+    lines = [worst_sentence(ranked, WORST)]
     for v in ranked[:WORST]:
         lines.append(f"{v.name} ({cast_of(v.site)})")
-        lines.append(_wrapped(v.text, width, indent="    "))
+        lines.append(f"    {v.text}")
     return "\n".join(lines)
 
 
-def _other_formats_text(inspection: Inspection, width: int) -> str:
+def _other_formats_text(inspection: Inspection) -> str:
     rows = []
     for kind, formats in other_formats_by_kind(inspection):
         for i, (fmt, counts) in enumerate(formats):
@@ -181,7 +173,7 @@ def _other_formats_text(inspection: Inspection, width: int) -> str:
             rows.append([kind if i == 0 else "", fmt, *cells])
     own = "; values that this run quantizes are divided by its scales" * any(map(has_own_scale, inspection.sites.values()))
     heading = f"The same values in other formats; for 8 bits and fewer, each tensor is scaled by a power of two first{own}:"
-    return _wrapped(heading, width) + "\n" + table(["", "format", *(column.heading for column in OTHER_COLUMNS)], rows)
+    return heading + "\n" + table(["", "format", *(column.heading for column in OTHER_COLUMNS)], rows)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
