@@ -9,7 +9,8 @@
     checkpoint.py, checkpoint_states.py         files that are never half-written; model states in and out of them
     huggingface/              folders of Hugging Face, in and out; GGUF files in
     resume.py                 what a checkpoint says of its run; which settings may change when it is resumed
-    run_folder.py, folder_lock.py, metrics.py   the folder of a run, its lock, its log and plot
+    kept_checkpoints.py       the best checkpoint and the last ones; the space that they need
+    run_folder.py, folder_lock.py, metrics.py, plots.py   the folder of a run, its lock, its log; the picture of logs
     memory_limits.py, activation_memory/        whether a run fits into memory; formulas for its activations
     stopping.py, non_finite.py    when a run stops, and advice; where Inf or NaN first appears in a step
     cli.py, console.py, signals.py, program.py  the frame of every command: exit codes, output, Ctrl-C

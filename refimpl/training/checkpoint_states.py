@@ -63,6 +63,11 @@ def state_arrays(state: State) -> dict[str, np.ndarray]:
     return arrays
 
 
+def saved_bytes(state: State) -> int:
+    """Return the bytes of what `state_arrays` returns, without gathering it."""
+    return sum(spec.size(state.layout.size) * spec.dtype.itemsize for _, _, spec in _buffers(state))
+
+
 def scale_arrays(run: Run) -> dict[str, np.ndarray]:
     """Return what quantization remembers of past steps, by name: scales.tensor.format.array."""
     return {SCALES + name: array for name, array in run.scales.arrays().items()}

@@ -30,6 +30,7 @@ from refimpl.precision.context import Run
 from refimpl.precision.policy_variants import ATTENTION, with_attention
 from refimpl.precision.recipes import MASTERS_FROM, Recipe, get_recipe
 from refimpl.training.data import EXAMPLES, Corpus, load_corpus
+from refimpl.training.kept_checkpoints import Keep
 from refimpl.training.memory_limits import need, require_memory
 from refimpl.training.setup import Training
 from refimpl.training.tokenizer import BYTES, load_tokenizer, refuse_smaller
@@ -128,6 +129,7 @@ class Config:
     eval_batches: int = 20
     log_every: int = 10
     sample_bytes: int = 300
+    keep: str = "last"
     zero: int | None = None
 
     @classmethod
@@ -176,6 +178,7 @@ class Config:
             raise UsageError(f"--zero is {self.zero}: it must be a ZeRO stage, 0, 1, 2 or 3")
         if self.zero is not None and self.mistake != "none":
             raise UsageError("--mistake works on one rank only: leave --zero out")
+        Keep.of(self.keep)
         self._check_sizes()
         replace(self, n_layer=1).make_model()  # checks the sizes; with one layer, since --n-layer may be 10^9
         scale = float(self.make_loss_scale().scale)

@@ -19,7 +19,8 @@ from refimpl.training.setup import Training
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = (
-    "backend", "tokenizer", "steps", "eval_every", "eval_batches", "log_every", "sample_bytes", "zero", "checkpointing",
+    "backend", "tokenizer", "steps", "eval_every", "eval_batches", "log_every", "sample_bytes", "keep", "zero",
+    "checkpointing",
 )  # fmt: skip
 """The settings that may change when a run is resumed. Other `steps` change the schedule of the learning rate. Another `backend`
 or number of ranks, or with micro-batches another `zero`, may change last bits. `tokenizer` is a path: what is there must be the

@@ -20,6 +20,7 @@ from refimpl.distributed.nccl import nccl_comm
 from refimpl.errors import TrainingStopped, UsageError
 from refimpl.training.config import Config, Flags
 from refimpl.training.init_from import settings_from
+from refimpl.training.kept_checkpoints import require_space
 from refimpl.training.ngrams import NgramBaselines, ngram_baselines
 from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.run_folder import (
@@ -98,6 +99,7 @@ def _begin(trainer: Trainer, init_from: Path | None, quiet: bool) -> int:
     baselines = ngram_baselines(trainer.corpus)
     trainer.comm.barrier()  # until all ranks have read the folder as it was
     if trainer.writes:
+        require_space(trainer.folder, trainer.checkpoint_space())
         open_folder(trainer.config, trainer.folder, init_from)
     trainer.owes_evaluation = init_from is not None
     return _train(trainer, baselines, "", quiet)
@@ -118,6 +120,7 @@ def _resume(trainer: Trainer, quiet: bool) -> int:
     baselines = ngram_baselines(trainer.corpus)
     trainer.comm.barrier()
     if trainer.writes:
+        require_space(folder, trainer.checkpoint_space())
         write_config(config, folder, name_in_logs(folder), None if weights is None else Path(weights))
     trainer.owes_evaluation |= not done and weights is not None
     missing = ", whose validation loss is missing" if done == steps else ""

@@ -22,6 +22,7 @@ from refimpl.training.config import Config, Flags, check_types
 from refimpl.training.folder_lock import locked
 from refimpl.training.huggingface.beside import keep, read_files
 from refimpl.training.huggingface.config_json import file_of_hugging_face, is_hugging_face
+from refimpl.training.kept_checkpoints import BEST, kept_in
 from refimpl.training.resume import refuse_changes
 from refimpl.training.schema import Table, Text, check
 from refimpl.training.tokenizer import BYTES, load_tokenizer
@@ -32,7 +33,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 PICTURE = "loss.png"
-FILES = (CONFIG, CHECKPOINT, METRICS, VALIDATION, PICTURE, TOKENIZER)
+FILES = (CONFIG, CHECKPOINT, METRICS, VALIDATION, PICTURE, TOKENIZER, BEST)
 INIT_FROM = "init_from"
 TOKENIZER_CHECKSUM = "tokenizer_sha256"
 RUN = "run"
@@ -148,7 +149,7 @@ def own_folder(config: Config, out: Path | None, comm: Comm, resume: bool, overw
             _refuse_hugging_face(folder)  # another program may have written to it since prepare_folder
             if not resume and not overwrite:
                 _refuse_to_replace(folder)  # another run may have used it since prepare_folder
-            for name in FILES:  # half-written by a run that was killed
+            for name in (*FILES, "checkpoint-*"):  # half-written by a run that was killed
                 for leftover in folder.glob(f".{name}.*.tmp"):
                     leftover.unlink(missing_ok=True)
             yield _of_rank_0(folder, comm)
@@ -186,6 +187,8 @@ def open_folder(config: Config, folder: Path, init_from: Path | None = None) -> 
         for name in FILES:
             if name != CONFIG:
                 (folder / name).unlink(missing_ok=True)
+        for path in kept_in(folder):
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error
     if tokenizer.contents is not None:

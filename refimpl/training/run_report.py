@@ -11,11 +11,12 @@ from refimpl.distributed.zero import exchanged
 from refimpl.errors import UsageError
 from refimpl.training.console import count, printable
 from refimpl.training.evaluate import TextLoss
+from refimpl.training.kept_checkpoints import kept_in
 from refimpl.training.metrics import WHOLE, WHOLE_BITS, read_metrics
 from refimpl.training.ngrams import NgramBaselines
 from refimpl.training.pictures import NO_PICTURE
 from refimpl.training.plots import plot_run
-from refimpl.training.run_folder import CHECKPOINT, CONFIG, METRICS, PICTURE, VALIDATION
+from refimpl.training.run_folder import CONFIG, METRICS, PICTURE, VALIDATION
 from refimpl.training.sampling import START, Writer
 from refimpl.training.setup import SAMPLE, generator
 from refimpl.training.trainer import Trainer
@@ -116,7 +117,8 @@ def draw(trainer: Trainer, baselines: NgramBaselines) -> None:
     except UsageError as error:  # a full disk must not hide why a run stopped
         picture = None
         print(f"no picture: {error}")
-    written = [name for name in (CONFIG, METRICS, VALIDATION, CHECKPOINT) if (folder / name).exists()]
+    written = [name for name in (CONFIG, METRICS, VALIDATION) if (folder / name).exists()]
+    written += [path.name for path in kept_in(folder)]
     written += [PICTURE] if picture else []
     print(f"written to {folder}: {', '.join(written)}")
     if importlib.util.find_spec("matplotlib") is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 from refimpl.distributed.collectives import Comm, Serial, shares_of
 from refimpl.step import Batch, StepResult
 from refimpl.training import checkpoint
-from refimpl.training.checkpoint_states import scale_arrays, state_arrays
+from refimpl.training.checkpoint_states import saved_bytes, scale_arrays, state_arrays
 from refimpl.training.config import Config
 from refimpl.training.data import Corpus, sample_batch
 from refimpl.training.evaluate import TextLoss, reads_whole_text, validation_loss
 from refimpl.training.init_from import First
+from refimpl.training.kept_checkpoints import BEST, Keep, keep
 from refimpl.training.metrics import WHOLE, WHOLE_BITS, MetricsLog, read_metrics
 from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.resume import Progress, load_run, run_header
@@ -55,6 +57,7 @@ class Trainer:
         self.batches = generator(config.seed, BATCHES)
         self.progress = Progress()
         self.log = MetricsLog(folder)
+        self.keep, self._best = Keep.of(config.keep), math.inf  # the lowest validation loss so far
         self._pending: list[tuple[int, StepResult, list[Batch]]] = []
         self._rules = StopRules(config, self.training)
         self._window_start = self._start = time.perf_counter()  # of the steps to log; of the run, without pauses
@@ -183,6 +186,7 @@ class Trainer:
         n = self.progress.step
         row = {"val_loss": loss.nats_per_token, "val_bits_per_byte": loss.bits_per_byte, **row}
         if self.writes:
+            self._keep_if_best(loss.nats_per_token)  # before its row: after a kill between them, it is evaluated again
             self.log.write_evaluation({**self._position(n, time.perf_counter()), **row})
         when = f"step {n}: validation loss" if n else "to beat: validation loss before the first step"
         return f"{when} {loss.described(self.corpus.tokenizer.unit)}"
@@ -202,7 +206,20 @@ class Trainer:
         if self.writes:
             header = run_header(self.config, self.corpus, self.training, self.progress, self.batches)
             checkpoint.save(path, {**arrays, **scale_arrays(self.run)}, header)
+            self.keep.number(self.folder, self.progress.step)
         return path
+
+    def _keep_if_best(self, loss: float) -> None:
+        """Keep the last checkpoint as the best one if no evaluation had so low a loss. One before the first step has none."""
+        if self.progress.step and loss < self._best:
+            self._best = loss
+            if self.keep.best:
+                keep(self.folder, BEST)
+
+    def checkpoint_space(self) -> int:
+        """Return the bytes that the run's checkpoints will need on its disk beyond those that it has."""
+        steps = self.config.steps - self.progress.step
+        return self.keep.least_space(self.folder, saved_bytes(self.state), -(-steps // self.config.eval_every))
 
     def restore(self) -> None:
         """Resume from the checkpoint in the folder, bit for bit, or from the start if there is none.
@@ -215,6 +232,8 @@ class Trainer:
         evaluated = any(row["step"] == step for row in log.evaluations)
         due = step > 0 and (step % self.config.eval_every == 0 or step == self.config.steps)
         self.owes_evaluation = due and not evaluated  # a signal interrupted it
+        known = [row["val_loss"] for row in log.evaluations if 0 < row["step"] <= step and row["val_loss"] is not None]
+        self._best = min(known, default=math.inf)
         kept = self.log.keep_up_to(step) if self.writes else log
         self._start = self._window_start - max((row.get("seconds", 0.0) for rows in kept for row in rows), default=0.0)
 
