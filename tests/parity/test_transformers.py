@@ -90,7 +90,18 @@ def test_every_architecture_agrees_in_every_recipe(kind: str, recipe: str, folde
     assert result.identical >= 0.999 and (result.results > 100_000) == (recipe != "fp32") == bool(result.both)
     assert len(result.distances) == 1 + len(read(folders(kind), recipe).weights)
     far = {"fp32": 2e-6, "fp16": 1e-2, "bf16": 1e-1}[recipe.removeprefix("pure-").removeprefix("amp-").removesuffix("-cpu")]
-    assert all(d.ours < far and d.theirs < far for d in result.distances)
+    # A bias of keys hardly matters, and its gradient is a sum of terms that nearly cancel.
+    assert all(d.ours < far and d.theirs < far for d in result.distances if not d.name.endswith("k_proj.bias"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 7))
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_weights_and_tokens_agree(kind: str, seed: int, tmp_path: Path) -> None:
+    folder = write_checkpoint(kind, tmp_path, seed)
+    for recipe in RECIPES:
+        result = compared(folder, recipe, seed=seed)
+        assert result.agrees, report(result)
 
 
 @pytest.mark.parametrize(("kind", "recipe"), others_slow(
@@ -174,6 +185,25 @@ def test_a_wrong_rope_theta_is_named(recipe: str, folders: Callable[[str], Path]
     else:  # in 16 bits a base that is 1 % off hides in the roundings of such a small model's logits
         assert {"rope.cos", "rope.sin"} <= sites_apart(result) and result.disagreements
         assert "rope.cos" in report(result) and "DEPARTS" in report(result)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "pure-bf16"])
+def test_a_base_that_does_not_grow_with_the_sequence_is_named(recipe: str, folders: Callable[[str], Path]) -> None:
+    """Negative control of dynamic RoPE: the sequence is longer than the positions of the config, so that the base changes."""
+    ours = read(folders("llama dynamic"), recipe)
+    positions = json.loads((folders("llama dynamic") / "config.json").read_text())["max_position_embeddings"]
+    assert positions < ours.config.block_size and f"original={positions}" in ours.config.rope_scaling
+    result = compare(folders("llama dynamic"), replace(ours, config=replace(ours.config, rope_scaling="default")))
+    assert not result.agrees and first_place(result) == "model.layers.0.self_attn.q_rope", report(result)
+
+
+@pytest.mark.parametrize(("kind", "recipe", "place"), [
+    ("llama", "fp32", "model.layers.0.input_layernorm"), ("llama", "pure-bf16", "model.layers.0.input_layernorm"),
+])  # fmt: skip
+def test_a_wrong_eps_is_named(kind: str, recipe: str, place: str, folders: Callable[[str], Path]) -> None:
+    ours = read(folders(kind), recipe)
+    result = compare(folders(kind), replace(ours, config=replace(ours.config, norm_eps=1e-6)))
+    assert not result.agrees and first_place(result) == place, report(result)
 
 
 def permuted(w: np.ndarray, n_head: int) -> np.ndarray:

@@ -6,6 +6,7 @@
     training.py      their side: `TransformersTraining`, the model of the folder with PyTorch's optimizer and scaler
     places.py        hooks that see the outputs which our operations have too
     distances.py     logits and gradients of both against an FP64 reference
+    spread.py        gradients of theirs with sums in other orders: how far apart they are by chance
     recording.py     one pass of theirs: every operation, with its 16-bit results and the audit's verdicts
     sites.py         which of these results is the one that a rounding of ours makes
     following.py     our definitions on their numbers, rounding by rounding

@@ -1,6 +1,7 @@
 """The comparison of transformers' model of a folder with ours: from FP64, operation by operation, and over some steps.
 
-*From FP64.* One forward and one backward pass of each, against an FP64 reference of the same weights (`distances.py`).
+*From FP64.* One forward and one backward pass of each, against an FP64 reference of the same weights (`distances.py`), and,
+where a gradient of one is more than twice as far as that of the other, theirs with its sums in other orders (`spread.py`).
 
 *Operation by operation.* The same pass of theirs is recorded, and each rounding of ours is computed from their own numbers
 (`following.py`). At least 999 of 1000 results must be identical: the others are sums in another order, rounded the other way.
@@ -39,7 +40,6 @@ from refimpl.parity.tolerances import fp64
 from refimpl.parity.trace import Trace
 from refimpl.parity.transformers.distances import (
     FACTOR,
-    FACTOR_OF_ONE,
     LOGITS,
     Distance,
     measure,
@@ -51,6 +51,7 @@ from refimpl.parity.transformers.following import ENOUGH, Compared, replay
 from refimpl.parity.transformers.kernels import cross_entropy_with, kernels_of
 from refimpl.parity.transformers.ours import Batch, Ours
 from refimpl.parity.transformers.recording import Recording
+from refimpl.parity.transformers.spread import distances_in_other_orders, widest_ratio
 from refimpl.parity.transformers.training import TransformersTraining
 from refimpl.training.config import Config
 
@@ -69,15 +70,17 @@ SUMS_WITH_ZEROS = ("attn", "self_attn")
 class Result:
     """A comparison.
 
-    losses: ours, theirs, FP64's. distances: of the logits, then of each gradient. compared: each rounding. alone: results of
-    theirs with 16 bits that none of our roundings makes, by operation. serious: the operations of theirs that the audit minds.
-    findings: tensors of the pass without a 16-bit rounding, judged as a trace. kernels: what stands in place of our definitions
-    in both. steps: None if there were none.
+    losses: ours, theirs, FP64's. distances: of the logits, then of each gradient. spread: how many times as far from FP64 as
+    another pass of theirs a gradient of theirs is by itself, None if no gradient asks for it. compared: each rounding. alone:
+    results of theirs with 16 bits that none of our roundings makes, by operation. serious: the operations of theirs that the
+    audit minds. findings: tensors of the pass without a 16-bit rounding, judged as a trace. kernels: what stands in place of
+    our definitions in both. steps: None if there were none.
     """
 
     ours: Ours
     losses: tuple[float, float, float]
     distances: list[Distance]
+    spread: float | None
     compared: list[Compared]
     alone: Counter[str]
     serious: list[Operation]
@@ -99,7 +102,7 @@ class Result:
     def far(self) -> list[Distance]:
         """Return where one side is much farther from FP64 than the other: logits, the median gradient, single ones."""
         together = [each for each in (self.logits, middle(self.gradients)) if each.beyond(FACTOR)]
-        return together + [each for each in self.gradients if each.beyond(FACTOR_OF_ONE)]
+        return together + [each for each in self.gradients if each.beyond(FACTOR * (self.spread or 1.0))]
 
     @property
     def results(self) -> int:
@@ -163,6 +166,7 @@ class Result:
             "recipe": self.ours.config.recipe, "attention": self.ours.attention, "agrees": self.agrees,
             "losses": dict(zip(("ours", "theirs", "fp64"), self.losses, strict=True)),
             "logits": vars(self.logits), "gradients": vars(middle(self.gradients)), "far": [d.name for d in self.far],
+            "spread": self.spread,
             "results_of_16_bits": self.results, "identical": self.identical,
             "apart": sorted({each.site for each in self.apart}), "unseen": sorted({each.site for each in self.unseen}),
             "alone": dict(self.alone), "outside": [finding.where for finding in self.outside],
@@ -185,15 +189,15 @@ def _compare(folder: Path, ours: Ours) -> Result:
     batches = ours.batches()
     tokens, targets, _ = batches[0]
     recording = Recording(theirs, tokens, targets, ours.S)
-    theirs.model.zero_grad(set_to_none=True)
     weights, policy = ours.read_weights(), config.make_recipe().policy
-    distances, losses = _distances(ours, weights, recording, (tokens, targets), kernels)
+    distances, losses, spread = _distances(ours, theirs, weights, recording, (tokens, targets), kernels)
     if recording.log_sums is not None:
         log_sums = recording.log_sums
         kernels = {**kernels, "cross_entropy": cross_entropy_with(lambda own: widen(log_sums, format_of(own)))}
     compared = replay(theirs.ours, weights, policy, recording, (tokens, targets), ours.S, kernels)
     findings = _held_to_bounds(config, _whole(recording, weights, (tokens, targets), ours.S), kernels)
-    result = Result(ours, losses, distances, compared, _alone(recording, compared), recording.serious, findings, kernels)
+    alone = _alone(recording, compared)
+    result = Result(ours, losses, distances, spread, compared, alone, recording.serious, findings, kernels)
     del recording
     if config.steps > 1:
         stages = STAGE_STEPS if theirs.ours.n_params <= LARGE else 0
@@ -203,9 +207,10 @@ def _compare(folder: Path, ours: Ours) -> Result:
 
 
 def _distances(
-    ours: Ours, weights: Mapping[str, Any], recording: Recording, batch: Batch, kernels: Mapping[str, Op]
-) -> tuple[list[Distance], tuple[float, float, float]]:
-    """Return the distances from FP64, and the losses.
+    ours: Ours, theirs: TransformersTraining, weights: Mapping[str, Any], recording: Recording, batch: Batch,
+    kernels: Mapping[str, Op],
+) -> tuple[list[Distance], tuple[float, float, float], float | None]:  # fmt: skip
+    """Return the distances from FP64, the losses, and PyTorch's own spread.
 
     PyTorch's sums of exponentials over a large vocabulary err more than ours, and with them all gradients. So the pass with
     other correct kernels has errors as large as theirs are.
@@ -220,14 +225,18 @@ def _distances(
     trace = recording.trace
 
     def measured(name: str, point: str, place: str, of: Any) -> Distance:
-        theirs = trace.get(1, point, place)
-        assert theirs is not None
-        return measure(name, of(own), theirs, of(exact), of(other))
+        recorded = trace.get(1, point, place)
+        assert recorded is not None
+        return measure(name, of(own), recorded, of(exact), of(other))
 
     found = [measured(LOGITS, "2.activations", "lm_head", lambda p: p.logits)]
     for name in model.parameters:
         found.append(measured(name, "2.grads", name, lambda p, name=name: p.grads[name]))
-    return found, (own.loss, recording.loss, exact.loss)
+    own_spread = None
+    if any(each.beyond(FACTOR) for each in found[1:]):
+        own_spread = widest_ratio(distances_in_other_orders(theirs, exact.grads, batch, ours.S))
+    theirs.model.zero_grad(set_to_none=True)
+    return found, (own.loss, recording.loss, exact.loss), own_spread
 
 
 def _whole(recording: Recording, weights: Mapping[str, Any], batch: Batch, S: float) -> Trace:
@@ -243,7 +252,7 @@ def _whole(recording: Recording, weights: Mapping[str, Any], batch: Batch, S: fl
 def _held_to_bounds(config: Config, trace: Trace, kernels: Mapping[str, Op]) -> list[Finding]:
     """Judge the tensors of a pass that are not made by 16-bit roundings, each of which is compared by itself.
 
-    The bound of a tensor would say less: it is for the L2 norm, which a few roundings of large elements can exceed by chance.
+    A trace's bound of those would be exceeded by chance: `LARGEST` in `following.py` has the numbers.
     """
     judge, found = Judge(config, trace, kernels=kernels), []
     low = config.make_recipe().policy.row("linear.y").input("x")

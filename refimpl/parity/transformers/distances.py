@@ -27,10 +27,8 @@ from refimpl.precision.policy import Policy
 from refimpl.precision.recipes import get_recipe
 
 FACTOR = 2.0
-"""How many times as far from FP64 as the other one the logits, and the median gradient, may be: as in `tolerances.Bounds`."""
-FACTOR_OF_ONE = 10.0
-"""The same for one gradient. In a deep model its error is that of a few roundings far up. The L2 norms of 4 independent errors
-and of 4 others differ by a factor of 3 in 6 of 100 cases by chance, and by 10 in 6 of 10,000 (the F distribution)."""
+"""How many times as far from FP64 as the other one the logits, and the median gradient, may be: as in `tolerances.Bounds`. One
+gradient may be as many times as far as PyTorch's passes are by themselves, once more (`spread.py`)."""
 FLOOR = 8 * U
 """A relative distance that a few FP32 roundings make."""
 LOGITS = "logits"

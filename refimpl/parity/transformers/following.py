@@ -35,15 +35,36 @@ FREE = 3
 ROUNDED_OTHERWISE = 4
 """How many times as many results may differ as FP32 sums leave not correctly rounded: by the audit's estimate (its `verdict`),
 or counted beside our operation in FP64."""
+LARGEST = 14
+"""How many results as large as the largest may be rounded the other way beyond what the number of those that may differ
+explains.
+
+Derivation. Both sides compute one rounding from the same numbers, so that result i differs with a small probability p_i
+whether or not others do, and then by one ulp of its own, u_i <= u, that of the largest. The squared L2 norm of the difference
+is a sum of independent terms, u_i^2 or 0, with mean M = sum p_i u_i^2. Bernstein's inequality bounds its tail:
+
+    P(sum > M + t) <= exp(-t^2 / (2 u^2 (M + t/3)))
+
+If A results may differ, twice as many as are expected to over both sides, M <= A mean(u_i^2) / 2: the errors of sums do not
+grow with the result, so that large results are no likelier to differ than small ones. The bound A mean(u_i^2) + k u^2 leaves
+t >= M + k u^2, for which the exponent is at least 9 k / 8, whatever M is. A pass of a model of 30 layers has some 2000
+roundings: with k = 14 one of them is outside by chance in 3 of 10,000 passes.
+
+The bound of an operation of a trace (`tolerances.Bounds`) is none here. It has 3 such results, and a multiple of our own
+distance from exact sums, which is 0 where only theirs are rounded the other way. Each that differs is so by either side with
+probability 1/2: all of m by theirs with 2^-m. So where the largest make most of the norm, 4 are too many by chance in 1 of 16
+tensors. And a trace's operation may have several roundings, of which one that differs changes the next.
+"""
 
 
 @dataclass(frozen=True)
 class Compared:
     """One rounding of ours beside its counterpart; result is None if there is none.
 
-    differ: how many elements are not identical. ulps: the largest distance of two elements, in numbers of the format.
-    largest: the largest difference, in ulps of the largest element. off: how many of ours are not what our operation makes with
-    its arithmetic in FP64; counted where without it the rounding would depart.
+    elements: how many are not zero on both sides. differ: how many of them are not identical. ulps: the largest distance of two
+    elements, in numbers of the format. largest: the largest difference, in ulps of the largest element. squares: the sum of the
+    squares of the differences, in that unit. spacing: the mean square of the elements' own ulps, in that unit. off: how many of
+    ours are not what our operation makes with its arithmetic in FP64; counted where without it the rounding would depart.
     """
 
     place: str
@@ -52,6 +73,8 @@ class Compared:
     differ: int = 0
     ulps: int = 0
     largest: float = 0.0
+    squares: float = 0.0
+    spacing: float = 0.0
     result: Result | None = None
     note: str = ""
     off: int = 0
@@ -63,15 +86,24 @@ class Compared:
         return next((v for v in verdicts if self.result is not None and v.result == self.result.name), None)
 
     @property
+    def allowed(self) -> float:
+        """Return how many results may differ."""
+        expected = None if self.verdict is None else self.verdict.expected
+        estimated = (1 - expected) * self.elements if expected is not None else 0.0
+        return FREE + max((1 - ENOUGH) * self.elements, ROUNDED_OTHERWISE * max(estimated, self.off))
+
+    @property
+    def norm(self) -> float:
+        """Return the L2 norm of the differences as a multiple of its bound."""
+        return math.sqrt(self.squares / (self.allowed * self.spacing + LARGEST))
+
+    @property
     def departs(self) -> bool:
         """Return whether more results differ, or by more, than sums in another order explain.
 
         Each that differs is a rounding to the other neighbor, one ulp of the largest element at most where terms cancel.
         """
-        expected = None if self.verdict is None else self.verdict.expected
-        estimated = (1 - expected) * self.elements if expected is not None else 0.0
-        allowed = max((1 - ENOUGH) * self.elements, ROUNDED_OTHERWISE * max(estimated, self.off))
-        return bool(self.note) or self.differ > FREE + allowed or self.largest > 1
+        return bool(self.note) or self.differ > self.allowed or self.largest > 1 or self.norm > 1
 
 
 def compared(place: str, site: str, ours: Array, theirs: Counterpart | None) -> Compared:
@@ -81,16 +113,19 @@ def compared(place: str, site: str, ours: Array, theirs: Counterpart | None) -> 
     if theirs.array.size != ours.size or format_of(theirs.array) != format_of(ours):
         what = f"{format_of(ours)} {ours.shape} here, {theirs.result.facts.dtype} {theirs.array.shape} there"
         return Compared(place, site, ours.size, ours.size, result=theirs.result, note=what)
-    other = theirs.array.reshape(ours.shape)
-    places = np.abs(_ordered(ours) - _ordered(other))
+    other, fmt = theirs.array.reshape(ours.shape), format_of(ours)
+    x, y = _ordered(ours), _ordered(other)
+    places = np.abs(x - y)
     places[np.isnan(ours) & np.isnan(other)] = 0
-    differ, a, b = int(np.count_nonzero(places)), fp64(ours), fp64(other)
-    largest = 0.0
-    if differ:
-        apart = np.abs(a - b)[places > 0]
-        unit = ulp(format_of(other), float(np.abs(b[np.isfinite(b)]).max(initial=0.0)))
-        largest = math.inf if not np.isfinite(apart).all() else float(apart.max()) / unit
-    return Compared(place, site, ours.size, differ, int(places.max(initial=0)), largest, theirs.result)
+    counted, differ = np.count_nonzero(x | y), np.count_nonzero(places)
+    if not differ:
+        return Compared(place, site, int(counted), result=theirs.result)
+    b = fp64(other)
+    apart = np.abs(fp64(ours) - b)[places > 0] / ulp(fmt, float(np.abs(b[np.isfinite(b)]).max(initial=0.0)))
+    apart[~np.isfinite(apart)] = math.inf
+    largest, squares = float(apart.max()), float((apart * apart).sum())
+    most = int(places.max())
+    return Compared(place, site, int(counted), int(differ), most, largest, squares, _spacing(y, fmt), theirs.result)
 
 
 def _ordered(x: Array) -> Array:
@@ -98,6 +133,14 @@ def _ordered(x: Array) -> Array:
     code = np.asarray(bits_of(np.ascontiguousarray(x)), np.int64)
     size = code & 0x7FFF
     return np.where(code & 0x8000, -size, size)
+
+
+def _spacing(ordered: Array, fmt: str) -> float:
+    """Return the mean square of the ulps of the numbers that are not zero, in ulps of the largest finite one."""
+    exponents = np.abs(ordered[ordered != 0]) >> FORMATS[fmt].fraction_bits
+    finite = exponents[exponents < 2 ** FORMATS[fmt].exponent_bits - 1]
+    counts = np.bincount(np.maximum(finite, 1))  # subnormal numbers have the spacing of the smallest exponent
+    return float((counts * 4.0 ** np.arange(1 - len(counts), 1)).sum() / max(1, counts.sum()))
 
 
 class Following(OpPrecision):

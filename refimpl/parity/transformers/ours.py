@@ -11,6 +11,7 @@ import numpy as np
 
 from refimpl.backends.choose import ON_HOST
 from refimpl.errors import UsageError
+from refimpl.nn.rope_scaling import RopeScaling
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast
 from refimpl.precision.policy import Policy, Precision
@@ -64,6 +65,8 @@ class Ours:
         settings = {**DEFAULTS, **flags}
         settings["steps"] = max(1, settings["steps"])  # the first pass is none, and one step is no training
         sizes = {**model.config, "model": model.name, "n_positions": model.config["block_size"]}
+        if RopeScaling.parse(sizes.get("rope_scaling", "default")).kind == "dynamic":  # made for longer sequences
+            sizes["n_positions"] = max(sizes["n_positions"], settings["block_size"])
         if settings["block_size"] > sizes["n_positions"]:
             raise UsageError(f"--tokens is {settings['block_size']}: the model has {sizes['n_positions']} positions")
         if (folder / TOKENIZER).is_file():

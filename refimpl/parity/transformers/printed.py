@@ -6,7 +6,7 @@ import math
 
 from refimpl.parity.pytorch import report as report_of_steps
 from refimpl.parity.transformers.comparison import Result
-from refimpl.parity.transformers.distances import FACTOR, FACTOR_OF_ONE, middle
+from refimpl.parity.transformers.distances import FACTOR, middle
 from refimpl.parity.transformers.following import ENOUGH, Compared
 from refimpl.parity.transformers.kernels import PROPERTIES
 from refimpl.training.columns import table
@@ -42,7 +42,10 @@ def _from_fp64(result: Result) -> str:
     lines.append("loss: ours {:.7g}, theirs {:.7g}, FP64 {:.7g}".format(*result.losses))
     lines += [f"  far: {d.name}: ours {d.ours:.2e}, theirs {d.theirs:.2e}" for d in result.far[:SHOWN]]
     says = f"{len(result.far)} are" if result.far else "none is"
-    factors = f"{FACTOR:g} times ({FACTOR_OF_ONE:g} times, a single gradient)"
+    factors = f"{FACTOR:g} times"
+    if result.spread is not None:
+        spread = f"PyTorch's passes with sums in other orders differ by up to {result.spread:.3g}"
+        factors += f" ({FACTOR * result.spread:.3g} times, a single gradient: {spread})"
     return "\n".join([*lines, f"{says} more than {factors} as far from FP64 on one side as on the other"])
 
 
@@ -98,7 +101,8 @@ def _tensors(result: Result) -> list[str]:
 
 
 def _where(each: Compared) -> str:
-    what = each.note or f"{each.differ} of {each.elements} differ, by up to {each.largest:.3g} ulps of the largest"
+    size = f"by up to {each.largest:.3g} ulps of the largest, L2 norm {each.norm:.3g} of its bound"
+    what = each.note or f"{each.differ} of {each.elements} differ, {size}"
     return f"{each.place}, {each.site}: {what}"
 
 

@@ -99,10 +99,13 @@ class TransformersTraining(PyTorchTraining):
         if trace is not None:
             outputs = casts.seen or {}
             gradients: dict[str, Any] = {name: y.grad for name, y in outputs.items()}
-            parameters: dict[str, Any] = {name: p.grad for name, p in self.model.named_parameters()}
-            for point, tensors in (
-                ("2.activations", outputs), ("2.activation_grads", gradients), ("2.grads", parameters),
-            ):  # fmt: skip
+            for point, tensors in (("2.activations", outputs), ("2.activation_grads", gradients)):
                 for name, array in self._read(point, tensors).items():
                     trace.put(1, point, name, array)
+            for name, array in self.gradients().items():
+                trace.put(1, "2.grads", name, array)
         return loss.item()
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Return the gradients of parameters that the latest pass has left."""
+        return self._read("2.grads", {name: p.grad for name, p in self.model.named_parameters()})
