@@ -1,6 +1,7 @@
 """A training run: settings, data, the loop over steps, logs and checkpoints.
 
-    config.py, schema.py      the settings of a run: flags as given, and all of them, checked; checks of data read from JSON
+    config.py, config_file.py the settings of a run: flags as given, and all of them, checked; settings from a file
+    schema.py                 checks of data read from JSON
     setup.py, init_from.py    the start of a run: the objects that a step takes, random numbers, faults; weights of other runs
     trainer.py, run.py, run_report.py           the loop over steps; a run in a folder; what it prints
     data.py, ngrams.py        corpora and batches; the losses that a model must beat

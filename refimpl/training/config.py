@@ -87,7 +87,7 @@ class Config:
     vocab_size: int = 256  # the tokenizer's
     bias: bool = True
     activation: str = "gelu_tanh"
-    n_kv_head: int | None = None  # this and the next ten are llama's: MODEL_DEFAULTS, and `_resolve` for the first three
+    n_kv_head: int | None = None  # this and the next ten are llama's: MODEL_DEFAULTS, and `resolved` for the first three
     head_dim: int | None = None
     ffn_dim: int | None = None
     rope_theta: float | None = None
@@ -139,7 +139,7 @@ class Config:
         Errors: UsageError that names the flag and what it must be.
         """
         check_types(flags)
-        config = cls(**_resolve({name: value for name, value in flags.items() if value is not None}))
+        config = cls(**resolved({name: value for name, value in flags.items() if value is not None}))
         config._check()
         return config
 
@@ -299,7 +299,7 @@ class Config:
         return replace(recipe, policy=with_attention(recipe.policy, self.attention))
 
 
-def _resolve(given: dict[str, Any]) -> dict[str, Any]:
+def resolved(given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that are given, with those defaults that depend on others."""
     model = given.get("model", Config.model)
     if model not in MODEL_DEFAULTS:

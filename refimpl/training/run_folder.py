@@ -39,6 +39,7 @@ TOKENIZER_CHECKSUM = "tokenizer_sha256"
 RUN = "run"
 """Keys in config.json, beside the fields of Config: the file with a run's first weights, if there is one; the checksum of its
 tokenizer, if it has one, of which the folder has a copy; the run's name in logs, which no other run has."""
+BESIDE = Table(optional={INIT_FROM: Text(), TOKENIZER_CHECKSUM: Text(), RUN: Text()})
 
 
 NAMED = ("optimizer", "schedule", "masters_from", "loss_scale", "mistake", "seed")
@@ -245,6 +246,6 @@ def _read(folder: Path) -> dict[str, Any]:
         raise UsageError(f"there is no run in {folder} (it has no config.json)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    check(saved, Table(optional={INIT_FROM: Text(), TOKENIZER_CHECKSUM: Text(), RUN: Text()}), f"{path} is damaged")
+    check(saved, BESIDE, f"{path} is damaged")
     table: dict[str, Any] = saved
     return table
