@@ -52,7 +52,8 @@ class Output:
     def __init__(self, stream: TextIO | None, is_error: bool, goes_on: bool) -> None:
         self.is_error, self.goes_on, self.lost = is_error, goes_on, False
         self.closed_before = None if stream is not None else OSError(errno.EBADF, "it is closed")
-        self.stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115 (for as long as the process is)
+        # a file that stays open for as long as the process runs
+        self.stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self.line, self.streams = "", False  # the unfinished line; whether its beginning has been shown
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace", line_buffering=True)

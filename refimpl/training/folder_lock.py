@@ -113,7 +113,7 @@ def _in_use(path: Path) -> UsageError:
     owner = ""
     for _ in range(20):  # a file locked a moment ago may not have its owner in it yet
         with suppress(OSError):
-            owner = path.read_text(errors="replace").strip()
+            owner = path.read_text(encoding="utf-8", errors="replace").strip()
         if owner:
             break
         time.sleep(0.01)

@@ -116,7 +116,7 @@ def _physical() -> int | None:
 def _of_cgroup() -> int | None:
     """Return the smallest limit of the control groups of this process and their parents, in versions 1 and 2."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     files = [CGROUP / "memory.max", CGROUP / "memory" / "memory.limit_in_bytes"]
@@ -131,7 +131,7 @@ def _of_cgroup() -> int | None:
     found = []
     for file in files:
         try:
-            found.append(int(file.read_text()))
+            found.append(int(file.read_text(encoding="utf-8")))
         except (OSError, ValueError):  # no such file, or 'max'
             continue
     return min(found, default=None)
@@ -144,7 +144,7 @@ def _address_space() -> int | None:
         soft = resource.getrlimit(resource.RLIMIT_AS)[0]
         if soft == resource.RLIM_INFINITY:
             return None
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * os.sysconf("SC_PAGE_SIZE")
         return max(0, soft - used)
     except ImportError:  # Windows
         return None

@@ -84,7 +84,7 @@ def only_rank_0_prints() -> Iterator[None]:
     if rank == 0:
         yield
         return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         try:
             yield
         except KeyboardInterrupt:

@@ -220,7 +220,7 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         files = [str(tmp_path / name) for name in ("ours", "theirs", f"{code}.json")]
         assert script.run(vars(script.parser().parse_args(["diff", *files[:2], "--json", files[2]]))) == code
         assert f"\n{said}" in capsys.readouterr().out
-        data = json.loads(Path(files[2]).read_text())
+        data = json.loads(Path(files[2]).read_text(encoding="utf-8"))
         assert data["verdict"] == said and data["coverage"]["judged"] <= data["coverage"]["tensors"]
         assert bool(data["coverage"]["judged_by_the_weaker_bound"]) == (code == 3)
     save(tmp_path / "theirs", changed(**{"0_targets": TOKENS + 256}))

@@ -44,4 +44,4 @@ def main(config: Config, rank: int, ranks: int, place: str, out: Path) -> None:
 
 if __name__ == "__main__":
     config, rank, ranks, place, out = sys.argv[1:]
-    main(Config.of(json.loads(Path(config).read_text())), int(rank), int(ranks), place, Path(out))
+    main(Config.of(json.loads(Path(config).read_text(encoding="utf-8"))), int(rank), int(ranks), place, Path(out))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from paths import DOCS, ROOT, TESTS
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), TESTS / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md")), TESTS / "README.md"]
 LINK = re.compile(r"\[(`[^`]+`|[^\]`]+)\]\(([^()#]+)#L(\d+)\)")
 
 

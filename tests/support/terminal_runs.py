@@ -59,7 +59,8 @@ class TerminalRun:
         """Until the script's own first lines have run: before them the signals of a process are Python's."""
         bit = 1 << (signal.SIGTERM - 1)
         while self.process.poll() is None:
-            caught = [line for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines() if "SigCgt" in line]
+            status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+            caught = [line for line in status.splitlines() if "SigCgt" in line]
             if caught and int(caught[0].split()[1], 16) & bit:
                 return
             time.sleep(0.001)

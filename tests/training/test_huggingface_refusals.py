@@ -265,7 +265,7 @@ def test_an_export_that_fails_leaves_nothing(folder: Path, text: str, target: Pa
     assert "but a text, no checkpoint" in converted(monkeypatch, "export", text, target / "x.safetensors")
 
     def refuse(path: Path, *_: object) -> None:
-        path.write_text("half")
+        path.write_text("half", encoding="utf-8")
         raise UsageError(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr("refimpl.training.huggingface.export.write_text_atomically", refuse)

@@ -390,7 +390,7 @@ def test_a_folder_in_use_is_kept(text: str, tmp_path: Path) -> None:
 
 def test_resume_refuses_other_data(text: str, tmp_path: Path) -> None:
     stop_at(tmp_path / "r", text, 3)
-    with open(text, "a") as file:
+    with open(text, "a", encoding="utf-8") as file:
         file.write("one more line\n")
     with pytest.raises(UsageError, match="other data"):
         run(tmp_path / "r", text, resume=True)

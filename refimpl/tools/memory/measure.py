@@ -196,7 +196,7 @@ def process_memory() -> tuple[int, int] | None:
     """
     status = Path("/proc/self/status")
     if status.exists():
-        kib = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status.read_text(), re.MULTILINE))
+        kib = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status.read_text(encoding="utf-8"), re.MULTILINE))
         return 1024 * int(kib["VmRSS"]), 1024 * int(kib["VmHWM"])
     try:
         import resource
@@ -209,7 +209,7 @@ def process_memory() -> tuple[int, int] | None:
 def forget_peak() -> bool:
     """Begin a new peak of `process_memory` with the memory of now. Return whether the system could, as Linux can."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True

@@ -54,7 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def audited(program: str, *words: str, start: str = START, **options: Any) -> tuple[Audit, int, list[str]]:
     """Run a program under the audit, in this process."""
-    Path("train.py").write_text(start + textwrap.dedent(program))
+    Path("train.py").write_text(start + textwrap.dedent(program), encoding="utf-8")
     said: list[str] = []
     around = ProgramAudit(**{"steps": 3, "every": 100, **options}, say=said.append)
     code = run_python("train.py", False, words, around)
@@ -286,7 +286,7 @@ def test_a_script_sees_what_python_gives_it(capsys: pytest.CaptureFixture[str]) 
 
 def test_an_exception_is_shown_as_python_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("def f():\n    raise ValueError('mine')\nf()\n", "x = (\n", "import json\njson.loads('{')\n"):
-        Path("train.py").write_text(text)
+        Path("train.py").write_text(text, encoding="utf-8")
         assert run_python("train.py", False, (), ProgramAudit()) == 1
         shown = capsys.readouterr().err
         plain = subprocess.run([sys.executable, "train.py"], capture_output=True, text=True)
@@ -310,7 +310,8 @@ def test_a_step_that_the_script_ends_in_is_said() -> None:
 def test_modules_run_as_with_m(capsys: pytest.CaptureFixture[str]) -> None:
     Path("package").mkdir()
     Path("package/__init__.py").touch()
-    Path("package/train.py").write_text(START + PLAIN + "print(__name__, __package__, sys.argv[1:], sys.path[0])\n")
+    source = START + PLAIN + "print(__name__, __package__, sys.argv[1:], sys.path[0])\n"
+    Path("package/train.py").write_text(source, encoding="utf-8")
     around = ProgramAudit()
     assert run_python("package.train", True, ("--lr", "3"), around) == 0
     assert capsys.readouterr().out == f"__main__ package ['--lr', '3'] {os.getcwd()}\n"
@@ -360,7 +361,7 @@ def test_what_follows_the_script_is_the_scripts(line: str, want: tuple[list[str]
 def test_wrong_use_is_one_line(
     line: str, error: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path("train.py").write_text("")
+    Path("train.py").write_text("", encoding="utf-8")
     Path("taken").mkdir()
     Path("taken/audit.json").touch()
     monkeypatch.setattr("sys.argv", ["scripts/audit.py", *line.split()])
@@ -383,10 +384,10 @@ def test_folders_are_numbered_and_not_replaced() -> None:
 
 
 def test_no_training_is_no_good_news(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("train.py").write_text("print('hello')")
+    Path("train.py").write_text("print('hello')", encoding="utf-8")
     assert audit_program(["train.py"], False, 4, 100, folder_for(Path("out"), False)) == 2
     assert "no optimizer of torch.optim with parameters of a module made a step" in capsys.readouterr().err
-    Path("train.py").write_text(START + PLAIN)
+    Path("train.py").write_text(START + PLAIN, encoding="utf-8")
     assert audit_program(["train.py"], False, 0, 100, folder_for(Path("out"), False)) == 2
     assert "6 steps ended, and --steps and --every chose none of them" in capsys.readouterr().err
     assert not Path("out").exists()
@@ -411,7 +412,8 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_whole_command_in_a_process_of_its_own() -> None:
-    Path("train.py").write_text(START + PLAIN + "print('\\x1b[1mdone', flush=True)\nsys.exit(int(sys.argv[1]))\n")
+    source = START + PLAIN + "print('\\x1b[1mdone', flush=True)\nsys.exit(int(sys.argv[1]))\n"
+    Path("train.py").write_text(source, encoding="utf-8")
     done = run("--out", "report", "train.py", "0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("\x1b[1mdone\nrefimpl audit: 4 of 6 steps") and "Traceback" not in done.stderr
@@ -421,7 +423,7 @@ def test_the_whole_command_in_a_process_of_its_own() -> None:
 
 
 def test_ctrl_c_is_the_scripts_own() -> None:
-    Path("train.py").write_text(START + PLAIN + "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    Path("train.py").write_text(START + PLAIN + "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8")
     done = run("train.py")
     assert done.returncode == 128 + signal.SIGINT and "KeyboardInterrupt" in done.stderr
     assert re.search("refimpl audit: 4 of 6 steps", done.stdout)

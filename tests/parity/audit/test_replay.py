@@ -97,7 +97,7 @@ def test_the_command_prints_them(report: Path, capsys: pytest.CaptureFixture[str
 def test_other_numbers_are_noticed(report: Path) -> None:
     file = report.with_name("audit.safetensors")
     tensors = load_file(file)
-    data = json.loads(report.read_text())
+    data = json.loads(report.read_text(encoding="utf-8"))
     target = data["replays"][0]["values"]["output"]["$tensor"]
     save_file({**tensors, f"r0/{target}": tensors[f"r0/{target}"] * 3}, file)
     first, *others = all_of(report)
@@ -105,7 +105,7 @@ def test_other_numbers_are_noticed(report: Path) -> None:
     assert "NOT REPRODUCED" in "\n".join(replay_lines(first, "D99"))
     data["replays"][0]["measured"] = {"other": "3"}
     save_file(tensors, file)
-    report.write_text(json.dumps(data))
+    report.write_text(json.dumps(data), encoding="utf-8")
     assert not all_of(report)[0].reproduced
 
 
@@ -118,7 +118,7 @@ def test_bad_files_are_one_line(report: Path, tmp_path: Path) -> None:
     report.with_name("audit.safetensors").write_bytes(b"1234")
     with pytest.raises(UsageError, match=r"audit\.safetensors, in which the operands are"):
         load_audit(report)
-    data = json.loads(report.read_text())
+    data = json.loads(report.read_text(encoding="utf-8"))
     data["replays"] = [{**data["replays"][0], "name": "aten.no_such_thing.default"}]
     with pytest.raises(UsageError, match=r"has no operation aten\.no_such_thing"):
         list(replayed(data, {}))
@@ -126,12 +126,12 @@ def test_bad_files_are_one_line(report: Path, tmp_path: Path) -> None:
 
 def test_a_file_that_lacks_something_is_one_line(report: Path) -> None:
     """As of a file that was written by hand, or of another version."""
-    whole = report.read_text()
+    whole = report.read_text(encoding="utf-8")
 
     def refused(change: Callable[[dict[str, Any]], object], why: str) -> None:
         data = json.loads(whole)
         change(data)
-        report.write_text(json.dumps(data))
+        report.write_text(json.dumps(data), encoding="utf-8")
         with pytest.raises(UsageError, match=why):
             replay(report)
 
@@ -143,7 +143,7 @@ def test_a_file_that_lacks_something_is_one_line(report: Path) -> None:
     for key in ("args", "kwargs", "output", "written"):
         refused(lambda data, key=key: data["replays"][0]["values"].pop(key), rf"replays\[0\].values.{key} is missing")
     refused(lambda data: data["replays"][0].update(id="r99"), r"audit.safetensors has no tensor r99/0")
-    report.write_text(whole)
+    report.write_text(whole, encoding="utf-8")
     assert replay(report) == 1
 
 

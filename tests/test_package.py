@@ -1,0 +1,44 @@
+"""What surrounds the code: one version everywhere, and a source distribution that holds what the tests read."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+from configparser import ConfigParser
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+import refimpl
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert setup["metadata"]["version"] == "attr: refimpl.__version__"
+    assert re.findall(r"^version: (.+)$", text_of("CITATION.cff"), re.M) == [refimpl.__version__]
+    assert refimpl.__version__ in text_of("CHANGELOG.md")
+
+
+@pytest.mark.skipif(find_spec("setuptools") is None, reason="setuptools, which builds distributions, is not installed")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone: git lists the files that must be in the distribution")
+def test_every_file_is_part_of_the_source_distribution(tmp_path: Path) -> None:
+    """By the build backend itself. It writes beside the sources, so it is given copies of them."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in files:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_bytes((ROOT / name).read_bytes())
+    program = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=tmp_path / "source", capture_output=True, check=True)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    assert set(files) <= held, sorted(set(files) - held)
