@@ -54,7 +54,7 @@ class MetricsLog:
         path = self.folder / name
         lines = [json.dumps({"run": self.run, **{k: _finite_or_none(v) for k, v in row.items()}}) + "\n" for row in rows]
         try:
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error}; the last checkpoint is complete") from error
