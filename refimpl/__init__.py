@@ -29,7 +29,7 @@ The names, by what they are for; `help(refimpl.State)` and so on say more:
     cast, widen                                   round an array to a format; convert it to a wider one, exactly
     UsageError, TrainingStopped                   what wrong input raises, and a training that had to stop
 
-`docs/library.md` shows the same with plots, and what else these objects can be asked.
+`docs/library.md` shows the same with plots, and what else these objects can be asked; `docs/tour.ipynb` is a notebook.
 
 The modules behind them are imported when a name is first used, so `import refimpl` alone takes no time.
 """

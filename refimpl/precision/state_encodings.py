@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +65,8 @@ class BufferSpec:
         return slice(self.size(block.start), self.size(block.stop))
 
 
-class RandomKey(NamedTuple):
+@dataclass(frozen=True)
+class RandomKey:
     """What random bits are a function of: they depend neither on the size of blocks nor on a resume."""
 
     seed: int

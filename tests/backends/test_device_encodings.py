@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_a_step_neither_waits_nor_copies(weights: str, moments: str, rule: str, 
 
 def test_control_a_look_at_t_is_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     write = Stochastic.write
-    monkeypatch.setattr(Stochastic, "write", lambda self, parts, x, key: write(self, parts, x, key._replace(t=int(key.t))))
+    monkeypatch.setattr(Stochastic, "write", lambda self, parts, x, key: write(self, parts, x, replace(key, t=int(key.t))))
     with pytest.raises(WaitError, match=r"int\(\)"):
         step_costs(STRICT, "bf16-stochastic", "fp32", "adamw")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -230,7 +231,7 @@ def test_draws_that_do_not_go_on_with_the_updates_are_found(monkeypatch: pytest.
     write = Stochastic.write
 
     def standing(self: Stochastic, parts: Any, x: Array, key: RandomKey) -> None:
-        write(self, parts, x, key._replace(t=np.int64(0)))
+        write(self, parts, x, replace(key, t=np.int64(0)))
 
     monkeypatch.setattr(Stochastic, "write", standing)
     with pytest.raises(AssertionError):
