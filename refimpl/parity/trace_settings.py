@@ -18,7 +18,7 @@ from refimpl.training.config import LLAMA, Config
 NOT_STATED = (
     "model", "recipe", "backend", "data", "tokenizer", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size",
     "bias", "activation", *LLAMA, "n_positions", "masters_from", "seed", "mistake", "eval_every", "eval_batches", "log_every",
-    "sample_bytes", "keep", "zero",
+    "sample_bytes", "keep", "log", "zero",
 )  # fmt: skip
 SETTINGS = tuple(f.name for f in fields(Config) if f.name not in NOT_STATED)
 """Settings that a trace can state."""

@@ -11,6 +11,7 @@
     huggingface/              folders of Hugging Face, in and out; GGUF files in
     resume.py                 what a checkpoint says of its run; which settings may change when it is resumed
     kept_checkpoints.py       the best checkpoint and the last ones; the space that they need
+    log_writers.py            the log for TensorBoard and for Weights & Biases
     run_folder.py, folder_lock.py, metrics.py, plots.py   the folder of a run, its lock, its log; the picture of logs
     memory_limits.py, activation_memory/        whether a run fits into memory; formulas for its activations
     stopping.py, non_finite.py    when a run stops, and advice; where Inf or NaN first appears in a step

@@ -31,6 +31,7 @@ from refimpl.precision.policy_variants import ATTENTION, with_attention
 from refimpl.precision.recipes import MASTERS_FROM, Recipe, get_recipe
 from refimpl.training.data import EXAMPLES, Corpus, load_corpus
 from refimpl.training.kept_checkpoints import Keep
+from refimpl.training.log_writers import chosen
 from refimpl.training.memory_limits import need, require_memory
 from refimpl.training.setup import Training
 from refimpl.training.tokenizer import BYTES, load_tokenizer, refuse_smaller
@@ -130,6 +131,7 @@ class Config:
     log_every: int = 10
     sample_bytes: int = 300
     keep: str = "last"
+    log: str = "none"
     zero: int | None = None
 
     @classmethod
@@ -179,6 +181,7 @@ class Config:
         if self.zero is not None and self.mistake != "none":
             raise UsageError("--mistake works on one rank only: leave --zero out")
         Keep.of(self.keep)
+        chosen(self.log)
         self._check_sizes()
         replace(self, n_layer=1).make_model()  # checks the sizes; with one layer, since --n-layer may be 10^9
         scale = float(self.make_loss_scale().scale)

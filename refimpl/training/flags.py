@@ -72,6 +72,7 @@ HELP = {
     "log_every": "steps between reads of the results, for which a device must wait",
     "sample_bytes": "bytes of text to generate at the end; tokens, with a tokenizer",
     "keep": "checkpoints to keep, as in best,last,3: of the lowest validation loss, the last one (always), and the last 3",
+    "log": "logs beside metrics.jsonl: tensorboard, wandb or both with a comma (docs/logs.md)",
     "zero": "ZeRO stage, 0 to 3, for training on several ranks (docs/ranks.md)",
 }
 

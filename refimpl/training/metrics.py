@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from refimpl.errors import UsageError
 from refimpl.training.checkpoint import write_text_atomically
+from refimpl.training.log_writers import LogWriter
 from refimpl.training.run_folder import METRICS, VALIDATION
 from refimpl.training.schema import FINITE, Integer, Kind, Maybe, OneOf, Real, Table, Text, check
 
@@ -32,6 +33,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, run: str = "") -> None:
         self.folder, self.run = folder, run
+        self.others: Sequence[LogWriter] = ()  # written before these files: a killed run writes rows again that only they have
 
     def keep_up_to(self, step: int) -> Metrics:
         """Drop the rows after a checkpoint's step, which a resumed run writes again, and return the others."""
@@ -51,6 +53,8 @@ class MetricsLog:
         self._append(VALIDATION, [row])
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        for writer in self.others:
+            writer.write(rows)
         path = self.folder / name
         lines = [json.dumps({"run": self.run, **{k: _finite_or_none(v) for k, v in row.items()}}) + "\n" for row in rows]
         try:

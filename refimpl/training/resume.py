@@ -19,7 +19,7 @@ from refimpl.training.setup import Training
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = (
-    "backend", "tokenizer", "steps", "eval_every", "eval_batches", "log_every", "sample_bytes", "keep", "zero",
+    "backend", "tokenizer", "steps", "eval_every", "eval_batches", "log_every", "sample_bytes", "keep", "log", "zero",
     "checkpointing",
 )  # fmt: skip
 """The settings that may change when a run is resumed. Other `steps` change the schedule of the learning rate. Another `backend`

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
@@ -21,6 +21,8 @@ from refimpl.errors import TrainingStopped, UsageError
 from refimpl.training.config import Config, Flags
 from refimpl.training.init_from import settings_from
 from refimpl.training.kept_checkpoints import require_space
+from refimpl.training.log_writers import chosen, open_writers, require_packages
+from refimpl.training.metrics import as_table, read_metrics
 from refimpl.training.ngrams import NgramBaselines, ngram_baselines
 from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.run_folder import (
@@ -61,6 +63,7 @@ def train(
         comm = mpi_comm() if launched()[1] > 1 else Serial()
         given, first = (given, None) if init_from is None else settings_from(init_from, given)
         config, _ = prepare_folder(given, out, resume, overwrite)
+        require_packages(config.log)
         find_fault(config.mistake, faults)  # refuses an unknown one before there is a folder
         comm = comm_of_arrays(config, comm)
         threads = max(1, cores() // comm.on_host.on_machine) if comm.size > 1 else None
@@ -147,7 +150,7 @@ def _train(trainer: Trainer, baselines: NgramBaselines, note: str, quiet: bool) 
         print(note, end="\n" if note else "")
     with trainer.stop:
         try:
-            with ProgressBar(steps, "step", done=done, quiet=quiet or not trainer.writes) as bar:
+            with _other_logs(trainer), ProgressBar(steps, "step", done=done, quiet=quiet or not trainer.writes) as bar:
                 trainer.train(bar)
         except TrainingStopped:
             draw(trainer, baselines)
@@ -168,6 +171,18 @@ def _train(trainer: Trainer, baselines: NgramBaselines, note: str, quiet: bool) 
             draw(trainer, baselines)
         warn(trainer)
         return ENDED if trainer.stopping() else 0
+
+
+@contextmanager
+def _other_logs(trainer: Trainer) -> Iterator[None]:
+    """Open the logs of --log for the rows that the trainer writes, and close them."""
+    names, folder = chosen(trainer.config.log), trainer.folder
+    if not trainer.writes or not names:
+        yield
+        return
+    run, before = name_in_logs(folder), as_table(read_metrics(folder))
+    with open_writers(names, folder, run, before, asdict(trainer.config)) as trainer.log.others:
+        yield
 
 
 SAVED = "stopping: the checkpoint is written; again to stop at once"

@@ -23,6 +23,7 @@ from refimpl.training.folder_lock import locked
 from refimpl.training.huggingface.beside import keep, read_files
 from refimpl.training.huggingface.config_json import file_of_hugging_face, is_hugging_face
 from refimpl.training.kept_checkpoints import BEST, kept_in
+from refimpl.training.log_writers import EVENTS
 from refimpl.training.resume import refuse_changes
 from refimpl.training.schema import Table, Text, check
 from refimpl.training.tokenizer import BYTES, load_tokenizer
@@ -188,7 +189,7 @@ def open_folder(config: Config, folder: Path, init_from: Path | None = None) -> 
         for name in FILES:
             if name != CONFIG:
                 (folder / name).unlink(missing_ok=True)
-        for path in kept_in(folder):
+        for path in (*kept_in(folder), *folder.glob(str(EVENTS))):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error

@@ -36,7 +36,7 @@ WRITTEN = """{
 LATER = (*LLAMA, "n_positions", "activation")
 """Fields that config.json had not from the beginning."""
 
-ADDED = {"checkpointing": "none", "tokenizer": "bytes", "keep": "last"}
+ADDED = {"checkpointing": "none", "tokenizer": "bytes", "keep": "last", "log": "none"}
 """The settings that came later, with the values that such a run has."""
 
 
@@ -58,7 +58,7 @@ OTHER: dict[str, Any] = {
     "masters_from": "original", "attention": "fused", "loss_scale": "megatron", "init_scale": 8.0, "growth_interval": 3,
     "hysteresis": 2, "growth_factor": 4.0, "backoff_factor": 0.25, "scale_floor": 1.0, "seed": 1, "mistake": "decay-all",
     "eval_every": 1, "eval_batches": 2, "log_every": 1, "sample_bytes": 5, "zero": 0, "checkpointing": "full",
-    "tokenizer": "tokenizer.json", "keep": "best,2",
+    "tokenizer": "tokenizer.json", "keep": "best,2", "log": "none",
 }  # fmt: skip
 """Another value for each setting."""
 
