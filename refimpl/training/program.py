@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,6 +17,12 @@ def is_command(file: str | None) -> bool:
     path = Path(file).resolve()
     as_module = path.name == "__main__.py" and path.parent.stem == "refimpl"  # the stem: on Windows it lies in refimpl.exe
     return path.parent.name == "scripts" or path.stem == "refimpl" or as_module
+
+
+def command_line() -> str:
+    """Return the command line of this process, to be repeated in a shell."""
+    start = sys.argv[0].split() if sys.argv[0].startswith(AS_MODULE) else ["python", sys.argv[0]]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def as_called(text: str) -> str:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from datetime import UTC, datetime
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,9 +23,11 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import browse, measured, needs_browser
+from pages import MADE
 from paths import ROOT
 from script_loader import load_script, run_here
 
+import refimpl
 from refimpl.errors import UsageError
 from refimpl.numerics.casts import cast
 from refimpl.numerics.rounding_effects import LOWEST, Counts
@@ -64,7 +67,8 @@ from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.html.figures import Picture
-from refimpl.training.html.page import CSS
+from refimpl.training.html.style import CSS, SORT
+from refimpl.training.machine import processor
 from refimpl.training.run import train
 
 TINY: dict[str, Any] = {
@@ -97,7 +101,7 @@ def pictures_of(case: str) -> dict[str, list[Picture]]:
 
 @functools.cache
 def page_of(case: str) -> str:
-    return precision_page(inspected(case), "python scripts/inspect_precision.py")
+    return precision_page(inspected(case), MADE)
 
 
 def counted(x: Sequence[float], fmt: str = "fp16") -> Counts:
@@ -283,7 +287,7 @@ def test_recipes_of_every_kind_and_an_infinite_scale_have_a_page(recipe: str, mo
     pytest.importorskip("matplotlib")
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 4, "steps": 4}
     inspection = inspect(fresh(Config.of({**sizes, "recipe": recipe, **more})), what_if=("e4m3", "fp16"))
-    text = precision_page(inspection, "command")
+    text = precision_page(inspection, MADE)
     assert ("fp32 masters, in two halves" in text) == (recipe == "bf16-remainder")
     assert ("divided by its scales" in " ".join(terminal_text(inspection).split())) == (recipe in ("fp8", "nvfp4"))
     assert math.isinf(inspection.rows[-1].loss_scale) == bool(more)
@@ -400,9 +404,16 @@ class Reader(HTMLParser):
         return [attrs[name] or "" for _, attrs in self.tags if name in attrs]
 
 
+def without_origin(text: str) -> str:
+    """A page without what its head says on when, where and by which command it was made."""
+    whole, count = re.subn(r'<div class="made">.*?</div>', "", text, flags=re.DOTALL)
+    assert count == 1
+    return whole
+
+
 def complaints(text: str) -> list[str]:
-    """What is wrong with a page: tags, ids that clash or lead nowhere, anything from outside, and scripts."""
-    reader = Reader(text)
+    """What is wrong with a page: tags, ids that clash or lead nowhere, anything from outside, and scripts other than SORT."""
+    reader = Reader(text.replace(f"<script>{SORT}</script>", ""))
     ids = reader.attributes("id")
     errors = reader.errors + [f"two of {i}" for i in set(ids) if ids.count(i) > 1]
     used = [link.removeprefix("#") for name in ("href", "xlink:href") for link in reader.attributes(name)]
@@ -425,6 +436,9 @@ def test_the_page_is_whole_and_stands_alone(case: str) -> None:
     tags = [tag for tag, _ in reader.tags]
     assert [tags.count(tag) for tag in ("main", "h1", "title")] == [1, 1, 1]
     assert tags.count("section") == tags.count("h2") and reader.attributes("lang") == ["en"]
+    links = [link for tag, attrs in reader.tags if tag == "a" for link in [attrs["href"]]]
+    assert links == [f"#{attrs['id']}" for tag, attrs in reader.tags if tag == "section"]
+    assert reader.texts["a"] == reader.texts["h2"]
     assert reader.attributes("charset") == ["utf-8"] and "width=device-width, initial-scale=1" in reader.attributes("content")
     assert not re.search(r"\bnan\b|\bNone\b(?! of)", " ".join(reader.texts["section"]))
 
@@ -493,7 +507,7 @@ def test_other_formats_are_shown_where_they_were_asked_for() -> None:
 @needs_matplotlib
 def test_text_is_escaped() -> None:
     inspection = replace(inspected("fp32"), what='<script>alert("1")</script> & Größe')
-    text = precision_page(inspection, "python 'a & b' <i>")
+    text = precision_page(inspection, replace(MADE, command="python 'a & b' <i>"))
     assert complaints(text) == [] and text.isascii()
     reader = Reader(text)
     assert '<script>alert("1")</script> & Größe' in reader.texts["main"][0] and reader.texts["code"] == ["python 'a & b' <i>"]
@@ -501,13 +515,13 @@ def test_text_is_escaped() -> None:
 
 @needs_matplotlib
 def test_the_same_inspection_makes_the_same_page() -> None:
-    assert precision_page(inspected("fp16"), "python scripts/inspect_precision.py") == page_of("fp16")
-    assert precision_page(inspected("fp16"), "another command") != page_of("fp16")
+    assert precision_page(inspected("fp16"), MADE) == page_of("fp16")
+    assert precision_page(inspected("fp16"), replace(MADE, command="another command")) != page_of("fp16")
 
 
 def test_every_color_has_one_for_dark_screens() -> None:
     light, dark = (re.findall(r"(--\w+): (#\w+)", block) for block in re.findall(r":root {.*}", CSS))
-    assert [name for name, _ in light] == [name for name, _ in dark] and len(light) == 5
+    assert [name for name, _ in light] == [name for name, _ in dark] and len(light) == 6
     assert not {color for _, color in light} & {color for _, color in dark}
 
 
@@ -625,9 +639,13 @@ def test_a_fresh_run_in_a_process_of_its_own_writes_the_same_page(tmp_path: Path
     words = [*FP16_FLAGS, "--every", "2", "--what-if", "e4m3,bf16"]
     done = in_a_process(*words, "--out", str(out), "--json", str(target))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"written: {target}\nwritten: {out}\n")
-    made = Reader(out.read_text()).texts["code"][0]
-    assert out.read_text() == precision_page(inspected("fp16"), made)
+    assert done.stdout.endswith(f"written: {target}\nwritten: {out} (open it in a browser)\n")
+    made, text = Reader(out.read_text()).texts["code"][0], out.read_text()
+    assert without_origin(text) == without_origin(page_of("fp16"))
+    origin = Reader(text).texts["p"][0]
+    assert origin.startswith(f"Made on {datetime.now(UTC):%Y-}")
+    assert f"with refimpl {refimpl.__version__}, Python 3." in origin
+    assert f"numpy {np.__version__}, ml_dtypes " in origin and f"on {processor()}, by:" in origin
     assert target.read_text() == json_text(data(inspected("fp16"))) + "\n"
     given = {**TINY, "init_scale": 2.0**17}
     assert made == command(given, 2, ["e4m3", "bf16"])

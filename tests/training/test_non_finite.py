@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from overflow import overflow_always
+from pages import MADE
 from progress_bars import NoBar
 from rank_runs import SIZES
 from strict_backend import STRICT
@@ -270,7 +271,7 @@ def test_the_monitor_never_calls_nan_exact(loss_scale: str) -> None:
     for text in (v.text for v in verdicts_of(seen)):
         assert "needs no loss scale" not in text or "arrived" not in text
     assert written["non_finite"] == f"At step 1: {FC} has 1 NaN."
-    texts = [terminal_text(seen)] + ([precision_page(seen, "a command")] if find_spec("matplotlib") else [])
+    texts = [terminal_text(seen)] + ([precision_page(seen, MADE)] if find_spec("matplotlib") else [])
     for text in texts:
         assert written["non_finite"] in " ".join(text.split()) and "arrived" in text
         assert "S was 1, and 0 %" not in " ".join(text.split())

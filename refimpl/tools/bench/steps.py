@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,7 +21,6 @@ import numpy as np
 import threadpoolctl
 
 from refimpl.backends.numpy.attention import query_blocks
-from refimpl.backends.numpy.threads import cores
 from refimpl.errors import UsageError, unknown
 from refimpl.nn.ops import OPS
 from refimpl.numerics.casts import cast
@@ -32,6 +29,7 @@ from refimpl.tools.memory.measure import process_memory
 from refimpl.training.columns import table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
+from refimpl.training.machine import processor
 from refimpl.training.setup import start
 
 MODELS: dict[str, dict[str, int]] = {
@@ -53,16 +51,6 @@ def machine() -> str:
         if lib["user_api"] == "blas" and "numpy" in lib["filepath"]
     )
     return f"{processor()}; NumPy {np.__version__}, {kernels or 'an unknown BLAS'}"
-
-
-def processor() -> str:
-    """Return the name of the processor, if the system provides it, and its number of cores."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {cores()} cores"
 
 
 # ---------------------------------------------------------------------------------------------------- our side

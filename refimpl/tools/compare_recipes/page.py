@@ -16,7 +16,8 @@ from refimpl.training.columns import table as text_table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.html.figures import Picture, as_svg
-from refimpl.training.html.page import document, escape, figures, paragraphs, section, table
+from refimpl.training.html.made import Made, made_now
+from refimpl.training.html.page import document, figures, paragraphs, section, table
 from refimpl.training.init_from import settings_from
 from refimpl.training.outputs import target
 from refimpl.training.progress_bar import ProgressBar
@@ -71,7 +72,8 @@ def compare_recipes(
     if data_file is not None:
         print(f"written: {data_file.write_text(json_text(data(comparison)) + chr(10))}")
     if page_file is not None:
-        print(f"written: {page_file.write_text(recipes_page(comparison, command))}")
+        page = recipes_page(comparison, made_now(command, "numpy", "ml_dtypes"))
+        print(f"written: {page_file.write_text(page)} (open it in a browser)")
 
 
 def _need_matplotlib() -> None:
@@ -101,22 +103,23 @@ def _run_data(run: RecipeRun) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def recipes_page(comparison: Comparison, command: str) -> str:
-    """Return the page. The same comparison and command give the same text."""
+def recipes_page(comparison: Comparison, made: Made) -> str:
+    """Return the page. The same arguments give the same text."""
     described = [[run.config.recipe, run.recipe.summary, run.recipe.source] for run in comparison.runs]
     sections = [
         section(
-            "At the end", table("All recipes", header(comparison), list(rows(comparison))), paragraphs(meaning(comparison))
+            "At the end",
+            table("All recipes", header(comparison), list(rows(comparison)), sortable=True),
+            paragraphs(meaning(comparison)),
         ),
         section("Loss", paragraphs([LOSS]), figures(_pictures(comparison, "loss")), table(LOSSES, *loss_rows(comparison))),
         section(
             "Difference from FP32", paragraphs([difference_text(comparison)]), figures(_pictures(comparison, "difference"))
         ),
         section("The recipes", table("The recipes", ["recipe", "summary", "source"], described, words=True)),
-        section("Command", f"<pre><code>{escape(command)}</code></pre>\n"),
     ]
     config = comparison.runs[0].config
-    return document(f"Recipes compared: {config.model}, {comparison.runs[0].n_params:,} parameters", sections)
+    return document(f"Recipes compared: {config.model}, {comparison.runs[0].n_params:,} parameters", sections, made)
 
 
 LOSSES = "The loss of the batch of a step, before its update:"

@@ -39,6 +39,7 @@ from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.columns import table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
+from refimpl.training.html.made import made_now
 from refimpl.training.init_from import settings_from
 from refimpl.training.outputs import target
 from refimpl.training.pictures import save
@@ -94,7 +95,8 @@ def inspect_precision(
         print(f"written: {file.write(lambda temporary: save(figure, temporary))}")
     if page_file is not None:
         called = command({"init_from": init_from, "run": run, "trace": trace, **given}, every, formats)
-        print(f"written: {page_file.write_text(precision_page(inspection, called))}")
+        page = precision_page(inspection, made_now(called, "numpy", "ml_dtypes"))
+        print(f"written: {page_file.write_text(page)} (open it in a browser)")
 
 
 def make_source(given: Mapping[str, Any], run: Path | None, trace: Path | None, init_from: Path | None = None) -> Source:

@@ -1,12 +1,9 @@
-"""The precision report as one HTML file, which needs no network, no other file and no script. Needs matplotlib."""
+"""The precision report as one HTML file, which needs no network and no other file. Needs matplotlib."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-
-import ml_dtypes
-import numpy as np
 
 from refimpl.tools.precision_report.collect import Inspection
 from refimpl.tools.precision_report.counts import kind_of
@@ -25,14 +22,15 @@ from refimpl.tools.precision_report.tables import (
 )
 from refimpl.tools.precision_report.verdicts import Verdict, verdicts_of
 from refimpl.training.html.figures import Picture
-from refimpl.training.html.page import document, escape, figures, paragraphs, section, table
+from refimpl.training.html.made import Made
+from refimpl.training.html.page import document, figures, paragraphs, section, table
 
 WORST = 20
 """The number of tensors with a verdict on the page."""
 
 
-def precision_page(inspection: Inspection, command: str) -> str:
-    """Return the page. The same inspection and command give the same text. command: the command line that made it."""
+def precision_page(inspection: Inspection, made: Made) -> str:
+    """Return the page. The same arguments give the same text."""
     pictures, ranked = all_pictures(inspection), verdicts_of(inspection)
     sections = [
         section("What it found", paragraphs(summary(inspection)), _kinds(inspection)),
@@ -40,15 +38,15 @@ def precision_page(inspection: Inspection, command: str) -> str:
         section("Loss scales", paragraphs([SWEEP if pictures["sweep"] else NO_CASTS]), figures(pictures["sweep"])),
         section("The run", figures(pictures["run"])),
         section("Updates", paragraphs([UPDATES if pictures["updates"] else NO_UPDATES]), figures(pictures["updates"])),
-        section("Layers", *_layers(inspection, pictures["layers"])) if inspection.layers else "",
+        *([section("Layers", *_layers(inspection, pictures["layers"]))] if inspection.layers else []),
         section("Tensors", *_tensors(inspection, ranked)),
-        section("Other formats", *_other_formats(inspection, ranked)) if inspection.what_if else "",
-        section("Explanation of the columns, and configuration", *_reading(inspection, command)),
+        *([section("Other formats", *_other_formats(inspection, ranked))] if inspection.what_if else []),
+        section("Explanation of the columns, and configuration", *_reading(inspection)),
     ]
     config = inspection.config
     mistake = "" if config.mistake == "none" else f", with the MISTAKE {config.mistake}"
     title = f"Precision report: {config.model}, {config.recipe}{mistake}"
-    return document(title, sections)
+    return document(title, sections, made)
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
@@ -110,7 +108,7 @@ def _tensors(inspection: Inspection, ranked: Sequence[Verdict]) -> list[str]:
         paragraphs([worst_sentence(ranked, WORST)]),
         table("The worst tensors", ["tensor", "verdict", "kind", "cast"], worst, words=True),
         f"<details>\n<summary>All {len(ranked)} tensors, in the order of the step</summary>\n",
-        table("All tensors", heads, every),
+        table("All tensors", heads, every, sortable=True),
         "</details>\n",
     ]
 
@@ -136,15 +134,12 @@ def _comparison(caption: str, what: str, compared: Sequence[tuple[str, Compared]
     return table(caption, [what, "format", *(column.heading for column in OTHER_COLUMNS)], rows)
 
 
-def _reading(inspection: Inspection, command: str) -> list[str]:
+def _reading(inspection: Inspection) -> list[str]:
     meanings = [[column.heading, column.meaning] for column in COLUMNS]
     config = [[name, "-" if value is None else str(value)] for name, value in asdict(inspection.config).items()]
-    versions = f"Made with NumPy {np.__version__} and ml_dtypes {ml_dtypes.__version__} by:"
     return [
         paragraphs([SHARES]),
         table("What the columns mean", ["column", "meaning"], meanings, words=True),
-        paragraphs([versions]),
-        f"<pre><code>{escape(command)}</code></pre>\n",
         "<details>\n<summary>The configuration of the run</summary>\n",
         table("Configuration", ["flag", "value"], config, words=True),
         "</details>\n",

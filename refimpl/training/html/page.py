@@ -1,58 +1,46 @@
-"""Parts of an HTML page that is one file and needs no network, no other file and no script. Functions return text."""
+"""Parts of an HTML page that is one file and needs no network and no other file. Functions return text.
+
+A script sorts its tables; without it the page shows all of them.
+"""
 
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from refimpl.training.html.figures import Picture
-
-CSS = """
-:root { color-scheme: light dark; --text: #1c1c1c; --soft: #5a5a5a; --page: #fff; --band: #f3f4f6; --line: #d4d7dc }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6e6e6; --soft: #a8a8a8; --page: #16181b; --band: #212429; --line: #3a3f46 }
-}
-* { box-sizing: border-box }
-body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 80rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.6rem; line-height: 1.2 }
-h2 { margin-top: 2.5rem; font-size: 1.3rem }
-h3 { margin: 0 0 .5rem; font-size: 1rem }
-p { max-width: 48rem; overflow-wrap: break-word }
-sup { line-height: 0 }
-pre, .scroll, figure svg { border: 1px solid var(--line); border-radius: 6px }
-.figures { display: grid; gap: 1.5rem; max-width: 72rem }
-.figures, figure:only-child { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
-figure { margin: 0; min-width: 0 }
-figure:only-child { grid-column: 1 / -1; display: grid; gap: 0 1.5rem; align-items: center }
-figure:only-child h3 { grid-column: 1 / -1 }
-figure svg { display: block; width: 100%; height: auto; background: #fff }
-figcaption { margin-top: .5rem; color: var(--soft); font-size: .9rem }
-.scroll { width: fit-content; max-width: 100%; overflow-x: auto; margin: 1rem 0 }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .45rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-th, td { white-space: nowrap }
-tr:last-child > * { border-bottom: 0 }
-thead th { background: var(--band) }
-tbody th { font-weight: normal }
-th:first-child, .text td, .text th { text-align: left }
-.text td:nth-child(2) { white-space: normal; min-width: 15rem; max-width: 40rem }
-@media (max-width: 40rem) {
-  th:first-child { min-width: 8rem; white-space: normal; overflow-wrap: anywhere }
-}
-pre { padding: .7rem; overflow-x: auto; background: var(--band) }
-summary { cursor: pointer }
-"""
+from refimpl.training.html.made import Made
+from refimpl.training.html.style import CSS, SORT
 
 
-def document(title: str, sections: Iterable[str], more_css: str = "") -> str:
-    """Return the whole page. more_css: rules that only this page needs."""
+@dataclass(frozen=True)
+class Section:
+    """A part of a page that the list of contents names. html: what follows its heading."""
+
+    title: str
+    html: str
+
+    @property
+    def anchor(self) -> str:
+        """Return the id that links to it."""
+        return "-".join(re.findall(r"[a-z0-9]+", self.title.lower()))
+
+def document(title: str, sections: Sequence[Section], made: Made, start: str = "", more_css: str = "") -> str:
+    """Return the whole page. start: what stands before the first section. more_css: rules that only this page needs."""
+    links = "".join(f'<li><a href="#{each.anchor}">{text(each.title)}</a></li>\n' for each in sections)
+    body = "".join(
+        f'<section id="{each.anchor}">\n<h2>{text(each.title)}</h2>\n{each.html}</section>\n' for each in sections
+    )
+    script = f"<script>{SORT}</script>\n" if SORTABLE in body else ""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>{CSS}{more_css}</style>\n</head>\n<body>\n<main>\n<h1>{text(title)}</h1>\n"
-        f"{''.join(sections)}</main>\n</body>\n</html>\n"
+        f'<div class="made"><p>{text(made.sentence)}</p>\n<pre><code>{escape(made.command)}</code></pre>\n</div>\n'
+        f'<nav aria-label="Contents">\n<ul>\n{links}</ul>\n</nav>\n{start}{body}</main>\n{script}</body>\n</html>\n'
     )
 
 
@@ -67,9 +55,9 @@ def text(words: str) -> str:
     return re.sub(r"(\d) (%|dB)", r"\1&nbsp;\2", raised).replace("S = ", "S&nbsp;=&nbsp;")
 
 
-def section(title: str, *parts: str) -> str:
-    """Return a section with its title."""
-    return f"<section>\n<h2>{text(title)}</h2>\n{''.join(parts)}</section>\n"
+def section(title: str, *parts: str) -> Section:
+    """Return a section of these parts."""
+    return Section(title, "".join(parts))
 
 
 def paragraphs(sentences: Iterable[str]) -> str:
@@ -88,21 +76,51 @@ def figures(pictures: Sequence[Picture]) -> str:
     return f'<div class="figures">\n{figures}</div>\n' if figures else ""
 
 
-def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> str:
-    """Return a table in a box that scrolls sideways. words: cells are text, not numbers.
+SORTABLE = '<table class="sortable'
 
-    The first cell of a row is its heading; if it is empty, the heading above spans this row too.
+
+def table(
+    caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False, sortable: bool = False
+) -> str:
+    """Return a table in a box that scrolls. words: cells are text, not numbers. sortable: by a click on a heading.
+
+    The first cell of a row is its heading; if it is empty, the heading above spans this row too, unless it is sortable.
     """
-    kind = ' class="text"' if words else ""
+    kinds = " ".join(["sortable"] * sortable + ["text"] * words)
     head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in heads)
     body = []
     for i, row in enumerate(rows):
         span = next((n for n, later in enumerate(rows[i + 1 :], 1) if later[0]), len(rows) - i)
         heading = f'<th scope="row" rowspan="{span}">{text(row[0])}</th>' if row[0] else ""
-        cells = "".join(f"<td>{text(cell)}</td>" for cell in row[1:])
+        cells = "".join(f"<td{_key(cell) if sortable else ''}>{text(cell)}</td>" for cell in row[1:])
         body.append(f"<tr>{heading}{cells}</tr>\n")
     return (
         f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0">\n'
-        f"<table{kind}>\n"
+        f"<table{f' class={chr(34)}{kinds}{chr(34)}' if kinds else ''}>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>\n</div>\n"
     )
+
+
+def _key(cell: str) -> str:
+    """Return the attribute by which a cell is sorted, if it begins with a number."""
+    number = number_in(cell)
+    return "" if math.isnan(number) else f' data-key="{number:.6g}"'
+
+
+NUMBER = re.compile(
+    r"(?P<below><)?(?P<base>2\^)?(?P<digits>[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)(?P<words>.*)", re.DOTALL
+)
+WORDS = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+
+
+def number_in(cell: str) -> float:
+    """Return the number that a cell begins with: 12 for '12 %' and 2^-24 for '2^-24 to 2^3'. NaN for text."""
+    if cell in ("inf", "exact", "without an error"):
+        return 1e300  # larger than all others; JavaScript knows no 'inf'
+    found = NUMBER.fullmatch(cell)
+    if found is None or re.match(r"\w", found["words"]):
+        return math.nan
+    number = float(found["digits"].replace(",", ""))
+    if found["base"]:
+        return math.ldexp(1.0, int(number))
+    return number * WORDS.get(found["words"].strip(), 1.0) * (0.5 if found["below"] else 1.0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import refimpl
 from refimpl.errors import UsageError
 from refimpl.parity.audit import Audit
 from refimpl.parity.audit import session as session_module
@@ -35,6 +36,7 @@ from refimpl.parity.audit.step import View
 from refimpl.parity.audit.values import Twin, Values
 from refimpl.parity.audit.verdict import LEVELS
 from refimpl.parity.mistakes import MISTAKES
+from refimpl.training.html.style import SORT
 
 
 class Loop:
@@ -372,10 +374,14 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     text = audit_page(data)
     page = Page(text)
     assert text == audit_page(data)
-    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")] and "http" not in text
+    assert [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")] == ["script"] and "http" not in text
+    assert f"<script>{SORT}</script>" in text
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
-    headings = [title for title in ("Findings", "Operations", "Casts", "Coverage", "Flags in force") if title in page.text]
-    assert headings == sorted(headings, key=page.text.index)
+    sections = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
+    assert sections == ["findings", "recipe", "operations", "casts", "coverage", "flags-in-force"]
+    assert [attrs["href"] for tag, attrs in page.tags if tag == "a"] == [f"#{name}" for name in sections]
+    assert f"Made on {data['made']['date']} with refimpl {refimpl.__version__}, Python " in page.text
+    assert f"{data['made']['machine']}, by:" in page.text and data["made"]["command"] in page.text
     levels = [attrs["class"] for tag, attrs in page.tags if tag == "article"]
     assert levels[:3] == ["wrong"] * 3 and set(levels[3:]) <= {"note"}
     assert "<script>alert(1)</script> & 2-24" in page.text

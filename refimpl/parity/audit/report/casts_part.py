@@ -30,7 +30,8 @@ def casts_section(casts: Mapping[str, Any]) -> list[str]:
     """Return the parts of the section."""
     if not casts["totals"]:
         return [paragraphs(["No value was converted to another format."])]
-    parts = [paragraphs([EXPLAINED]), table("All conversions", HEADS, [_row(row["kind"], row) for row in casts["totals"]])]
+    totals = [_row(row["kind"], row) for row in casts["totals"]]
+    parts = [paragraphs([EXPLAINED]), table("All conversions", HEADS, totals, sortable=True)]
     if casts["loss_scales"]:
         parts += _loss_scales(casts)
     if casts["rooms"]:
@@ -86,5 +87,5 @@ def _by_module(rows: Sequence[Mapping[str, Any]]) -> str:
     shown = [[wording.module_of(row["module"]) or "(no module)", *_row(row["kind"], row)] for row in worst]
     heads = ("module", *HEADS)
     count = f"All {len(rows)}" if len(rows) <= MOST_ROWS else f"The {MOST_ROWS} worst of {len(rows)}"
-    whole = table("Conversions by module", heads, shown[:MOST_ROWS])
+    whole = table("Conversions by module", heads, shown[:MOST_ROWS], sortable=True)
     return f"<details>\n<summary>{count} conversions by module</summary>\n{whole}</details>\n"

@@ -15,6 +15,8 @@ from refimpl.parity.audit.report.operands import Kept
 from refimpl.parity.audit.report.operation_table import Kind
 from refimpl.parity.audit.report.wording import whole_steps
 from refimpl.parity.audit.verdict import LEVELS
+from refimpl.training.html.made import made_now
+from refimpl.training.program import command_line
 
 if TYPE_CHECKING:
     from refimpl.parity.audit.session import Audit
@@ -43,6 +45,7 @@ def contents(audit: Audit) -> dict[str, Any]:
         "casts": audit.conversions.data(),
         "flags": audit.flags,
         "versions": versions(),
+        "made": asdict(made_now(command_line(), "numpy", "torch")),
         "replays": [kept.data(name) for name, (kept, _) in replays.items()],
         "failures": [{"text": text, "count": count} for text, count in audit.failures.most_common()],
     }

@@ -1,4 +1,4 @@
-"""The report of an audit as one HTML file, from the data of audit.json; it needs no network, no other file and no script."""
+"""The report of an audit as one HTML file, from the data of audit.json; it needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from refimpl.parity.audit.finding import is_serious
 from refimpl.parity.audit.report import wording
 from refimpl.parity.audit.report.casts_part import casts_section
 from refimpl.parity.audit.report.recipe_part import recipe_section
-from refimpl.training.html.page import document, paragraphs, section, table, text
+from refimpl.training.html.made import Made
+from refimpl.training.html.page import Section, document, paragraphs, section, table, text
 
 CSS = """
 :root { --wrong: #b3261e; --worse: #a85a00; --biased: #7a4d9e; --note: #5a5a5a }
@@ -37,19 +38,19 @@ def audit_page(data: Mapping[str, Any]) -> str:
     """Return the page. The same data give the same text."""
     training = data["training"]
     sections = [
-        paragraphs([wording.training_line(training) + ".", wording.program_sentence(training)]),
         _findings(data),
-        section("Recipe", *recipe_section(data["recipe"])) if data["recipe"] is not None else "",
+        *([section("Recipe", *recipe_section(data["recipe"]))] if data["recipe"] is not None else []),
         section("Operations", *_operations(data["operations"])),
         section("Casts", *casts_section(data["casts"])),
         section("Coverage", *_coverage(data["coverage"])),
         section("Flags in force", *_flags(data)),
-        section("What failed in the audit itself", *_failures(data["failures"])) if data["failures"] else "",
+        *([section("What failed in the audit itself", *_failures(data["failures"]))] if data["failures"] else []),
     ]
-    return document(f"Audit: {training['model']}", sections, CSS)
+    start = paragraphs([wording.training_line(training) + ".", wording.program_sentence(training)])
+    return document(f"Audit: {training['model']}", sections, Made(**data["made"]), start, CSS)
 
 
-def _findings(data: Mapping[str, Any]) -> str:
+def _findings(data: Mapping[str, Any]) -> Section:
     serious = [found for found in data["findings"] if is_serious(found["level"])]
     notes = [found for found in data["findings"] if not is_serious(found["level"])]
     said = [wording.verdict_sentence(data) + ("." if serious else " Coverage, below, says over what.")]
@@ -98,10 +99,10 @@ def _operations(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     )  # fmt: skip
     parts = [
         paragraphs([OPERATIONS]),
-        table("The worst operations", heads, [_operation(row) for row in rows[:WORST]], words=True),
+        table("The worst operations", heads, [_operation(row) for row in rows[:WORST]], words=True, sortable=True),
     ]
     if len(rows) > WORST:
-        every = table("All operations", heads, [_operation(row) for row in rows], words=True)
+        every = table("All operations", heads, [_operation(row) for row in rows], words=True, sortable=True)
         parts.append(f"<details>\n<summary>All {len(rows)} kinds of operations</summary>\n{every}</details>\n")
     return parts
 

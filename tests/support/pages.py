@@ -1,0 +1,7 @@
+"""The origin of pages that tests make: the same each time."""
+
+from __future__ import annotations
+
+from refimpl.training.html.made import Made
+
+MADE = Made("python x.py", "2026-11-30 12:00 UTC", {"refimpl": "0.1.0", "Python": "3.11.7"}, "a processor, 2 cores")
