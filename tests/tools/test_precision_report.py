@@ -37,18 +37,12 @@ from refimpl.parity.trace import record, save
 from refimpl.tools.precision_report import main as show_precision
 from refimpl.tools.precision_report.collect import Inspection, StepRow, fresh, inspect
 from refimpl.tools.precision_report.counts import kind_of
-from refimpl.tools.precision_report.figures import (
-    all_pictures,
-    draw_histogram,
-    draw_loss_scale,
-    draw_sweep,
-    range_shown,
-    run_pictures,
-    sweep_caption,
-)
+from refimpl.tools.precision_report.exponent_figures import draw_histogram, range_shown
+from refimpl.tools.precision_report.figures import all_pictures, draw_loss_scale, run_pictures
 from refimpl.tools.precision_report.layer_figures import PANELS
 from refimpl.tools.precision_report.main import command, data, inspect_precision, terminal_text
 from refimpl.tools.precision_report.page import precision_page
+from refimpl.tools.precision_report.sweep_figures import draw_sweep, sweep_caption, sweep_pictures, sweep_text
 from refimpl.tools.precision_report.tables import (
     COLUMNS,
     cast_of,
@@ -63,6 +57,8 @@ from refimpl.tools.precision_report.tables import (
     zone_shares,
     zones,
 )
+from refimpl.tools.precision_report.update_figures import SAME, update_pictures, update_texts
+from refimpl.tools.precision_report.verdict_columns import verdict_table
 from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
@@ -216,6 +212,27 @@ def test_the_worst_are_not_called_so_where_nothing_is_lost() -> None:
     assert worst_sentence(verdicts_of(bad), 10).startswith("The 1 of 1 tensors that lose most, or would without a loss scale")
 
 
+def test_verdicts_as_columns_by_hand() -> None:
+    """A gradient that needs S = 2^7, a good activation, and FP8 weights of which one in 256 became zero."""
+    gradient = [1.5 * 2.0**-32] + [0.5] * 3
+    own = counted([2.0**-12] + [1.0] * 255, "e4m3")
+    sites = {"lm_head:linear.dw.dw": counted([2.0**8 * x for x in gradient]), "lm_head:linear.y.w": own}
+    inspection = by_hand({**sites, "lm_head:linear.y.y": counted([1.0, 1.0])}, 2.0**8)
+    heads, rows = verdict_table(inspection, verdicts_of(inspection))
+    columns = ["zero at S = 1", "S needed", "overflows above S", "became zero", "subnormal", "SNR"]
+    assert heads == ["tensor", "loses by", *columns, "kind", "format", "cast"]
+    assert rows[0][:7] == ["dw of lm_head", "zeros at S = 1", "25 %", "2^7", "2^16", "0 %", "25 %"]
+    assert rows[1][:6] == ["w of lm_head", "zeros", "-", "-", "-", "0.39 %"] and rows[1][-3:] == [
+        "weights",
+        "e4m3",
+        "linear.y.w",
+    ]
+    assert rows[2][:2] == ["y of lm_head", "nothing"] and rows[2][7] == "without an error"
+    words = verdicts_of(inspection)[1].text
+    assert words.startswith("divided by its own scale, 0.39 % of the nonzero values became zero in e4m3, 0 % saturated")
+    assert "the others keep 4 significant bits" in words
+
+
 def swept(head: list[tuple[float, int]], block: list[tuple[float, int]]) -> Inspection:
     """A sweep over 2^0, 2^2, ...: (share flushed, number overflowed) of two layers at each."""
     layers = [{"head": h, "block 0": b} for h, b in zip(head, block, strict=True)]
@@ -253,12 +270,24 @@ def test_a_histogram_draws_shares_over_the_ranges_of_the_format(axes: Any) -> No
     assert drawn == {-30: 25.0, -20: 25.0, 0: 50.0}
     ends = [(span.get_x(), span.get_x() + span.get_width()) for span in spans]
     assert ends == [(-30, -25), (-25, -14), (-14, 16), (16, 20)]
-    assert [text.get_text() for text in axes.texts] == ["flushed", "subnormal", "normal in fp16", "overflow"]
+    assert [text.get_text() for text in axes.texts] == ["flushed", "subnormal", "normal in FP16", "overflow"]
 
 
 def test_the_range_shown_ends_with_what_is_counted() -> None:
-    assert range_shown("bf16", [counted([1.0], "bf16")]) == (-138, 129)
-    assert range_shown("fp16", [counted([2.0**100], "bf16")]) == (-29, 101)
+    """Of a wide format only where values are, and of a narrow one not much beyond its range."""
+    assert range_shown("bf16", [counted([1.0], "bf16")]) == (-8, 8)
+    assert range_shown("bf16", [counted([2.0**-130, 2.0**127], "bf16")]) == (-138, 129)
+    assert range_shown("fp16", [counted([2.0**20], "bf16")]) == (-29, 21)
+    assert range_shown("fp16", [counted([2.0**100], "bf16")]) == (-29, 28)
+
+
+def test_the_outermost_bars_hold_what_is_beyond_them(axes: Any) -> None:
+    counts = counted([2.0**-90, 2.0**-92, 1.0, 2.0**100], "bf16")
+    spread = range_shown("fp16", [counts])
+    draw_histogram(axes, "fp16", {"weights": counts}, spread)
+    shares, edges, _ = axes.patches[0].get_data()
+    assert spread == (-37, 28) and (edges[0], edges[-1]) == spread
+    assert (shares[0], shares[37], shares[-1], sum(shares)) == (50.0, 25.0, 25.0, 100.0)
 
 
 def test_the_sweep_draws_lines_up_to_the_first_overflow_and_crosses_from_there(axes: Any) -> None:
@@ -316,22 +345,39 @@ def test_each_case_has_the_figures_that_it_can_have() -> None:
         return [picture.title for pictures in pictures_of(case).values() for picture in pictures]
 
     layers = [title for _, title, _, _ in PANELS]
-    rest = ["Loss", "Weights that an update did not move", "Weights that have moved since the start", *layers]
-    sweep = "Flushed to zero, layer by layer"
-    gradients = ["Gradients before the loss scale", f"Gradients times the loss scale, {scales_text(inspected('fp16').rows)}"]
-    assert titles("fp16") == ["Weights", "Activations", *gradients, sweep, "Loss scale", *rest]
-    plain = "Gradients (there is no loss scale)"
-    assert titles("bf16") == ["Weights", "Activations", plain, sweep, *rest]
-    assert titles("pure-bf16") == ["Activations", plain, "Updated states", sweep, *rest]
-    assert titles("fp32") == rest
+    scaled = f"Gradients in FP16 times the loss scale, {scales_text(inspected('fp16').rows)}"
+    gradients, sweep = ["Gradients in FP16 before the loss scale", scaled], "Flushed to zero, layer by layer"
+    assert titles("fp16") == ["Weights in FP16", "Activations in FP16", *gradients, sweep, "Loss scale", "Loss", *layers]
+    plain = "Gradients in BF16 (there is no loss scale)"
+    assert titles("bf16") == ["Weights in BF16", "Activations in BF16", plain, "Loss", *layers]
+    moved = ["Weights that an update did not move", "Weights that have moved since the start"]
+    assert titles("pure-bf16") == ["Activations in BF16", plain, "Updated states in BF16", "Loss", *moved, *layers]
+    assert titles("fp32") == ["Loss", *layers]
     assert titles("all skipped")[-6:] == ["Loss scale", "Loss", *layers]
+
+
+@needs_matplotlib
+def test_a_figure_that_would_show_nothing_is_left_out_with_a_sentence() -> None:
+    nothing = swept([(0, 0), (0, 0)], [(0, 0), (0, 0)])
+    assert sweep_pictures(nothing) == [] and sweep_text(nothing).startswith("Nothing to show: with the loss scales of 1 to 2^2")
+    assert len(sweep_pictures(swept([(0, 0)], [(0, 1)]))) == 1 and "16 bits" in sweep_text(by_hand({}))
+    apart, rows = by_hand({}), [replace(step_row(i), alone_still=0.5, alone_moved=1.0) for i in (1, 2)]
+    same = replace(apart, rows=rows)
+    last = replace(apart, rows=[rows[0], replace(rows[1], alone_still=0.51)])
+    assert [[picture.name for picture in update_pictures(each)] for each in (apart, same, last)] == [
+        ["still", "moved"],
+        [],
+        ["still"],
+    ]
+    assert [sum(SAME in text for text in update_texts(each)) for each in (apart, same, last)] == [0, 2, 1]
 
 
 @needs_matplotlib
 def test_gradients_before_the_loss_scale_are_the_unscaled_ones() -> None:
     inspection = by_hand({"lm_head:linear.dw.dw": counted([2.0**-20, 2.0**8, 0.0])}, 256.0)
     before, after = all_pictures(inspection)["exponents"]
-    assert (before.title, after.title) == ("Gradients before the loss scale", "Gradients times the loss scale, 2^8")
+    titles = "Gradients in FP16 before the loss scale", "Gradients in FP16 times the loss scale, 2^8"
+    assert (before.title, after.title) == titles
     assert before.caption.startswith("3 values, exponents 2^-28 to 2^0.") and "50 % below it" in before.caption
     assert after.caption.startswith("3 values, exponents 2^-20 to 2^8.") and " 0 % below it" in after.caption
     assert "33 % of all values are zero" in before.caption
@@ -340,7 +386,7 @@ def test_gradients_before_the_loss_scale_are_the_unscaled_ones() -> None:
 @needs_matplotlib
 def test_captions_on_updates_name_what_the_recipe_keeps() -> None:
     def captions(case: str) -> list[str]:
-        return [picture.caption for picture in pictures_of(case)["updates"]]
+        return [*update_texts(inspected(case))[1:], *(picture.caption for picture in pictures_of(case)["updates"])]
 
     rows = [row for row in inspected("bf16").rows if not row.skipped]
     mean = percent(sum(row.weights_still or 0.0 for row in rows) / len(rows))
@@ -476,9 +522,14 @@ def test_every_figure_is_there_with_its_label_and_caption(case: str) -> None:
 @pytest.mark.parametrize("case", ["fp16", "pure-bf16", "amp-bf16", "mlp"])
 def test_the_tables_hold_every_number(case: str) -> None:
     inspection, tables = inspected(case), Reader(page_of(case)).tables
-    assert tables["The worst tensors"][1:] == [
-        [v.name, v.text, v.kind, cast_of(v.site)] for v in verdicts_of(inspection)[:20]
-    ]  # fmt: skip
+    heads, *worst = tables["The worst tensors"]
+    for v, row in zip(verdicts_of(inspection)[:20], worst, strict=True):
+        cells, counts = dict(zip(heads, row, strict=True)), inspection.sites[v.site]
+        assert [*row[:2], *row[-3:]] == [v.name, v.reason, v.kind, counts.fmt, cast_of(v.site)]
+        assert cells["SNR"] == next(column.cell(counts) for column in COLUMNS if column.heading == "SNR")
+        at_one = inspection.unscaled[v.site].flushed_at(0, counts.fmt) if v.site in inspection.unscaled else None
+        assert cells.get("zero at S = 1", "-") in ("-" if at_one is None else percent(at_one), "-")
+    assert "overflowed" not in heads or any(row[heads.index("overflowed")] != "0" for row in worst)
     every = {row[0]: row[1:] for row in tables["All tensors"][1:]}
     assert every.keys() == inspection.sites.keys()
     for site, counts in inspection.sites.items():
@@ -526,6 +577,7 @@ def test_every_color_has_one_for_dark_screens() -> None:
 
 
 # -- the page in a browser ---------------------------------------------------------------------------------------------
+
 
 @needs_browser
 @needs_matplotlib

@@ -9,17 +9,19 @@ from refimpl.tools.precision_report.collect import Inspection
 from refimpl.tools.precision_report.counts import kind_of
 from refimpl.tools.precision_report.figures import all_pictures
 from refimpl.tools.precision_report.layer_tables import layer_parts
+from refimpl.tools.precision_report.sweep_figures import sweep_text
 from refimpl.tools.precision_report.tables import (
     COLUMNS,
     OTHER_COLUMNS,
     Compared,
-    cast_of,
     other_formats_by_kind,
     other_formats_of,
     summary,
     totals,
     worst_sentence,
 )
+from refimpl.tools.precision_report.update_figures import update_texts
+from refimpl.tools.precision_report.verdict_columns import ORDER, verdict_table
 from refimpl.tools.precision_report.verdicts import Verdict, verdicts_of
 from refimpl.training.html.figures import Picture
 from refimpl.training.html.made import Made
@@ -35,9 +37,9 @@ def precision_page(inspection: Inspection, made: Made) -> str:
     sections = [
         section("What it found", paragraphs(summary(inspection)), _kinds(inspection)),
         section("Exponents", paragraphs([EXPONENTS if pictures["exponents"] else NO_CASTS]), figures(pictures["exponents"])),
-        section("Loss scales", paragraphs([SWEEP if pictures["sweep"] else NO_CASTS]), figures(pictures["sweep"])),
+        section("Loss scales", paragraphs([sweep_text(inspection)]), figures(pictures["sweep"])),
         section("The run", figures(pictures["run"])),
-        section("Updates", paragraphs([UPDATES if pictures["updates"] else NO_UPDATES]), figures(pictures["updates"])),
+        section("Updates", paragraphs(update_texts(inspection)), figures(pictures["updates"])),
         *([section("Layers", *_layers(inspection, pictures["layers"]))] if inspection.layers else []),
         section("Tensors", *_tensors(inspection, ranked)),
         *([section("Other formats", *_other_formats(inspection, ranked))] if inspection.what_if else []),
@@ -52,18 +54,11 @@ def precision_page(inspection: Inspection, made: Made) -> str:
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 NO_CASTS = "This recipe casts no tensor to a narrower format, so there is nothing to show."
-NO_UPDATES = "Every step was skipped, so no update was made."
 EXPONENTS = """\
 The number of values per binade, from 2^e to 2^(e+1), before rounding, over all casts of that kind at all inspected steps. \
 Values that are rounded to 8 bits or fewer are counted after division by their scale. The blue background is the range of the \
 format, lighter where it is subnormal; values to its left become zero, values to its right overflow. This is figure 3 of \
 Micikevicius et al. 2018 for this run."""
-SWEEP = """\
-A larger loss scale moves small gradients above the smallest value of the format, until the largest ones overflow."""
-UPDATES = """\
-An update that is small compared with its weight is rounded away in 16 bits. FP32 masters keep it; without them, stochastic \
-rounding keeps it in the mean, and Kahan summation keeps it for the next update. If the recipe has masters, weights without \
-masters are simulated: each update's difference of the masters is added to weights in 16 bits."""
 OTHER_FORMATS = """\
 The same values rounded to other formats. Tensors for a format of 8 bits or fewer are first multiplied by a power of two, one \
 per tensor, that brings the largest value just below that of the format; values that are still too large saturate. Wider \
@@ -98,15 +93,14 @@ def _layers(inspection: Inspection, pictures: Sequence[Picture]) -> list[str]:
 def _tensors(inspection: Inspection, ranked: Sequence[Verdict]) -> list[str]:
     if not ranked:
         return [paragraphs([NO_CASTS])]
-    worst = [[v.name, v.text, v.kind, cast_of(v.site)] for v in ranked[:WORST]]
     every = [
         [site, kind_of(site), counts.fmt, *(column.cell(counts) for column in COLUMNS)]
         for site, counts in inspection.sites.items()
     ]
     heads = ["tensor", "kind", "format", *(column.heading for column in COLUMNS)]
     return [
-        paragraphs([worst_sentence(ranked, WORST)]),
-        table("The worst tensors", ["tensor", "verdict", "kind", "cast"], worst, words=True),
+        paragraphs([worst_sentence(ranked, WORST), ORDER]),
+        table("The worst tensors", *verdict_table(inspection, ranked[:WORST]), sortable=True),
         f"<details>\n<summary>All {len(ranked)} tensors, in the order of the step</summary>\n",
         table("All tensors", heads, every, sortable=True),
         "</details>\n",

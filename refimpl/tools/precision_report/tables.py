@@ -217,8 +217,9 @@ def loss_sentence(rows: Sequence[StepRow]) -> str:
 def worst_sentence(ranked: Sequence[Verdict], n: int) -> str:
     """Return the sentence that introduces the list of worst tensors."""
     chosen = f"{min(n, len(ranked))} of {len(ranked)} tensors"
-    if ranked[0].severity == 0:
-        return f"No tensor loses more than by the format's usual rounding; the first {chosen}:"
+    if ranked[0].severity < NEGLIGIBLE:
+        least = percent(NEGLIGIBLE)
+        return f"No tensor loses more than {least} of its values beside the usual rounding; the first {chosen} by order:"
     return f"The {chosen} that lose most, or would without a loss scale, the worst first:"
 
 

@@ -15,12 +15,16 @@ from refimpl.tools.precision_report.counts import kind_of
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on one site. severity: for sorting; 2 and more for Inf or NaN, 3 and more if values overflowed."""
+    """The verdict on one site.
+
+    severity: for sorting; 2 and more for Inf or NaN, 3 and more if values overflowed. reason: what decided it.
+    """
 
     site: str
     name: str
     kind: str
     severity: float
+    reason: str
     text: str
 
 
@@ -29,10 +33,11 @@ def verdicts_of(inspection: Inspection) -> list[Verdict]:
     result = []
     for site, counts in inspection.sites.items():
         if site in inspection.unscaled:
-            severity, text = _of_gradient(counts, inspection.unscaled[site], inspection)
+            unscaled = inspection.unscaled[site]
+            (severity, reason), text = _rank(counts, unscaled), _of_gradient(counts, unscaled, inspection)
         else:
-            severity, text = _of_value(counts)
-        result.append(Verdict(site, plain_name(site), kind_of(site), severity, text))
+            (severity, reason), text = _rank(counts), _of_value(counts)
+        result.append(Verdict(site, plain_name(site), kind_of(site), severity, reason, text))
     return sorted(result, key=lambda v: -v.severity)
 
 
@@ -53,37 +58,41 @@ def _block(found: re.Match[str]) -> str:
     return "" if found[1] is None else f"block {found[1]} "
 
 
-def _of_gradient(counts: Counts, unscaled: Counts, inspection: Inspection) -> tuple[float, str]:
-    """Return the severity and the sentence for a gradient: the effect of the loss scale, and of others."""
+def _of_gradient(counts: Counts, unscaled: Counts, inspection: Inspection) -> str:
+    """Return the sentence for a gradient: the effect of the loss scale, and of others."""
     fmt, parts = counts.fmt, _arrived(counts)
     if counts.overflowed:
         parts.append(f"{counts.overflowed} of {counts.elements} values overflowed: the loss scale was too large")
     if counts.arrived and not counts.nonzero:
-        return _severity(counts, 0.0), f"{parts[0]}, so nothing can be said about a loss scale"
-    at_one = unscaled.flushed_at(0, fmt)
+        return f"{parts[0]}, so nothing can be said about a loss scale"
     actual = counts.share("flushed")
     parts.append(scale_sentence(unscaled, fmt, others=counts.arrived > 0))
     scales = sorted({row["loss_scale"] for row in inspection.sampled})
     if scales != [1.0]:
         parts.append(f"at the S of this run ({powers(scales)}) {percent(actual)} did")
-    return _severity(counts, at_one), "; ".join(parts)
+    return "; ".join(parts)
 
 
-def _of_value(counts: Counts) -> tuple[float, str]:
-    """Return the severity and the sentence for weights, activations or states."""
+def _of_value(counts: Counts) -> str:
+    """Return the sentence for weights, activations or states."""
     fmt, parts = counts.fmt, _arrived(counts)
     if counts.overflowed:
         parts.append(f"{counts.overflowed} of {counts.elements} values overflowed {fmt}")
-    for name, word in (("flushed", "became zero"), ("saturated", "saturated"), ("subnormal", "became subnormal")):
-        if counts.share(name) >= NEGLIGIBLE:
-            parts.append(f"{percent(counts.share(name))} of the nonzero values {word} in {fmt}")
-    if has_own_scale(counts):
-        parts.append("divided by its own scale first")
-    elif counts.room is not None and not counts.overflowed:
+    if has_own_scale(counts) and counts.nonzero:
+        zero, saturated, subnormal = (percent(counts.share(name)) for name in ("flushed", "saturated", "subnormal"))
+        parts.append(
+            f"divided by its own scale, {zero} of the nonzero values became zero in {fmt}, {saturated} saturated and "
+            f"{subnormal} became subnormal; the others keep {FORMATS[fmt].fraction_bits + 1} significant bits"
+        )
+    elif not has_own_scale(counts):
+        for name, word in (("flushed", "became zero"), ("saturated", "saturated"), ("subnormal", "became subnormal")):
+            if counts.share(name) >= NEGLIGIBLE:
+                parts.append(f"{percent(counts.share(name))} of the nonzero values {word} in {fmt}")
+    if not has_own_scale(counts) and counts.room is not None and not counts.overflowed:
         parts.append(f"the largest, {counts.largest:.3g}, is 2^{counts.room} times below overflow")
     if counts.nonzero or not counts.arrived:
         parts.append(f"signal-to-noise {decibels(counts.snr)}")
-    return _severity(counts, counts.share("flushed")), "; ".join(parts)
+    return "; ".join(parts)
 
 
 def _arrived(counts: Counts) -> list[str]:
@@ -94,12 +103,19 @@ def _arrived(counts: Counts) -> list[str]:
     return [f"{how_many} values arrived as Inf or NaN"]
 
 
-def _severity(counts: Counts, flushed: float) -> float:
-    """Return the severity: overflow ranks first, then values that arrived as Inf or NaN, flushed values, and noise."""
+def _rank(counts: Counts, unscaled: Counts | None = None) -> tuple[float, str]:
+    """Return the severity and what decided it: overflow, then Inf or NaN that arrived, then the largest share, and noise.
+
+    unscaled: a gradient divided by its loss scale, of which the share that would become zero at S = 1 counts.
+    """
     if counts.overflowed:
-        return 3 + counts.overflowed / counts.elements
+        return 3 + counts.overflowed / counts.elements, "overflow"
     if counts.arrived:
-        return 2 + counts.arrived / counts.elements
-    usual = 6.02 * (FORMATS[counts.fmt].fraction_bits + 1)  # about the SNR in dB of rounding normal values
-    lost = max(0.0, usual - counts.snr) / usual if math.isfinite(counts.snr) else 0.0
-    return max(flushed, counts.share("flushed"), counts.share("saturated")) + 0.01 * lost
+        return 2 + counts.arrived / counts.elements, "Inf or NaN before"
+    least = 6.02 * (FORMATS[counts.fmt].fraction_bits + 1)  # dB: an error of half an ulp at each power of two
+    noise = 0.01 * max(0.0, least - counts.snr) / least if math.isfinite(counts.snr) else 0.0
+    at_one = 0.0 if unscaled is None else unscaled.flushed_at(0, counts.fmt)
+    shares = {"zeros": counts.share("flushed"), "zeros at S = 1": at_one, "saturation": counts.share("saturated")}
+    largest = max(shares, key=lambda name: shares[name])
+    severity = shares[largest] + noise
+    return severity, "nothing" if severity == 0 else "noise" if noise > shares[largest] else largest

@@ -28,12 +28,11 @@ class Section:
         """Return the id that links to it."""
         return "-".join(re.findall(r"[a-z0-9]+", self.title.lower()))
 
+
 def document(title: str, sections: Sequence[Section], made: Made, start: str = "", more_css: str = "") -> str:
     """Return the whole page. start: what stands before the first section. more_css: rules that only this page needs."""
     links = "".join(f'<li><a href="#{each.anchor}">{text(each.title)}</a></li>\n' for each in sections)
-    body = "".join(
-        f'<section id="{each.anchor}">\n<h2>{text(each.title)}</h2>\n{each.html}</section>\n' for each in sections
-    )
+    body = "".join(f'<section id="{each.anchor}">\n<h2>{text(each.title)}</h2>\n{each.html}</section>\n' for each in sections)
     script = f"<script>{SORT}</script>\n" if SORTABLE in body else ""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
