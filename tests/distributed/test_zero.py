@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from progress_bars import NoBar
 from rank_runs import SIZES, Trained, on_ranks
 from recipe_lists import others_slow
 from strict_backend import STRICT
@@ -368,19 +369,17 @@ def test_stage_3_holds_one_layer_at_a_time() -> None:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-class StopsAt:
+class StopsAt(NoBar):
     """A progress bar that asks for the end of a run, as Ctrl-C does to one rank."""
 
     def __init__(self, trainer: Trainer, step: int) -> None:
+        super().__init__()
         self.trainer, self.step = trainer, step
 
-    def update(self, n: int) -> None:
+    def update(self, n: int = 1) -> None:
         if self.trainer.progress.step == self.step and self.trainer.comm.rank == self.trainer.comm.size - 1:
             self.trainer.stop.asked = True
 
-    def write(self, text: str) -> None: ...
-
-    def set_postfix_str(self, text: str) -> None: ...
 
 
 RESUMED = [(recipe, "gpt") for recipe in ("fp16", "bf16-sr", "fp8-delayed", EIGHT_BIT, "adam-8bit-fp32-embeddings")]
