@@ -53,7 +53,7 @@ def open_writers(
         if "tensorboard" in names:
             writers.append(opened.enter_context(_tensorboard(folder, before)))
         if "wandb" in names:
-            writers.append(opened.enter_context(_wandb(folder, run, settings)))
+            writers.append(opened.enter_context(_wandb(folder, run, before, settings)))
         yield writers
 
 
@@ -112,8 +112,13 @@ class WandB:
 
 
 @contextmanager
-def _wandb(folder: Path, run: str, settings: Mapping[str, Any]) -> Iterator[WandB]:
-    """Yield the writer of the run of that name, which is created or continued. Errors: UsageError, as without an account."""
+def _wandb(
+    folder: Path, run: str, before: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> Iterator[WandB]:
+    """Yield the writer of the run of that name, which is created or continued. Errors: UsageError, as without an account.
+
+    The rows before that W&B has not are written: offline all of them, and of a killed run those that were on their way.
+    """
     import wandb
 
     ours: dict[str, Any] = {"project": "refimpl", "id": run, "name": folder.name, "dir": str(folder), "config": dict(settings)}
@@ -123,7 +128,9 @@ def _wandb(folder: Path, run: str, settings: Mapping[str, Any]) -> Iterator[Wand
         raise UsageError(f"--log wandb: {error}; without an account or a network: WANDB_MODE=offline") from error
     code = 1
     try:
-        yield WandB(begun)
+        writer = WandB(begun)
+        writer.write([row for row in before if row["step"] >= begun.step])
+        yield writer
         code = 0
     finally:
         begun.finish(exit_code=code)
