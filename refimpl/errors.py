@@ -36,12 +36,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     Case does not count, nor do the dashes that all flags begin with.
     """
 
-    def plain(text: str) -> str:
-        return text.lower().replace("_", "-").lstrip("-")
-
-    by_plain = {plain(other): other for other in known}
-    close = difflib.get_close_matches(plain(name), by_plain, n=1, cutoff=0.6)
+    by_plain = {_plain(other): other for other in known}
+    close = difflib.get_close_matches(_plain(name), by_plain, n=1, cutoff=0.6)
     return f"; did you mean {by_plain[close[0]]}?" if close else ""
+
+
+def _plain(text: str) -> str:
+    return text.lower().replace("_", "-").lstrip("-")
+
+
+def spelled(name: str, known: Iterable[str]) -> str:
+    """Return the known name that differs from `name` in case or underscores only, as FP16 and amp_fp16 do; else `name`."""
+    return {_plain(other): other for other in known}.get(_plain(name), name)
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

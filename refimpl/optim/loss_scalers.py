@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.numerics.arrays import Array
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
@@ -310,8 +310,7 @@ def _constant(kind: str, given: Mapping[str, float | None]) -> float:
     try:
         scale = 1.0 if kind == "none" else float(kind)
     except ValueError:
-        names = f"{', '.join(SCALER_RULES)}, dynamic, none, or a number"
-        raise UsageError(f"loss scale {kind!r}: choose one of {names}") from None
+        raise UsageError(unknown("loss scale", kind, (*SCALER_RULES, "dynamic", "none", "a number"))) from None
     for name, value in given.items():
         if value is not None:
             raise UsageError(f"{_words(name)} {value} with loss scale {kind}: only one that adapts can have it")

@@ -20,7 +20,7 @@ judged what the judge of the trace has, the two must agree (`audit/agreement.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from types import MappingProxyType
@@ -181,10 +181,20 @@ class RefimplRun:
         return {name: view.copy() for name, view in self.state.layout.views(self.state.master).items()}
 
 
-def compare(config: Config, spread: bool = True, device: str = "cpu", audit: bool = True) -> Comparison:
+def _no_tick() -> None: ...
+
+
+def steps_of(config: Config, device: str = "cpu") -> int:
+    """Return how often `compare` calls `tick`: once per step, and on the CPU twice more to measure PyTorch's own spread."""
+    return config.steps * (3 if device == "cpu" else 1)
+
+
+def compare(
+    config: Config, spread: bool = True, device: str = "cpu", audit: bool = True, tick: Callable[[], object] = _no_tick
+) -> Comparison:
     """Train with refimpl (on the host) and with PyTorch (on `device`) side by side.
 
-    spread: measure how far PyTorch is from itself. audit: audit its first steps.
+    spread: measure how far PyTorch is from itself. audit: audit its first steps. tick: callback after each step.
     On 'cuda' the amp recipes run under torch.autocast('cuda'); on the CPU the PyTorch model makes the casts of CUDA's op lists
     explicitly. Errors: UsageError without torch or that device, or for a recipe that has no PyTorch model there.
     """
@@ -214,9 +224,9 @@ def compare(config: Config, spread: bool = True, device: str = "cpu", audit: boo
     torch.set_num_threads(1)
     try:
         theirs = PyTorchTraining(config, weights, device)
-        result = side_by_side(config, weights, batches, theirs, audit)
+        result = side_by_side(config, weights, batches, theirs, audit, tick=tick)
         if spread and device == "cpu":
-            result.spread = _own_spread(config, weights, batches, theirs, torch)
+            result.spread = _own_spread(config, weights, batches, theirs, torch, tick)
     finally:
         torch.set_num_threads(threads)
     return result
@@ -242,12 +252,12 @@ def _batches(config: Config) -> Any:
 
 def side_by_side(
     config: Config, weights: Tensors, batches: list[Any], theirs: PyTorchTraining, audited: bool, stages: int = STAGE_STEPS,
-    kernels: Mapping[str, Op] = MappingProxyType({}),
+    kernels: Mapping[str, Op] = MappingProxyType({}), tick: Callable[[], object] = _no_tick,
 ) -> Comparison:  # fmt: skip
     """Train both on the same batches (tokens, targets, overflow).
 
     audited: whether the first steps are. stages: how many of them are judged. kernels: operations as PyTorch's kernels compute
-    them, for the judge (`Judge`).
+    them, for the judge (`Judge`). tick: callback after each step.
     """
     from refimpl.parity.audit.agreement import TwinAudit
 
@@ -263,6 +273,7 @@ def side_by_side(
             drift = _drift(ours.weights(), theirs.weights(), weights)
             theirs_row = {f"{key}_torch": b[key] for key in a}
             result.rows.append({"step": i + 1, **a, **theirs_row, "drift": drift})
+            tick()
     result.findings, result.branches = judge_trace(config, trace, kernels=kernels) if stages else [], ours.branches
     result.agreement = audit.agreement(result.findings) if audited else None
     return result
@@ -280,16 +291,23 @@ def _square(a: np.ndarray, b: np.ndarray) -> float:
     return float((difference * difference).sum())
 
 
-def _own_spread(config: Config, weights: Tensors, batches: list[Any], one: PyTorchTraining, torch: Any) -> dict[str, float]:
+def _own_spread(
+    config: Config, weights: Tensors, batches: list[Any], one: PyTorchTraining, torch: Any, tick: Callable[[], object]
+) -> dict[str, float]:
     """Return the differences between PyTorch's run with two threads and with one."""
     from refimpl.parity.pytorch_model import PyTorchTraining
 
+
+    def losses_of(training: PyTorchTraining) -> Iterator[float]:
+        for batch in batches:
+            yield training.step(*batch)["loss"]
+            tick()
+
     torch.set_num_threads(2)
     two = PyTorchTraining(config, weights)
-    losses = [two.step(*batch)["loss"] for batch in batches]
+    losses = list(losses_of(two))
     torch.set_num_threads(1)
-    again = PyTorchTraining(config, weights)
-    reference = [again.step(*batch)["loss"] for batch in batches]
+    reference = list(losses_of(PyTorchTraining(config, weights)))
     differences = [abs(x - y) for x, y in zip(losses, reference, strict=True) if math.isfinite(x) and math.isfinite(y)]
     return {"max_abs_loss_diff": max(differences, default=0.0), "rel_l2_drift": _drift(two.weights(), one.weights(), weights)}
 

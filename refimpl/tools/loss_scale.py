@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.optim.loss_scalers import SCALER_RULES, make_loss_scale
 from refimpl.training.columns import table
 from refimpl.training.pictures import figure_for_flag, save
@@ -60,7 +60,7 @@ def show_loss_scale(
 def trace(name: str, overflows: str, init_scale: float, interval: int, **knobs: Any) -> Trace:
     """Run one scaler over a pattern. Errors: UsageError for an unknown scaler, a wrong pattern or invalid settings."""
     if name not in SCALER_RULES:
-        raise UsageError(f"no scaler {name!r}; there are {', '.join(SCALER_RULES)}")
+        raise UsageError(unknown("scaler", name, SCALER_RULES))
     if not overflows or set(overflows) - {"0", "1"}:
         raise UsageError(f"--overflows {overflows!r}: it must be 0s and 1s, one per step; 1 is an overflow")
     scale = make_loss_scale(name, init_scale, interval, **knobs)

@@ -4,14 +4,42 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
-from refimpl.errors import nearest, one_line
+from refimpl.errors import nearest, one_line, spelled
 from refimpl.training.program import as_called
 
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 """The start of a negative number. argparse's own pattern takes the -1e-3 of `--lr -1e-3` for a flag."""
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """Return the type of a flag with a known name as value, whose case and underscores do not count: FP16 is fp16.
+
+    Unknown names are left to the command, whose message lists the known ones.
+    """
+    names = tuple(known)
+
+    def name(text: str) -> str:
+        return spelled(text, names)
+
+    return name
+
+
+def some_of(known: Iterable[str]) -> Callable[[str], str]:
+    """Return the type of a flag with known names as value, with commas between them, each as in `one_of`."""
+    names = tuple(known)
+
+    def list_of_names(text: str) -> str:
+        return ",".join(spelled(word.strip(), names) for word in text.split(","))
+
+    return list_of_names
+
+
+MANY = 8
+"""The number of flags above which the usage does not list them: the help does."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +55,24 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return argparse's help, in which commands are written as this one was started."""
+        if self.usage is None and sum(bool(action.option_strings) for action in self._actions) > MANY:
+            positional = [action for action in self._actions if not action.option_strings]
+            words = [f"{action.metavar or action.dest}{' ...' * (action.nargs in ('*', '+'))}" for action in positional]
+            self.usage = " ".join(["%(prog)s [flags]", *words])
         return as_called(super().format_help())
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, with nanoGPT's underscores in flags too: --batch_size."""
+        words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args([self._dashed(word) for word in words], namespace)
+
+    def _dashed(self, word: str) -> str:
+        """Return a flag of this parser with dashes in place of underscores, and any other word as it is."""
+        name, *value = word.split("=", 1)
+        dashed = name.replace("_", "-")
+        flags = (flag for action in self._actions for flag in action.option_strings)
+        is_ours = name.startswith("--") and name != dashed and any(flag.startswith(dashed) for flag in flags)
+        return "=".join([dashed, *value]) if is_ours else word
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Parse as argparse does. For an unknown flag, suggest the nearest one."""

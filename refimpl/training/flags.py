@@ -3,84 +3,123 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+from refimpl.backends.choose import BACKENDS
 from refimpl.errors import UsageError
+from refimpl.nn.checkpointing import CHECKPOINTING
+from refimpl.nn.models.model import LOSS_MEANS
 from refimpl.optim.loss_scalers import SCALER_RULES, find_scaler
 from refimpl.optim.schedule import SCHEDULES
+from refimpl.precision.policy_variants import ATTENTION
 from refimpl.precision.recipes import RECIPES, get_recipe
+from refimpl.training.arguments import one_of
 from refimpl.training.config import KINDS, MODEL_DEFAULTS, STARTS, Config, Flags, flag
+from refimpl.training.data import EXAMPLES
 
-HELP = {
-    "model": "gpt, llama or mlp",
-    "recipe": ", ".join(RECIPES),
-    "backend": "numpy (fast), reference (the definitions, without any fast version) or cupy (an NVIDIA GPU)",
-    "data": "pydoc (Python's manual), stdlib (its library's sources), or any file",
-    "tokenizer": "bytes, a tokenizer.json, or a folder that has one",
-    "examples": "blocks of consecutive tokens, or lines: blocks that end with a line, padded (gpt, llama)",
-    "steps": "training steps",
-    "batch_size": "sequences per micro-batch",
-    "block_size": "tokens of context",
-    "n_layer": "layers",
-    "n_head": "attention heads (gpt, llama)",
-    "n_embd": "width",
-    "vocab_size": "number of token ids (default: the tokenizer's)",
-    "bias": "biases in linear layers and layer norms (gpt); --no-bias is nanoGPT's bias=False",
-    "activation": "gelu_tanh, or gelu_new as Hugging Face's GPT-2 computes it, rounded at every step (gpt)",
-    "n_kv_head": "heads of keys and values (llama; half of --n-head)",
-    "head_dim": "width of a head (llama; --n-embd / --n-head)",
-    "ffn_dim": "width of the gated MLP (llama; 8/3 of --n-embd)",
-    "rope_theta": "base of the frequencies of positions",
-    "rope_scaling": "scaling of the frequencies: default; linear,factor=4; llama3,factor=32; or dynamic or yarn with factor=2,"
-    "original=2048, where original is the number of positions of pretraining",
-    "norm_eps": "eps of the norms",
-    "qk_norm": "normalize queries and keys, as Qwen3",
-    "qkv_bias": "biases of queries, keys and values, as Qwen2",
-    "o_bias": "bias of attention's output layer",
-    "mlp_bias": "biases of the MLP",
-    "tied": "use the token embedding as output layer",
-    "n_positions": "positions of the model, if more than --block-size (gpt, llama)",
-    "optimizer": "adamw or sgd",
-    "momentum": "momentum of sgd",
-    "beta1": "decay of AdamW's first moments",
-    "beta2": "decay of AdamW's second moments",
-    "eps": "added to the root of AdamW's second moments",
-    "lr": "largest learning rate",
-    "min_lr": "learning rate at the end of a cosine or linear schedule (default: lr / 10)",
-    "schedule": f"learning rate after warm-up: {', '.join(SCHEDULES)}",
-    "warmup": "updates of linear warm-up",
-    "weight_decay": "decoupled decay of matrices (0 for sgd unless given)",
-    "clip": "largest gradient norm; 0 disables clipping",
-    "grad_accum": "micro-batches per step, whose gradients are summed in FP32",
-    "ignore_index": "target value that is left out of the loss",
-    "loss_mean": "mean over tokens (all targets but ignored ones), or over micro-batches (the mean of their means)",
-    "masters_from": "masters start from the original FP32 weights, or from rounded ones (default: the recipe's)",
-    "attention": "unfused (each operation rounds), fused (one kernel, as FlashAttention), or math (all FP32, one rounding)",
-    "checkpointing": "none, or full: store each block's input only, and compute the block again in backward; the same bits",
-    "loss_scale": f"dynamic (torch), none, a number, or a project's rule: {', '.join(SCALER_RULES)} (default: the recipe's)",
-    "init_scale": "first value of a loss scale that adapts (default: its project's)",
-    "growth_interval": "good steps before the loss scale grows (default: its project's)",
-    "hysteresis": "overflows before the loss scale backs off (2), for the projects that have one",
-    "growth_factor": "factor by which the loss scale grows (default: its project's, 2)",
-    "backoff_factor": "factor of the loss scale at an overflow (default: 1/2; 1/growth factor for projects with one factor)",
-    "scale_floor": "smallest loss scale, for the projects that have one (default: its project's)",
-    "seed": "seed of weights, batches, evaluation and sample",
-    "mistake": "known mistake to inject (`python scripts/mistakes.py` lists them)",
-    "eval_every": "steps between evaluations, each followed by a checkpoint",
-    "eval_batches": "batches per evaluation, the same ones each time",
-    "log_every": "steps between reads of the results, for which a device must wait",
-    "sample_bytes": "bytes of text to generate at the end; tokens, with a tokenizer",
-    "keep": "checkpoints to keep, as in best,last,3: of the lowest validation loss, the last one (always), and the last 3",
-    "log": "logs beside metrics.jsonl: tensorboard, wandb or both with a comma (docs/logs.md)",
-    "zero": "ZeRO stage, 0 to 3, for training on several ranks (docs/ranks.md)",
+GROUPS: dict[str, dict[str, str]] = {
+    "model": {
+        "model": "gpt, llama or mlp",
+        "n_layer": "layers",
+        "n_head": "attention heads, of gpt and llama",
+        "n_embd": "width",
+        "block_size": "tokens of context",
+        "vocab_size": "number of token ids (default: the tokenizer's)",
+        "n_positions": "positions of gpt or llama (default: --block-size)",
+        "bias": "biases in the linear layers and layer norms of gpt",
+        "activation": "of gpt: gelu_tanh, or gelu_new, as Hugging Face's GPT-2 computes it, rounded at every step",
+    },
+    "model: llama only": {
+        "n_kv_head": "heads of keys and values (default: half of --n-head)",
+        "head_dim": "width of a head (default: --n-embd / --n-head)",
+        "ffn_dim": "width of the gated MLP (default: 8/3 of --n-embd)",
+        "rope_theta": "base of the frequencies of positions",
+        "rope_scaling": "scaling of these frequencies: default; linear,factor=4; llama3,factor=32; or dynamic or yarn with "
+        "factor=2,original=2048, where original is the number of positions of pretraining",
+        "norm_eps": "eps of the norms",
+        "qk_norm": "normalize queries and keys, as Qwen3",
+        "qkv_bias": "biases of queries, keys and values, as Qwen2",
+        "o_bias": "bias of attention's output layer",
+        "mlp_bias": "biases of the MLP",
+        "tied": "use the token embedding as output layer",
+    },
+    "text": {
+        "data": "pydoc (Python's manual), stdlib (its library's sources), or a file",
+        "tokenizer": "bytes, a tokenizer.json, or a folder that has one",
+        "examples": "blocks of consecutive tokens, or lines: blocks that end with a line, padded, for gpt and llama",
+        "ignore_index": "target value that is left out of the loss",
+        "loss_mean": "mean over tokens (all targets but ignored ones), or over micro-batches (the mean of their means)",
+    },
+    "precision": {
+        "recipe": "the format of each tensor: fp32, fp16, bf16, amp-fp16, fp8, ... (`python scripts/recipes.py` lists all)",
+        "masters_from": "masters start from the original FP32 weights, or from rounded ones (default: the recipe's)",
+        "attention": "unfused (each operation rounds), fused (one kernel, as FlashAttention), or math (all FP32, one rounding)",
+        "backend": "numpy (fast), reference (the definitions, without any fast version) or cupy (an NVIDIA GPU)",
+        "checkpointing": "none, or full: store each block's input only, and compute the block again in backward; the same bits",
+        "mistake": "known mistake to inject (`python scripts/mistakes.py` lists them)",
+    },
+    "loss scale": {
+        "loss_scale": f"dynamic, none, a number, or the rule of a project: {', '.join(SCALER_RULES)} (default: the recipe's)",
+        "init_scale": "first value of a loss scale that adapts (default: its project's)",
+        "growth_interval": "good steps before it grows (default: its project's)",
+        "growth_factor": "factor by which it grows (default: its project's)",
+        "backoff_factor": "factor at an overflow (default: 1/2; 1/growth factor for projects with one factor)",
+        "hysteresis": "overflows before it backs off, for the projects that have one (default: 2)",
+        "scale_floor": "smallest value, for the projects that have one (default: its project's)",
+    },
+    "optimizer": {
+        "optimizer": "adamw or sgd",
+        "lr": "largest learning rate",
+        "min_lr": "learning rate at the end of a cosine or linear schedule (default: lr / 10)",
+        "schedule": f"learning rate after warm-up: {', '.join(SCHEDULES)}",
+        "warmup": "updates of linear warm-up",
+        "weight_decay": "decoupled decay of matrices; 0 for sgd unless given",
+        "clip": "largest gradient norm; 0 disables clipping",
+        "beta1": "decay of AdamW's first moments",
+        "beta2": "decay of AdamW's second moments",
+        "eps": "added to the root of AdamW's second moments",
+        "momentum": "momentum of sgd",
+    },
+    "run": {
+        "steps": "training steps",
+        "batch_size": "sequences per micro-batch",
+        "grad_accum": "micro-batches per step, whose gradients are summed in FP32",
+        "seed": "seed of weights, batches, evaluation and sample",
+        "eval_every": "steps between evaluations, each followed by a checkpoint",
+        "eval_batches": "batches per evaluation, the same ones each time",
+        "log_every": "steps between reads of the results, for which a device must wait, and between lines in a file",
+        "sample_bytes": "bytes of text to generate at the end; tokens, with a tokenizer",
+        "keep": "checkpoints to keep, as in best,last,3: of the lowest validation loss, the last one (always), and the last 3",
+        "log": "logs beside metrics.jsonl: tensorboard, wandb or both with a comma (docs/logs.md)",
+        "zero": "ZeRO stage, 0 to 3, for training on several ranks (docs/ranks.md)",
+    },
 }
+"""The help texts of all flags, by the heading that they stand under in the help of a command."""
+
+DEFAULT = re.compile(r" \(default: [^()]*\)$")
+"""The default in a help text."""
+HELP = {name: text for group in GROUPS.values() for name, text in group.items()}
+
+NAMES: dict[str, Iterable[str]] = {
+    "model": MODEL_DEFAULTS, "recipe": RECIPES, "backend": BACKENDS, "examples": EXAMPLES, "optimizer": ("adamw", "sgd"),
+    "schedule": SCHEDULES, "loss_mean": LOSS_MEANS, "attention": ATTENTION, "checkpointing": CHECKPOINTING,
+    "loss_scale": ("dynamic", "none", *SCALER_RULES),
+}  # fmt: skip
+"""The values of the flags that take a known name."""
 
 
 def _default(name: str) -> str:
-    per_model = [f"{model} {values[name]}" for model, values in MODEL_DEFAULTS.items() if name in values]
-    default = getattr(Config, name, None)
-    return f" ({', '.join(per_model)})" if per_model else "" if default is None else f" ({default})"
+    """Return ' (default: ...)'; that of each model, if they differ."""
+    per_model = {model: values[name] for model, values in MODEL_DEFAULTS.items() if values.get(name)}
+    values = list(dict.fromkeys(per_model.values())) or [getattr(Config, name, None)]
+    if len(values) == 1:
+        shown = {True: "on", False: "off"}.get(values[0], values[0]) if KINDS[name] == "bool" else values[0]
+        return "" if shown is None or DEFAULT.search(HELP[name]) else f" (default: {shown})"
+    models = {value: " and ".join(model for model in per_model if per_model[model] == value) for value in values}
+    return f" (default: {', '.join(f'{value} for {names}' for value, names in models.items())})"
 
 
 def refuse_unused(given: Flags) -> None:
@@ -93,18 +132,31 @@ def refuse_unused(given: Flags) -> None:
 
 
 def add_config_flags(
-    parser: argparse.ArgumentParser, names: Iterable[str] = HELP, defaults: Mapping[str, Any] | None = None
+    parser: argparse.ArgumentParser,
+    names: Iterable[str] = HELP,
+    defaults: Mapping[str, Any] | None = None,
+    said: Mapping[str, object] = MappingProxyType({}),
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Add a flag for each of these fields of Config. A flag that is not given is absent from the parsed arguments.
+    """Add a flag for each of these fields of Config, under the headings of GROUPS.
 
-    defaults: the fields for which the script has its own default.
+    A flag that is not given is absent from the parsed arguments. defaults: the fields for which the command has its own.
+    said: what the help says of other defaults of the command's own. texts: its own help texts, with the default.
     """
-    own = defaults or {}
-    for name in names:
-        default = own.get(name, argparse.SUPPRESS)
-        if KINDS[name] == "bool":
-            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=default, help=HELP[name])
-            continue
-        parse = {"int": int, "float": float, "str": str}[KINDS[name]]
-        text = HELP[name] + (f" ({own[name]})" if name in own else _default(name))
-        parser.add_argument(flag(name), type=parse, default=default, help=text)
+    chosen, own, shown = set(names), defaults or {}, {**(defaults or {}), **said}
+    for title, group_texts in GROUPS.items():
+        group = parser.add_argument_group(title) if chosen & group_texts.keys() else parser
+        for name in (name for name in group_texts if name in chosen):
+            usual = DEFAULT.sub("", HELP[name]) + f" (default: {shown[name]})" if name in shown else HELP[name] + _default(name)
+            add_config_flag(group, name, texts.get(name, usual), own.get(name, argparse.SUPPRESS))
+
+
+def add_config_flag(group: Any, name: str, text: str, default: Any = argparse.SUPPRESS) -> None:
+    """Add the flag of a field of Config with a help text. group: a parser, or a group of one."""
+    if KINDS[name] == "bool":
+        group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=default, help=text)
+        return
+    parse = one_of(NAMES[name]) if name in NAMES else {"int": int, "float": float, "str": str}[KINDS[name]]
+    what = {"int": "N", "float": "X", "str": "NAME"}[KINDS[name]]
+    metavar = {"data": "FILE", "tokenizer": "FILE", "zero": "STAGE"}.get(name, what)
+    group.add_argument(flag(name), type=parse, default=default, metavar=metavar, help=text)

@@ -28,8 +28,8 @@ _results: dict[str, Result] = {}
 
 TINY: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "warmup": 3}
 SHORT: dict[str, Callable[[], Result]] = {
-    "masters": lambda: training.run_masters(0, 30, 30, TINY),
-    "recipes": lambda: training.run_recipes(0, 30, TINY),
+    "masters": lambda: training.run_masters(0, lambda: None, 30, 30, TINY),
+    "recipes": lambda: training.run_recipes(0, lambda: None, 30, TINY),
 }
 """The two that take a minute, in a second each; `-m slow` runs them whole."""
 BOTH_LENGTHS = pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["short", "whole"])

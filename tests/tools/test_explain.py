@@ -158,7 +158,7 @@ def test_every_number_in_every_format(capsys: pytest.CaptureFixture[str]) -> Non
     ("words", "message"),
     [
         (["--explain", "fp16"], "give it with a number: formats.py 0.1 --explain fp16"),
-        (["1", "--explain", "fp17"], "no format 'fp17'; there are fp64, fp32"),
+        (["1", "--explain", "fp17"], "unknown format 'fp17': choose one of fp64, fp32"),
         (["one", "--explain", "fp16"], "'one' is not a number"),
         (["1", "--explain", "fp16", "--json"], "instead of --format, --json and --plot"),
         (["1", "--explain", "fp16", "--format", "bf16"], "instead of --format, --json and --plot"),

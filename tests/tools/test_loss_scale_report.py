@@ -71,7 +71,7 @@ def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("torch --overflows 012", "--overflows '012'"),
         ("torch --overflows=", "--overflows ''"),
-        ("adam", "no scaler 'adam'; there are torch, "),
+        ("adam", "unknown scaler 'adam': choose one of torch, "),
         ("", "give one scaler (torch, "),
         ("torch --compare", "or --compare for all"),
         ("torch --hysteresis 2", "hysteresis 2 with torch"),

@@ -790,4 +790,4 @@ def test_wrong_arguments_are_refused_in_one_line_before_any_step(
 def test_the_exit_code_of_wrong_arguments_is_2() -> None:
     done = run_here("inspect_precision", "--what-if", "fp8", "--no-page")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: --what-if 'fp8': choose from") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: unknown format 'fp8': choose one of fp32,") and done.stderr.count("\n") == 1

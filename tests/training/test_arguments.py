@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+from collections.abc import Iterator
 
 import pytest
 from paths import COMMANDS, EXAMPLES, SCRIPTS
@@ -16,9 +17,9 @@ from refimpl.training.arguments import Parser
 BAD = [
     ("train", "--seed x", "argument --seed: invalid int value: 'x'; see train.py --help"),
     ("train", "--lr 1e", "argument --lr: invalid float value: '1e'; see train.py --help"),
-    ("train", "--batch_size 8", "unknown flag --batch_size; did you mean --batch-size? See train.py --help"),
+    ("train", "--bacth_size 8", "unknown flag --bacth_size; did you mean --batch-size? See train.py --help"),
     ("train", "--bogus 1", "unknown flag --bogus; see train.py --help"),
-    ("train", "--batch_size=8", "unknown flag --batch_size=8; did you mean --batch-size? See train.py --help"),
+    ("train", "--bacth_size=8", "unknown flag --bacth_size=8; did you mean --batch-size? See train.py --help"),
     ("train", "--zzz", "unknown flag --zzz; see train.py --help"),
     ("train", "--steps", "argument --steps: expected one argument; see train.py --help"),
     ("train", "now", "unexpected 'now'; see train.py --help"),
@@ -101,10 +102,61 @@ def test_right_lines_are_read_as_argparse_reads_them() -> None:
 
 
 def test_names_that_were_nearly_right() -> None:
-    with pytest.raises(UsageError, match=r"unknown recipe 'FP16': choose one of .*; did you mean fp16\?$"):
-        get_recipe("FP16")
+    with pytest.raises(UsageError, match=r"unknown recipe 'fp61': choose one of .*; did you mean fp64\?$"):
+        get_recipe("fp61")
     assert unknown("model", "gtp", ["gpt", "mlp"]) == "unknown model 'gtp': choose one of gpt, mlp; did you mean gpt?"
     assert unknown("model", "rnn", ["gpt", "mlp"]) == "unknown model 'rnn': choose one of gpt, mlp"
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "name", "value"),
+    [
+        ("train", "--batch_size 8", "batch_size", 8),
+        ("train", "--batch_size=8", "batch_size", 8),
+        ("train", "--no_bias", "bias", False),
+        ("train", "--recipe FP16", "recipe", "fp16"),
+        ("train", "--recipe=AMP_bf16", "recipe", "amp-bf16"),
+        ("train", "--optimizer AdamW --data my_file", "data", "my_file"),
+        ("train", "--optimizer AdamW", "optimizer", "adamw"),
+        ("train", "--data pydoc_words", "data", "pydoc_words"),
+        ("trace", "record --out a_b --n_embd 8", "n_embd", 8),
+        ("compare_recipes", "--recipes BF16,Fp8_delayed,x", "recipes", "bf16,fp8-delayed,x"),
+        ("generate", "run --prompt=--top_p", "prompt", "--top_p"),
+        ("memory", "--params 7B", "params", 7e9),
+        ("memory", "--params 124m", "params", 124e6),
+        ("memory", "--params 1.5e9", "params", 1.5e9),
+        ("memory", "--preset GPT2_XL", "preset", "gpt2-xl"),
+        ("audit", "train.py --batch_size 8 --ev_ery 2", "program", ["train.py", "--batch_size", "8", "--ev_ery", "2"]),
+    ],
+)
+def test_case_and_underscores_do_not_count(command: str, words: str, name: str, value: object) -> None:
+    assert vars(load_script(command).parser().parse_args(words.split()))[name] == value
+
+
+@pytest.mark.parametrize("words", ["--params 7X", "--params B", "--params ''"])
+def test_numbers_of_parameters_that_are_none(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_script("memory").parser().parse_args(words.split())
+    assert "argument --params: invalid amount value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(COMMANDS.glob("[!_]*.py"))])
+def test_help_says_each_flag_once_with_its_default(name: str) -> None:
+    for parser in parsers(load_script(name).parser()):
+        for action in parser._actions:
+            if action.help is argparse.SUPPRESS or isinstance(action, argparse._SubParsersAction):
+                continue
+            assert action.help, action.dest
+            assert action.help.count("(default:") <= 1, action.help
+            if action.default not in (None, False, argparse.SUPPRESS, "==SUPPRESS==", "", []) and action.option_strings:
+                assert "(default: " in action.help, action.dest
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
 
 
 def test_a_message_is_one_line_whatever_stands_in_it() -> None:

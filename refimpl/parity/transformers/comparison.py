@@ -16,7 +16,7 @@ of our own models is (`parity/pytorch.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,13 +175,16 @@ class Result:
         }  # fmt: skip
 
 
-def compare(folder: Path, ours: Ours) -> Result:
-    """Compare the model of a folder with ours. Errors: UsageError without the packages, or for what cannot be compared."""
+def compare(folder: Path, ours: Ours, tick: Callable[[], object] = lambda: None) -> Result:
+    """Compare the model of a folder with ours. tick: callback after each step.
+
+    Errors: UsageError without the packages, or for what cannot be compared.
+    """
     with _one_thread():
-        return _compare(folder, ours)
+        return _compare(folder, ours, tick)
 
 
-def _compare(folder: Path, ours: Ours) -> Result:
+def _compare(folder: Path, ours: Ours, tick: Callable[[], object]) -> Result:
     config = ours.config
     theirs = TransformersTraining(config, folder, ours.attention)
     kinds = {operation.kind for operation in theirs.operations}
@@ -202,7 +205,7 @@ def _compare(folder: Path, ours: Ours) -> Result:
     if config.steps > 1:
         stages = STAGE_STEPS if theirs.ours.n_params <= LARGE else 0
         of_steps = {name: op for name, op in kernels.items() if name != "cross_entropy"}
-        result.steps = side_by_side(config, ours.weights, batches, theirs, bool(stages), stages, of_steps)
+        result.steps = side_by_side(config, ours.weights, batches, theirs, bool(stages), stages, of_steps, tick)
     return result
 
 

@@ -34,9 +34,9 @@ def parser() -> Parser:
     """Return the parser of the flags; what follows the script or module belongs to it."""
     result = Parser(description=__doc__, usage="audit.py [flags] SCRIPT ... | [flags] -m MODULE ...")
     add = result.add_argument
-    add("--steps", type=int, default=4, help="how many of the first steps to audit (4)")
-    add("--every", type=int, default=100, metavar="N", help="then audit one step in N (100)")
-    add("--out", type=Path, metavar="FOLDER", help=f"where to write the report ({OUT}, or the next free number)")
+    add("--steps", type=int, default=4, metavar="N", help="how many of the first steps to audit (default: 4)")
+    add("--every", type=int, default=100, metavar="N", help="then audit one step in N (default: 100)")
+    add("--out", type=Path, metavar="FOLDER", help=f"where to write the report (default: {OUT}, or the next free number)")
     add("--overwrite", action="store_true", help="replace the report in FOLDER")
     add("--demo", action="store_true", help="audit a small training with three mistakes in it")
     add("--replay", type=Path, metavar="FILE", help="judge the operations once more that the audit of FILE has kept")

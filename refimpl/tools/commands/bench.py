@@ -12,9 +12,10 @@ from refimpl.training.cli import main as run_program
 
 from typing import Any
 
+from refimpl.precision.recipes import RECIPES
 from refimpl.tools.bench.ranks import show
 from refimpl.tools.bench.steps import MODELS, bench
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import Parser, some_of
 from refimpl.training.console import json_text
 
 
@@ -27,9 +28,16 @@ def parser() -> Parser:
     kind.add_argument("--scaling", action="store_true", help="time per token as batch, block and number of layers grow")
     kind.add_argument("--ranks", type=int, metavar="N", help="weak scaling on up to N processes (pip install '.[mpi]')")
     kind.add_argument("--smoke", action="store_true", help="a toy size and two steps, for tests")
-    result.add_argument("--models", default="small,medium", help=f"{', '.join(MODELS)} (small,medium)")
-    result.add_argument("--recipes", default="fp32,bf16,fp16", help="recipes, with commas between them (fp32,bf16,fp16)")
-    result.add_argument("--rounds", type=int, default=15, help="steps timed (15)")
+    result.add_argument(
+        "--models",
+        type=some_of(MODELS),
+        default="small,medium",
+        metavar="NAME,...",
+        help=f"{', '.join(MODELS)} (default: small,medium)",
+    )
+    recipes = "recipes, with commas between them (default: fp32,bf16,fp16)"
+    result.add_argument("--recipes", type=some_of(RECIPES), default="fp32,bf16,fp16", metavar="NAME,...", help=recipes)
+    result.add_argument("--rounds", type=int, default=15, metavar="N", help="steps timed (default: 15)")
     result.add_argument("--json", action="store_true", dest="as_json", help="print it as data")
     return result
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.errors import UsageError
+from refimpl.precision.recipes import RECIPES
 from refimpl.tools.compare_recipes.inference import FORMATS_COMPARED, TOKENS, compare_inference
 from refimpl.tools.compare_recipes.page import PAGE, STEPS, STEPS_FROM, STEPS_OF_ALL, WARMUP, compare_recipes
 from refimpl.tools.compare_recipes.runs import DEFAULT, PERTURBATIONS
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import Parser, some_of
 from refimpl.training.config import LLAMA
 from refimpl.training.flags import add_config_flags
 from refimpl.training.program import as_called
@@ -29,7 +30,7 @@ from refimpl.training.program import as_called
 CONFIG_FLAGS = (
     "model", "data", "tokenizer", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "bias",
     *LLAMA, "optimizer", "momentum", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "weight_decay", "clip", "grad_accum",
-    "seed", "eval_batches",
+    "seed", "eval_batches", "steps", "warmup",
 )  # fmt: skip
 SEEDS = 3
 OWN_FLAGS = ("init_from", "recipes", "seeds", "perturbations", "out", "no_page", "json_file", "overwrite", "quiet")
@@ -39,17 +40,14 @@ def parser() -> Parser:
     """Return the parser of the flags: fields of Config, and those of this command."""
     result = Parser(description=__doc__)
     usual = f"{','.join(DEFAULT)}; with --inference {','.join(FORMATS_COMPARED)}"
-    result.add_argument("--recipes", metavar="NAME,...", help=f"all, or some ({usual})")
+    result.add_argument("--recipes", type=some_of(RECIPES), metavar="NAME,...", help=f"all, or some (default: {usual})")
     what = "start from the weights and sizes of a folder of Hugging Face, or of a checkpoint, one recipe after another"
     result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
-    steps = f"training steps ({STEPS}; with all recipes {STEPS_OF_ALL}, with --init-from {STEPS_FROM})"
-    result.add_argument("--steps", type=int, default=argparse.SUPPRESS, help=steps)
-    result.add_argument("--warmup", type=int, default=argparse.SUPPRESS, help=f"updates of linear warm-up ({WARMUP})")
-    several = f"seeds of the FP32 runs, that of the comparison included ({SEEDS})"
-    result.add_argument("--seeds", type=int, default=SEEDS, help=several)
-    changed = f"FP32 runs on the same batches from weights changed in their last bit ({PERTURBATIONS})"
+    several = f"seeds of the FP32 runs, that of the comparison included (default: {SEEDS})"
+    result.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=several)
+    changed = f"FP32 runs on the same batches from weights changed in their last bit (default: {PERTURBATIONS})"
     result.add_argument("--perturbations", type=int, default=PERTURBATIONS, metavar="N", help=changed)
-    result.add_argument("--out", type=Path, metavar="FILE", help=f"the page ({PAGE}, with a number if it exists)")
+    result.add_argument("--out", type=Path, metavar="FILE", help=f"the page (default: {PAGE}, with a number if it exists)")
     result.add_argument("--no-page", action="store_true", help="write no page; needs no matplotlib")
     result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
     result.add_argument("--overwrite", action="store_true", help="replace an existing page and data")
@@ -57,10 +55,11 @@ def parser() -> Parser:
     what = "train nothing: compare the loss of the validation text's first blocks, and a greedy continuation of --prompt"
     absent: dict[str, Any] = {"default": argparse.SUPPRESS}
     result.add_argument("--inference", action="store_true", **absent, help=what)
-    result.add_argument("--prompt", **absent, help="beginning of the continuation (a line break)")
-    more = f"tokens to continue with ({TOKENS})"
+    result.add_argument("--prompt", **absent, help="beginning of the continuation (default: a line break)")
+    more = f"tokens to continue with (default: {TOKENS})"
     result.add_argument("--tokens", type=int, dest="n_tokens", metavar="N", **absent, help=more)
-    add_config_flags(result, CONFIG_FLAGS)
+    steps = f"{STEPS}; with all recipes {STEPS_OF_ALL}, with --init-from {STEPS_FROM}"
+    add_config_flags(result, CONFIG_FLAGS, said={"steps": steps, "warmup": WARMUP})
     return result
 
 

@@ -33,11 +33,13 @@ def parser() -> Parser:
     out = ways.add_parser("export", help="checkpoint -> folder for transformers, or state_dict")
     out.add_argument("source", type=Path, help="the checkpoint of a run, or its folder, or a folder of Hugging Face")
     out.add_argument("target", type=Path, help=f"the folder to write, or a file with the ending {STATE_DICT}: a state_dict")
-    out.add_argument("--format", choices=DTYPES, default="fp32", help="format of the weights in a folder (fp32)")
+    out.add_argument("--format", choices=DTYPES, default="fp32", help="format of the weights in a folder (default: fp32)")
     back = ways.add_parser("import", help="state_dict -> a file for train.py --init-from")
     back.add_argument("source", type=Path, help="a state_dict as a safetensors file")
     back.add_argument("target", type=Path, help="the file to write; it must not exist")
-    back.add_argument("--n-head", type=int, default=4, help="attention heads of a GPT, which shapes do not determine (4)")
+    back.add_argument(
+        "--n-head", type=int, default=4, help="attention heads of a GPT, which shapes do not determine (default: 4)"
+    )
     gguf = ways.add_parser("gguf", help="GGUF file of a Llama -> folder for transformers and train.py --init-from")
     gguf.add_argument("source", type=Path, help="the file")
     gguf.add_argument("target", type=Path, help="the folder to write")

@@ -18,7 +18,7 @@ from typing import Any
 from refimpl.numerics.formats import FORMATS
 from refimpl.tools.formats.plot import PICTURE
 from refimpl.tools.formats.report import COMMON, show_formats
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import Parser, some_of
 
 
 def parser() -> Parser:
@@ -28,18 +28,17 @@ def parser() -> Parser:
         "values", nargs="*", type=str.strip, metavar="NUMBER", help="0.1, -1e-8, 0x1p-24, 2^-24, 1+2^-11, inf, nan, ..."
     )
     result.add_argument(
-        "--format", metavar="NAME,...", dest="formats",
-        help=f"formats, of {', '.join(FORMATS)} (all; for numbers {','.join(COMMON)})",
+        "--format", type=some_of(FORMATS), metavar="NAME,...", dest="formats",
+        help=f"formats, of {', '.join(FORMATS)} (default: all; for numbers {','.join(COMMON)})",
     )  # fmt: skip
     result.add_argument(
         "--overflow", choices=("saturate", "inf"), default="saturate",
-        help="in formats of 8 bits and fewer, numbers that are too large become the largest value, or Inf or NaN (saturate)",
+        help="in formats of 8 bits and fewer, what is too large becomes the largest value, or Inf or NaN (default: saturate)",
     )  # fmt: skip
+    explained = "show step by step how these formats round each number, from its exact value"
+    result.add_argument("--explain", type=some_of(FORMATS), metavar="NAME,...", help=explained)
     result.add_argument(
-        "--explain", metavar="NAME,...", help="show step by step how these formats round each number, from its exact value"
-    )
-    result.add_argument(
-        "--plot", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"also draw the formats (a new {PICTURE})"
+        "--plot", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"also draw the formats (default: a new {PICTURE})"
     )
     result.add_argument("--overwrite", action="store_true", help="replace an existing picture")
     result.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")

@@ -38,12 +38,18 @@ def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
     result.add_argument("checkpoint", type=Path, help="a checkpoint, the folder of a run, or a folder of Hugging Face")
-    result.add_argument("--tokenizer", help="bytes, a tokenizer.json, or a folder that has one (that of the checkpoint)")
-    result.add_argument("--prompt", default="\n", help="beginning of the text")
-    result.add_argument("--tokens", type=int, default=500, dest="n_tokens", help="tokens to write at most (500)")
-    result.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token (0.8)")
-    result.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest tokens of this probability (1)")
-    result.add_argument("--seed", type=int, default=0)
+    tokenizer = "bytes, a tokenizer.json, or a folder that has one (default: that of the checkpoint)"
+    result.add_argument("--tokenizer", metavar="FILE", help=tokenizer)
+    result.add_argument("--prompt", default="\n", metavar="TEXT", help="beginning of the text (default: a line break)")
+    result.add_argument(
+        "--tokens", type=int, default=500, dest="n_tokens", metavar="N", help="tokens to write at most (default: 500)"
+    )
+    result.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0 always takes the most likely token (default: 0.8)"
+    )
+    top = "choose among the likeliest tokens of this probability (default: 1)"
+    result.add_argument("--top-p", type=float, default=1.0, metavar="X", help=top)
+    result.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice of tokens (default: 0)")
     blocks = f"in blocks of the run's --block-size, or of a folder's positions, at most {LONGEST:,}; a short file is one block"
     what = f"print the loss of this file instead, {blocks}"
     result.add_argument("--loss", type=Path, metavar="FILE", help=what)

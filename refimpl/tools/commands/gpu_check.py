@@ -19,11 +19,12 @@ from typing import Any
 
 from refimpl.errors import UsageError
 from refimpl.parity.judge import JUDGED
+from refimpl.precision.recipes import RECIPES as KNOWN
 from refimpl.tools.bench import gpu_cost
 from refimpl.tools.bench.gpu_check import RECIPES, check
 from refimpl.tools.bench.gpu_cost import GPUS
 from refimpl.tools.bench.steps import MODELS
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import Parser, one_of, some_of
 
 TESTS = Path(__file__).parents[3] / "tests"
 DEFAULTS: dict[str, Any] = {"recipes": ",".join(RECIPES), "steps": 50, "models": "small,medium,gpt2", "rounds": 15}
@@ -32,13 +33,16 @@ DEFAULTS: dict[str, Any] = {"recipes": ",".join(RECIPES), "steps": 50, "models":
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
-    recipes = f"with commas between them ({DEFAULTS['recipes']}; with --predict bf16)"
-    result.add_argument("--recipes", help=recipes)
-    result.add_argument("--steps", type=int, help="training steps per recipe (50)")
-    result.add_argument("--models", help=f"sizes to time: {', '.join(MODELS)} ({DEFAULTS['models']})")
-    result.add_argument("--rounds", type=int, help="steps timed (15)")
+    recipes = f"recipes, with commas between them (default: {DEFAULTS['recipes']}; with --predict bf16)"
+    result.add_argument("--recipes", type=some_of(KNOWN), metavar="NAME,...", help=recipes)
+    result.add_argument("--steps", type=int, metavar="N", help="training steps per recipe (default: 50)")
+    sizes = f"sizes to time: {', '.join(MODELS)} (default: {DEFAULTS['models']})"
+    result.add_argument("--models", type=some_of(MODELS), metavar="NAME,...", help=sizes)
+    result.add_argument("--rounds", type=int, metavar="N", help="steps timed (default: 15)")
     result.add_argument("--predict", action="store_true", help="print the predicted cost of a step instead; needs no GPU")
-    result.add_argument("--gpu", help=f"GPU of the prediction: {' or '.join(GPUS)} (h100)")
+    result.add_argument(
+        "--gpu", type=one_of(GPUS), metavar="NAME", help=f"GPU of the prediction: {' or '.join(GPUS)} (default: h100)"
+    )
     return result
 
 

@@ -12,11 +12,11 @@ A summary is printed; the page is one HTML file with figures and all tables, and
 
 from refimpl.training.cli import main as run_program
 
-import argparse
 from pathlib import Path
 
+from refimpl.numerics.formats import FORMATS
 from refimpl.tools.precision_report.main import FIRST_STEPS, MORE_STEPS, STEPS, inspect_precision
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import Parser, some_of
 from refimpl.training.config import LLAMA
 from refimpl.training.flags import add_config_flags, refuse_unused
 
@@ -24,7 +24,7 @@ CONFIG_FLAGS = (
     "model", "recipe", "data", "tokenizer", "examples", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "vocab_size",
     "bias", *LLAMA, "optimizer", "beta1", "beta2", "eps", "lr", "min_lr", "schedule", "warmup", "clip", "grad_accum",
     "masters_from", "loss_scale", "init_scale", "growth_interval", "hysteresis", "growth_factor", "backoff_factor",
-    "scale_floor", "seed", "mistake", "backend",
+    "scale_floor", "seed", "mistake", "backend", "steps",
 )  # fmt: skip
 OWN_FLAGS = ("init_from", "run", "trace", "every", "what_if", "out", "no_page", "json_file", "plot", "overwrite", "quiet")
 
@@ -32,23 +32,23 @@ OWN_FLAGS = ("init_from", "run", "trace", "every", "what_if", "out", "no_page", 
 def parser() -> Parser:
     """Return the parser of the flags: fields of Config for a new run, and those of this command."""
     result = Parser(description=__doc__)
-    add_config_flags(result, CONFIG_FLAGS)
-    result.add_argument(
-        "--steps", type=int, default=argparse.SUPPRESS,
-        help=f"training steps ({STEPS}; with --init-from {FIRST_STEPS}; with --run {MORE_STEPS} more)",
-    )  # fmt: skip
     what = "start from the weights and sizes of a folder of Hugging Face, or of a checkpoint"
     result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
     result.add_argument("--run", type=Path, metavar="DIR", help="continue a run of train.py; its folder is only read")
     result.add_argument("--trace", type=Path, metavar="FILE", help="repeat the run of a trace")
-    result.add_argument("--every", type=int, default=10, metavar="N", help="inspect every N-th step, and both ends (10)")
-    result.add_argument("--what-if", default="", metavar="FORMAT,...", help="also round the same values to these formats")
-    result.add_argument("--out", type=Path, metavar="FILE", help="the page (a new one, such as runs/report-fp16.html)")
+    result.add_argument(
+        "--every", type=int, default=10, metavar="N", help="inspect every N-th step, and both ends (default: 10)"
+    )
+    also = "also round the same values to these formats"
+    result.add_argument("--what-if", type=some_of(FORMATS), default="", metavar="FORMAT,...", help=also)
+    result.add_argument("--out", type=Path, metavar="FILE", help="the page (default: a new one, such as runs/report-fp16.html)")
     result.add_argument("--no-page", action="store_true", help="write no page; needs no matplotlib")
     result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
     result.add_argument("--plot", type=Path, metavar="FILE", help="also write the outliers and errors by block as a PNG")
     result.add_argument("--overwrite", action="store_true", help="replace an existing page, data and picture")
     result.add_quiet()
+    steps = f"{STEPS}; with --init-from {FIRST_STEPS}; with --run {MORE_STEPS} more"
+    add_config_flags(result, CONFIG_FLAGS, said={"steps": steps})
     return result
 
 

@@ -12,7 +12,7 @@ import argparse
 
 from refimpl.optim.loss_scalers import SCALER_RULES
 from refimpl.tools.step_inspector import FOLLOWED, PARAMETERS, inspect_step
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import Parser, one_of
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -23,17 +23,21 @@ def numbers(text: str) -> tuple[int, ...]:
 def parser() -> Parser:
     """Return the parser of the flags; defaults are those of `inspect_steps`."""
     result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
-    result.add_argument("--recipe", help=f"{', '.join(FOLLOWED)} (fp16)")
-    result.add_argument("--model", help=f"{' or '.join(PARAMETERS)}, a tiny one (gpt)")
-    result.add_argument("--parameter", metavar="NAME", help=f"a parameter of the model ({' or '.join(PARAMETERS.values())})")
-    result.add_argument("--index", type=numbers, metavar="I,J", help="an element of the parameter (3,5)")
-    result.add_argument("--step", type=int, metavar="N", help="the first step to show (the first that is not skipped)")
-    result.add_argument("--steps", type=int, metavar="K", help="number of steps to show (1)")
-    result.add_argument("--seed", type=int, help="seed of weights and batches (0)")
-    result.add_argument("--lr", type=float, help="largest learning rate, after 20 updates of warm-up (3e-4)")
-    result.add_argument("--loss-scale", help=f"dynamic, none, a number, or {', '.join(SCALER_RULES)} (the recipe's)")
-    result.add_argument("--init-scale", type=float, help="initial value of a dynamic loss scale (65536, or its project's)")
-    result.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")
+    add = result.add_argument
+    add("--recipe", type=one_of(FOLLOWED), metavar="NAME", help=f"{', '.join(FOLLOWED)} (default: fp16)")
+    add("--model", type=one_of(PARAMETERS), metavar="NAME", help=f"{' or '.join(PARAMETERS)}, a tiny one (default: gpt)")
+    add("--parameter", metavar="NAME", help=f"a parameter of the model (default: {' or '.join(PARAMETERS.values())})")
+    add("--index", type=numbers, metavar="I,J", help="an element of the parameter (default: 3,5)")
+    add("--step", type=int, metavar="N", help="the first step to show (default: the first that is not skipped)")
+    add("--steps", type=int, metavar="K", help="number of steps to show (default: 1)")
+    add("--seed", type=int, metavar="N", help="seed of weights and batches (default: 0)")
+    add("--lr", type=float, metavar="X", help="largest learning rate, after 20 updates of warm-up (default: 3e-4)")
+    scalers = ("dynamic", "none", *SCALER_RULES)
+    scale = f"{', '.join(scalers)}, or a number (default: the recipe's)"
+    add("--loss-scale", type=one_of(scalers), metavar="NAME", help=scale)
+    start = "initial value of a loss scale that adapts (default: 65536, or its project's)"
+    add("--init-scale", type=float, metavar="X", help=start)
+    add("--json", action="store_true", dest="as_json", help="print the data as JSON")
     return result
 
 

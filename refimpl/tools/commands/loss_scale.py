@@ -14,23 +14,28 @@ from pathlib import Path
 
 from refimpl.optim.loss_scalers import SCALER_RULES
 from refimpl.tools.loss_scale import PICTURE, show_loss_scale
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import Parser, one_of
 
 
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("scaler", nargs="?", metavar="SCALER", help=", ".join(SCALER_RULES))
-    result.add_argument("--overflows", default="1010100000", metavar="PATTERN", help="1 (overflow) or 0 per step (1010100000)")
-    result.add_argument("--init-scale", type=float, default=1024.0, help="the scale before the first step (1024)")
-    result.add_argument("--interval", type=int, default=3, help="good steps before the scale grows (3)")
-    result.add_argument("--hysteresis", type=int, help="overflows until the scale is reduced, if the scaler has hysteresis (2)")
-    result.add_argument("--growth-factor", type=float, help="factor by which the scale grows (2)")
-    result.add_argument("--backoff-factor", type=float, help="factor by which an overflow reduces the scale (1/2)")
-    result.add_argument("--scale-floor", type=float, help="smallest scale, for scalers in which it can be chosen")
+    result.add_argument("scaler", type=one_of(SCALER_RULES), nargs="?", metavar="SCALER", help=", ".join(SCALER_RULES))
+    result.add_argument(
+        "--overflows", default="1010100000", metavar="PATTERN", help="1 (overflow) or 0 per step (default: 1010100000)"
+    )
+    hysteresis = "overflows until the scale is reduced, if the scaler has hysteresis (default: 2)"
+    result.add_argument(
+        "--init-scale", type=float, default=1024.0, metavar="X", help="the scale before the first step (default: 1024)"
+    )
+    result.add_argument("--interval", type=int, default=3, metavar="N", help="good steps before the scale grows (default: 3)")
+    result.add_argument("--hysteresis", type=int, metavar="N", help=hysteresis)
+    result.add_argument("--growth-factor", type=float, metavar="X", help="factor by which the scale grows (default: 2)")
+    result.add_argument("--backoff-factor", type=float, metavar="X", help="factor at an overflow (default: 1/2)")
+    result.add_argument("--scale-floor", type=float, metavar="X", help="smallest scale, for scalers in which it can be chosen")
     result.add_argument("--compare", action="store_true", help="print a table of all scalers")
     result.add_argument(
-        "--plot", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"also draw the scales (a new {PICTURE})"
+        "--plot", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"also draw the scales (default: a new {PICTURE})"
     )
     result.add_argument("--overwrite", action="store_true", help="replace an existing picture")
     return result

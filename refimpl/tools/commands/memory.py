@@ -23,8 +23,8 @@ from refimpl.precision.recipes import RECIPES
 from refimpl.tools.memory.measure import measure_model
 from refimpl.tools.memory.report import show_conventions, show_memory, show_zero_table
 from refimpl.tools.memory.states import CHECKPOINTING, CONVENTIONS, PRESETS
-from refimpl.training.arguments import Parser
-from refimpl.training.config import LLAMA
+from refimpl.training.arguments import Parser, one_of
+from refimpl.training.config import LLAMA, MODEL_DEFAULTS, flag
 from refimpl.training.flags import add_config_flags
 
 NO_MEMORY = ("rope_theta", "rope_scaling", "norm_eps")
@@ -32,33 +32,50 @@ NO_MEMORY = ("rope_theta", "rope_scaling", "norm_eps")
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", *LLAMA)
 
 
+SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+
+
+def amount(text: str) -> float:
+    """Return a number from its text, which may end as the names of models do: 7B, 124M."""
+    number, suffix = (text[:-1], SUFFIXES[text[-1].upper()]) if text[-1:].upper() in SUFFIXES else (text, 1.0)
+    return float(number) * suffix
+
+
 def parser() -> Parser:
     """Return the parser of the flags; defaults are those of `report.choose` or of the measured run."""
     result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
-    result.add_argument("--params", type=float, metavar="N", help="number of parameters (7e9)")
-    result.add_argument("--preset", help=", ".join(PRESETS))
-    result.add_argument("--hf", metavar="DIR", help="folder with a config.json of Hugging Face, or that file")
-    result.add_argument("--model", help="gpt or llama, with the sizes below; with --measure also mlp")
-    result.add_argument("--n-layer", type=int, help="layers (4)")
-    result.add_argument("--n-head", type=int, help="attention heads (4)")
-    result.add_argument("--n-embd", type=int, help="width (128)")
-    result.add_argument("--vocab-size", type=int, help="vocabulary (256)")
+    model = result.add_argument_group("model: --params, --preset, --hf, or --model with sizes")
+    model.add_argument("--params", type=amount, metavar="N", help="number of parameters: 7e9, 7B or 124M (default: 7e9)")
+    model.add_argument("--preset", type=one_of(PRESETS), metavar="NAME", help=", ".join(PRESETS))
+    model.add_argument("--hf", metavar="DIR", help="folder with a config.json of Hugging Face, or that file")
+    models = "gpt or llama, with the sizes below; with --measure also mlp"
+    model.add_argument("--model", type=one_of(MODEL_DEFAULTS), metavar="NAME", help=models)
+    for name, what in {"n_layer": "layers", "n_head": "attention heads", "n_embd": "width", "vocab_size": "token ids"}.items():
+        default = {"vocab_size": 256}.get(name) or MODEL_DEFAULTS["gpt"][name]
+        model.add_argument(flag(name), type=int, metavar="N", help=f"{what} (default: {default})")
     add_config_flags(result, [name for name in LLAMA if name not in NO_MEMORY])
-    result.add_argument("--recipe", help=f"{', '.join(RECIPES)} (fp16)")
-    result.add_argument("--convention", help=f"instead of a recipe: {', '.join(CONVENTIONS)}")
-    result.add_argument("--optimizer", help="adamw or sgd (adamw)")
-    result.add_argument("--momentum", type=float, help="momentum of sgd; with 0 there is no m (0.9)")
-    result.add_argument("--grad-accum", type=int, help="micro-batches per step, their gradients summed in FP32 (1)")
-    result.add_argument("--zero", type=int, metavar="STAGE", help="ZeRO stage, 0 to 3: which states are divided (0)")
-    result.add_argument("--ranks", type=int, metavar="N", help="data-parallel ranks (1)")
-    result.add_argument("--batch-size", type=int, help="sequences (1)")
-    result.add_argument("--block-size", type=int, help="tokens per sequence (the model's)")
-    result.add_argument("--checkpointing", help=f"{', '.join(CHECKPOINTING)} (none)")
-    result.add_argument("--attention", help=f"{', '.join(ATTENTION)} (unfused)")
-    result.add_argument("--conventions", action="store_true", help="print published ways to count model states")
-    result.add_argument("--zero-table", action="store_true", help="print table 1 of the ZeRO paper")
-    result.add_argument("--measure", action="store_true", help="train a small model and compare its arrays with the formulas")
-    result.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")
+    states = result.add_argument_group("model states")
+    recipe = "the format of each state (default: fp16; `python scripts/recipes.py` lists all)"
+    states.add_argument("--recipe", type=one_of(RECIPES), metavar="NAME", help=recipe)
+    states.add_argument("--convention", type=one_of(CONVENTIONS), metavar="NAME", help=f"instead: {', '.join(CONVENTIONS)}")
+    states.add_argument("--optimizer", type=str.lower, metavar="NAME", help="adamw or sgd (default: adamw)")
+    states.add_argument("--momentum", type=float, metavar="X", help="of sgd; with 0 there is no m (default: 0.9)")
+    accumulated = "micro-batches per step, whose gradients are summed in FP32 (default: 1)"
+    states.add_argument("--grad-accum", type=int, metavar="N", help=accumulated)
+    states.add_argument("--zero", type=int, metavar="STAGE", help="ZeRO stage, 0 to 3: which states are divided (default: 0)")
+    states.add_argument("--ranks", type=int, metavar="N", help="data-parallel ranks (default: 1)")
+    activations = result.add_argument_group("activations")
+    activations.add_argument("--batch-size", type=int, metavar="N", help="sequences (default: 1)")
+    activations.add_argument("--block-size", type=int, metavar="N", help="tokens per sequence (default: the model's)")
+    stored = f"{', '.join(CHECKPOINTING)} (default: none)"
+    activations.add_argument("--checkpointing", type=one_of(CHECKPOINTING), metavar="NAME", help=stored)
+    kinds = f"{', '.join(ATTENTION)} (default: unfused)"
+    activations.add_argument("--attention", type=one_of(ATTENTION), metavar="NAME", help=kinds)
+    other = result.add_argument_group("other tables, and data")
+    other.add_argument("--conventions", action="store_true", help="print published ways to count model states")
+    other.add_argument("--zero-table", action="store_true", help="print table 1 of the ZeRO paper")
+    other.add_argument("--measure", action="store_true", help="train a small model and compare its arrays with the formulas")
+    other.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")
     return result
 
 

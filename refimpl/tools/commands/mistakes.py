@@ -10,7 +10,7 @@ from refimpl.training.cli import main as run_program
 
 from refimpl.errors import UsageError, unknown
 from refimpl.parity.mistakes import MISTAKES, listing
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import Parser, one_of
 
 
 def run(names: list[str] | None) -> None:
@@ -29,7 +29,8 @@ def run(names: list[str] | None) -> None:
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("--table", nargs="*", metavar="NAME", help="judge runs with these mistakes, or all: ten minutes")
+    judged = "judge runs with these mistakes, or with all, which takes ten minutes"
+    result.add_argument("--table", type=one_of(MISTAKES), nargs="*", metavar="NAME", help=judged)
     return result
 
 

@@ -33,9 +33,11 @@ def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
     result.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="the folder of a run")
-    result.add_argument("--x", choices=AXES, default="step", dest="axis", help="the horizontal axis (step)")
+    result.add_argument("--x", choices=AXES, default="step", dest="axis", help="the horizontal axis (default: step)")
     file = result.add_mutually_exclusive_group()
-    file.add_argument("--out", type=Path, default=PICTURE, metavar="FILE", help=f"the picture, a PNG (a new {PICTURE})")
+    file.add_argument(
+        "--out", type=Path, default=PICTURE, metavar="FILE", help=f"the picture, a PNG (default: a new {PICTURE})"
+    )
     file.add_argument("--csv", type=Path, metavar="FILE", help="write a table in place of the picture")
     result.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return result

@@ -8,14 +8,15 @@
 
 from refimpl.training.cli import main as run_program
 
+from refimpl.precision.recipes import RECIPES
 from refimpl.tools.recipes_table import show_recipes
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import Parser, one_of
 
 
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("--recipe", metavar="NAME", dest="name", help="print one recipe in detail")
+    result.add_argument("--recipe", type=one_of(RECIPES), metavar="NAME", dest="name", help="print one recipe in detail")
     result.add_argument("--rows", action="store_true", help="print the row of the policy that applies to each operation")
     result.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")
     return result

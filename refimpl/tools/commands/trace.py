@@ -37,10 +37,10 @@ def parser() -> Parser:
     recording = commands.add_parser("record", help="train a few steps and record everything")
     add_config_flags(recording, [name for name in HELP if name not in FOR_LONG_RUNS], DEFAULTS)
     recording.add_argument("--like", type=Path, metavar="TRACE", help="use the initial weights and the batches of TRACE")
-    recording.add_argument("--out", type=Path, required=True)
+    recording.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace to write")
     difference = commands.add_parser("diff", help="judge trace B by the recipe of trace A")
-    difference.add_argument("a", type=Path)
-    difference.add_argument("b", type=Path)
+    difference.add_argument("a", type=Path, metavar="A", help="the trace whose recipe decides")
+    difference.add_argument("b", type=Path, metavar="B", help="the trace to judge")
     difference.add_argument("--json", type=Path, metavar="FILE", help="write the verdict")
     difference.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
     return result

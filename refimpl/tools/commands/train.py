@@ -27,7 +27,9 @@ def parser() -> Parser:
     """Return the parser of the flags, one per field of Config; defaults are Config's, or those of the run that is resumed."""
     result = Parser(description=__doc__)
     add_config_flags(result)
-    result.add_argument("--out", type=Path, help="folder for log, checkpoint and picture (default: a new one under runs/)")
+    result.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for log, checkpoint and picture (default: a new one under runs/)"
+    )
     what = "settings from a file such as config.json, or from the folder of a run; flags override them"
     result.add_argument("--config", type=Path, metavar="FILE", help=what)
     result.add_argument("--overwrite", action="store_true", help="replace the run in --out")

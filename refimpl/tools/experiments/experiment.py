@@ -19,10 +19,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Experiment:
-    """run(seed) answers the question; draw(axes, data) draws the answer on matplotlib axes."""
+    """run(seed) answers the question; draw(axes, data) draws the answer on matplotlib axes.
+
+    steps: training steps of an experiment that takes long. It is called as run(seed, tick), with a callback after each step.
+    """
 
     name: str
     question: str
     source: str
-    run: Callable[[int], Result]
+    run: Callable[..., Result]
     draw: Callable[[Any, Mapping[str, Any]], None]
+    steps: int = 0

@@ -16,6 +16,7 @@ from refimpl.tools.experiments.values import ACCUMULATE, FLUSH, LOST_UPDATE
 from refimpl.training.checkpoint import write_atomically
 from refimpl.training.columns import table
 from refimpl.training.pictures import NO_PICTURE, new_figure, save
+from refimpl.training.progress_bar import ProgressBar
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -26,8 +27,12 @@ EXPERIMENTS: dict[str, Experiment] = {
 }  # fmt: skip
 
 
-def show_experiments(names: Sequence[str], out: Path, seed: int) -> None:
-    """List the experiments, or run those named ('all': every one) and draw them in the folder `out`.
+SLOW = 2.0
+"""Seconds after which an experiment shows its progress."""
+
+
+def show_experiments(names: Sequence[str], out: Path, seed: int, quiet: bool = False) -> None:
+    """List the experiments, or run those named ('all': every one) and draw them in the folder `out`. quiet: show no progress.
 
     Errors: UsageError for an unknown name, a negative seed, or a folder that cannot be written.
     """
@@ -42,7 +47,8 @@ def show_experiments(names: Sequence[str], out: Path, seed: int) -> None:
         print(table(["experiment", "question", "source"], rows) + "\n\ngive the names of those to run, or 'all'")
     for name in chosen:
         experiment = EXPERIMENTS[name]
-        result = experiment.run(seed)
+        with ProgressBar(experiment.steps, "step", delay=SLOW, quiet=quiet or not experiment.steps, stays=False) as bar:
+            result = experiment.run(seed, bar.update) if experiment.steps else experiment.run(seed)
         print(f"{experiment.name}: {experiment.question}\n\n{table(result.header, result.rows, '  ')}\n")
         print(f"Conclusion: {result.conclusion}.")
         print(_drawn(draw(experiment, result, out, seed)), end="\n\n" if name != chosen[-1] else "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +32,20 @@ def _batches(config: Config, n: int) -> list[Batch]:
     return [batch for (batch,) in batches_of(replace(config, steps=n), None)]
 
 
-def _train(training: Training, batches: list[Batch]) -> list[float]:
+Tick = Callable[[], object]
+"""Called after each training step."""
+
+
+def _no_tick() -> None: ...
+
+
+def _train(training: Training, batches: list[Batch], tick: Tick) -> list[float]:
     """Train, and return the loss of each step."""
-    return [float(training.step([batch]).loss) for batch in batches]
+    losses = []
+    for batch in batches:
+        losses.append(float(training.step([batch]).loss))
+        tick()
+    return losses
 
 
 def _end(losses: list[float]) -> float:
@@ -92,7 +103,9 @@ def draw_tiny_loss(axes: Any, data: Mapping[str, Any]) -> None:
 WARM_STEPS, FINE_STEPS, FINE_LR, SMALL_LOSS = 150, 150, 5e-6, 1e-6
 
 
-def run_masters(seed: int, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_STEPS, sizes: Sizes = SMALL) -> Result:
+def run_masters(
+    seed: int, tick: Tick = _no_tick, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_STEPS, sizes: Sizes = SMALL
+) -> Result:
     """Continue training at a small learning rate after a warm start, with and without masters and loss scaling.
 
     The loss is multiplied by 1e-6, and FP32 gradients are divided by it: in backward they are as small as those of large
@@ -101,16 +114,16 @@ def run_masters(seed: int, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_
     """
     config, first = _new_training("fp16", seed, **{**sizes, "lr": 2e-3, "steps": warm_steps})
     batches = _batches(config, warm_steps + fine_steps)
-    _train(first, batches[:warm_steps])
+    _train(first, batches[:warm_steps], tick)
     start = {name: np.array(view) for name, view in first.state.layout.views(first.state.master).items()}
     curves: dict[str, list[float]] = {}
     fine = batches[warm_steps:]
-    alone = _fine_tuned(seed, sizes, start, fine, lr=1e-30)
+    alone = _fine_tuned(seed, sizes, start, fine, tick, 1e-30)
     for masters in (True, False):
         for scaled in (True, False):
             name = f"{'with' if masters else 'without'} masters, {'with' if scaled else 'without'} loss scaling"
             S = SMALL_LOSS * 2.0**30 if scaled else SMALL_LOSS
-            curves[name] = _fine_tuned(seed, sizes, start, fine, FINE_LR, masters, S)
+            curves[name] = _fine_tuned(seed, sizes, start, fine, tick, FINE_LR, masters, S)
     gain = {name: _end(alone) - _end(curve) for name, curve in curves.items()}
     rows = [[name, f"{_end(curve):.4f}", f"{gain[name]:.4f}"] for name, curve in curves.items()]
     both, no_scaling, no_masters, neither = gain.values()
@@ -123,8 +136,8 @@ def run_masters(seed: int, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_
 
 
 def _fine_tuned(
-    seed: int, sizes: Sizes, start: Mapping[str, np.ndarray], batches: list[Batch], lr: float, masters: bool = True,
-    S: float = 1.0,
+    seed: int, sizes: Sizes, start: Mapping[str, np.ndarray], batches: list[Batch], tick: Tick, lr: float,
+    masters: bool = True, S: float = 1.0,
 ) -> list[float]:
     """Return the losses of FP16 training from `start`, with the loss scale S, at a constant learning rate."""
     at_lr = {"lr": lr, "min_lr": lr, "warmup": 0, "steps": len(batches), "weight_decay": 0.0}
@@ -134,7 +147,7 @@ def _fine_tuned(
         training.state = State(training.model, formats, training.state.backend)
     training.state.load_weights(start)
     training.loss_scale = make_loss_scale(str(S))
-    return _train(training, batches)
+    return _train(training, batches, tick)
 
 
 def draw_masters(axes: Any, data: Mapping[str, Any]) -> None:
@@ -160,12 +173,12 @@ BASIC = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu",
 """The basic recipes. Each other recipe is a variant of one of these, and all would take minutes."""
 
 
-def run_recipes(seed: int, steps: int = STEPS, sizes: Sizes = SMALL) -> Result:
+def run_recipes(seed: int, tick: Tick = _no_tick, steps: int = STEPS, sizes: Sizes = SMALL) -> Result:
     """Train the same model from the same weights on the same batches under each of the basic recipes."""
     curves = {}
     for recipe in BASIC:
         config, training = _new_training(recipe, seed, **{**sizes, "lr": 2e-3, "steps": steps})
-        curves[recipe] = _train(training, _batches(config, steps))
+        curves[recipe] = _train(training, _batches(config, steps), tick)
     ends = {name: _end(curve) for name, curve in curves.items()}
     apart = {name: float(np.nanmax(np.abs(np.subtract(curve, curves["fp32"])))) for name, curve in curves.items()}
     rows = [[name, _loss(ends[name]), _loss(ends[name] - ends["fp32"]), f"{apart[name]:.2g}"] for name in curves]
@@ -202,9 +215,9 @@ TINY_LOSS = Experiment(
 )  # fmt: skip
 MASTERS = Experiment(
     "masters", "FP16 with and without masters, with and without loss scaling", "Micikevicius et al. 2018, sections 3.1 and 3.2",
-    run_masters, draw_masters,
+    run_masters, draw_masters, WARM_STEPS + 5 * FINE_STEPS,
 )  # fmt: skip
 ALL_RECIPES = Experiment(
     "recipes", "How far apart are the loss curves of the basic recipes?", "refimpl/precision/recipes.py", run_recipes,
-    draw_recipes
-)
+    draw_recipes, len(BASIC) * STEPS,
+)  # fmt: skip

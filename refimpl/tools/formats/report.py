@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import UsageError
+from refimpl.errors import UsageError, unknown
 from refimpl.numerics.casts import cast
 from refimpl.numerics.formats import FORMATS, ulp
 from refimpl.numerics.rounding import round_to_nearest_even
@@ -66,7 +66,7 @@ def chosen_formats(names: str) -> list[str]:
     chosen = list(dict.fromkeys(names.split(",")))
     for name in chosen:
         if name not in FORMATS:
-            raise UsageError(f"no format {name!r}; there are {', '.join(FORMATS)}")
+            raise UsageError(unknown("format", name, FORMATS))
     return chosen
 
 

@@ -15,6 +15,7 @@ from refimpl.nn.models.llama import LlamaConfig
 from refimpl.nn.models.registry import SIZES
 from refimpl.precision.policy_variants import ATTENTION, with_attention
 from refimpl.precision.recipes import Recipe, get_recipe
+from refimpl.tools.memory.states import CHECKPOINTING as KNOWN_CHECKPOINTING
 from refimpl.tools.memory.states import CONVENTIONS, PRESETS, Architecture
 from refimpl.training.config import LLAMA, Config, flag
 from refimpl.training.huggingface.config_json import read_config
@@ -75,6 +76,8 @@ def choose(
     for name, value in (("--ranks", ranks), ("--batch-size", batch_size), ("--grad-accum", grad_accum)):
         if value < 1:
             raise UsageError(f"{name} is {value}: it must be at least 1")
+    if checkpointing not in KNOWN_CHECKPOINTING:
+        raise UsageError(unknown("checkpointing", checkpointing, KNOWN_CHECKPOINTING))
     if zero not in COMMUNICATION:
         raise UsageError(f"--zero is {zero}: it must be 0, 1, 2 or 3")
     if params is not None and not 1 <= params < 1e18:
@@ -118,7 +121,7 @@ def _architecture(
         known = PRESETS[preset] if preset else None
         return known, known.sizes if known else None, ()
     if model not in OWN:
-        raise UsageError(f"--model is {model!r}: the formulas are for {' and '.join(OWN)}")
+        raise UsageError(unknown("model with formulas", model, OWN))
     config = Config.of({"model": model, **sizes, "block_size": block_size})
     one = replace(config, n_layer=1).make_model().config  # --n-layer may be 10^9
     return *_ours(model, {**one, "n_layer": config.n_layer}, model, f"refimpl/nn/models/{model}.py"), ()
