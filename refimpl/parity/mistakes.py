@@ -32,7 +32,6 @@ def inject(name: str, training: Training) -> None:
 
 def listing() -> str:
     """Return all mistakes as text, one paragraph each."""
-    indent = " " * 25
     return "\n".join(
-        f"{m.name:<25}{m.what}\n{indent}-> {m.seen}\n{indent}   a trace departs at {m.departs}" for m in MISTAKES.values()
+        f"{m.name}\n    {m.what}\n    -> {m.seen}\n       a trace departs at {m.departs}" for m in MISTAKES.values()
     )

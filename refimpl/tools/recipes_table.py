@@ -74,7 +74,7 @@ def recipes_text(recipes: Sequence[Recipe]) -> str:
         for r in recipes
     ]
     parts = [
-        "Recipes: the format of each kind of model state, the default loss scale, and the bytes per parameter of the states\n"
+        "Recipes: the format of each kind of model state, the default loss scale, and the bytes per parameter of the states "
         "with AdamW. '-': there is no such state; without a master the weights are their own masters.",
         table(header, rows),
         f"Policies: the formats inside every operation.\n{_KEY}",

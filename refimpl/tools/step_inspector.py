@@ -26,7 +26,7 @@ from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import StepResult, forward_backward
 from refimpl.tools.scale_remarks import explain
-from refimpl.training.columns import table
+from refimpl.training.columns import whole_table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.data import sample_batch
@@ -485,8 +485,8 @@ def report_text(report: Report) -> str:
         skipped = f"{report.skipped_before} of {report.step - 1}"
         head += f"\n(steps skipped before it for Inf or NaN in the gradients: {skipped}; --step 1 shows the first step)"
     parts = [head]
-    rows = [[x.quantity, x.format, x.bits, x.text, x.remark] for block in report.blocks for x in block.lines]
-    lines = iter(table((), rows, "   ").splitlines())
+    rows = [[x.quantity, x.format, x.text, x.bits, x.remark] for block in report.blocks for x in block.lines]
+    lines = iter(whole_table((), rows, " ").splitlines())
     for block in report.blocks:
         body = [next(lines) for _ in block.lines]
         parts.append("\n".join([f"{block.title}   [{'; '.join(block.sources)}]", *body]))

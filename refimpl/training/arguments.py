@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -42,6 +43,13 @@ MANY = 8
 """The number of flags above which the usage does not list them: the help does."""
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help texts broken at spaces only: a name such as pure-bf16 stays whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser with help texts laid out as they are written, and with errors of one line.
 
@@ -50,7 +58,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
+        super().__init__(**{"formatter_class": _Help, **settings})
         self._negative_number_matcher = _NEGATIVE
 
     def format_help(self) -> str:

@@ -69,7 +69,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = ""
     """Return a text table to print: `whole_table` where it fits the terminal or there is none.
 
     Where it does not, headings and long cells are wrapped. If that is not enough, the columns stack: the first ones, then below
-    them the next, each time with the first column.
+    them the next, each time with the first column. A table without headings does not stack.
     """
     width = terminal_width(sys.stdout)
     return whole_table(header, rows, indent) if width is None else fitted_table(header, rows, indent, width)
@@ -87,7 +87,7 @@ def fitted_table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: s
     least = [_least(column, bool(header)) for column in columns]
     room = width - len(indent)
     parts = []
-    for chosen in _stacked(least, room):
+    for chosen in _stacked(least, room) if header else [list(range(len(least)))]:
         widths = _widths([columns[i] for i in chosen], [least[i] for i in chosen], room, bool(header))
         parts.append(_text([[line[i] for i in chosen] for line in lines], widths, indent, bool(header)))
     return "\n\n".join(parts)

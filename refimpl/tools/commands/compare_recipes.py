@@ -39,7 +39,7 @@ OWN_FLAGS = ("init_from", "recipes", "seeds", "perturbations", "out", "no_page",
 def parser() -> Parser:
     """Return the parser of the flags: fields of Config, and those of this command."""
     result = Parser(description=__doc__)
-    usual = f"{','.join(DEFAULT)}; with --inference {','.join(FORMATS_COMPARED)}"
+    usual = f"{', '.join(DEFAULT)}; with --inference {', '.join(FORMATS_COMPARED)}"
     result.add_argument("--recipes", type=some_of(RECIPES), metavar="NAME,...", help=f"all, or some (default: {usual})")
     what = "start from the weights and sizes of a folder of Hugging Face, or of a checkpoint, one recipe after another"
     result.add_argument("--init-from", type=Path, metavar="DIR", help=what)

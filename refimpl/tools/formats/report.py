@@ -143,7 +143,7 @@ def remarks(chosen: Sequence[str]) -> list[str]:
             {"fp32", "fp16", "bf16"},
             f"fp32 and fp16 do not share a range: fp32 has {fp32.exponent_bits} exponent bits and ends at"
             f" {_as_torch(fp32.max)}, fp16 has {fp16.exponent_bits} and ends at {_as_torch(fp16.max)}."
-            f"\n  bf16 has the {bf16.exponent_bits} exponent bits of fp32, and nearly its range: it ends at"
+            f" bf16 has the {bf16.exponent_bits} exponent bits of fp32, and nearly its range: it ends at"
             f" {_as_torch(bf16.max)}.",
         ),
         (
@@ -159,15 +159,15 @@ def remarks(chosen: Sequence[str]) -> list[str]:
         (
             {"fp16", "bf16"},
             "eps is the distance from 1 to the next value; from 2^e to 2^(e+1) it is eps * 2^e, down to the smallest normal."
-            "\n  It differs from `resolution`, which is 10^-d for the d decimal digits that a format always keeps:"
-            f"\n  fp16 has eps {_as_torch(fp16.eps)} and resolution {_as_torch(resolution('fp16'))},"
+            " It differs from `resolution`, which is 10^-d for the d decimal digits that a format always keeps:"
+            f" fp16 has eps {_as_torch(fp16.eps)} and resolution {_as_torch(resolution('fp16'))},"
             f" bf16 {_as_torch(bf16.eps)} and {_as_torch(resolution('bf16'))}.",
         ),
         (
             {"fp16"},
             "`tiny` of torch.finfo is the smallest normal value, not the smallest value: below"
             f" {power_of_two(fp16.smallest_normal)} fp16 has"
-            f"\n  subnormal values at a distance of {power_of_two(fp16.smallest_subnormal)}.",
+            f" subnormal values at a distance of {power_of_two(fp16.smallest_subnormal)}.",
         ),
         (
             {"e4m3"},
@@ -180,7 +180,7 @@ def remarks(chosen: Sequence[str]) -> list[str]:
         (
             {"e8m0"},
             "e8m0 is for scales: powers of two without sign, zero or subnormals. 0 and negative numbers become NaN here and"
-            "\n  in ml_dtypes; PyTorch uses the magnitude, and for 0 the smallest value.",
+            " in ml_dtypes; PyTorch uses the magnitude, and for 0 the smallest value.",
         ),
     ]
     return [remark for about, remark in every if about <= set(chosen)]
