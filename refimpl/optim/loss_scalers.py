@@ -310,7 +310,7 @@ def _constant(kind: str, given: Mapping[str, float | None]) -> float:
     try:
         scale = 1.0 if kind == "none" else float(kind)
     except ValueError:
-        raise UsageError(unknown("loss scale", kind, (*SCALER_RULES, "dynamic", "none", "a number"))) from None
+        raise UsageError(unknown("loss scale", kind, (*SCALER_RULES, "dynamic", "none", "or a number"))) from None
     for name, value in given.items():
         if value is not None:
             raise UsageError(f"{_words(name)} {value} with loss scale {kind}: only one that adapts can have it")

@@ -247,7 +247,7 @@ def test_the_defaults_are_each_projects_own() -> None:
         (("none", None, 3), "growth interval 3 with loss scale none: only one that adapts can have it"),
         (("megatron", 0.5), "init scale 0.5: it must be at least 1, the floor of megatron"),
         (("flax", 2.0**-127), "the floor of flax"),
-        (("Torch",), "unknown loss scale 'Torch': choose one of torch, .*, dynamic, none, a number; did you mean torch"),
+        (("Torch",), "unknown loss scale 'Torch': choose one of torch, .*, dynamic, none, or a number; did you mean torch"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], says: str) -> None:

@@ -1,6 +1,6 @@
 """Train the same model from the same weights on the same batches under several recipes, and compare them.
 
-    python scripts/compare_recipes.py                                ten recipes: a table, and runs/recipes.html
+    python scripts/compare_recipes.py                                ten recipes: a table, and runs/recipes.html, in ten minutes
     python scripts/compare_recipes.py --recipes all                  all that do not emulate accumulators, in ten minutes
     python scripts/compare_recipes.py --recipes bf16,fp8,fp8-delayed --steps 500 --lr 1e-3
     python scripts/compare_recipes.py --init-from DIR --batch-size 1   fine-tune a model of Hugging Face for 20 steps under each

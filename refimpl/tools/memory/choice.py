@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.distributed.zero import COMMUNICATION, Bytes
-from refimpl.errors import UsageError, unknown
+from refimpl.errors import UsageError, nearest, unknown
 from refimpl.nn.checkpointing import CHECKPOINTING
 from refimpl.nn.models.gpt import GPTConfig
 from refimpl.nn.models.llama import LlamaConfig
@@ -121,7 +121,7 @@ def _architecture(
         known = PRESETS[preset] if preset else None
         return known, known.sizes if known else None, ()
     if model not in OWN:
-        raise UsageError(unknown("model with formulas", model, OWN))
+        raise UsageError(f"--model is {model!r}: the formulas are for {' and '.join(OWN)}{nearest(model, OWN)}")
     config = Config.of({"model": model, **sizes, "block_size": block_size})
     one = replace(config, n_layer=1).make_model().config  # --n-layer may be 10^9
     return *_ours(model, {**one, "n_layer": config.n_layer}, model, f"refimpl/nn/models/{model}.py"), ()
