@@ -13,6 +13,7 @@ import numpy as np
 from refimpl.errors import UsageError, unknown
 from refimpl.optim.loss_scalers import SCALER_RULES, make_loss_scale
 from refimpl.training.columns import table
+from refimpl.training.palette import CYCLE, GRAY
 from refimpl.training.pictures import figure_for_flag, save
 
 PICTURE = Path("loss_scale.png")
@@ -101,10 +102,13 @@ def _draw(axes: Any, traces: Mapping[str, Trace], overflows: str) -> None:
     for name, found in traces.items():
         lines.setdefault(tuple(found.scales), []).append(name)
     for i, (scales, names) in enumerate(lines.items()):
-        axes.step(steps, scales, where="post", lw=6 - 5 * i / len(lines), color=f"C{i}", label=", ".join(names))
-    for step in (step for step, overflow in zip(steps, overflows, strict=True) if overflow == "1"):
-        axes.axvline(step, color="gray", lw=0.7, ls=":")
+        axes.step(steps, scales, where="post", lw=6 - 5 * i / len(lines), color=CYCLE[i % len(CYCLE)], label=", ".join(names))
+    overflowed = [step for step, overflow in zip(steps, overflows, strict=True) if overflow == "1"]
+    for step in overflowed:
+        label = "gradients overflowed" if step == overflowed[0] else None
+        axes.axvline(step, color=GRAY, lw=0.7, ls=":", label=label)
+    axes.set_title("Loss scale by project")
     axes.set_yscale("log", base=2)
-    axes.set_xlabel("step (dotted: gradients overflowed)")
+    axes.set_xlabel("step")
     axes.set_ylabel("loss scale after the step")
-    axes.legend(fontsize=8)
+    axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8)

@@ -18,5 +18,6 @@
     cli.py, console.py, signals.py, program.py  the frame of every command: exit codes, output, Ctrl-C
     columns.py, progress_bar.py   lines and tables that fit the terminal; progress on a terminal and in a file
     arguments.py, flags.py        the parser, the flags of a run
-    outputs.py, pictures.py, html/              the files of reports, pictures as PNG, and parts of HTML pages
+    outputs.py, pictures.py, palette.py, html/  the files of reports, pictures as PNG, their colors, and parts of HTML pages
+    machine.py                                  the processor that a run took place on
 """

@@ -38,6 +38,11 @@ def figure_for_flag(
     return figure, target(flag, None if path is default else path, default, overwrite)
 
 
+def legend_beside(axes: Any, **style: Any) -> None:
+    """Draw the legend beside the axes, where it covers no data."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **style)
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a figure as a PNG."""
     figure.savefig(path, format="png", dpi=110)

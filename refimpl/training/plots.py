@@ -10,11 +10,13 @@ from typing import Any
 from refimpl.errors import UsageError
 from refimpl.training.checkpoint import write_atomically
 from refimpl.training.metrics import Metrics, read_metrics
-from refimpl.training.pictures import new_figure, save
+from refimpl.training.palette import BLUE, CYCLE, GRAY, GREEN, ORANGE, RED
+from refimpl.training.pictures import legend_beside, new_figure, save
 from refimpl.training.run_folder import PICTURE
 
 SIZE = (9.0, 7.5)
 """Width and height in inches."""
+NGRAMS = {1: "unigram", 2: "bigram", 3: "trigram"}
 AXES = ("step", "tokens", "seconds")
 """What the horizontal axis may be: each row of a log has all of them."""
 
@@ -30,8 +32,12 @@ def plot_run(folder: Path, baselines: Mapping[int, float], title: str, unit: str
     top = draw_runs(figure, {"": read_metrics(folder)}, "step", unit)
     top.set_title(title)
     for n, entropy in baselines.items():
-        top.axhline(entropy, ls=":", color="gray", lw=1)
-        top.annotate(f"{n}-gram", (1, entropy), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
+        top.axhline(entropy, ls=":", color=GRAY, lw=1)
+        top.annotate(NGRAMS.get(n, f"{n}-gram"), (0.99, entropy), xycoords=("axes fraction", "data"), fontsize=8, ha="right",
+                     va="bottom")  # fmt: skip
+    if baselines:
+        top.plot([], [], ":", color=GRAY, label="n-gram baselines")
+        legend_beside(top)
     path = folder / PICTURE
     write_atomically(path, lambda temporary: save(figure, temporary))
     return path
@@ -49,13 +55,14 @@ def draw_runs(figure: Any, runs: Mapping[str, Metrics], axis: str, unit: str) ->
 
     panels = top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     for i, (name, log) in enumerate(runs.items()):
-        losses = (f"C{i}", f"C{i}", f"{name} ", 0.35) if len(runs) > 1 else ("C0", "C1", "", 0.6)
+        color = CYCLE[i % len(CYCLE)]
+        losses = (color, color, f"{name} ", 0.35) if len(runs) > 1 else (BLUE, ORANGE, "", 0.6)
         _draw_losses(top, log, axis, *losses)
-        others = f"C{i}" if len(runs) > 1 else "C2"
+        others = color if len(runs) > 1 else GREEN
         middle.plot(*_points(log.steps, axis, "grad_norm"), lw=0.7, color=others)
-        _draw_scale(bottom, log, axis, others, "tab:red" if len(runs) == 1 else others)
+        _draw_scale(bottom, log, axis, others, RED if len(runs) == 1 else others)
     top.set_ylabel(f"nats per {unit}")
-    top.legend(loc="upper right", bbox_to_anchor=(0.9, 1))
+    legend_beside(top)
     middle.set_ylabel("gradient norm")
     if any(y > 0 for line in middle.lines for y in line.get_ydata()):
         middle.set_yscale("log")
@@ -65,7 +72,7 @@ def draw_runs(figure: Any, runs: Mapping[str, Metrics], axis: str, unit: str) ->
     bottom.set_yscale("log", base=2)
     bottom.set_xlabel(axis)
     if bottom.get_legend_handles_labels()[1]:
-        bottom.legend()
+        legend_beside(bottom)
     for axes in panels:
         axes.grid(alpha=0.3)
     return top

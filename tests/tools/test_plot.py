@@ -16,6 +16,7 @@ from refimpl.errors import UsageError
 from refimpl.tools.commands.plot import table
 from refimpl.training.config import Config
 from refimpl.training.metrics import Metrics, read_metrics
+from refimpl.training.palette import BLUE, ORANGE
 from refimpl.training.plots import draw_runs, plot_run
 from refimpl.training.run_folder import CONFIG, METRICS, VALIDATION, open_folder
 
@@ -98,7 +99,7 @@ def test_what_is_drawn_is_what_the_logs_have(names: str, axis: str) -> None:
         scale, crosses = scales.lines[2 * i : 2 * i + 2]
         assert list(scale.get_ydata()) == [2.0**16] * 6 and list(crosses.get_xdata()) == [STEPS[SKIPPED - 1][axis]]
     colors = [line.get_color() for line in losses.lines]
-    assert colors == (["C0", "C1"] if len(names) == 1 else ["C0", "C0", "C1", "C1"])
+    assert colors == ([BLUE, ORANGE] if len(names) == 1 else [BLUE, BLUE, ORANGE, ORANGE])
 
 
 def test_losses_of_several_tokenizers_are_said_not_to_compare(tmp_path: Path) -> None:

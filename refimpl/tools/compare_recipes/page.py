@@ -20,6 +20,7 @@ from refimpl.training.html.made import Made, made_now
 from refimpl.training.html.page import document, figures, paragraphs, section, table
 from refimpl.training.init_from import settings_from
 from refimpl.training.outputs import target
+from refimpl.training.palette import GRAY, colors_of
 from refimpl.training.progress_bar import ProgressBar
 
 PAGE = Path("runs/recipes.html")
@@ -164,21 +165,20 @@ def _draw(axes: Any, comparison: Comparison, shown: Any, what: str) -> None:
 
     if what == "loss":
         reference = comparison.smooth(comparison.runs[0].losses)
-        axes.plot(steps(reference, comparison.steps), reference, color="#777777", lw=2.5, label="fp32")
+        axes.plot(steps(reference, comparison.steps), reference, color=GRAY, lw=4, label="fp32")
     else:
         bands = (comparison.band(), "#e4e4e4", "fp32, other seeds"), (comparison.drift_band(), "#a8a8a8", "fp32, last bit")
         for band, color, label in bands:
             axes.fill_between(steps(band, comparison.steps), -band, band, color=color, lw=0, label=label)
-    for i, run in enumerate(shown):
+    colors = colors_of([run.config.recipe for run in shown])
+    for i, (run, color) in enumerate(zip(shown, colors, strict=True)):  # curves may cover each other: later ones are thinner
         curve = comparison.smooth(run.losses) if what == "loss" else comparison.difference(run)
-        axes.plot(steps(curve, len(run.losses)), curve, color=COLORS[i], lw=1.2, label=run.config.recipe)
+        axes.plot(steps(curve, len(run.losses)), curve, color=color, lw=3 - 0.5 * i, label=run.config.recipe)
     if what == "difference":
         limit = 4 * float(comparison.band()[-1])  # a run that diverges must not flatten the others
         axes.set_yscale("symlog", linthresh=max(float(comparison.drift_band()[-1]), 1e-4 * limit))
         axes.set_ylim(-limit, limit)
     axes.set_xlabel("step")
     axes.set_ylabel(f"nats per {comparison.runs[0].unit}")
-    axes.legend()
+    axes.figure.legend(loc="outside upper center", ncols=3, frameon=False, labelspacing=0.2)
 
-
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#8c4799", "#c7321b")

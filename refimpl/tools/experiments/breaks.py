@@ -12,6 +12,8 @@ from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.optim.adamw import AdamW
 from refimpl.tools.experiments.experiment import Experiment, Result
+from refimpl.training.palette import FORMAT_COLORS, RED, colors_of
+from refimpl.training.pictures import legend_beside
 
 # -- masks -------------------------------------------------------------------------------------------------------------
 
@@ -71,17 +73,16 @@ def _softmax(z: np.ndarray) -> np.ndarray:
 
 
 def draw_masks(axes: Any, data: Mapping[str, Any]) -> None:
-    """Draw the largest weight of a row in which every key is hidden as a bar, or a cross if it is NaN."""
-    for i, (way, result) in enumerate(data.items()):
+    """Draw the largest weight of a row in which every key is hidden as a bar, or write that it is NaN."""
+    for i, result in enumerate(data.values()):
         whole = result["whole"]
         if np.isnan(whole).any():
-            axes.plot(0.5 / KEYS, i, "x", color="tab:red", ms=10)
-            axes.text(1 / KEYS, i, f"NaN: {way}", va="center")
+            axes.text(0.01, i, "NaN", color=RED, va="center")
         else:
-            axes.barh(i, whole.max(), color="tab:blue", height=0.5)
-            axes.text(whole.max() + 0.01, i, way, va="center")
+            axes.barh(i, whole.max(), color=FORMAT_COLORS["fp16"], height=0.5)
     axes.set_xlim(0, 1)
-    axes.set_yticks([])
+    axes.set_ylim(-0.6, len(data) - 0.4)
+    axes.set_yticks(range(len(data)), [way.replace(" (", "\n(") for way in data])
     axes.set_xlabel("largest weight in a row of which every key is hidden")
 
 
@@ -123,13 +124,19 @@ def run_epsilon(seed: int) -> Result:
 
 def draw_epsilon(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw the update against the size of the gradient."""
-    for name, style in (("fp32", "o-"), ("v in fp16", "s--"), ("all in fp16", "x:")):
-        axes.plot([2.0**e for e in data["exponents"]], [data[e][name] for e in data["exponents"]], style, label=name)
+    names = {"fp32": "o-", "v in fp16": "s--", "all in fp16": "x:"}
+    gradients = [2.0**e for e in data["exponents"]]
+    for color, (name, style) in zip(colors_of(list(names)), names.items(), strict=True):
+        updates = [data[e][name] for e in data["exponents"]]
+        axes.plot(gradients, updates, style, color=color, label=name)
+        finite = [point for point in zip(gradients, updates, strict=True) if math.isfinite(point[1])]
+        if len(finite) < len(updates):
+            axes.annotate(f"{name}: infinite below", finite[-1], xytext=(6, 8), textcoords="offset points", color=color)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("gradient")
     axes.set_ylabel("Adam's first update / learning rate")
-    axes.legend()
+    legend_beside(axes)
 
 
 MASKS = Experiment(

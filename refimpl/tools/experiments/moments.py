@@ -16,6 +16,8 @@ from refimpl.optim.schedule import Schedule
 from refimpl.optim.state import State
 from refimpl.precision.recipes import RECIPES
 from refimpl.tools.experiments.experiment import Experiment, Result
+from refimpl.training.palette import colors_of
+from refimpl.training.pictures import legend_beside
 
 ROWS, WIDTH, STEPS, LR = 64, 64, 20, 1e-3
 RARE = ("fp32", "bf16-moments", "adam-8bit", "adam-fp8", "adam-8bit-fp32-embeddings")
@@ -61,12 +63,13 @@ def _largest_weights(moments: Mapping[str, str], steps: list[np.ndarray]) -> tup
 
 def draw_rare_rows(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw the largest weight against the number of updates."""
+    colors = colors_of(list(data["curves"]))
     for i, (name, curve) in enumerate(data["curves"].items()):
-        axes.plot(range(1, len(curve) + 1), curve, label=name, lw=4 - 0.7 * i)
+        axes.plot(range(1, len(curve) + 1), curve, color=colors[i], label=name, lw=4 - 0.7 * i)
     axes.set_yscale("log")
     axes.set_xlabel("updates")
     axes.set_ylabel("largest weight")
-    axes.legend(fontsize=8)
+    legend_beside(axes, fontsize=8)
 
 
 RARE_ROWS = Experiment(

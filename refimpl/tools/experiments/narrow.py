@@ -13,6 +13,8 @@ from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.quantization.fp8 import quantize_tensor
 from refimpl.numerics.quantization.mx import SCALE_RULES, quantize_mx
 from refimpl.tools.experiments.experiment import Experiment, Result
+from refimpl.training.palette import FORMAT_COLORS, colors_of
+from refimpl.training.pictures import legend_beside
 
 # -- MX scales ---------------------------------------------------------------------------------------------------------
 
@@ -57,16 +59,23 @@ def draw_mx_scales(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw the share of blocks that saturate, by rule."""
     for i, fmt in enumerate(ELEMENTS):
         shares = [data[f"{fmt} {rule}"]["saturated"] for rule in SCALE_RULES]
-        axes.bar(np.arange(len(SCALE_RULES)) + 0.25 * (i - 1), shares, width=0.25, label=fmt)
+        places = np.arange(len(SCALE_RULES)) + 0.25 * (i - 1)
+        bars = axes.bar(places, shares, width=0.25, color=FORMAT_COLORS[fmt], label=fmt)
+        axes.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize=8)
     axes.set_xticks(range(len(SCALE_RULES)), list(SCALE_RULES))
-    axes.set_ylabel("share of blocks whose largest value saturates")
-    axes.legend()
+    axes.set_xlabel("rule for the scale")
+    axes.set_ylabel("share of blocks whose largest\nvalue saturates")
+    legend_beside(axes)
 
 
 # -- accumulators ------------------------------------------------------------------------------------------------------
 
 LONGEST, ROWS = 4096, 16
 ACCUMULATORS = ("fp32", "e8m15", "e8m14", "e8m13", "e8m14/128", "fp16/64/fp16")
+
+
+MEANING = {"e8m14/128": "e8m14, added to\nfp32 every 128", "fp16/64/fp16": "fp16, added to\nfp16 every 64"}
+"""What the pictures call accumulators whose sums are added to another one after some products."""
 
 
 def run_accumulators(seed: int) -> Result:
@@ -94,13 +103,13 @@ def run_accumulators(seed: int) -> Result:
 
 def draw_accumulators(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw the mean relative error against the number of products."""
-    for acc in ACCUMULATORS:
-        axes.plot(data["lengths"], data[acc], "o-", ms=3, label=acc)
+    for acc, color in zip(ACCUMULATORS, colors_of(ACCUMULATORS), strict=True):
+        axes.plot(data["lengths"], data[acc], "o-", ms=3, color=color, label=MEANING.get(acc, acc))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("products summed")
     axes.set_ylabel("relative error (mean)")
-    axes.legend()
+    legend_beside(axes)
 
 
 MX_SCALES = Experiment(

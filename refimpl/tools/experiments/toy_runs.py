@@ -15,6 +15,8 @@ from refimpl.parity.trace import batches_of
 from refimpl.step import Batch, forward_backward
 from refimpl.tools.experiments.experiment import Experiment, Result
 from refimpl.training.config import Config
+from refimpl.training.palette import BLUE, CYCLE, RED, colors_of
+from refimpl.training.pictures import legend_beside
 from refimpl.training.setup import Training, start
 
 SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "warmup": 5}
@@ -90,12 +92,12 @@ def run_tiny_loss(seed: int) -> Result:
 def draw_tiny_loss(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw the shares of gradients that become zero and that overflow, against the loss scale."""
     scales = [2.0**k for k in data["exponents"]]
-    axes.plot(scales, data["zero"], "o-", label="became zero")
-    axes.plot(scales, data["infinite"], "s-", color="tab:red", label="Inf or NaN")
+    axes.plot(scales, data["zero"], "o-", color=BLUE, label="became zero")
+    axes.plot(scales, data["infinite"], "s-", color=RED, label="Inf or NaN")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("loss scale S")
     axes.set_ylabel("share of the gradients")
-    axes.legend()
+    legend_beside(axes)
 
 
 # -- masters, loss scaling ---------------------------------------------------------------------------------------------
@@ -154,10 +156,10 @@ def draw_masters(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw the reduction of the loss against that of the unchanged weights, as running means of ten steps."""
     for i, (name, curve) in enumerate(data["curves"].items()):
         lower = _smooth(list(np.subtract(data["alone"], curve)), 10)
-        axes.plot(lower, label=name, ls="-" if i < 2 else "--", lw=2.5 if i == 0 else 1.2)
+        axes.plot(lower, color=CYCLE[i], label=name, ls="-" if i < 2 else "--", lw=2.5 if i == 0 else 1.2)
     axes.set_xlabel("step")
     axes.set_ylabel("reduction of the loss by training")
-    axes.legend(fontsize=8)
+    legend_beside(axes, fontsize=8)
 
 
 def _smooth(losses: list[float], n: int) -> np.ndarray:
@@ -200,13 +202,14 @@ def _loss(x: float) -> str:
 
 def draw_recipes(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw all loss curves as running means of ten steps."""
-    for name, curve in data["curves"].items():
-        axes.plot(_smooth(curve, 10), label=name, ls="--" if name.startswith("pure") else "-", lw=1.2)
+    colors = colors_of(list(data["curves"]))
+    for color, (name, curve) in zip(colors, data["curves"].items(), strict=True):
+        axes.plot(_smooth(curve, 10), color=color, label=name, ls="--" if name.startswith("pure") else "-", lw=1.2)
     smooth = _smooth(data["curves"]["fp32"], 10)
     axes.set_ylim(smooth.min() - 0.1, smooth.max() + 0.3)  # a diverging run may leave the picture
     axes.set_xlabel("step")
     axes.set_ylabel("loss (mean of the last ten steps)")
-    axes.legend(fontsize=8, ncols=2)
+    legend_beside(axes, fontsize=8)
 
 
 TINY_LOSS = Experiment(

@@ -14,6 +14,8 @@ from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.philox import random_bits
 from refimpl.numerics.stochastic_rounding import stochastic_round
 from refimpl.tools.experiments.experiment import Experiment, Result
+from refimpl.training.palette import BLACK, FORMAT_COLORS, format_in
+from refimpl.training.pictures import legend_beside
 
 _SOURCE = "Micikevicius et al. 2018, section 3.1"
 
@@ -65,13 +67,19 @@ def _kahan(step: np.ndarray) -> list[float]:
     return curve
 
 
+STYLES = {"master": "--", "stochastic": ":", "kahan": "-."}
+"""What keeps small updates: the style of its line, whose color is that of the format."""
+
+
 def draw_hundred_updates(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw the weight after each update."""
     for name, curve in data["curves"].items():
-        axes.plot(curve, label=name, lw=3 if name == "fp32" else 1.3, ls="--" if "masters" in name else "-")
+        style = next((style for word, style in STYLES.items() if word in name.lower()), "-")
+        color = FORMAT_COLORS[format_in(name) or "fp32"]
+        axes.plot(curve, color=color, label=name, lw=3 if name == "fp32" else 1.3, ls=style)
     axes.set_xlabel("updates")
     axes.set_ylabel("weight")
-    axes.legend()
+    legend_beside(axes)
 
 
 # -- weights moved -----------------------------------------------------------------------------------------------------
@@ -117,12 +125,12 @@ def run_moved_weights(seed: int) -> Result:
 def draw_moved_weights(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw the share of weights moved against the size of the step; crosses are predicted from the ulps."""
     for i, fmt in enumerate(("fp16", "bf16")):
-        axes.plot(data["rates"], data[fmt]["moved"], "o-", color=f"C{i}", label=fmt)
-        axes.plot(data["rates"], data[fmt]["predicted"], "x", color="black", ms=7, label="predicted" if i == 0 else None)
+        axes.plot(data["rates"], data[fmt]["moved"], "o-", color=FORMAT_COLORS[fmt], label=fmt)
+        axes.plot(data["rates"], data[fmt]["predicted"], "x", color=BLACK, ms=7, label="predicted" if i == 0 else None)
     axes.set_xscale("log")
     axes.set_xlabel("size of the step")
     axes.set_ylabel("share of the weights that it moves")
-    axes.legend()
+    legend_beside(axes)
 
 
 HUNDRED_UPDATES = Experiment(

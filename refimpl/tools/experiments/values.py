@@ -11,6 +11,8 @@ import numpy as np
 from refimpl.numerics.casts import cast, widen
 from refimpl.numerics.formats import FORMATS
 from refimpl.tools.experiments.experiment import Experiment, Result
+from refimpl.training.palette import FORMAT_COLORS, GRAY, RED
+from refimpl.training.pictures import legend_beside
 
 _MICIKEVICIUS = "Micikevicius et al. 2018, section"
 
@@ -52,12 +54,12 @@ def draw_flush(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw stored against given numbers, in units of each format's smallest value."""
     for fmt, line in data.items():
         if fmt in ("fp16", "e4m3"):
-            axes.plot(line["x"], line["y"], label=fmt, lw=3 if fmt == "fp16" else 1.2)
-    axes.plot([0, 3], [0, 3], ":", color="gray", label="exact")
-    axes.axvline(0.5, color="tab:red", lw=0.8, ls="--")
+            axes.plot(line["x"], line["y"], color=FORMAT_COLORS[fmt], label=fmt, lw=3 if fmt == "fp16" else 1.2)
+    axes.plot([0, 3], [0, 3], ":", color=GRAY, label="exact")
+    axes.axvline(0.5, color=RED, lw=0.8, ls="--", label="half the smallest value")
     axes.set_xlabel("given, in units of the format's smallest value (FP16: 2^-24)")
     axes.set_ylabel("stored, in the same units")
-    axes.legend()
+    legend_beside(axes)
 
 
 # -- lost updates ------------------------------------------------------------------------------------------------------
@@ -86,12 +88,12 @@ def run_lost_update(seed: int) -> Result:
 def draw_lost_update(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw the share of weights in a binade that the update does not move, against the ratio."""
     for fmt in ("fp16", "bf16"):
-        axes.plot(data[fmt]["ratio"], data[fmt]["lost"], "o-", ms=3, label=fmt)
-        axes.axvline(data[fmt]["first"], color="gray", lw=0.8, ls="--")
+        axes.plot(data[fmt]["ratio"], data[fmt]["lost"], "o-", ms=3, color=FORMAT_COLORS[fmt], label=fmt)
+        axes.axvline(data[fmt]["first"], color=FORMAT_COLORS[fmt], lw=0.8, ls="--", label=f"{fmt}: the first is lost")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("weight / update")
-    axes.set_ylabel("share of the weights in [1, 2) that do not move")
-    axes.legend()
+    axes.set_ylabel("share of the weights in [1, 2)\nthat do not move")
+    legend_beside(axes)
 
 
 # -- accumulation ------------------------------------------------------------------------------------------------------
@@ -135,12 +137,12 @@ def run_accumulate(seed: int) -> Result:
 def draw_accumulate(axes: Any, data: Mapping[str, Any]) -> None:
     """Draw the relative error of the partial sums against their length."""
     for fmt in ("bf16", "fp16", "fp32"):
-        axes.plot(data["n"][7:], data[fmt]["error"][7:], label=f"sum in {fmt}")
+        axes.plot(data["n"][7:], data[fmt]["error"][7:], color=FORMAT_COLORS[fmt], label=f"sum in {fmt}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("products summed")
     axes.set_ylabel("error of the sum, relative to its size (rms)")
-    axes.legend()
+    legend_beside(axes)
 
 
 FLUSH = Experiment(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from refimpl.numerics.formats import FORMATS, ulp
-from refimpl.training.pictures import figure_for_flag, save
+from refimpl.training.palette import FORMAT_COLORS
+from refimpl.training.pictures import figure_for_flag, legend_beside, save
 
 PICTURE = Path("formats.png")
 
@@ -43,7 +44,7 @@ def spacing(fmt: str) -> tuple[list[float], list[float]]:
 def _draw_spacing(axes: Any, formats: Sequence[str]) -> None:
     """Draw the spacing on logarithmic axes, in the range of the formats with up to five exponent bits if there are any."""
     for i, fmt in enumerate(formats):  # formats with equal fraction bits overlap, so later lines are thinner
-        axes.plot(*spacing(fmt), drawstyle="steps-post", lw=6 - 4 * i / len(formats), color=f"C{i}", label=fmt)
+        axes.plot(*spacing(fmt), drawstyle="steps-post", lw=6 - 4 * i / len(formats), color=FORMAT_COLORS[fmt], label=fmt)
     window = [fmt for fmt in formats if FORMATS[fmt].exponent_bits <= 5] or formats
     left = min(math.log2(FORMATS[fmt].smallest_subnormal) for fmt in window) - 4
     right = max(math.log2(FORMATS[fmt].max) for fmt in window) + 4
@@ -53,7 +54,7 @@ def _draw_spacing(axes: Any, formats: Sequence[str]) -> None:
     axes.set_xlabel("magnitude")
     axes.set_ylabel("distance to the next value (ulp)")
     axes.set_title("Spacing of the values of each format")
-    axes.legend(loc="upper left")
+    legend_beside(axes)
     axes.grid(alpha=0.3)
 
 
@@ -61,8 +62,8 @@ def _draw_ranges(axes: Any, formats: Sequence[str]) -> None:
     for i, fmt in enumerate(formats):
         row = FORMATS[fmt]
         smallest, normal, largest = (math.log2(x) for x in (row.smallest_subnormal, row.smallest_normal, row.max))
-        axes.barh(i, normal - smallest, left=smallest, height=0.6, color=f"C{i}", alpha=0.35)
-        axes.barh(i, largest - normal, left=normal, height=0.6, color=f"C{i}")
+        axes.barh(i, normal - smallest, left=smallest, height=0.6, color=FORMAT_COLORS[fmt], alpha=0.35)
+        axes.barh(i, largest - normal, left=normal, height=0.6, color=FORMAT_COLORS[fmt])
         axes.annotate(f"$2^{{{smallest:.0f}}}$ ", (smallest, i), ha="right", va="center")
         axes.annotate(f" {row.max:.6g}", (largest, i), va="center")
     axes.set_yticks(range(len(formats)), formats)

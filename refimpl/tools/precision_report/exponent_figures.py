@@ -11,7 +11,8 @@ from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.rounding_effects import HIGHEST, LOWEST, Counts
 from refimpl.tools.precision_report.collect import Inspection
 from refimpl.tools.precision_report.tables import exponents_text, merged, range_sentence, scales, scales_text, totals, zones
-from refimpl.training.html.figures import BLUE, GRAY, GREEN, ORANGE, PURPLE, Picture, as_svg
+from refimpl.training.html.figures import Picture, as_svg
+from refimpl.training.palette import BLUE, GRAY, GREEN, ORANGE, PURPLE
 
 LOST, SUBNORMAL, NORMAL = "#f7dcd7", "#e9f1fa", "#c9def2"
 """Background colors of a histogram: values that become zero or overflow, the subnormal range, and the normal range."""

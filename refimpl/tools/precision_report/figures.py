@@ -13,7 +13,8 @@ from refimpl.tools.precision_report.layer_figures import layer_pictures
 from refimpl.tools.precision_report.sweep_figures import sweep_pictures
 from refimpl.tools.precision_report.tables import loss_sentence, scales, scales_text, skipped_sentence
 from refimpl.tools.precision_report.update_figures import update_pictures
-from refimpl.training.html.figures import BLUE, RED, Picture, as_svg
+from refimpl.training.html.figures import Picture, as_svg
+from refimpl.training.palette import BLUE, RED
 
 SKIPPED = " Such a step updates nothing; a dynamic loss scale is reduced, at once or after several of them."
 

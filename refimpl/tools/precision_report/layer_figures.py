@@ -11,11 +11,11 @@ from typing import Any
 from refimpl.errors import UsageError
 from refimpl.numerics.rounding_words import percent
 from refimpl.tools.precision_report.layers import NARROW, TOP, Layer, Operand
-from refimpl.training.html.figures import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, STYLE, Picture, as_svg
+from refimpl.training.html.figures import STYLE, Picture, as_svg
 from refimpl.training.outputs import Target
+from refimpl.training.palette import CYCLE, colors_of
 from refimpl.training.pictures import figure_for_flag
 
-COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, GRAY)
 PLOT = Path("runs/layers.png")
 
 
@@ -57,14 +57,14 @@ def _draw_operands(axes: Any, layers: Sequence[Layer], value: Callable[[Operand]
     names = list(dict.fromkeys(operand.name for layer in blocks for operand in layer.inputs))
     for i, name in enumerate(names):
         points = [(n, value(one)) for n, layer in enumerate(blocks) for one in layer.inputs if one.name == name]
-        axes.plot(*zip(*points, strict=True), ".-", color=COLORS[i % len(COLORS)], lw=1.2, ms=4, label=name)
+        axes.plot(*zip(*points, strict=True), ".-", color=CYCLE[i % len(CYCLE)], lw=1.2, ms=4, label=name)
     _finish(axes, "upper center")
 
 
 def _draw_effects(axes: Any, layers: Sequence[Layer], value: Callable[[Layer, str], float]) -> None:
     """Draw one line per recipe of NARROW, against the number of the block."""
     blocks = _blocks(layers)
-    for i, (color, name) in enumerate(zip(COLORS, NARROW, strict=True)):  # lines may cover each other: later ones are thinner
+    for i, (color, name) in enumerate(zip(colors_of(NARROW), NARROW, strict=True)):  # later lines are thinner, and cover less
         axes.plot([value(layer, name) for layer in blocks], ".-", color=color, lw=5 - 0.8 * i, ms=4, label=name)
     _finish(axes, "best")
 

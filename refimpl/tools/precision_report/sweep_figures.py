@@ -11,7 +11,8 @@ from refimpl.numerics.rounding_words import percent, power
 from refimpl.tools.precision_report.collect import Inspection
 from refimpl.tools.precision_report.exponent_figures import LOST
 from refimpl.tools.precision_report.tables import scales, scales_text
-from refimpl.training.html.figures import GRAY, ORANGE, RED, Picture, as_svg
+from refimpl.training.html.figures import Picture, as_svg
+from refimpl.training.palette import BLACK, GRAY, ORANGE, RED
 
 
 def sweep_pictures(inspection: Inspection) -> list[Picture]:
@@ -84,7 +85,7 @@ def draw_sweep(axes: Any, inspection: Inspection) -> None:
     axes.axvspan(min(exponents) - 0.15, max(exponents) + 0.15, color=GRAY, alpha=0.3, lw=0, label="S of this run")
     if overflowing:
         axes.axvspan(first_overflow - 1, max(overflowing) + 1, color=LOST, lw=0, zorder=0, label="skipped step")
-        axes.plot([], [], "x", color="black", mew=2, label="overflow")
+        axes.plot([], [], "x", color=BLACK, mew=2, label="overflow")
     axes.set_yscale("symlog", linthresh=1e-4, linscale=0.5)
     ticks = [0, 1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)

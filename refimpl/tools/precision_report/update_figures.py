@@ -8,7 +8,8 @@ from typing import Any
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.rounding_words import percent
 from refimpl.tools.precision_report.collect import Inspection, StepRow
-from refimpl.training.html.figures import BLUE, GREEN, RED, Picture, as_svg
+from refimpl.training.html.figures import Picture, as_svg
+from refimpl.training.palette import BLUE, GREEN, RED
 
 
 def update_pictures(inspection: Inspection) -> list[Picture]:

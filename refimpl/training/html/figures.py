@@ -13,7 +13,6 @@ STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 10, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
     "legend.fontsize": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "path",
 }  # fmt: skip
-BLUE, ORANGE, GREEN, PURPLE, RED, GRAY = "#0072b2", "#e69f00", "#009e73", "#8c4799", "#c7321b", "#777777"
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
