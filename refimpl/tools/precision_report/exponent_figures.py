@@ -111,7 +111,7 @@ def draw_histogram(axes: Any, fmt: str, kinds: dict[str, Counts], spread: tuple[
     axes.set_xlabel("exponent e of values from $2^e$ to $2^{e+1}$")
     axes.set_ylabel("% of nonzero values")
     if len(kinds) > 1:
-        axes.legend(frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
 
 
 def _within(binades: np.ndarray, spread: tuple[int, int]) -> np.ndarray:
