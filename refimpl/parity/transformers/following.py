@@ -47,8 +47,8 @@ is a sum of independent terms, u_i^2 or 0, with mean M = sum p_i u_i^2. Bernstei
 
 If A results may differ, twice as many as are expected to over both sides, M <= A mean(u_i^2) / 2: the errors of sums do not
 grow with the result, so that large results are no likelier to differ than small ones. The bound A mean(u_i^2) + k u^2 leaves
-t >= M + k u^2, for which the exponent is at least 9 k / 8, whatever M is. A pass of a model of 30 layers has some 2000
-roundings: with k = 14 one of them is outside by chance in 3 of 10,000 passes.
+t >= M + k u^2, for which the exponent is at least 9 k / 8, whatever M is. A pass of a model of 30 layers has some 3000
+roundings: with k = 14 one of them is outside by chance in 4 of 10,000 passes.
 
 The bound of an operation of a trace (`tolerances.Bounds`) is none here. It has 3 such results, and a multiple of our own
 distance from exact sums, which is 0 where only theirs are rounded the other way. Each that differs is so by either side with
