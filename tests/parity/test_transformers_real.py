@@ -143,15 +143,15 @@ def test_a_mistake_in_the_weights_is_named_by_operation(folder: Path) -> None:
     assert not result.agrees and "mlp.gate_proj" in result.apart[0].place, report(result)
 
 
-def test_four_losses_of_fine_tuning_are_theirs(folder: Path) -> None:
-    """AdamW, clip 1.0, in FP32."""
-    read = Ours.read(folder, {"recipe": "fp32", "block_size": 128, "steps": 4})
+def test_twenty_steps_of_fine_tuning_are_theirs(folder: Path) -> None:
+    """AdamW, clip 1.0, in FP32. PyTorch's losses are 7e-6 too low in the mean, by its sums of 49,152 exponentials."""
+    read = Ours.read(folder, {"recipe": "fp32", "block_size": 64, "steps": 20})
     torch.set_num_threads(1)
     training = TransformersTraining(read.config, folder)
-    rows = side_by_side(read.config, read.weights, read.batches(), training, False, 0).rows
-    assert [abs(row["loss"] - row["loss_torch"]) < 2e-5 for row in rows] == [True] * 4, rows
-    assert all(abs(row["grad_norm"] - row["grad_norm_torch"]) < 1e-3 * row["grad_norm"] for row in rows)
-    assert rows[0]["loss"] - rows[3]["loss"] != 0 and rows[3]["drift"] < 1e-2
+    steps = side_by_side(read.config, read.weights, read.batches(), training, False, 0)
+    assert steps.agrees and len(steps.rows) == 20, steps.summary()
+    assert all(abs(row["grad_norm"] - row["grad_norm_torch"]) < 1e-3 * row["grad_norm"] for row in steps.rows)
+    assert steps.rows[19]["loss"] < steps.rows[0]["loss"] and steps.rows[19]["drift"] < 1e-3
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [("Gravity is", PHYSICS), (QUESTION, "The capital of France is Paris.")])
