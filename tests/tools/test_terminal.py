@@ -26,7 +26,7 @@ from tiny_tokenizers import byte_level
 
 WIDTH = 80
 TINY = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4"
-TRAINED = "--steps 3 --batch-size 4 --block-size 8 --eval-batches 1 --sample-bytes 40"
+TRAINED = "--steps 3 --batch-size 4 --block-size 8 --eval-batches 1 --sample-bytes 15"  # of which a terminal shows 60 at most
 SHORTER = {
     "train": TRAINED,
     "generate": "--tokens 8",
