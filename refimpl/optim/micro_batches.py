@@ -22,10 +22,10 @@ from refimpl.optim.state import State
 _PAIRS = "[(tokens, targets)] for one"
 
 
-def check_batches(batches: Sequence[tuple[Array, Array]]) -> None:
-    """Check what a device can check without waiting: that these are pairs of integer arrays (B, T) of equal shapes.
+def check_batches(model: Model, batches: Sequence[tuple[Array, Array]]) -> None:
+    """Check what a device can check without waiting: that these are pairs, for a model of tokens of arrays (B, T) of integers.
 
-    Errors: UsageError for anything else, and without any micro-batch.
+    A model without a vocabulary may be of anything. Errors: UsageError, also without any micro-batch.
     """
     if not isinstance(batches, Sequence):
         raise UsageError(f"batches is of type {type(batches).__name__}: it must be a list of micro-batches, {_PAIRS}")
@@ -35,6 +35,8 @@ def check_batches(batches: Sequence[tuple[Array, Array]]) -> None:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             what = f"has {len(batch)} parts" if isinstance(batch, tuple | list) else f"is of type {type(batch).__name__}"
             raise UsageError(f"micro-batch {i} {what}: each must be a pair in a list of them, {_PAIRS}")
+        if "vocab_size" not in model.config:
+            continue
         for name, array in zip(("tokens", "targets"), batch, strict=True):
             dtype = getattr(array, "dtype", type(array).__name__)
             if getattr(dtype, "kind", "") not in "iu" or not hasattr(array, "shape"):
@@ -56,7 +58,7 @@ def divisors(model: Model, batches: Sequence[tuple[Array, Array]], state: State)
     Errors: UsageError, as `check_batches` says.
     PyTorch: a training loop does this by hand: cross_entropy(..., reduction='sum') / N.
     """
-    check_batches(batches)
+    check_batches(model, batches)
     n = len(batches) * state.ranks
     if n == 1 or model.loss_mean == "micro-batches":
         return [n] * len(batches)

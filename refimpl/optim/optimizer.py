@@ -62,8 +62,8 @@ class Optimizer:
 
     def lr(self, state: State) -> Array:
         """Return the learning rate of the next update, 0-d. Errors, on the host: UsageError after the last of the schedule."""
-        if state.backend.on_host and state.t >= self.schedule.steps:
-            raise UsageError(f"all {self.schedule.steps} updates of the schedule have been made: give Schedule more steps")
+        if state.backend.on_host and state.t >= (n := len(self.learning_rates)):
+            raise UsageError(f"all {n} updates of the schedule have been made: give Schedule more steps")
         return self.learning_rates[state.t]
 
     def update(self, state: State, inverse_scale: Array, clip: Array | float, found_inf: Array) -> None:

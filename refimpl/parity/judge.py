@@ -12,6 +12,7 @@ to the departure is within its bounds are named.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -55,6 +56,9 @@ class ByUpdate:
 
     def __init__(self, row: Callable[[int], Any]) -> None:
         self.row, self.changed = row, dict[int, Any]()
+
+    def __len__(self) -> int:
+        return sys.maxsize
 
     def __getitem__(self, t: Any) -> np.ndarray:
         return np.array(self.changed.get(int(t), self.row(int(t))), np.float64)

@@ -325,7 +325,7 @@ def test_mlp_predicts_one_byte_from_a_whole_block(backend: Backend) -> None:
 
 def test_mlp_refuses_a_block_of_another_length(backend: Backend) -> None:
     model = mlp_model(SMALL_MLP)
-    with pytest.raises(ValueError, match="mismatch"):
+    with pytest.raises(UsageError, match="4 tokens per sequence: the mlp reads exactly 5, its block_size"):
         logits_of(backend, model, perturbed(model), batch(4, 4, 23)[0])
 
 

@@ -1,7 +1,8 @@
-"""A progress bar that shows nothing."""
+"""A progress bar that shows nothing, and a terminal that keeps what it is shown."""
 
 from __future__ import annotations
 
+import io
 import signal
 
 from refimpl.training.progress_bar import ProgressBar
@@ -24,3 +25,10 @@ class NoBar(ProgressBar):
         self.written.append(text)
 
     def show(self, fields: str) -> None: ...
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True

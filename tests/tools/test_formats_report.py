@@ -120,7 +120,6 @@ def test_tables_by_hand() -> None:
     assert layouts["tf32"] == ["float32", "1", "8", "10", "19", "4", "yes", "yes"]
     assert layouts["e2m1"] == ["float4_e2m1fn", "1", "2", "1", "4", "1", "no", "no"]
     assert layouts["e8m0"][1:] == ["0", "8", "0", "8", "1", "no", "yes"]
-    assert max(len(line) for line in text.splitlines()) <= 128
 
 
 def test_remarks_are_about_the_chosen_formats_only() -> None:
@@ -133,7 +132,7 @@ def test_remarks_are_about_the_chosen_formats_only() -> None:
     assert "the 8 exponent bits of fp32, and nearly its range: it ends at 3.38953e+38." in together
     assert "bf16 keeps 7 and tf32 10" in together
     assert "fp16 has eps 0.000976562 and resolution 0.001, bf16 0.0078125 and 0.01." in together
-    assert "below 2^-14 fp16 has\n  subnormal values at a distance of 2^-24" in together
+    assert "below 2^-14 fp16 has subnormal values at a distance of 2^-24" in together
 
 
 def test_what_the_remarks_say_of_others_is_so() -> None:

@@ -771,7 +771,7 @@ def test_a_trace_is_taken_again(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--run", "missing", "--no-page"], "there is no run in missing"),
         (["--trace", "missing", "--no-page"], "missing"),
         (["--every", "0", "--no-page"], "--every is 0"),
-        (["--what-if", "fp8", "--no-page"], "--what-if 'fp8'"),
+        (["--what-if", "fp8", "--no-page"], "--what-if: unknown format 'fp8'"),
         (["--recipe", "fp7", "--no-page"], "unknown recipe 'fp7'"),
         (["--no-page", "--json", "."], "--json . is a folder"),
         (["--no-page", "--json", "file/data.json"], "--json file/data.json: its folder cannot be created"),
@@ -790,4 +790,5 @@ def test_wrong_arguments_are_refused_in_one_line_before_any_step(
 def test_the_exit_code_of_wrong_arguments_is_2() -> None:
     done = run_here("inspect_precision", "--what-if", "fp8", "--no-page")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: unknown format 'fp8': choose one of fp32,") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --what-if: unknown format 'fp8': choose one of fp32,")
+    assert done.stderr.count("\n") == 1

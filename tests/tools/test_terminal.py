@@ -7,7 +7,6 @@ that train do so for a few steps: `SHORTER` has the flags for that, which come a
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import pytest
 from doc_commands import COMMANDS, lacks, may_exit, words_of
 from hf_folders import LLAMA, tensors_of, write
 from paths import SCRIPTS
+from progress_bars import Terminal
 from script_loader import load_script, run_here
 from tiny_tokenizers import byte_level
 
@@ -132,11 +132,6 @@ def test_quick_commands_fit(width: int, monkeypatch: pytest.MonkeyPatch) -> None
             load_script(name).main()
         lines = output.getvalue().split("\n")
         assert len(lines) > 5 and [line for line in lines if len(line) > width] == [], command
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.slow

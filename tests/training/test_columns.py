@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from progress_bars import Terminal
 
 from refimpl.training.columns import fitted_table, table, terminal_width, whole_table, wrapped
 from refimpl.training.console import Output
@@ -16,11 +17,6 @@ ROWS = [
     ["adam-8bit-fp32-embeddings", "10.0", "+0.0134 **", "152", "8-bit moments, but for embeddings, whose rows are rarely read"],
     ["fp32", "16", "", "73", "everything in FP32"],
 ]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_table_without_a_terminal_is_whole_and_leaves_no_trailing_blanks() -> None:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+from progress_bars import Terminal
 
 from refimpl.training import progress_bar
 from refimpl.training.progress_bar import ProgressBar, fitted
@@ -28,11 +29,6 @@ def test_no_number_is_cut(width: int) -> None:
         rest = line.split("[", 1)[1].replace(", ".join(fields), "")
         assert rest in ("01:51<01:01]", "01:51<01:01, ]", "01:51<01:01,  3.59step/s]")
     assert ("skipped 0" in fitted(**SHOWN, ncols=width, postfix=FIELDS)) == (width >= 70)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def shown_by(monkeypatch: pytest.MonkeyPatch, out: io.StringIO, err: io.StringIO, quiet: bool = False) -> tuple[str, str]:

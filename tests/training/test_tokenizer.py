@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from progress_bars import Terminal
 from tiny_tokenizers import END, TEXT, Pairs, byte_level, saved, sentence_pieces
 
 from refimpl.errors import UsageError
@@ -272,12 +273,14 @@ def test_bytes_that_are_no_text_are_named_with_their_place(
         content[place] = 0x20
 
 
-def test_long_texts_show_their_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_texts_show_their_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     encode_text(Pairs(), array(LINES))
-    assert capsys.readouterr().err == ""  # it took less than five seconds
+    assert terminal.getvalue() == ""  # it took less than five seconds
     monkeypatch.setattr(token_cache, "PATIENCE", 0.0)
     encode_text(Pairs(), array(LINES))
-    assert "tokenizing: 100%" in capsys.readouterr().err
+    assert "tokenizing: 100%" in terminal.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache

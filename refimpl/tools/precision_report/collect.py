@@ -190,7 +190,7 @@ def inspect(source: Source, every: int = 10, what_if: Sequence[str] = (), bar: P
         raise UsageError(f"--every is {every}: it must be at least 1")
     for fmt in what_if:
         if fmt not in FORMATS or fmt in ("fp64", "e8m0"):
-            raise UsageError(unknown("format", fmt, [name for name in FORMATS if name not in ("fp64", "e8m0")]))
+            raise UsageError("--what-if: " + unknown("format", fmt, [name for name in FORMATS if name not in ("fp64", "e8m0")]))
     training, low = source.training, low_format(source.config.make_recipe(), what_if)
     result = Inspection(source.what, source.config, low, tuple(what_if))
     unreported = {f"update.{kind}" for kind in uncounted(source.config)}
