@@ -30,9 +30,9 @@ def fitted(**shown: Any) -> str:
         shown["bar_format"] = WITH_FIELDS if fields[0] else WITH_RATE
         natural = len(tqdm.format_meter(**{**shown, "ncols": None}))  # with a bar of 10 columns
         if natural - 10 + LEAST_BAR <= width:
-            return tqdm.format_meter(**shown)
+            return str(tqdm.format_meter(**shown))
         if not fields[0]:
-            return tqdm.format_meter(**{**shown, "bar_format": NARROW})
+            return str(tqdm.format_meter(**{**shown, "bar_format": NARROW}))
         fields = fields[:-1] or [""]
 
 
