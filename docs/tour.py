@@ -25,9 +25,10 @@ import numpy as np
 import refimpl as rf
 from refimpl.numerics.formats import FORMATS
 from refimpl.optim.gradients import check_and_measure, clip_coefficient, inverse_of
+from refimpl.training.palette import BLUE, FORMAT_COLORS, GRAY, GREEN, RED
 
 plt.rcParams.update({"figure.figsize": (8, 3), "figure.dpi": 72, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.5})
-COLORS = {"fp32": "C7", "fp16": "C0", "bf16": "C1", "e4m3": "C2", "e5m2": "C3"}
+COLORS = {name: FORMAT_COLORS[name] for name in ("fp32", "fp16", "bf16", "e4m3", "e5m2")}
 
 # %% [markdown]
 # ## 1. Formats
@@ -101,7 +102,7 @@ ties = np.array([2049, 2051, 2053, 2055], np.float32)
 print(ties, "->", rf.widen(rf.cast(ties, "fp16"), "fp32"))
 
 figure, axes = plt.subplots()
-axes.plot(x, x, color="C7", lw=0.8)
+axes.plot(x, x, color=GRAY, lw=0.8)
 axes.plot(ties, rf.widen(rf.cast(ties, "fp16"), "fp32"), "o", color=COLORS["fp16"], ms=4)
 for name in ("fp16", "bf16"):
     axes.step(x, rf.widen(rf.cast(x, name), "fp32"), where="mid", color=COLORS[name], label=name)
@@ -183,7 +184,7 @@ for rows, style in ((8, "-"), (64, "--")):
         infinite.append(not np.isfinite(fp16.state.grads).all())
     first, zero = infinite.index(True), np.array(zero)
     axes.semilogy(scales[:first], np.maximum(zero, 1e-5)[:first], style, color=COLORS["fp16"], label=f"{rows} rows of 16 bytes")
-    axes.plot(scales[first:], np.full(len(scales) - first, 1e-5), "x", color="C3", label="Inf or NaN" if rows == 8 else None)
+    axes.plot(scales[first:], np.full(len(scales) - first, 1e-5), "x", color=RED, label="Inf or NaN" if rows == 8 else None)
     print(f"{rows:2} rows: zero at S = 2^-12: {zero[0]:.0%}, at S = 1: {zero[6]:.2%}, at S = 2^10: {zero[11]:.2%}", end=", ")
     print(f"overflow from about S = 2^{scales[first]}")
 axes.set(xlabel="log2 of S", ylabel="share of zeros (at least 1e-5)", title="Gradients that become zero, or infinite, in FP16")
@@ -225,10 +226,10 @@ print(f"S before: 2^{math.log2(before):g}, lowest: 2^{math.log2(lowest):g}, skip
 print(f"{back} good steps until S is back: {back / 5:g} doublings")
 
 figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 4.5))
-top.plot([float(r.loss) for r in results], color="C0")
+top.plot([float(r.loss) for r in results], color=BLUE)
 top.set(ylabel="loss", title="The forward pass overflows in steps 40 to 59")
-bottom.semilogy(scale, base=2, color="C2", drawstyle="steps-post")
-bottom.plot(np.flatnonzero(skipped), scale[skipped], "x", color="C3", label="skipped")
+bottom.semilogy(scale, base=2, color=GREEN, drawstyle="steps-post")
+bottom.plot(np.flatnonzero(skipped), scale[skipped], "x", color=RED, label="skipped")
 bottom.set(ylabel="loss scale S", xlabel="step")
 bottom.legend(loc="lower right")
 figure.tight_layout()

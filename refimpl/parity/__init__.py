@@ -15,5 +15,5 @@
     fused_optimizers.py    AdamW and SGD, equal to PyTorch's fused CPU kernels to the last bit
     state_dict.py          weights to and from PyTorch
     transformers/          transformers' model of a folder beside ours, with the same weights
-    audit/                 what any PyTorch loop computes: so far, a recorder of every operation of a step
+    audit/                 what any PyTorch loop computes: recorded, judged, and searched for known mistakes
 """

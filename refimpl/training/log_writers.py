@@ -16,6 +16,7 @@ EVENTS = Path("tensorboard/events.out.tfevents.*")
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 """The values of --log with the package that each needs."""
 
+
 class LogWriter(Protocol):
     """Something that is given each row of a log, in order."""
 
