@@ -233,6 +233,20 @@ def test_verdicts_as_columns_by_hand() -> None:
     assert "the others keep 4 significant bits" in words
 
 
+@pytest.mark.parametrize(
+    ("gradient", "needed", "above"),
+    [
+        ([1.5 * 2.0**-32, 2.0**15], "none", "1"),  # no scale saves the one and keeps the other
+        ([1.0, 2.0**17], "1", "<1"),  # too large without a scale
+    ],
+)
+def test_scales_that_do_not_do_are_said(gradient: list[float], needed: str, above: str) -> None:
+    inspection = by_hand({"lm_head:linear.dw.dw": counted(gradient)}, 1.0)
+    heads, [row] = verdict_table(inspection, verdicts_of(inspection))
+    cells = dict(zip(heads, row, strict=True))
+    assert (cells.get("S needed"), cells["overflows above S"]) == (needed, above)
+
+
 def swept(head: list[tuple[float, int]], block: list[tuple[float, int]]) -> Inspection:
     """A sweep over 2^0, 2^2, ...: (share flushed, number overflowed) of two layers at each."""
     layers = [{"head": h, "block 0": b} for h, b in zip(head, block, strict=True)]

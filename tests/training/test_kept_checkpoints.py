@@ -88,6 +88,13 @@ def test_best_and_last_ones_are_kept(given: dict[str, Any], tmp_path: Path, caps
     assert all((tmp_path / "back" / name).read_bytes() == (tmp_path / "r" / name).read_bytes() for name in EXPECTED)
 
 
+def test_where_a_run_goes_back_those_of_later_steps_go(tmp_path: Path) -> None:
+    for name in (CHECKPOINT, "checkpoint-4.safetensors", "checkpoint-8.safetensors", "checkpoint-10.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    Keep(numbered=3).number(tmp_path, 6)
+    assert {path.name for path in kept_in(tmp_path)} == {CHECKPOINT, *(f"checkpoint-{n}.safetensors" for n in (4, 6))}
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
 def test_a_run_that_is_stopped_and_resumed_keeps_the_same(
     links: bool, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from paths import SCRIPTS
 
 from refimpl.errors import UsageError
 from refimpl.training.config import Config
-from refimpl.training.log_writers import EVENTS, chosen
+from refimpl.training.log_writers import EVENTS, chosen, open_writers
 from refimpl.training.metrics import MetricsLog, as_table, read_metrics
 from refimpl.training.run import train
 from refimpl.training.run_folder import CONFIG
@@ -148,6 +149,17 @@ def test_wandb_reads_each_step(given: dict[str, Any], tmp_path: Path) -> None:
 )
 def test_what_the_flag_says(text: str, names: list[str]) -> None:
     assert chosen(text) == names and Config.of({"log": text}).log == text
+
+
+def test_wandb_is_given_the_rows_that_a_kill_has_lost_on_their_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In place of the package a run that has the rows before step 3."""
+    logged: list[int] = []
+    run = SimpleNamespace(step=3, log=lambda row, step: logged.append(step), finish=lambda exit_code: logged.append(-exit_code))
+    wandb = SimpleNamespace(init=lambda **_: run, Settings=lambda **_: None, Error=Exception)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with open_writers(["wandb"], tmp_path, "name", [{"step": n, "loss": 1.0} for n in range(1, 6)], {}) as [writer]:
+        writer.write([{"step": 6, "loss": 1.0}])
+    assert logged == [3, 4, 5, 6, 0]
 
 
 @pytest.mark.parametrize("text", ["tensorbord", "", "wandb,tensorbord", "wandb;tensorboard"])

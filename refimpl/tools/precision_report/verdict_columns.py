@@ -47,7 +47,10 @@ def _scale_needed(counts: Counts, unscaled: Counts | None) -> str:
 
 
 def _overflows_above(counts: Counts, unscaled: Counts | None) -> str:
-    return "-" if unscaled is None or not counts.nonzero else power(2.0 ** unscaled.saving_scales(counts.fmt)[1])
+    if unscaled is None or not counts.nonzero:
+        return "-"
+    top = unscaled.saving_scales(counts.fmt)[1]
+    return power(2.0**top) if top >= 0 else "<1"
 
 
 VERDICT_COLUMNS = (
