@@ -12,23 +12,24 @@ from refimpl.errors import UsageError
 from refimpl.numerics.formats import FORMATS, format_of, is_float
 from refimpl.parity.coverage import Coverage, coverage_of, is_input, steps_in_words, verdict
 from refimpl.parity.findings import Finding
-from refimpl.parity.judge import Judge, explanations
+from refimpl.parity.judge import Judge, candidates, explanations
 from refimpl.parity.mistakes import MISTAKES
 from refimpl.parity.tolerances import fp64
 from refimpl.parity.trace import BY_PARAMETER, POINTS, Trace, parse_key
 from refimpl.parity.trace_checks import checked
 from refimpl.parity.trace_settings import config_from, stated
 from refimpl.training.columns import table
+from refimpl.training.progress_bar import ProgressBar
 
 GROUPS = 12
 """The number of reasons that are printed; `--json` has all."""
 
 
-def diff_traces(a: Trace, b: Trace) -> dict[str, Any]:
+def diff_traces(a: Trace, b: Trace, quiet: bool = False) -> dict[str, Any]:
     """Print how trace `b` compares with the recipe that `a` was made with; return the verdict as `--json` writes it.
 
     One of the two must be a trace of refimpl, whose header holds the configuration; if only `b` is, `a` is judged. Initial
-    states and batches that the judged trace lacks are taken from the other. Errors: UsageError.
+    states and batches that the judged trace lacks are taken from the other. quiet: show no progress. Errors: UsageError.
     """
     if not a.config and not b.config:
         raise UsageError("neither file holds a configuration: one of the two must come from `scripts/trace.py record`")
@@ -41,12 +42,15 @@ def diff_traces(a: Trace, b: Trace) -> dict[str, Any]:
     whole = with_inputs_of(given, theirs)
     taken = sorted(parse_key(name)[0] for name in whole.tensors if name not in theirs.tensors and name.endswith("/0.tokens"))
     judge = Judge(config, whole)
-    findings = list(judge.findings())
+    with ProgressBar(len(whole.steps), "step", "judging", quiet=quiet, stays=False) as bar:
+        findings = list(judge.findings(bar.update))
     covered = coverage_of(theirs, findings, judge.reasons, ("4.lr",) if judge.own_rates else ())
     if not covered.tensors:
         raise UsageError("nothing in this trace can be judged: it holds at most initial states and batches")
     first = next((finding for finding in findings if finding.departs), None)
-    reasons = explanations(config, judge.theirs, first) if first else []
+    ways = candidates(config, first) if first else []
+    with ProgressBar(len(ways), "mistake", "explaining", quiet=quiet, stays=False) as bar:
+        reasons = explanations(config, judge.theirs, first, bar.update) if first else []
     judge.notes = [*mapped, *judge.notes, *(f"the batch of {steps_in_words(taken)} is the reference's" for _ in taken[:1])]
     if model.config.get("bias", True) and config.model == "gpt" and not has_biases(theirs):
         judge.notes.append("no parameter of the trace is a bias: if the model has none, record the reference with --no-bias")

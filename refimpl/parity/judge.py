@@ -106,8 +106,11 @@ class Judge:
         self.lost = ""
         self.reasons: dict[str, str] = {}
 
-    def findings(self) -> Iterator[Finding]:
-        """Yield a finding for each tensor of each step, in the order in which a step computes them."""
+    def findings(self, tick: Callable[[], object] = lambda: None) -> Iterator[Finding]:
+        """Yield a finding for each tensor of each step, in the order in which a step computes them.
+
+        tick: callback after each step.
+        """
         previous = 0
         for step in self.theirs.steps:
             if step != previous + 1:
@@ -115,6 +118,7 @@ class Judge:
             self.recorder.step = previous = step
             with np.errstate(all="ignore"):
                 yield from self._step(step)
+            tick()
 
     def _step(self, step: int) -> Iterator[Finding]:
         training, theirs = self.training, self.theirs
@@ -397,36 +401,49 @@ def judge_trace(
     return found
 
 
-def explanations(config: Config, theirs: Trace, first: Finding) -> list[str]:
-    """Return the names of the known mistakes that explain a departure best.
+def candidates(config: Config, first: Finding) -> dict[str, tuple[Config, str]]:
+    """Return what may explain a departure: known mistakes, and other ways to compute attention."""
+    order, in_attention = list(POINTS), first.point.startswith("2.") and config.model != "mlp"
+    ways = [kind for kind in ATTENTION if kind != config.attention and in_attention]
+    # A step starts from the trace's own values, so a mistake changes nothing before the point where it shows, except for
+    # the counters that the replay carries from step to step.
+    carried = first.point in ("2.loss_scale", "4.lr", "4.t", *SCALE_STATE)
+    tried = [m.name for m in MISTAKES.values() if carried or order.index(m.departs) <= order.index(first.point)]
+    others = {f"--attention {kind}": (replace(config, attention=kind), "none") for kind in ways}
+    return {name: (config, name) for name in tried} | others
+
+
+def explanations(config: Config, theirs: Trace, first: Finding, tick: Callable[[], object] = lambda: None) -> list[str]:
+    """Return the names of the known mistakes that explain a departure best. tick: callback after each of `candidates`.
 
     A mistake explains it if the departing tensor, and all before it, are within their bounds when the replay makes the same
     mistake. The best ones are those whose replay stays within the bounds longest. Another way to compute attention
     ('--attention fused') is not a mistake; it is returned, alone, if its replay comes closest to the departing tensor.
     """
-    reach: dict[str, tuple[tuple[float, int], float]] = {}
-    order, in_attention = list(POINTS), first.point.startswith("2.") and config.model != "mlp"
-    others = [kind for kind in ATTENTION if kind != config.attention and in_attention]
-    # A step starts from the trace's own values, so a mistake changes nothing before the point where it shows, except for
-    # the counters that the replay carries from step to step.
-    carried = first.point in ("2.loss_scale", "4.lr", "4.t", *SCALE_STATE)
-    tried = [m.name for m in MISTAKES.values() if carried or order.index(m.departs) <= order.index(first.point)]
-    ways = {f"--attention {kind}": (replace(config, attention=kind), "none") for kind in others}
-    for name, (other, mistake) in ({name: (config, name) for name in tried} | ways).items():
-        try:
-            findings = Judge(other, theirs, mistake).findings()
-        except UsageError:  # the recipe leaves no room for it
-            continue
-        error, end = math.inf, (math.inf, 0)
-        for finding in findings:
-            at = (finding.step, order.index(finding.point))
-            if finding.departs:
-                end = at
-                break
-            if (finding.step, finding.point, finding.name) == (first.step, first.point, first.name):
-                error = finding.error
+    order, reach = list(POINTS), dict[str, tuple[tuple[float, int], float]]()
+    for name, (other, mistake) in candidates(config, first).items():
+        end, error = _reach(other, theirs, mistake, first)
         if error <= 1 and end > (first.step, order.index(first.point)):
             reach[name] = end, error
+        tick()
     errors = {name: error for name, (end, error) in reach.items() if end == max(end for end, _ in reach.values())}
-    nearest = min(errors, key=lambda name: errors[name], default="")
-    return [nearest] if nearest in ways else [name for name in errors if name not in ways]
+    nearest = min(errors, key=lambda name: errors[name], default="none")
+    return [nearest] if nearest not in {"none", *MISTAKES} else [name for name in errors if name in MISTAKES]
+
+
+def _reach(config: Config, theirs: Trace, mistake: str, first: Finding) -> tuple[tuple[float, int], float]:
+    """Return the step and point at which a replay with a mistake departs, and the error of the tensor of `first` in it.
+
+    The step is infinite if it never departs, and the error if it does not judge that tensor or cannot make the mistake.
+    """
+    error, order = math.inf, list(POINTS)
+    try:
+        judge = Judge(config, theirs, mistake)
+    except UsageError:  # the recipe leaves no room for it
+        return (math.inf, 0), error
+    for finding in judge.findings():
+        if finding.departs:
+            return (finding.step, order.index(finding.point)), error
+        if (finding.step, finding.point, finding.name) == (first.step, first.point, first.name):
+            error = finding.error
+    return (math.inf, 0), error

@@ -98,14 +98,30 @@ def outcome(config: Config, trace: Trace, name: str) -> tuple[str, str]:
     return "named" if explanations(config, judge.theirs, first) == [name] else "found", place
 
 
-def row(name: str) -> list[str]:
-    """Return a mistake's row of the table: settings, then the outcome for each number of micro-batches and each trace."""
+def batches_for(name: str) -> tuple[int, ...]:
+    """Return the numbers of micro-batches in which a mistake can be made."""
+    return MICRO_BATCHES[1:] if name in NEEDS_SEVERAL else MICRO_BATCHES
+
+
+def count(names: Iterable[str]) -> int:
+    """Return the number of runs that the rows of some mistakes take."""
+    return sum(len(batches_for(name)) * len(BETAS) for name in names)
+
+
+def row(name: str, tick: Callable[[], object] = lambda: None) -> list[str]:
+    """Return a mistake's row of the table: settings, then the outcome for each number of micro-batches and each trace.
+
+    tick: callback after each run.
+    """
     cells = [f"`{name}`", flags(SETTINGS.get(name, {}))]
     for n in MICRO_BATCHES:
-        if n == 1 and name in NEEDS_SEVERAL:
+        if n not in batches_for(name):
             cells += ["-"] * 3
             continue
-        both = [outcomes(name, {"grad_accum": n, **betas}) for betas in BETAS]
+        both = []
+        for betas in BETAS:
+            both.append(outcomes(name, {"grad_accum": n, **betas}))
+            tick()
         cells += [ours if ours == torchs else f"{ours}; {torchs}" for ours, torchs in zip(*both, strict=True)]
     return cells
 
@@ -126,13 +142,17 @@ def flags(settings: dict[str, Any]) -> str:
 HEADER = ("mistake", "settings", "1: all", "but one", "none", "3: all", "but one", "none")
 
 
-def table(names: Iterable[str] = MISTAKES, done: Callable[[str], None] = lambda line: None) -> str:
-    """Return the table in Markdown, and call `done` with each line as soon as it is computed."""
+def table(
+    names: Iterable[str] = MISTAKES,
+    done: Callable[[str], object] = lambda line: None,
+    tick: Callable[[], object] = lambda: None,
+) -> str:
+    """Return the table in Markdown. done: callback with each line as soon as it is computed. tick: after each run."""
     lines = [_line(HEADER), _line(["---"] * len(HEADER))]
     for text in lines:
         done(text)
     for name in names:
-        lines.append(_line(row(name)))
+        lines.append(_line(row(name, tick)))
         done(lines[-1])
     return "\n".join(lines)
 

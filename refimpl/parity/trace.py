@@ -8,7 +8,7 @@ the name begins with their number: `3/2.activations/2:lm_head`. The header (meta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -260,10 +260,11 @@ def like(theirs: np.ndarray, ours: Array, what: str) -> np.ndarray:
     return result
 
 
-def record(config: Config, source: Trace | None = None) -> Trace:
+def record(config: Config, source: Trace | None = None, tick: Callable[[], object] = lambda: None) -> Trace:
     """Train for `config.steps` steps and return the trace.
 
-    source: another trace, whose initial weights and batches are used. Errors: UsageError if it lacks them.
+    source: another trace, whose initial weights and batches are used. tick: callback after each step.
+    Errors: UsageError if the source lacks them.
     """
     training, trace = config.make_training(config.make_backend()), Trace(asdict(config))
     recorder = Recorder(training, trace)
@@ -273,12 +274,17 @@ def record(config: Config, source: Trace | None = None) -> Trace:
     training.state.load_weights(checked_start(start, training), rounded)
     recorder.states(training)
     recorder.counters(training)
-    write_down(recorder, training, batches_of(config, source))
+    write_down(recorder, training, batches_of(config, source), tick)
     return trace
 
 
-def write_down(recorder: Recorder, training: Training, steps: Iterable[list[tuple[np.ndarray, np.ndarray]]]) -> None:
-    """Train on the batches of some steps and record what they compute."""
+def write_down(
+    recorder: Recorder,
+    training: Training,
+    steps: Iterable[list[tuple[np.ndarray, np.ndarray]]],
+    tick: Callable[[], object] = lambda: None,
+) -> None:
+    """Train on the batches of some steps and record what they compute. tick: callback after each step."""
     for recorder.step, batches in enumerate(steps, 1):
         for point, i in (("0.tokens", 0), ("0.targets", 1)):
             arrays = [batch[i] for batch in batches]
@@ -289,6 +295,7 @@ def write_down(recorder: Recorder, training: Training, steps: Iterable[list[tupl
         recorder.put("3.norm", "", result.grad_norm)
         recorder.states(training)
         recorder.counters(training)
+        tick()
 
 
 def checked_start(start: Mapping[str, np.ndarray], training: Training) -> Mapping[str, np.ndarray]:

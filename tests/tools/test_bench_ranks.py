@@ -11,7 +11,7 @@ from paths import DOCS
 from script_loader import load_script
 
 from refimpl.errors import UsageError
-from refimpl.tools.bench.ranks import CLUSTER, RANKS, STAGES, Cluster, prediction, scaled, weak_scaling
+from refimpl.tools.bench.ranks import CLUSTER, RANKS, STAGES, Cluster, plan, prediction, scaled, weak_scaling
 
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 
@@ -66,7 +66,9 @@ def test_without_mpi_it_says_what_to_install() -> None:
 
 @pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec beside this Python: pip install -e '.[mpi]'")
 def test_weak_scaling_on_two_processes() -> None:
-    rows = weak_scaling("smoke", "fp16", 2, 2)
+    ticks: list[None] = []
+    rows = weak_scaling("smoke", "fp16", 2, 2, lambda: ticks.append(None))
+    assert len(ticks) == len(rows) == len(plan(2))
     assert [(row["ranks"], row["stage"]) for row in rows] == [(1, 0), *((2, stage) for stage in STAGES)]
     for row in rows:
         assert row["step_ms"] > 0 and math.isclose(row["efficiency"], rows[0]["step_ms"] / row["step_ms"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from progress_bars import Terminal
+from script_loader import run_here
 
+from refimpl.parity import mistake_table
 from refimpl.training import progress_bar
 from refimpl.training.progress_bar import ProgressBar, fitted
 
@@ -65,3 +68,35 @@ def test_long_work_without_a_terminal_says_how_far_it_is(
         for _ in range(4):
             bar.update()
     assert capsys.readouterr() == ("", "evaluation: batch 2 of 4, 11 s\nevaluation: batch 4 of 4, 30 s\n")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bench --smoke --recipes bf16,fp16",
+        "bench --profile --models smoke --rounds 2",
+        "memory --measure --n-layer 1 --n-head 2 --n-embd 16 --block-size 8",
+        "mistakes --table ignore-inf",
+        "trace record --recipe fp16 --steps 3 --mistake unscale-after-clip --out new.safetensors",
+        "trace diff ours.safetensors theirs.safetensors",
+    ],
+)
+def test_bars_of_commands_end_where_they_say(
+    command: str, quiet: bool, traces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[ProgressBar] = []
+    monkeypatch.setattr(ProgressBar, "__enter__", lambda bar: bars.append(bar) or bar)
+    monkeypatch.setattr(mistake_table, "outcomes", lambda name, more: ["named"] * 3)
+    name, *words = command.split()
+    ended = run_here(name, *words, *["--quiet"] * quiet, folder=traces)
+    assert ended.returncode in (0, 1) and ended.stdout and not ended.stderr
+    assert [bar.done for bar in bars] == [bar.total for bar in bars] and min(bar.total for bar in bars) > 1
+    assert [bar.quiet for bar in bars] == [quiet] * (2 if "diff" in command else 1)
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> Path:
+    for more in ("--out ours.safetensors", "--mistake unscale-after-clip --out theirs.safetensors"):
+        assert run_here("trace", *f"record --recipe fp16 --steps 2 {more}".split(), folder=tmp_path).returncode == 0
+    return tmp_path

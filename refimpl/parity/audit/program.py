@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -26,13 +27,15 @@ from refimpl.parity.audit.found import objects_alive, training_objects
 from refimpl.parity.audit.session import Audit
 
 CALL = "__call__"
+SLOW = 5.0
+"""Seconds from which an audited step is reported when it ends: there is no other sign of progress."""
 
 
 class ProgramAudit:
     """A context manager around a program. audit: the audit of its training, None until one was found."""
 
     def __init__(self, steps: int = 4, every: int = 100, say: Callable[[str], None] = lambda line: None) -> None:
-        """steps, every: as for `Audit`. say: is called with a line about what was found."""
+        """steps, every: as for `Audit`. say: callback with a line about what was found, and about each slow step."""
         self.audit: Audit | None = None
         self._options = {"steps": steps, "every": every}
         self._say = say
@@ -41,7 +44,7 @@ class ProgramAudit:
         self._call = nn.Module.__call__
         self._watching = self._entered = False
         self._backward = self._updated = False  # since the last border
-        self._busy = False
+        self._busy, self._begun = False, 0.0
 
     def __enter__(self) -> ProgramAudit:
         """Begin to look for a training."""
@@ -123,6 +126,9 @@ class ProgramAudit:
         assert self.audit is not None
         self._backward = self._updated = False
         self.audit.end_step()
+        seconds = time.monotonic() - self._begun
+        if seconds >= SLOW and self.audit.audited[-1:] == [self.audit.number]:
+            self._say(f"step {self.audit.number} was audited, in {seconds:.0f} s")
         if self.audit.due:
             self._watch_modules()
         else:
@@ -131,6 +137,7 @@ class ProgramAudit:
     def _begin(self) -> None:
         assert self.audit is not None
         self._unwatch_modules()
+        self._begun = time.monotonic()
         if self._entered:
             self.audit.begin_step()
         else:

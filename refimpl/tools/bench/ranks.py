@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,7 @@ from refimpl.tools.bench.gpu_cost import GPUS
 from refimpl.tools.bench.steps import MODELS, WARM_UP
 from refimpl.training.columns import table
 from refimpl.training.config import Config
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.setup import start
 
 STAGES = (0, 1, 2, 3)
@@ -67,22 +69,25 @@ def measured(model: str, recipe: str, stage: int, ranks: int, rounds: int) -> fl
     return float(json.loads(done.stdout))
 
 
-def weak_scaling(model: str, recipe: str, most: int, rounds: int) -> list[dict[str, Any]]:
-    """Return rows for 1, 2, 4 ... and `most` ranks at each stage: step time, tokens per second, and efficiency."""
-    alone = measured(model, recipe, 0, 1, rounds)
-    tokens = MODELS[model]["batch_size"] * MODELS[model]["block_size"]
-
-    def row(ranks: int, stage: int, seconds: float) -> dict[str, Any]:
-        return {
-            "model": model, "recipe": recipe, "ranks": ranks, "stage": stage, "step_ms": 1e3 * seconds,
-            "tokens_per_s": ranks * tokens / seconds, "efficiency": alone / seconds,
-        }  # fmt: skip
-
+def plan(most: int) -> list[tuple[int, int]]:
+    """Return the (ranks, stage) to time: one rank, then 2, 4 ... and `most` at each stage."""
     numbers = sorted({most, *(2**i for i in range(1, most.bit_length()))})
+    return [(1, 0), *((ranks, stage) for ranks in numbers for stage in STAGES)]
+
+
+def weak_scaling(
+    model: str, recipe: str, most: int, rounds: int, tick: Callable[[], object] = lambda: None
+) -> list[dict[str, Any]]:
+    """Return rows for each of `plan`: step time, tokens per second, and efficiency. tick: callback after each."""
+    tokens = MODELS[model]["batch_size"] * MODELS[model]["block_size"]
+    seconds = {}
+    for ranks, stage in plan(most):
+        seconds[ranks, stage] = measured(model, recipe, stage, ranks, rounds)
+        tick()
     return [
-        row(1, 0, alone),
-        *(row(n, stage, measured(model, recipe, stage, n, rounds)) for n in numbers for stage in STAGES),
-    ]
+        {"model": model, "recipe": recipe, "ranks": ranks, "stage": stage, "step_ms": 1e3 * s,
+         "tokens_per_s": ranks * tokens / s, "efficiency": seconds[1, 0] / s} for (ranks, stage), s in seconds.items()
+    ]  # fmt: skip
 
 
 # -- predicted -------------------------------------------------------------------------------------------------------------
@@ -155,8 +160,10 @@ def prediction(c: Cluster = CLUSTER) -> str:
     )
 
 
-def show(models: list[str], recipes: list[str], ranks: int, rounds: int) -> tuple[str, list[dict[str, Any]]]:
-    """Return the measured table with the prediction as text, and the measured rows as data."""
+def show(
+    models: list[str], recipes: list[str], ranks: int, rounds: int, quiet: bool = False
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return the measured table with the prediction as text, and the measured rows as data. quiet: show no progress."""
     if ranks < 2:
         raise UsageError(f"--ranks is {ranks}: it must be at least 2, to compare with 1")
     for model in models:
@@ -164,7 +171,9 @@ def show(models: list[str], recipes: list[str], ranks: int, rounds: int) -> tupl
             raise UsageError(unknown("model", model, MODELS))
     for recipe in recipes:
         get_recipe(recipe)
-    rows = [row for model in models for recipe in recipes for row in weak_scaling(model, recipe, ranks, rounds)]
+    kinds = [(model, recipe) for model in models for recipe in recipes]
+    with ProgressBar(len(kinds) * len(plan(ranks)), "timing", quiet=quiet) as bar:
+        rows = [row for kind in kinds for row in weak_scaling(*kind, ranks, rounds, bar.update)]
     cells = [
         [r["model"], r["recipe"], str(r["ranks"]), str(r["stage"]), f"{r['step_ms']:.1f}", f"{r['tokens_per_s']:,.0f}",
          f"{100 * r['efficiency']:.0f} %"] for r in rows

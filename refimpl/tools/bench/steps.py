@@ -30,6 +30,7 @@ from refimpl.training.columns import table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.machine import processor
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.setup import start
 
 MODELS: dict[str, dict[str, int]] = {
@@ -76,16 +77,31 @@ def timed(f: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def alternating(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+Tick = Callable[[], object]
+"""A callback after each round of what is timed, outside of the times."""
+
+
+def no_tick() -> None:
+    """Do nothing after a round."""
+
+
+def alternating(fs: Sequence[Callable[[], Any]], rounds: int, tick: Tick = no_tick) -> list[float]:
     """Return the median time of each function, all called in turn after a warm-up."""
     for f in fs:
         for _ in range(WARM_UP):
             f()
-    times = [[timed(f) for f in fs] for _ in range(rounds)]
+    return _medians(lambda: [timed(f) for f in fs], rounds, tick)
+
+
+def _medians(one_round: Callable[[], list[float]], rounds: int, tick: Tick) -> list[float]:
+    times = []
+    for _ in range(rounds):
+        times.append(one_round())
+        tick()
     return [median(column) for column in zip(*times, strict=True)]
 
 
-def alternating_with_rests(fs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+def alternating_with_rests(fs: Sequence[Callable[[], Any]], rounds: int, tick: Tick = no_tick) -> list[float]:
     """Return median times as `alternating`, with a rest before each timed call and, if calls are short, one to wake threads."""
 
     def awake(f: Callable[[], Any]) -> Callable[[], Any]:
@@ -99,8 +115,7 @@ def alternating_with_rests(fs: Sequence[Callable[[], Any]], rounds: int) -> list
         wake()
         return timed(f)
 
-    times = [[rested(*pair) for pair in zip(fs, wake_up, strict=True)] for _ in range(rounds)]
-    return [median(column) for column in zip(*times, strict=True)]
+    return _medians(lambda: [rested(*pair) for pair in zip(fs, wake_up, strict=True)], rounds, tick)
 
 
 def gemm_floor(sizes: dict[str, int], rounds: int, vocab_size: int = 256) -> float:
@@ -145,7 +160,7 @@ def gemm_floor(sizes: dict[str, int], rounds: int, vocab_size: int = 256) -> flo
 # ---------------------------------------------------------------------------------------------------- tables
 
 
-def against_torch(models: Sequence[str], recipes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+def against_torch(models: Sequence[str], recipes: Sequence[str], rounds: int, tick: Tick) -> list[dict[str, Any]]:
     """Time refimpl and PyTorch: one row per model and recipe, times in ms. Errors: UsageError without torch."""
     from refimpl.tools.bench.pytorch import Theirs, variants
 
@@ -155,7 +170,7 @@ def against_torch(models: Sequence[str], recipes: Sequence[str], rounds: int) ->
         for recipe in recipes:
             ours = Ours(MODELS[model], recipe)
             theirs = [Theirs(MODELS[model], recipe, variant, ours.batch) for variant in variants(recipe)]
-            mine, *their_times = alternating_with_rests([ours.step, *(t.step for t in theirs)], rounds)
+            mine, *their_times = alternating_with_rests([ours.step, *(t.step for t in theirs)], rounds, tick)
             best = min(their_times)
             rows.append({
                 "model": model, "recipe": recipe, "ours_ms": 1e3 * mine, "torch_ms": 1e3 * best,
@@ -166,13 +181,13 @@ def against_torch(models: Sequence[str], recipes: Sequence[str], rounds: int) ->
     return rows
 
 
-def alone(models: Sequence[str], recipes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+def alone(models: Sequence[str], recipes: Sequence[str], rounds: int, tick: Tick) -> list[dict[str, Any]]:
     """Time refimpl only: one row per model and recipe."""
     rows = []
     for model in models:
         floor = gemm_floor(MODELS[model], rounds)
         for recipe in recipes:
-            (mine,) = alternating([Ours(MODELS[model], recipe).step], rounds)
+            (mine,) = alternating([Ours(MODELS[model], recipe).step], rounds, tick)
             rows.append({"model": model, "recipe": recipe, "ours_ms": 1e3 * mine, "gemm_floor_ms": 1e3 * floor,
                          "over_floor": mine / floor, "ours_peak_mib": peak_of("numpy", model, recipe)})  # fmt: skip
     return rows
@@ -202,7 +217,7 @@ def print_peak(side: str, model: str, recipe: str) -> None:
     print(memory[1] / 2**20 if memory else math.nan)
 
 
-def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:
+def profile(model: str, recipe: str, rounds: int, tick: Tick = no_tick) -> list[dict[str, Any]]:
     """Return ms per step of each operation, forward and backward, and of the rest, the largest first."""
     ours = Ours(MODELS[model], recipe)
     spent: dict[str, float] = defaultdict(float)
@@ -225,7 +240,10 @@ def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:
     for _ in range(WARM_UP):
         ours.step()
     spent.clear()
-    total = sum(timed(ours.step) for _ in range(rounds))
+    total = 0.0
+    for _ in range(rounds):
+        total += timed(ours.step)
+        tick()
     spent["everything else"] = total - sum(spent.values())
     return [
         {"what": name, "ms": 1e3 * seconds / rounds, "share": seconds / total}
@@ -233,15 +251,18 @@ def profile(model: str, recipe: str, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def scaling(recipe: str, rounds: int) -> list[dict[str, Any]]:
+GROWING = {"batch_size": (4, 8, 16, 32, 64), "block_size": (32, 64, 128, 256), "n_layer": (2, 4, 8, 16)}
+"""The sizes of `scaling`, and their values."""
+
+
+def scaling(recipe: str, rounds: int, tick: Tick) -> list[dict[str, Any]]:
     """Return microseconds per token as one size grows and the others stay those of the small model."""
     rows = []
-    for name, values in (("batch_size", (4, 8, 16, 32, 64)), ("block_size", (32, 64, 128, 256)), ("n_layer", (2, 4, 8, 16))):
-        for value in values:
-            sizes = {**MODELS["small"], name: value}
-            (seconds,) = alternating([Ours(sizes, recipe).step], rounds)
-            tokens = sizes["batch_size"] * sizes["block_size"]
-            rows.append({"size": name, "value": value, "us_per_token": 1e6 * seconds / tokens})
+    for name, value in ((name, value) for name, values in GROWING.items() for value in values):
+        sizes = {**MODELS["small"], name: value}
+        (seconds,) = alternating([Ours(sizes, recipe).step], rounds, tick)
+        tokens = sizes["batch_size"] * sizes["block_size"]
+        rows.append({"size": name, "value": value, "us_per_token": 1e6 * seconds / tokens})
     return rows
 
 
@@ -249,9 +270,17 @@ def scaling(recipe: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def bench(
-    what: str = "alone", models: str = "small,medium", recipes: str = "fp32,bf16,fp16", rounds: int = 15, as_json: bool = False
+    what: str = "alone",
+    models: str = "small,medium",
+    recipes: str = "fp32,bf16,fp16",
+    rounds: int = 15,
+    as_json: bool = False,
+    quiet: bool = False,
 ) -> None:
-    """Run the `bench` command. Errors: UsageError for an unknown model or recipe, or too few rounds."""
+    """Run the `bench` command. quiet: show no progress.
+
+    Errors: UsageError for an unknown model or recipe, or too few rounds.
+    """
     where, chosen, kinds = machine(), models.split(","), recipes.split(",")
     for name in chosen:
         if name not in MODELS:
@@ -260,12 +289,14 @@ def bench(
         raise UsageError(f"--rounds is {rounds}: it must be at least 1")
     for recipe in kinds:
         Config.of({"recipe": recipe})
-    rows = {
-        "alone": lambda: alone(chosen, kinds, rounds),
-        "torch": lambda: against_torch(chosen, kinds, rounds),
-        "profile": lambda: profile(chosen[0], kinds[0], rounds),
-        "scaling": lambda: scaling(kinds[0], rounds),
-    }[what]()
+    timings = {"profile": 1, "scaling": sum(map(len, GROWING.values()))}.get(what, len(chosen) * len(kinds))
+    with ProgressBar(timings * rounds, "step", quiet=quiet) as bar:
+        rows = {
+            "alone": lambda: alone(chosen, kinds, rounds, bar.update),
+            "torch": lambda: against_torch(chosen, kinds, rounds, bar.update),
+            "profile": lambda: profile(chosen[0], kinds[0], rounds, bar.update),
+            "scaling": lambda: scaling(kinds[0], rounds, bar.update),
+        }[what]()
     if as_json:
         print(json_text({"machine": where, "rounds": rounds, "rows": rows}))
         return

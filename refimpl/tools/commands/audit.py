@@ -24,6 +24,7 @@ from typing import Any
 from refimpl.errors import UsageError, one_line
 from refimpl.tools.python_program import check_program, run_python
 from refimpl.training.arguments import Parser
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.run_folder import numbered
 
 OUT = Path("runs/audit")
@@ -37,6 +38,7 @@ def parser() -> Parser:
     add("--steps", type=int, default=4, metavar="N", help="how many of the first steps to audit (default: 4)")
     add("--every", type=int, default=100, metavar="N", help="then audit one step in N (default: 100)")
     add("--out", type=Path, metavar="FOLDER", help=f"where to write the report (default: {OUT}, or the next free number)")
+    result.add_quiet()
     add("--overwrite", action="store_true", help="replace the report in FOLDER")
     add("--demo", action="store_true", help="audit a small training with three mistakes in it")
     add("--replay", type=Path, metavar="FILE", help="judge the operations once more that the audit of FILE has kept")
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--{flag} takes no script")
     if arguments.replay:
         need_torch()
-        return replay(arguments.replay)
+        return replay(arguments.replay, arguments.quiet)
     if not arguments.words:
         raise UsageError("name a script, or -m and a module, or --demo; see --help")
     if arguments.steps < 0 or arguments.every < 1:
@@ -78,15 +80,16 @@ def run(arguments: argparse.Namespace) -> int:
     check_program(arguments.words[0], arguments.is_module)
     need_torch()
     folder = folder_for(arguments.out, arguments.overwrite)
-    return audit_program(arguments.words, arguments.is_module, arguments.steps, arguments.every, folder)
-
-
-def audit_program(words: list[str], is_module: bool, steps: int, every: int, folder: Path) -> int:
-    """Run a program under the audit and write the report. Return the exit code."""
-    from refimpl.parity.audit.finding import is_serious
     from refimpl.parity.audit.program import ProgramAudit
 
-    program = ProgramAudit(steps, every, say)
+    program = ProgramAudit(arguments.steps, arguments.every, (lambda line: None) if arguments.quiet else say)
+    return audit_program(arguments.words, arguments.is_module, program, folder)
+
+
+def audit_program(words: list[str], is_module: bool, program: Any, folder: Path) -> int:
+    """Run a program under a `ProgramAudit` and write the report. Return the exit code."""
+    from refimpl.parity.audit.finding import is_serious
+
     code = run_python(words[0], is_module, words[1:], program)
     if program.audit is None or not program.audit.audited:
         with suppress(OSError):
@@ -98,7 +101,7 @@ def audit_program(words: list[str], is_module: bool, steps: int, every: int, fol
     return code or int(found)
 
 
-def replay(path: Path) -> int:
+def replay(path: Path, quiet: bool = False) -> int:
     """Judge the operations once more that an audit has kept, and print the verdicts. Return the exit code."""
     from refimpl.parity.audit.finding import is_serious
     from refimpl.parity.audit.report.replay import load_audit, replay_lines, replayed
@@ -107,10 +110,13 @@ def replay(path: Path) -> int:
     rests = {found["replay"]: found for found in reversed(data["findings"])}
     names = {name: f"{found['code']} {found['name']}: {found['number']}" for name, found in rests.items()}
     found_again = False
-    for one in replayed(data, tensors):
-        name, finding = one.kept["id"], rests.get(one.kept["id"])
-        print("\n".join(replay_lines(one, names.get(name, "the worst of its kind"))))
-        found_again = found_again or one.is_serious or (finding is not None and is_serious(finding["level"]) and one.reproduced)
+    with ProgressBar(sum(not kept["skipped"] for kept in data["replays"]), "operation", quiet=quiet, stays=False) as bar:
+        for one in replayed(data, tensors):
+            name, finding = one.kept["id"], rests.get(one.kept["id"])
+            bar.write("\n".join(replay_lines(one, names.get(name, "the worst of its kind"))))
+            bar.update()
+            serious = finding is not None and is_serious(finding["level"]) and one.reproduced
+            found_again = found_again or one.is_serious or serious
     for kept in data["replays"]:
         if kept["skipped"]:
             print(f"{names.get(kept['id'], 'the worst of its kind')}\n  {kept['name']} was not kept: {kept['skipped']}")

@@ -38,7 +38,8 @@ def parser() -> Parser:
     recipes = "recipes, with commas between them (default: fp32,bf16,fp16)"
     result.add_argument("--recipes", type=some_of(RECIPES), default="fp32,bf16,fp16", metavar="NAME,...", help=recipes)
     result.add_argument("--rounds", type=int, default=15, metavar="N", help="steps timed (default: 15)")
-    result.add_argument("--json", action="store_true", dest="as_json", help="print it as data")
+    result.add_argument("--json", action="store_true", dest="as_json", help="print the figures as JSON")
+    result.add_quiet()
     return result
 
 
@@ -47,7 +48,8 @@ def run(arguments: dict[str, Any]) -> None:
     kinds = {"torch": arguments.pop("against"), "profile": arguments.pop("profile"), "scaling": arguments.pop("scaling")}
     ranks = arguments.pop("ranks")
     if ranks is not None:
-        text, rows = show(arguments["models"].split(","), arguments["recipes"].split(","), ranks, arguments["rounds"])
+        names = arguments["models"].split(","), arguments["recipes"].split(",")
+        text, rows = show(*names, ranks, arguments["rounds"], arguments["quiet"])
         print(json_text(rows) if arguments["as_json"] else text)
         return
     if arguments.pop("smoke"):

@@ -76,12 +76,13 @@ def parser() -> Parser:
     other.add_argument("--zero-table", action="store_true", help="print table 1 of the ZeRO paper")
     other.add_argument("--measure", action="store_true", help="train a small model and compare its arrays with the formulas")
     other.add_argument("--json", action="store_true", dest="as_json", help="print the data as JSON")
+    result.add_quiet()
     return result
 
 
 def run(arguments: dict[str, Any]) -> int:
     """Print what the flags ask for. Return the exit code. Errors: UsageError for flags that do not go together."""
-    as_json = arguments.pop("as_json", False)
+    as_json, quiet = arguments.pop("as_json", False), arguments.pop("quiet", False)
     asked = [name for name in ("conventions", "zero_table", "measure") if arguments.pop(name, False)]
     if len(asked) > 1:
         raise UsageError(f"--{asked[0].replace('_', '-')} and --{asked[1].replace('_', '-')} exclude each other: give one")
@@ -89,7 +90,7 @@ def run(arguments: dict[str, Any]) -> int:
         for name in ("params", "preset", "hf", "convention", "zero", "ranks", "vocab_size"):
             if name in arguments:
                 raise UsageError(f"--measure trains a model of this project: --{name.replace('_', '-')} does not apply")
-        return measure_model(arguments, as_json)
+        return measure_model(arguments, as_json, quiet)
     if asked:
         if arguments:
             raise UsageError(f"--{asked[0].replace('_', '-')} takes no other flag but --json")

@@ -11,19 +11,25 @@ from refimpl.training.cli import main as run_program
 from refimpl.errors import UsageError, unknown
 from refimpl.parity.mistakes import MISTAKES, listing
 from refimpl.training.arguments import Parser, one_of
+from refimpl.training.progress_bar import ProgressBar
 
 
-def run(names: list[str] | None) -> None:
-    """Print the list, or the table of some mistakes or of all. Errors: UsageError for an unknown name."""
-    if names is None:
+def run(table: list[str] | None, quiet: bool = False) -> None:
+    """Print the list, or the table of some mistakes (of all: []). quiet: show no progress.
+
+    Errors: UsageError for an unknown name.
+    """
+    if table is None:
         print(listing())
         return
-    for name in names:
+    for name in table:
         if name not in MISTAKES:
             raise UsageError(unknown("mistake", name, MISTAKES))
-    from refimpl.parity.mistake_table import table
+    from refimpl.parity import mistake_table
 
-    table(names or MISTAKES, lambda line: print(line, flush=True))
+    names = table or [*MISTAKES]
+    with ProgressBar(mistake_table.count(names), "run", quiet=quiet) as bar:
+        mistake_table.table(names, bar.write, bar.update)
 
 
 def parser() -> Parser:
@@ -31,9 +37,10 @@ def parser() -> Parser:
     result = Parser(description=__doc__)
     judged = "judge runs with these mistakes, or with all, which takes ten minutes"
     result.add_argument("--table", type=one_of(MISTAKES), nargs="*", metavar="NAME", help=judged)
+    result.add_quiet()
     return result
 
 
 def main() -> None:
     """Run the command and exit."""
-    run_program(lambda: run(parser().parse_args().table))
+    run_program(lambda: run(**vars(parser().parse_args())))

@@ -23,6 +23,7 @@ from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.flags import HELP, add_config_flags, refuse_unused
 from refimpl.training.outputs import target
+from refimpl.training.progress_bar import ProgressBar
 
 DEFAULTS: dict[str, Any] = {
     "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 4, "warmup": 1,
@@ -38,20 +39,23 @@ def parser() -> Parser:
     add_config_flags(recording, [name for name in HELP if name not in FOR_LONG_RUNS], DEFAULTS)
     recording.add_argument("--like", type=Path, metavar="TRACE", help="use the initial weights and the batches of TRACE")
     recording.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace to write")
+    recording.add_quiet()
     difference = commands.add_parser("diff", help="judge trace B by the recipe of trace A")
     difference.add_argument("a", type=Path, metavar="A", help="the trace whose recipe decides")
     difference.add_argument("b", type=Path, metavar="B", help="the trace to judge")
     difference.add_argument("--json", type=Path, metavar="FILE", help="write the verdict")
     difference.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
+    difference.add_quiet()
     return result
 
 
 def run(arguments: dict[str, Any]) -> int:
     """Record a trace, or compare two. Return the exit code."""
+    quiet = arguments.pop("quiet")
     if arguments.pop("command") == "diff":
         path = arguments["json"]
         file = target("--json", path, path, arguments["overwrite"]) if path else None
-        verdict = diff_traces(load(arguments["a"]), load(arguments["b"]))
+        verdict = diff_traces(load(arguments["a"]), load(arguments["b"]), quiet)
         if file:
             file.write_text(json_text(verdict) + "\n")
         return EXIT_CODES[verdict["verdict"]]
@@ -64,7 +68,8 @@ def run(arguments: dict[str, Any]) -> int:
     if source:
         source, notes = checked(source, config.make_model())
         print("\n".join(notes), end="\n" if notes else "")
-    trace = record(config, source)
+    with ProgressBar(config.steps, "step", quiet=quiet) as bar:
+        trace = record(config, source, bar.update)
     save(out, trace)
     print(f"{out}: {len(trace.steps)} steps, {len(trace.tensors)} tensors")
     return 0

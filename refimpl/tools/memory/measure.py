@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import tracemalloc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from refimpl.training.activation_memory import Row, Term, against_paper, moments
 from refimpl.training.columns import table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.setup import Training, start
 
 STEPS = 3
@@ -65,15 +66,18 @@ class Measurement:
         return [f"{name}: {line.what}" for name, lines in self.sections.items() for line in lines if line.verdict != "equal"]
 
 
-def measure_model(given: dict[str, Any], as_json: bool) -> int:
-    """Train, measure and print. given: fields of `Config`. Return 0 if every prediction is equal to the byte, else 1.
+def measure_model(given: dict[str, Any], as_json: bool, quiet: bool = False) -> int:
+    """Train, measure and print. given: fields of `Config`. quiet: show no progress.
+
+    Return 0 if every prediction is equal to the byte, else 1.
 
     Errors: UsageError for fields that `Config.of` refuses, and for another backend than numpy.
     """
     config = Config.of({"steps": STEPS, **given})
     if config.backend != "numpy":
         raise UsageError(f"--backend {config.backend}: only numpy can be measured, whose arrays are in the process's memory")
-    result = measure_run(config)
+    with ProgressBar(config.steps + 2, "step", quiet=quiet) as bar:
+        result = measure_run(config, bar.update)
     print(json_text(_data(result)) if as_json else _text(result))
     return 1 if result.wrong else 0
 
@@ -81,18 +85,24 @@ def measure_model(given: dict[str, Any], as_json: bool) -> int:
 # ------------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure_run(config: Config) -> Measurement:
-    """Train for `config.steps` steps, then measure the states and a tape, and the peak memory of a step of a new run."""
+def measure_run(config: Config, tick: Callable[[], object] = lambda: None) -> Measurement:
+    """Train for `config.steps` steps, then measure the states and a tape, and the peak memory of a step of a new run.
+
+    tick: callback after each step, after the tape, and after the step of the new run.
+    """
     steps = list(batches_of(config, None))
     before = process_memory()
     training = start(config)
     for batches in steps:
         training.step(batches)
+        tick()
     after = process_memory()
     sections = {"model states": state_lines(config, training), **tape_lines(config, training, steps[-1][0])}
+    tick()
     held = {name: sum(line.measured for line in lines) for name, lines in sections.items()}
     measured = held["model states"] + held["copies of weights"] + max(held["activations"], held.get(AGAIN, 0))
     traced = traced_peak(config, steps[-1])
+    tick()
     only = [
         ("peak memory of one step", traced, "arrays and Python objects of a second run, counted by tracemalloc"),
         ("temporary buffers", traced - measured, "this peak minus all of the above; includes Python objects"),

@@ -26,6 +26,7 @@ from refimpl.parity.audit.found import Models
 from refimpl.parity.audit.program import ProgramAudit
 from refimpl.parity.audit.session import Audit
 from refimpl.tools.commands.audit import DEMO, arguments_of, audit_program, folder_for, main
+from refimpl.tools.commands.audit import run as run_audit
 from refimpl.tools.python_program import check_program, run_python
 
 START = """
@@ -383,12 +384,25 @@ def test_folders_are_numbered_and_not_replaced() -> None:
         folder_for(Path("file"), False)
 
 
+def test_slow_audited_steps_are_reported_as_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refimpl.parity.audit.program.SLOW", 0.0)
+    _, _, said = audited(PLAIN, every=5)
+    assert said[1:] == [f"step {number} was audited, in 0 s" for number in (1, 2, 3, 5)]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_leaves_out_what_was_found(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.py").write_text(START + PLAIN, encoding="utf-8")
+    assert run_audit(arguments_of([*["--quiet"] * quiet, "train.py"])) == 0
+    assert ("found Sequential" in capsys.readouterr().err) != quiet
+
+
 def test_no_training_is_no_good_news(capsys: pytest.CaptureFixture[str]) -> None:
     Path("train.py").write_text("print('hello')", encoding="utf-8")
-    assert audit_program(["train.py"], False, 4, 100, folder_for(Path("out"), False)) == 2
+    assert audit_program(["train.py"], False, ProgramAudit(), folder_for(Path("out"), False)) == 2
     assert "no optimizer of torch.optim with parameters of a module made a step" in capsys.readouterr().err
     Path("train.py").write_text(START + PLAIN, encoding="utf-8")
-    assert audit_program(["train.py"], False, 0, 100, folder_for(Path("out"), False)) == 2
+    assert audit_program(["train.py"], False, ProgramAudit(steps=0), folder_for(Path("out"), False)) == 2
     assert "6 steps ended, and --steps and --every chose none of them" in capsys.readouterr().err
     assert not Path("out").exists()
     with pytest.raises(UsageError):
