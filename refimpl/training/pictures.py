@@ -43,6 +43,15 @@ def legend_beside(axes: Any, **style: Any) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **style)
 
 
+def log_in_plain_numbers(axes: Any) -> None:
+    """Make the vertical axis logarithmic, with labels such as 0.5 and 200 in place of powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a figure as a PNG."""
     figure.savefig(path, format="png", dpi=110)

@@ -11,7 +11,7 @@ from refimpl.errors import UsageError
 from refimpl.training.checkpoint import write_atomically
 from refimpl.training.metrics import Metrics, read_metrics
 from refimpl.training.palette import BLUE, CYCLE, GRAY, GREEN, ORANGE, RED
-from refimpl.training.pictures import legend_beside, new_figure, save
+from refimpl.training.pictures import legend_beside, log_in_plain_numbers, new_figure, save
 from refimpl.training.run_folder import PICTURE
 
 SIZE = (9.0, 7.5)
@@ -51,8 +51,6 @@ def draw_runs(figure: Any, runs: Mapping[str, Metrics], axis: str, unit: str) ->
     for name, log in runs.items():
         if any(axis not in row for rows in log for row in rows):
             raise UsageError(f"the log of {name} has no {axis}: it is from an earlier version, so draw it by step")
-    from matplotlib.ticker import LogFormatter
-
     panels = top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     for i, (name, log) in enumerate(runs.items()):
         color = CYCLE[i % len(CYCLE)]
@@ -65,9 +63,7 @@ def draw_runs(figure: Any, runs: Mapping[str, Metrics], axis: str, unit: str) ->
     legend_beside(top)
     middle.set_ylabel("gradient norm")
     if any(y > 0 for line in middle.lines for y in line.get_ydata()):
-        middle.set_yscale("log")
-        middle.yaxis.set_major_formatter(LogFormatter())
-        middle.yaxis.set_minor_formatter(LogFormatter())
+        log_in_plain_numbers(middle)
     bottom.set_ylabel("loss scale")
     bottom.set_yscale("log", base=2)
     bottom.set_xlabel(axis)

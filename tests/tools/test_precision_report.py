@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import browse, measured, needs_browser
-from pages import MADE
+from pages import MADE, SCRIPTS
 from paths import ROOT
 from script_loader import load_script, run_here
 
@@ -63,7 +63,7 @@ from refimpl.tools.precision_report.verdicts import verdicts_of
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.html.figures import Picture
-from refimpl.training.html.style import CSS, SORT
+from refimpl.training.html.style import CSS, OF_SCREEN
 from refimpl.training.machine import processor
 from refimpl.training.run import train
 
@@ -472,8 +472,8 @@ def without_origin(text: str) -> str:
 
 
 def complaints(text: str) -> list[str]:
-    """What is wrong with a page: tags, ids that clash or lead nowhere, anything from outside, and scripts other than SORT."""
-    reader = Reader(text.replace(f"<script>{SORT}</script>", ""))
+    """What is wrong with a page: tags, ids that clash or lead nowhere, things from outside, scripts other than SCRIPTS."""
+    reader = Reader(functools.reduce(lambda rest, script: rest.replace(script, ""), SCRIPTS, text))
     ids = reader.attributes("id")
     errors = reader.errors + [f"two of {i}" for i in set(ids) if ids.count(i) > 1]
     used = [link.removeprefix("#") for name in ("href", "xlink:href") for link in reader.attributes(name)]
@@ -585,9 +585,10 @@ def test_the_same_inspection_makes_the_same_page() -> None:
 
 
 def test_every_color_has_one_for_dark_screens() -> None:
-    light, dark = (re.findall(r"(--\w+): (#\w+)", block) for block in re.findall(r":root {.*}", CSS))
-    assert [name for name, _ in light] == [name for name, _ in dark] and len(light) == 6
-    assert not {color for _, color in light} & {color for _, color in dark}
+    light, dark = (re.findall(r"(--[\w-]+): (#\w+)", block) for block in re.findall(r":root {.*}", CSS))
+    assert [name for name, _ in light] == [name for name, _ in dark] and len(light) == 11
+    assert {f"--{name}" for name in OF_SCREEN.values()} <= {name for name, _ in light}
+    assert [name for (name, color), (_, other) in zip(light, dark, strict=True) if color == other] == []
 
 
 # -- the page in a browser ---------------------------------------------------------------------------------------------

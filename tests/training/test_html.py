@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from pages import MADE
+from pages import MADE, SCRIPTS
 
 from refimpl.training.html.page import document, number_in, section, table
 from refimpl.training.html.style import SORT
@@ -46,10 +46,26 @@ def test_text_has_no_number(cell: str) -> None:
     assert math.isnan(number_in(cell))
 
 
-def test_only_tables_that_are_sorted_have_keys_and_bring_the_script() -> None:
+def test_only_tables_that_are_sorted_have_keys_and_a_page_has_the_scripts_of_its_tables() -> None:
     plain, sortable = (table("t", ["name", "share", "word"], ROWS, sortable=which) for which in (False, True))
     assert "data-key" not in plain and re.findall(r'data-key="(.*?)"', sortable) == ["0.57", "12", "1234"]
-    assert ["<script>" in document("t", [section("s", text)], MADE) for text in (plain, sortable)] == [False, True]
+    pages = [document("t", [section("s", text)], MADE) for text in (sortable, plain, "")]
+    assert [[script in page for script in SCRIPTS] for page in pages] == [[True, False], [False, True], [False, False]]
+
+
+def test_columns_of_words_are_marked_and_long_names_can_be_broken() -> None:
+    rows = [["_foreach_norm.Scalar", "a", "-", "1.5"], ["b/c 0.5", "-", "-", "x"]]
+    text = table("t", ["name", "words", "none", "some"], rows)
+    assert re.findall(r"<t[hd]([^>]*)>(?:words|a|-|1.5|x|none|some)<", text) == [
+        ' scope="col" class="words"', ' scope="col"', ' scope="col"', ' class="words"', "", "", ' class="words"', "", ""
+    ]  # fmt: skip
+    assert "_foreach_<wbr/>norm.<wbr/>Scalar" in text and "b/<wbr/>c 0.5" in text and "min-width: 16ch" in text
+
+
+def test_verdicts_are_sorted_by_their_rank() -> None:
+    rows = [["a", "fine"], ["b", "wrong: beyond the bound"], ["c", "2^3"], ["d", "not judged"]]
+    text = table("t", ["name", "verdict"], rows, sortable=True, ranks=("wrong", "note", "fine"))
+    assert re.findall(r"<td([^>]*)>", text) == [' data-key="1"', ' data-key="3"', ' data-key="8"', ""]
 
 
 FAKE = """

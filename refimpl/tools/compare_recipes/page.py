@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import UsageError
-from refimpl.tools.compare_recipes.runs import DEFAULT, PERTURBATIONS, Comparison, RecipeRun, chosen_recipes, compare
+from refimpl.tools.compare_recipes.runs import BASELINE, DEFAULT, PERTURBATIONS, Comparison, RecipeRun, chosen_recipes, compare
 from refimpl.tools.compare_recipes.tables import IS_DIFFERENT, MATTERS_MORE, header, loss_rows, meaning, one_line_of, rows
 from refimpl.training.columns import table as text_table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
-from refimpl.training.html.figures import Picture, as_svg
+from refimpl.training.html.figures import Picture, as_svg, legend_above
 from refimpl.training.html.made import Made, made_now
 from refimpl.training.html.page import document, figures, paragraphs, section, table
 from refimpl.training.init_from import settings_from
@@ -113,26 +114,40 @@ def recipes_page(comparison: Comparison, made: Made) -> str:
             table("All recipes", header(comparison), list(rows(comparison)), sortable=True),
             paragraphs(meaning(comparison)),
         ),
-        section("Loss", paragraphs([LOSS]), figures(_pictures(comparison, "loss")), table(LOSSES, *loss_rows(comparison))),
+        section(
+            "Loss",
+            paragraphs([loss_text(comparison)]),
+            figures(_pictures(comparison, "loss")),
+            table(LOSSES, *loss_rows(comparison)),
+        ),
         section(
             "Difference from FP32", paragraphs([difference_text(comparison)]), figures(_pictures(comparison, "difference"))
         ),
-        section("The recipes", table("The recipes", ["recipe", "summary", "source"], described, words=True)),
+        section("The recipes", table("The recipes", ["recipe", "summary", "source"], described, sentences=True)),
     ]
     config = comparison.runs[0].config
     return document(f"Recipes compared: {config.model}, {comparison.runs[0].n_params:,} parameters", sections, made)
 
 
 LOSSES = "The loss of the batch of a step, before its update:"
-LOSS = "The training loss, smoothed over a tenth of the steps. FP32 is gray in each figure."
+
+
+def loss_text(comparison: Comparison) -> str:
+    """Return the text on the smoothing of the curves."""
+    width = comparison.width
+    mean = f"The training loss, as the mean of the last {width} steps: one step with a large loss shows as {width} of them. "
+    return f"{mean if width > 1 else 'The training loss. '}FP32 is gray in each figure."
 
 
 def difference_text(comparison: Comparison) -> str:
     """Return the text on the bands in the figures of differences."""
+    is_thin = float(comparison.drift_band().max()) < 0.1 * _linear_below(comparison)
+    thin = " Here it is no wider than a line." if is_thin else ""
     return (
-        f"The smoothed loss minus that of FP32 on the same batches; the axis is logarithmic above and below the dark band. "
+        f"The smoothed loss minus that of FP32 on the same batches; the axis is linear up to differences of "
+        f"{_linear_below(comparison):.1g}, and logarithmic beyond. "
         f"The dark band answers: {IS_DIFFERENT} Its width is the difference between FP32 runs on these batches from weights "
-        f"changed in their last bit ({len(comparison.changed)} of them): inside it, a recipe is no different from FP32. "
+        f"changed in their last bit ({len(comparison.changed)} of them): inside it, a recipe is no different from FP32.{thin} "
         f"The light band answers: {MATTERS_MORE} Its width is the difference between FP32 runs with "
         f"{1 + len(comparison.others)} seeds, that is other {comparison.seeded}: inside it, the seed matters more."
     )
@@ -152,7 +167,14 @@ def _pictures(comparison: Comparison, what: str) -> list[Picture]:
         def draw(axes: Any, shown: Any = shown) -> None:
             _draw(axes, comparison, shown, what)
 
-        caption = "; ".join(f"{run.config.recipe} ended: {run.ended}" for run in shown if run.ended)
+        said = [f"{run.config.recipe} ended: {run.ended}." for run in shown if run.ended]
+        top = _top(comparison, what)
+        for run in shown:
+            curve = np.abs(_curve(comparison, run, what))
+            most = float(np.max(curve, initial=0, where=np.isfinite(curve)))
+            if most > top:
+                said.append(f"{run.config.recipe} goes beyond the axis, up to {most:.3g}.")
+        caption = " ".join(said)
         result.append(Picture(f"{what}-{start}", names, f"{what} of {names} by step", caption, as_svg(f"{what}-{start}", draw)))
     return result
 
@@ -170,15 +192,43 @@ def _draw(axes: Any, comparison: Comparison, shown: Any, what: str) -> None:
         bands = (comparison.band(), "#e4e4e4", "fp32, other seeds"), (comparison.drift_band(), "#a8a8a8", "fp32, last bit")
         for band, color, label in bands:
             axes.fill_between(steps(band, comparison.steps), -band, band, color=color, lw=0, label=label)
-    colors = colors_of([run.config.recipe for run in shown])
+    _, *colors = colors_of([BASELINE, *(run.config.recipe for run in shown)])
     for i, (run, color) in enumerate(zip(shown, colors, strict=True)):  # curves may cover each other: later ones are thinner
-        curve = comparison.smooth(run.losses) if what == "loss" else comparison.difference(run)
+        curve = _curve(comparison, run, what)
         axes.plot(steps(curve, len(run.losses)), curve, color=color, lw=3 - 0.5 * i, label=run.config.recipe)
+    top = _top(comparison, what)
     if what == "difference":
-        limit = 4 * float(comparison.band()[-1])  # a run that diverges must not flatten the others
-        axes.set_yscale("symlog", linthresh=max(float(comparison.drift_band()[-1]), 1e-4 * limit))
-        axes.set_ylim(-limit, limit)
+        axes.set_yscale("symlog", linthresh=_linear_below(comparison))
+        axes.set_ylim(-top, top)
+        axes.set_yticks(*_ticks(_linear_below(comparison), top))
+        axes.set_yticks([], minor=True)
+    else:
+        least = np.nanmin([np.nanmin(line.get_ydata()) for line in axes.lines])
+        axes.set_ylim(least - 0.05 * (top - least), min(axes.get_ylim()[1], top))
     axes.set_xlabel("step")
     axes.set_ylabel(f"nats per {comparison.runs[0].unit}")
-    axes.figure.legend(loc="outside upper center", ncols=3, frameon=False, labelspacing=0.2)
+    legend_above(axes)
 
+
+def _curve(comparison: Comparison, run: RecipeRun, what: str) -> np.ndarray:
+    return comparison.smooth(run.losses) if what == "loss" else comparison.difference(run)
+
+
+def _top(comparison: Comparison, what: str) -> float:
+    """Return the end of the vertical axis: a run that diverges must not flatten the others."""
+    if what == "loss":
+        return 1.2 * float(comparison.smooth(comparison.runs[0].losses).max())
+    return 4 * float(comparison.band()[-1])
+
+
+def _linear_below(comparison: Comparison) -> float:
+    """Return the difference up to which the axis of differences is linear."""
+    return max(float(comparison.drift_band()[-1]), 1e-4 * _top(comparison, "difference"))
+
+
+def _ticks(least: float, top: float) -> tuple[list[float], list[str]]:
+    """Return places and labels of ticks: 0 and some powers of ten on both sides, so few that their labels do not touch."""
+    first, last = math.ceil(math.log10(least)), math.floor(math.log10(top))
+    exponents = range(last, first - 1, -max(1, math.ceil((last - first + 1) / 3)))
+    sides = [(sign * 10.0**e, f"${mark}10^{{{e}}}$") for e in exponents for sign, mark in ((-1, "-"), (1, ""))]
+    return [0.0, *(at for at, _ in sides)], ["0", *(label for _, label in sides)]

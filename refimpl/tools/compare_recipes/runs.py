@@ -169,9 +169,14 @@ class Comparison:
         losses = [run.val_loss for run in (self.runs[0], *self.others)]
         return max(losses) - min(losses)
 
+    @property
+    def width(self) -> int:
+        """Return the number of steps that a smoothed loss is the mean of."""
+        return max(1, self.steps // LAST)
+
     def smooth(self, losses: Sequence[float]) -> np.ndarray:
         """Return running means of losses over a tenth of the steps, each at the last step that it includes."""
-        width = min(len(losses), max(1, self.steps // LAST))
+        width = min(len(losses), self.width)
         return np.asarray(np.convolve(losses, np.full(width, 1 / width), "valid"))
 
     def difference(self, run: RecipeRun) -> np.ndarray:

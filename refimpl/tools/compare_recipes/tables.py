@@ -7,7 +7,7 @@ from statistics import median
 
 import numpy as np
 
-from refimpl.tools.compare_recipes.runs import COUNT_EVERY, LAST, Comparison, RecipeRun
+from refimpl.tools.compare_recipes.runs import COUNT_EVERY, Comparison, RecipeRun
 from refimpl.training.console import count
 from refimpl.training.memory_limits import GIB
 
@@ -72,7 +72,7 @@ def _marked(difference: float, comparison: Comparison) -> str:
 
 def meaning(comparison: Comparison) -> list[str]:
     """Return sentences that explain the columns."""
-    baseline, seeds, width = comparison.runs[0], 1 + len(comparison.others), max(1, comparison.steps // LAST)
+    baseline, seeds, width = comparison.runs[0], 1 + len(comparison.others), comparison.width
     more = len(comparison.others) + len(comparison.changed)
     of_loss = f"the mean of the last {width} steps" if width > 1 else "that of the last step"
     return [

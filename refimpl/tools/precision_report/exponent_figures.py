@@ -11,7 +11,7 @@ from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.rounding_effects import HIGHEST, LOWEST, Counts
 from refimpl.tools.precision_report.collect import Inspection
 from refimpl.tools.precision_report.tables import exponents_text, merged, range_sentence, scales, scales_text, totals, zones
-from refimpl.training.html.figures import Picture, as_svg
+from refimpl.training.html.figures import Picture, as_svg, legend_above
 from refimpl.training.palette import BLUE, GRAY, GREEN, ORANGE, PURPLE
 
 LOST, SUBNORMAL, NORMAL = "#f7dcd7", "#e9f1fa", "#c9def2"
@@ -111,7 +111,7 @@ def draw_histogram(axes: Any, fmt: str, kinds: dict[str, Counts], spread: tuple[
     axes.set_xlabel("exponent e of values from $2^e$ to $2^{e+1}$")
     axes.set_ylabel("% of nonzero values")
     if len(kinds) > 1:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
+        legend_above(axes)
 
 
 def _within(binades: np.ndarray, spread: tuple[int, int]) -> np.ndarray:

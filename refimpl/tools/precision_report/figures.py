@@ -13,7 +13,7 @@ from refimpl.tools.precision_report.layer_figures import layer_pictures
 from refimpl.tools.precision_report.sweep_figures import sweep_pictures
 from refimpl.tools.precision_report.tables import loss_sentence, scales, scales_text, skipped_sentence
 from refimpl.tools.precision_report.update_figures import update_pictures
-from refimpl.training.html.figures import Picture, as_svg
+from refimpl.training.html.figures import Picture, as_svg, legend_above
 from refimpl.training.palette import BLUE, RED
 
 SKIPPED = " Such a step updates nothing; a dynamic loss scale is reduced, at once or after several of them."
@@ -57,7 +57,7 @@ def _draw_skipped(axes: Any, rows: Sequence[StepRow], heights: Sequence[float]) 
     marks = [(row.step, height) for row, height in zip(rows, heights, strict=True) if row.skipped]
     if marks:
         axes.plot(*zip(*marks, strict=True), "x", color=RED, ms=8, mew=2, label="skipped step")
-        axes.legend(frameon=False)
+        legend_above(axes)
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
 

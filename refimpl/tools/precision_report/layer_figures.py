@@ -11,10 +11,10 @@ from typing import Any
 from refimpl.errors import UsageError
 from refimpl.numerics.rounding_words import percent
 from refimpl.tools.precision_report.layers import NARROW, TOP, Layer, Operand
-from refimpl.training.html.figures import STYLE, Picture, as_svg
+from refimpl.training.html.figures import STYLE, Picture, as_svg, legend_above
 from refimpl.training.outputs import Target
 from refimpl.training.palette import CYCLE, colors_of
-from refimpl.training.pictures import figure_for_flag
+from refimpl.training.pictures import figure_for_flag, log_in_plain_numbers
 
 PLOT = Path("runs/layers.png")
 
@@ -41,9 +41,9 @@ def draw_layers(figure: Any, layers: Sequence[Layer], title: str) -> None:
     if len(_blocks(layers)) < 2:
         raise UsageError("--plot shows layers: the model needs at least two blocks")
     with matplotlib.rc_context(STYLE):
-        for axes, (_, name, draw, _) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-            draw(axes, layers)
-            axes.set_title(name, fontsize=10)
+        for panel, (_, name, draw, _) in zip(figure.subfigures(2, 2).flat, PANELS, strict=True):
+            panel.suptitle(name, fontsize=10)
+            draw(panel.subplots(), layers)
         figure.suptitle(title, fontsize=11)
 
 
@@ -58,7 +58,7 @@ def _draw_operands(axes: Any, layers: Sequence[Layer], value: Callable[[Operand]
     for i, name in enumerate(names):
         points = [(n, value(one)) for n, layer in enumerate(blocks) for one in layer.inputs if one.name == name]
         axes.plot(*zip(*points, strict=True), ".-", color=CYCLE[i % len(CYCLE)], lw=1.2, ms=4, label=name)
-    _finish(axes, "upper center")
+    _finish(axes)
 
 
 def _draw_effects(axes: Any, layers: Sequence[Layer], value: Callable[[Layer, str], float]) -> None:
@@ -66,27 +66,25 @@ def _draw_effects(axes: Any, layers: Sequence[Layer], value: Callable[[Layer, st
     blocks = _blocks(layers)
     for i, (color, name) in enumerate(zip(colors_of(NARROW), NARROW, strict=True)):  # later lines are thinner, and cover less
         axes.plot([value(layer, name) for layer in blocks], ".-", color=color, lw=5 - 0.8 * i, ms=4, label=name)
-    _finish(axes, "best")
+    _finish(axes)
 
 
-def _finish(axes: Any, where: str) -> None:
+def _finish(axes: Any) -> None:
     axes.set_xlabel("block")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, ncols=2, fontsize=8, loc=where)
+    legend_above(axes)
 
 
 def _draw_peaks(axes: Any, layers: Sequence[Layer]) -> None:
     _draw_operands(axes, layers, lambda one: one.peak)
-    axes.set_yscale("log")
-    axes.set_ylim(top=4 * axes.get_ylim()[1])  # room for the legend
+    log_in_plain_numbers(axes)
     axes.set_ylabel("largest / rms")
 
 
 def _draw_tops(axes: Any, layers: Sequence[Layer]) -> None:
     _draw_operands(axes, layers, lambda one: 100 * one.top)
-    axes.set_ylim(0, 130)  # room for the legend
-    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylim(bottom=0)
     axes.set_ylabel("% of the sum of squares")
 
 

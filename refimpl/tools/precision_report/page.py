@@ -133,8 +133,8 @@ def _reading(inspection: Inspection) -> list[str]:
     config = [[name, "-" if value is None else str(value)] for name, value in asdict(inspection.config).items()]
     return [
         paragraphs([SHARES]),
-        table("What the columns mean", ["column", "meaning"], meanings, words=True),
+        table("What the columns mean", ["column", "meaning"], meanings, sentences=True),
         "<details>\n<summary>The configuration of the run</summary>\n",
-        table("Configuration", ["flag", "value"], config, words=True),
+        table("Configuration", ["flag", "value"], config, sentences=True),
         "</details>\n",
     ]

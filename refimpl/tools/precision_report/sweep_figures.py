@@ -11,7 +11,7 @@ from refimpl.numerics.rounding_words import percent, power
 from refimpl.tools.precision_report.collect import Inspection
 from refimpl.tools.precision_report.exponent_figures import LOST
 from refimpl.tools.precision_report.tables import scales, scales_text
-from refimpl.training.html.figures import Picture, as_svg
+from refimpl.training.html.figures import Picture, as_svg, legend_above
 from refimpl.training.palette import BLACK, GRAY, ORANGE, RED
 
 
@@ -82,7 +82,7 @@ def draw_sweep(axes: Any, inspection: Inspection) -> None:
         if crosses:
             axes.plot(*zip(*crosses, strict=True), "x", color=color, ms=8, mew=2)
     exponents = [math.log2(scale) for scale in scales(inspection.rows) if 0 < scale < math.inf]
-    axes.axvspan(min(exponents) - 0.15, max(exponents) + 0.15, color=GRAY, alpha=0.3, lw=0, label="S of this run")
+    axes.axvspan(min(exponents) - 0.15, max(exponents) + 0.15, fc="none", ec=GRAY, hatch="///", lw=0, label="S of this run")
     if overflowing:
         axes.axvspan(first_overflow - 1, max(overflowing) + 1, color=LOST, lw=0, zorder=0, label="skipped step")
         axes.plot([], [], "x", color=BLACK, mew=2, label="overflow")
@@ -93,8 +93,7 @@ def draw_sweep(axes: Any, inspection: Inspection) -> None:
     axes.set_ylim(-2e-5, 100)
     axes.set_xlabel("$\\log_2$ of the loss scale S")
     axes.set_ylabel("% flushed to zero")
-    legend = {"ncols": 3, "columnspacing": 1.2, "handlelength": 1.2, "labelspacing": 0.2, "frameon": False}
-    axes.figure.legend(loc="outside upper center", **legend)
+    legend_above(axes)
 
 
 def _in_order(layers: Sequence[str]) -> list[str]:
@@ -104,10 +103,10 @@ def _in_order(layers: Sequence[str]) -> list[str]:
 
 
 def _layer_style(layer: str, i: int, n: int) -> tuple[Any, str]:
-    """Return color and marker of a layer; blocks go from dark to light."""
+    """Return color and marker of a layer; blocks go from dark to light, but not so far that a page hides them."""
     import matplotlib
 
-    block = matplotlib.colormaps["viridis"](0.85 * i / max(n - 1, 1)), "."
+    block = matplotlib.colormaps["viridis"](0.3 + 0.4 * i / max(n - 1, 1)), "."
     return {"embedding": (ORANGE, "s"), "head": (RED, "^")}.get(layer, block)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from refimpl.numerics.formats import FORMATS
 from refimpl.numerics.rounding_words import percent
 from refimpl.tools.precision_report.collect import Inspection, StepRow
-from refimpl.training.html.figures import Picture, as_svg
+from refimpl.training.html.figures import Picture, as_svg, legend_above
 from refimpl.training.palette import BLUE, GREEN, RED
 
 
@@ -109,4 +109,4 @@ def _draw_shares(axes: Any, rows: Sequence[StepRow], words: dict[str, str], ylab
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
-    axes.figure.legend(loc="outside upper center", frameon=False, labelspacing=0.2)
+    legend_above(axes)

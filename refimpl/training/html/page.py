@@ -1,6 +1,6 @@
 """Parts of an HTML page that is one file and needs no network and no other file. Functions return text.
 
-A script sorts its tables; without it the page shows all of them.
+A script sorts its tables and says which of them scroll; without it the page shows all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from refimpl.training.html.figures import Picture
 from refimpl.training.html.made import Made
-from refimpl.training.html.style import CSS, SORT
+from refimpl.training.html.style import CSS, HINT, SORT
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def document(title: str, sections: Sequence[Section], made: Made, start: str = "
     """Return the whole page. start: what stands before the first section. more_css: rules that only this page needs."""
     links = "".join(f'<li><a href="#{each.anchor}">{text(each.title)}</a></li>\n' for each in sections)
     body = "".join(f'<section id="{each.anchor}">\n<h2>{text(each.title)}</h2>\n{each.html}</section>\n' for each in sections)
-    script = f"<script>{SORT}</script>\n" if SORTABLE in body else ""
+    script = f"<script>{HINT}{SORT if SORTABLE in body else ''}</script>\n" if BOX in body else ""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -75,34 +75,59 @@ def figures(pictures: Sequence[Picture]) -> str:
     return f'<div class="figures">\n{figures}</div>\n' if figures else ""
 
 
-SORTABLE = '<table class="sortable'
+BOX, SORTABLE = '<div class="scroll"', '<table class="sortable'
+LEAST = 16
+"""The width in characters that longer headings of rows keep, where they are broken into lines for the other columns' sake."""
 
 
 def table(
-    caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False, sortable: bool = False
+    caption: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    sentences: bool = False,
+    sortable: bool = False,
+    ranks: Sequence[str] = (),
 ) -> str:
-    """Return a table in a box that scrolls. words: cells are text, not numbers. sortable: by a click on a heading.
+    """Return a table in a box that scrolls. sentences: the second column has them. sortable: by a click on a heading.
 
     The first cell of a row is its heading; if it is empty, the heading above spans this row too, unless it is sortable.
+    ranks: what cells may begin with that are sorted in this order, the first one as the largest.
     """
-    kinds = " ".join(["sortable"] * sortable + ["text"] * words)
-    head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in heads)
+    kinds = " ".join(["sortable"] * sortable + ["sentences"] * sentences)
+    least = min(LEAST, max(len(row[0]) for row in (heads, *rows)))
+    words = [_is_text([row[i] for row in rows]) for i in range(len(heads))]
+    marks = [f' style="min-width: {least}ch"', *(' class="words"' if each else "" for each in words[1:])]
+    head = "".join(f'<th scope="col"{mark}>{text(cell)}</th>' for cell, mark in zip(heads, marks, strict=True))
     body = []
     for i, row in enumerate(rows):
         span = next((n for n, later in enumerate(rows[i + 1 :], 1) if later[0]), len(rows) - i)
-        heading = f'<th scope="row" rowspan="{span}">{text(row[0])}</th>' if row[0] else ""
-        cells = "".join(f"<td{_key(cell) if sortable else ''}>{text(cell)}</td>" for cell in row[1:])
+        heading = f'<th scope="row" rowspan="{span}">{_breakable(text(row[0]))}</th>' if row[0] else ""
+        cells = "".join(
+            f"<td{mark}{_key(cell, ranks) if sortable else ''}>{text(cell)}</td>"
+            for cell, mark in zip(row[1:], marks[1:], strict=True)
+        )
         body.append(f"<tr>{heading}{cells}</tr>\n")
     return (
-        f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0">\n'
+        f'<p class="hint" hidden>Scroll sideways for more columns:</p>\n'
+        f'{BOX} role="region" aria-label="{escape(caption)}" tabindex="0">\n'
         f"<table{f' class={chr(34)}{kinds}{chr(34)}' if kinds else ''}>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>\n</div>\n"
     )
 
 
-def _key(cell: str) -> str:
-    """Return the attribute by which a cell is sorted, if it begins with a number."""
-    number = number_in(cell)
+def _breakable(name: str) -> str:
+    """Return HTML in which a long name may be broken after its underscores, dots and slashes."""
+    return re.sub(r"([a-z]_|[a-z_]\.|[a-z]/)(?=[a-z_])", r"\1<wbr/>", name, flags=re.IGNORECASE)
+
+
+def _is_text(cells: Sequence[str]) -> bool:
+    """Return whether the cells of a column hold text, and no numbers."""
+    return any(cell not in ("", "-") for cell in cells) and all(math.isnan(number_in(cell)) for cell in cells)
+
+
+def _key(cell: str, ranks: Sequence[str]) -> str:
+    """Return the attribute by which a cell is sorted, if it begins with a number or a rank."""
+    number = next((float(len(ranks) - i) for i, rank in enumerate(ranks) if cell.startswith(rank)), number_in(cell))
     return "" if math.isnan(number) else f' data-key="{number:.6g}"'
 
 

@@ -1,13 +1,13 @@
-"""The style sheet of the pages, and the script that sorts their tables."""
+"""The style sheet of the pages, and the scripts of their tables."""
 
 from __future__ import annotations
 
 CSS = """
 :root { color-scheme: light dark; --text: #1c1c1c; --soft: #5a5a5a; --page: #fff; --band: #f3f4f6; --line: #d4d7dc; \
---shade: #8a9099 }
+--shade: #8a9099; --lost: #f7dcd7; --subnormal: #e9f1fa; --normal: #c9def2; --seeds: #e4e4e4; --last-bit: #a8a8a8 }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e6e6e6; --soft: #a8a8a8; --page: #16181b; --band: #212429; --line: #3a3f46; --shade: #060708 }
-  figure svg { filter: invert(.92) hue-rotate(180deg) }
+  :root { --text: #e6e6e6; --soft: #a8a8a8; --page: #16181b; --band: #212429; --line: #3a3f46; --shade: #060708; \
+--lost: #3d2a27; --subnormal: #1a222a; --normal: #1c2f42; --seeds: #2c3036; --last-bit: #5c626b }
 }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif }
@@ -26,11 +26,12 @@ pre, .scroll, figure svg { border: 1px solid var(--line); border-radius: 6px }
 figure { margin: 0; min-width: 0 }
 figure:only-child { grid-column: 1 / -1; display: grid; gap: 0 1.5rem; align-items: start }
 figure:only-child h3 { grid-column: 1 / -1 }
-figure svg { display: block; width: 100%; height: auto; background: #fff }
+figure svg { display: block; width: 100%; height: auto; fill: var(--text) }
 figcaption { margin-top: .5rem; color: var(--soft); font-size: .9rem }
 .scroll { width: fit-content; max-width: 100%; max-height: 85vh; overflow: auto; margin: 1rem 0 }
 .scroll { background: linear-gradient(to left, var(--page) 40%, transparent) right / 3rem 100% no-repeat local, \
 linear-gradient(to left, var(--shade), transparent) right / .9rem 100% no-repeat scroll }
+.hint { margin: 1rem 0 -.7rem; color: var(--soft); font-size: .9rem }
 table { border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .45rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
 th, td { white-space: nowrap }
@@ -39,24 +40,37 @@ thead th { position: sticky; top: 0; z-index: 2; background: var(--band); border
 th:first-child { position: sticky; left: 0; z-index: 1; border-right: 1px solid var(--line) }
 thead th:first-child { z-index: 3 }
 tbody th { font-weight: normal; background: var(--page) }
-th:first-child, .text td, .text th { text-align: left }
+th:first-child, .words { text-align: left }
 th:first-child { max-width: 24rem; white-space: normal; overflow-wrap: anywhere }
-.text td:nth-child(2) { white-space: normal; min-width: 15rem; max-width: 40rem }
-.sortable td.words { text-align: left }
+.sentences td:nth-child(2) { white-space: normal; min-width: min(15rem, 45vw); max-width: 40rem }
 th button { all: unset; cursor: pointer; text-decoration: underline dotted }
 th button:focus-visible { outline: 2px solid }
 th[aria-sort] button { text-decoration: underline }
 th[aria-sort=descending] button::after { content: " \\2193" }
 th[aria-sort=ascending] button::after { content: " \\2191" }
-@media (max-width: 40rem) {
-  th:first-child { min-width: 7rem; max-width: 40vw }
-}
 @media print {
   .scroll { max-height: none }
 }
-pre { padding: .7rem; overflow-x: auto; background: var(--band) }
+pre { padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; background: var(--band) }
 summary { cursor: pointer }
 """
+
+OF_SCREEN = {
+    "#000000": "text", "#ffffff": "page", "#444444": "soft", "#f7dcd7": "lost", "#e9f1fa": "subnormal", "#c9def2": "normal",
+    "#e4e4e4": "seeds", "#a8a8a8": "last-bit",
+}  # fmt: skip
+"""The colors of figures that are others on dark screens, by name in the style sheet. All colors of data are seen on both."""
+
+HINT = """
+const tell = () => {
+  for (const box of document.querySelectorAll(".scroll"))
+    box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth;
+};
+addEventListener("resize", tell);
+document.addEventListener("toggle", tell, true);
+tell();
+"""
+"""Shows the hint before each table that is wider than its box: now, and when the window or what is unfolded changes."""
 
 SORT = """
 for (const table of document.querySelectorAll("table.sortable")) {

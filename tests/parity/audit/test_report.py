@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from browser import measured, needs_browser
+from pages import SCRIPTS
 from paths import DOCS
 
 pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
@@ -36,7 +37,6 @@ from refimpl.parity.audit.step import View
 from refimpl.parity.audit.values import Twin, Values
 from refimpl.parity.audit.verdict import LEVELS
 from refimpl.parity.mistakes import MISTAKES
-from refimpl.training.html.style import SORT
 
 
 class Loop:
@@ -375,7 +375,7 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     page = Page(text)
     assert text == audit_page(data)
     assert [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe")] == ["script"] and "http" not in text
-    assert f"<script>{SORT}</script>" in text
+    assert SCRIPTS[0] in text
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     sections = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
     assert sections == ["findings", "recipe", "operations", "casts", "coverage", "flags-in-force"]

@@ -9,6 +9,7 @@ from refimpl.parity.audit.finding import is_serious
 from refimpl.parity.audit.report import wording
 from refimpl.parity.audit.report.casts_part import casts_section
 from refimpl.parity.audit.report.recipe_part import recipe_section
+from refimpl.parity.audit.verdict import LEVELS
 from refimpl.training.html.made import Made
 from refimpl.training.html.page import Section, document, paragraphs, section, table, text
 
@@ -97,12 +98,13 @@ def _operations(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "operation", "verdict", "formats", "phase", "error / bound", "correctly rounded", "excess", "bits", "results",
         "elements", "compared", "definition", "worst at",
     )  # fmt: skip
-    parts = [
-        paragraphs([OPERATIONS]),
-        table("The worst operations", heads, [_operation(row) for row in rows[:WORST]], words=True, sortable=True),
-    ]
+
+    def of(caption: str, chosen: Sequence[Mapping[str, Any]]) -> str:
+        return table(caption, heads, [_operation(row) for row in chosen], sentences=True, sortable=True, ranks=LEVELS)
+
+    parts = [paragraphs([OPERATIONS]), of("The worst operations", rows[:WORST])]
     if len(rows) > WORST:
-        every = table("All operations", heads, [_operation(row) for row in rows], words=True, sortable=True)
+        every = of("All operations", rows)
         parts.append(f"<details>\n<summary>All {len(rows)} kinds of operations</summary>\n{every}</details>\n")
     return parts
 
@@ -144,7 +146,7 @@ def _flags(data: Mapping[str, Any]) -> list[str]:
     ran = ", ".join(f"{name} {value}" for name, value in data["versions"].items())
     return [
         paragraphs([f"Ran on {ran}."]),
-        table("Flags", ("flag", "meaning", "value"), rows, words=True) if rows else "",
+        table("Flags", ("flag", "meaning", "value"), rows, sentences=True) if rows else "",
     ]
 
 

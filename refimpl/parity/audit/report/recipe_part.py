@@ -11,6 +11,7 @@ from refimpl.training.html.page import paragraphs, table
 EXPLAINED = """\
 Read off the last audited step, in the words of refimpl's own recipes: which format each operation reads, sums in and \
 writes, how each state is stored, and how the loss is scaled."""
+HEADS = ("operation", "where", "inputs", "sums", "output", "places")
 
 
 def recipe_section(recipe: Mapping[str, Any]) -> list[str]:
@@ -23,7 +24,7 @@ def recipe_section(recipe: Mapping[str, Any]) -> list[str]:
     states = [[s["kind"], s["encoding"] or s["format"], wording.amount(s["bytes"])] for s in recipe["states"]]
     return [
         paragraphs([f"Nearest: {recipe['sentence']}.{also}", EXPLAINED]),
-        table("Operations of the recipe", ("operation", "where", "inputs", "sums", "output", "places"), operations, words=True),
+        table("Operations of the recipe", HEADS, operations, sentences=True),
         table("States", ("state", "stored as", "bytes"), states),
         paragraphs([f"Loss scale: {recipe['loss_scale']['text']}."]),
     ]
