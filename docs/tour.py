@@ -12,8 +12,8 @@
 # # A tour of mixed precision
 #
 # What a number format can hold, one cast by hand, the four steps of a training in FP16, a loss scale that collapses and
-# recovers, and what masters are for: with [refimpl](../README.md), in NumPy, in half a minute. Needs `pip install
-# '.[docs]'`. The same names are described in [library.md](library.md). The numbers in the text are those that the cells
+# recovers, and what masters are for: with [refimpl](../README.md), in NumPy, in half a minute. It needs `pip install
+# '.[docs]'`. [library.md](library.md) describes the same names. The numbers in the text are those that the cells
 # print.
 
 # %%
@@ -33,8 +33,8 @@ COLORS = {name: FORMAT_COLORS[name] for name in ("fp32", "fp16", "bf16", "e4m3",
 # %% [markdown]
 # ## 1. Formats
 #
-# A format is a few facts: how many bits are exponent and how many are fraction. The exponent bits give the range, the
-# fraction bits the precision.
+# A format is described by a few numbers, above all how many bits are exponent and how many are fraction. The exponent
+# bits give the range, the fraction bits the precision.
 
 # %%
 for name in COLORS:
@@ -44,8 +44,8 @@ for name in COLORS:
 
 # %% [markdown]
 # FP16 ends at `65504`; below `2^-14` it loses precision bit by bit, and below half of `2^-24` everything becomes zero.
-# BF16 has the range of FP32, and 8 times the error of FP16. The figure measures it: the largest relative error of
-# `cast`, for random numbers of each power of two.
+# BF16 has the range of FP32, and 8 times the error of FP16. The figure shows the largest relative error of `cast`, for
+# random numbers between consecutive powers of two.
 
 # %%
 rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ for name, color in COLORS.items():
     error = np.where(np.isfinite(y), np.abs(y - x) / x, np.nan).max(1)
     if name != "fp32":  # a cast from FP32 to FP32 has no error
         axes.semilogy(exponents, np.where(error > 0, error, np.nan), ".-", base=2, color=color, label=name)
-axes.set(xlabel="log2 of the number", ylabel="largest relative error", title="1 means: it became zero. No line: it overflowed")
+axes.set(xlabel="log2 of the number", ylabel="largest relative error", title="1: the number became zero. No line: it overflowed")
 axes.legend(loc="center left")
 figure.tight_layout()
 plt.show()
@@ -67,8 +67,8 @@ plt.show()
 # ## 2. One cast by hand
 #
 # 0.1 lies between 2^-4 and 2^-3. There, two FP16 numbers are 2^-4 / 2^10 apart, since FP16 has 10 fraction bits. In
-# this unit (*ulp*, unit in the last place) 0.1 is `1638.4`, and the nearest whole number is `1638`. That is all: the
-# FP16 number is 1638 units, `0.0999755859375`.
+# this unit (*ulp*, unit in the last place) 0.1 is `1638.4`, and the nearest whole number is `1638`. So the FP16 number
+# is 1638 units, `0.0999755859375`.
 
 # %%
 x = 0.1
@@ -92,9 +92,9 @@ with np.errstate(over="ignore"):
 print(f"{equal.sum()} of {equal.size} random FP32 numbers: equal to cast")
 
 # %% [markdown]
-# A function of four lines rounds as `cast` does, `1000000` times of `1000000`. (A test compares `cast` with PyTorch for
-# every FP32 number.) In the staircase, ties show: `2049` lies in the middle of two FP16 numbers and becomes `2048`,
-# whose last fraction bit is even; `2051` becomes `2052`.
+# A function of four lines rounds as `cast` does in `1000000` of `1000000` cases. (A test compares `cast` with PyTorch
+# for every FP32 number.) The staircase below shows ties: `2049` lies midway between two FP16 numbers and becomes
+# `2048`, whose last fraction bit is even; `2051` becomes `2052`.
 
 # %%
 x = np.linspace(2044, 2064, 2001, dtype=np.float32)
@@ -114,8 +114,8 @@ plt.show()
 # %% [markdown]
 # ## 3. The four steps
 #
-# A small GPT learns a few lines. `make_training` holds all that a step takes: FP32 masters, FP16 weights and gradients,
-# moments of Adam, a loss scale S. A step can be made by hand:
+# A small GPT learns a few lines of text. `make_training` returns all that a step needs: FP32 masters, FP16 weights and
+# gradients, Adam's moments, and a loss scale S. A step can be made by hand:
 
 # %%
 TEXT = b"""Masters are kept in FP32. Each step rounds them to 16-bit weights, runs forward and backward in 16 bits, widens the
@@ -165,9 +165,9 @@ equal = [state.buffers[kind].tobytes() == same.state.buffers[kind].tobytes() for
 print("the bits of training.step:", all(equal))
 
 # %% [markdown]
-# `training.step` is these four steps, to the bit: `True`. Why S? The gradients of one batch, computed from S times the
-# loss: if S is too small, some become zero in FP16 that are not zero in FP32; if S is too large, some become infinite.
-# Between the two is a window.
+# `training.step` computes the same four steps, to the bit: `True`. Why is S needed? The figure shows the gradients of one
+# batch, computed from S times the loss. If S is too small, some that are not zero in FP32 become zero in FP16; if S is
+# too large, some become infinite. Between the two is a window.
 
 # %%
 figure, axes = plt.subplots()
@@ -193,18 +193,18 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# This model is easy: even S = 1 loses little. Where the window begins is a matter of the smallest gradients, and they
-# become smaller as a batch grows, since the loss is a mean over its tokens. Nobody knows the window beforehand. So a
-# *dynamic* scale starts high, halves at each overflow, which costs a step, and doubles from time to time.
+# This model is easy: even S = 1 loses little. Where the window begins depends on the smallest gradients, and they become
+# smaller as a batch grows, since the loss is a mean over its tokens. The window is not known beforehand. So a *dynamic*
+# scale starts high, halves at each overflow, which costs a step, and doubles from time to time.
 
 # %% [markdown]
 # ## 4. A loss scale that collapses, and recovers
 #
 # The scale halves when a gradient overflows, since then S is too large; usually one step is lost. But if the *forward*
-# pass overflows, S is not the reason: every step is skipped, the weights never change, and S halves until nothing is
-# left of it. Here the weight of the last norm is set to 60000 after 40 steps, as a spike of the learning rate or a bad
-# checkpoint might do it, and set back 20 steps later. S doubles after 5 good steps here, and not after PyTorch's 2000,
-# so that the picture shows the recovery.
+# pass overflows, S is not the reason: every step is skipped, the weights never change, and S halves until it reaches
+# zero. Here the weight of the last norm is set to 60000 after 40 steps, as a spike of the learning rate or a bad
+# checkpoint might do, and set back 20 steps later. S doubles after 5 good steps here, not after PyTorch's 2000, so that
+# the picture shows the recovery.
 
 # %%
 training = start("fp16", loss_scale=rf.make_loss_scale("dynamic", init_scale=2.0**6, growth_interval=5))
@@ -236,17 +236,17 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# All `20` steps were skipped, and S fell by as many factors of two. Going down takes one step per factor, going up
-# takes `100` steps for the `20` doublings; with PyTorch's interval of 2000 it would be 40000. So a scale that has
-# collapsed is a sign, not the illness: look for what was infinite before backward. [loss_scaling.md](loss_scaling.md)
-# has the rules of eight projects, and a command that reads a log.
+# All `20` steps were skipped, and S fell by as many factors of two. Falling takes one step per factor of two, and the
+# `20` doublings take `100` steps; with PyTorch's interval of 2000 they would take 40000. So a scale that has collapsed
+# is a symptom, not the cause: look for what was infinite before backward. [loss_scaling.md](loss_scaling.md) has the
+# rules of eight projects, and a command that applies them to the skipped steps of your log.
 
 # %% [markdown]
 # ## 5. Masters on and off
 #
-# BF16 keeps 8 bits of a weight. An update that is smaller than half the distance to the next BF16 number is lost,
-# unless an FP32 master adds such updates up. In a model that is new, updates are large and little is lost. But let a
-# model that has learned the text above learn a batch of another with a small learning rate:
+# BF16 keeps 8 bits of a weight. An update smaller than half the distance to the next BF16 number is lost, unless an
+# FP32 master adds such updates up. In a new model, updates are large and little is lost. But now the model that has
+# learned the text above is trained on a batch of another text, with a small learning rate:
 
 # %%
 OTHER = b"""The scale is a power of two, thus multiplying by it rounds nothing. Rounding to nearest loses every update below
@@ -275,10 +275,10 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# With masters BF16 follows FP32, although most updates do not change the BF16 weight at once: the master keeps them
-# until they do. Without masters, the same optimizer learns less than half as much. Rounding at random (`bf16-sr`) needs
-# no masters either: a small update is kept with a small probability. [low_precision.md](low_precision.md) has more
-# ways, with fewer bits.
+# With masters, BF16 follows FP32, although most updates do not change the BF16 weight at once: the master accumulates
+# them until they do. Without masters, the same optimizer learns less than half as much. Stochastic rounding (`bf16-sr`)
+# needs no masters either: a small update is kept with a small probability. [low_precision.md](low_precision.md) has more
+# methods, with fewer bits.
 #
-# From here: [library.md](library.md) for a training of your own, [algorithm.md](algorithm.md) for the step line by
+# Continue with [library.md](library.md) for a training of your own, [algorithm.md](algorithm.md) for the step line by
 # line, and `python scripts/by_hand.py` for the same without a library.
