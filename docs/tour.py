@@ -58,7 +58,7 @@ for name, color in COLORS.items():
     error = np.where(np.isfinite(y), np.abs(y - x) / x, np.nan).max(1)
     if name != "fp32":  # a cast from FP32 to FP32 has no error
         axes.semilogy(exponents, np.where(error > 0, error, np.nan), ".-", base=2, color=color, label=name)
-axes.set(xlabel="log2 of the number", ylabel="largest relative error", title="1: the number became zero. No line: it overflowed")
+axes.set(xlabel="log2 of the number", ylabel="largest relative error", title="1: it became zero. No line: it overflowed")
 axes.legend(loc="center left")
 figure.tight_layout()
 plt.show()
