@@ -55,4 +55,4 @@ if __name__ == "__main__":
     for step, now in enumerate(train(8), 1):
         first, what = now["master"][0, 0], "inf: skipped, S halves" if now["skipped"] else f"{np.abs(now['dw']).max():g}"
         print(f"{step:4} {now['S']:6g} {now['loss']:8.5f}  {what:22}  {first:.6f} -> {np.float16(first):.6f}")
-    print("\nFP16 has no number between 1 and 1.000977. It loses an update of 0.0001; the master adds such updates up.")
+    print("\nFP16 has no number between 1 and 1.000977: only the master adds up the updates.")

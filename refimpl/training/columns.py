@@ -57,6 +57,12 @@ def wrapped(line: str, width: int) -> str:
     return f"{_filled(hanging[0].rstrip(), width, indent)}\n{_filled(rest, width, f'{indent}  ')}"
 
 
+def fit(line: str, stream: Any) -> str:
+    """Return a line as `wrapped` at the width of the terminal that a stream writes to, and as it is for any other stream."""
+    width = terminal_width(stream)
+    return line if width is None else wrapped(line, width)
+
+
 def _filled(text: str, width: int, indent: str) -> str:
     if len(text) <= width:
         return text

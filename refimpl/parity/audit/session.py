@@ -35,6 +35,7 @@ from refimpl.parity.audit.rules.entry import Rule
 from refimpl.parity.audit.rules.table import PROBES, RULES
 from refimpl.parity.audit.step import Border, Step, View
 from refimpl.parity.audit.values import Values
+from refimpl.training.columns import fit
 
 EARLIER = 3
 """How many audited steps are kept beside the current one."""
@@ -281,7 +282,7 @@ def _say(finding: Finding) -> None:
         where = f" ({finding.line.removeprefix(os.path.join(os.getcwd(), ''))})" if finding.line else ""
         rank = f"rank {_rank()}: " if _rank() else ""
         text = f"audit: {rank}step {finding.step}: {finding.code} {finding.name}{where}: {finding.number}"
-        print(one_line(text, 400), file=sys.stderr, flush=True)
+        print(fit(one_line(text, 400), sys.stderr), file=sys.stderr, flush=True)
 
 
 def _rank() -> int:

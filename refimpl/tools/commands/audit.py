@@ -24,6 +24,7 @@ from typing import Any
 from refimpl.errors import UsageError, one_line
 from refimpl.tools.python_program import check_program, run_python
 from refimpl.training.arguments import Parser
+from refimpl.training.columns import fit
 from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.run_folder import numbered
 
@@ -136,7 +137,7 @@ def why_not(audit: Any) -> str:
 
 def say(line: str) -> None:
     """Print a line on standard error, where the output of the program does not get mixed up with it."""
-    print(one_line(f"audit: {line}", 400), file=sys.stderr)
+    print(fit(one_line(f"audit: {line}", 400), sys.stderr), file=sys.stderr)
 
 
 def need_torch() -> None:
