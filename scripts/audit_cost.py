@@ -207,10 +207,11 @@ def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
     kind = result.add_mutually_exclusive_group()
-    kind.add_argument("--profile", choices=PRECISIONS, help="the functions in which an audited step spends its time")
-    kind.add_argument("--memory", nargs=2, metavar=("PRECISION", "KIND"), help="bytes that two such steps add to this process")
-    result.add_argument("--rounds", type=int, default=7, help="rounds of steps, at least 3 (7)")
-    result.add_argument("--threads", type=int, default=2, help="threads of PyTorch (2)")
+    kind.add_argument("--profile", choices=PRECISIONS, help="print the functions in which an audited step spends its time")
+    added = "print the bytes that two steps of a KIND add to this process"
+    kind.add_argument("--memory", nargs=2, metavar=("PRECISION", "KIND"), help=added)
+    result.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of steps, at least 3 (default: 7)")
+    result.add_argument("--threads", type=int, default=2, metavar="N", help="threads of PyTorch (default: 2)")
     return result
 
 

@@ -64,9 +64,9 @@ def share(audit: Any) -> float:
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("words", nargs="*", help="loops with one of these words in their names (all)")
-    result.add_argument("--all", action="store_true", help="the larger set, which the slow tests take")
-    result.add_argument("--reasons", action="store_true", help="what was not judged, by reason")
+    result.add_argument("words", nargs="*", metavar="WORD", help="loops with one of these words in their names (default: all)")
+    result.add_argument("--all", action="store_true", help="the larger set of loops, that of the slow tests")
+    result.add_argument("--reasons", action="store_true", help="also print what was not judged, by reason")
     return result
 
 

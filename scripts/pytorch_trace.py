@@ -134,9 +134,9 @@ def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
     result.add_argument("--like", type=Path, required=True, metavar="TRACE", help="a trace of refimpl to follow")
-    result.add_argument("--out", type=Path, required=True)
+    result.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace to write")
     result.add_argument("--unscale-late", action="store_true", help="clip the gradients before they are unscaled")
-    result.add_argument("--attention", help=f"{', '.join(ATTENTION)}: how the loop computes attention (as TRACE)")
+    result.add_argument("--attention", metavar="NAME", help=f"{', '.join(ATTENTION)} (default: as in TRACE)")
     return result
 
 

@@ -589,7 +589,8 @@ def run(out: Path) -> None:
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("--out", type=Path, default=TARGET, help="file to write (tests/vectors/pytorch.safetensors)")
+    file = "file to write (default: tests/vectors/pytorch.safetensors)"
+    result.add_argument("--out", type=Path, default=TARGET, metavar="FILE", help=file)
     return result
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from refimpl.errors import nearest, one_line, spelled
+from refimpl.training.columns import wrapped
 from refimpl.training.program import as_called
 
 _NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
@@ -43,11 +44,26 @@ MANY = 8
 """The number of flags above which the usage does not list them: the help does."""
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help texts broken at spaces only: a name such as pure-bf16 stays whole."""
+class _Help(argparse.HelpFormatter):
+    """Help texts broken at spaces only: a name such as pure-bf16 stays whole. Descriptions keep their paragraphs and lists."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Fill the paragraphs of a description; each of its indented lines, with those indented deeper below, is `wrapped`."""
+        blocks: list[str] = []
+        deeper = 0  # from this indentation on, a line continues the block; 0: a paragraph, or none
+        for line in text.strip().split("\n"):
+            depth = len(line) - len(line.lstrip())
+            if line and blocks and blocks[-1] and (depth > deeper if deeper else depth == 0):
+                blocks[-1] += f" {line.strip()}"
+            else:
+                blocks.append(line)
+                deeper = depth
+        all_columns = width + 2  # argparse leaves two free, which a command may need
+        filled = [wrapped(b, all_columns) if b[:1] == " " else "\n".join(self._split_lines(b, width)) for b in blocks]
+        return textwrap.indent("\n".join(filled), indent)
 
 
 class Parser(argparse.ArgumentParser):

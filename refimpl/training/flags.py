@@ -32,7 +32,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "bias": "biases in the linear layers and layer norms of gpt",
         "activation": "of gpt: gelu_tanh, or gelu_new, as Hugging Face's GPT-2 computes it, rounded at every step",
     },
-    "model: llama only": {
+    "model (llama only)": {
         "n_kv_head": "heads of keys and values (default: half of --n-head)",
         "head_dim": "width of a head (default: --n-embd / --n-head)",
         "ffn_dim": "width of the gated MLP (default: 8/3 of --n-embd)",
@@ -40,8 +40,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "rope_scaling": "scaling of these frequencies: default; linear,factor=4; llama3,factor=32; or dynamic or yarn with "
         "factor=2,original=2048, where original is the number of positions of pretraining",
         "norm_eps": "eps of the norms",
-        "qk_norm": "normalize queries and keys, as Qwen3",
-        "qkv_bias": "biases of queries, keys and values, as Qwen2",
+        "qk_norm": "normalize queries and keys, as in Qwen3",
+        "qkv_bias": "biases of queries, keys and values, as in Qwen2",
         "o_bias": "bias of attention's output layer",
         "mlp_bias": "biases of the MLP",
         "tied": "use the token embedding as output layer",
@@ -49,16 +49,16 @@ GROUPS: dict[str, dict[str, str]] = {
     "text": {
         "data": "pydoc (Python's manual), stdlib (its library's sources), or a file",
         "tokenizer": "bytes, a tokenizer.json, or a folder that has one",
-        "examples": "blocks of consecutive tokens, or lines: blocks that end with a line, padded, for gpt and llama",
+        "examples": "blocks (of consecutive tokens), or lines (a block ends with the line it begins in, padded; gpt and llama)",
         "ignore_index": "target value that is left out of the loss",
         "loss_mean": "mean over tokens (all targets but ignored ones), or over micro-batches (the mean of their means)",
     },
     "precision": {
         "recipe": "the format of each tensor: fp32, fp16, bf16, amp-fp16, fp8, ... (`python scripts/recipes.py` lists all)",
         "masters_from": "masters start from the original FP32 weights, or from rounded ones (default: the recipe's)",
-        "attention": "unfused (each operation rounds), fused (one kernel, as FlashAttention), or math (all FP32, one rounding)",
+        "attention": "unfused (each operation rounds), fused (one kernel, FlashAttention's), or math (all FP32, one rounding)",
         "backend": "numpy (fast), reference (the definitions, without any fast version) or cupy (an NVIDIA GPU)",
-        "checkpointing": "none, or full: store each block's input only, and compute the block again in backward; the same bits",
+        "checkpointing": "none, or full (store only each block's input, and recompute the block in backward; the same bits)",
         "mistake": "known mistake to inject (`python scripts/mistakes.py` lists them)",
     },
     "loss scale": {
@@ -90,11 +90,11 @@ GROUPS: dict[str, dict[str, str]] = {
         "seed": "seed of weights, batches, evaluation and sample",
         "eval_every": "steps between evaluations, each followed by a checkpoint",
         "eval_batches": "batches per evaluation, the same ones each time",
-        "log_every": "steps between reads of the results, for which a device must wait, and between lines in a file",
-        "sample_bytes": "bytes of text to generate at the end; tokens, with a tokenizer",
-        "keep": "checkpoints to keep, as in best,last,3: of the lowest validation loss, the last one (always), and the last 3",
-        "log": "logs beside metrics.jsonl: tensorboard, wandb or both with a comma (docs/logs.md)",
-        "zero": "ZeRO stage, 0 to 3, for training on several ranks (docs/ranks.md)",
+        "log_every": "steps between updates of the progress line, or between lines in a file; a GPU must wait for each",
+        "sample_bytes": "bytes of text to generate at the end, or tokens with a tokenizer",
+        "keep": "checkpoints to keep, as in best,last,3: that of the lowest validation loss, the last one (always), the last 3",
+        "log": "logs beside metrics.jsonl: tensorboard, wandb, or both with a comma between them (docs/logs.md)",
+        "zero": "ZeRO stage, 0 to 3, for training on several ranks (docs/ranks.md) (default: one rank)",
     },
 }
 """The help texts of all flags, by the heading that they stand under in the help of a command."""
@@ -113,7 +113,8 @@ NAMES: dict[str, Iterable[str]] = {
 
 def _default(name: str) -> str:
     """Return ' (default: ...)'; that of each model, if they differ."""
-    per_model = {model: values[name] for model, values in MODEL_DEFAULTS.items() if values.get(name)}
+    given = {model: values.get(name) for model, values in MODEL_DEFAULTS.items()}
+    per_model = {model: value for model, value in given.items() if value or value is False}  # 0 where a model has none
     values = list(dict.fromkeys(per_model.values())) or [getattr(Config, name, None)]
     if len(values) == 1:
         shown = {True: "on", False: "off"}.get(values[0], values[0]) if KINDS[name] == "bool" else values[0]

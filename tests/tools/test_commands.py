@@ -54,7 +54,7 @@ def test_commands_that_train_take_the_sizes_of_llama(words: str) -> None:
         (["--version"], 0, "refimpl 0.", ""),
         (["trian"], 2, "", "did you mean train?"),
         (["recipes", "--rcipe"], 2, "", "did you mean --recipe? See python -m refimpl recipes --help"),
-        (["inspect-step", "--help"], 0, "python -m refimpl inspect_step  ", ""),
+        (["inspect-step", "--help"], 0, "python -m refimpl inspect_step\n", ""),
         (["generate", "nowhere"], 2, "", "nowhere"),
     ],
 )

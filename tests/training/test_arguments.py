@@ -25,11 +25,11 @@ BAD = [
     ("train", "now", "unexpected 'now'; see train.py --help"),
     ("train", "--eval=1", "ambiguous option: --eval=1 could match --eval-every, --eval-batches; see train.py --help"),
     ("convert", "exprt a b", "did you mean export? See convert.py --help"),
-    ("convert", "import a", "the following arguments are required: target; see convert.py import --help"),
+    ("convert", "import a", "the following arguments are required: TARGET; see convert.py import --help"),
     ("convert", "import a b --n-haed 3", "unknown flag --n-haed; did you mean --n-head? See convert.py import --help"),
     ("trace", "diff a b --n-layer 2", "unknown flag --n-layer; see trace.py diff --help"),
     ("trace", "record --out o --n-layr 2", "unknown flag --n-layr; did you mean --n-layer? See trace.py record --help"),
-    ("generate", "", "the following arguments are required: checkpoint; see generate.py --help"),
+    ("generate", "", "the following arguments are required: CHECKPOINT; see generate.py --help"),
 ]
 
 
@@ -140,16 +140,46 @@ def test_numbers_of_parameters_that_are_none(words: str, capsys: pytest.CaptureF
     assert "argument --params: invalid amount value" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted(COMMANDS.glob("[!_]*.py"))])
+OTHERS = ("audit_cost", "audit_coverage", "pytorch_trace", "record_vectors")
+"""Scripts with flags that are not commands of the package."""
+
+
+@pytest.mark.parametrize("name", [*(path.stem for path in sorted(COMMANDS.glob("[!_]*.py"))), *OTHERS])
 def test_help_says_each_flag_once_with_its_default(name: str) -> None:
+    if name in OTHERS:
+        pytest.importorskip("torch", reason="PyTorch is not installed")
     for parser in parsers(load_script(name).parser()):
         for action in parser._actions:
             if action.help is argparse.SUPPRESS or isinstance(action, argparse._SubParsersAction):
                 continue
             assert action.help, action.dest
             assert action.help.count("(default:") <= 1, action.help
+            assert action.metavar or action.choices or action.nargs == 0, f"{action.dest}: no word for its value"
             if action.default not in (None, False, argparse.SUPPRESS, "==SUPPRESS==", "", []) and action.option_strings:
                 assert "(default: " in action.help, action.dest
+
+
+def test_help_fills_paragraphs_and_keeps_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    description = """Summarize in a line that is long.
+
+    command --flag            what it does, in a few words
+                              that go on
+    command
+
+A paragraph that was broken
+by hand at another width.
+"""
+    monkeypatch.setenv("COLUMNS", "42")
+    assert Parser(prog="p", description=description).format_help().partition("\n\noptions")[0] == (
+        "usage: p [-h]\n\nSummarize in a line that is long.\n\n    command --flag\n        what it does, in a few words that\n"
+        "        go on\n    command\n\nA paragraph that was broken by hand at\nanother width."
+    )
+
+
+def test_switches_that_are_off_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = load_script("train").parser().format_help()
+    assert "normalize queries and keys, as in Qwen3 (default: off)" in text and "as output layer (default: on)" in text
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

@@ -4,7 +4,7 @@
     python scripts/audit.py --demo                                 a small training with three mistakes in it
     python scripts/audit.py train.py --lr 1e-3                     your script with its arguments, unchanged
     python scripts/audit.py --steps 2 --out runs/mine -m package.train --lr 1e-3
-    python scripts/audit.py --replay runs/audit/audit.json         judge the operations once more on which findings rest
+    python scripts/audit.py --replay runs/audit/audit.json         judge again the operations that findings rest on
 
 docs/audit.md says how to read the report.
 Exit code: that of the script if it is not 0; else 0 if nothing above a note was found, 1 if something was, and 2 if no training
@@ -42,8 +42,8 @@ def parser() -> Parser:
     result.add_quiet()
     add("--overwrite", action="store_true", help="replace the report in FOLDER")
     add("--demo", action="store_true", help="audit a small training with three mistakes in it")
-    add("--replay", type=Path, metavar="FILE", help="judge the operations once more that the audit of FILE has kept")
-    add("--catalogue", action="store_true", help="print what the audit looks for")
+    add("--replay", type=Path, metavar="FILE", help="judge again the operations that the audit in FILE has kept")
+    add("--catalogue", action="store_true", help="print all that the audit looks for")
     add("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="audit a module instead of a script")
     add("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return result

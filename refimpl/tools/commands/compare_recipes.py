@@ -3,7 +3,7 @@
     python scripts/compare_recipes.py                                ten recipes: a table, and runs/recipes.html, in ten minutes
     python scripts/compare_recipes.py --recipes all                  all that do not emulate accumulators, in ten minutes
     python scripts/compare_recipes.py --recipes bf16,fp8,fp8-delayed --steps 500 --lr 1e-3
-    python scripts/compare_recipes.py --init-from DIR --batch-size 1   fine-tune a model of Hugging Face for 20 steps under each
+    python scripts/compare_recipes.py --init-from DIR --batch-size 1   fine-tune a model of Hugging Face, 20 steps under each
     python scripts/compare_recipes.py --init-from DIR --inference --prompt "Gravity is"   no training: losses and texts
 
 `python scripts/recipes.py` describes the recipes. The page is one HTML file and needs matplotlib.
@@ -40,8 +40,9 @@ def parser() -> Parser:
     """Return the parser of the flags: fields of Config, and those of this command."""
     result = Parser(description=__doc__)
     usual = f"{', '.join(DEFAULT)}; with --inference {', '.join(FORMATS_COMPARED)}"
-    result.add_argument("--recipes", type=some_of(RECIPES), metavar="NAME,...", help=f"all, or some (default: {usual})")
-    what = "start from the weights and sizes of a folder of Hugging Face, or of a checkpoint, one recipe after another"
+    names = f"all, or names with commas between them (default: {usual})"
+    result.add_argument("--recipes", type=some_of(RECIPES), metavar="NAME,...", help=names)
+    what = "start from the weights and sizes of a folder of Hugging Face, a run or a checkpoint; the recipes train in turn"
     result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
     several = f"seeds of the FP32 runs, that of the comparison included (default: {SEEDS})"
     result.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=several)
@@ -52,10 +53,10 @@ def parser() -> Parser:
     result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
     result.add_argument("--overwrite", action="store_true", help="replace an existing page and data")
     result.add_quiet()
-    what = "train nothing: compare the loss of the validation text's first blocks, and a greedy continuation of --prompt"
+    what = "do not train: compare the losses of the first blocks of the validation text, and greedy continuations of --prompt"
     absent: dict[str, Any] = {"default": argparse.SUPPRESS}
     result.add_argument("--inference", action="store_true", **absent, help=what)
-    result.add_argument("--prompt", **absent, help="beginning of the continuation (default: a line break)")
+    result.add_argument("--prompt", metavar="TEXT", **absent, help="beginning of the continuation (default: a line break)")
     more = f"tokens to continue with (default: {TOKENS})"
     result.add_argument("--tokens", type=int, dest="n_tokens", metavar="N", **absent, help=more)
     steps = f"{STEPS}; with all recipes {STEPS_OF_ALL}, with --init-from {STEPS_FROM}"

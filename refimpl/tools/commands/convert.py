@@ -31,18 +31,18 @@ def parser() -> Parser:
     result = Parser(description=__doc__)
     ways = result.add_subparsers(dest="way", required=True)
     out = ways.add_parser("export", help="checkpoint -> folder for transformers, or state_dict")
-    out.add_argument("source", type=Path, help="the checkpoint of a run, or its folder, or a folder of Hugging Face")
-    out.add_argument("target", type=Path, help=f"the folder to write, or a file with the ending {STATE_DICT}: a state_dict")
-    out.add_argument("--format", choices=DTYPES, default="fp32", help="format of the weights in a folder (default: fp32)")
+    what = "a checkpoint, the folder of a run, or a folder of Hugging Face"
+    out.add_argument("source", type=Path, metavar="CHECKPOINT", help=what)
+    out.add_argument("target", type=Path, metavar="TARGET", help=f"the folder to write, or NAME{STATE_DICT} for a state_dict")
+    out.add_argument("--format", choices=DTYPES, default="fp32", help="format of the weights in the folder (default: fp32)")
     back = ways.add_parser("import", help="state_dict -> a file for train.py --init-from")
-    back.add_argument("source", type=Path, help="a state_dict as a safetensors file")
-    back.add_argument("target", type=Path, help="the file to write; it must not exist")
-    back.add_argument(
-        "--n-head", type=int, default=4, help="attention heads of a GPT, which shapes do not determine (default: 4)"
-    )
+    back.add_argument("source", type=Path, metavar="STATE_DICT", help="a state_dict in a safetensors file")
+    back.add_argument("target", type=Path, metavar="TARGET", help="the file to write; it must not exist")
+    heads = "attention heads of a GPT, which shapes do not determine (default: 4)"
+    back.add_argument("--n-head", type=int, default=4, metavar="N", help=heads)
     gguf = ways.add_parser("gguf", help="GGUF file of a Llama -> folder for transformers and train.py --init-from")
-    gguf.add_argument("source", type=Path, help="the file")
-    gguf.add_argument("target", type=Path, help="the folder to write")
+    gguf.add_argument("source", type=Path, metavar="GGUF", help="the file to read")
+    gguf.add_argument("target", type=Path, metavar="TARGET", help="the folder to write")
     return result
 
 

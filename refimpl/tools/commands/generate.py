@@ -4,7 +4,7 @@
     python scripts/generate.py runs/gpt-fp16 --temperature 0.7 --top-p 0.9 --seed 1
     python scripts/generate.py runs/gpt-fp16 --loss README.md
 
-The text appears as it is written. The tokenizer is that of the run, of which its folder has a copy.
+Text is printed as it is generated. The tokenizer is that of the run, whose folder has a copy of it.
 """
 
 from refimpl.training.cli import main as run_program
@@ -37,21 +37,21 @@ LOGITS = 2**26
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("checkpoint", type=Path, help="a checkpoint, the folder of a run, or a folder of Hugging Face")
+    what = "a checkpoint, the folder of a run, or a folder of Hugging Face"
+    result.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=what)
     tokenizer = "bytes, a tokenizer.json, or a folder that has one (default: that of the checkpoint)"
     result.add_argument("--tokenizer", metavar="FILE", help=tokenizer)
     result.add_argument("--prompt", default="\n", metavar="TEXT", help="beginning of the text (default: a line break)")
     result.add_argument(
         "--tokens", type=int, default=500, dest="n_tokens", metavar="N", help="tokens to write at most (default: 500)"
     )
-    result.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="0 always takes the most likely token (default: 0.8)"
-    )
-    top = "choose among the likeliest tokens of this probability (default: 1)"
+    divisor = "divisor of the logits; 0 always takes the most likely token (default: 0.8)"
+    result.add_argument("--temperature", type=float, default=0.8, metavar="X", help=divisor)
+    top = "choose among the likeliest tokens, whose probabilities add up to X (default: 1)"
     result.add_argument("--top-p", type=float, default=1.0, metavar="X", help=top)
     result.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice of tokens (default: 0)")
-    blocks = f"in blocks of the run's --block-size, or of a folder's positions, at most {LONGEST:,}; a short file is one block"
-    what = f"print the loss of this file instead, {blocks}"
+    blocks = f"the run's --block-size, or of as many tokens as a model of Hugging Face has positions, {LONGEST:,} at most"
+    what = f"print the loss of FILE instead of a text, in blocks of {blocks}"
     result.add_argument("--loss", type=Path, metavar="FILE", help=what)
     return result
 

@@ -32,19 +32,19 @@ OWN_FLAGS = ("init_from", "run", "trace", "every", "what_if", "out", "no_page", 
 def parser() -> Parser:
     """Return the parser of the flags: fields of Config for a new run, and those of this command."""
     result = Parser(description=__doc__)
-    what = "start from the weights and sizes of a folder of Hugging Face, or of a checkpoint"
+    what = "start from the weights and sizes of a folder of Hugging Face, a run or a checkpoint"
     result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
     result.add_argument("--run", type=Path, metavar="DIR", help="continue a run of train.py; its folder is only read")
-    result.add_argument("--trace", type=Path, metavar="FILE", help="repeat the run of a trace")
+    result.add_argument("--trace", type=Path, metavar="FILE", help="repeat the run that a trace records, and inspect it")
     result.add_argument(
-        "--every", type=int, default=10, metavar="N", help="inspect every N-th step, and both ends (default: 10)"
+        "--every", type=int, default=10, metavar="N", help="inspect every N-th step, the first and the last (default: 10)"
     )
     also = "also round the same values to these formats"
     result.add_argument("--what-if", type=some_of(FORMATS), default="", metavar="FORMAT,...", help=also)
     result.add_argument("--out", type=Path, metavar="FILE", help="the page (default: a new one, such as runs/report-fp16.html)")
     result.add_argument("--no-page", action="store_true", help="write no page; needs no matplotlib")
     result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
-    result.add_argument("--plot", type=Path, metavar="FILE", help="also write the outliers and errors by block as a PNG")
+    result.add_argument("--plot", type=Path, metavar="FILE", help="also draw the outliers and errors of each block, as a PNG")
     result.add_argument("--overwrite", action="store_true", help="replace an existing page, data and picture")
     result.add_quiet()
     steps = f"{STEPS}; with --init-from {FIRST_STEPS}; with --run {MORE_STEPS} more"

@@ -20,10 +20,10 @@ from refimpl.training.arguments import Parser, one_of
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    result.add_argument("scaler", type=one_of(SCALER_RULES), nargs="?", metavar="SCALER", help=", ".join(SCALER_RULES))
-    result.add_argument(
-        "--overflows", default="1010100000", metavar="PATTERN", help="1 (overflow) or 0 per step (default: 1010100000)"
-    )
+    rules = f"whose rules to follow: {', '.join(SCALER_RULES)}"
+    result.add_argument("scaler", type=one_of(SCALER_RULES), nargs="?", metavar="SCALER", help=rules)
+    pattern = "a digit per step, 1 for an overflow or 0 for none (default: 1010100000)"
+    result.add_argument("--overflows", default="1010100000", metavar="PATTERN", help=pattern)
     hysteresis = "overflows until the scale is reduced, if the scaler has hysteresis (default: 2)"
     result.add_argument(
         "--init-scale", type=float, default=1024.0, metavar="X", help="the scale before the first step (default: 1024)"
@@ -32,7 +32,8 @@ def parser() -> Parser:
     result.add_argument("--hysteresis", type=int, metavar="N", help=hysteresis)
     result.add_argument("--growth-factor", type=float, metavar="X", help="factor by which the scale grows (default: 2)")
     result.add_argument("--backoff-factor", type=float, metavar="X", help="factor at an overflow (default: 1/2)")
-    result.add_argument("--scale-floor", type=float, metavar="X", help="smallest scale, for scalers in which it can be chosen")
+    floor = "smallest scale, for scalers that let it be chosen (default: the scaler's)"
+    result.add_argument("--scale-floor", type=float, metavar="X", help=floor)
     result.add_argument("--compare", action="store_true", help="print a table of all scalers")
     result.add_argument(
         "--plot", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"also draw the scales (default: a new {PICTURE})"

@@ -46,7 +46,7 @@ def parser() -> Parser:
     result = Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     model = result.add_argument_group("model: --params, --preset, --hf, or --model with sizes")
     model.add_argument("--params", type=amount, metavar="N", help="number of parameters: 7e9, 7B or 124M (default: 7e9)")
-    model.add_argument("--preset", type=one_of(PRESETS), metavar="NAME", help=", ".join(PRESETS))
+    model.add_argument("--preset", type=one_of(PRESETS), metavar="NAME", help=f"a model by name: {', '.join(PRESETS)}")
     model.add_argument("--hf", metavar="DIR", help="folder with a config.json of Hugging Face, or that file")
     models = "gpt or llama, with the sizes below; with --measure also mlp"
     model.add_argument("--model", type=one_of(MODEL_DEFAULTS), metavar="NAME", help=models)
@@ -57,9 +57,10 @@ def parser() -> Parser:
     states = result.add_argument_group("model states")
     recipe = "the format of each state (default: fp16; `python scripts/recipes.py` lists all)"
     states.add_argument("--recipe", type=one_of(RECIPES), metavar="NAME", help=recipe)
-    states.add_argument("--convention", type=one_of(CONVENTIONS), metavar="NAME", help=f"instead: {', '.join(CONVENTIONS)}")
+    convention = f"in place of a recipe: {', '.join(CONVENTIONS)}"
+    states.add_argument("--convention", type=one_of(CONVENTIONS), metavar="NAME", help=convention)
     states.add_argument("--optimizer", type=str.lower, metavar="NAME", help="adamw or sgd (default: adamw)")
-    states.add_argument("--momentum", type=float, metavar="X", help="of sgd; with 0 there is no m (default: 0.9)")
+    states.add_argument("--momentum", type=float, metavar="X", help="momentum of sgd; with 0 there is no m (default: 0.9)")
     accumulated = "micro-batches per step, whose gradients are summed in FP32 (default: 1)"
     states.add_argument("--grad-accum", type=int, metavar="N", help=accumulated)
     states.add_argument("--zero", type=int, metavar="STAGE", help="ZeRO stage, 0 to 3: which states are divided (default: 0)")

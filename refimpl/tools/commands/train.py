@@ -4,7 +4,7 @@
     python scripts/train.py --recipe bf16 --steps 300
     python scripts/train.py --model mlp --data FILE --out runs/mine
     python scripts/train.py --resume --out runs/mine
-    python scripts/train.py --config runs/mine --lr 1e-3  as runs/mine, but for the flags that are given
+    python scripts/train.py --config runs/mine --lr 1e-3   with the settings of runs/mine, but another learning rate
     python scripts/train.py --init-from DIR --data FILE  fine-tune a model of Hugging Face, of the Llama family or GPT-2
 
 Fine-tuning begins with --lr 5e-5, 100 steps of 4 x 128 tokens and 10 of warm-up, unless these are given.
