@@ -17,10 +17,6 @@ that of two runs from the same weights on the same batches; both losses are over
   do recipes: a Llama with two layers of width 32 is 0.055 better under adam-8bit and 0.061 worse under bf16-sr, while its FP32
   run moves by 0.027 when last bits of the weights change.
 
-*Not covered*: the four recipes with emulated accumulators, dozens of times as slow. Single runs with batches of 8, where the
-Llama's FP32 itself moves by 0.025, gave -0.001 (GPT) and -0.018 (Llama) for fp8-14bit, -0.001 and +0.052 for fp8-14bit-128:
-that the finer sums are further away shows the chance in it.
-
 The rows that the cases print, and times: pytest -m slow -s --durations=0 tests/training/test_gpt_and_llama.py
 """
 
@@ -34,7 +30,8 @@ import numpy as np
 import pytest
 
 from refimpl.numerics.casts import cast, widen
-from refimpl.tools.compare_recipes.runs import BASELINE, RecipeRun, chosen_recipes, for_recipe
+from refimpl.precision.recipes import RECIPES
+from refimpl.tools.compare_recipes.runs import BASELINE, RecipeRun, for_recipe
 from refimpl.training.config import Config
 from refimpl.training.setup import INIT, generator
 
@@ -99,7 +96,7 @@ DEPARTS = {
 """The recipes of a mistake: under them the Llama is not near FP32."""
 
 
-@pytest.mark.parametrize("recipe", [name for name in chosen_recipes("all") if name != BASELINE])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != BASELINE])
 def test_where_the_gpt_is_near_fp32_the_llama_is_too(recipe: str) -> None:
     gpt, llama = are_near(recipe)
     if recipe in DEPARTS:
