@@ -57,7 +57,7 @@ def parser() -> Parser:
     add("--tokens", type=int, default=argparse.SUPPRESS, metavar="T", help=tokens)
     device = "where PyTorch runs: cpu, or cuda with torch.autocast('cuda') (default: cpu)"
     add("--device", default=argparse.SUPPRESS, metavar="NAME", help=device)
-    add("--json", type=Path, metavar="FILE", help="write the figures of the verdict")
+    add("--json", type=Path, metavar="FILE", help="write the figures of the verdict as JSON")
     add("--overwrite", action="store_true", help="replace an existing FILE")
     result.add_quiet()
     add_config_flags(result, CONFIG_FLAGS, said=SAID, texts=TEXTS)

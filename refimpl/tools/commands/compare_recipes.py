@@ -50,7 +50,7 @@ def parser() -> Parser:
     result.add_argument("--perturbations", type=int, default=PERTURBATIONS, metavar="N", help=changed)
     result.add_argument("--out", type=Path, metavar="FILE", help=f"the page (default: {PAGE}, with a number if it exists)")
     result.add_argument("--no-page", action="store_true", help="write no page; needs no matplotlib")
-    result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
+    result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data as JSON")
     result.add_argument("--overwrite", action="store_true", help="replace an existing page and data")
     result.add_quiet()
     what = "do not train: compare the losses of the first blocks of the validation text, and greedy continuations of --prompt"

@@ -30,17 +30,29 @@ def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
     ways = result.add_subparsers(dest="way", required=True)
-    out = ways.add_parser("export", help="checkpoint -> folder for transformers, or state_dict")
+    out = ways.add_parser(
+        "export",
+        help="checkpoint -> folder for transformers, or state_dict",
+        description="Convert a checkpoint to a folder that transformers and train.py --init-from read, or to a state_dict.",
+    )
     what = "a checkpoint, the folder of a run, or a folder of Hugging Face"
     out.add_argument("source", type=Path, metavar="CHECKPOINT", help=what)
     out.add_argument("target", type=Path, metavar="TARGET", help=f"the folder to write, or NAME{STATE_DICT} for a state_dict")
     out.add_argument("--format", choices=DTYPES, default="fp32", help="format of the weights in the folder (default: fp32)")
-    back = ways.add_parser("import", help="state_dict -> a file for train.py --init-from")
+    back = ways.add_parser(
+        "import",
+        help="state_dict -> a file for train.py --init-from",
+        description="Convert a state_dict of nanoGPT or of our MLP to a checkpoint for train.py --init-from and generate.py.",
+    )
     back.add_argument("source", type=Path, metavar="STATE_DICT", help="a state_dict in a safetensors file")
     back.add_argument("target", type=Path, metavar="TARGET", help="the file to write; it must not exist")
     heads = "attention heads of a GPT, which shapes do not determine (default: 4)"
     back.add_argument("--n-head", type=int, default=4, metavar="N", help=heads)
-    gguf = ways.add_parser("gguf", help="GGUF file of a Llama -> folder for transformers and train.py --init-from")
+    gguf = ways.add_parser(
+        "gguf",
+        help="GGUF file of a Llama -> folder for transformers and train.py --init-from",
+        description="Convert the GGUF file of a Llama to a folder that transformers and train.py --init-from read.",
+    )
     gguf.add_argument("source", type=Path, metavar="GGUF", help="the file to read")
     gguf.add_argument("target", type=Path, metavar="TARGET", help="the folder to write")
     return result

@@ -43,7 +43,7 @@ def parser() -> Parser:
     result.add_argument("--what-if", type=some_of(FORMATS), default="", metavar="FORMAT,...", help=also)
     result.add_argument("--out", type=Path, metavar="FILE", help="the page (default: a new one, such as runs/report-fp16.html)")
     result.add_argument("--no-page", action="store_true", help="write no page; needs no matplotlib")
-    result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data")
+    result.add_argument("--json", type=Path, dest="json_file", metavar="FILE", help="also write all data as JSON")
     result.add_argument("--plot", type=Path, metavar="FILE", help="also draw the outliers and errors of each block, as a PNG")
     result.add_argument("--overwrite", action="store_true", help="replace an existing page, data and picture")
     result.add_quiet()

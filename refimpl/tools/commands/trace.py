@@ -35,15 +35,23 @@ def parser() -> Parser:
     """Return the parser of the flags: those of train.py that apply to a small model and a few steps."""
     result = Parser(description=__doc__)
     commands = result.add_subparsers(dest="command", required=True)
-    recording = commands.add_parser("record", help="train a few steps and record everything")
+    recording = commands.add_parser(
+        "record",
+        help="train a few steps and record everything",
+        description="Train a few steps, and record everything that they compute in a file.",
+    )
     add_config_flags(recording, [name for name in HELP if name not in FOR_LONG_RUNS], DEFAULTS)
     recording.add_argument("--like", type=Path, metavar="TRACE", help="use the initial weights and the batches of TRACE")
     recording.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace to write")
     recording.add_quiet()
-    difference = commands.add_parser("diff", help="judge trace B by the recipe of trace A")
+    difference = commands.add_parser(
+        "diff",
+        help="judge trace B by the recipe of trace A",
+        description="Replay each step of B by the recipe of A: say where B departs first, and which mistake explains it.",
+    )
     difference.add_argument("a", type=Path, metavar="A", help="the trace whose recipe decides")
     difference.add_argument("b", type=Path, metavar="B", help="the trace to judge")
-    difference.add_argument("--json", type=Path, metavar="FILE", help="write the verdict")
+    difference.add_argument("--json", type=Path, metavar="FILE", help="write the verdict as JSON")
     difference.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
     difference.add_quiet()
     return result
