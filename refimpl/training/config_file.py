@@ -28,7 +28,8 @@ def read_settings(path: Path) -> tuple[dict[str, Any], Path | None]:
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--config {file} cannot be read: {error}") from error
+        what = "it is not JSON: give a config.json, or the folder of a run" if isinstance(error, ValueError) else error
+        raise UsageError(f"--config {file} cannot be read: {what}") from error
     check(table, BESIDE, f"--config {file} is damaged")
     settings = {name: value for name, value in table.items() if name not in BESIDE.optional and value is not None}
     try:

@@ -76,7 +76,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "min_lr": "learning rate at the end of a cosine or linear schedule (default: lr / 10)",
         "schedule": f"learning rate after warm-up: {', '.join(SCHEDULES)}",
         "warmup": "updates of linear warm-up",
-        "weight_decay": "decoupled decay of matrices; 0 for sgd unless given",
+        "weight_decay": "decoupled decay of matrices (default: 0.1; 0 for sgd)",
         "clip": "largest gradient norm; 0 disables clipping",
         "beta1": "decay of AdamW's first moments",
         "beta2": "decay of AdamW's second moments",

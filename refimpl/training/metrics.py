@@ -98,6 +98,8 @@ def _read(path: Path, kind: Table | None) -> list[dict[str, Any]]:
         *lines, unfinished = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
+    except NotADirectoryError:
+        raise UsageError(f"{path.parent} is a file: give the folder of the run") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     rows = []

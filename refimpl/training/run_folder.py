@@ -245,6 +245,8 @@ def _read(folder: Path) -> dict[str, Any]:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"there is no run in {folder} (it has no config.json)") from None
+    except NotADirectoryError:
+        raise UsageError(f"{folder} is a file: give the folder of the run") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     check(saved, BESIDE, f"{path} is damaged")

@@ -39,12 +39,12 @@ def parser() -> Parser:
     add("--steps", type=int, default=4, metavar="N", help="how many of the first steps to audit (default: 4)")
     add("--every", type=int, default=100, metavar="N", help="then audit one step in N (default: 100)")
     add("--out", type=Path, metavar="FOLDER", help=f"where to write the report (default: {OUT}, or the next free number)")
-    result.add_quiet()
     add("--overwrite", action="store_true", help="replace the report in FOLDER")
     add("--demo", action="store_true", help="audit a small training with three mistakes in it")
-    add("--replay", type=Path, metavar="FILE", help="judge again the operations that the audit in FILE has kept")
+    add("--replay", type=Path, metavar="FILE", help="judge again the operations that an audit.json, or its folder, has kept")
     add("--catalogue", action="store_true", help="print all that the audit looks for")
     add("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="audit a module instead of a script")
+    result.add_quiet()
     add("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return result
 
@@ -107,7 +107,7 @@ def replay(path: Path, quiet: bool = False) -> int:
     from refimpl.parity.audit.finding import is_serious
     from refimpl.parity.audit.report.replay import load_audit, replay_lines, replayed
 
-    data, tensors = load_audit(path)
+    data, tensors = load_audit(path / DATA if path.is_dir() else path)
     rests = {found["replay"]: found for found in reversed(data["findings"])}
     names = {name: f"{found['code']} {found['name']}: {found['number']}" for name, found in rests.items()}
     found_again = False
