@@ -346,7 +346,7 @@ OPINFOS = {
 @pytest.fixture(scope="module")
 def op_db() -> dict[str, Any]:
     """Imported here and not above: common_utils, which it needs, freezes torch.backends' settings for the whole process, and
-    sets a variable of the environment."""
+    sets an environment variable."""
     with warnings.catch_warnings(), mock.patch.dict(os.environ):
         warnings.filterwarnings("ignore", message="Fail to import hypothesis")  # these tests draw nothing by it
         module = importlib.import_module("torch.testing._internal.common_methods_invocations")

@@ -102,7 +102,7 @@ class LoopRecipe:
         ]
         return [
             self.sentence,
-            *([f"as near: {', '.join(self.also)}"] if self.also else []),
+            *([f"equally near: {', '.join(self.also)}"] if self.also else []),
             "",
             *table(["operation", "inputs", "sums", "output", "where"], rows).split("\n"),
             *([OUTSIDE] if any(row.operation.startswith("(") for row in self.table) else []),

@@ -192,7 +192,7 @@ class ProgramAudit:
             function(*args)
         except Exception as error:
             self._unwatch_modules()
-            print(one_line(f"audit: {type(error).__name__}: {error}; the program goes on", 400), file=sys.stderr)
+            print(one_line(f"audit: {type(error).__name__}: {error}; the program continues", 400), file=sys.stderr)
         finally:
             self._busy = False
 

@@ -134,7 +134,7 @@ class Recorder(TorchDispatchMode):
         if self.failures and not self._reported:
             self._reported = True
             count = self.failures.total()
-            text = "the recorder or its observer failed %d times; the training went on. The first time:\n%s"
+            text = "the recorder or its observer failed %d times; the training continued. The first time:\n%s"
             logging.getLogger(__name__).warning(text, count, self._first_traceback)
 
     @classmethod

@@ -292,7 +292,7 @@ def test_one_of_several_numbers_put_at_an_index_may_stay() -> None:
     values = the("aten.index_put", lambda: x.index_put((index,), torch.tensor([5.0, 6.0, 7.0])))
     assert level(values) == "fine" and float(values.output[1]) == 6
     other = forged(values, "out", lambda y: y.index_fill(0, torch.tensor([1]), 5.0))
-    assert unjudged(other).startswith("several numbers are put at one index")
+    assert unjudged(other).startswith("several numbers are written to one index")
     values = the("aten.index_put", lambda: x.index_put((index[1:],), torch.tensor([6.0, 7.0])))
     assert level(values, "out", lambda y: y.index_fill(0, torch.tensor([1]), 5.0)) == "wrong"
 

@@ -82,4 +82,4 @@ def test_one_wrong_tensor_of_a_list_is_found(name: str) -> None:
 
 def test_a_number_that_takes_lists_is_not_judged() -> None:
     verdicts, judge = judged(lambda: torch._foreach_pow(2.0, draw(torch.float32, 1)))
-    assert verdicts == [] and list(judge.unjudged) == ["aten._foreach_pow.ScalarAndTensor takes no list first"]
+    assert verdicts == [] and list(judge.unjudged) == ["aten._foreach_pow.ScalarAndTensor takes no list as its first argument"]

@@ -257,7 +257,7 @@ class MasksOfLeastNumbers(Padded):
         return scores + (causal + (padding * least)[:, None])
 
 
-@report("pytorch/pytorch#131060, #41508, #103749", "D8", "3 of 32 rows of the softmax are masked out entirely")
+@report("pytorch/pytorch#131060, #41508, #103749", "D8", "3 of 32 rows of the softmax are fully masked")
 class MasksOfMinusInf(Padded):
     def masked(self, scores: Tensor, padding: Tensor) -> Tensor:
         causal = torch.ones(len(scores), len(scores)).tril().bool()
@@ -334,7 +334,7 @@ class Experts(Loop):
         return x * weights.sum(-1, keepdim=True).float() + F.one_hot(chosen, N).sum(1)
 
 
-@report("databricks/megablocks#91, NVIDIA/Megatron-LM#2741", "D6", "have a tie between chosen and not (2 of 16)")
+@report("databricks/megablocks#91, NVIDIA/Megatron-LM#2741", "D6", "tie at the choice (2 of 16)")
 class ExpertsIn16Bits(Experts):
     scores = LOW
 

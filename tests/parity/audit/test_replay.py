@@ -135,8 +135,8 @@ def test_a_file_that_lacks_something_is_one_line(report: Path) -> None:
         with pytest.raises(UsageError, match=why):
             replay(report)
 
-    refused(lambda data: data.pop("findings"), "is no whole audit.json: findings is missing")
-    refused(lambda data: data.update(replays=3), "replays is no list")
+    refused(lambda data: data.pop("findings"), "is not a complete audit.json: findings is missing")
+    refused(lambda data: data.update(replays=3), "replays is not a list")
     refused(lambda data: data["findings"][0].update(level="bad"), r"findings\[0\].level is 'bad', not 'wrong' or")
     for key in json.loads(whole)["replays"][0]:
         refused(lambda data, key=key: data["replays"][0].pop(key), rf"replays\[0\].{key} is missing")
@@ -213,7 +213,7 @@ def test_large_operands_are_not_kept_and_the_report_says_so(monkeypatch: pytest.
     assert kept.skipped == "" and kept.bytes == 4 << 20
     kept = kept_of(1, values_for(x, x.clone(), x.clone()))
     assert kept.skipped == "its operands have 12.0 MiB, and at most 8 are kept" and kept.tensors == {}
-    assert kept_of(1, values_for(x, x.to_sparse())).skipped.startswith("an argument is no plain tensor")
+    assert kept_of(1, values_for(x, x.to_sparse())).skipped.startswith("an argument is not a plain tensor")
     monkeypatch.setattr(operands_module, "MOST_BYTES_OF_ALL", 5 << 20)
     operands = Operands()
     for i in range(3):

@@ -169,7 +169,7 @@ def test_a_loop_without_audit_step_is_not_called_good(monkeypatch: pytest.Monkey
         loop.step()
         loop.step()
     verdict, *said = verdict_of(never)
-    first = "No audited step ended (audit.step() was never called): the rules about whole steps, A to C, were not asked."
+    first = "No audited step ended (audit.step() was never called): the rules about whole steps, A to C, were not applied."
     assert verdict == "no step ended" and all(first in text for text in said)
     assert said[0].index(first) < said[0].index("Nothing found above a note")
     with loop.audit(steps=0, every=2) as within:

@@ -17,7 +17,7 @@ from refimpl.parity.audit.finding import Finding
 from refimpl.parity.audit.session import Audit
 
 LOW, WHOLE = torch.bfloat16, torch.float32
-BIAS, EPS, DECAY = "no bias correction", "eps inside of the root", "weight decay added to the gradient"
+BIAS, EPS, DECAY = "no bias correction", "eps inside the root", "weight decay added to the gradient"
 
 
 class Weights(nn.Module):

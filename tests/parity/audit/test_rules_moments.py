@@ -176,7 +176,7 @@ ADAM = {**IMPLEMENTATIONS, "fused": {"fused": True}}
 @pytest.mark.parametrize(("dtype", "name"), [(LOW, "bfloat16"), (WHOLE, "")])
 def test_states_that_were_saved_in_16_bits(options: dict[str, Any], dtype: torch.dtype, name: str) -> None:
     numbers = resumed(lambda ps: torch.optim.AdamW(ps, 1e-3, **options), through(dtype))
-    number = "all of 128 elements of 'exp_avg', 'exp_avg_sq' that were looked at are bfloat16 values in FP32 before step 1"
+    number = "all 128 sampled elements of 'exp_avg', 'exp_avg_sq' are bfloat16 values in FP32 before step 1"
     assert numbers == ({"A12": number} if name else {})
 
 

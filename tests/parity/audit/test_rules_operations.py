@@ -293,7 +293,7 @@ def test_ties_of_a_router_in_16_bits_are_counted() -> None:
     finding = the_one(audited(routed(LOW)), "D6")
     scores = (hidden()[:, :16] / 8 + 1).sort(-1, descending=True).values
     ties = int((scores[:, 1] == scores[:, 2]).sum())
-    assert 0 < ties < ROWS and f"of {ROWS} rows, {ties} have a tie" in finding.number
+    assert 0 < ties < ROWS and f"of {ROWS} rows, {ties} tie at the choice" in finding.number
 
 
 def test_a_router_in_fp32_and_the_choices_of_a_metric_are_not_found() -> None:

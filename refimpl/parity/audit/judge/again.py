@@ -76,7 +76,7 @@ def in_fp64(values: Values, change: Callable[[Tensor], Tensor] | None = None) ->
     written = {name: inputs[name] for name in values.written}
     found = dict(Values(values.operation, values.names, (), {}, output, written).results())
     if any(x.is_floating_point() and x.dtype != torch.float64 for x in found.values()):
-        raise CannotJudge("PyTorch has it in one format only")
+        raise CannotJudge("PyTorch implements it in one format only")
     return found
 
 

@@ -133,7 +133,7 @@ def backward(values: Values) -> Iterator[Twin]:
     if not rows == columns == ALL:
         (dS, W), (P, R) = _inside(heads, ALL, columns)
     if not bool(R.isfinite().all()):
-        raise CannotJudge("attention with a row whose scores all are absorbed by a mask")
+        raise CannotJudge("attention with a row whose scores are all absorbed by a mask")
     dS, W, P, R = (x.flatten(1, 2).mT for x in (dS, W, P, R))
     blocks = G * _blocks(T, 256 if T >= 768 else 64 if T >= 192 else 32)
     q, g = heads.q.flatten(1, 2), heads.g.flatten(1, 2)

@@ -21,7 +21,7 @@ def each(values: Values) -> Iterator[Twin]:
     """Judge an operation on lists, tensor by tensor, so that FP64 copies of one tensor at a time are in memory."""
     given = values.inputs
     if not isinstance(given["self"], list | tuple):
-        raise CannotJudge(f"{values.operation.name} takes no list first")
+        raise CannotJudge(f"{values.operation.name} takes no list as its first argument")
     results = {name: tensor for name, tensor in values.results() if is_float(tensor)}
     for i, tensor in enumerate(given["self"]):
         name = next((name for name in (f"self.{i}", f"out.{i}") if name in results), None)

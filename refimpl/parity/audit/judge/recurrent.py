@@ -132,7 +132,7 @@ def _checked(values: Values) -> dict[str, Any]:
     if given["mode"] != LSTM:
         raise CannotJudge("a recurrent layer other than an LSTM")
     if given["input"].dtype != torch.float32:
-        raise CannotJudge("an LSTM whose states are in 16 bits on the way")
+        raise CannotJudge("an LSTM whose intermediate states are in 16 bits")
     return given
 
 

@@ -41,7 +41,7 @@ def put(values: Values) -> Iterator[Twin]:
     for twin in moved(values):
         differs = twin.exact.to(twin.actual.dtype) != twin.actual
         if bool((differs & ~twin.actual.isnan()).any()) and _repeats(values):
-            raise CannotJudge("several numbers are put at one index, and any of them may stay")
+            raise CannotJudge("several numbers are written to one index, and any of them may remain")
         yield twin
 
 

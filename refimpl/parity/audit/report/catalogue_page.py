@@ -14,7 +14,7 @@ GROUPS = {
     "C": "Sums of gradients",
     "D": "Single operations",
 }
-LABEL = re.compile(r"^(Seen|Number|Not meant|Guard|Effect|Fix|Level|Source|Limits): ", re.MULTILINE)
+LABEL = re.compile(r"^(Seen|Number|Not reported|Not judged|Guard|Effect|Fix|Level|Source|Limits): ", re.MULTILINE)
 """What begins a paragraph of its own in the docstring of a rule."""
 START = """\
 # What the audit looks for
@@ -39,7 +39,7 @@ def catalogue() -> str:
 def _entry(rule: Rule) -> str:
     """Return one rule's entry: the first sentence of its docstring, and the other paragraphs as a list."""
     first, _, rest = rule.text.partition("\n\n")
-    more = " It needs two audited steps, or two micro-batches in one." if rule.steps > 1 else ""
+    more = " Finding it takes two audited steps, or two micro-batches in one step." if rule.steps > 1 else ""
     lines = [f"### {rule.code} {rule.name}", "", _markdown(first) + more, "", *_paragraphs(rest)]
     if rule.code in KNOWN_MISTAKES:
         lines.append(f"- **In refimpl:** {', '.join(f'`--mistake {name}`' for name in KNOWN_MISTAKES[rule.code])}.")

@@ -46,7 +46,7 @@ VARIABLES = (
 def flags_in_force() -> list[dict[str, Any]]:
     """Return the settings as plain data: name, value, meaning. Those that this version of PyTorch lacks are left out."""
     return [{"name": f"torch.{name}", "value": value, "meaning": meaning} for name, value, meaning in _settings()] + [
-        {"name": name, "value": os.environ[name], "meaning": "variable of the environment"}
+        {"name": name, "value": os.environ[name], "meaning": "environment variable"}
         for name in VARIABLES
         if name in os.environ
     ]

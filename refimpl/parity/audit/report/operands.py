@@ -187,7 +187,7 @@ class Packed:
         """Copy a tensor, its dimensions in the order in which they lie in memory: the order of a sum may depend on it."""
         plain_type = type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
         if tensor.layout is not torch.strided or not plain_type:
-            raise CannotKeep(f"an argument is no plain tensor, but {type(tensor).__name__}, {tensor.layout}")
+            raise CannotKeep(f"an argument is not a plain tensor but {type(tensor).__name__}, {tensor.layout}")
         strides = tensor.stride()
         order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
         name = self._names.setdefault(id(tensor), str(len(self._names)))

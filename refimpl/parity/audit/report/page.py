@@ -151,5 +151,5 @@ def _flags(data: Mapping[str, Any]) -> list[str]:
 
 
 def _failures(failures: Sequence[Mapping[str, Any]]) -> list[str]:
-    said = "Exceptions in the audit do not reach the training. What they kept it from looking at is not judged."
+    said = "Exceptions in the audit do not reach the training. What they kept it from examining is not judged."
     return [paragraphs([said]), table("Failures", ("exception", "times"), [[f["text"], f"{f['count']:,}"] for f in failures])]

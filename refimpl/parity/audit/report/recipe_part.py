@@ -16,7 +16,7 @@ HEADS = ("operation", "where", "inputs", "sums", "output", "places")
 
 def recipe_section(recipe: Mapping[str, Any]) -> list[str]:
     """Return the parts of the section."""
-    also = f" As near: {', '.join(recipe['also'])}." if recipe["also"] else ""
+    also = f" Equally near: {', '.join(recipe['also'])}." if recipe["also"] else ""
     operations = [
         [row["operation"], _where(row), row["inputs"], row["sums"], row["output"], f"{row['count']:,}"]
         for row in recipe["operations"]

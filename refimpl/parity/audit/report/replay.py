@@ -76,8 +76,8 @@ def load_audit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise UsageError(f"{path} cannot be read: {reason}") from error
     if not isinstance(data, dict) or data.get("refimpl-audit") != VERSION:
-        raise UsageError(f"{path} is no audit.json of version {VERSION}")
-    _check(data, f"{path} is no whole audit.json")
+        raise UsageError(f"{path} is not an audit.json of version {VERSION}")
+    _check(data, f"{path} is not a complete audit.json")
     file = path.with_name(TENSORS)
     if all(kept["skipped"] for kept in data["replays"]):
         return data, {}
@@ -106,7 +106,7 @@ def _check(data: dict[str, Any], damage: str) -> None:
 def _list(table: Mapping[str, Any], key: str, damage: str, where: str = "") -> list[Any]:
     found = table.get(key)
     if not isinstance(found, list):
-        raise UsageError(f"{damage}: {where}{key} is {'no list' if key in table else 'missing'}")
+        raise UsageError(f"{damage}: {where}{key} is {'not a list' if key in table else 'missing'}")
     return found
 
 
@@ -128,7 +128,7 @@ def values_of(kept: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Values:
     try:
         whole = Unpacked(tensors).unpack(kept["values"])
     except KeyError as error:
-        raise UsageError(f"{TENSORS} has no tensor {kept['id']}/{error.args[0]}: it is of another audit") from None
+        raise UsageError(f"{TENSORS} has no tensor {kept['id']}/{error.args[0]}: it belongs to another audit") from None
     names = tuple(argument.name for argument in overload._schema.arguments)
     roles = Roles(torch.nn.Module(), (), None)
     inputs = {**dict(zip(names, whole["args"], strict=False)), **whole["kwargs"]}

@@ -77,7 +77,7 @@ def _rest(data: Mapping[str, Any]) -> Iterator[str]:
         n = sum(failure["count"] for failure in data["failures"])
         times = f"{n} times" if n > 1 else "once"
         yield from _wrapped(
-            f"the audit itself failed {times}, and the training went on: {data['failures'][0]['text']}", 2, 2
+            f"the audit itself failed {times}, and the training continued: {data['failures'][0]['text']}", 2, 2
         )
 
 

@@ -95,7 +95,7 @@ def verdict_sentence(data: Mapping[str, Any]) -> str:
         ended = f"{training['steps']} steps ended, and none of them was" if training["steps"] else "no step ended that was"
         return f"Nothing was audited: {ended} audited."
     if not whole_steps(training):
-        return f"No audited step ended ({training['unended']}): the rules about whole steps, A to C, were not asked. {count}"
+        return f"No audited step ended ({training['unended']}): the rules about whole steps, A to C, were not applied. {count}"
     return count
 
 
@@ -109,6 +109,6 @@ def unended_sentence(training: Mapping[str, Any]) -> str:
     if not training["unended"] or not whole_steps(training):
         return ""
     return (
-        f"The last audited step did not end ({training['unended']}): its operations are judged, but of the rules only those "
-        f"about single operations were asked."
+        f"The last audited step did not end ({training['unended']}): its operations are judged, but only the rules "
+        f"about single operations were applied."
     )

@@ -156,14 +156,13 @@ PROBES: tuple[Probe, ...] = (scaled_rows, log_probabilities, log_gradient, singl
 
 @rule("D1", "softmax-in-16-bits")
 def softmax_in_16_bits(view: View) -> Iterator[Finding]:
-    """A softmax is written out, and its exp, its sum and its quotient are each rounded to 16 bits.
+    """A softmax is written out, and its exp, sum and quotient are each rounded to 16 bits.
 
-    Seen: exp, sum and division in a chain, all with 16-bit results. Number: how far rows are from adding up to 1, and how far
-    they would be if only the result were rounded.
-    Not meant: aten::_softmax of 16-bit scores, which computes in FP32 inside and rounds once.
-    Effect: probabilities have errors of three roundings and do not add up to 1, so that attention scales its values.
+    Seen: exp, sum and division in a chain, all with 16-bit results.
+    Number: how far rows are from adding up to 1, and how far they would be if only the result were rounded.
+    Not reported: aten::_softmax of 16-bit scores, which computes in FP32 inside and rounds once.
+    Effect: probabilities have the errors of three roundings and do not add up to 1, so attention scales its values.
     Fix: torch.softmax(x, -1), or dtype=torch.float32 in it.
-
     Source: Micikevicius et al. 2018, section 3.3 (https://arxiv.org/abs/1710.03740): softmax in FP32.
     """
     flow = flow_of(view.step)
@@ -186,20 +185,19 @@ def softmax_in_16_bits(view: View) -> Iterator[Finding]:
 
 @rule("D2", "loss-in-16-bits")
 def loss_in_16_bits(view: View) -> Iterator[Finding]:
-    """The loss, or the log-probabilities that it is made of, are rounded to 16 bits.
+    """The loss, or the log-probabilities from which it is computed, are rounded to 16 bits.
 
-    Seen: log-softmax with 16-bit results; log of a 16-bit softmax; exp, sum and log in a chain; a 16-bit loss. Number: the
-    spacing of the format at the loss; for log-softmax the relative error of the gradient of the logits that its rounding
-    makes, from the error of exp(y) in the forward pass and the sums of dy in backward.
-    Not meant: cross entropy, whose gradient p - onehot does not cancel: while its error is below 4 unit roundoffs it is a note.
-    Gradients of KL and TV divergences are differences of nearly equal probabilities, and lose percents.
-    Effect: the loss moves in steps (bf16 at 5: 0.031); where probabilities cancel, gradients are noise.
+    Seen: log-softmax with 16-bit results; log of a 16-bit softmax; exp, sum and log in a chain; a 16-bit loss.
+    Number: the spacing of the format at the loss; for log-softmax, the relative error that its rounding makes in the gradient
+    of the logits, from the error of exp(y) in forward and the sums of dy in backward.
+    Not reported: cross-entropy, whose gradient p - onehot does not cancel: it is a note while its error is below 4 unit
+    roundoffs. Gradients of KL and TV divergences are differences of nearly equal probabilities and lose percents.
+    Effect: the loss moves in steps (0.031 at 5 in bf16); where probabilities cancel, gradients are noise.
     Fix: F.cross_entropy(logits.float(), ...), log_softmax(x, -1, dtype=torch.float32).
-
     Source: vllm-project/speculators#788 (gradient errors of KL of 3 to 31 %), huggingface/transformers#29285.
     """
     flow = flow_of(view.step)
-    fix = "compute the loss from logits.float(), or log_softmax(x, -1, dtype=torch.float32)"
+    fix = "compute the loss from logits.float(), or use log_softmax(x, -1, dtype=torch.float32)"
     for o in view.step.operations:
         gradient: LogGradient | None = o.probed.get("log_gradient")
         y = o.arguments.get("output")
@@ -264,15 +262,14 @@ def _is_single(operation: Operation) -> bool:
 
 @rule("D3", "norm-in-16-bits")
 def norm_in_16_bits(view: View) -> Iterator[Finding]:
-    """A norm is written out, and its statistics are each rounded to 16 bits.
+    """A norm is written out, and each of its statistics is rounded to 16 bits.
 
-    Seen: square, mean (or variance) and root in a chain, all with 16-bit results, in the forward pass. Number: the largest
-    square beside the largest number of the format, and how far the rows' root mean squares are from 1.
-    Not meant: native_layer_norm and rms_norm, which compute in FP32 inside; statistics of x.float().
-    Effect: in FP16 |x| > 255.9 has an infinite square: the mean is Inf, its reciprocal 0, and the row is silently lost. Else
-    each row is scaled wrongly by up to a percent.
-    Fix: x.float() before the square, and back after the multiplication; or F.rms_norm, F.layer_norm.
-
+    Seen: square, mean (or variance) and root in a chain in the forward pass, all with 16-bit results.
+    Number: the largest square beside the largest number of the format, and how far the root mean squares of rows are from 1.
+    Not reported: native_layer_norm and rms_norm, which compute in FP32 inside; statistics of x.float().
+    Effect: in FP16, |x| > 255.9 has an infinite square: the mean is Inf, its reciprocal 0, and the row is silently lost.
+    Otherwise the scale of each row is off by up to a percent.
+    Fix: x.float() before the square, and back after the multiplication; or F.rms_norm or F.layer_norm.
     Source: Shuheng5454/OpenTau#300, nntrainer/nntrainer#3935.
     """
     for o, _, rows in norms_by_hand(view):

@@ -29,7 +29,7 @@ MARGIN = 8.0
 """A formula is wrong where an element is this many times its tolerance away."""
 WRONG = {
     "no bias correction": "the first update is (1 - beta1) / sqrt(1 - beta2) times what it should be, 3.2 for 0.9 and 0.999",
-    "eps inside of the root": "eps is a floor of sqrt(eps) under the root of v, 1e-4 for 1e-8",
+    "eps inside the root": "eps is a floor of sqrt(eps) under the root of v, 1e-4 for 1e-8",
     "weight decay added to the gradient": "the decay is divided by sqrt(v), so that weights with large gradients hardly decay",
 }
 """What the formulas do that are wrong."""
@@ -84,17 +84,18 @@ FORMULAS = tuple(Formula(*choice) for choice in product((False, True), repeat=4)
 
 @rule("A10", "wrong-update-formula")
 def wrong_formula(view: View) -> Iterator[Finding]:
-    """An Adam leaves out its bias correction, adds eps inside of the root, or its weight decay to the gradient.
+    """An Adam update leaves out bias correction, adds eps inside the root, or adds weight decay to the gradient.
 
-    Seen: of an optimizer that has a first and a second moment of the gradient in FP32, with 'lr', 'eps' and 'betas' in its
-    groups, some elements of p, g, m and v before and after the step. Formulas are tried on them: the right one (in both its
-    forms, eps beside the corrected root or beside the plain one), and those with one mistake or more. A mistake is where the
-    right ones are off by 8 times what rounding can do, 4 u |p| + 32 u |change|, and a wrong one is within it everywhere. Decay
-    in the gradient is one only where the optimizer is called AdamW. A note where its groups say 'correct_bias': False.
-    Not judged: fused kernels, which the judge of operations does; other optimizers; moments in 16 bits.
-    Effect: without bias correction the first updates are up to 3.2 times too large, as if a warm-up were missing; with eps
-    under the root small gradients make small updates; a decay in the gradient is divided by sqrt(v) with it.
-    Fix: m / (1 - beta1^t) and v / (1 - beta2^t), sqrt(v) + eps, and p - lr x decay x p beside the update.
+    Seen: for an optimizer with first and second moments of the gradient in FP32, and 'lr', 'eps' and 'betas' in its groups,
+    some elements of p, g, m and v before and after the step are compared with formulas: the right one (in both its forms, eps
+    beside the corrected root or beside the plain one), and those with one or more mistakes. A mistake is found if the right
+    formulas miss by more than 8 times what rounding can do, 4 u |p| + 32 u |change|, and a wrong one is within that everywhere.
+    Decay in the gradient is a mistake only if the optimizer is called AdamW. It is a note if its groups say 'correct_bias':
+    False.
+    Not judged: fused kernels, which the judge of operations covers; other optimizers; moments in 16 bits.
+    Effect: without bias correction the first updates are up to 3.2 times too large, as if there were no warm-up; with eps
+    inside the root, small gradients make small updates; decay in the gradient is divided by sqrt(v) as well.
+    Fix: m / (1 - beta1^t) and v / (1 - beta2^t), sqrt(v) + eps, and a separate p - lr x decay x p.
     Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
     """
     if view.step.after is None:
@@ -121,7 +122,7 @@ def _told(
     found = finding_at(
         view, tensors[names[0]].operation, "A10", "wrong-update-formula", level, number=number,
         effect="; ".join(WRONG[text] for text in wrong),
-        fix="divide by the corrected root, sqrt(v / (1 - beta2^t)) + eps, and decay the weights apart",
+        fix="divide by the corrected root, sqrt(v / (1 - beta2^t)) + eps, and decay the weights separately",
     )  # fmt: skip
     yield replace(found, parameters=tuple(names))
 

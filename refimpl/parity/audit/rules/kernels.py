@@ -94,15 +94,16 @@ PROBES: tuple[Probe, ...] = (truncation,)
 
 @rule("D14", "truncation")
 def truncated_results(view: View) -> Iterator[Finding]:
-    """A kernel cuts surplus bits off instead of rounding to nearest.
+    """A kernel truncates instead of rounding to nearest.
 
     Seen: results that are the exact ones truncated; or, over at least 1000 results, a mean signed excess over correct rounding
-    above a tenth of a unit in the last place. Number: both.
-    Not meant: the excess that correct results have themselves: it is measured against correct rounding, not the exact value.
-    Effect: half a unit per operation, always toward zero, which adds up over layers where rounding errors cancel; every
-    tolerance passes it.
-    Fix: the compiler's rounding mode for conversions; another kernel.
-
+    above a tenth of a unit in the last place.
+    Number: both.
+    Not reported: the excess that correct results have themselves: the comparison is with correct rounding, not with the exact
+    value.
+    Effect: half a unit per operation, always toward zero, which adds up over layers where rounding errors would cancel; every
+    tolerance lets it pass.
+    Fix: set the compiler's rounding mode for conversions, or use another kernel.
     Source: ROCm/aiter#5151 (a residual stream shrunk by 8.98 % after 36 layers), ROCm/flash-attention#78.
     """
     for o in _first_runs(view):
@@ -129,11 +130,10 @@ def reduced_fp32_products(view: View) -> Iterator[Finding]:
     """Products of FP32 numbers have fewer bits than FP32: TF32, or one BF16 product.
 
     Seen: products with FP32 results of at most 18 effective bits, -log2(rms error / rms(|A||B| / sqrt K)).
-    Number: these bits: FP32 has 21 to 22 whatever K is, TF32 11.1, one BF16 product 8.1.
-    Not meant: where a setting in force asks for it, it is a note, with the setting.
-    Effect: products have BF16's to TF32's precision though all tensors are FP32.
+    Number: these bits: FP32 products have 21 to 22 whatever K is, TF32 11.1, one BF16 product 8.1.
+    Level: a note if a setting in force asks for it; the note names the setting.
+    Effect: products have only TF32's or BF16's precision although all tensors are FP32.
     Fix: torch.set_float32_matmul_precision('highest'); torch.backends.cudnn.conv.fp32_precision = 'ieee'.
-
     Source: pytorch/pytorch#67384 (TF32 by default), #53635, #61890, #79270, jax-ml/jax#14022.
     """
     for o in _first_runs(view):
@@ -144,7 +144,7 @@ def reduced_fp32_products(view: View) -> Iterator[Finding]:
                     view, o, "D15", reduced_fp32_products.name, "note" if because else "worse than it need be",
                     number=f"{_short(o)} of float32 numbers has {verdict.bits:.1f} effective bits (float32 21 to 22, TF32"
                     f" 11.1, one bfloat16 product 8.1){_because(because)}",
-                    effect="products are less precise than their format says; that is fast, and may be what is wanted",
+                    effect="products are less precise than their format says; this is fast, and may be intended",
                     fix="torch.set_float32_matmul_precision('highest'), torch.backends.cudnn.allow_tf32 = False",
                 )  # fmt: skip
 
@@ -153,13 +153,13 @@ def reduced_fp32_products(view: View) -> Iterator[Finding]:
 def reduced_reductions(view: View) -> Iterator[Finding]:
     """Sums inside 16-bit products are rounded to 16 bits on the way: split-K with 16-bit parts, or 16-bit accumulation.
 
-    Seen: products with 16-bit results of which far fewer are correctly rounded than FP32 sums leave, or that are outside their
-    bound. Number: that share; FP32 sums leave 99.7 %, two 16-bit parts 63 %, four 50 %.
-    Not meant: where a setting in force allows it, as PyTorch does by default on CUDA, or a kernel of PyTorch is known for it,
-    it is a note.
+    Seen: products with 16-bit results of which far fewer are correctly rounded than with FP32 sums, or that are outside their
+    bound.
+    Number: that share: FP32 sums leave 99.7 %, two 16-bit parts 63 %, four 50 %.
+    Level: a note if a setting in force allows it, as PyTorch does by default on CUDA, or if a kernel of PyTorch is known for
+    it.
     Effect: a product loses as many bits as it has 16-bit partial sums, at any K.
     Fix: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False (and allow_bf16_...).
-
     Source: PyTorch's documentation, notes/numerical_accuracy, 'Reduced Precision Reduction for FP16 and BF16 GEMMs'.
     """
     for o in _first_runs(view):
@@ -178,13 +178,13 @@ def reduced_reductions(view: View) -> Iterator[Finding]:
 
 @rule("D17", "attention-kernel")
 def attention_kernel(view: View) -> Iterator[Finding]:
-    """An attention kernel has errors beyond its bound, or of one sign.
+    """An attention kernel has errors beyond its bound, or errors of one sign.
 
-    Seen: a verdict above 'fine' on fused attention, forward or backward. Number: error over bound, and the mean signed excess.
-    Not meant: what PyTorch's kernels are known for (a note): the CPU's fast exp in 16 bits.
+    Seen: a verdict above 'fine' for fused attention, forward or backward.
+    Number: the error relative to its bound, and the mean signed excess.
+    Not reported: what PyTorch's kernels are known for, such as the CPU's fast exp in 16 bits (a note).
     Effect: errors of one sign in P V, or in dQ, add up over steps until the loss diverges.
-    Fix: another backend: torch.nn.attention.sdpa_kernel(SDPBackend.MATH), to see whether it goes away.
-
+    Fix: try another backend, torch.nn.attention.sdpa_kernel(SDPBackend.MATH), to see whether the error disappears.
     Source: arXiv 2510.04212 (biased rounding in flash attention with bf16), Dao-AILab/flash-attention#2151, #2721.
     """
     for o in _first_runs(view):
@@ -201,16 +201,15 @@ def attention_kernel(view: View) -> Iterator[Finding]:
 
 @rule("D18", "kernel-rounds-inside")
 def kernel_rounds_inside(view: View) -> Iterator[Finding]:
-    """A kernel's result is outside the bound of one rounding: it rounds to 16 bits inside, or is wrong.
+    """A kernel's result is outside the bound of one rounding: the kernel rounds to 16 bits inside, or is wrong.
 
-    Seen: a verdict above 'fine' on an operation that is no product and no attention. Number: error over bound, and the share of
-    correctly rounded results.
-    Not meant: kernels of PyTorch that are known for it are notes, with what they do: on the CPU, pow(x, 3) and sums with a
-    number in bf16, square roots in FP32. Sums of gradients have rules of their own (C6 to C8, B14), updates too (A).
-    Effect: an operation costs two 16-bit roundings instead of one; where it is proved wrong and nothing explains it, it may be
-    a bug of the kernel.
-    Fix: compute it in FP32, or by other operations (x * x * x in FP32).
-
+    Seen: a verdict above 'fine' for an operation that is neither a product nor attention.
+    Number: the error relative to its bound, and the share of correctly rounded results.
+    Not reported: PyTorch kernels that are known for it (a note that says what they do): on the CPU, pow(x, 3) and sums with a
+    number in bf16, square roots in FP32. Sums of gradients have rules of their own (C6 to C8, B14), and so have updates (A).
+    Effect: an operation has two 16-bit roundings instead of one; if it is proved wrong and nothing explains it, it may be a bug
+    in the kernel.
+    Fix: compute it in FP32, or with other operations (x * x * x in FP32).
     Source: measured with PyTorch 2.13 on the CPU; elanapearl.github.io on MPS's addcmul_, for a kernel that was wrong.
     """
     noted: dict[tuple[str, str], tuple[Operation, Verdict]] = {}
@@ -228,7 +227,7 @@ def kernel_rounds_inside(view: View) -> Iterator[Finding]:
             number=f"{_short(o)} ({worst.dtype}): error {worst.ratio:.3g} times its bound, {worst.equal:.1%} correctly rounded"
             f"{_known(worst)}",
             effect="the result has a larger error than its format and one rounding explain",
-            fix="compute it in float32, or from other operations; report it if nothing explains it",
+            fix="compute it in float32, or with other operations; report it if nothing explains it",
         )  # fmt: skip
     if noted:
         o, _ = next(iter(noted.values()))
@@ -236,7 +235,7 @@ def kernel_rounds_inside(view: View) -> Iterator[Finding]:
         note = finding_at(
             view, o, "D18", kernel_rounds_inside.name, "note", number="; ".join(kernels),
             effect="known of these kernels of PyTorch: an operation costs more than one rounding",
-            fix=f"compute it in {_wider(dtype for _, dtype in noted)}, or from other operations, if it matters",
+            fix=f"compute it in {_wider(dtype for _, dtype in noted)}, or with other operations, if it matters",
         )  # fmt: skip
         yield replace(note, places=count)
 

@@ -33,14 +33,14 @@ PROBES: tuple[Probe, ...] = (written, samples)
 
 @rule("A1", "no-masters")
 def no_masters(view: View) -> Iterator[Finding]:
-    """16-bit weights are updated in place, and no masters keep what rounding loses.
+    """16-bit weights are updated in place, without masters that would keep what rounding loses.
 
-    Seen: an operation that writes 16-bit parameters, and leaves elements as they were that FP64 changes. Not counted, by what
-    they do: copies of FP32 masters, which are older than the step; rounding at random, which leaves other than the nearest
-    values; a compensation (Kahan) or a remainder of 16 bits that holds what was lost; a decay by a factor, which is A3's.
-    A note where fewer than 1 % stand still.
-    Effect: an update below half a unit in the last place, 2^-9 to 2^-8 of a bfloat16 weight, is lost, however often repeated:
-    learning slows down with the learning rate, and stops.
+    Seen: an operation that writes 16-bit parameters and leaves unchanged some elements that the same update in FP64 changes. It
+    is a note if fewer than 1 % of them stay unchanged.
+    Not reported: copies of FP32 masters that are older than the step; stochastic rounding, whose results are not always the
+    nearest values; a compensation (Kahan summation) or a 16-bit remainder that holds what was lost; a decay by a factor (A3).
+    Effect: an update below half a unit in the last place, 2^-9 to 2^-8 of a bfloat16 weight, is lost every time: as the
+    learning rate falls, learning slows down and stops.
     Fix: keep the weights in FP32 and use autocast, or FP32 masters, stochastic rounding, or Kahan summation.
     Source: pytorch/torchtune#2254, pytorch/pytorch#120376, pytorch/ao#1124.
     """
@@ -63,11 +63,12 @@ def no_masters(view: View) -> Iterator[Finding]:
 
 @rule("A2", "stale-weights", steps=2)
 def stale_weights(view: View) -> Iterator[Finding]:
-    """The masters are updated, and the weights that the model computes with are not copied from them.
+    """The masters are updated, but the weights that the model computes with are not copied from them.
 
-    Seen: FP32 tensors that an optimizer has, of which 16-bit weights of the model were the rounded copies: they change in two
-    steps, and no bit of the weights does. Not counted: skipped steps, weights that are copied at the start of the next step,
-    and masters that have not yet moved by half a unit of the weights.
+    Seen: FP32 tensors of an optimizer of which 16-bit weights of the model were rounded copies: the tensors change in two
+    steps, and no bit of the weights does.
+    Not reported: skipped steps, weights that are copied at the start of the next step, and masters that have not yet moved by
+    half a unit of the weights.
     Effect: the model does not train; the loss stays where it began.
     Fix: copy the masters to the weights after each update: `torch._foreach_copy_(weights, masters)`.
     Source: NVIDIA/apex, amp O2, `_master_params_to_model_params`.
@@ -95,12 +96,14 @@ def stale_weights(view: View) -> Iterator[Finding]:
 
 @rule("A3", "decay-lost-in-16-bits")
 def decay_lost(view: View) -> Iterator[Finding]:
-    """Weight decay is a multiplication of 16-bit weights, and changes none of them.
+    """Weight decay multiplies 16-bit weights by a factor so near to 1 that rounding undoes it.
 
-    Seen: 16-bit parameters that are multiplied by a number just below 1 in an operation of its own, which leaves at least half
-    of those that it should change. Not counted: a decay inside a fused update, which rounds once.
-    Effect: there is no weight decay: 1 - lr x decay is nearer to 1 than half a unit in the last place, 2^-9 for bfloat16.
-    Fix: decay FP32 masters, or in FP32 within the update.
+    Seen: a separate operation multiplies 16-bit parameters by a number just below 1, and at least half of the elements that
+    should change stay as they are.
+    Not reported: decay inside a fused update, which rounds once.
+    Effect: there is no weight decay: 1 - lr x decay differs from 1 by less than half a unit in the last place, 2^-9 for
+    bfloat16.
+    Fix: decay FP32 masters, or decay in FP32 within the update.
     Source: Nerogar/OneTrainer#996.
     """
     decays = [(o, w) for o, w in _weights(view, decays=True) if 0.5 < w.factor < 1 and w.due]
@@ -109,23 +112,24 @@ def decay_lost(view: View) -> Iterator[Finding]:
         due, left = sum(w.due for _, w in lost), sum(w.left for _, w in lost)
         first, w = lost[0]
         number = f"the decay by 1 - {1 - w.factor:.3g} left {share(left, due)} of {due} {w.facts.dtype} weights as they were; "
-        number += f"one moves from 1 - 2^-{BITS[w.facts.dtype] + 1} on"
+        number += f"a factor moves them from 1 - 2^-{BITS[w.facts.dtype] + 1} downwards"
         names = tuple(dict.fromkeys(w.facts.role.name for _, w in lost if w.facts.role is not None))
         found = finding_at(
             view, first, "A3", "decay-lost-in-16-bits", "worse than it need be", number=number,
-            effect="there is no weight decay", fix="decay FP32 masters, or in FP32 inside of the update",
+            effect="there is no weight decay", fix="decay FP32 masters, or decay in FP32 within the update",
         )  # fmt: skip
         yield replace(found, parameters=names)
 
 
 @rule("A14", "update-void")
 def update_void(view: View) -> Iterator[Finding]:
-    """An operation of the update ran, and changed nothing.
+    """An operation of the update ran but changed nothing.
 
-    Seen: a parameter or a state in FP32, no element of which has changed, though FP64 changes some by more than a unit in the
-    last place. Not counted: a fused update that found_inf tells to do nothing.
-    Effect: the parameter does not train, or its state stands still, though gradients are right.
-    Fix: report it to those who wrote the kernel; until then make the tensor contiguous, or use another implementation
+    Seen: an FP32 parameter or state of which no element has changed, although FP64 changes some by more than a unit in the last
+    place.
+    Not reported: a fused update that found_inf tells to do nothing.
+    Effect: the parameter does not train, or its state never changes, although the gradients are right.
+    Fix: report it to the authors of the kernel; until it is fixed, make the tensor contiguous or use another implementation
     (`foreach=False`, `fused=False`).
     Source: OrderLab/TrainCheck (addcmul_ and addcdiv_ on non-contiguous tensors, MPS); pytorch/pytorch#115607.
     """

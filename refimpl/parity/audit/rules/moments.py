@@ -87,10 +87,12 @@ PROBES: tuple[Probe, ...] = (lost_eps, flushed_squares)
 def eps_lost(view: View) -> Iterator[Finding]:
     """eps is added to a denominator in 16 bits, and some of the sums are 0.
 
-    Seen: a positive number that an update adds to float16 or bfloat16 elements, sums that are 0, and a division by them, or by
-    their root. Not counted: eps that is added in FP32 inside of a kernel, and eps that is only small beside the root.
-    Effect: where the gradients have been 0, or too small to be squared, the update is 0/0 or g/0: NaN or Inf in the weights.
-    Fix: keep the second moment and the denominator in FP32, or take an eps that the format has: float16 begins at 6e-8.
+    Seen: an update adds a positive number to float16 or bfloat16 elements, some of the sums are 0, and it divides by them or by
+    their root.
+    Not reported: eps that is added in FP32 inside a kernel; eps that is merely small compared with the root.
+    Effect: where gradients have been 0, or too small to be squared, the update is 0/0 or g/0: NaN or Inf in the weights.
+    Fix: keep the second moment and the denominator in FP32, or choose an eps that the format can represent: float16 begins at
+    6e-8.
     Source: google-deepmind/optax#1754, pytorch/pytorch#8860, NVIDIA/apex#240, keras-team/keras#11860.
     """
     for operation in view.step.operations:
@@ -106,12 +108,12 @@ def eps_lost(view: View) -> Iterator[Finding]:
 
 @rule("A5", "square-flushed")
 def squares_flushed(view: View) -> Iterator[Finding]:
-    """The squares of gradients are 0 in the format that they are computed or kept in.
+    """Squared gradients are 0 in the format in which they are computed or stored.
 
-    Seen: 16-bit results of an update that squares a tensor, of which some are 0 though FP64 has a number there, and that are a
-    state of the optimizer, or are added to one. A note where they are fewer than 1 %.
-    Effect: float16 has no squares of gradients below 1.7e-4: v is 0 there, and the update is g/eps instead of about 1.
-    Fix: an FP32 second moment, of gradients that are cast before they are squared.
+    Seen: 16-bit results of an update that squares a tensor: some are 0 where FP64 has a nonzero number, and they are a state of
+    the optimizer or are added to one. It is a note if they are fewer than 1 %.
+    Effect: in float16 the square of a gradient below 1.7e-4 is 0, and so is v: the update is g/eps instead of about 1.
+    Fix: an FP32 second moment, computed from gradients that are cast to FP32 before they are squared.
     Source: matanbt/TROPT#8.
     """
     for operation in view.step.operations:
@@ -127,12 +129,12 @@ def squares_flushed(view: View) -> Iterator[Finding]:
 
 @rule("A12", "states-cast-on-load")
 def states_cast(view: View) -> Iterator[Finding]:
-    """The optimizer's states were in 16 bits before they were loaded.
+    """The optimizer's states had been rounded to 16 bits before they were loaded.
 
-    Seen: before the first audited step, states in FP32 that have values of bfloat16 or float16 only: all that have more than
-    one element, and among them one that is nowhere negative and has many values, as a second moment. Not counted: states that
-    are 0, or made in this step; momentum alone, which begins as a gradient from autocast, in 16 bits.
-    Effect: what m and v have beyond 2 or 3 decimal digits is lost, once; where they are cast at each save, at each restart.
+    Seen: before the first audited step, all FP32 states with more than one element hold only values of bfloat16 or float16, and
+    one of them has many values and none below zero, as a second moment has.
+    Not reported: states that are 0, or made in this step; momentum alone, which begins as a gradient from autocast, in 16 bits.
+    Effect: m and v lose all but 2 or 3 decimal digits, once; if they are cast at each save, at each restart.
     Fix: save states as they are, and load them without a cast: `optimizer.load_state_dict` casts to the format of the
     parameters.
     Source: pytorch/torchtitan#4615.
@@ -144,7 +146,7 @@ def states_cast(view: View) -> Iterator[Finding]:
     dtype = next((d for d in LOW if values and _are_all(values, d)), "")
     if dtype and any(min(x) >= 0 and len(set(x)) >= DISTINCT for x in states.values()):
         keys = ", ".join(f"'{key}'" for key in states)
-        number = f"all of {len(values)} elements of {keys} that were looked at are {dtype} values in FP32 before step "
+        number = f"all {len(values)} sampled elements of {keys} are {dtype} values in FP32 before step "
         first = next(o for o in view.step.operations if "samples" in o.probed)
         yield finding_at(
             view, first, "A12", "states-cast-on-load", "worse than it need be", number=f"{number}{view.step.number}",

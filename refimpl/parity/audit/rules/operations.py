@@ -112,13 +112,13 @@ PROBES: tuple[Probe, ...] = (recast, added, running)
 
 @rule("D12", "cast-twice")
 def cast_twice(view: View) -> Iterator[Finding]:
-    """A tensor is cast to one 16-bit format and from there to the other, which keeps the worse of both.
+    """A tensor is cast to one 16-bit format and from there to the other, and is left with FP16's range and BF16's precision.
 
-    Seen: casts between FP16 and BF16. Number: elements that were flushed to 0, made infinite, or rounded again.
-    Not meant: results in the one format that go on in the other without overflow, as in nested regions of autocast (a note).
+    Seen: casts between FP16 and BF16.
+    Number: elements that were flushed to 0, became infinite, or were rounded again.
+    Not reported: results in one format that are used in the other without overflow, as in nested autocast regions (a note).
     Effect: BF16's 8 bits in FP16's range: numbers below 2^-25 become 0, and those above 65504 Inf.
     Fix: cast once, from FP32; or use one of the formats throughout.
-
     Source: refimpl's known mistake of this name; PyTorch's autocast recipe names one format per region.
     """
     flow = flow_of(view.step)
@@ -134,7 +134,7 @@ def cast_twice(view: View) -> Iterator[Finding]:
             view, o, "D12", cast_twice.name, "worse than it need be" if serious else "note",
             number=f"cast {twice}: of {lost.elements:,} elements {lost.flushed:,} become 0, {lost.overflowed:,} Inf, and"
             f" {lost.changed:,} are rounded again",
-            effect="the numbers have the fewer bits of the one format and the smaller range of the other",
+            effect="the numbers have only BF16's precision and only FP16's range",
             fix="cast once, from float32, or use one 16-bit format throughout",
         )  # fmt: skip
 
@@ -143,13 +143,13 @@ def cast_twice(view: View) -> Iterator[Finding]:
 def missing_cast(view: View) -> Iterator[Finding]:
     """Products run in FP32 although autocast is on.
 
-    Seen: a matrix product or convolution with FP32 operands and a gradient, between entering and leaving autocast. Number:
-    their share of the multiplications that the step's autocast regions do in forward.
-    Not meant: regions with autocast(enabled=False), as around rotary angles; FP64; products of activations that were cast up
+    Seen: a matrix product or convolution with FP32 operands and a gradient, between entering and leaving autocast.
+    Number: the share of these products in the multiplications that the step's autocast regions do in forward.
+    Not reported: regions with autocast(enabled=False), as around rotary angles; FP64; products of activations that were cast up
     first, as in attention where PyTorch computes it from its parts; products inside an operation that autocast's lists keep.
-    Effect: results are more exact than the recipe's, and slower; with other kernels, memory and gradients than was meant.
-    Fix: report it to who wrote the operation that leaves autocast out; or cast its inputs.
-
+    Effect: results are more exact than the recipe's, but slower, and kernels, memory and gradients are not those that were
+    intended.
+    Fix: report it to the authors of the operation that ignores autocast, or cast its inputs.
     Source: Lightning-AI/lightning-thunder#725 (autocast not applied to some functions).
     """
     flow = flow_of(view.step)
@@ -163,8 +163,8 @@ def missing_cast(view: View) -> Iterator[Finding]:
             view, o, "D13", missing_cast.name, "worse than it need be",
             number=f"{part / total:.0%} of the multiplications in autocast's regions are of float32 numbers ({len(missed)} of"
             f" {len(products)} products)",
-            effect="they are slower, and not in the precision that was asked for",
-            fix="cast the operands, or find out what keeps autocast from this operation: a scripted or compiled function, say",
+            effect="they are slower, and not in the requested precision",
+            fix="cast the operands, or find out why autocast does not reach this operation (a scripted or compiled function?)",
         )  # fmt: skip
 
 
@@ -203,15 +203,16 @@ def _dtype(operation: Operation, name: str) -> str:
 
 @rule("D19", "cast-without-gradient")
 def cast_without_gradient(view: View) -> Iterator[Finding]:
-    """A weight's 16-bit copy is made where gradients are off, and used where they are on: the weight gets no gradient.
+    """A weight's 16-bit copy is made where gradients are off and used where they are on, so the weight gets no gradient.
 
-    Seen: a trainable parameter whose cast made no node, was read without gradients first and with them later, in a step whose
-    backward adds to no gradient of that parameter. Number: the parameters.
-    Not meant: frozen parameters; copies that are used without gradients only; parameters that get a gradient on another way.
-    Effect: these weights do not learn, and nothing says so.
-    Fix: torch.clear_autocast_cache() after the part under no_grad, autocast(cache_enabled=False), or a region for each part.
-
-    Source: pytorch/pytorch#65766, #105211, #112583, #158232 (mended in #165068 for autocast's own cache).
+    Seen: a trainable parameter whose cast was not recorded for backward and whose copy is read first without gradients and
+    later with them, in a step whose backward adds to no gradient of that parameter.
+    Number: how many parameters.
+    Not reported: frozen parameters; copies that are only used without gradients; parameters that get a gradient in another way.
+    Effect: these weights do not learn, and no error says so.
+    Fix: torch.clear_autocast_cache() after the part under no_grad, autocast(cache_enabled=False), or a separate region for each
+    part.
+    Source: pytorch/pytorch#65766, #105211, #112583, #158232 (fixed in #165068 for autocast's own cache).
     """
     flow = flow_of(view.step)
     learning = {o.accumulates for o in view.step.operations}
@@ -242,12 +243,12 @@ def cast_without_gradient(view: View) -> Iterator[Finding]:
 def backward_in_another_format(view: View) -> Iterator[Finding]:
     """A custom autograd.Function multiplies in other formats in backward than in forward.
 
-    Seen: matrix products under a node of the user's own, whose operands have another format than those of its forward pass.
+    Seen: matrix products under a node of the user's own whose operands have other formats than those of its forward pass.
     Number: both formats.
-    Not meant: PyTorch's own nodes; functions without products in forward or backward; 16-bit products with FP32 results.
-    Effect: autocast casts what `forward` computes, and nothing in `backward`: gradients are of another function, or slower.
+    Not reported: PyTorch's own nodes; functions without products in forward or backward; 16-bit products with FP32 results.
+    Effect: autocast casts what `forward` computes but nothing in `backward`: gradients are those of another function, or
+    slower.
     Fix: @torch.amp.custom_fwd(device_type=...) on forward and @torch.amp.custom_bwd(device_type=...) on backward.
-
     Source: PyTorch's torch.amp documentation, 'Functions with multiple inputs or autocastable ops'.
     """
     ahead = _products_by_node(view)
@@ -297,15 +298,14 @@ def _widest(operation: Operation) -> str:
 
 @rule("D21", "running-sum-in-16-bits", steps=2)
 def running_sum_in_16_bits(view: View) -> Iterator[Finding]:
-    """A number that goes on over the steps, as a running loss does, is added up in 16 bits.
+    """A number that accumulates over the steps, such as a running loss, is summed in 16 bits.
 
-    Seen: a 16-bit number that begins a step's addition with the value that the same line left in the audited step before.
-    Number: what was added, and what that changed.
-    Not meant: a sum that begins anew each step; sums in FP32; numbers that nothing is added to.
-    Effect: once the sum is 256 (BF16) or 2048 (FP16) times what is added, it stands still.
-    Fix: loss.item() in a Python number, or an FP32 tensor.
-
-    Source: catalogue of refimpl; PyTorch's own optimizers keep such counters in FP32 (pytorch/ao#4915 is one that did not).
+    Seen: a 16-bit number that enters an addition with the value that the same line left in the previous audited step.
+    Number: what was added, and by how much the sum changed.
+    Not reported: a sum that starts anew in each step; sums in FP32; numbers to which nothing is added.
+    Effect: once the sum is 256 (BF16) or 2048 (FP16) times what is added, it no longer changes.
+    Fix: add loss.item() to a Python number, or use an FP32 tensor.
+    Source: PyTorch's own optimizers keep such counters in FP32 (pytorch/ao#4915 is one that did not).
     """
     if not view.earlier or view.earlier[-1].number != view.step.number - 1:
         return
@@ -318,19 +318,19 @@ def running_sum_in_16_bits(view: View) -> Iterator[Finding]:
                 view, o, "D21", running_sum_in_16_bits.name, "worse than it need be",
                 number=f"adding {now.added:.6g} to {now.before:.6g} changes it by {now.after - now.before:.6g};"
                 f" {format_of_result(o)} has steps of {now.spacing:.3g} there",
-                effect="the sum is off, and in the end stands still", fix="add up loss.item(), or in a float32 tensor",
+                effect="the sum is off, and stops growing in the end", fix="sum loss.item(), or use a float32 tensor",
             )  # fmt: skip
 
 
 @rule("D22", "batch-norm-statistics-in-16-bits")
 def statistics_in_16_bits(view: View) -> Iterator[Finding]:
-    """The running statistics of a batch norm are kept in 16 bits, in which small steps are lost.
+    """The running statistics of a batch norm are kept in 16 bits, in which small changes are lost.
 
-    Seen: a batch norm that writes 16-bit running means. Number: channels whose running mean stood still though it should move.
-    Not meant: statistics of which less than a tenth stand still (a note), as in the first steps, which are large.
-    Effect: with momentum 0.1 a running mean stops 5 spacings, in BF16 up to 4 %, away from the data's: evaluation is off.
+    Seen: a batch norm that writes 16-bit running means.
+    Number: channels whose running mean did not change although it should.
+    Not reported: statistics of which less than a tenth did not change (a note), as in the first steps, which are large.
+    Effect: with momentum 0.1 a running mean stops 5 spacings away from the data's, in BF16 up to 4 %: evaluation is off.
     Fix: keep batch norm in FP32: model.to(torch.bfloat16), then norm.float().
-
     Source: Micikevicius et al. 2018 (https://arxiv.org/abs/1710.03740), section 3.3; apex's keep_batchnorm_fp32.
     """
     for o in forward(view):

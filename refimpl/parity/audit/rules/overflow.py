@@ -19,15 +19,15 @@ from refimpl.parity.audit.values import Values, is_float
 
 SUMS = ("aten.sum", "aten.mean", "aten.cumsum", "aten.dot", "aten.linalg_vector_norm", "aten.var")
 FIXES = (
-    ("LogBackward", "log has no slope at 0: add eps inside it, or use log_softmax or logsigmoid"),
+    ("LogBackward", "log has no derivative at 0: add eps inside it, or use log_softmax or logsigmoid"),
     ("aten.log", "log of 0 is -Inf: add eps inside it, or use log_softmax or logsigmoid"),
-    ("SqrtBackward", "sqrt has an infinite slope at 0: sqrt(x + eps)"),
-    ("NormBackward", "a norm has no slope at 0: add eps inside its root, or leave zero vectors out"),
-    ("RsqrtBackward", "rsqrt is infinite at 0: rsqrt(x + eps)"),
-    ("PowBackward", "a power below 1 has an infinite slope at 0: add eps to its base"),
+    ("SqrtBackward", "the derivative of sqrt is infinite at 0: use sqrt(x + eps)"),
+    ("NormBackward", "a norm has no derivative at 0: add eps inside its root, or leave zero vectors out"),
+    ("RsqrtBackward", "rsqrt is infinite at 0: use rsqrt(x + eps)"),
+    ("PowBackward", "the derivative of a power below 1 is infinite at 0: add eps to its base"),
     ("aten.sqrt", "sqrt of a negative number is NaN: clamp it first, and before torch.where, whose gradient is NaN otherwise"),
-    ("aten.rsqrt", "rsqrt of 0 is Inf: rsqrt(x + eps)"),
-    ("aten.div", "division by 0: clamp the divisor, or select it before dividing: torch.where after it does not help backward"),
+    ("aten.rsqrt", "rsqrt of 0 is Inf: use rsqrt(x + eps)"),
+    ("aten.div", "division by 0: clamp the divisor, or select before dividing (torch.where after it does not help backward)"),
     ("aten.reciprocal", "division by 0: clamp the divisor"),
     ("aten.exp", "exp overflows above 88 in FP32 and bf16, 11 in fp16: subtract the maximum, or use softmax or logsumexp"),
     ("aten.pow", "compute the power in FP32, or bound its base"),
@@ -53,12 +53,12 @@ PROBES: tuple[Probe, ...] = (nonfinite, largest)
 def mask_overflows(view: View) -> Iterator[Finding]:
     """Two finite masks, or a mask and a score, add up to -Inf.
 
-    Seen: a sum of finite numbers that is -Inf, one of them the least number of its format, or below -1e30, or round, as masks
-    are. Number: how many such sums there are, and the operands of one.
-    Not meant: masks of -Inf on purpose; sums that overflow and harm nothing, because no row is masked out entirely (a note).
-    Effect: rows that are masked out entirely are NaN in the softmax, where a finite mask would have given a mean.
-    Fix: one mask by torch.where or masked_fill, instead of a sum of two.
-
+    Seen: a sum of finite numbers that is -Inf, where one of them is the lowest number of its format, below -1e30, or a round
+    number, as masks are.
+    Number: how many such sums there are, and the operands of one.
+    Not reported: masks that are -Inf on purpose; sums whose overflow does no harm, because no row is fully masked (a note).
+    Effect: fully masked rows become NaN in the softmax, where a finite mask would have given a mean.
+    Fix: one mask by torch.where or masked_fill instead of a sum of two.
     Source: NVIDIA-NeMo/Automodel#2658 (finfo.min + finfo.min).
     """
     origin = origin_of(view.step)
@@ -72,7 +72,7 @@ def mask_overflows(view: View) -> Iterator[Finding]:
         yield finding_at(
             view, o, "D7", mask_overflows.name, "wrong" if harmful else "note",
             number=f"{bad.finite_exact:,} sums of finite numbers are -Inf in {bad.dtype}: {operands} at {at}",
-            effect="rows that are masked out entirely become NaN, and with them the gradients of all that they reach",
+            effect="fully masked rows become NaN, and so do all gradients that they reach",
             fix="combine masks as booleans and apply them once, by masked_fill or torch.where",
         )  # fmt: skip
 
@@ -97,13 +97,13 @@ def _number(text: str) -> float | None:
 
 @rule("D8", "row-masked-out")
 def row_masked_out(view: View) -> Iterator[Finding]:
-    """A row of a softmax is -Inf alone: all of it is masked out, and the result is NaN.
+    """A row of a softmax is masked entirely with -Inf, and its result is NaN.
 
-    Seen: a softmax with NaN in its result and none in its input, which reaches the loss or a gradient. Number: the rows.
-    Not meant: scaled_dot_product_attention, which gives 0 for such rows; rows whose NaN reaches nothing.
+    Seen: a softmax with NaN in its result and none in its input, which reaches the loss or a gradient.
+    Number: how many rows.
+    Not reported: scaled_dot_product_attention, which returns 0 for such rows; rows whose NaN reaches nothing.
     Effect: NaN in the gradients of the whole model, from one padded row.
-    Fix: F.scaled_dot_product_attention; or leave one position of each row unmasked.
-
+    Fix: F.scaled_dot_product_attention, or leave one position of each row unmasked.
     Source: pytorch/pytorch#131060, #41508, #103749, #103963.
     """
     origin = origin_of(view.step)
@@ -112,10 +112,10 @@ def row_masked_out(view: View) -> Iterator[Finding]:
     shape = next(results_of(origin.operation)).shape
     yield finding_at(
         view, origin.operation, "D8", row_masked_out.name, "wrong",
-        number=f"{origin.found.masked_rows:,} of {math.prod(shape) // max(1, shape[-1]):,} rows of the softmax are masked out"
-        " entirely, which makes them NaN",
+        number=f"{origin.found.masked_rows:,} of {math.prod(shape) // max(1, shape[-1]):,} rows of the softmax are fully"
+        " masked, which makes them NaN",
         effect="one such row makes the gradients of all layers below it NaN",
-        fix="use F.scaled_dot_product_attention, which gives 0 there, or leave one position of every row unmasked",
+        fix="use F.scaled_dot_product_attention, which returns 0 there, or leave one position of every row unmasked",
     )  # fmt: skip
 
 
@@ -123,13 +123,13 @@ def row_masked_out(view: View) -> Iterator[Finding]:
 def overflow_in_forward(view: View) -> Iterator[Finding]:
     """A result of the forward pass is too large for FP16.
 
-    Seen: the first Inf of a step whose loss or gradients are not finite is a FP16 result of the forward pass, and finite in
-    FP64. Number: its size in FP64 beside 65504, and the largest FP16 number before it that was finite.
-    Not meant: an Inf that reaches neither loss nor gradients, as where a model clamps it; sums (D10), masks (D7), squares in a
-    norm by hand (D3), the scaled loss (B11).
+    Seen: in a step whose loss or gradients are not finite, the first Inf is an FP16 result of the forward pass that is finite
+    in FP64.
+    Number: its size in FP64 beside 65504, and the largest finite FP16 number before it.
+    Not reported: an Inf that reaches neither loss nor gradients, for instance because the model clamps it; sums (D10), masks
+    (D7), squares in a norm that is written out (D3), the scaled loss (B11).
     Effect: no loss scale helps: every step is skipped, and the scale falls to 0.
-    Fix: bf16, or this layer in FP32, or a smaller input to it.
-
+    Fix: use bf16, compute this layer in FP32, or make its input smaller.
     Source: huggingface/transformers#5651 (66246 in T5's wo), #9295, #10956.
     """
     origin = origin_of(view.step)
@@ -149,15 +149,15 @@ def overflow_in_forward(view: View) -> Iterator[Finding]:
 def sum_overflows(view: View) -> Iterator[Finding]:
     """A sum, or the number that it is divided by, is too large for FP16.
 
-    Seen: the first Inf of a step whose loss or gradients are not finite is a FP16 sum, mean or norm; or an integer becomes Inf
-    when it is cast to FP16, and something is divided by it. Number: the sum in FP64.
-    Not meant: mean of FP16 numbers, which PyTorch adds up in FP32.
-    Effect: the loss is Inf, or 0 where the divisor is Inf.
+    Seen: in a step whose loss or gradients are not finite, the first Inf is an FP16 sum, mean or norm; or an integer becomes
+    Inf when it is cast to FP16, and something is divided by it.
+    Number: the sum in FP64.
+    Not reported: a mean of FP16 numbers, which PyTorch sums in FP32.
+    Effect: the loss is Inf, or 0 if the divisor is Inf.
     Fix: sum and divide in FP32: x.float().sum(), x.sum(dtype=torch.float32).
-
     Source: coreylowman/dfdx#748.
     """
-    fix = "add up, and divide, in FP32: x.sum(dtype=torch.float32)"
+    fix = "sum and divide in FP32: x.sum(dtype=torch.float32)"
     origin = origin_of(view.step)
     if origin is not None and rule_of(view, origin) == "D10" and origin.operation is not None:
         yield finding_at(
@@ -179,14 +179,14 @@ def sum_overflows(view: View) -> Iterator[Finding]:
 
 @rule("D11", "not-finite")
 def not_finite(view: View) -> Iterator[Finding]:
-    """Inf or NaN in the loss or the gradients begin at an operation that no other rule names.
+    """Inf or NaN in the loss or the gradients begins at an operation that no other rule names.
 
-    Seen: the first operation with finite inputs and a result that is not, whose Inf or NaN reaches the loss, a gradient or the
-    update. Number: the operation, its operands there, what FP64 gives, and whether a loss scale would have helped.
-    Not meant: Inf that reaches neither; FP16 gradients that overflow, which a step is skipped for (B4 if it is not).
-    Effect: the step is lost, or the weights are, if it is not skipped.
-    Fix: by operation: eps inside roots, logarithms and divisors; selecting before computing instead of torch.where after it.
-
+    Seen: the first operation with finite inputs and a result that is not finite and reaches the loss, a gradient or the update.
+    Number: the operation, its operands there, what FP64 gives, and whether a loss scale would have helped.
+    Not reported: Inf that reaches none of these; FP16 gradients that overflow, for which the step is skipped (B4 if it is not).
+    Effect: the step is lost, or, if it is not skipped, the weights are.
+    Fix: depending on the operation: eps inside roots, logarithms and divisors; selecting before computing instead of
+    torch.where after it.
     Source: Shuheng5454/OpenTau#300 (final_norm.backward makes Inf, residuals 0 * Inf), MzeroMiko/VMamba#78, Parskatt/RoMa#43.
     """
     origin = origin_of(view.step)

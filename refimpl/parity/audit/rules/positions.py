@@ -223,16 +223,16 @@ PROBES: tuple[Probe, ...] = (integers, angles, choices, features, cancelled)
 
 @rule("D4", "positions-in-16-bits")
 def positions_in_16_bits(view: View) -> Iterator[Finding]:
-    """Positions or time steps are rounded to 16 bits, or the angles that are made of them.
+    """Positions or time steps, or the angles computed from them, are rounded to 16 bits.
 
-    Seen: integers that are cast to 16 bits, or counted in them, so that different ones become equal, or that change on their
-    way to sin and cos; sin or cos of a 16-bit angle above 2. Number: how many different integers are left, or half the
-    spacing of the format at the largest angle, in radians.
-    Not meant: integers that 16 bits hold (up to 256 in bf16, 2048 in fp16); angles in FP32 whose cos and sin are cast.
-    Effect: BF16 knows 384 positions below 512 and 768 below 4096: neighbors get the same embedding, or phases that are off by
-    radians.
-    Fix: positions, angles, cos and sin in FP32 (torch.autocast(enabled=False) around them), cast last.
-
+    Seen: integers that are cast to 16 bits or counted in them, so that different ones become equal, or change on their way to
+    sin and cos; sin or cos of a 16-bit angle above 2.
+    Number: how many different integers are left, or half the spacing of the format at the largest angle, in radians.
+    Not reported: integers that 16 bits can represent (up to 256 in bf16, 2048 in fp16); angles in FP32 whose cos and sin are
+    cast.
+    Effect: BF16 has 384 different positions below 512 and 768 below 4096: neighbors get the same embedding, or phases that are
+    off by radians.
+    Fix: compute positions, angles, cos and sin in FP32 (torch.autocast(enabled=False) around them), and cast last.
     Source: EleutherAI/gpt-neox#1003, huggingface/transformers#25681, #29285, #29496, huggingface/diffusers#9405.
     """
     flow = flow_of(view.step)
@@ -248,7 +248,7 @@ def positions_in_16_bits(view: View) -> Iterator[Finding]:
             yield finding_at(
                 view, o, "D4", positions_in_16_bits.name, "wrong",
                 number=f"{what}: {whole.example:.10g} becomes {whole.becomes:.10g}",
-                effect="positions or time steps that differ are the same to the model", fix=fix,
+                effect="different positions or time steps look the same to the model", fix=fix,
             )  # fmt: skip
         angle: Angles | None = o.probed.get("angles")
         if angle is not None and next(tensors_in(o.arguments)).dtype in LOW and angle.largest > SAFE_ANGLE:
@@ -256,7 +256,7 @@ def positions_in_16_bits(view: View) -> Iterator[Finding]:
                 view, o, "D4", positions_in_16_bits.name, "worse than it need be" if angle.error < RADIANS else "wrong",
                 number=f"{o.name.split('.')[1]} is taken of {next(tensors_in(o.arguments)).dtype} angles of up to"
                 f" {angle.largest:.5g}, where phases are off by up to {angle.error:.3g} radians",
-                effect="far positions have wrong phases, as if they were others", fix=fix,
+                effect="distant positions have the phases of other positions", fix=fix,
             )  # fmt: skip
 
 
@@ -274,15 +274,16 @@ def _reaches_angles(flow: Flow, operation: Operation, depth: int = DEEP) -> bool
 
 @rule("D5", "frequencies-in-16-bits")
 def frequencies_in_16_bits(view: View) -> Iterator[Finding]:
-    """The frequencies of rotary or sinusoidal embeddings are kept in 16 bits, though angles are computed in FP32.
+    """The frequencies of rotary or sinusoidal embeddings are stored in 16 bits, although angles are computed in FP32.
 
-    Seen: sin or cos of a product with a 16-bit buffer, cast up or not. Number: the largest phase error at this length: against
-    the geometric progression that the frequencies follow; if they follow none, a unit roundoff of the largest angle at most.
-    Not meant: frequencies that are parameters; a few positions, where it is below half a radian (a note); 16-bit angles (D4).
-    Effect: phases drift with the position: at 4096 by up to 2 radians in BF16. Weights that were trained with other
+    Seen: sin or cos of a product with a 16-bit buffer, whether it is cast up or not.
+    Number: the largest phase error at this length, relative to the geometric progression that the frequencies follow; if they
+    follow none, at most a unit roundoff of the largest angle.
+    Not reported: frequencies that are parameters; few positions, where the error is below half a radian (a note); 16-bit angles
+    (D4).
+    Effect: phases drift with the position, at 4096 by up to 2 radians in BF16. Weights that were trained with other
     frequencies, and runs in FP32, see other positions.
     Fix: keep the buffer in FP32: model.to(torch.bfloat16) casts it. Load with dtype=torch.bfloat16, or set it again after .to.
-
     Source: meta-llama/llama-recipes#6, NVIDIA/Megatron-LM#744, modalities#462.
     """
     flow = flow_of(view.step)
@@ -325,14 +326,15 @@ def _kept_frequencies(flow: Flow, operation: Operation) -> TensorFacts | None:
 
 @rule("D6", "router-in-16-bits")
 def router_in_16_bits(view: View) -> Iterator[Finding]:
-    """Experts are chosen by 16-bit scores, in which they tie.
+    """Experts are chosen by 16-bit scores that tie.
 
-    Seen: topk of 16-bit scores in a module's forward pass. Number: rows whose last expert in and first one out have equal
-    scores, and rows where they differ by at most one spacing of the format.
-    Not meant: scores without ties and close calls (a note); topk outside of modules, as in a metric.
+    Seen: topk of 16-bit scores in a module's forward pass.
+    Number: rows in which the last expert chosen and the first one left out have equal scores, and rows in which they differ by
+    at most one spacing of the format.
+    Not reported: scores with neither ties nor close calls; topk outside of modules, as in a metric.
+    Level: a note if there are close calls but no ties.
     Effect: which expert is chosen depends on the order of ties, and differs between kernels, ranks, training and inference.
-    Fix: the router's product and softmax in FP32.
-
+    Fix: compute the router's product and softmax in FP32.
     Source: stanford-futuredata/megablocks#91, NVIDIA/Megatron-LM#2741, AI-Hypercomputer/maxtext#5293.
     """
     for o in forward(view):
@@ -340,8 +342,8 @@ def router_in_16_bits(view: View) -> Iterator[Finding]:
         if rows is not None and o.module is not None:
             yield finding_at(
                 view, o, "D6", router_in_16_bits.name, "worse than it need be" if rows.ties else "note",
-                number=f"of {rows.rows:,} rows, {rows.ties:,} have a tie between chosen and not ({rows.k} of {rows.of}), and in"
-                f" {rows.close:,} roundings may have decided",
+                number=f"of {rows.rows:,} rows, {rows.ties:,} tie at the choice ({rows.k} of {rows.of}), and in"
+                f" {rows.close:,} rounding may have decided",
                 effect="the choice of experts depends on the order of ties, and differs between kernels and ranks",
                 fix="compute the router's logits and scores in FP32",
             )  # fmt: skip
@@ -349,15 +351,14 @@ def router_in_16_bits(view: View) -> Iterator[Finding]:
 
 @rule("D23", "features-too-large")
 def features_too_large(view: View) -> Iterator[Finding]:
-    """A feature of the data is cast to 16 bits that are too coarse for it: its mean is large beside its spread.
+    """A feature of the data is cast to a 16-bit format that is too coarse for it: its mean is large compared with its spread.
 
-    Seen: casts of data, which no operation of the step has computed. Number: the feature's standard deviation in spacings of
-    the format at its mean, and how many different values are left.
-    Not meant: constant features, and those that the format holds exactly.
+    Seen: casts of data that no operation of the step has computed.
+    Number: the feature's standard deviation in spacings of the format at its mean, and how many different values are left.
+    Not reported: constant features, and features that the format represents exactly.
     Effect: the model sees a few values where the data has many.
     Fix: normalize the feature in FP32 (subtract its mean) before the cast.
-
-    Source: torch.amp keeps inputs in FP32 until the first product casts them; catalogue of refimpl.
+    Source: torch.amp keeps inputs in FP32 until the first product casts them.
     """
     flow = flow_of(view.step)
     for o in forward(view):
@@ -368,7 +369,7 @@ def features_too_large(view: View) -> Iterator[Finding]:
                 number=f"feature {feature.place} of {feature.features} has mean {feature.mean:.6g} and standard deviation"
                 f" {feature.deviation:.3g}, {feature.deviation / feature.spacing:.2g} of the spacing {feature.spacing:.3g}"
                 f" there: {feature.before:,} different values become {feature.after:,}",
-                effect="most of what varies in this feature is rounded away", fix="subtract its mean, and scale it, in FP32",
+                effect="most of this feature's variation is rounded away", fix="subtract its mean and scale it in FP32",
             )  # fmt: skip
 
 
@@ -380,13 +381,13 @@ def _is_data(flow: Flow, cast: Operation) -> bool:
 
 @rule("D24", "cancellation")
 def cancellation(view: View) -> Iterator[Finding]:
-    """Differences of 16-bit numbers are small beside their operands, so that few of their bits are known.
+    """Differences of 16-bit numbers are small compared with their operands, so few of their bits are known.
 
-    Seen: sums and differences of 16-bit tensors, of which at least a tenth is 1/32 of its operands or less. Number: that share.
-    Not meant: it is information, always a note: the difference itself is exact, but its operands were rounded before.
+    Seen: sums and differences of 16-bit tensors, of which at least a tenth is 1/32 of its operands or less.
+    Number: that share.
+    Level: always a note: the difference itself is exact, but its operands were rounded before.
     Effect: 3 of BF16's 8 bits are left.
     Fix: keep the operands in FP32 until they are subtracted.
-
     Source: FPChecker's class 'cancellation' (LLNL/FPChecker).
     """
     for o in forward(view):

@@ -80,10 +80,11 @@ PROBES: tuple[Probe, ...] = (scalars, gradient_health, flushes, norms)
 def clip_before_unscale(view: View) -> Iterator[Finding]:
     """Gradients are clipped while they still carry the loss scale.
 
-    Seen: a norm of gradients that carry S, a product with a coefficient below 1, and the division by S after it, or inside a
-    fused optimizer. Not counted: a norm that is only logged; a check with inv_scale 1; a coefficient of 1;
-    a division of the gradients of a later update.
-    Effect: the threshold is S times too small, so that every step is clipped to max_norm / S.
+    Seen: a norm of gradients that carry S, a product with a coefficient below 1, and then a division by S, separate or inside a
+    fused optimizer.
+    Not reported: a norm that is only logged; a check with inv_scale 1; a coefficient of 1; a division of a later update's
+    gradients.
+    Effect: the threshold is S times too small, so every step is clipped to max_norm / S.
     Fix: `scaler.unscale_(optimizer)` before clipping.
     Source: Lightning-AI/pytorch-lightning#9599, pytorch/examples#1196, milesial/Pytorch-UNet#468.
     """
@@ -97,7 +98,7 @@ def clip_before_unscale(view: View) -> Iterator[Finding]:
             S = history.scale
             seen = f"clipping saw a norm of {norm.value:.3g} = {S:g} x {norm.value / S:.3g}"
             number = f"{seen} and multiplied by {clip.factor:.2g}"
-            effect = f"the threshold is {S:g} times too small: updates shrink to what is left of it"
+            effect = f"the threshold is {S:g} times too small: updates shrink by as much"
             yield _finding("B1", view, clip, "wrong", number, effect, "call scaler.unscale_(optimizer) before clipping")
             return
         if later and clip.kind == "clamp":
@@ -111,12 +112,14 @@ def clip_before_unscale(view: View) -> Iterator[Finding]:
 def unscaled_twice(view: View) -> Iterator[Finding]:
     """Gradients are divided by the loss scale twice.
 
-    Seen: two divisions by S of the same gradients between backward and the update, by GradScaler, by hand, or in a fused
-    optimizer; or one before the last micro-batch, so that the next one adds scaled gradients to unscaled ones, and they are
-    divided again, or go into the update as they are. Not counted: gradients that are cleared, or used in an update, before more
-    is added, as of a GAN; a backward pass without the scale that follows the division.
-    Effect: gradients are S times too small, which Adam hides but for eps; of micro-batches the first ones are lost.
-    Fix: one division, after the last micro-batch.
+    Seen: the same gradients are divided by S twice between backward and the update, by GradScaler, by hand, or in a fused
+    optimizer; or they are divided before the last micro-batch, so that the next one adds scaled gradients to unscaled ones, and
+    the sum is divided again or used in the update as it is.
+    Not reported: gradients that are cleared or used in an update before more is added, as in a GAN; a backward pass without the
+    scale after the division.
+    Effect: gradients are S times too small, which Adam hides except for eps; the contributions of the first micro-batches are
+    lost.
+    Fix: divide once, after the last micro-batch.
     Source: PyTorch, `GradScaler.unscale_`: once per optimizer and step, after all gradients have accumulated.
     """
     history = history_of(view.step)
@@ -132,7 +135,7 @@ def unscaled_twice(view: View) -> Iterator[Finding]:
         first = next((u for u in reversed(unscales[:i]) if set(u.names) & set(second.names)), None)
         if first is not None and not _backward_between(history, first, second):
             number = f"gradients were divided by {S:g} twice: {_where(first)} and {_where(second)}"
-            effect = f"gradients are {S:g} times too small; Adam hides it, but for eps"
+            effect = f"gradients are {S:g} times too small; Adam hides this, except for eps"
             yield _finding("B2", view, second, "wrong", number, effect, fix)
             return
 
@@ -141,12 +144,13 @@ def unscaled_twice(view: View) -> Iterator[Finding]:
 def never_unscaled(view: View) -> Iterator[Finding]:
     """The optimizer is given gradients that still carry the loss scale.
 
-    Seen: an update that reads gradients with the factor S, without `grad_scale`, or with S and what PyTorch's clipping has left
-    of it. Not counted: fused optimizers that unscale. With a scale by hand and clipping it is a note: Adam and the clipped norm
-    hide the weight of a loss, which such a scale may be.
-    Effect: Adam hides the factor, but eps, weight decay of SGD and every clipping threshold are off by S, and an overflow is
-    not skipped.
-    Fix: `scaler.step(optimizer)` in place of `optimizer.step()`.
+    Seen: an update reads gradients that are multiplied by S, without `grad_scale`, or by S and the coefficient of PyTorch's
+    clipping. It is a note if the scale is applied by hand and gradients are clipped: such a scale may be the weight of a loss,
+    which Adam and the clipped norm hide.
+    Not reported: fused optimizers that unscale.
+    Effect: Adam hides the factor, but eps, SGD's weight decay and every clipping threshold are off by S, and an overflow is not
+    skipped.
+    Fix: `scaler.step(optimizer)` instead of `optimizer.step()`.
     Source: PyTorch, 'Automatic Mixed Precision examples', working with unscaled gradients.
     """
     history = history_of(view.step)
@@ -165,7 +169,7 @@ def never_unscaled(view: View) -> Iterator[Finding]:
             norm = _before(history, clips[0], "norm") if clips else None
             if norm is not None:
                 number += f"; clipping saw a norm of {norm.value:.3g} = {S:g} x {norm.value / S:.3g}"
-                effect = f"the clipping threshold is {S:g} times too small: small gradients are cut as large ones are"
+                effect = f"the clipping threshold is {S:g} times too small: small gradients are clipped as if they were large"
                 unscale = "call scaler.unscale_(optimizer) before clipping, and scaler.step(optimizer) after it"
                 fix = "divide the gradients by the scale before clipping" if history.by_hand else unscale
             yield _finding("B3", view, update, "note" if clips and history.by_hand else "wrong", number, effect, fix)
@@ -174,9 +178,9 @@ def never_unscaled(view: View) -> Iterator[Finding]:
 
 @rule("B18", "unscale-by-updated-scale")
 def unscaled_by_another_scale(view: View) -> Iterator[Finding]:
-    """Gradients are divided by a loss scale that is not the one they were multiplied by.
+    """Gradients are divided by another loss scale than they were multiplied by.
 
-    Seen: a division by the scale as it is after `update()`, which differs from S of the backward pass.
+    Seen: a division by the scale after `update()`, which differs from the S of the backward pass.
     Effect: whenever the scale changes, one step is twice as large or half as large as it should be.
     Fix: divide before `update()`, or keep the scale of the backward pass.
     Source: deepspeedai/DeepSpeed#8588.
@@ -195,12 +199,13 @@ def unscaled_by_another_scale(view: View) -> Iterator[Finding]:
 
 @rule("B4", "ignore-inf")
 def update_with_non_finite(view: View) -> Iterator[Finding]:
-    """The optimizer is run with gradients that are Inf or NaN.
+    """The optimizer steps with gradients that are Inf or NaN.
 
-    Seen: an update that reads such elements. Not counted: a fused optimizer that is handed found_inf = 1 and returns. It is a
-    note where another rule names what makes them (D7 to D11), since skipping would not help there.
-    Effect: moments and weights become NaN, and stay so.
-    Fix: `scaler.step(optimizer)`, or skip the step where a gradient is not finite.
+    Seen: an update that reads such elements. It is a note if another rule names their cause (D7 to D11), since skipping would
+    not help then.
+    Not reported: a fused optimizer that is handed found_inf = 1 and does nothing.
+    Effect: moments and weights become NaN and stay NaN.
+    Fix: `scaler.step(optimizer)`, or skip the step if a gradient is not finite.
     Source: Micikevicius et al. 2018, section 3.2 (https://arxiv.org/abs/1710.03740).
     """
     for update in history_of(view.step).of("update"):
@@ -208,8 +213,8 @@ def update_with_non_finite(view: View) -> Iterator[Finding]:
         bad = operation.probed.get("gradient_health", 0) if operation is not None else 0
         if bad and not update.value > 0:
             number = f"{bad} gradient elements that are Inf or NaN went into the update of {_some(update.names)}"
-            effect = "moments and weights that meet NaN stay NaN"
-            fix = "skip the step: scaler.step(optimizer) does, or test torch.isfinite of the gradients' norm"
+            effect = "moments and weights become NaN and stay NaN"
+            fix = "skip the step, as scaler.step(optimizer) does, or check torch.isfinite of the gradients' norm"
             yield _finding("B4", view, update, "note" if _is_named(view) else "wrong", number, effect, fix)
             return
 
@@ -227,33 +232,33 @@ def _is_named(view: View) -> bool:
 def scheduler_on_skipped_step(view: View) -> Iterator[Finding]:
     """The learning-rate schedule advances in a step that the loss scale skipped.
 
-    Seen: found_inf, no update, and a scheduler whose `last_epoch` grew. PyTorch's warning about the order of calls is this.
-    A note where there is no scheduler, and the rate of the next step is another one: a loop that sets it by hand from its count
-    of steps.
-    Effect: warmup is cut short by the skipped steps; early ones are usual, so the first rates are never used.
-    Fix: step the scheduler only if the scale has not fallen. A schedule by samples may want this: then it is a note to ignore.
+    Seen: found_inf is set, there is no update, and a scheduler's `last_epoch` grew; PyTorch then warns about the order of
+    calls. It is a note if there is no scheduler but the rate of the next step differs, as in a loop that sets the rate by hand
+    from its count of steps.
+    Effect: skipped steps shorten the warm-up; they are common at the start, so the first rates are never used.
+    Fix: step the scheduler only if the scale has not fallen. A schedule by samples may want this: ignore the finding then.
     Source: pytorch/pytorch#55585, #44511, huggingface/transformers#11144.
     """
     before, after = view.step.before, view.step.after
     number = _rate_went_on(view)
     if number:
-        yield _of_step("B5", view, "note", number, "skipped steps use up the warmup", "count updates, not steps")
+        yield _of_step("B5", view, "note", number, "skipped steps use up the warm-up", "count updates, not steps")
     if after is None or not _skipped(view.step):
         return
     moved = [b - a for a, b in zip(before.schedulers, after.schedulers, strict=False)]
     if any(n > 0 for n in moved):
         rates = f"{_rate(before):.3g} to {_rate(after):.3g}"
-        number = f"the step was skipped, and the scheduler went on: lr from {rates}"
+        number = f"the step was skipped, but the scheduler advanced: lr from {rates}"
         fix = "call scheduler.step() only if scaler.get_scale() has not fallen"
-        yield _of_step("B5", view, "worse than it need be", number, "skipped steps use up the warmup", fix)
+        yield _of_step("B5", view, "worse than it need be", number, "skipped steps use up the warm-up", fix)
 
 
 @rule("B6", "ema-on-skip", steps=2)
 def average_on_skipped_step(view: View) -> Iterator[Finding]:
     """The average of the weights is updated in a step that was skipped.
 
-    Seen: found_inf, no update, and an operation that writes to the EMA after it.
-    Effect: the average forgets at the rate of the steps, while nothing new is added: with a decay by steps it is too short.
+    Seen: found_inf is set, there is no update, and a later operation writes to the average.
+    Effect: the average forgets at every step, although nothing new is added: it is shorter than its decay says.
     Fix: update the average only if the optimizer has stepped.
     Source: PyTorch, `GradScaler.step`: a skipped step changes no weight.
     """
@@ -276,8 +281,9 @@ def average_on_skipped_step(view: View) -> Iterator[Finding]:
 def scale_stays_after_overflow(view: View) -> Iterator[Finding]:
     """The loss scale does not fall after an overflow.
 
-    Seen: found_inf in a step whose scale is the same after it. Not counted: a fixed scale without a check, by choice.
-    Effect: the same overflow comes again: every step is skipped from here on.
+    Seen: found_inf is set, and the scale is the same after the step.
+    Not reported: a fixed scale without a check, which is a choice.
+    Effect: the same overflow happens again, and every step from here on is skipped.
     Fix: `scaler.update()` once per step.
     Source: PyTorch, `GradScaler.update`: the scale is multiplied by backoff_factor after a skipped step.
     """
@@ -295,12 +301,14 @@ def scale_stays_after_overflow(view: View) -> Iterator[Finding]:
 
 @rule("B8", "scale-collapse", steps=2)
 def scale_collapses(view: View) -> Iterator[Finding]:
-    """The loss scale falls without end.
+    """The loss scale keeps falling.
 
-    Seen: a scale below 1 after an overflow, or more than 10 audited skips in a row. It is a note where another rule names what
-    makes Inf or NaN. Number: where that begins, and whether a scale helps.
-    Effect: no step is made; below 2^-14 gradients vanish where they are not Inf.
-    Fix: that of the operation where Inf or NaN begins, which no scale prevents (finding D11, or D9), and a floor for the scale.
+    Seen: a scale below 1 after an overflow, or more than 10 audited skips in a row. It is a note if another rule names the
+    cause of Inf or NaN.
+    Number: where Inf or NaN begins, and whether a scale helps.
+    Effect: no step is made; below 2^-14, gradients that are not Inf vanish.
+    Fix: repair the operation where Inf or NaN begins, which no scale prevents (finding D11 or D9), and set a floor for the
+    scale.
     Source: pytorch/pytorch#40497, OpenNMT/OpenNMT-py#1724.
     """
     after = view.step.after
@@ -311,8 +319,8 @@ def scale_collapses(view: View) -> Iterator[Finding]:
         origin = origin_of(view.step)
         why = f": {origin.sentence}; {origin.remedy}" if origin is not None else ""
         number = f"the scale is {after.scale:.3g} after {skips} skipped steps in a row{why}"
-        fix = "mend where Inf or NaN begins, if lowering the scale does not help; set a floor of 1"
-        yield _of_step("B8", view, "note" if _is_named(view) else "wrong", number, "no step is made any more", fix)
+        fix = "repair the operation where Inf or NaN begins, if lowering the scale does not help; set a floor of 1"
+        yield _of_step("B8", view, "note" if _is_named(view) else "wrong", number, "no further step is made", fix)
 
 
 def _leading_skips(view: View) -> Iterator[int]:
@@ -329,8 +337,8 @@ def _leading_skips(view: View) -> Iterator[int]:
 def fp16_without_scale(view: View) -> Iterator[Finding]:
     """FP16 gradients are computed without a loss scale, and vanish.
 
-    Seen: results of backward in FP16 that are 0 and not 0 in FP64, at least 1 % of them, with S = 1.
-    Effect: weights whose gradients are flushed do not train.
+    Seen: with S = 1, at least 1 % of the FP16 results of backward that are not 0 in FP64 are 0.
+    Effect: weights whose gradients are flushed to zero do not train.
     Fix: `torch.amp.GradScaler`.
     Source: Micikevicius et al. 2018, section 3.2 (https://arxiv.org/abs/1710.03740).
     """
@@ -344,15 +352,15 @@ def fp16_without_scale(view: View) -> Iterator[Finding]:
         number = f"{lost / whole:.1%} of {whole} FP16 gradients became 0; {kept}"
         event = Event("backward", (), 1.0, 1.0, math.nan, operation, operation.line)
         fix = "scale the loss: torch.amp.GradScaler, or train in bfloat16"
-        yield _finding("B9", view, event, "wrong", number, "what is flushed to 0 does not train", fix)
+        yield _finding("B9", view, event, "wrong", number, "weights whose gradients are flushed to 0 do not train", fix)
 
 
 @rule("B10", "loss-scale-on-bf16")
 def useless_scale(view: View) -> Iterator[Finding]:
-    """A loss scale is used, and nothing is computed in FP16.
+    """A loss scale is used although nothing is computed in FP16.
 
     Seen: an enabled GradScaler in a step without any FP16 tensor.
-    Effect: none on the numbers; it costs a pass over the gradients.
+    Effect: none on the numbers, but it costs a pass over the gradients.
     Fix: leave it out: bfloat16 has FP32's range.
     Source: PyTorch, torch.amp: gradient scaling is for float16.
     """
@@ -385,18 +393,19 @@ def scaled_loss_overflows(view: View) -> Iterator[Finding]:
         if math.isinf(measured.get("out", 0.0)) and all(math.isfinite(v) for v in given):
             number = f"loss x S = {given[0]:.4g} x {given[1]:.4g} = {given[0] * given[1]:.4g} > {FP16_MAX:g}: Inf in FP16"
             event = Event("loss", (), 1.0, 1.0, math.nan, operation, operation.line)
-            effect = "every gradient is Inf or NaN, whatever they are unscaled"
+            effect = "every gradient is Inf or NaN, whatever its unscaled value"
             yield _finding("B11", view, event, "wrong", number, effect, "scale the loss in FP32: loss.float()")
             return
 
 
 @rule("B12", "scaler-not-restored")
 def scaler_not_restored(view: View) -> Iterator[Finding]:
-    """A resumed run has a new GradScaler.
+    """A resumed run starts with a new GradScaler.
 
-    Seen: in the first step, updates counted by the optimizer, while scale and growth tracker are those of a scaler just made.
-    Effect: the scale that the run had found is lost: the first steps overflow and are skipped, and the schedule with them.
-    Fix: save and load `scaler.state_dict()` with the optimizer's.
+    Seen: in the first step, the optimizer has already counted updates, while scale and growth tracker are those of a new
+    scaler.
+    Effect: the scale that the run had found is lost, so the first steps overflow and are skipped.
+    Fix: save and load `scaler.state_dict()` along with the optimizer's.
     Source: huggingface/transformers#34053, accelerate#4289, facebookresearch/metaseq#3.
     """
     before = view.step.before
@@ -410,11 +419,11 @@ def scaler_not_restored(view: View) -> Iterator[Finding]:
 
 @rule("B13", "fp16-gradients-to-unscale", unended=True)
 def fp16_parameters(view: View) -> Iterator[Finding]:
-    """A GradScaler is to unscale gradients in FP16.
+    """A GradScaler is asked to unscale FP16 gradients.
 
-    Seen: trainable FP16 parameters of an optimizer beside an enabled GradScaler, whose unscale_ raises ValueError.
+    Seen: an enabled GradScaler, and an optimizer with trainable FP16 parameters: unscale_ raises ValueError.
     Effect: the step ends with 'Attempting to unscale FP16 gradients.'
-    Fix: keep what is trained in FP32 and let autocast round it: `p.data = p.data.float()` for each trained p.
+    Fix: keep trained parameters in FP32 and let autocast round them: `p.data = p.data.float()` for each of them.
     Source: huggingface/diffusers#6442, peft#341, transformers#30559.
     """
     if view.step.before.scale is None:
@@ -432,9 +441,9 @@ def fp16_parameters(view: View) -> Iterator[Finding]:
 
 @rule("B14", "norm-overflows")
 def norm_overflows(view: View) -> Iterator[Finding]:
-    """The norm of the gradients overflows although they are finite.
+    """The norm of the gradients overflows although the gradients are finite.
 
-    Seen: a norm that is Inf or NaN of finite elements.
+    Seen: a norm of finite elements that is Inf or NaN.
     Effect: the clip coefficient is max_norm / Inf = 0: the update is 0, or NaN where a gradient is Inf.
     Fix: compute the norm in FP32, of unscaled gradients.
     Source: zhuchen03/FreeLB#8, pytorch/pytorch#43211.
@@ -452,11 +461,11 @@ def norm_overflows(view: View) -> Iterator[Finding]:
 
 @rule("B15", "clip-in-parts")
 def clipped_in_parts(view: View) -> Iterator[Finding]:
-    """Parts of the gradients are clipped by norms of their own, or not at all.
+    """Parts of the gradients are clipped by their own norms, or not at all.
 
-    Seen: several coefficients in one step for different parameters, or gradients of the update that no coefficient touched.
-    Effect: the direction of the update changes, and with ranks that clip by themselves the replicas drift apart. By choice it
-    is per-group clipping: a note.
+    Seen: several coefficients for different parameters in one step, or gradients of the update that no coefficient multiplied.
+    Effect: the direction of the update changes, and if each rank clips by itself, the replicas drift apart. Clipping per group
+    on purpose is a note.
     Fix: one norm over all parameters (and all ranks).
     Source: bigscience-workshop/Megatron-DeepSpeed, microsoft/DeepSpeed#1801.
     """
@@ -480,10 +489,10 @@ def clipped_in_parts(view: View) -> Iterator[Finding]:
 
 @rule("B16", "scale-updated-twice")
 def scale_updated_twice(view: View) -> Iterator[Finding]:
-    """One loss scale is updated more than once in a step.
+    """A loss scale is updated more than once in a step.
 
-    Seen: two updates of the same scale. Two scalers, as GANs have, are two scales.
-    Effect: the growth interval is half as long, and after an overflow the second update grows a scale that should rest.
+    Seen: two updates of the same scale. Two scalers, as in a GAN, have two scales.
+    Effect: the growth interval is halved, and after an overflow the second update grows a scale that should not grow.
     Fix: `scaler.update()` once, after all optimizers.
     Source: PyTorch, 'Automatic Mixed Precision examples', multiple models, losses and optimizers.
     """
@@ -504,8 +513,9 @@ def scale_updated_twice(view: View) -> Iterator[Finding]:
 def backward_inside_autocast(view: View) -> Iterator[Finding]:
     """Backward runs inside the autocast context.
 
-    Seen: autocast is on where backward is called. Not counted: checkpointing, which turns it on for what it repeats.
-    Effect: operations that backward calls in FP32 are cast to 16 bits once more, where they have no forward counterpart.
+    Seen: autocast is on when backward is called.
+    Not reported: checkpointing, which turns autocast on to recompute.
+    Effect: FP32 operations of backward that have no counterpart in forward are cast to 16 bits.
     Fix: leave `with torch.autocast(...)` before `loss.backward()`.
     Source: PyTorch, torch.amp ('backward passes under autocast are not recommended'); pytorch/pytorch#120376.
     """
@@ -575,7 +585,7 @@ def _rate_went_on(view: View) -> str:
     old, new = _rate(last.after), _rate(now)
     if old == new or not _skipped(last):
         return ""
-    return f"step {last.number} was skipped, and the rate went on from {old:.3g} to {new:.3g} in the next one"
+    return f"step {last.number} was skipped, but the rate changed from {old:.3g} to {new:.3g} in the next one"
 
 
 def _skipped(step: Step) -> bool:

@@ -18,14 +18,15 @@ PROBES: tuple[Probe, ...] = ()
 
 @rule("C5", "tied-gradient-dropped")
 def tied_gradient_dropped(view: View) -> Iterator[Finding]:
-    """A weight is used by several modules, and its gradient lacks the contribution of one of them.
+    """A weight is used by several modules, but its gradient lacks the contribution of one of them.
 
-    Seen: a matrix with a gradient, and a module whose operations read it and get no gradient of its size in backward, though
-    what they compute goes on into the loss; another module's do. A note, since it is also done on purpose (the shared embedding
-    of DeBERTa-v3). Not counted: passes without gradients, and modules of which one use contributes, as under checkpointing.
-    Effect: the gradient is that of a part of the loss: an embedding tied to the output layer learns from one of the two only.
-    Fix: use the parameter itself in both places, and not `weight.detach()` or `weight.data`.
-    Source: refimpl's known mistake of this name; arXiv:2111.09543, for one that is meant.
+    Seen: a matrix with a gradient, and a module that reads it and whose results reach the loss but that contributes no gradient
+    of its size in backward, while another module does. It is a note, since this is also done on purpose (the shared embedding
+    of DeBERTa-v3).
+    Not reported: passes without gradients, and modules of which one use contributes, as with checkpointing.
+    Effect: the gradient is that of only a part of the loss: an embedding tied to the output layer learns from one of the two.
+    Fix: use the parameter itself in both places, not `weight.detach()` or `weight.data`.
+    Source: refimpl's known mistake of this name; arXiv:2111.09543 for the intended case.
     """
     accumulated = {o.accumulates for o in view.step.operations}
     for name, modules in _uses(view.step).items():
@@ -35,7 +36,7 @@ def tied_gradient_dropped(view: View) -> Iterator[Finding]:
             first = next(iter(silent.values()))[0][0]
             number = f"{name} is used by {len(modules)} modules, of which {', '.join(silent)} added nothing to its gradient"
             found = finding_at(view, first, "C5", "tied-gradient-dropped", "note", number=number,
-                               effect="the weight learns from a part of its uses only",
+                               effect="the weight learns from only some of its uses",
                                fix="use the parameter itself in each place, not weight.detach()")  # fmt: skip
             yield replace(found, parameters=(name,))
 

@@ -116,11 +116,13 @@ PROBES: tuple[Probe, ...] = (gradient_sum, tokens, indexed_sum, divided, counted
 def loss_not_divided(view: View) -> Iterator[Finding]:
     """The mean losses of micro-batches are summed, not averaged.
 
-    Seen: several backward passes from one line before an update, each from an undivided mean loss, into the same gradients.
-    Not counted: losses that are divided inside, sums over tokens, gradients that are divided afterwards, or set to 0 or used in
-    an update between, losses of several lines, as of a GAN. A clip coefficient near 1/n is no division by n; a factor from a
-    norm that the loop takes itself is one only where it is 1/n to the last bits, since it may be both in one.
-    Effect: the gradient is n times that of the mean: the clipping threshold is n times too small, SGD's rate n times too large.
+    Seen: several backward passes from one line before an update, each from an undivided mean loss, into the same gradients. A
+    clip coefficient near 1/n does not count as a division by n; a factor that the loop computes from a norm itself counts only
+    if it is 1/n to the last bits, since it may combine both.
+    Not reported: losses that are divided inside; sums over tokens; gradients that are divided afterwards, or zeroed or used in
+    an update in between; losses of several lines, as in a GAN.
+    Effect: the gradient is n times that of the mean: the clipping threshold is n times too small, and SGD's learning rate n
+    times too large.
     Fix: `(loss / n).backward()`.
     Source: huggingface/transformers#35438, karpathy/nanoGPT#206.
     """
@@ -141,10 +143,11 @@ def loss_not_divided(view: View) -> Iterator[Finding]:
 
 @rule("C2", "mean-of-means", steps=2)
 def mean_of_means(view: View) -> Iterator[Finding]:
-    """The means of micro-batches with different numbers of targets are averaged.
+    """Means over micro-batches with different numbers of targets are averaged with equal weights.
 
-    Seen: mean cross-entropies over different numbers of targets in the backward passes of one update, with equal weights.
-    Not counted: numbers within 5 % of each other; a mean per sequence by choice is a finding to ignore.
+    Seen: the backward passes of one update start, with equal weights, from mean cross-entropies over different numbers of
+    targets.
+    Not reported: numbers within 5 % of each other. If a mean per sequence is intended, ignore the finding.
     Effect: targets of short micro-batches count more than others.
     Fix: sum the losses and divide by the number of all targets of the step.
     Source: huggingface/transformers#34191 (num_items_in_batch).
@@ -167,8 +170,8 @@ def mean_of_means(view: View) -> Iterator[Finding]:
 def accumulated_in_16_bits(view: View) -> Iterator[Finding]:
     """Gradients of micro-batches are added in 16 bits.
 
-    Seen: AccumulateGrad adds to a 16-bit gradient. With two micro-batches the error is one rounding, which is a note.
-    Effect: contributions below half a unit of the sum are lost, more of them with every micro-batch.
+    Seen: AccumulateGrad adds to a 16-bit gradient. With two micro-batches the error is a single rounding, which is a note.
+    Effect: contributions below half a unit of the sum are lost, and more of them with every micro-batch.
     Fix: accumulate in FP32: FP32 parameters under autocast, or FP32 main gradients.
     Source: deepspeedai/DeepSpeed, 'BF16 gradient accumulation is not safe numerically'; pytorch/pytorch#106395.
     """
@@ -188,12 +191,13 @@ def accumulated_in_16_bits(view: View) -> Iterator[Finding]:
 
 @rule("C4", "shared-weight-in-16-bits")
 def shared_weight_in_16_bits(view: View) -> Iterator[Finding]:
-    """The contributions of a weight's several uses are added in 16 bits.
+    """A weight is used several times, and its gradients are added in 16 bits.
 
-    Seen: an addition in backward with a 16-bit result of a parameter's shape, which goes on to that parameter's AccumulateGrad.
-    Two uses in a backward pass are a note, and so are those of a weight in 16 bits, as a recurrent one has: its gradient has 16
-    bits however it is added. Not counted: residual connections.
-    Effect: the sum of n uses has n - 1 roundings to 16 bits, where a leaf in FP32 would have none.
+    Seen: an addition in backward whose 16-bit result has a parameter's shape and goes on to that parameter's AccumulateGrad. It
+    is a note for two uses in a backward pass, and for a 16-bit weight, such as a recurrent one, whose gradient has 16 bits
+    however it is added.
+    Not reported: residual connections.
+    Effect: the sum over n uses has n - 1 roundings to 16 bits; with an FP32 leaf it would have none.
     Fix: `torch.autocast(..., cache_enabled=False)`, or use the FP32 weight in each place.
     Source: PyTorch, torch.amp (the cache of weight casts).
     """
@@ -218,8 +222,8 @@ def shared_weight_in_16_bits(view: View) -> Iterator[Finding]:
 def embedding_gradient_in_16_bits(view: View) -> Iterator[Finding]:
     """The gradient of an embedding is summed over equal tokens in 16 bits.
 
-    Seen: results of its backward that are not the correctly rounded sums. PyTorch's CPU kernel does this: a note.
-    Effect: the gradient of frequent tokens is too small: a sum stops growing at 256 equal addends in bfloat16.
+    Seen: results of its backward that are not the correctly rounded sums. PyTorch's CPU kernel does this, which is a note.
+    Effect: gradients of frequent tokens are too small: in bfloat16 a sum stops growing at 256 equal addends.
     Fix: keep the embedding in FP32.
     Source: tenstorrent/tt-metal#53386.
     """
@@ -231,10 +235,10 @@ def embedding_gradient_in_16_bits(view: View) -> Iterator[Finding]:
 def scatter_in_16_bits(view: View) -> Iterator[Finding]:
     """Values are added at repeated indices in 16 bits.
 
-    Seen: index_add, scatter_add or index_put with accumulate, whose 16-bit results are not the correctly rounded sums.
-    Not counted: unique indices, where nothing is added twice.
+    Seen: index_add, scatter_add or index_put with accumulate whose 16-bit results are not the correctly rounded sums.
+    Not reported: unique indices, where nothing is added twice.
     Effect: sums of many addends stop growing.
-    Fix: an FP32 buffer, rounded once.
+    Fix: an FP32 buffer that is rounded once.
     Source: pytorch/pytorch#198199.
     """
     fix = "add into an FP32 tensor, and cast it once"
@@ -245,7 +249,8 @@ def scatter_in_16_bits(view: View) -> Iterator[Finding]:
 def norm_gradient_in_16_bits(view: View) -> Iterator[Finding]:
     """The gradients of a layer norm's weight and bias are summed in 16 bits.
 
-    Seen: their share of correctly rounded results is far below that of FP32 sums. PyTorch's CPU kernel does this: a note.
+    Seen: the share of correctly rounded results is far below that of FP32 sums. PyTorch's CPU kernel does this, which is a
+    note.
     Effect: gradients of norm weights are noisy.
     Fix: keep norm weights in FP32.
     Source: PyTorch, native_layer_norm_backward on the CPU.
@@ -268,9 +273,9 @@ def norm_gradient_in_16_bits(view: View) -> Iterator[Finding]:
 def reduced_in_16_bits(view: View) -> Iterator[Finding]:
     """Gradients are summed over ranks in 16 bits.
 
-    Seen: an all-reduce or reduce-scatter of 16-bit numbers among more than one rank. Below 8 ranks a note.
-    Effect: up to n - 1 roundings per element: (n - 1) 2^-8 of the sum of magnitudes in bfloat16, (n - 1) 2^-11 in float16;
-    stable runs turn unstable on more ranks.
+    Seen: an all-reduce or reduce-scatter of 16-bit numbers over more than one rank. Below 8 ranks it is a note.
+    Effect: up to n - 1 roundings per element: (n - 1) 2^-8 of the sum of magnitudes in bfloat16, (n - 1) 2^-11 in float16; runs
+    that are stable on few ranks become unstable on more.
     Fix: `reduce_dtype=torch.float32` (FSDP2), or no compression hook (DDP).
     Source: pytorch/pytorch#106395, #91879.
     """
@@ -292,7 +297,7 @@ def reduced_in_16_bits(view: View) -> Iterator[Finding]:
 def divide_underflows(view: View) -> Iterator[Finding]:
     """FP16 gradients are divided by the number of ranks before they are summed, and vanish.
 
-    Seen: an FP16 division after backward, or of a gradient that is ready, after which at least 1 % more numbers are 0.
+    Seen: an FP16 division, after backward or of a gradient that is ready, that turns at least 1 % more numbers into 0.
     Effect: small gradients are lost before they can add up.
     Fix: divide after the sum, or by the root of n before and after; or sum in FP32.
     Source: facebookresearch/fairscale#565, pytorch/pytorch#123362.
@@ -310,10 +315,10 @@ def divide_underflows(view: View) -> Iterator[Finding]:
 
 @rule("C11", "counts-in-16-bits")
 def counts_in_16_bits(view: View) -> Iterator[Finding]:
-    """Whole numbers are counted in 16 bits, beyond where these have a gap of one.
+    """Whole numbers are counted in 16 bits, beyond the range in which the format's values are one apart.
 
-    Seen: a 16-bit sum of whole numbers above 256 (bfloat16) or 2048 (float16) that is not the sum.
-    Effect: counters stop, and what is decided by counts, as the bias of an expert, is decided wrongly.
+    Seen: a 16-bit sum of whole numbers above 256 (bfloat16) or 2048 (float16) that is wrong.
+    Effect: counters stop, and decisions that depend on counts, such as the bias of an expert, go wrong.
     Fix: int64 or FP32 buffers.
     Source: NVIDIA/Megatron-LM#7081.
     """
@@ -323,7 +328,7 @@ def counts_in_16_bits(view: View) -> Iterator[Finding]:
             exact, stored = measured["exact"], measured["stored"]
             number = f"a count of {exact:.0f} is stored as {stored:.0f} in {format_of_result(operation)}"
             yield finding_at(view, operation, "C11", "counts-in-16-bits", "wrong", number=number,
-                             effect="counters stand still or jump", fix="count in int64 or FP32")  # fmt: skip
+                             effect="counters stop or jump", fix="count in int64 or FP32")  # fmt: skip
             return
 
 
@@ -382,7 +387,7 @@ def _scattered(view: View, names: tuple[str, ...], code: str, name: str, level: 
         measured = operation.probed.get("indexed_sum")
         if measured is not None and short(operation) in names and measured["wrong"] > 0.01 * measured["of"]:
             number = f"{measured['wrong'] / measured['of']:.1%} of {measured['of']:.0f} sums in {format_of_result(operation)}"
-            number += f" are not the correctly rounded ones; the worst is off by {measured['error']:.2g} of itself"
+            number += f" are not the correctly rounded ones; the largest relative error is {measured['error']:.2g}"
             effect = "sums of many addends stop growing"
             yield finding_at(view, operation, code, name, level, number=number, effect=effect, fix=fix)
             return

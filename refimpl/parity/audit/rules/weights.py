@@ -50,12 +50,13 @@ PROBES: tuple[Probe, ...] = (stands_still,)
 
 @rule("A6", "moments-in-16-bits")
 def moments_stand_still(view: View) -> Iterator[Finding]:
-    """Moments in 16 bits stand still.
+    """Moments in 16 bits stop changing.
 
-    Seen: a decay of an optimizer's 16-bit state in place that leaves at least half of the elements it should change as they
-    are: 0.001 is below half a unit of bfloat16, 2^-9. Not counted: kernels that round once from FP32.
-    Effect: v stops at about a third of g^2 and cannot fall again, so that steps are too small after a large gradient.
-    Fix: FP32 states, or stochastic rounding of them.
+    Seen: an optimizer's 16-bit state is decayed in place, and at least half of the elements that should change stay as they
+    are: 0.001 is below half a unit of bfloat16, 2^-9.
+    Not reported: kernels that round once from FP32.
+    Effect: v stops at about a third of g^2 and cannot fall again, so steps are too small after a large gradient.
+    Fix: FP32 states, or stochastic rounding of the states.
     Source: NVIDIA-NeMo/Automodel#2248, Nerogar/OneTrainer#1005.
     """
     yield from _standing(view, "state", "A6", "moments-in-16-bits", "the state cannot decay", "keep moments in FP32")
@@ -63,22 +64,22 @@ def moments_stand_still(view: View) -> Iterator[Finding]:
 
 @rule("A13", "ema-in-16-bits")
 def average_stands_still(view: View) -> Iterator[Finding]:
-    """An average of the weights is kept in 16 bits and stands still.
+    """An average of the weights is kept in 16 bits and stops changing.
 
-    Seen: an update of a 16-bit average in place that leaves at least half of the elements it should change as they are.
-    Effect: the average stays at its first weights.
-    Fix: an FP32 average.
+    Seen: a 16-bit average is updated in place, and at least half of the elements that should change stay as they are.
+    Effect: the average stays at the first weights.
+    Fix: keep the average in FP32.
     Source: d8ahazard/sd_dreambooth_extension#1415.
     """
-    yield from _standing(view, "ema", "A13", "ema-in-16-bits", "the average stays where it began", "keep the average in FP32")
+    yield from _standing(view, "ema", "A13", "ema-in-16-bits", "the average stays as it began", "keep the average in FP32")
 
 
 @rule("A7", "step-counter-in-16-bits")
 def counter_in_16_bits(view: View) -> Iterator[Finding]:
     """The optimizer counts its updates in 16 bits.
 
-    Seen: an addition to a state of one element in float16 or bfloat16.
-    Effect: the counter stops at 2048 or 256, and Adam's bias correction with it: updates stay too small.
+    Seen: an addition to a one-element state in float16 or bfloat16.
+    Effect: the counter stops at 2048 (float16) or 256 (bfloat16), and Adam's bias correction with it: updates stay too small.
     Fix: count in FP32 or int64.
     Source: pytorch/ao#4915, deepspeedai/DeepSpeed#8496.
     """
@@ -96,12 +97,13 @@ def counter_in_16_bits(view: View) -> Iterator[Finding]:
 
 @rule("A8", "parameters-without-optimizer")
 def parameters_without_optimizer(view: View) -> Iterator[Finding]:
-    """Parameters have gradients, and no optimizer has the parameters.
+    """Parameters have gradients but belong to no optimizer.
 
-    Seen: gradients that backward accumulates for parameters in no group of the audited optimizers, and that nothing writes to
-    in the step. Not counted: frozen parameters; weights that are copies of masters, or written by hand.
-    Effect: they do not train.
-    Fix: make the optimizer after wrapping the model, from the parameters that it has then.
+    Seen: backward accumulates gradients for parameters that are in no group of the audited optimizers, and nothing writes to
+    these parameters in the step.
+    Not reported: frozen parameters; weights that are copies of masters, or that are written by hand.
+    Effect: these parameters do not train.
+    Fix: create the optimizer after wrapping the model, from the parameters that the model then has.
     Source: huggingface/accelerate#2665, #3256.
     """
     accumulated = {o.accumulates for o in view.step.operations if o.accumulates is not None}
@@ -111,9 +113,9 @@ def parameters_without_optimizer(view: View) -> Iterator[Finding]:
         elements = sum(math.prod(p.shape) for p in without.values())
         whole = sum(math.prod(p.shape) for p in view.parameters.values())
         part = f"{elements} elements, {elements / whole:.1%} of the model"
-        number = f"{len(without)} parameters with {part}, have gradients and no optimizer"
+        number = f"{len(without)} parameters with {part}, have gradients but belong to no optimizer"
         first = next(o for o in view.step.operations if o.accumulates in without)
-        fix = "make the optimizer from model.parameters() after wrapping"
+        fix = "create the optimizer from model.parameters() after wrapping"
         yield finding_at(view, first, "A8", "parameters-without-optimizer", "worse than it need be", number=number,
                          effect="they do not train", fix=fix)  # fmt: skip
 
@@ -122,8 +124,9 @@ def parameters_without_optimizer(view: View) -> Iterator[Finding]:
 def stale_gradient_added(view: View) -> Iterator[Finding]:
     """Gradients of an earlier update are added to those of this one.
 
-    Seen: every backward pass of the step adds to gradients that the update of the step before has read, and nothing has zeroed
-    them between. Not counted: accumulation before an update; gradients in buckets of DistributedDataParallel.
+    Seen: every backward pass of the step adds to gradients that the previous step's update has read and that nothing has zeroed
+    since.
+    Not reported: accumulation before an update; gradients in buckets of DistributedDataParallel.
     Effect: the gradient is the sum of all steps so far: momentum without decay.
     Fix: `optimizer.zero_grad()` in each step.
     Source: PaddlePaddle/Paddle#67895.
@@ -149,12 +152,12 @@ def stale_gradient_added(view: View) -> Iterator[Finding]:
 
 @rule("A11", "t-advances-on-skip", steps=2)
 def counter_advances_on_skip(view: View) -> Iterator[Finding]:
-    """The optimizer's counter of updates advances in a step that was skipped.
+    """The optimizer's count of updates advances in a step that is skipped.
 
-    Seen: found_inf, and a larger step counter after the step.
-    Effect: bias correction believes in updates that were not made, so that the first ones are too small.
-    Fix: `scaler.step(optimizer)`, which leaves the counter; in a loop of one's own, count updates and not steps.
-    Source: PyTorch, `GradScaler.step`: a skipped step is no step of the optimizer.
+    Seen: found_inf is set, and the step counter is larger after the step.
+    Effect: bias correction counts updates that were not made, so the first ones are too small.
+    Fix: `scaler.step(optimizer)`, which leaves the counter unchanged; in your own loop, count updates, not steps.
+    Source: PyTorch, `GradScaler.step`: a skipped step is not a step of the optimizer.
     """
     before, after = view.step.before, view.step.after
     history = history_of(view.step)
@@ -163,7 +166,7 @@ def counter_advances_on_skip(view: View) -> Iterator[Finding]:
     pairs = zip(before.optimizers, after.optimizers, strict=False)
     moved = [(name, t) for old, new in pairs for name, t in new.updates.items() if t > old.updates.get(name, 0.0)]
     if moved:
-        number = f"the step was skipped, and the counters of {len(moved)} parameters went on to {max(t for _, t in moved):g}"
+        number = f"the step was skipped,but the counters of {len(moved)} parameters advanced to {max(t for _, t in moved):g}"
         first = view.step.operations[-1]
         yield finding_at(view, first, "A11", "t-advances-on-skip", "worse than it need be", number=number,
                          effect="bias correction is that of a later update", fix="count updates, not steps")  # fmt: skip
@@ -173,7 +176,7 @@ def _standing(view: View, kind: str, code: str, name: str, effect: str, fix: str
     seen = [(o, o.probed["stands_still"][kind]) for o in view.step.operations if kind in o.probed.get("stands_still", ())]
     for operation, (due, left) in seen:
         if due and left >= STANDS * due:
-            number = f"{left / due:.0%} of {due:.0f} elements did not change, and should have"
+            number = f"{left / due:.0%} of {due:.0f} elements that should change did not"
             yield finding_at(view, operation, code, name, "worse than it need be", number=number, effect=effect, fix=fix)
             return
 
