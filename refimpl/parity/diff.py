@@ -102,7 +102,7 @@ def report(
     if first is not None:
         return "\n".join([*lines, *_departure(first, findings, reasons, judge)])
     if not findings:
-        return "\n".join([*lines, "PARTLY JUDGED: none of it could be judged"])
+        return "\n".join([*lines, "PARTLY JUDGED: nothing could be judged"])
     worst = max(findings, key=lambda f: f.error)
     near = f"closest to its bound is {worst.where}, at {worst.error:.2f} of it"
     if covered.complete:
@@ -130,7 +130,7 @@ def _departure(first: Finding, findings: Sequence[Finding], reasons: Sequence[st
         if name in MISTAKES:
             lines.append(f"explained by --mistake {name}: {MISTAKES[name].what}")
         else:
-            lines.append(f"explained by {name}: if that is intended, it is no mistake; record the reference with that flag")
+            lines.append(f"explained by {name}: if that is intended, it is not a mistake; record the reference with that flag")
     return lines if reasons else [*lines, "none of the known mistakes (python scripts/mistakes.py) explains it"]
 
 

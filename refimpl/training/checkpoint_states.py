@@ -273,7 +273,7 @@ def start_from(path: Path, read: FirstWeights, model: Model, state: State, round
     """Load what `read_weights` returned. Errors: UsageError that names each setting in which the two models differ."""
     theirs, weights = read.model, read.weights
     if theirs.name != model.name:
-        raise UsageError(f"{path} is a {theirs.name}, this run's model is a {model.name}")
+        raise UsageError(f"{path} is a {theirs.name}, but this run's model is a {model.name}")
     if theirs.config != model.config:
         names = sorted(theirs.config.keys() | model.config.keys())
         pairs = {name: [one.config.get(name, OPTIONAL.get(name)) for one in (theirs, model)] for name in names}

@@ -41,7 +41,7 @@ def sizes_of(path: Path, first: FirstWeights, given: Flags) -> dict[str, Any]:
     """
     name, sizes = first.model.name, dict(first.model.config)
     if given.get("model", name) != name:
-        raise UsageError(f"{path} is a {name}, this run's model is a {given['model']}")
+        raise UsageError(f"{path} is a {name}, but this run's model is a {given['model']}")
     if name == "mlp":  # its first layer reads whole blocks
         return {"model": name, **sizes}
     positions = sizes.pop("block_size")

@@ -129,7 +129,7 @@ def _origin(found: _Check, event: Event, tapes: Sequence[Mapping[str, Entry]], o
     if kind != "activations":
         what = f"the gradient of {name}" if kind == "weight_grads" else f"the gradient of the output of {name}"
         at = f"at a loss scale of {float(S):g}"
-        text = f"the loss is finite and a gradient is not: {what} is the first in backward order, with {bad}, {at}"
+        text = f"the loss is finite, but a gradient is not: {what} is the first in backward order, with {bad}, {at}"
         return Origin("backward", name, text)
     entry = tapes[i][name]
     fault = _of_parameters(found.training, entry)

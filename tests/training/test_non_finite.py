@@ -83,7 +83,7 @@ KINDS: dict[str, tuple[list[str], Callable[[Training, dict[str, Array]], None], 
     ),
     "an overflow in backward alone": (
         ["fp16", "bf16", "fp32"], lambda training, masters: overflow_always(training), "backward", "lm_head",
-        "the loss is finite and a gradient is not: the gradient of the output of lm_head is the first in backward order",
+        "the loss is finite, but a gradient is not: the gradient of the output of lm_head is the first in backward order",
     ),
 }  # fmt: skip
 

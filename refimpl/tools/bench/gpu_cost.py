@@ -366,7 +366,7 @@ def text(p: Prediction) -> str:
         "",
         f"device  {both[0]}",
         f"        {both[1]}, with fair shares",
-        f"host    {p.calls} calls: {1e3 * p.host_seconds:.1f} ms, in parallel to the device",
+        f"host    {p.calls} calls: {1e3 * p.host_seconds:.1f} ms, in parallel with the device",
         f"memory  {(states * N + activations) / 1e9:.2f} GB: model states {states} x {N:,}, "
         f"activations {activations / 1e9:.2f} GB; temporarily {logits / 1e9:.2f} GB more for the gradient of the logits",
     ])  # fmt: skip
@@ -386,7 +386,7 @@ EXPLANATION = """\
 A PREDICTION: nothing was run. Names, numbers and sizes of the calls are tested, times are not. Assumptions:
  - A call takes the larger of FLOPs / peak and bytes / full bandwidth. No call reaches either.
  - Each array that a call reads or writes crosses the memory bus once; the logits twice if a kernel reads them twice.
- - Arithmetic of other kernels than products is free. With exp, tanh or a division it may take as long as the bytes.
+ - Arithmetic outside products is free. With exp, tanh or a division it may take as long as the bytes.
  - 'Fair shares': a launch of fewer blocks than multiprocessors gets only their share of the bandwidth. The true value is
    between the two. Latency of memory is free, even for a launch of few threads.
  - The device waits for the host only if the host's calls take longer in total."""

@@ -44,7 +44,7 @@ def run_hundred_updates(seed: int) -> Result:
     conclusion = (
         f"after {UPDATES} updates of -{SIZE:g} the weight should be {exact:.2f}: it is {curves['fp32'][-1]:.7f} in FP32, still "
         f"{curves['bf16'][-1]:g} in BF16, and {curves['bf16 with masters'][-1]:g} in BF16 with an FP32 master; without a "
-        f"master, stochastic rounding gives {curves['bf16, stochastic rounding'][-1]:.4f} in the mean, and Kahan summation "
+        f"master, stochastic rounding gives {curves['bf16, stochastic rounding'][-1]:.4f} on average, and Kahan summation "
         f"{curves['bf16, Kahan'][-1]:.5f}"
     )
     return Result(["weights", "after 100 updates", "error"], rows, conclusion, {"exact": exact, "curves": curves})

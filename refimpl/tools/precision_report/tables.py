@@ -219,7 +219,7 @@ def worst_sentence(ranked: Sequence[Verdict], n: int) -> str:
     chosen = f"{min(n, len(ranked))} of {len(ranked)} tensors"
     if ranked[0].severity < NEGLIGIBLE:
         least = percent(NEGLIGIBLE)
-        return f"No tensor loses more than {least} of its values beside the usual rounding; the first {chosen} by order:"
+        return f"No tensor loses more than {least} of its values beyond the usual rounding; the first {chosen} by order:"
     return f"The {chosen} that lose most, or would without a loss scale, the worst first:"
 
 

@@ -30,7 +30,7 @@ def update_texts(inspection: Inspection) -> list[str]:
 
 UPDATES = """\
 An update that is small compared with its weight is rounded away in 16 bits. FP32 masters keep it; without them, stochastic \
-rounding keeps it in the mean, and Kahan summation keeps it for the next update. If the recipe has masters, weights without \
+rounding keeps it on average, and Kahan summation keeps it for the next update. If the recipe has masters, weights without \
 masters are simulated: each update's difference of the masters is added to weights in 16 bits."""
 SAME = "There is no figure: at each of these steps the shares with and without masters differ by less than half a percent."
 
