@@ -17,6 +17,8 @@ from refimpl.training.palette import CYCLE, colors_of
 from refimpl.training.pictures import figure_for_flag, log_in_plain_numbers
 
 PLOT = Path("runs/layers.png")
+SIZE = (11.0, 7.0)
+"""Width and height of that picture in inches."""
 
 
 def layer_pictures(layers: Sequence[Layer]) -> list[Picture]:
@@ -31,7 +33,7 @@ def layer_pictures(layers: Sequence[Layer]) -> list[Picture]:
 
 def plot_for_flag(path: Path, overwrite: bool) -> tuple[Any, Target]:
     """Return an empty figure for `draw_layers`, and the file of --plot. Errors: UsageError, as of `figure_for_flag`."""
-    return figure_for_flag(path, PLOT, overwrite, 11, 7)
+    return figure_for_flag(path, PLOT, overwrite, *SIZE)
 
 
 def draw_layers(figure: Any, layers: Sequence[Layer], title: str) -> None:
@@ -42,8 +44,9 @@ def draw_layers(figure: Any, layers: Sequence[Layer], title: str) -> None:
         raise UsageError("--plot shows layers: the model needs at least two blocks")
     with matplotlib.rc_context(STYLE):
         for panel, (_, name, draw, _) in zip(figure.subfigures(2, 2).flat, PANELS, strict=True):
-            panel.suptitle(name, fontsize=10)
-            draw(panel.subplots(), layers)
+            axes = panel.subplots()
+            axes.set_title(name, fontsize=10)  # a title of the panel would be drawn over the legend
+            draw(axes, layers)
         figure.suptitle(title, fontsize=11)
 
 
