@@ -227,11 +227,14 @@ class Config:
         sizes["block_size"] = self.n_positions or self.block_size
         return make_model(self.model, sizes, self.ignore_index, self.loss_mean)
 
-    def make_corpus(self) -> Corpus:
-        """Return the text of --data as tokens. Errors: UsageError, also for a vocabulary smaller than the tokenizer's."""
+    def make_corpus(self, quiet: bool = False) -> Corpus:
+        """Return the text of --data as tokens. quiet: show no progress.
+
+        Errors: UsageError, also for a vocabulary smaller than the tokenizer's.
+        """
         tokenizer = load_tokenizer(self.tokenizer)
         refuse_smaller(tokenizer, self.vocab_size, "--vocab-size")
-        return load_corpus(self.data, self.block_size, tokenizer=tokenizer)
+        return load_corpus(self.data, self.block_size, tokenizer=tokenizer, quiet=quiet)
 
     @property
     def tokens_per_step(self) -> int:

@@ -55,7 +55,7 @@ class Corpus:
     tokenizer: Tokenizer = BYTES
 
 
-def load_corpus(spec: str, block_size: int, seed: int = 0, tokenizer: Tokenizer = BYTES) -> Corpus:
+def load_corpus(spec: str, block_size: int, seed: int = 0, tokenizer: Tokenizer = BYTES, quiet: bool = False) -> Corpus:
     """Load a corpus and check that both of its parts have at least one block.
 
     spec: 'pydoc', the text of Python's own documentation (about 450 KB, included in Python); 'stdlib', the Python
@@ -65,6 +65,7 @@ def load_corpus(spec: str, block_size: int, seed: int = 0, tokenizer: Tokenizer 
     seed: shuffles and splits the documents of 'pydoc' and 'stdlib'; no effect on a file, whose first 90 % are for training.
         It belongs to the corpus, not to the run: runs on differently split text cannot be compared.
     tokenizer: makes the tokens; see `token_cache.tokenized`. The text is split alike under each, so bits per byte compare.
+    quiet: show no progress.
     Errors: UsageError for a file that does not exist, cannot be read, is too short, or is no text for the tokenizer.
     """
     if block_size < 1:
@@ -78,7 +79,7 @@ def load_corpus(spec: str, block_size: int, seed: int = 0, tokenizer: Tokenizer 
     else:
         corpus = _file_corpus(spec, tokenizer)
     if tokenizer is not BYTES:
-        corpus = _under(tokenizer, corpus, None if spec in ("pydoc", "stdlib") else Path(spec).parent)
+        corpus = _under(tokenizer, corpus, None if spec in ("pydoc", "stdlib") else Path(spec).parent, quiet)
 
     needed, unit = block_size + 1, tokenizer.unit
     if min(corpus.train.size, corpus.valid.size) < needed:
@@ -112,10 +113,10 @@ def map_file(path: str | os.PathLike[str]) -> np.ndarray:
         raise UsageError(f"cannot read {name!r} ({_reason(error)}); give a file that you may read") from None
 
 
-def _under(tokenizer: Tokenizer, corpus: Corpus, folder: Path | None) -> Corpus:
+def _under(tokenizer: Tokenizer, corpus: Corpus, folder: Path | None, quiet: bool) -> Corpus:
     """Return a corpus of bytes under a tokenizer. folder: that of its file, for the cache. Errors: UsageError."""
     try:
-        parts = tokenized(tokenizer, corpus.train, corpus.valid, corpus.name, folder)
+        parts = tokenized(tokenizer, corpus.train, corpus.valid, corpus.name, folder, quiet)
     except UsageError as error:
         raise UsageError(f"{corpus.name} cannot be tokenized: {error}") from None
     made = {"tokenizer": tokenizer.checksum, "train_tokens": parts.train.size, "valid_tokens": parts.valid.size}

@@ -94,7 +94,7 @@ def validation_loss(
     sizes = config.batch_size, config.block_size
     if whole:
         batches = whole_text(corpus.valid, corpus.valid_lengths, sizes, None, config.no_target)
-        total = -(-((corpus.valid.size - 1) // sizes[1]) // sizes[0])
+        total = count_batches(corpus.valid, sizes)
     else:
         batches, total = validation_batches(config, corpus, config.seed), config.eval_batches
     cut = False
@@ -119,6 +119,12 @@ def validation_batches(config: Config, corpus: Corpus, seed: int) -> MeasuredBat
     for _ in range(config.eval_batches):  # equal generators draw equal blocks of the tokens and of their lengths
         x, y = sample_batch(corpus.valid, *sizes, rngs[0], config.no_target)
         yield x, y, sample_batch(corpus.valid_lengths, *sizes, rngs[1])[1]
+
+
+def count_batches(ids: np.ndarray, sizes: tuple[int, int]) -> int:
+    """Return the number of batches that `whole_text` yields without a limit."""
+    batch_size, block_size = sizes
+    return -(-((ids.size - 1) // block_size) // batch_size)
 
 
 def whole_text(

@@ -68,7 +68,7 @@ def train(
         comm = comm_of_arrays(config, comm)
         threads = max(1, cores() // comm.on_host.on_machine) if comm.size > 1 else None
         with own_folder(config, out, comm, resume, overwrite) as folder, threadpool_limits(threads):
-            trainer = Trainer(config, folder, comm, faults, first)
+            trainer = Trainer(config, folder, comm, faults, first, quiet)
             first = None  # a folder's files are mapped: what has been read of them would stay in memory
             return _resume(trainer, quiet) if resume else _begin(trainer, init_from, quiet)
 

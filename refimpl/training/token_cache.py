@@ -40,11 +40,13 @@ class TokenizedParts:
     valid_lengths: np.ndarray
 
 
-def tokenized(tokenizer: Tokenizer, train: np.ndarray, valid: np.ndarray, name: str, folder: Path | None) -> TokenizedParts:
+def tokenized(
+    tokenizer: Tokenizer, train: np.ndarray, valid: np.ndarray, name: str, folder: Path | None, quiet: bool = False
+) -> TokenizedParts:
     """Return the tokens of a corpus, from the cache if it has them. Else tokenize, and write the cache.
 
     train, valid: the bytes of the text. name: that of the text. folder: that of its file, for the cache; None, or a folder that
-    cannot be written to: the user's own.
+    cannot be written to: the user's own. quiet: show no progress.
     Errors: UsageError for a text that the tokenizer cannot read.
     """
     text = _checksum(train, valid)
@@ -58,7 +60,7 @@ def tokenized(tokenizer: Tokenizer, train: np.ndarray, valid: np.ndarray, name: 
                 return _read(path, identity, tokenizer)
             except UsageError as error:
                 print(f"note: {error}; the text is tokenized again", file=sys.stderr)
-    parts = _tokenize(tokenizer, train, valid)
+    parts = _tokenize(tokenizer, train, valid, quiet)
     _write(places, parts, identity)
     return parts
 
@@ -104,24 +106,27 @@ def _read(path: Path, identity: dict[str, object], tokenizer: Tokenizer) -> Toke
 # -- the tokens --------------------------------------------------------------------------------------------------------
 
 
-def encode_text(tokenizer: Tokenizer, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of a text, given as bytes, and how many of these each stands for. Of bytes nothing is copied."""
+def encode_text(tokenizer: Tokenizer, text: np.ndarray, quiet: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a text, given as bytes, and how many of these each stands for. Of bytes nothing is copied.
+
+    quiet: show no progress.
+    """
     if tokenizer is BYTES:
         return text, np.broadcast_to(np.uint8(1), text.shape)  # ones that take no memory
-    with _progress(text.size) as bar:
+    with _progress(text.size, quiet) as bar:
         return _encode(tokenizer, text, 0, bar.update)
 
 
-def _tokenize(tokenizer: Tokenizer, train: np.ndarray, valid: np.ndarray) -> TokenizedParts:
-    with _progress(train.size + valid.size) as bar:
+def _tokenize(tokenizer: Tokenizer, train: np.ndarray, valid: np.ndarray, quiet: bool) -> TokenizedParts:
+    with _progress(train.size + valid.size, quiet) as bar:
         train_ids, _ = _encode(tokenizer, train, 0, bar.update)
         valid_ids, lengths = _encode(tokenizer, valid, train.size, bar.update)
     return TokenizedParts(train_ids, valid_ids, lengths)
 
 
-def _progress(size: int) -> ProgressBar:
+def _progress(size: int, quiet: bool) -> ProgressBar:
     """Return a bar that appears when PATIENCE is over."""
-    return ProgressBar(size, "B", "tokenizing", delay=PATIENCE)
+    return ProgressBar(size, "B", "tokenizing", delay=PATIENCE, quiet=quiet)
 
 
 def _encode(

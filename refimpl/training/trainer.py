@@ -42,13 +42,14 @@ class Trainer:
         comm: Comm | None = None,
         faults: Mapping[str, Fault] = NO_FAULTS,
         first: First | None = None,
+        quiet: bool = False,
     ) -> None:
-        """Start a run in a folder. comm, faults, first: those of `setup.start`."""
+        """Start a run in a folder. comm, faults, first: those of `setup.start`. quiet: show no progress before the steps."""
         self.config, self.folder, self.comm = config, folder, comm or Serial()
         self.writes = self.comm.rank == 0
         self.exchanged = 0  # bytes received from other ranks in training steps
         self.recipe = config.make_recipe()
-        self.corpus = self._load_corpus()
+        self.corpus = self._load_corpus(quiet)
         self.fault = find_fault(config.mistake, faults)
         self.training = start(config, self.comm, faults, first)
         self.model, self.state = self.training.model, self.training.state
@@ -64,11 +65,11 @@ class Trainer:
         self.owes_evaluation = False
         self.stop = Stop(STOPPING, speaks=self.writes)
 
-    def _load_corpus(self) -> Corpus:
+    def _load_corpus(self, quiet: bool) -> Corpus:
         """Return the corpus. The other ranks wait until rank 0 has written its tokens, which they then read."""
         if not self.writes:
             self.comm.barrier()
-        corpus = self.config.make_corpus()
+        corpus = self.config.make_corpus(quiet)
         if self.writes:
             self.comm.barrier()
         return corpus

@@ -28,6 +28,7 @@ from refimpl.training.evaluate import TextLoss, mean_loss, text_loss, validation
 from refimpl.training.huggingface.export import export_folder
 from refimpl.training.metrics import read_metrics
 from refimpl.training.ngrams import ngram_baselines
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.run import train
 from refimpl.training.sampling import Choice
 from refimpl.training.setup import start
@@ -371,3 +372,19 @@ def test_text_appears_as_it_is_written(trained: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("builtins.print", lambda *words, **how: order.append("print" if how.get("flush") else "end"))
     generate(trained, "x", 3, 0.8, 0, None)
     assert order == ["print", "choose", "print", "choose", "print", "choose", "print", "print", "end"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_reaches_the_bars_of_tokens_steps_and_batches(
+    quiet: bool, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_level(tmp_path)
+    bars: list[ProgressBar] = []
+    monkeypatch.setattr(ProgressBar, "__enter__", lambda bar: bars.append(bar) or bar)
+    flags = {**TINY, "data": text, "tokenizer": str(tmp_path / "tokenizer.json")}
+    assert train(flags, tmp_path / "r", False, False, None, quiet=quiet) == 0
+    assert {(bar.what, bar.quiet) for bar in bars} == {(what, quiet) for what in ("tokenizing", "", "evaluation")}
+    bars.clear()
+    generate(tmp_path / "r", "", 0, 0.0, 0, Path(text), quiet=quiet)
+    assert [(bar.unit, bar.quiet) for bar in bars] == [("B", quiet), ("batch", quiet)]
+    assert [bar.done for bar in bars] == [bar.total for bar in bars] and bars[1].total > 1

@@ -22,7 +22,8 @@ from refimpl.training.arguments import Parser
 from refimpl.training.checkpoint_states import block_size_of, load_for_inference, tokenizer_of
 from refimpl.training.console import count, printable
 from refimpl.training.data import map_file
-from refimpl.training.evaluate import text_loss, whole_text
+from refimpl.training.evaluate import MeasuredBatches, count_batches, text_loss, whole_text
+from refimpl.training.progress_bar import ProgressBar
 from refimpl.training.sampling import Choice, Writer
 from refimpl.training.token_cache import encode_text
 from refimpl.training.tokenizer import Tokenizer, refuse_smaller
@@ -53,6 +54,7 @@ def parser() -> Parser:
     blocks = f"the run's --block-size, or of as many tokens as a model of Hugging Face has positions, {LONGEST:,} at most"
     what = f"print the loss of FILE instead of a text, in blocks of {blocks}"
     result.add_argument("--loss", type=Path, metavar="FILE", help=what)
+    result.add_quiet()
     return result
 
 
@@ -65,8 +67,12 @@ def run(
     loss: Path | None,
     top_p: float = 1.0,
     tokenizer: str | None = None,
+    quiet: bool = False,
 ) -> None:
-    """Print a text that a checkpoint's model writes, or the loss of a file under it. Errors: UsageError."""
+    """Print a text that a checkpoint's model writes, or the loss of a file under it. quiet: show no progress.
+
+    Errors: UsageError.
+    """
     if n_tokens < 0 or seed < 0:
         raise UsageError("--tokens and --seed must be 0 or more")
     choice = Choice(temperature, top_p)
@@ -79,7 +85,7 @@ def run(
         more = "and are never chosen; the sample is text only if the model was trained with it"
         print(f"{note}, {tokens.name}, {more}", file=sys.stderr)
     if loss is not None:
-        _print_loss(*loaded, tokens, loss, block_size_of(checkpoint, loaded[0]) or LONGEST)
+        _print_loss(*loaded, tokens, loss, block_size_of(checkpoint, loaded[0]) or LONGEST, quiet)
         return
     _print_text(*loaded, tokens, prompt, n_tokens, choice, np.random.Generator(np.random.PCG64(seed)))
 
@@ -103,18 +109,26 @@ def _print_text(
         print(f"note: {writer.why_ended}", file=sys.stderr)
 
 
-def _print_loss(model: Model, state: State, run: Run, tokenizer: Tokenizer, file: Path, usual: int) -> None:
+def _print_loss(model: Model, state: State, run: Run, tokenizer: Tokenizer, file: Path, usual: int, quiet: bool) -> None:
     """Print the loss of the consecutive blocks of a file, or of a single one of a file that is shorter. usual: their length."""
-    ids, lengths = encode_text(tokenizer, map_file(file))
+    ids, lengths = encode_text(tokenizer, map_file(file), quiet)
     vocab_size, unit = model.config["vocab_size"], tokenizer.unit
     whole = model.config["block_size"] if model.name == "mlp" else None  # an mlp reads whole blocks only
     least = (whole or 1) + 1
     if len(ids) < least:
         raise UsageError(f"{file} has {count(len(ids), unit)}; this model needs at least {least}, the last to be predicted")
     block_size = whole or min(model.config["block_size"], usual, len(ids) - 1)
-    batch_size = min(16, max(1, LOGITS // (block_size * vocab_size)))
-    loss = text_loss(model, state, run, whole_text(ids, lengths, (batch_size, block_size)))
+    sizes = min(16, max(1, LOGITS // (block_size * vocab_size))), block_size
+    with ProgressBar(count_batches(ids, sizes), "batch", quiet=quiet, stays=False) as bar:
+        loss = text_loss(model, state, run, _counted(whole_text(ids, lengths, sizes), bar))
     print(f"{file}: {loss.described(unit)}, in blocks of {count(block_size, unit)}")
+
+
+def _counted(batches: MeasuredBatches, bar: ProgressBar) -> MeasuredBatches:
+    """Yield the batches, and count each on the bar when the next one is asked for."""
+    for batch in batches:
+        yield batch
+        bar.update()
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def compare_inference(
     names = chosen_recipes(recipes)
     settings, (_, first) = settings_from(init_from, given)
     config = Config.of(settings)
-    corpus = config.make_corpus()
+    corpus = config.make_corpus(quiet)
     ids, _ = corpus.tokenizer.encode(prompt.encode("utf-8", "surrogateescape"))
     if not ids.size:
         raise UsageError(f"--prompt {prompt!r} has no tokens: give a longer one")
