@@ -28,7 +28,7 @@ def usage() -> str:
 
 
 def answer(word: str) -> None:
-    """Print the help or the version. Errors: UsageError for any other word, which is no command."""
+    """Print the help or the version. Errors: UsageError for any other word."""
     if word not in ("-h", "--help", "help", "--version"):
         raise UsageError(unknown("command", word, commands()))
     print(f"refimpl {__version__}" if word == "--version" else usage())

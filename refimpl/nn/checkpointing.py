@@ -9,7 +9,7 @@ whose gradient arrives has the block computed again: the same operations, in the
 save then is used and freed as always. So memory is one input per block and the activations of one block, instead of those of
 all blocks, and the results are the same to the bit.
 
-For the second time neither monitor nor observer is called, delayed scaling records nothing, and stochastic rounding draws the
+The second time, neither monitor nor observer is called, delayed scaling records nothing, and stochastic rounding draws the
 random numbers of the first. On the host a checksum of the block's output says whether it came out the same; on a device
 nothing is compared, since that would wait for it.
 
@@ -61,7 +61,7 @@ class Block:
     def add(self, entry: Entry, inputs: Sequence[Any], made: Array, used: Array) -> None:
         """Take over an operation that was recorded: drop what it saved, and keep those of its inputs that are from outside.
 
-        inputs: those of `Tape.__call__`. made: its result. used: what the model goes on with; if an observer has replaced the
+        inputs: those of `Tape.__call__`. made: its result. used: what the model continues with; if an observer has replaced the
         result, that is kept too.
         """
         for node, x in zip(entry.inputs, inputs, strict=True):
@@ -82,7 +82,7 @@ class Block:
     def saved_by(self, output: Node) -> Any:
         """Return what the operation with this output saved, and forget it. The first call computes the block again.
 
-        Errors: RuntimeError if the output of the block is another one now.
+        Errors: RuntimeError if the output of the block has changed.
         """
         if self.calls:
             self._compute_again()
@@ -117,7 +117,7 @@ class Block:
 
 @contextmanager
 def block_scope(tape: Tape, name: str) -> Iterator[None]:
-    """Open a scope of a model that is a block: see above. One inside another belongs to it.
+    """Open a scope of a model that is a block: see above. A block inside a block belongs to the outer one.
 
     Errors: UsageError for a `Run.checkpointing` that does not exist.
     """

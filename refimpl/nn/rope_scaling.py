@@ -40,7 +40,7 @@ class RopeScaling:
 
     @classmethod
     def parse(cls, text: str) -> RopeScaling:
-        """Return what a text says, with defaults. Errors: UsageError that names the kind or setting that is none."""
+        """Parse such a text, and fill in defaults. Errors: UsageError that names an unknown kind or setting."""
         kind, *pairs = text.split(",")
         if kind not in SETTINGS:
             raise UsageError(unknown("rope scaling", kind, SETTINGS))
@@ -108,7 +108,7 @@ def _llama3(inverse: Array, s: dict[str, float]) -> Array:
 
 
 def _yarn(powers: Array, theta: float, D: int, s: dict[str, float]) -> Array:
-    """Return frequencies of which the fast ones stay, the slow ones are divided by the factor, and a ramp is between."""
+    """Return the frequencies: fast ones unchanged, slow ones divided by the factor, with a linear ramp in between."""
 
     def dimension(turns: float) -> float:
         """Return the pair, as a real number, that turns so many times over the original context."""

@@ -1,7 +1,7 @@
 """Conversions between number formats: `cast` rounds to nearest, `widen` is exact and refuses any other conversion.
 
 On the host all rounding to nearest, ties to even, is done by `cast`, or in the NumPy backend by `fast_cast.cast`, with the same
-bits. The package's docstring lists what rounds otherwise.
+bits. The package's docstring lists the other ways to round.
 """
 
 from __future__ import annotations

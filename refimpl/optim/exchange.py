@@ -7,9 +7,9 @@ from refimpl.precision.state_encodings import buffer_name
 
 
 class Exchange:
-    """What the step asks of a state that may be one of several. Here it is alone.
+    """What the step asks of a state that may be one of several, one per rank. Here it is the only one.
 
-    ranks: how many there are. first: the parameter at which the part begins that this one updates.
+    ranks: how many there are. first: the first parameter of the part that this one updates.
     """
 
     ranks, first = 1, 0

@@ -101,7 +101,7 @@ class Layout:
                 yield name, slice(begin - first, end - first), slice(begin - start, end - start)
 
     def checked(self, weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-        """Return one of the weights by name. Errors: UsageError if it is missing or has not the shape of the parameter."""
+        """Return one of the weights by name. Errors: UsageError if it is missing or has another shape."""
         shape = self.slots[name][2]
         try:
             values = weights[name]

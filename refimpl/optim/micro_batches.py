@@ -23,9 +23,9 @@ _PAIRS = "[(tokens, targets)] for one"
 
 
 def check_batches(model: Model, batches: Sequence[tuple[Array, Array]]) -> None:
-    """Check what a device can check without waiting: that these are pairs, for a model of tokens of arrays (B, T) of integers.
+    """Check what does not need the values: that these are pairs, of integer arrays (B, T) if the model reads tokens.
 
-    A model without a vocabulary may be of anything. Errors: UsageError, also without any micro-batch.
+    A model without a vocabulary may read anything. Errors: UsageError, also if there is no micro-batch.
     """
     if not isinstance(batches, Sequence):
         raise UsageError(f"batches is of type {type(batches).__name__}: it must be a list of micro-batches, {_PAIRS}")

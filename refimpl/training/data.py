@@ -27,7 +27,7 @@ MIB = 1 << 20
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 16, MIB
 
 # Two topics that share a paragraph of at least this length (white space collapsed) stay on one side of the split. Shorter
-# ones are phrases such as "See also:", which are no sign of copied text.
+# ones are phrases such as "See also:", which do not show that text was copied.
 SHARED_PARAGRAPH = 40
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "test", "tests", "idle_test"}
@@ -66,7 +66,7 @@ def load_corpus(spec: str, block_size: int, seed: int = 0, tokenizer: Tokenizer 
         It belongs to the corpus, not to the run: runs on differently split text cannot be compared.
     tokenizer: makes the tokens; see `token_cache.tokenized`. The text is split alike under each, so bits per byte compare.
     quiet: show no progress.
-    Errors: UsageError for a file that does not exist, cannot be read, is too short, or is no text for the tokenizer.
+    Errors: UsageError for a file that does not exist, cannot be read, is too short, or is not text for the tokenizer.
     """
     if block_size < 1:
         raise UsageError(f"block_size is {block_size}: it must be at least 1")

@@ -17,7 +17,7 @@ NARROW = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 DELAY = 0.5
 """Seconds before the bar appears."""
 SECONDS = 10.0
-"""Seconds between two lines on progress where standard error is no terminal."""
+"""Seconds between two lines on progress where standard error is not a terminal."""
 
 
 def fitted(**shown: Any) -> str:
@@ -39,7 +39,7 @@ def fitted(**shown: Any) -> str:
 class ProgressBar:
     """Shows how much of some work is done, inside `with`.
 
-    On a terminal: a bar on standard error. Where standard error is no terminal: a line every SECONDS, or with `show` each time
+    On standard error, a bar if it is a terminal. If it is not: a line every SECONDS, or with `show` each time
     that it is called, on standard output, which has these lines too if it is a file and only standard error is a terminal.
 
     total: how much work there is, in `unit`. what: its name. done: how much of it is done at the start. delay: seconds before

@@ -59,7 +59,7 @@ class Writer:
     """A model that continues a prompt. It reads at most block_size tokens, the last ones of a longer prompt.
 
     Each token is read once, with a KV cache. When block_size tokens have been read, the last half of them is read again, as the
-    beginning of a text; then it goes on. An MLP and a model with dynamic RoPE read all of their last block_size tokens again
+    beginning of a text; then it continues. An MLP and a model with dynamic RoPE read all of their last block_size tokens again
     for each token.
 
     count: the number of tokens so far. why_ended: why there are no more, or ''. slid: how often tokens were read again.

@@ -8,7 +8,7 @@ A run stops
 - at a loss scale that its project's rule calls exhausted, with a checkpoint, since skipped steps have changed no weight;
 - at a loss scale of 0, or a subnormal one: gradients cannot be divided by it, and every step is skipped.
 
-Any other loss that is not finite is reported where it begins, and the run goes on.
+Any other loss that is not finite is reported where it begins, and the run continues.
 """
 
 from __future__ import annotations

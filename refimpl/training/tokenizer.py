@@ -117,7 +117,7 @@ BYTES: Tokenizer = ByteTokenizer()
 def load_tokenizer(path: str) -> Tokenizer:
     """Return the tokenizer of --tokenizer: 'bytes', a tokenizer.json, or that of a folder.
 
-    Errors: UsageError in one line for a file that is missing or no tokenizer, and if the package is not installed.
+    Errors: UsageError in one line for a file that is missing or not a tokenizer, and if the package is not installed.
     """
     if path == BYTES.name:
         return BYTES

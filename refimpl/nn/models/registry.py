@@ -18,7 +18,7 @@ SIZES: Mapping[str, type[Sizes]] = {"gpt": GPTConfig, "llama": LlamaConfig, "mlp
 
 
 def make_model(name: str, sizes: Mapping[str, Any], ignore_index: int = IGNORE_INDEX, loss_mean: str = "tokens") -> Model:
-    """Return the model of that name and these sizes, the fields of its class. Errors: UsageError for a size that is none."""
+    """Return the model of that name and these sizes, the fields of its class. Errors: UsageError for an unknown size."""
     config = SIZES[name](**sizes)
     if isinstance(config, GPTConfig):
         return gpt_model(config, ignore_index, loss_mean)

@@ -1,4 +1,4 @@
-"""`CallWatch`: notes calls that are no operations, of backward and of optimizers, while a step is audited."""
+"""`CallWatch`: notes calls that are not operations, of backward and of optimizers, while a step is audited."""
 
 from __future__ import annotations
 

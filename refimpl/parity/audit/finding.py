@@ -1,4 +1,4 @@
-"""`Finding`: one mistake in the user's loop, with where, how much, what it does, and how to mend it."""
+"""`Finding`: one mistake in the user's loop: where it is, how much, what it does, and how to fix it."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class Audit:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        """End it. If the loop has raised, print on standard error what was found until then; the exception goes on."""
+        """End it. If the loop has raised, print on standard error what was found until then; the exception propagates."""
         self.end(kind.__name__ if kind is not None else "")
         if kind is not None:
             self._guarded("summary: ", self._say_all, kind.__name__)

@@ -58,7 +58,7 @@ class Border:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that is no operation: 'backward', 'optimizer.step', or 'autocast', which has been entered or left.
+    """A call that is not an operation: 'backward', 'optimizer.step', or 'autocast', which has been entered or left.
 
     index: that of the next operation. line: the user's. autocast: the format of an autocast around it, '' if none is on; of
     'autocast', the one that is on from there. which: of an optimizer, its place among the audited ones.

@@ -1,8 +1,8 @@
 """Our definitions on transformers' own numbers, rounding by rounding.
 
 The model runs by its definitions, forward and backward. Each time an operation rounds to 16 bits, the result is compared with
-the one that transformers has made there, and the operation goes on with that. So no difference is carried from one rounding to
-the next: what is compared is one rounding, of a number computed from transformers' own inputs.
+the one that transformers has made there, and the operation continues with that one. So no difference is carried from one
+rounding to the next: what is compared is one rounding, of a number computed from transformers' own inputs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draw the logs of one run or several in one picture, or write them as a table.
 
-    python scripts/plot.py runs/gpt-fp16                         also while the run goes on, or after it was killed
+    python scripts/plot.py runs/gpt-fp16                         also while the run is going on, or after it was killed
     python scripts/plot.py runs/gpt-fp16 runs/gpt-bf16 --x seconds
     python scripts/plot.py runs/gpt-fp16 --csv log.csv
 

@@ -4,7 +4,7 @@
     gpt     the weights of GPT-2's linear layers (Conv1D) are transposed: (n_in, n_out)
 
 The first word of all names, `model` or `transformer`, is absent from files of a model without its head, and in OpenAI's files.
-Buffers are no weights and are ignored: rotary frequencies (`rotary_emb.inv_freq`), which old files have, and GPT-2's attention
+Buffers are not weights and are ignored: rotary frequencies (`rotary_emb.inv_freq`), which old files have, and GPT-2's attention
 masks (`h.i.attn.bias`).
 """
 

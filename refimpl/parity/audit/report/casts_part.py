@@ -15,7 +15,7 @@ HEADS = (
 EXPLAINED = """\
 Of the values that a conversion reads, shares are of those that are finite and not zero. Exact: nothing was lost. Subnormal: \
 stored with fewer bits. Flushed: became zero. Overflowed: became infinite. Room: the largest power of two by which the \
-largest value could be multiplied and still be finite. An operation that is no cast rounds its exact result to a narrower \
+largest value could be multiplied and still be finite. An operation other than a cast rounds its exact result to a narrower \
 format, or to FP16."""
 GRADIENTS = """\
 What other loss scales would do to the FP16 gradients of the audited steps: the share that would become zero, and how many \

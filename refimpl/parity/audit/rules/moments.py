@@ -22,7 +22,7 @@ from refimpl.parity.audit.values import Values, is_float
 DENOMINATORS = {"div": "other", "addcdiv": "tensor2", "reciprocal": "self", "rsqrt": "self"}
 """The argument that an operation divides by, or by the root of."""
 DISTINCT = 16
-"""A state with this many values is no constant."""
+"""A state with this many values is not a constant."""
 FEW = 0.01
 """Flushed squares that are fewer than this are a note."""
 

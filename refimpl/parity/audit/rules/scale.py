@@ -572,7 +572,7 @@ def _clips(history: GradientHistory, update: Event) -> list[Event]:
 
 
 def _rescaled(history: GradientHistory, update: Event) -> bool:
-    """Return whether the gradients of an update were multiplied by something that is no clip coefficient of a norm."""
+    """Return whether the gradients of an update were multiplied by something other than the clip coefficient of a norm."""
     names = set(update.names)
     return any(names & set(e.names) and e.operation is not None and e.operation.phase != "clip" for e in history.of("multiply"))
 

@@ -27,7 +27,7 @@ REDUCTIONS = ("c10d.allreduce_", "c10d._reduce_scatter_base_", "c10d.reduce_scat
 MANY_RANKS = 8
 UNEQUAL = 1.05
 LARGEST_COUNT = 2.0**24
-"""What is larger is no count: masks are sums of whole numbers too."""
+"""What is larger is not a count: masks are sums of whole numbers too."""
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 
