@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from refimpl.parity.pytorch import TRAJECTORY
 from refimpl.parity.trace import Trace, record
 from refimpl.tools.bench.gpu_check import SIZES, Trained, check, drift, loss_difference
 from refimpl.training.config import Config
+from refimpl.training.progress_bar import ProgressBar
 
 FINDING = Finding(3, "2.grads", "w", 0.9, 0.5, 1.0, 10)
 
@@ -48,6 +50,25 @@ def test_check_asks_for_the_device_first(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("refimpl.tools.bench.gpu_check.kernel_tests", lambda tests: pytest.fail("ran without a device"))
     with pytest.raises(UsageError, match="no device"):
         check(TESTS, ["fp32"], 1, ["smoke"], 1)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_check_shows_how_far_it_is(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, bars = "refimpl.tools.bench.gpu_check", list[ProgressBar]()
+    monkeypatch.setattr(ProgressBar, "__enter__", lambda bar: bars.append(bar) or bar)
+    monkeypatch.setattr(f"{module}.get_backend", lambda name: SimpleNamespace(xp=None))
+    monkeypatch.setattr(f"{module}.device", lambda cupy: "a GPU")
+    monkeypatch.setattr(f"{module}.kernel_tests", lambda tests: (True, "9 passed"))
+    monkeypatch.setattr(f"{module}.train_both", lambda recipe, steps: Trained(recipe, [FINDING], 0.0, 0.0, True))
+    monkeypatch.setattr(f"{module}.speed", lambda model, recipe, rounds: [model, recipe, "1.0", "-", "-", "2.0", "steady"])
+    script = load_script("gpu_check")
+    words = ["--recipes", "bf16,fp16", "--models", "smoke,small", *["--quiet"] * quiet]
+    assert script.run(vars(script.parser().parse_args(words))) == 0
+    out = capsys.readouterr().out
+    assert "9 passed" in out and out.count("agrees") == 2 and out.count("steady") == 4 and out.endswith("PASSED\n")
+    assert [(bar.done, bar.total, bar.quiet) for bar in bars] == [(7, 7, quiet)]
 
 
 def test_the_verdict_on_a_recipe() -> None:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,7 @@ from refimpl.parity.trace import Trace, record
 from refimpl.tools.bench.steps import MODELS, WARM_UP, Ours, timed
 from refimpl.training.columns import table
 from refimpl.training.config import Config
+from refimpl.training.progress_bar import ProgressBar
 
 RECIPES = ("fp32", "fp16", "bf16", "amp-fp16", "amp-bf16")
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "warmup": 10}
@@ -182,17 +184,27 @@ def kernel_tests(tests: Path) -> tuple[bool, str]:
     return done.returncode == 0, "\n".join([*failed, lines[-1]])
 
 
-def check(tests: Path, recipes: Sequence[str], steps: int, models: Sequence[str], rounds: int) -> int:
-    """Run all checks and print the report. Return 0 if all pass, else 1. Errors: UsageError without CuPy or a GPU."""
+def check(tests: Path, recipes: Sequence[str], steps: int, models: Sequence[str], rounds: int, quiet: bool = False) -> int:
+    """Run all checks and print the report. quiet: show no progress.
+
+    Return 0 if all pass, else 1. Errors: UsageError without CuPy or a GPU.
+    """
     cupy: Any = get_backend("cupy").xp
-    print(f"refimpl on {device(cupy)}\n", flush=True)
-    passed, line = kernel_tests(tests)
-    print(f"kernels against their NumPy definitions (pytest -m gpu): {line}\n", flush=True)
-    trained = [train_both(recipe, steps) for recipe in recipes]
-    header = ["recipe", "closest to its bound", "loss", "drift", "scales", "verdict"]
-    print(f"{steps} steps against the numpy backend:\n{table(header, [t.row() for t in trained])}\n", flush=True)
+    print(f"refimpl on {device(cupy)}\n")
+    trained, rows = [], []
+    with ProgressBar(1 + len(recipes) * (1 + len(models)), "check", delay=0, quiet=quiet) as bar:
+        passed, line = kernel_tests(tests)
+        bar.update()
+        bar.write(f"kernels against their NumPy definitions (pytest -m gpu): {line}\n")
+        for recipe in recipes:
+            trained.append(train_both(recipe, steps))
+            bar.update()
+        header = ["recipe", "closest to its bound", "loss", "drift", "scales", "verdict"]
+        bar.write(f"{steps} steps against the numpy backend:\n{table(header, [t.row() for t in trained])}\n")
+        for model, recipe in product(models, recipes):
+            rows.append(speed(model, recipe, rounds))
+            bar.update()
     header = ["model", "recipe", "step ms", "PyTorch ms", "ratio", "pool MiB", "pool"]
-    rows = [speed(model, recipe, rounds) for model in models for recipe in recipes]
     print(f"medians of {rounds} steps with a wait after each; no step waits within:\n{table(header, rows)}\n")
     good = passed and all(t.agrees for t in trained)
     print("PASSED" if good else "FAILED: please report this output")

@@ -3,8 +3,8 @@
     pip install -e '.[cuda13,test]'                                   or cuda12, by your driver
     python scripts/gpu_check.py
 
-Every kernel is compared with its NumPy definition, every recipe trains on both backends, and steps are timed, also PyTorch's
-if it is installed. Exit code: 0 if everything passes, 1 if not.
+Every kernel is compared with its NumPy definition, every recipe trains on both backends, and steps are timed, and those of
+PyTorch if it is installed. Exit code: 0 if everything passes, 1 if not.
 
     python scripts/gpu_check.py --predict
 
@@ -39,6 +39,7 @@ def parser() -> Parser:
     sizes = f"sizes to time: {', '.join(MODELS)} (default: {DEFAULTS['models']})"
     result.add_argument("--models", type=some_of(MODELS), metavar="NAME,...", help=sizes)
     result.add_argument("--rounds", type=int, metavar="N", help="steps timed (default: 15)")
+    result.add_quiet()
     result.add_argument("--predict", action="store_true", help="print the predicted cost of a step instead; needs no GPU")
     result.add_argument(
         "--gpu", type=one_of(GPUS), metavar="NAME", help=f"GPU of the prediction: {' or '.join(GPUS)} (default: h100)"
