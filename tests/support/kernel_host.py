@@ -70,7 +70,7 @@ def _launcher(kernel: Declaration) -> str:
 
 
 class HostKernels:
-    """The kernels of one source text, compiled for each format when first launched."""
+    """The kernels of a source text, compiled for each format when first launched: of another text than source(), one by one."""
 
     def __init__(self, text: str | None = None, reverse: bool = False) -> None:
         """reverse: let blocks and threads take turns last to first, which must change nothing."""
@@ -82,7 +82,8 @@ class HostKernels:
         """Run a kernel over a grid, with the blocks that it declares. Arrays are NumPy's, in C order, of the exact types."""
         kernel = self.declarations[name]
         packed = [_pack(a, fmt, value) for a, value in zip(kernel.arguments, arguments, strict=True)]
-        function = getattr(_library(self.text, fmt), f"host_{name}")
+        library = _library(self.text, fmt) if self.text == source() else _library(self.text, fmt, name)
+        function = getattr(library, f"host_{name}")
         function.restype = ctypes.c_bool
         met = function(_shape(grid), _shape(kernel.block), ctypes.c_bool(self.reverse), *packed)
         assert met, f"{name}: a barrier was missed"
@@ -115,12 +116,14 @@ def c_function(name: str, x: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _library(text: str, fmt: str) -> ctypes.CDLL:
-    """The source, compiled for one format and loaded; the file is gone at once."""
+def _library(text: str, fmt: str, only: str | None = None) -> ctypes.CDLL:
+    """The source, compiled for one format and loaded; the file is gone at once. only: a kernel, in a quarter of the time."""
     assert fmt in FORMATS
     options = include_options()
     assert options is not None, why_not()
-    launchers = "".join(_launcher(kernel) for kernel in declarations(text).values())
+    kernels = declarations(text)
+    launchers = "".join(_launcher(kernel) for kernel in (kernels.values() if only is None else [kernels[only]]))
+    text = text.replace('extern "C" __global__', "static __global__")  # so that kernels without a launcher are not compiled
     program = f'#include "{SUPPORT / "cuda_host.h"}"\n{text}\n{launchers}'
     # A fortified longjmp refuses to jump to another stack.
     flags = ["-O2", "-U_FORTIFY_SOURCE", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", f"-DSTORAGE={fmt}"]
