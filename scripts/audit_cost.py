@@ -36,6 +36,7 @@ from refimpl.parity.pytorch import import_torch
 from refimpl.tools.memory.measure import process_memory
 from refimpl.training.arguments import Parser
 from refimpl.training.columns import table
+from refimpl.training.progress_bar import ProgressBar
 
 PRECISIONS = ("fp32", "amp-bf16")
 LIMITS = {"time": 12.0, "memory": 3.0, "unaudited": 1.01, "call": 1.01}
@@ -108,8 +109,11 @@ def call_seconds(of: Training) -> float:
         return (time.perf_counter() - begun) / CALLS
 
 
-def times(of: Training, rounds: int) -> dict[str, list[float]]:
-    """Return the times of steps of each kind: one audited per round, and two plain and two unaudited ones, which are cheap."""
+def times(of: Training, rounds: int, tick: Callable[[], object]) -> dict[str, list[float]]:
+    """Return the times of steps of each kind: one audited per round, and two plain and two unaudited ones, which are cheap.
+
+    tick: callback after each round.
+    """
     measured: dict[str, list[float]] = {kind: [] for kind in (PLAIN, UNAUDITED, AUDITED)}
     for kind in measured:
         seconds(of, kind)
@@ -117,6 +121,7 @@ def times(of: Training, rounds: int) -> dict[str, list[float]]:
         first, second = (PLAIN, UNAUDITED) if i % 2 else (UNAUDITED, PLAIN)
         for kind in (first, second, second, first, AUDITED):
             measured[kind].append(seconds(of, kind))
+        tick()
     return measured
 
 
@@ -154,13 +159,17 @@ def memory_apart(precision: str, kind: str) -> int:
     return int(json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout))
 
 
-def costs(precision: str, rounds: int) -> Table:
-    """Return what is measured in one precision: 'steps' in seconds, 'bytes', the 'ratios' that have limits, their 'errors'."""
+def costs(precision: str, rounds: int, tick: Callable[[], object]) -> Table:
+    """Return what is measured in one precision: 'steps' in seconds, 'bytes', the 'ratios' that have limits, their 'errors'.
+
+    tick: callback after each round of steps, and after the memory.
+    """
     of = training(precision)
-    measured = times(of, rounds)
+    measured = times(of, rounds, tick)
     steps = {kind: median(found) for kind, found in measured.items()}
     steps["call"] = call_seconds(of)
     held = {kind: float(memory_apart(precision, kind)) for kind in (PLAIN, AUDITED)}
+    tick()
     unaudited, error = paired(measured)
     ratios = {
         "time": steps[AUDITED] / steps[PLAIN], "memory": held[AUDITED] / held[PLAIN],
@@ -212,6 +221,7 @@ def parser() -> Parser:
     kind.add_argument("--memory", nargs=2, metavar=("PRECISION", "KIND"), help=added)
     result.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of steps, at least 3 (default: 7)")
     result.add_argument("--threads", type=int, default=2, metavar="N", help="threads of PyTorch (default: 2)")
+    result.add_quiet()
     return result
 
 
@@ -227,7 +237,8 @@ def run() -> int:
     if flags.profile:
         profile(flags.profile)
         return 0
-    found = {precision: costs(precision, flags.rounds) for precision in PRECISIONS}
+    with ProgressBar(len(PRECISIONS) * (flags.rounds + 1), "round", quiet=flags.quiet) as bar:
+        found = {precision: costs(precision, flags.rounds, bar.update) for precision in PRECISIONS}
     lines = [line for precision, cost in found.items() for line in rows(precision, cost)]
     print(table(["precision", "what", "plain", "under the audit", "ratio", "limit"], lines))
     wrong = [f"{precision}: {kind}" for precision, cost in found.items() for kind in over(cost)]

@@ -25,6 +25,7 @@ from refimpl.errors import UsageError, one_line
 from refimpl.parity.pytorch import import_torch
 from refimpl.training.arguments import Parser
 from refimpl.training.columns import table
+from refimpl.training.progress_bar import ProgressBar
 
 LEAST = 0.98
 """The least share of the float elements made by arithmetic that is judged, in each loop."""
@@ -67,6 +68,7 @@ def parser() -> Parser:
     result.add_argument("words", nargs="*", metavar="WORD", help="loops with one of these words in their names (default: all)")
     result.add_argument("--all", action="store_true", help="the larger set of loops, that of the slow tests")
     result.add_argument("--reasons", action="store_true", help="also print what was not judged, by reason")
+    result.add_quiet()
     return result
 
 
@@ -84,7 +86,7 @@ def run() -> int:
     chosen = loops.MORE_LOOPS if flags.all else loops.LOOPS
     chosen = {name: loop for name, loop in chosen.items() if not flags.words or any(w in name for w in flags.words)}
     rows, unjudged, bad = [], Counter[str](), 0
-    with ranks.OneRank():
+    with ranks.OneRank(), ProgressBar(len(chosen), "loop", quiet=flags.quiet) as bar:
         for name, loop in chosen.items():
             begun = time.perf_counter()
             audit = audited(loop)
@@ -93,6 +95,7 @@ def run() -> int:
             bad += bool(wrong) or judged < LEAST
             notes = [f.code for f in audit.findings.values() if f.level == "note"]
             rows.append([name, f"{judged:.2%}", f"{time.perf_counter() - begun:.1f} s", " ".join(notes), "; ".join(wrong)])
+            bar.update()
     print(table(["loop", "judged", "time", "notes", "above a note"], rows))
     if flags.reasons:
         print(table(["elements", "not judged because"], [[f"{n:,}", one_line(why, 100)] for why, n in unjudged.most_common()]))

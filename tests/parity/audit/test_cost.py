@@ -6,10 +6,15 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from paths import SCRIPTS
+from script_loader import load_script
+
+from refimpl.training.progress_bar import ProgressBar
 
 pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
 pytest.importorskip("transformers", reason="the model is a Llama of transformers==5.24.0")
@@ -54,3 +59,23 @@ def test_the_audit_stays_within_its_limits() -> None:
     for what in ("audited step", "unaudited step", "its audit.step()", "peak memory"):
         lines = [f"^{precision} +{re.escape(what)}" for precision in ("fp32", "amp-bf16")]
         assert all(re.search(line, done.stdout, re.MULTILINE) for line in lines)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_both_scripts_show_how_far_they_are(
+    quiet: bool, script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft", reason="some loops train LoRA's parts: peft>=0.17")
+    bars: list[ProgressBar] = []
+    monkeypatch.setattr(ProgressBar, "__enter__", lambda bar: bars.append(bar) or bar)
+    for name, result in {"training": None, "seconds": 1.0, "call_seconds": 1e-6, "memory_apart": 1}.items():
+        monkeypatch.setattr(script, name, lambda *arguments, result=result: result)
+    monkeypatch.setattr("sys.argv", ["audit_cost.py", "--rounds", "3", *["--quiet"] * quiet])
+    assert script.run() == 0 and "all within their limits" in capsys.readouterr().out
+    coverage, judge = load_script("audit_coverage"), SimpleNamespace(judged=1, unjudged=Counter[str]())
+    clean = SimpleNamespace(findings={}, failures={}, judge=judge, table=SimpleNamespace(rows={}))
+    monkeypatch.setattr(coverage, "audited", lambda loop: clean)
+    monkeypatch.setattr("sys.argv", ["audit_coverage.py", "lstm", *["--quiet"] * quiet])
+    assert coverage.run() == 0
+    loops = capsys.readouterr().out.count("100.00%")
+    assert [(bar.done, bar.total, bar.quiet) for bar in bars] == [(8, 8, quiet), (loops, loops, quiet)] and loops > 1
