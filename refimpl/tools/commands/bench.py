@@ -1,6 +1,6 @@
 """Time training steps: against PyTorch, against their own matrix products, by operation, and as sizes grow.
 
-    python scripts/bench.py                                      the small and the medium GPT in FP32, BF16 and FP16
+    python scripts/bench.py                                      small and medium GPT in FP32, BF16, FP16: a minute or two
     python scripts/bench.py --against torch                      against PyTorch, in turn, with peak memory
     python scripts/bench.py --profile --models small --recipes fp16
     python scripts/bench.py --scaling --recipes fp32

@@ -1,7 +1,7 @@
 """Train with refimpl and with PyTorch side by side, and report whether and where they differ.
 
     pip install torch==2.13.0
-    python scripts/compare_pytorch.py --recipe fp16 --steps 50      15 seconds on two cores
+    python scripts/compare_pytorch.py --recipe fp16 --steps 50      about 15 seconds
 
 With --hf the model is that of a folder of Hugging Face, on PyTorch's side as transformers computes it (docs/pytorch.md):
 

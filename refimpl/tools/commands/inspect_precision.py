@@ -1,6 +1,6 @@
 """Show what every cast of a training run did: how much it rounded, flushed to zero or overflowed, tensor by tensor.
 
-    python scripts/inspect_precision.py                                200 steps of the small GPT in FP16, in 30 seconds
+    python scripts/inspect_precision.py                                200 steps of the small GPT in FP16: about 40 seconds
     python scripts/inspect_precision.py --recipe bf16 --steps 50 --every 5
     python scripts/inspect_precision.py --what-if e4m3,bf16              also round the same values to other formats
     python scripts/inspect_precision.py --run runs/gpt-fp16 --steps 20   continue from the checkpoint of a run of train.py

@@ -35,7 +35,7 @@ def run(table: list[str] | None, quiet: bool = False) -> None:
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    judged = "judge runs with these mistakes, or with all, which takes ten minutes"
+    judged = "judge runs with these mistakes, or with all, which takes about three minutes"
     result.add_argument("--table", type=one_of(MISTAKES), nargs="*", metavar="NAME", help=judged)
     result.add_quiet()
     return result

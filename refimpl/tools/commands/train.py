@@ -1,6 +1,6 @@
 """Train a model on real text in mixed precision.
 
-    python scripts/train.py                              a small GPT, FP16 with FP32 masters, on Python's manual, in two minutes
+    python scripts/train.py                              a small GPT in FP16, with FP32 masters: about a minute
     python scripts/train.py --recipe bf16 --steps 300
     python scripts/train.py --model mlp --data FILE --out runs/mine
     python scripts/train.py --resume --out runs/mine

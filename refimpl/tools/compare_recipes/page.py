@@ -26,7 +26,7 @@ from refimpl.training.progress_bar import ProgressBar
 
 PAGE = Path("runs/recipes.html")
 STEPS, STEPS_OF_ALL, STEPS_FROM, WARMUP = 200, 60, 20, 10
-"""Defaults of --steps (fewer with all recipes, which then take ten minutes on two cores, and with --init-from) and --warmup."""
+"""Defaults of --steps (fewer with all recipes, and with --init-from) and --warmup."""
 
 
 def compare_recipes(
