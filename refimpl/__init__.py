@@ -1,6 +1,6 @@
 """refimpl: mixed-precision training of language models, written out in NumPy.
 
-`refimpl.step` is the algorithm on one page. This package gives the names that a training by hand needs. The example trains a
+`refimpl.step` is the algorithm on one page. This package provides what a training of your own needs. The example trains a
 small GPT for 20 steps in FP16, with FP32 masters and a dynamic loss scale:
 
     import numpy as np
@@ -14,22 +14,22 @@ small GPT for 20 steps in FP16, with FP32 masters and a dynamic loss scale:
         result = training.step([rf.sample_batch(text, 8, 16, rng)])
         print(step, float(result.loss), float(result.loss_scale), bool(result.skipped))
 
-The names, by what they are for; `help(refimpl.State)` and so on say more:
+The names by purpose; `help(refimpl.State)` and so on say more:
 
     gpt_model, GPTConfig                          GPT-2, and its sizes
     llama_model, LlamaConfig                      Llama, Mistral or Qwen, and its sizes
     mlp_model, MLPConfig                          a byte language model of a few layers, and its sizes
-    make_training, Training                       all that a step takes, as one object with a method `step`
+    make_training, Training                       all that a step needs, as one object with a method `step`
     sample_batch                                  random blocks of a text, and the tokens that follow
     get_recipe                                    the formats of operations and states, by name: RECIPES holds all
-    get_backend, Run                              what computes; what the operations of a run share
+    get_backend, Run                              the array backend; what the operations of a run share
     State, Optimizer, AdamW, SGD, Schedule        weights, gradients, masters and moments, and how they are updated
     make_loss_scale                               the loss scale: dynamic as PyTorch's, fixed, none, or another project's
     train_step, forward_backward, StepResult      one step, its first half, and what it returns
     cast, widen                                   round an array to a format; convert it to a wider one, exactly
-    UsageError, TrainingStopped                   what wrong input raises, and a training that had to stop
+    UsageError, TrainingStopped                   raised for wrong input; raised when a training cannot continue
 
-`docs/library.md` shows the same with plots, and what else these objects can be asked; `docs/tour.ipynb` is a notebook.
+`docs/library.md` shows the same with plots, and what else these objects offer; `docs/tour.ipynb` is a notebook.
 
 The modules behind them are imported when a name is first used, so `import refimpl` alone takes no time.
 """

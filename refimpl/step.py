@@ -28,7 +28,7 @@ Batch = tuple[Array, Array]
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step: numbers on the host, 0-d arrays on a device. Reading those waits: do it when you log, not always.
+    """The outcome of a step: numbers on the host, 0-d arrays on a device, where reading waits: read them only to log.
 
     loss: the mean, without S. lr: the learning rate of the update, made or skipped. loss_scale: the S of this step.
     grad_norm: of the unscaled gradients, before clipping. skipped: found_inf.

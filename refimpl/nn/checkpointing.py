@@ -104,8 +104,8 @@ class Block:
                         arrays.pop(node, None)
         if self._sum(y) != self._checksum:
             raise RuntimeError(
-                f"{self.name} has another output when it is computed again for backward: an operation in it is no function of "
-                f"its inputs, or a weight or an input has been changed since; train with checkpointing 'none'"
+                f"{self.name} has another output when recomputed for backward: an operation in it does not depend "
+                f"on its inputs alone, or a weight or an input has changed since; train with checkpointing 'none'"
             )
 
     def _sum(self, x: Array) -> int:

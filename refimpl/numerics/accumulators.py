@@ -54,7 +54,7 @@ def accumulator(spec: str) -> Accumulator:
     inner, every, outer = parts.groups() if parts else ("", None, None)
     kind = Accumulator(inner, int(every or 0), outer or "fp32")
     if fraction_bits_kept(kind.inner) is None or fraction_bits_kept(kind.outer) is None:
-        raise ValueError(f"accumulator {spec!r}: it is fp32, fp16, bf16, tf32 or e8mN, then perhaps /N, then perhaps /outer")
+        raise ValueError(f"accumulator {spec!r}: it must be fp32, fp16, bf16, tf32 or e8mN, with an optional /N and /outer")
     return kind
 
 

@@ -15,13 +15,13 @@ from refimpl.numerics.formats import FORMATS, dtype_of, format_of, widens_to
 def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = None) -> Array:
     """Round every value of `x` to the nearest value of format `fmt`, ties to the even fraction.
 
-    `rounding.round_to_nearest_even` is the definition, written out for one number. FP64 reaches formats narrower than FP32 by
-    way of FP32, in two roundings: beside a tie of the format the second can start from the tie.
+    `rounding.round_to_nearest_even` is the definition, written out for one number. FP64 is cast to formats narrower than FP32
+    through FP32, in two roundings: near a tie of the format, the first may give the tie.
 
     x: an array of any format. out: an array of format `fmt` to write to; it may be `x` itself where nothing changes.
     Where `x` already has the format it is returned, not copied.
 
-    overflow: what a value becomes whose rounded magnitude exceeds the format's largest.
+    overflow: the result for a value whose rounded magnitude exceeds the format's largest.
       'inf'       an infinity; NaN in a format without infinities; the largest value in a format without either
                   (IEEE 754, ml_dtypes; the default for 16 bits and more)
       'saturate'  the largest finite value of the same sign, also for infinities; NaN stays NaN, or is a zero in a format
@@ -40,7 +40,7 @@ def cast(x: Array, fmt: str, out: Array | None = None, overflow: str | None = No
     if overflow not in (None, "inf", "saturate"):
         raise TypeError(f"cast: overflow is {overflow!r}; it is 'inf' or 'saturate'")
     if narrow and not isinstance(x, np.ndarray | np.generic):
-        raise TypeError(f"cast to {fmt}: CuPy has no such arrays; formats of 8 bits and fewer are for NumPy's alone")
+        raise TypeError(f"cast to {fmt}: CuPy has no such arrays; formats of 8 bits and fewer need NumPy arrays")
     if x.dtype == np.float64 and target.dtype.itemsize < 4:
         x = _convert(x, dtype_of("fp32"))  # fp64 is rounded twice, as PyTorch does
     if overflow == "saturate":
@@ -60,7 +60,7 @@ def widen(x: Array, fmt: str = "fp32", out: Array | None = None) -> Array:
     """
     source = format_of(x)
     if not widens_to(source, fmt):
-        raise TypeError(f"widen: {source} -> {fmt} would round; that is spelled cast")
+        raise TypeError(f"widen: {source} -> {fmt} would round; use cast for that")
     return _convert(x, FORMATS[fmt].dtype, out)
 
 

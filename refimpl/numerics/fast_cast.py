@@ -170,7 +170,7 @@ def _widen_span(x: Array, out: Array) -> None:
 def _convert(span: Callable[[Array, Array], None], x: Array, out: Array, source: type, target: type) -> Array:
     """Check the arguments, turn them into two flat arrays that share no memory, and run `span` over these."""
     if x.dtype != source or out.dtype != target:
-        raise TypeError(f"{x.dtype} -> {out.dtype}: only {source.__name__} -> {target.__name__} is done here")
+        raise TypeError(f"{x.dtype} -> {out.dtype}: only {source.__name__} -> {target.__name__} is supported")
     if x.shape != out.shape:
         raise ValueError(f"x has the shape {x.shape}, out {out.shape}")
     if not out.flags.writeable:

@@ -286,7 +286,7 @@ def make_loss_scale(
 
     None means the project's own value: factors 2 and 1/2, or 1/growth_factor if the project has one factor. Errors: UsageError
     for any other name, for an impossible setting, and for a setting that the scale does not have: a constant one has none, and
-    one that adapts has init_scale, growth_interval and its `ScalerRule.knobs`.
+    a dynamic one has init_scale, growth_interval and its `ScalerRule.knobs`.
     """
     given: dict[str, float | None] = {"growth_factor": growth_factor, "backoff_factor": backoff_factor,
                                       "scale_floor": scale_floor, "hysteresis": hysteresis}  # fmt: skip
@@ -313,7 +313,7 @@ def _constant(kind: str, given: Mapping[str, float | None]) -> float:
         raise UsageError(unknown("loss scale", kind, (*SCALER_RULES, "dynamic", "none", "or a number"))) from None
     for name, value in given.items():
         if value is not None:
-            raise UsageError(f"{_words(name)} {value} with loss scale {kind}: only one that adapts can have it")
+            raise UsageError(f"{_words(name)} {value} with loss scale {kind}: only a dynamic loss scale has this setting")
     return scale
 
 

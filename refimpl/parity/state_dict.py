@@ -33,7 +33,7 @@ def to_state_dict(path: Path) -> dict[str, np.ndarray]:
     PyTorch: model.load_state_dict(safetensors.torch.load_file(...)). Errors: UsageError.
     """
     if is_model_folder(path):
-        raise UsageError(f"{path} is a folder of Hugging Face, whose names a state_dict does not have: export it as a folder")
+        raise UsageError(f"{path} is a Hugging Face folder, whose names differ from a state_dict's: export it as a folder")
     arrays, header = checkpoint.load(path)
     model = model_of(path, header, arrays)
     weights = fp32_weights(path, arrays, model)
@@ -142,7 +142,7 @@ def _about(model: Model) -> str:
     """Return the unusual properties of an imported model, for the printed line."""
     words = [] if model.config.get("bias", True) else ["without biases"]
     if model.config["vocab_size"] > BYTES.vocab_size:
-        words.append(f"with {model.config['vocab_size']} token ids, of which those above 255 are no bytes and stay unused")
+        words.append(f"with {model.config['vocab_size']} token ids, of which those above 255 are not bytes and stay unused")
     return "".join(f", {word}" for word in words)
 
 

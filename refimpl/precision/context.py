@@ -25,7 +25,7 @@ Observer = Callable[[str, str, Array], Array]
 
 @dataclass
 class Run:
-    """What all operations of one run (one rank, one backend) share. There is no global state beside it.
+    """What all operations of one run (one rank, one backend) share. There is no other global state.
 
     overrides: operations that replace those of the same name. scales: what quantization remembers between passes.
     checkpointing: one of those of `nn/checkpointing.py`. Errors: UsageError for a policy that the backend cannot compute.
@@ -42,7 +42,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if not self.policy.in_formats and not self.backend.on_host:
-            raise UsageError(f"--backend {self.backend.name} knows formats and FP32 sums; policy {self.policy.name} has others")
+            raise UsageError(f"--backend {self.backend.name} has plain formats and FP32 sums, not policy {self.policy.name}")
 
     def frozen(self) -> Run:
         """Return a copy of the run for evaluation: its passes change nothing that the run remembers."""

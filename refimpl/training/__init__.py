@@ -8,7 +8,7 @@
     tokenizer.py, token_cache.py  bytes or a tokenizer.json: text as token ids and back; ids that are kept in a file
     evaluate.py, sampling.py  the loss of a model on a text; text that a model writes
     checkpoint.py, checkpoint_states.py         files that are never half-written; model states in and out of them
-    huggingface/              folders of Hugging Face, in and out; GGUF files in
+    huggingface/              reading and writing Hugging Face folders; GGUF files in
     resume.py                 what a checkpoint says of its run; which settings may change when it is resumed
     kept_checkpoints.py       the best checkpoint and the last ones; the space that they need
     log_writers.py            the log for TensorBoard and for Weights & Biases

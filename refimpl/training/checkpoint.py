@@ -139,7 +139,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, np.ndarray], dict[str
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise UsageError(f"{path} is not a whole safetensors file: {one_line(error, 200)}") from error
+        raise UsageError(f"{path} is not a valid safetensors file: {one_line(error, 200)}") from error
     except AttributeError as error:  # raised by safetensors for types that NumPy lacks, such as FP8
         raise UsageError(f"{path} has a tensor of a type that NumPy lacks: {one_line(error, 200)}") from error
 
@@ -155,11 +155,12 @@ def refuse_pickles(path: Path) -> None:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     if start == b"GGUF":
-        raise UsageError(f"{path} is a GGUF file: `python scripts/convert.py gguf {path} DIR` makes a folder that is read")
+        raise UsageError(f"{path} is a GGUF file: `python scripts/convert.py gguf {path} DIR` converts it to a folder")
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         raise UsageError(
-            f"{path} is not a whole safetensors file but a pickle, as torch.save writes it. Pickles are not read, since they "
-            "can run any program: in PyTorch, save the state_dict with safetensors.torch.save_file(weights, 'FILE.safetensors')"
+            f"{path} is not a valid safetensors file but a pickle, as torch.save writes it. Pickles are not read, since "
+            "loading one can run arbitrary code: in PyTorch, save the state_dict with "
+            "safetensors.torch.save_file(weights, 'FILE.safetensors')"
         )
 
 
@@ -251,7 +252,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     checkpoint of this project, or of a newer version. The fields of the header are checked by `checkpoint_states`.
     """
     if path.is_dir() and not file_in(path).is_file():
-        raise UsageError(f"{path} has neither a {FILE_NAME}, as the folder of a run, nor a config.json of Hugging Face")
+        raise UsageError(f"{path} has neither a {FILE_NAME}, as the folder of a run, nor a Hugging Face config.json")
     path = file_in(path)
     arrays, metadata = read_tensors(path, "checkpoint")
     if KEY not in metadata:

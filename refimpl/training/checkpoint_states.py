@@ -184,7 +184,7 @@ def model_of(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndar
 def tokenizer_of(path: Path, model: Model, given: str | None = None) -> Tokenizer:
     """Return the tokenizer of a checkpoint that has been loaded: the one that is given, that beside it, or bytes.
 
-    Errors: UsageError if the checkpoint was trained with another one, or a folder of Hugging Face has none and none is given.
+    Errors: UsageError if the checkpoint was trained with another one, or a Hugging Face folder has none and none is given.
     """
     corpus = checkpoint.header_of(path).get("corpus")
     beside = (path if path.is_dir() else path.parent) / TOKENIZER
@@ -195,13 +195,13 @@ def tokenizer_of(path: Path, model: Model, given: str | None = None) -> Tokenize
             raise UsageError(f"{what}: give its tokenizer with --tokenizer FILE, or --tokenizer bytes if they are bytes")
         tokenizer = load_tokenizer(given or usual)
         if beside.exists() and tokenizer.checksum != load_tokenizer(usual).checksum:
-            raise UsageError(f"{tokenizer.name} is another tokenizer than that of {path}, {beside}: leave it out")
+            raise UsageError(f"{tokenizer.name} is not the tokenizer of {path}, {beside}: leave it out")
         return tokenizer
     trained = corpus.get("tokenizer", BYTES.checksum)
     tokenizer = load_tokenizer(given or (usual if trained != BYTES.checksum else BYTES.name))
     if tokenizer.checksum != trained:
         missing = f"; its own was {TOKENIZER} beside it: give it with --tokenizer" if tokenizer is BYTES else ""
-        raise UsageError(f"{path} was trained with another tokenizer than {tokenizer.name}{missing}")
+        raise UsageError(f"{path} was trained with a tokenizer other than {tokenizer.name}{missing}")
     return tokenizer
 
 
@@ -241,7 +241,7 @@ def load_initial_weights(path: Path, model: Model, state: State, rounded: bool =
 
 
 def read_weights(path: Path) -> FirstWeights:
-    """Return the model of a checkpoint or of a folder of Hugging Face, and its FP32 weights: its masters, if it has any.
+    """Return the model of a checkpoint or of a Hugging Face folder, and its FP32 weights: its masters, if it has any.
 
     A note on stderr says where a folder's model computes something else here. Errors: UsageError.
     """
@@ -278,7 +278,7 @@ def start_from(path: Path, read: FirstWeights, model: Model, state: State, round
         names = sorted(theirs.config.keys() | model.config.keys())
         pairs = {name: [one.config.get(name, OPTIONAL.get(name)) for one in (theirs, model)] for name in names}
         differences = ", ".join(f"{name} {a} instead of {b}" for name, (a, b) in pairs.items() if a != b)
-        raise UsageError(f"{path} has other sizes than this run: {differences}; what is not given is taken from the file")
+        raise UsageError(f"{path} differs in size from this run: {differences}; what is not given is taken from the file")
     state.load_weights(weights, rounded)
 
 

@@ -282,9 +282,7 @@ class Config:
         else:
             state = ShardedState(model, encodings, backend, self.seed, comm, self.zero)
         if self.batch_size % comm.size:
-            raise UsageError(
-                f"--batch-size {self.batch_size} cannot be shared equally by {comm.size} ranks: start a number that divides it"
-            )
+            raise UsageError(f"--batch-size {self.batch_size} is not a multiple of {comm.size}, the number of ranks")
         optimizer, loss_scale = self.make_optimizer(backend), self.make_loss_scale(backend.xp)
         scales = ScalingState(self.seed, over_ranks=comm.on_host.largest)
         run = Run(recipe.policy, backend, scales=scales, checkpointing=self.checkpointing)

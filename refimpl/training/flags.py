@@ -129,7 +129,7 @@ def refuse_unused(given: Flags) -> None:
     for name in STARTS:
         if name in given and find_scaler(kind) is None:
             what = f"{flag(name)} {given[name]} with loss scale {kind}"
-            raise UsageError(f"{what}: only one that adapts has it, such as --loss-scale dynamic")
+            raise UsageError(f"{what}: only a dynamic one has this setting, such as --loss-scale dynamic")
 
 
 def add_config_flags(

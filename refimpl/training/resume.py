@@ -108,7 +108,7 @@ def load_run(path: Path, config: Config, corpus: Corpus, training: Training, bat
     arrays, header = checkpoint.load(path)
     check_run_header(path, header)
     if corpus.description.get("tokenizer") != header["corpus"].get("tokenizer"):
-        raise UsageError(f"{path} was trained with another tokenizer than --tokenizer {config.tokenizer} is now")
+        raise UsageError(f"{path} was trained with a tokenizer other than --tokenizer {config.tokenizer} is now")
     if header["corpus"] != corpus.description:
         raise UsageError(f"{path} was trained on other data than --data {config.data} has now")
     other = conflicts(config, header["config"])

@@ -115,11 +115,11 @@ def _refuse_to_replace(folder: Path) -> None:
 
 
 def _refuse_hugging_face(folder: Path) -> None:
-    """Raise UsageError for a folder with a model of Hugging Face: a run has a config.json too, which would replace its."""
+    """Raise UsageError for a folder with a Hugging Face model: a run has a config.json too, which would replace its."""
     file = file_of_hugging_face(folder)
     if file is not None:
         raise UsageError(
-            f"--out {folder} has a model of Hugging Face ({file}), whose files a run would replace: name a new folder; "
+            f"--out {folder} has a Hugging Face model ({file}), whose files a run would replace: name a new folder; "
             f"a run starts from that model with --init-from {folder}"
         )
 
@@ -217,7 +217,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder. Errors: UsageError if there is none."""
     saved, names = _read(folder), {f.name for f in fields(Config)}
     if is_hugging_face(folder):
-        raise UsageError(f"there is no run in {folder}: it has a model of Hugging Face, which --init-from reads")
+        raise UsageError(f"there is no run in {folder}: it has a Hugging Face model, which --init-from reads")
     settings = {name: value for name, value in saved.items() if name in names}
     try:
         check_types(settings)

@@ -118,7 +118,7 @@ def check(value: Any, kind: Kind, damage: str, name: str = "") -> None:
                 raise UsageError(f"{damage}: {place} is missing")
         surplus = sorted(value.keys() - known.keys())
         if kind.closed and surplus:
-            raise UsageError(f"{damage}: {name or 'it'} has a field {_short(surplus[0])}, which is none")
+            raise UsageError(f"{damage}: {name or 'it'} has a field {_short(surplus[0])}, which is unknown")
 
 
 def _short(value: Any) -> str:

@@ -77,7 +77,7 @@ def make_training(
 
     recipe: one of RECIPES, by name. rule: AdamW() if None. loss_scale: the recipe's if None. max_norm: where gradients are
     clipped, math.inf for nowhere. grad_accum: the number of micro-batches of each step. backend: 'numpy', 'reference', which
-    runs the definitions alone, or 'cupy'. seed: of the weights, and of what a recipe rounds at random.
+    runs the definitions alone, or 'cupy'. seed: for the initial weights, and for stochastic rounding.
     Errors: UsageError for an unknown recipe or backend.
     """
     where, row, rule = get_backend(backend), get_recipe(recipe), rule or AdamW()

@@ -1,4 +1,4 @@
-"""When a run stops because it cannot go on, and what its user can do about it.
+"""When a run stops because it cannot continue, and what its user can do about it.
 
 A run stops
 - at a step that is skipped without a loss scale, and at a weight that is Inf or NaN: no later step repairs it;

@@ -143,7 +143,7 @@ def _parsed(name: str, contents: bytes) -> Tokenizer:
         return FileTokenizer(name, contents, Parsed.from_str(contents.decode()))
     except Exception as error:  # the package raises nothing more special
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else one_line(error, 200)
-        raise UsageError(f"{name} is no tokenizer.json: {reason}") from None
+        raise UsageError(f"{name} is not a tokenizer.json: {reason}") from None
 
 
 class FileTokenizer:

@@ -166,7 +166,7 @@ def test_ctrl_c_ends_all_ranks_with_a_checkpoint(long_run: subprocess.Popen[str]
     ("words", "message"),
     [
         ([], "mpiexec has started 2 processes: say how they share the training, --zero 0, 1, 2 or 3"),
-        (["--zero=1", "--batch-size=5"], "--batch-size 5 cannot be shared equally by 2 ranks: start a number that divides it"),
+        (["--zero=1", "--batch-size=5"], "--batch-size 5 is not a multiple of 2, the number of ranks"),
         (["--zero=7"], "--zero is 7: it must be a ZeRO stage, 0, 1, 2 or 3"),
     ],
 )  # fmt: skip

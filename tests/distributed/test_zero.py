@@ -553,7 +553,7 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_batch_that_cannot_be_shared_and_a_stage_that_does_not_exist() -> None:
-    with pytest.raises(UsageError, match="--batch-size 12 cannot be shared equally by 5 ranks: start a number that divides it"):
+    with pytest.raises(UsageError, match="--batch-size 12 is not a multiple of 5, the number of ranks"):
         on_ranks(config("bf16", 1), 5)
     with pytest.raises(UsageError, match="--mistake works on one rank only"):
         config("bf16", 1, mistake="no-masters")

@@ -176,7 +176,7 @@ def test_an_operation_that_draws_other_random_numbers_the_second_time_is_an_erro
     t, y, _ = chain("none", dropout(np.random.default_rng(0)))
     backward(t, y)
     t, y, _ = chain("full", dropout(np.random.default_rng(0)))
-    with pytest.raises(RuntimeError, match=r"h\.0 has another output when it is computed again.* 'none'$") as error:
+    with pytest.raises(RuntimeError, match=r"h\.0 has another output when recomputed.* 'none'$") as error:
         backward(t, y)
     assert "\n" not in str(error.value)
 

@@ -82,7 +82,7 @@ def test_knobs(knob: str) -> None:
             with pytest.raises(UsageError, match=f"{knob.replace('_', ' ')} {value} with {name}, which has no such setting; "):
                 make_loss_scale(name, 64.0, 2, **{knob: value})
     for kind in ("none", "128"):
-        with pytest.raises(UsageError, match=f"{knob.replace('_', ' ')} {value} with loss scale {kind}: only one that adapts"):
+        with pytest.raises(UsageError, match=f"{knob.replace('_', ' ')} {value} with loss scale {kind}: only a dynamic"):
             make_loss_scale(kind, **{knob: value})
 
 
@@ -241,10 +241,10 @@ def test_the_defaults_are_each_projects_own() -> None:
         (("megatron", 8.0, 3, np, 0), "hysteresis 0: it must be a whole number, at least 1"),
         (("megatron", 8.0, 3, np, 1.5), "hysteresis 1.5: it must be a whole number, at least 1"),
         (("megatron", 8.0, 2.5), "growth interval 2.5: it must be a whole number, at least 1"),
-        (("none", None, None, np, 2), "hysteresis 2 with loss scale none: only one that adapts can have it"),
-        (("128", None, None, np, 2), "hysteresis 2 with loss scale 128: only one that adapts can have it"),
-        (("128", 5.0), "init scale 5.0 with loss scale 128: only one that adapts can have it"),
-        (("none", None, 3), "growth interval 3 with loss scale none: only one that adapts can have it"),
+        (("none", None, None, np, 2), "hysteresis 2 with loss scale none: only a dynamic loss scale has this setting"),
+        (("128", None, None, np, 2), "hysteresis 2 with loss scale 128: only a dynamic loss scale has this setting"),
+        (("128", 5.0), "init scale 5.0 with loss scale 128: only a dynamic loss scale has this setting"),
+        (("none", None, 3), "growth interval 3 with loss scale none: only a dynamic loss scale has this setting"),
         (("megatron", 0.5), "init scale 0.5: it must be at least 1, the floor of megatron"),
         (("flax", 2.0**-127), "the floor of flax"),
         (("Torch",), "unknown loss scale 'Torch': choose one of torch, .*, dynamic, none, or a number; did you mean torch"),

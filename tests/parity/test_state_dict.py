@@ -123,7 +123,7 @@ def test_wrong_ones_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is already a checkpoint of refimpl"):
         import_(tmp_path / "checkpoint", tmp_path / "x", 3)
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(UsageError, match="not a whole safetensors file"):
+    with pytest.raises(UsageError, match="not a valid safetensors file"):
         import_(tmp_path / "text", tmp_path / "x", 3)
     save_file(weights, tmp_path / "good")
     with pytest.raises(UsageError, match="exists"):
@@ -211,7 +211,7 @@ def test_any_vocabulary_works_or_is_refused_at_import(kind: str, vocab_size: int
     given = {"data": str(tmp_path / "text"), "steps": 2, "batch_size": 2, "eval_batches": 1, "sample_bytes": 5}
     assert train(given, tmp_path / "run", False, False, tmp_path / "start") == 0  # the sizes are the file's
     assert load_for_inference(tmp_path / "run")[0].config == model.config  # the folder of a run is taken, too
-    with pytest.raises(UsageError, match=r"has other sizes than this run: n_embd \d instead of 16; what is not given"):
+    with pytest.raises(UsageError, match=r"differs in size from this run: n_embd \d instead of 16; what is not given"):
         train({**given, "n_embd": 16}, tmp_path / "other", False, False, tmp_path / "start")
     generate(tmp_path / "run", "be", 3, 0.8, 0, None)
 

@@ -54,7 +54,7 @@ def test_a_constant_loss_scale_refuses_the_flags_of_one_that_adapts(
     flag, value = words.split()
     shown = value if flag == "--growth-interval" else float(value)
     assert ended.value.code == 2
-    says = f"error: {flag} {shown} with loss scale {kind}: only one that adapts has it, such as --loss-scale dynamic\n"
+    says = f"error: {flag} {shown} with loss scale {kind}: only a dynamic one has this setting, such as --loss-scale dynamic\n"
     assert capsys.readouterr().err == says
 
 

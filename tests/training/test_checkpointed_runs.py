@@ -204,7 +204,7 @@ def test_a_block_that_is_computed_otherwise_stops_a_training(monkeypatch: pytest
         computed(self)
 
     monkeypatch.setattr(Block, "_compute_again", spoiled)
-    with pytest.raises(RuntimeError, match=r"transformer\.h\.1 has another output when it is computed again"):
+    with pytest.raises(RuntimeError, match=r"transformer\.h\.1 has another output when recomputed"):
         trained("fp16", "full")
     monkeypatch.setattr(Block, "_sum", lambda self, x: 0)  # nor would anything but the numbers show it
     assert trained("fp16", "full")[0] != trained("fp16", "none")[0]

@@ -103,7 +103,7 @@ def test_rotary_positions_in_the_layouts_of_transformers_4_and_5(keys: dict[str,
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"model_type": "gemma2"}, "F has model_type 'gemma2': the models that are read are llama, mistral, qwen2, qwen3, gpt2"),
+    ({"model_type": "gemma2"}, "F has model_type 'gemma2': the supported models are llama, mistral, qwen2, qwen3, gpt2"),
     ({"model_type": ["llama"]}, "model_type"),
     ({"num_attention_heads": None}, "num_attention_heads is None, not an integer from 1"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),

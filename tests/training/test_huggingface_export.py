@@ -276,7 +276,7 @@ def test_flags_that_contradict_a_folder_are_refused(text: str, tmp_path: Path) -
     table = {**LLAMA, "vocab_size": 256}
     folder = write(tmp_path / "hf", table, tensors_of(table))
     for flags, message in (
-        ({"n_embd": 64}, "has other sizes than this run: n_embd 32 instead of 64"),
+        ({"n_embd": 64}, "differs in size from this run: n_embd 32 instead of 64"),
         ({"n_kv_head": 4}, "n_kv_head 2 instead of 4"),
         ({"rope_theta": 5e5}, "rope_theta 10000.0 instead of 500000.0"),
         ({"norm_eps": 1e-6}, "norm_eps 1e-05 instead of 1e-06"),

@@ -201,7 +201,7 @@ def test_damaged_files_and_folders_in_use(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for n in (0, 3, 8, 30, 300, len(whole) // 2, len(whole) - 200):
         (tmp_path / "cut").write_bytes(whole[:n])
-        with pytest.raises(UsageError, match="is not a whole GGUF file") as caught:
+        with pytest.raises(UsageError, match="is not a valid GGUF file") as caught:
             convert_gguf(tmp_path / "cut", tmp_path / "hf")
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="there is no"):

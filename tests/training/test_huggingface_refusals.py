@@ -75,7 +75,7 @@ def test_no_run_replaces_files_of_a_model(way: str, kind: str, folder: Path, tex
         out = tmp_path / "link"
     before, tokenizer = files(out), {"tokenizer": "bytes"} if way.startswith("init") else {}
     given = {} if way == "resume" else {**TINY, "data": text, **tokenizer}
-    with pytest.raises(UsageError, match=r"has a model of Hugging Face \(.*\).*name a new folder") as refused:
+    with pytest.raises(UsageError, match=r"has a Hugging Face model \(.*\).*name a new folder") as refused:
         train(given, out, way == "resume", "overwrite" in way, folder if way.startswith("init") else None)
     assert "\n" not in str(refused.value) and files(out) == before
 
@@ -85,14 +85,14 @@ def test_a_model_that_came_after_the_first_look_is_not_replaced(overwrite: bool,
     config, out = prepare_folder({**TINY, "data": text}, tmp_path / "out", False, overwrite)
     assert isinstance(config, Config)
     before = files(write(out, GPT2, tensors_of(GPT2)))
-    refused = pytest.raises(UsageError, match="has a model of Hugging Face")
+    refused = pytest.raises(UsageError, match="has a Hugging Face model")
     with refused, own_folder(config, out, Serial(), False, overwrite):
         raise AssertionError
     assert files(out) == before
 
 
 def test_a_model_is_no_damaged_run(folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"there is no run in .*: it has a model of Hugging Face"):
+    with pytest.raises(UsageError, match=r"there is no run in .*: it has a Hugging Face model"):
         read_config(folder)
     (folder / "config.json").write_text(json.dumps({"recipe": "fp16"}))
     with pytest.raises(UsageError, match="the number of steps is missing"):
@@ -172,8 +172,8 @@ def test_a_folder_that_cannot_be_listed(folder: Path, target: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("contents", "message"), [
-    ("", "cannot be read: it is no valid JSON"), ('{"model_type": "lla', "cannot be read: it is no valid JSON"),
-    ("[" * 100_000, "cannot be read: it is no valid JSON"), ("\xff", "cannot be read: it is not UTF-8"),
+    ("", "cannot be read: invalid JSON"), ('{"model_type": "lla', "cannot be read: invalid JSON"),
+    ("[" * 100_000, "cannot be read: invalid JSON"), ("\xff", "cannot be read: it is not UTF-8"),
     ("[1, 2]", "holds list '[1, 2]', not the table of a model's settings"), ("3", "holds int '3', not the table"),
 ])  # fmt: skip
 def test_a_damaged_config_is_blamed_for_what_it_is(contents: str, message: str, folder: Path, target: Path) -> None:
@@ -200,7 +200,7 @@ def test_what_is_taken_for_a_checkpoint_is_named(
     assert refused_alike(folder / "config.json", target).endswith(f"no checkpoint: give its folder, {folder}")
     pointer = tmp_path / "pointer.safetensors"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    assert "is a pointer of Git LFS" in refused_alike(pointer, target)
+    assert "is a Git LFS pointer" in refused_alike(pointer, target)
     for name in ("HuggingFaceTB/SmolLM2-135M", "gpt2"):
         assert f"nothing is downloaded here; `hf download {name} --local-dir DIR`" in refused_alike(Path(name), target)
     for name in ("start.safetensors", "model/start", str(tmp_path / "nothing")):
@@ -261,7 +261,7 @@ def test_what_is_no_gguf_file_is_said_before_the_package_is_asked_for(
 def test_an_export_that_fails_leaves_nothing(folder: Path, text: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"{text} is a file: name a new folder" in converted(monkeypatch, "export", folder, text)
 
-    assert "is a folder of Hugging Face" in converted(monkeypatch, "export", folder, target / "x.safetensors")
+    assert "is a Hugging Face folder" in converted(monkeypatch, "export", folder, target / "x.safetensors")
     assert "but a text, no checkpoint" in converted(monkeypatch, "export", text, target / "x.safetensors")
 
     def refuse(path: Path, *_: object) -> None:

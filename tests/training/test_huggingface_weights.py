@@ -179,8 +179,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda entry: entry.update(dtype="F8_E4M3"), "is 'F8_E4M3', FP8: weights that are stored with scales"),
-    (lambda entry: entry.update(dtype="I8"), "is 'I8', no floating-point weight; F64, F32, F16, BF16 are read"),
-    (lambda entry: entry.update(dtype=["F32"]), "no floating-point weight"),
+    (lambda entry: entry.update(dtype="I8"), "is 'I8', not a floating-point format; supported are F64, F32, F16, BF16"),
+    (lambda entry: entry.update(dtype=["F32"]), "not a floating-point format"),
     (lambda entry: entry.update(shape=[1]), "the entry of .* is damaged"),
     (lambda entry: entry.update(shape=[-16]), "damaged"),
     (lambda entry: entry.update(shape=[16.0]), "damaged"),
@@ -203,7 +203,7 @@ def test_headers_that_are_no_table_and_names_that_are_there_twice(tmp_path: Path
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     entry = '"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
-    for text, message in ((f"{{{entry}, {entry}}}", "has x twice"), ("[]", "no table"), ("{", "cannot be read"),
+    for text, message in ((f"{{{entry}, {entry}}}", "has x twice"), ("[]", "not hold a JSON object"), ("{", "cannot be read"),
                           ('{"x": 3}', "the entry of x is damaged")):  # fmt: skip
         file.write_bytes(whole)
         rewritten(file, lambda table, text=text: text)
@@ -246,12 +246,12 @@ def test_files_that_stand_for_others_say_what_to_do(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", LLAMA, tensors_of(LLAMA))
     file = folder / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert "is a pointer of Git LFS in place of the file: get the file itself, with git lfs pull" in refusal(folder)
+    assert "is a Git LFS pointer, not the file itself: get the file with git lfs pull" in refusal(folder)
     (folder / "config.json").unlink()
     (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0")
     for path, message in (
-        (folder, "has weights of Hugging Face, but not the config.json that belongs to them"),
-        (tmp_path / "x.gguf", "x.gguf DIR` makes a folder that is read"),
+        (folder, "has Hugging Face weights, but not the config.json that belongs to them"),
+        (tmp_path / "x.gguf", "x.gguf DIR` converts it to a folder"),
     ):
         with pytest.raises(UsageError, match=message):
             read_weights(path)

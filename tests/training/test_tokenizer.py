@@ -203,10 +203,10 @@ def test_files_that_are_no_tokenizers_are_refused_in_one_line(tmp_path: Path, mo
     whole = byte_level(tmp_path / "good").read_bytes()
     for contents in (b"", b"{}", b"[1]", b"\xff\xfe", whole[:-5], whole[: len(whole) // 2], b"[" * 100_000, b'{"model": 3}'):
         path.write_bytes(contents)
-        assert f"{path} is no tokenizer.json: " in refusal(lambda: load_tokenizer(str(path)))
+        assert f"{path} is not a tokenizer.json: " in refusal(lambda: load_tokenizer(str(path)))
     tokenizers = pytest.importorskip("tokenizers")
     empty = saved(tokenizers.Tokenizer(tokenizers.models.BPE()), tmp_path / "empty")
-    assert refusal(lambda: load_tokenizer(str(empty))).endswith("is no tokenizer.json: it has no tokens")
+    assert refusal(lambda: load_tokenizer(str(empty))).endswith("is not a tokenizer.json: it has no tokens")
 
     def refuse(path: Path) -> bytes:  # in place of chmod, which does not stop root
         raise PermissionError(13, "Permission denied", str(path))

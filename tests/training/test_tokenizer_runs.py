@@ -168,7 +168,7 @@ def test_the_checkpoint_of_another_tokenizer_is_refused(text: str, tmp_path: Pat
     path, other = (str(byte_level(tmp_path / name, size)) for name, size in (("a", 320), ("b", 319)))
     run(tmp_path / "run", data=text, tokenizer=path)
     trainer = Trainer(Config.of({**TINY, "data": text, "tokenizer": other, "vocab_size": 320}), tmp_path / "run")
-    with pytest.raises(UsageError, match=r"was trained with another tokenizer than --tokenizer .*b/tokenizer.json is now"):
+    with pytest.raises(UsageError, match=r"was trained with a tokenizer other than --tokenizer .*b/tokenizer.json is now"):
         trainer.load_checkpoint()
 
 
@@ -238,7 +238,7 @@ def test_a_start_from_other_weights_takes_their_tokenizer(text: str, tmp_path: P
     assert config["vocab_size"] == 320 and config["tokenizer"] == str(tmp_path / "a" / "tokenizer.json")
     assert train(given, tmp_path / "a", False, True, tmp_path / "a") == 0  # replaced by itself
     for tokenizer in (str(other), "bytes"):
-        with pytest.raises(UsageError, match=r"a was trained with another tokenizer than"):
+        with pytest.raises(UsageError, match=r"a was trained with a tokenizer other than"):
             train({**given, "tokenizer": tokenizer}, tmp_path / "c", False, False, tmp_path / "a")
 
 
@@ -300,10 +300,10 @@ def test_text_is_written_with_the_copy_of_the_run(trained: Path, tmp_path: Path,
 def test_text_needs_the_tokenizer_that_the_model_was_trained_with(trained: Path, tmp_path: Path) -> None:
     other = byte_level(tmp_path / "other", 300)
     for given, said in ((str(other), "other/tokenizer.json"), ("bytes", "bytes; its own was tokenizer.json beside it")):
-        with pytest.raises(UsageError, match=f"run was trained with another tokenizer than .*{said}"):
+        with pytest.raises(UsageError, match=f"run was trained with a tokenizer other than .*{said}"):
             generate(trained, "x", 1, 0.8, 0, None, tokenizer=given)
     alone = shutil.copy(trained / "checkpoint.safetensors", tmp_path / "alone")
-    with pytest.raises(UsageError, match=r"alone was trained with another tokenizer than bytes; its own was tokenizer.json"):
+    with pytest.raises(UsageError, match=r"alone was trained with a tokenizer other than bytes; its own was tokenizer.json"):
         generate(Path(alone), "x", 1, 0.8, 0, None)
     copy = shutil.copy(trained / "tokenizer.json", tmp_path / "copy.json")
     generate(Path(alone), "x", 1, 0.8, 0, None, tokenizer=str(copy))
@@ -325,7 +325,7 @@ def test_a_folder_of_hugging_face_has_its_own_tokenizer_or_needs_one(
     byte_level(folder)
     assert train(given, tmp_path / "run", False, False, folder) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["tokenizer"] == str(folder / "tokenizer.json")
-    with pytest.raises(UsageError, match=r"is another tokenizer than that of .*hf, .*hf/tokenizer.json: leave it out"):
+    with pytest.raises(UsageError, match=r"is not the tokenizer of .*hf, .*hf/tokenizer.json: leave it out"):
         train({**given, "tokenizer": str(byte_level(tmp_path / "other", 300))}, tmp_path / "other", False, False, folder)
     byte_level(folder, 321)
     with pytest.raises(UsageError, match=r"the vocabulary of .*hf is 320, but .* has 321 ids: it is the tokenizer of another"):

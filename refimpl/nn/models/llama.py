@@ -151,7 +151,7 @@ def llama_model(
     """Return a model of the Llama family: RMSNorm, rotary positions, grouped-query attention, a gated MLP; no dropout.
 
     tokens (B, T) with T <= block_size -> logits (B, T, V). Targets equal to ignore_index do not count in the loss.
-    rotation: what computes cos and sin of the positions; a known mistake has another.
+    rotation: the function that computes cos and sin of the positions; a known mistake replaces it.
     Source: Touvron et al. 2023, arXiv 2302.13971. PyTorch: transformers' Llama, Mistral, Qwen2 and Qwen3, with eager attention.
     Differs from the source: the initial weights are nanoGPT's.
     """

@@ -1,4 +1,4 @@
-"""Our side of a comparison: the settings and the weights that a folder of Hugging Face gives, and batches for both."""
+"""Our side of a comparison: the settings and the weights that a Hugging Face folder gives, and batches for both."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     pip install torch==2.13.0
     python scripts/compare_pytorch.py --recipe fp16 --steps 50      about 15 seconds
 
-With --hf the model is that of a folder of Hugging Face, on PyTorch's side as transformers computes it (docs/pytorch.md):
+With --hf the model is that of a Hugging Face folder, on PyTorch's side as transformers computes it (docs/pytorch.md):
 
     pip install torch==2.13.0 transformers==5.24.0
     python scripts/compare_pytorch.py --hf FOLDER --recipe pure-bf16 --attention eager --tokens 64 --batch-size 1

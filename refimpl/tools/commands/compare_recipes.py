@@ -42,7 +42,7 @@ def parser() -> Parser:
     usual = f"{', '.join(DEFAULT)}; with --inference {', '.join(FORMATS_COMPARED)}"
     names = f"all, or names with commas between them (default: {usual})"
     result.add_argument("--recipes", type=some_of(RECIPES), metavar="NAME,...", help=names)
-    what = "start from the weights and sizes of a folder of Hugging Face, a run or a checkpoint; the recipes train in turn"
+    what = "start from the weights and sizes of a Hugging Face folder, a run or a checkpoint; the recipes train in turn"
     result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
     several = f"seeds of the FP32 runs, that of the comparison included (default: {SEEDS})"
     result.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=several)

@@ -32,7 +32,7 @@ OWN_FLAGS = ("init_from", "run", "trace", "every", "what_if", "out", "no_page", 
 def parser() -> Parser:
     """Return the parser of the flags: fields of Config for a new run, and those of this command."""
     result = Parser(description=__doc__)
-    what = "start from the weights and sizes of a folder of Hugging Face, a run or a checkpoint"
+    what = "start from the weights and sizes of a Hugging Face folder, a run or a checkpoint"
     result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
     result.add_argument("--run", type=Path, metavar="DIR", help="continue a run of train.py; its folder is only read")
     result.add_argument("--trace", type=Path, metavar="FILE", help="repeat the run that a trace records, and inspect it")

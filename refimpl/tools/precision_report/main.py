@@ -71,7 +71,7 @@ def inspect_precision(
     """Train, print the summary, and write the page, the data and the picture.
 
     given: fields of Config, for a new run. run: the folder of a run to continue. trace: a trace whose run is repeated.
-    init_from: a checkpoint or a folder of Hugging Face with whose weights a new run starts. plot: a PNG of the layers.
+    init_from: a checkpoint or a Hugging Face folder with whose weights a new run starts. plot: a PNG of the layers.
     quiet: show no progress.
     Errors: UsageError, before any step, for contradicting flags, or files that cannot be read or written.
     """

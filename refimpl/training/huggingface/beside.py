@@ -23,7 +23,7 @@ FILES = (CONFIG, GENERATION, *OF_TOKENIZER)
 
 
 def kept_by(path: Path) -> Path | None:
-    """Return the folder with the small files of a model of Hugging Face, or of a run that began with one; None without any."""
+    """Return the folder with the small files of a Hugging Face model, or of a run that began with one; None without any."""
     folder = path if path.is_dir() else path.parent
     return next((place for place in (folder, folder / KEPT) if is_hugging_face(place)), None)
 

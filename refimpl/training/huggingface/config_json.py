@@ -75,7 +75,7 @@ def is_hugging_face(folder: Path) -> bool:
 
 
 def file_of_hugging_face(folder: Path) -> str | None:
-    """Return the name of a file that shows that a folder is a model of Hugging Face, damaged or not; None for other folders."""
+    """Return the name of a file that shows that a folder is a Hugging Face model, damaged or not; None for other folders."""
     if is_hugging_face(folder):
         return CONFIG
     return next((name for name in _FILES if os.path.exists(folder / name)), None)
@@ -99,7 +99,7 @@ def read_table(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"it is no valid JSON ({one_line(error, 200)})"
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"invalid JSON ({one_line(error, 200)})"
         raise UsageError(f"{path} cannot be read: {reason}; it may be cut off: get it again") from error
     if not isinstance(table, dict):
         raise UsageError(f"{path} holds {type(table).__name__} {str(table)!r:.40}, not the table of a model's settings")
@@ -114,7 +114,7 @@ def described(table: Any, where: str) -> Described:
         raise UsageError(f"{where} is of a run: `python scripts/convert.py export RUN NEW` makes it a folder of Hugging Face")
     if kind not in MODEL_TYPES:
         what = f"model_type {kind!r:.60}" if "model_type" in table else "no model_type"
-        raise UsageError(f"{where} has {what}: the models that are read are {', '.join(MODEL_TYPES)}")
+        raise UsageError(f"{where} has {what}: the supported models are {', '.join(MODEL_TYPES)}")
     if table.get("quantization_config"):
         raise UsageError(f"{where} has a quantization_config: its weights are quantized; take the unquantized model")
     if table.get("is_encoder_decoder") or table.get("add_cross_attention"):

@@ -44,8 +44,8 @@ def read_folder(folder: Path) -> dict[str, np.ndarray]:
     if pickle is None:
         raise UsageError(f"{folder} has neither {FILE} nor {INDEX}")
     raise UsageError(
-        f"{folder} has its weights as a pickle, {pickle}, which is not read, since it can run any program: save it again with "
-        f"transformers 5, AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
+        f"{folder} has its weights as a pickle, {pickle}, which is not read, since loading it can run arbitrary code: save it "
+        f"again with transformers 5, AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
     )
 
 
@@ -88,9 +88,9 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     start = 8 + int.from_bytes(whole[:8].tobytes(), "little")
     if bytes(whole[:12]) == b"version http":
-        raise UsageError(f"{path} is a pointer of Git LFS in place of the file: get the file itself, with git lfs pull")
+        raise UsageError(f"{path} is a Git LFS pointer, not the file itself: get the file with git lfs pull")
     if size < 8 or start > size:
-        raise UsageError(f"{path} is not a whole safetensors file: its header is cut off after {size:,} bytes")
+        raise UsageError(f"{path} is not a valid safetensors file: its header is cut off after {size:,} bytes")
     table = _json(path, whole[8:start].tobytes)
     table.pop("__metadata__", None)
     spans = []
@@ -108,14 +108,14 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Return format, shape, first and last byte of a tensor, checked."""
-    damaged = f"{path} is not a whole safetensors file: the entry of {name} is damaged"
+    damaged = f"{path} is not a valid safetensors file: the entry of {name} is damaged"
     keys = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or any(key not in entry for key in keys):
         raise UsageError(damaged)
     dtype, shape, offsets = (entry[key] for key in keys)
     if not isinstance(dtype, str) or dtype not in _FORMATS:
-        what = "FP8: weights that are stored with scales" if str(dtype).startswith("F8") else "no floating-point weight"
-        raise UsageError(f"{path}: {name} is {dtype!r:.40}, {what}; {', '.join(_FORMATS)} are read")
+        what = "FP8: weights that are stored with scales" if str(dtype).startswith("F8") else "not a floating-point format"
+        raise UsageError(f"{path}: {name} is {dtype!r:.40}, {what}; supported are {', '.join(_FORMATS)}")
     fmt = _FORMATS[dtype]
     whole_numbers = all(
         isinstance(list_, list) and all(type(n) is int and 0 <= n < 2**62 for n in list_) for list_ in (shape, offsets)
@@ -141,7 +141,7 @@ def _json(path: Path, read: Any) -> dict[str, Any]:
         reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error, 200)
         raise UsageError(f"{path} cannot be read: {reason}") from error
     if not isinstance(table, dict):
-        raise UsageError(f"{path} is damaged: it holds no table")
+        raise UsageError(f"{path} is damaged: it does not hold a JSON object")
     return table
 
 

@@ -95,7 +95,7 @@ def read_gguf(path: Path) -> GGUF:
         raise UsageError(f"{path} has the architecture {kind!r:.60}: only llama is converted")
     if metadata.get("split.count", 0) not in (0, 1):
         raise UsageError(
-            f"{path} is one of {metadata['split.count']!r:.20} files: merge them with llama.cpp's gguf-split --merge"
+            f"{path} is one of {metadata['split.count']!r:.20} files: merge these with llama.cpp's gguf-split --merge"
         )
     divisors = stored.pop(_DIVISORS, None)
     renamed = {_renamed(path, name): tensor for name, tensor in stored.items()}
@@ -121,14 +121,14 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, OSError) as error:
         reason = f"damaged, or cut off after {path.stat().st_size:,} bytes: get it again"
-        raise UsageError(f"{path} is not a whole GGUF file: it is {reason}") from error
+        raise UsageError(f"{path} is not a valid GGUF file: it is {reason}") from error
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _refuse_others(path: Path) -> None:
     """Raise UsageError for what is no GGUF file, before the package is asked for."""
     if os.path.isdir(path):
-        raise UsageError(f"{path} is a folder: give the GGUF file itself; a folder of Hugging Face needs no conversion")
+        raise UsageError(f"{path} is a folder: give the GGUF file itself; a Hugging Face folder needs no conversion")
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -137,7 +137,7 @@ def _refuse_others(path: Path) -> None:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     if start not in (b"GGUF", b"FUGG"):  # FUGG: big-endian
-        raise UsageError(f"{path} is not a whole GGUF file: it does not begin with GGUF")
+        raise UsageError(f"{path} is not a valid GGUF file: it does not begin with GGUF")
 
 
 def _renamed(path: Path, name: str) -> str:

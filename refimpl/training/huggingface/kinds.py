@@ -1,4 +1,4 @@
-"""What a path given for weights is: a folder of Hugging Face, or else a checkpoint; and what to do where it is neither."""
+"""What a path given for weights is: a Hugging Face folder, or else a checkpoint; and what to do where it is neither."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIVE = f"give a {FILE_NAME}, the folder of a run, or a folder of Hugging Face"
 
 
 def is_model_folder(path: Path) -> bool:
-    """Return whether `path` is the folder of a model of Hugging Face; False for what `checkpoint.load` reads or refuses.
+    """Return whether `path` is the folder of a Hugging Face model; False for what `checkpoint.load` reads or refuses.
 
     Errors: UsageError for what cannot be read, and for what users take for one: a name on the hub, a text, an adapter, a folder
     whose config.json is damaged or missing.
@@ -43,7 +43,7 @@ def is_model_folder(path: Path) -> bool:
     if CONFIG in names:
         read_table(path / CONFIG)
     elif names & {FILE, INDEX}:
-        raise UsageError(f"{path} has weights of Hugging Face, but not the {CONFIG} that belongs to them: get it too")
+        raise UsageError(f"{path} has Hugging Face weights, but not the {CONFIG} that belongs to them: download it too")
     return is_hugging_face(path)
 
 
@@ -62,10 +62,10 @@ def _refuse_text(path: Path) -> None:
     if not start or b"\0" in start:
         return
     if start.startswith(b"version https://git-lfs"):
-        raise UsageError(f"{path} is a pointer of Git LFS in place of the file: get the file itself, with git lfs pull")
+        raise UsageError(f"{path} is a Git LFS pointer, not the file itself: get the file with git lfs pull")
     try:
         start[:-4].decode()  # the last character may be cut
     except UnicodeDecodeError:
         return
     folder = f"give its folder, {path.parent}" if path.suffix == ".json" else GIVE
-    raise UsageError(f"{path} is not a whole safetensors file but a text, no checkpoint: {folder}")
+    raise UsageError(f"{path} is not a valid safetensors file but a text, no checkpoint: {folder}")

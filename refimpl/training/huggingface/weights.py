@@ -116,8 +116,8 @@ def _refuse_missing(model: Model, named: Mapping[str, np.ndarray], folder: Path)
     missing = [name for name in model.parameters if name not in named]
     if missing == ["lm_head.weight"]:
         raise UsageError(
-            f"{folder} has no lm_head.weight, and its {CONFIG} does not tie it to the embedding: transformers would start it "
-            "at random; if it is tied, set tie_word_embeddings to true there"
+            f"{folder} has no lm_head.weight, and its {CONFIG} does not tie it to the embedding: transformers would "
+            "initialize it at random; if it is tied, set tie_word_embeddings to true there"
         )
     if missing:
         more = f", nor {len(missing) - 1} more of {len(model.parameters)}" if len(missing) > 1 else ""
