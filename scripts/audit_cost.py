@@ -3,7 +3,7 @@
     python scripts/audit_cost.py                  FP32 and autocast BF16; exit code 1 if a number is over its limit
     python scripts/audit_cost.py --profile fp32   the functions in which an audited step spends its time
 
-The training is that of a Llama of Hugging Face with 10 M parameters (8 layers, 320 wide), 4 sequences of 128 tokens, AdamW,
+The training is that of a Hugging Face Llama with 10 M parameters (8 layers, 320 wide), 4 sequences of 128 tokens, AdamW,
 clipping. Times are medians of rounds; in each round a plain step, two unaudited ones, a plain and an audited one follow one
 another, so that what else the machine does meets all three. Memory is what a fresh process adds, at its peak, to what it has
 before the model.

@@ -4,7 +4,7 @@
     python scripts/audit_coverage.py llama fsdp2  only loops with one of these words in their names
     python scripts/audit_coverage.py --reasons    and what was not judged, by reason, over all of them
 
-The loops are those of tests/support/clean_loops.py: models of Hugging Face and others, in every precision, with each optimizer.
+The loops are those of tests/support/clean_loops.py: Hugging Face models and others, in every precision, with each optimizer.
 """
 
 from __future__ import annotations

@@ -292,7 +292,7 @@ def in_recipe(model: Model, weights: Mapping[str, np.ndarray], recipe: Recipe, b
 def load_for_inference(path: Path, backend: Backend = NUMPY) -> tuple[Model, State, Run]:
     """Return a checkpoint's model with its weights only, in the recipe's format: 2 bytes per parameter in 16 bits.
 
-    A folder of Hugging Face has no recipe: its model computes in FP32.
+    A Hugging Face folder has no recipe: its model computes in FP32.
     Errors: UsageError if the file is damaged or does not match the model in its header.
     """
     if is_model_folder(path):

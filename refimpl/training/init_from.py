@@ -34,7 +34,7 @@ def settings_from(path: Path, given: Flags) -> tuple[dict[str, Any], First]:
 
 
 def sizes_of(path: Path, first: FirstWeights, given: Flags) -> dict[str, Any]:
-    """Return the settings of the model in a file, and FINE_TUNING for a folder of Hugging Face.
+    """Return the settings of the model in a file, and FINE_TUNING for a Hugging Face folder.
 
     block_size, if it is not given, is that of the run that wrote the file. It may be less than the model's positions.
     Errors: UsageError for --model or --block-size that the file's model is not or cannot have.

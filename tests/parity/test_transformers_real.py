@@ -53,7 +53,7 @@ Weights = Mapping[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a folder of Hugging Face: weights of 4 bits, dequantized to FP32."""
+    """SmolLM2-135M-Instruct as a Hugging Face folder: weights of 4 bits, dequantized to FP32."""
     for name in ("gguf", "tokenizers"):
         pytest.importorskip(name)
     place = tmp_path_factory.mktemp("smollm2")

@@ -1,6 +1,6 @@
 """Small models of the families that people train, with batches that they can learn: for the audit's clean loops.
 
-The models of Hugging Face are made from tiny configurations with random weights; nothing is downloaded.
+The Hugging Face models are made from tiny configurations with random weights; nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ for step in range(3):
 
 @pytest.fixture(scope="session")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages take for granted: runs, a text, traces, a model of Hugging Face, a script with a loop."""
+    """A folder with what the pages take for granted: runs, a text, traces, a Hugging Face model, a script with a loop."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "text.txt").write_text("The for statement is used to iterate over the elements of a sequence.\n" * 400)
     (folder / "package").mkdir()
@@ -147,7 +147,7 @@ def test_every_command_fits_a_terminal_and_a_file(
     if words[:1] == ["gguf"]:
         pytest.skip("needs a GGUF file of a Llama: test_huggingface_gguf.py has one")
     if "DIR" in words or "SmolLM2-135M" in words or "runs/tuned" in words or "tokenizer.json" in words:
-        pytest.importorskip("tokenizers", reason="makes the tokenizer of a model of Hugging Face")
+        pytest.importorskip("tokenizers", reason="makes the tokenizer of a Hugging Face model")
     words = shortened(script, words)
 
     def place(name: str) -> Path:

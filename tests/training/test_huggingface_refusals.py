@@ -1,4 +1,4 @@
-"""Folders of Hugging Face that are not what a command takes them for: each is refused in one line, and no file changes.
+"""Hugging Face folders that are not what a command takes them for: each is refused in one line, and no file changes.
 
 What would turn this red: a run that writes into a model's folder; a traceback for a file that cannot be read; a message that
 blames something else than what is wrong.

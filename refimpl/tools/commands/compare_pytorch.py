@@ -52,7 +52,7 @@ def parser() -> Parser:
     """Return the parser of the flags: those of train.py that apply here."""
     result = Parser(description=__doc__)
     add = result.add_argument
-    add("--hf", type=Path, metavar="DIR", help="a folder of Hugging Face: compare with transformers instead")
+    add("--hf", type=Path, metavar="DIR", help="a Hugging Face folder: compare with transformers instead")
     tokens = "with --hf: tokens per sequence (default: 64)"
     add("--tokens", type=int, default=argparse.SUPPRESS, metavar="T", help=tokens)
     device = "where PyTorch runs: cpu, or cuda with torch.autocast('cuda') (default: cpu)"

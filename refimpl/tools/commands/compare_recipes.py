@@ -3,7 +3,7 @@
     python scripts/compare_recipes.py                                ten recipes, in a table and runs/recipes.html: five minutes
     python scripts/compare_recipes.py --recipes all                  all without emulated accumulators: about three minutes
     python scripts/compare_recipes.py --recipes bf16,fp8,fp8-delayed --steps 500 --lr 1e-3
-    python scripts/compare_recipes.py --init-from DIR --batch-size 1   fine-tune a model of Hugging Face, 20 steps under each
+    python scripts/compare_recipes.py --init-from DIR --batch-size 1   fine-tune a Hugging Face model, 20 steps under each
     python scripts/compare_recipes.py --init-from DIR --inference --prompt "Gravity is"   no training: losses and texts
 
 `python scripts/recipes.py` describes the recipes. The page is one HTML file and needs matplotlib.

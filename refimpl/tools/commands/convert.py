@@ -35,7 +35,7 @@ def parser() -> Parser:
         help="checkpoint -> folder for transformers, or state_dict",
         description="Convert a checkpoint to a folder that transformers and train.py --init-from read, or to a state_dict.",
     )
-    what = "a checkpoint, the folder of a run, or a folder of Hugging Face"
+    what = "a checkpoint, the folder of a run, or a Hugging Face folder"
     out.add_argument("source", type=Path, metavar="CHECKPOINT", help=what)
     out.add_argument("target", type=Path, metavar="TARGET", help=f"the folder to write, or NAME{STATE_DICT} for a state_dict")
     out.add_argument("--format", choices=DTYPES, default="fp32", help="format of the weights in the folder (default: fp32)")

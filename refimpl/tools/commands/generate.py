@@ -38,7 +38,7 @@ LOGITS = 2**26
 def parser() -> Parser:
     """Return the parser of the flags."""
     result = Parser(description=__doc__)
-    what = "a checkpoint, the folder of a run, or a folder of Hugging Face"
+    what = "a checkpoint, the folder of a run, or a Hugging Face folder"
     result.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=what)
     tokenizer = "bytes, a tokenizer.json, or a folder that has one (default: that of the checkpoint)"
     result.add_argument("--tokenizer", metavar="FILE", help=tokenizer)
@@ -51,7 +51,7 @@ def parser() -> Parser:
     top = "choose among the likeliest tokens, whose probabilities add up to X (default: 1)"
     result.add_argument("--top-p", type=float, default=1.0, metavar="X", help=top)
     result.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice of tokens (default: 0)")
-    blocks = f"the run's --block-size, or of as many tokens as a model of Hugging Face has positions, {LONGEST:,} at most"
+    blocks = f"the run's --block-size, or of as many tokens as a Hugging Face model has positions, {LONGEST:,} at most"
     what = f"print the loss of FILE instead of a text, in blocks of {blocks}"
     result.add_argument("--loss", type=Path, metavar="FILE", help=what)
     result.add_quiet()

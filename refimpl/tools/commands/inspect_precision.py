@@ -4,7 +4,7 @@
     python scripts/inspect_precision.py --recipe bf16 --steps 50 --every 5
     python scripts/inspect_precision.py --what-if e4m3,bf16              also round the same values to other formats
     python scripts/inspect_precision.py --run runs/gpt-fp16 --steps 20   continue from the checkpoint of a run of train.py
-    python scripts/inspect_precision.py --init-from DIR --batch-size 1   five steps of a model of Hugging Face: its outliers
+    python scripts/inspect_precision.py --init-from DIR --batch-size 1   five steps of a Hugging Face model: its outliers
     python scripts/inspect_precision.py --trace ours.safetensors --no-page --json precision.json
 
 A summary is printed; the page is one HTML file with figures and all tables, and needs matplotlib.

@@ -5,7 +5,7 @@
     python scripts/memory.py --params 7e9 --convention megatron-bf16 --zero 1 --ranks 64
     python scripts/memory.py --model gpt --n-layer 12 --n-head 12 --n-embd 768 --block-size 1024 --recipe bf16
     python scripts/memory.py --preset smollm2-135m --recipe bf16 --batch-size 2 --block-size 512 --checkpointing full
-    python scripts/memory.py --hf DIR                            the sizes in the config.json of a folder of Hugging Face
+    python scripts/memory.py --hf DIR                            the sizes in the config.json of a Hugging Face folder
     python scripts/memory.py --conventions                       6 to 20 bytes per parameter: what each project counts
     python scripts/memory.py --zero-table
     python scripts/memory.py --measure --recipe amp-fp16         trains a small model and measures its arrays
@@ -47,7 +47,7 @@ def parser() -> Parser:
     model = result.add_argument_group("model: --params, --preset, --hf, or --model with sizes")
     model.add_argument("--params", type=amount, metavar="N", help="number of parameters: 7e9, 7B or 124M (default: 7e9)")
     model.add_argument("--preset", type=one_of(PRESETS), metavar="NAME", help=f"a model by name: {', '.join(PRESETS)}")
-    model.add_argument("--hf", metavar="DIR", help="folder with a config.json of Hugging Face, or that file")
+    model.add_argument("--hf", metavar="DIR", help="folder with a Hugging Face config.json, or that file")
     models = "gpt or llama, with the sizes below; with --measure also mlp"
     model.add_argument("--model", type=one_of(MODEL_DEFAULTS), metavar="NAME", help=models)
     for name, what in {"n_layer": "layers", "n_head": "attention heads", "n_embd": "width", "vocab_size": "token ids"}.items():

@@ -5,7 +5,7 @@
     python scripts/train.py --model mlp --data FILE --out runs/mine
     python scripts/train.py --resume --out runs/mine
     python scripts/train.py --config runs/mine --lr 1e-3   with the settings of runs/mine, but another learning rate
-    python scripts/train.py --init-from DIR --data FILE  fine-tune a model of Hugging Face, of the Llama family or GPT-2
+    python scripts/train.py --init-from DIR --data FILE  fine-tune a Hugging Face model, of the Llama family or GPT-2
 
 Fine-tuning begins with --lr 5e-5, 100 steps of 4 x 128 tokens and 10 of warm-up, unless these are given.
 """
@@ -35,7 +35,7 @@ def parser() -> Parser:
     result.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     result.add_argument("--resume", action="store_true", help="continue the run in --out, bit for bit")
     result.add_quiet()
-    what = "start from the weights and sizes of a run, a checkpoint, or a folder of Hugging Face"
+    what = "start from the weights and sizes of a run, a checkpoint, or a Hugging Face folder"
     result.add_argument("--init-from", type=Path, metavar="DIR", help=what)
     return result
 

@@ -2,7 +2,7 @@
 
 Under each recipe the same model starts from the same weights and trains on the same batches. The runs make their steps in
 turn, so that other load on the machine affects all of them, and an interrupted comparison has fewer steps. Runs that start from
-a checkpoint or a folder of Hugging Face may be too large for that: they are made one after another, and an interrupted
+a checkpoint or a Hugging Face folder may be too large for that: they are made one after another, and an interrupted
 comparison has fewer recipes. Additional runs of FP32 answer two questions about a difference of losses:
 
     Is this recipe different from FP32 on these batches?    FP32 on the same batches, from weights changed in their last bit.

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: config.json with safetensors files, in and out; GGUF files in.
+"""Hugging Face folders: read and write config.json with safetensors files, read GGUF files.
 
     config_json.py, rope_parameters.py   config.json <-> the name and sizes of a model, and its rotary positions
     files.py                             one safetensors file or shards as arrays, mapped into memory

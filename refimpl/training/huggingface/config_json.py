@@ -1,4 +1,4 @@
-"""config.json of Hugging Face -> the name and the sizes of one of our models, and back.
+"""Hugging Face's config.json -> the name and the sizes of one of our models, and back.
 
     llama     model_type llama (also SmolLM2), mistral, qwen2 (also Qwen2.5), qwen3
     gpt       model_type gpt2

@@ -57,7 +57,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def export_folder(source: Path, target: Path, fmt: str = "fp32") -> None:
     """Write the folder of a model, for `scripts/convert.py export`.
 
-    source: a checkpoint (its masters, if it has any), the folder of a run, or a folder of Hugging Face. fmt: of the weights.
+    source: a checkpoint (its masters, if it has any), the folder of a run, or a Hugging Face folder. fmt: of the weights.
     config.json is the last file, so that a folder that could not be finished is none. Errors: UsageError.
     """
     model, weights = read_weights(source)[:2]

@@ -13,7 +13,7 @@ from refimpl.training.huggingface.files import FILE, INDEX
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _START = 512  # bytes of a file that show whether it is a text: a safetensors file begins with a length, which has zero bytes
-GIVE = f"give a {FILE_NAME}, the folder of a run, or a folder of Hugging Face"
+GIVE = f"give a {FILE_NAME}, the folder of a run, or a Hugging Face folder"
 
 
 def is_model_folder(path: Path) -> bool:

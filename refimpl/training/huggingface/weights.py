@@ -160,5 +160,5 @@ def their_weights(model: Model, weights: Mapping[str, np.ndarray], fmt: str) -> 
 
 
 def _has_bias(name: str) -> bool:
-    """Return whether GPT-2 of Hugging Face has a bias beside this weight: everywhere but in the embeddings."""
+    """Return whether Hugging Face's GPT-2 has a bias beside this weight: everywhere but in the embeddings."""
     return name.endswith(".weight") and name.split(".")[-2] not in ("wte", "wpe")

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
-pytest.importorskip("transformers", reason="the loops train models of Hugging Face: transformers==5.24.0")
+pytest.importorskip("transformers", reason="the loops train Hugging Face models: transformers==5.24.0")
 pytest.importorskip("peft", reason="some loops train LoRA's parts: peft>=0.17")
 import torch
 from audit_loops import OneRank

@@ -64,7 +64,7 @@ def audit_of(run: Run, steps: int = 2) -> Audit:
 
 
 def of_clean(family: str, precision: str, optimizer: str, wrap: str = "", batches: str = "", extras: str = "") -> LoopRecipe:
-    pytest.importorskip("transformers", reason="models of Hugging Face")
+    pytest.importorskip("transformers", reason="Hugging Face models")
     return recipe_of(audit_of(CleanLoop(family, precision, optimizer, wrap, batches, extras).make()))
 
 
@@ -166,7 +166,7 @@ def low_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def changed_llama(which: str = "input_layernorm") -> Audit:
-    pytest.importorskip("transformers", reason="models of Hugging Face")
+    pytest.importorskip("transformers", reason="Hugging Face models")
     run = CleanLoop("llama", "amp-bf16", "adamw", "", "", "").make()
     for name, module in run.model.named_modules():
         if name.endswith(which):
@@ -373,7 +373,7 @@ def test_there_is_no_recipe_before_a_step_has_ended() -> None:
 
 
 def test_rows_leave_recomputed_operations_out() -> None:
-    pytest.importorskip("transformers", reason="models of Hugging Face")
+    pytest.importorskip("transformers", reason="Hugging Face models")
     counts = []
     for wrap in ("", "checkpoint"):
         audit = audit_of(CleanLoop("llama", "amp-bf16", "adamw", wrap, "", "").make())

@@ -7,7 +7,7 @@ import math
 import pytest
 
 pytest.importorskip("torch", reason="the audit is of PyTorch loops: torch==2.13.0")
-pytest.importorskip("transformers", reason="the loops train models of Hugging Face: transformers==5.24.0")
+pytest.importorskip("transformers", reason="the loops train Hugging Face models: transformers==5.24.0")
 import torch
 from hf_loop import HFLoop, gpt2, serious
 from torch import Tensor, nn
