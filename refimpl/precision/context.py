@@ -42,7 +42,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if not self.policy.in_formats and not self.backend.on_host:
-            raise UsageError(f"--backend {self.backend.name} cannot run policy {self.policy.name}: it has no such formats or sums")
+            raise UsageError(f"--backend {self.backend.name} cannot run policy {self.policy.name}: give --backend numpy")
 
     def frozen(self) -> Run:
         """Return a copy of the run for evaluation: its passes change nothing that the run remembers."""

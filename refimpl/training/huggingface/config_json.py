@@ -111,7 +111,7 @@ def described(table: Any, where: str) -> Described:
     check(table, Table(), where)
     kind = table.get("model_type")
     if {"model", "recipe"} <= table.keys() and kind is None:
-        raise UsageError(f"{where} is of a run: `python scripts/convert.py export RUN NEW` makes it a folder of Hugging Face")
+        raise UsageError(f"{where} is of a run: `python scripts/convert.py export RUN NEW` makes it a Hugging Face folder")
     if kind not in MODEL_TYPES:
         what = f"model_type {kind!r:.60}" if "model_type" in table else "no model_type"
         raise UsageError(f"{where} has {what}: the supported models are {', '.join(MODEL_TYPES)}")
