@@ -163,7 +163,7 @@ RECIPES: dict[str, Recipe] = {
                _state("bf16", "fp32", "fp32", "bf16"), "none"),
         Recipe("mxfp8", "MX: e4m3 with a power of two per 32 values, rounded up", f"{_MX}; {_TE}",
                low_products("mxfp8", "mx-e4m3-rceil"), _MASTERS, "none"),
-        Recipe("mxfp8-floor", "mxfp8 with the scales of the OCP text, with which large values saturate", f"OCP MX v1.0; {_MX}",
+        Recipe("mxfp8-floor", "mxfp8 with the OCP scales, with which large values saturate", f"OCP MX v1.0; {_MX}",
                low_products("mxfp8-floor", "mx-e4m3-floor"), _MASTERS, "none"),
         Recipe("mxfp6", "MX with 6 bits: e2m3 forward, e3m2 for gradients", _MX,
                low_products("mxfp6", "mx-e2m3-floor", dy="mx-e3m2-floor"), _MASTERS, "none"),

@@ -26,7 +26,7 @@ MANY_SKIPPED = 0.1
 
 
 def announce(trainer: Trainer, baselines: NgramBaselines) -> None:
-    """Print the header: the model and the recipe, the bytes of its states, the text, and the losses to beat."""
+    """Print the header: the model and the recipe, the bytes of its states, the text, and the baselines."""
     config, model, state = trainer.config, trainer.model, trainer.state
     print(f"{model.name}, {model.n_params:,} parameters, recipe {trainer.recipe.name}: {trainer.recipe.summary}")
     if trainer.fault is not None:
@@ -46,7 +46,7 @@ def announce(trainer: Trainer, baselines: NgramBaselines) -> None:
         print(f"tokenizer: {corpus.tokenizer.name}, {corpus.tokenizer.vocab_size:,} ids; {comparable}")
     if baselines.entropies:
         sampled = " (from a sample)" if baselines.sampled else ""
-        print(f"to beat{sampled}: {_list_baselines(baselines)}")
+        print(f"baselines{sampled}: {_list_baselines(baselines)}")
 
 
 def _list_baselines(baselines: NgramBaselines) -> str:

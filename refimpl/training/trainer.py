@@ -189,7 +189,7 @@ class Trainer:
         if self.writes:
             self._keep_if_best(loss.nats_per_token)  # before its row: after a kill between them, it is evaluated again
             self.log.write_evaluation({**self._position(n, time.perf_counter()), **row})
-        when = f"step {n}: validation loss" if n else "to beat: validation loss before the first step"
+        when = f"step {n}: validation loss" if n else "baseline: validation loss before the first step"
         return f"{when} {loss.described(self.corpus.tokenizer.unit)}"
 
     def _loss_on(self, whole: bool, quiet: bool) -> TextLoss | None:
