@@ -177,9 +177,9 @@ LACKS = "it lacks the row '*', of all operations that it does not list"
          "row 'h.0.fc:linear.dw': output 'FP16': choose one of same, .*; did you mean fp16\\?"),
         ({EVERY_OTHER: A, "linear.y": Precision("fp16", "fp32", "e4m3-tensor")}, "row 'linear.y': output 'e4m3-tensor': .*"),
         ({EVERY_OTHER: Precision("fp16", "fp23", "fp16")},
-         "row '\\*': accumulator 'fp23': it is fp32, .*; did you mean fp32\\?"),
-        ({EVERY_OTHER: A, "linear.dw": Precision("fp16", "e8m99", "fp16")}, "row 'linear.dw': accumulator 'e8m99': it is .*"),
-        ({EVERY_OTHER: A, "linear": Precision("fp16", SAME, "fp16")}, "row 'linear': accumulator 'same': it is .*"),
+         "row '\\*': accumulator 'fp23': it must be fp32, .*; did you mean fp32\\?"),
+        ({EVERY_OTHER: A, "linear.dw": Precision("fp16", "e8m99", "fp16")}, "row 'linear.dw': accumulator 'e8m99': it must .*"),
+        ({EVERY_OTHER: A, "linear": Precision("fp16", SAME, "fp16")}, "row 'linear': accumulator 'same': it must be .*"),
     ],
 )  # fmt: skip
 def test_a_table_with_a_mistake_is_refused(rows: dict[str, Precision], says: str) -> None:

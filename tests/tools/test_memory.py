@@ -290,7 +290,7 @@ def test_sizes_from_a_folder_of_hugging_face(tmp_path: Path, capsys: pytest.Capt
     assert sum(line.nbytes for line in own_activations(choice)) == nbytes(llama_activations(sizes, get_recipe("fp16"), 1, 16))
     assert "a sliding window of 16 tokens" in ledger_text(choice)
     assert choice.own == LlamaConfig(**read_config(folder).sizes)  # all of them, also those that no formula reads
-    with pytest.raises(UsageError, match="model_type 'bert': the models that are read are"):
+    with pytest.raises(UsageError, match="model_type 'bert': the supported models are"):
         choose(hf=str(config_json(tmp_path, model_type="bert")))
 
 

@@ -63,7 +63,7 @@ def test_the_folder_of_a_run_is_as_good_as_its_checkpoint(command: str, here: Pa
     ("command", "message"),
     [
         ("convert import run new.safetensors", "run is already a checkpoint of refimpl"),
-        ("memory --hf run", "run/config.json is of a run: `python scripts/convert.py export RUN NEW` makes it a folder"),
+        ("memory --hf run", "run/config.json is of a run: `python scripts/convert.py export RUN NEW` makes it a Hugging Face"),
         ("compare_pytorch --hf run", "run/config.json is of a run: `python scripts/convert.py export"),
         (f"inspect_precision --run {FILE} --no-page", f"{FILE} is a file: give the folder of the run"),
         (f"plot {FILE} --csv new.csv", f"{FILE} is a file: give the folder of the run"),

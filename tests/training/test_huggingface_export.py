@@ -281,7 +281,7 @@ def test_flags_that_contradict_a_folder_are_refused(text: str, tmp_path: Path) -
         ({"rope_theta": 5e5}, "rope_theta 10000.0 instead of 500000.0"),
         ({"norm_eps": 1e-6}, "norm_eps 1e-05 instead of 1e-06"),
         ({"n_positions": 64}, "block_size 128 instead of 64"),
-        ({"model": "gpt"}, "is a llama, this run's model is a gpt"),
+        ({"model": "gpt"}, "is a llama, but this run's model is a gpt"),
         ({"block_size": 129}, "--block-size is 129, but the model in .* has 128 positions"),
         ({"vocab_size": 257}, "vocab_size 256 instead of 257"),
     ):
