@@ -10,13 +10,21 @@ const width = document.documentElement.scrollWidth;
 check(width <= innerWidth, "the page is", width, "wide");
 
 for (const box of all(".scroll")) {
-  const name = box.getAttribute("aria-label"), wide = box.scrollWidth > box.clientWidth, hint = box.previousElementSibling;
+  const name = box.getAttribute("aria-label"), hint = box.previousElementSibling;
+  const wide = box.scrollWidth > box.clientWidth, tall = box.scrollHeight > box.clientHeight;
   count.boxes++;
   check(place(box).right <= innerWidth, name, "is cut off");
-  check(wide === place(hint).height > 0, name, wide ? "has no hint" : "has a hint, but does not scroll");
+  const said = place(hint).height > 0 ? hint.textContent : "";
+  check(wide === said.includes("columns") && tall === said.includes("rows"), name, wide || tall ? "has no hint" : "does not scroll", said);
   const first = all("tbody th", box)[0], head = all("thead th", box)[0];
   for (const heading of all("tbody th", box))
-    check(place(heading).height < 160 || heading.rowSpan > 1, name, "breaks", heading.textContent, "into a column of letters");
+    for (const node of heading.childNodes)
+      for (const word of (node.data ?? "").matchAll(/[a-z]{2,12}/gi)) {
+        const range = document.createRange();
+        range.setStart(node, word.index);
+        range.setEnd(node, word.index + word[0].length);
+        check(new Set([...range.getClientRects()].map(r => r.top)).size < 2, name, "breaks the word", word[0], "of", heading.textContent);
+      }
   if (!wide) continue;
   count.wide++;
   box.scrollLeft = 1e6;

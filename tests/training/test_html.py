@@ -12,7 +12,7 @@ import sys
 import pytest
 from pages import MADE, SCRIPTS
 
-from refimpl.training.html.page import document, number_in, section, table
+from refimpl.training.html.page import document, number_in, section, table, text
 from refimpl.training.html.style import SORT
 from refimpl.training.program import command_line
 
@@ -59,13 +59,18 @@ def test_columns_of_words_are_marked_and_long_names_can_be_broken() -> None:
     assert re.findall(r"<t[hd]([^>]*)>(?:words|a|-|1.5|x|none|some)<", text) == [
         ' scope="col" class="words"', ' scope="col"', ' scope="col"', ' class="words"', "", "", ' class="words"', "", ""
     ]  # fmt: skip
-    assert "_foreach_<wbr/>norm.<wbr/>Scalar" in text and "b/<wbr/>c 0.5" in text and "min-width: 16ch" in text
+    assert "_foreach_<wbr/>norm.<wbr/>Scalar" in text and "b/<wbr/>c 0.5" in text and "min-width: calc(16ch + 1rem)" in text
 
 
 def test_verdicts_are_sorted_by_their_rank() -> None:
     rows = [["a", "fine"], ["b", "wrong: beyond the bound"], ["c", "2^3"], ["d", "not judged"]]
     text = table("t", ["name", "verdict"], rows, sortable=True, ranks=("wrong", "note", "fine"))
     assert re.findall(r"<td([^>]*)>", text) == [' data-key="1"', ' data-key="3"', ' data-key="8"', ""]
+
+
+def test_powers_are_superscripts() -> None:
+    raised = text("2^-24 to 2^(e+1), sum x^2 / sum (x - y)^2; a ^ b")
+    assert raised == "2<sup>-24</sup> to 2<sup>e+1</sup>, sum x<sup>2</sup> / sum (x - y)<sup>2</sup>; a ^ b"
 
 
 FAKE = """

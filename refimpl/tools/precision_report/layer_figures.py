@@ -65,10 +65,14 @@ def _draw_operands(axes: Any, layers: Sequence[Layer], value: Callable[[Operand]
 
 
 def _draw_effects(axes: Any, layers: Sequence[Layer], value: Callable[[Layer, str], float]) -> None:
-    """Draw one line per recipe of NARROW, against the number of the block."""
+    """Draw one line per recipe of NARROW, against the number of the block.
+
+    Lines may cover each other: later ones are thinner, and every third is dashed.
+    """
     blocks = _blocks(layers)
-    for i, (color, name) in enumerate(zip(colors_of(NARROW), NARROW, strict=True)):  # later lines are thinner, and cover less
-        axes.plot([value(layer, name) for layer in blocks], ".-", color=color, lw=5 - 0.8 * i, ms=4, label=name)
+    for i, (color, name) in enumerate(zip(colors_of(NARROW), NARROW, strict=True)):
+        line = ".--" if i % 3 == 2 else ".-"
+        axes.plot([value(layer, name) for layer in blocks], line, color=color, lw=5 - 0.8 * i, ms=4, label=name)
     _finish(axes)
 
 

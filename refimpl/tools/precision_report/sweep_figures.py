@@ -77,8 +77,8 @@ def draw_sweep(axes: Any, inspection: Inspection) -> None:
         points = [(row["exponent"], 100 * row["layers"][layer][0], row["layers"][layer][1]) for row in inspection.sweep]
         line = [(x, y) for x, y, _ in points if x <= first_overflow]
         crosses = [(x, 0.0 if x > first_overflow else y) for x, y, n in points if n]
-        (color, marker), name = _layer_style(layer, i, len(layers)), _layer_label(layer, i, len(layers))
-        axes.plot(*zip(*line, strict=True), marker, ls="-", color=color, lw=1.4, ms=4, label=name)
+        (color, style), name = _layer_style(layer, i, len(layers)), _layer_label(layer, i, len(layers))
+        axes.plot(*zip(*line, strict=True), style, color=color, lw=1.4, ms=4, label=name)
         if crosses:
             axes.plot(*zip(*crosses, strict=True), "x", color=color, ms=8, mew=2)
     exponents = [math.log2(scale) for scale in scales(inspection.rows) if 0 < scale < math.inf]
@@ -103,11 +103,14 @@ def _in_order(layers: Sequence[str]) -> list[str]:
 
 
 def _layer_style(layer: str, i: int, n: int) -> tuple[Any, str]:
-    """Return color and marker of a layer; blocks go from dark to light, but not so far that a page hides them."""
+    """Return color, and marker and line, of a layer.
+
+    Blocks go from dark to light, but not so far that a page hides them, and neighbors have other lines.
+    """
     import matplotlib
 
-    block = matplotlib.colormaps["viridis"](0.3 + 0.4 * i / max(n - 1, 1)), "."
-    return {"embedding": (ORANGE, "s"), "head": (RED, "^")}.get(layer, block)
+    block = matplotlib.colormaps["viridis"](0.3 + 0.4 * i / max(n - 1, 1)), (".-", ".--", ".-.", ".:")[i % 4]
+    return {"embedding": (ORANGE, "s-"), "head": (RED, "^-")}.get(layer, block)
 
 
 def _layer_label(layer: str, i: int, n: int) -> str:

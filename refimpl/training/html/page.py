@@ -49,8 +49,8 @@ def escape(words: str) -> str:
 
 
 def text(words: str) -> str:
-    """Return text as HTML with powers of two as superscripts (2^-24 or 2^(e+1)) and no break between a number and its unit."""
-    raised = re.sub(r"2\^(?:(-?\w+)|\(([^)]+)\))", r"2<sup>\1\2</sup>", escape(words))
+    """Return text as HTML with superscripts (2^-24, 2^(e+1), x^2) and no break between a number and its unit."""
+    raised = re.sub(r"(?<=[\w)])\^(?:(-?\w+)|\(([^)]+)\))", r"<sup>\1\2</sup>", escape(words))
     return re.sub(r"(\d) (%|dB)", r"\1&nbsp;\2", raised).replace("S = ", "S&nbsp;=&nbsp;")
 
 
@@ -96,7 +96,7 @@ def table(
     kinds = " ".join(["sortable"] * sortable + ["sentences"] * sentences)
     least = min(LEAST, max(len(row[0]) for row in (heads, *rows)))
     words = [_is_text([row[i] for row in rows]) for i in range(len(heads))]
-    marks = [f' style="min-width: {least}ch"', *(' class="words"' if each else "" for each in words[1:])]
+    marks = [f' style="min-width: calc({least}ch + 1rem)"', *(' class="words"' if each else "" for each in words[1:])]
     head = "".join(f'<th scope="col"{mark}>{text(cell)}</th>' for cell, mark in zip(heads, marks, strict=True))
     body = []
     for i, row in enumerate(rows):
@@ -108,7 +108,7 @@ def table(
         )
         body.append(f"<tr>{heading}{cells}</tr>\n")
     return (
-        f'<p class="hint" hidden>Scroll sideways for more columns:</p>\n'
+        f'<p class="hint" hidden></p>\n'
         f'{BOX} role="region" aria-label="{escape(caption)}" tabindex="0">\n'
         f"<table{f' class={chr(34)}{kinds}{chr(34)}' if kinds else ''}>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>\n</div>\n"
@@ -116,8 +116,8 @@ def table(
 
 
 def _breakable(name: str) -> str:
-    """Return HTML in which a long name may be broken after its underscores, dots and slashes."""
-    return re.sub(r"([a-z]_|[a-z_]\.|[a-z]/)(?=[a-z_])", r"\1<wbr/>", name, flags=re.IGNORECASE)
+    """Return HTML in which a long name may be broken after its underscores, dots, slashes and colons, and numbers may not."""
+    return re.sub(r"(?<=[a-z0-9_])([_/:]|\.(?!\d)|(?<!\d)\.)(?=[a-z0-9])", r"\1<wbr/>", name, flags=re.IGNORECASE)
 
 
 def _is_text(cells: Sequence[str]) -> bool:

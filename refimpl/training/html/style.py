@@ -23,8 +23,8 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 0; padding: 
 pre, .scroll, figure svg { border: 1px solid var(--line); border-radius: 6px }
 .figures { display: grid; gap: 1.5rem; max-width: 72rem }
 .figures, figure:only-child { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
-figure { margin: 0; min-width: 0 }
-figure:only-child { grid-column: 1 / -1; display: grid; gap: 0 1.5rem; align-items: start }
+figure { margin: 0; min-width: 0; display: grid; grid-template-rows: subgrid; grid-row: span 3; row-gap: 0 }
+figure:only-child { grid-column: 1 / -1; grid-template-rows: auto; gap: 0 1.5rem; align-items: start }
 figure:only-child h3 { grid-column: 1 / -1 }
 figure svg { display: block; width: 100%; height: auto; fill: var(--text) }
 figcaption { margin-top: .5rem; color: var(--soft); font-size: .9rem }
@@ -63,14 +63,19 @@ OF_SCREEN = {
 
 HINT = """
 const tell = () => {
-  for (const box of document.querySelectorAll(".scroll"))
-    box.previousElementSibling.hidden = box.scrollWidth <= box.clientWidth;
+  for (const box of document.querySelectorAll(".scroll")) {
+    const hint = box.previousElementSibling, more = [];
+    if (box.scrollWidth > box.clientWidth) more.push("sideways for more columns");
+    if (box.scrollHeight > box.clientHeight) more.push("down for more rows");
+    hint.hidden = more.length === 0;
+    hint.textContent = "Scroll " + more.join(", ") + ":";
+  }
 };
 addEventListener("resize", tell);
 document.addEventListener("toggle", tell, true);
 tell();
 """
-"""Shows the hint before each table that is wider than its box: now, and when the window or what is unfolded changes."""
+"""Shows the hint before each table that is larger than its box: now, and when the window or what is unfolded changes."""
 
 SORT = """
 for (const table of document.querySelectorAll("table.sortable")) {
