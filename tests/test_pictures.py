@@ -17,6 +17,8 @@ from paths import DOCS, ROOT
 from pictures import PICTURES, SIGNATURE, differences, first_sections, note_of, stamp, words_of_page
 
 NEEDS = {"audit.png": "torch"}
+QUICK = ("audit.png", "real_models.png")
+"""The pictures that take a few seconds."""
 
 
 def flat(text: str) -> str:
@@ -54,8 +56,7 @@ def test_a_picture_is_as_wide_as_a_page_shows_it(name: str) -> None:
     assert 800 <= width <= 1300 and height <= 3 * width
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PICTURES])
 def test_the_code_of_today_makes_the_same_picture(name: str, tmp_path: Path) -> None:
     """Its figures, of which those of a long run are of its beginning, and its words; and, where it can be drawn, its size."""
     for package in filter(None, ("matplotlib", NEEDS.get(name))):

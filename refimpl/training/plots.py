@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,9 @@ def plot_run(folder: Path, baselines: Mapping[int, float], title: str, unit: str
         return None
     top = draw_runs(figure, {"": read_metrics(folder)}, "step", unit)
     top.set_title(title)
-    for n, entropy in baselines.items():
-        top.axhline(entropy, ls=":", color=GRAY, lw=1)
-        top.annotate(NGRAMS.get(n, f"{n}-gram"), (0.99, entropy), xycoords=("axes fraction", "data"), fontsize=8, ha="right",
-                     va="bottom")  # fmt: skip
-    if baselines:
-        top.plot([], [], ":", color=GRAY, label="n-gram baselines")
-        legend_beside(top)
+    for (n, entropy), style in zip(baselines.items(), cycle((":", "--", "-.")), strict=False):
+        top.axhline(entropy, ls=style, color=GRAY, lw=1.2, label=f"{NGRAMS.get(n, f'{n}-gram')}s: {entropy:.2f}")
+    legend_beside(top)
     path = folder / PICTURE
     write_atomically(path, lambda temporary: save(figure, temporary))
     return path

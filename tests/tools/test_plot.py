@@ -102,6 +102,21 @@ def test_what_is_drawn_is_what_the_logs_have(names: str, axis: str) -> None:
     assert colors == ([BLUE, ORANGE] if len(names) == 1 else [BLUE, BLUE, ORANGE, ORANGE])
 
 
+def test_each_baseline_has_a_line_that_the_legend_names_and_no_text_covers_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    figures: list[Any] = []
+    monkeypatch.setattr("refimpl.training.plots.save", lambda figure, path: (figures.append(figure), path.touch()))
+    plot_run(write(tmp_path / "r"), {1: 3.0, 2: 2.5, 3: 1.999}, "title")
+    top = figures[0].axes[0]
+    said = [text.get_text() for text in top.get_legend().get_texts()]
+    assert said[2:] == ["unigrams: 3.00", "bigrams: 2.50", "trigrams: 2.00"]
+    assert len({line.get_linestyle() for line in top.lines[-3:]}) == 3 and len(top.texts) == 0
+    figures[0].draw_without_rendering()
+    assert top.get_legend().get_window_extent().x0 >= top.get_window_extent().x1
+
+
 def test_losses_of_several_tokenizers_are_said_not_to_compare(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws")
     write(tmp_path / "a")
