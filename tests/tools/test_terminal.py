@@ -41,6 +41,9 @@ SHORTER = {
 ALONE = {"compare_recipes": ("--inference", "--batch-size 2 --block-size 8 --eval-batches 1 --tokens 4"),
          "train": ("--resume", "--steps 5"), "trace": ("diff", ""), "generate": ("--loss", "")}  # fmt: skip
 """Flags with which a command takes others: no others are added."""
+OF_A_TEXT = ("train", "inspect_precision", "compare_recipes", "compare_pytorch")
+WITH_DATA = {"--data", "--resume", "--run", "--trace", "--hf"}
+"""Flags of commands that have their text. All others that have flags are given a short one, which takes a third of the time."""
 WORDS = {"FILE": "text.txt", "NAME": "ignore-inf", "NEW": "new", "DIR": "SmolLM2-135M"}
 """What stands for the words in capitals of a page."""
 NO_TERMINAL = "a pseudo-terminal needs a system of the POSIX family"
@@ -102,6 +105,8 @@ def shortened(script: str, words: list[str]) -> list[str]:
     more = others if flag in words else SHORTER.get(script, "")
     if (script == "mistakes" and "--table" not in words) or ("--init-from" in words and script == "inspect_precision"):
         more = ""
+    if script in OF_A_TEXT and words and more and not WITH_DATA & {*words}:
+        more += " --data text.txt"
     if script == "train" and "--out" in words and "--resume" not in words:
         more += " --overwrite"
     if script == "bench" and "--ranks" in words:
