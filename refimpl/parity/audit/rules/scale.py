@@ -521,7 +521,8 @@ def backward_inside_autocast(view: View) -> Iterator[Finding]:
     """
     calls = [call for call in view.step.calls if call.name == "backward" and call.autocast]
     if calls:
-        number = f"backward was called with autocast to {calls[0].autocast} on, {len(calls)} times in this step"
+        times = "once" if len(calls) == 1 else f"{len(calls)} times"
+        number = f"backward was called with autocast to {calls[0].autocast} on, {times} in this step"
         event = Event("backward", (), 1.0, 1.0, math.nan, None, calls[0].line)
         effect = "parts of backward and of the optimizer are rounded to 16 bits"
         yield _finding("B17", view, event, "worse than it need be", number, effect, "end the autocast context before backward")
