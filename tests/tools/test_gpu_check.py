@@ -64,6 +64,7 @@ def test_a_check_shows_how_far_it_is(
     monkeypatch.setattr(f"{module}.train_both", lambda recipe, steps: Trained(recipe, [FINDING], 0.0, 0.0, True))
     monkeypatch.setattr(f"{module}.speed", lambda model, recipe, rounds: [model, recipe, "1.0", "-", "-", "2.0", "steady"])
     script = load_script("gpu_check")
+    monkeypatch.setattr(script, "TESTS", TESTS)  # beside the package only in a clone
     words = ["--recipes", "bf16,fp16", "--models", "smoke,small", *["--quiet"] * quiet]
     assert script.run(vars(script.parser().parse_args(words))) == 0
     out = capsys.readouterr().out

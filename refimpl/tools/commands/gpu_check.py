@@ -64,10 +64,10 @@ def run(given: dict[str, Any]) -> int:
         return gpu_cost.show(given.get("recipes", "bf16").split(","), given.get("gpu", "h100"))
     if "gpu" in given:
         raise UsageError("--gpu belongs to --predict: a check runs on the GPU that is there")
-    if not TESTS.is_dir():
-        raise UsageError("the tests of the kernels are not installed with the package: run this in a clone of the project")
     arguments = {**DEFAULTS, **given}
     recipes, models = _checked(arguments.pop("recipes").split(",")), arguments.pop("models").split(",")
+    if not TESTS.is_dir():
+        raise UsageError("the tests of the kernels are not installed with the package: run this in a clone of the project")
     return check(TESTS, recipes, models=models, **arguments)
 
 
