@@ -103,10 +103,13 @@ def test_other_numbers_are_noticed(report: Path) -> None:
     first, *others = all_of(report)
     assert not first.reproduced and first.same_bits is False and all(one.reproduced for one in others)
     assert "NOT REPRODUCED" in "\n".join(replay_lines(first, "D99"))
-    data["replays"][0]["measured"] = {"other": "3"}
+    data["replays"][0]["measured"] = {"other": "3" * 3000}
     save_file(tensors, file)
     report.write_text(json.dumps(data), encoding="utf-8")
-    assert not all_of(report)[0].reproduced
+    first = all_of(report)[0]
+    assert not first.reproduced
+    measured = next(line for line in replay_lines(first, "D99") if "measured" in line)
+    assert measured == f"  measured by the rules, other: {'3' * 97}..."
 
 
 def test_bad_files_are_one_line(report: Path, tmp_path: Path) -> None:

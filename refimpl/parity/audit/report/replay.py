@@ -34,6 +34,8 @@ KEPT = Table({
 })  # fmt: skip
 VALUES = Table({"kwargs": Table(), "written": Table()})
 """What of audit.json is read here; `_check` looks at the lists."""
+SHOWN = 100
+"""Characters that the terminal shows of what a rule has measured, which may be thousands."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,8 @@ def replay_lines(one: Replayed, finding: str) -> Iterator[str]:
         level = ": ".join(filter(None, (verdict["level"], verdict["reason"])))
         yield f"  {verdict['result']} ({verdict['dtype']}): {level}"
         yield f"    {numbers}, excess {wording.ratio(verdict['excess'])} ulp, definition of {verdict['by']}"
-    if kept["measured"]:
-        yield f"  measured by the rules: {', '.join(kept['measured'].values())}"
+    for probe, text in kept["measured"].items():  # the whole text is in the file
+        yield f"  measured by the rules, {probe}: {text if len(text) <= SHOWN else text[: SHOWN - 3] + '...'}"
     said = {
         True: "PyTorch gives the same bits here",
         False: "PyTorch gives other bits here",
