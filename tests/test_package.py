@@ -28,6 +28,22 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert refimpl.__version__ in text_of("CHANGELOG.md")
 
 
+def test_advice_to_install_can_be_followed_anywhere() -> None:
+    """An installed package has no clone, hence no '.' to install; and it is on no index, so that packages are named."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    required = {re.split("[=<>]", line)[0] for extra in setup["options.extras_require"].values() for line in extra.split()}
+    by_file = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "refimpl").rglob("*.py")}
+    advice = [(file, words) for file, text in by_file.items() for words in re.findall("pip install ([^:;\n]+)", text)]
+    assert len({file for file, _ in advice}) >= 12
+    advised = {}
+    for file, words in advice:
+        if file != "refimpl/tools/commands/gpu_check.py":  # which runs in a clone only
+            assert "'." not in words and "refimpl" not in words, (file, words)
+            advised[file] = re.split(r"['\" ]+", words.lstrip("'"))[0].partition("==")[0]
+    assert {*advised.values()} <= {*required, "{PACKAGES[name]}", "nvidia-nccl-cu12"}, advised
+
+
 @pytest.mark.skipif(find_spec("setuptools") is None, reason="setuptools, which builds distributions, is not installed")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone: git lists the files that must be in the distribution")
 def test_every_file_is_part_of_the_source_distribution(tmp_path: Path) -> None:

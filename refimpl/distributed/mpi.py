@@ -81,5 +81,5 @@ def mpi_comm() -> Comm:
     try:
         mpi = importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:
-        raise UsageError(f"several ranks need MPI: pip install '.[mpi]' ({error})") from None
+        raise UsageError(f"several ranks need MPI: pip install mpi4py mpich ({error})") from None
     return MpiComm(mpi)

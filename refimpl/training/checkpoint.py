@@ -159,8 +159,8 @@ def refuse_pickles(path: Path) -> None:
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         raise UsageError(
             f"{path} is not a valid safetensors file but a pickle, as torch.save writes it. Pickles are not read, since "
-            "loading one can run arbitrary code: in PyTorch, save the state_dict with "
-            "safetensors.torch.save_file(weights, 'FILE.safetensors')"
+            "loading one can run arbitrary code: in PyTorch, save the model with "
+            "safetensors.torch.save_model(model, 'FILE.safetensors')"
         )
 
 

@@ -37,7 +37,7 @@ def require_packages(text: str) -> None:
     """Raise UsageError if a package is missing that --log needs."""
     for name in chosen(text):
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise UsageError(f"--log {name} needs {PACKAGES[name]}: pip install -e '.[{name}]'")
+            raise UsageError(f"--log {name} needs {PACKAGES[name]}: pip install {PACKAGES[name]}")
 
 
 @contextmanager

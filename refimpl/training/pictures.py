@@ -8,7 +8,7 @@ from typing import Any
 from refimpl.errors import UsageError
 from refimpl.training.outputs import Target, target
 
-NO_PICTURE = "(no picture: it needs matplotlib, pip install -e '.[plot]')"
+NO_PICTURE = "(no picture: it needs matplotlib, pip install matplotlib)"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -34,7 +34,7 @@ def figure_for_flag(
         raise UsageError(f"{flag} {path}: the picture is a PNG, so its name must end in .png")
     figure = new_figure(width, height)
     if figure is None:
-        raise UsageError(f"{flag} needs matplotlib: pip install -e '.[plot]'")
+        raise UsageError("the picture needs matplotlib: pip install matplotlib")
     return figure, target(flag, None if path is default else path, default, overwrite)
 
 

@@ -138,7 +138,7 @@ def _parsed(name: str, contents: bytes) -> Tokenizer:
     try:
         from tokenizers import Tokenizer as Parsed
     except ImportError:
-        raise UsageError(f"--tokenizer {name} needs the package tokenizers: pip install -e '.[hf]'") from None
+        raise UsageError(f"--tokenizer {name} needs the package tokenizers: pip install tokenizers") from None
     try:
         return FileTokenizer(name, contents, Parsed.from_str(contents.decode()))
     except Exception as error:  # the package raises nothing more special

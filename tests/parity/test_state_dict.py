@@ -172,7 +172,7 @@ def test_what_pytorch_itself_saves(tmp_path: Path) -> None:
     torch.save(gpt.state_dict(), tmp_path / "pickle.pt")
     torch.save(gpt.state_dict(), tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     for pickle in ("pickle.pt", "old.bin"):
-        with pytest.raises(UsageError, match=r"a pickle, as torch.save writes it.*safetensors.torch.save_file"):
+        with pytest.raises(UsageError, match=r"a pickle, as torch.save writes it.*safetensors.torch.save_model\(model, "):
             import_(tmp_path / pickle, tmp_path / "x", 3)
 
 

@@ -497,7 +497,7 @@ def test_the_picture_is_named_formats_png_by_default(
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(UsageError, match=r"pip install -e '\.\[plot\]'"):
+    with pytest.raises(UsageError, match="pip install matplotlib"):
         plot_formats(tmp_path / "x.png", ["fp16"])
 
 

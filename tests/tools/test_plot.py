@@ -139,5 +139,6 @@ def test_without_matplotlib_the_table_remains(tmp_path: Path, monkeypatch: pytes
     for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     write(tmp_path / "r")
-    assert "--out needs matplotlib: pip install" in run_here("plot", "r", folder=tmp_path).stderr
+    told = run_here("plot", "r", folder=tmp_path).stderr
+    assert told == "error: the picture needs matplotlib: pip install matplotlib\n"
     assert run_here("plot", "r", "--csv", "log.csv", folder=tmp_path).returncode == 0

@@ -214,7 +214,7 @@ def test_damaged_files_and_folders_in_use(tmp_path: Path) -> None:
 def test_without_the_package_the_message_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UsageError, match="pip install 'refimpl\\[gguf\\]'"):
+    with pytest.raises(UsageError, match=r"pip install gguf$"):
         convert_gguf(tmp_path / "x.gguf", tmp_path / "hf")
 
 

@@ -218,7 +218,7 @@ def test_files_that_are_no_tokenizers_are_refused_in_one_line(tmp_path: Path, mo
 def test_without_the_package_the_message_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # makes the import fail
-    assert refusal(lambda: load_tokenizer(str(tmp_path))).endswith("needs the package tokenizers: pip install -e '.[hf]'")
+    assert refusal(lambda: load_tokenizer(str(tmp_path))).endswith("needs the package tokenizers: pip install tokenizers")
 
 
 def test_a_vocabulary_must_have_all_ids_of_the_tokenizer() -> None:

@@ -57,7 +57,8 @@ def cupy_backend() -> Backend:
         cupy = importlib.import_module("cupy")
     except ImportError:
         raise UsageError(
-            "backend cupy: CuPy is not installed; pip install '.[cuda12]' or '.[cuda13]', depending on your CUDA version"
+            "backend cupy: CuPy is not installed; pip install 'cupy-cuda12x[ctk]' or 'cupy-cuda13x[ctk]', depending on "
+            "your CUDA version"
         ) from None
     if not cupy.cuda.is_available():
         raise UsageError("backend cupy: CuPy is installed, but finds no NVIDIA GPU; use --backend numpy")

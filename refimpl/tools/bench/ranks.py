@@ -58,7 +58,7 @@ def measured(model: str, recipe: str, stage: int, ranks: int, rounds: int) -> fl
     """Return seconds per step on `ranks` processes of one thread each. Errors: UsageError if they cannot be started."""
     mpiexec = Path(sys.executable).parent / "mpiexec"
     if not mpiexec.exists():
-        raise UsageError("--ranks starts processes with MPI: pip install '.[mpi]'")
+        raise UsageError("--ranks starts processes with MPI: pip install mpi4py mpich")
     program = f"from refimpl.tools.bench.ranks import of_one_rank; of_one_rank({model!r}, {recipe!r}, {stage}, {rounds})"
     done = subprocess.run(
         [str(mpiexec), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-c", program],

@@ -26,7 +26,7 @@ def parser() -> Parser:
     kind.add_argument("--against", choices=("torch",), help="time PyTorch too (pip install torch==2.13.0)")
     kind.add_argument("--profile", action="store_true", help="time per operation, for the first model and recipe")
     kind.add_argument("--scaling", action="store_true", help="time per token as batch, block and number of layers grow")
-    kind.add_argument("--ranks", type=int, metavar="N", help="weak scaling on up to N processes (pip install '.[mpi]')")
+    kind.add_argument("--ranks", type=int, metavar="N", help="weak scaling on up to N processes (pip install mpi4py mpich)")
     kind.add_argument("--smoke", action="store_true", help="a toy size and two steps, for tests")
     result.add_argument(
         "--models",

@@ -82,7 +82,7 @@ def _need_matplotlib() -> None:
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (or give --no-page)") from None
+        raise UsageError("the page needs matplotlib: pip install matplotlib (or give --no-page)") from None
 
 
 def data(comparison: Comparison) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _require_matplotlib() -> None:
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        raise UsageError("the page needs matplotlib: pip install -e '.[plot]' (or give --no-page)") from None
+        raise UsageError("the page needs matplotlib: pip install matplotlib (or give --no-page)") from None
 
 
 def command(given: Mapping[str, Any], every: int, what_if: Sequence[str]) -> str:

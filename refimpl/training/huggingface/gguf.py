@@ -41,7 +41,7 @@ _LAYER_NAMES = {
 _DIVISORS = "rope_freqs.weight"
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _SIZE = Integer(1, 2**31 - 1)
-EXTRA = "GGUF files are read through the package gguf: pip install 'refimpl[gguf]', or pip install gguf"
+EXTRA = "GGUF files are read through the package gguf: pip install gguf"
 
 
 class GGUFTensors(Mapping[str, np.ndarray]):
