@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tracemalloc
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recipe_lists import others_slow
+from recipe_lists import MECHANISMS, others_slow
 
 from refimpl.errors import UsageError
 from refimpl.nn.models.gpt import GPTConfig
@@ -131,8 +132,11 @@ def held_by_format(tape: Any) -> dict[tuple[str, str], int]:
     return found
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("recipe", others_slow(RECIPES))
+IN_TURN = [(recipe, ATTENTION[i % len(ATTENTION)]) for i, recipe in enumerate(MECHANISMS)]
+"""Each mechanism with one way to compute attention; all pairs take six seconds."""
+
+
+@pytest.mark.parametrize(("recipe", "attention"), others_slow(itertools.product(RECIPES, ATTENTION), plain=IN_TURN))
 def test_what_the_tape_of_llama_holds(recipe: str, attention: str) -> None:
     """Without checkpointing; and with it, after forward and in backward when the last block has been computed again."""
     for given in LLAMAS:
