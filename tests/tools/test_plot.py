@@ -69,6 +69,16 @@ def test_the_command_writes_new_files_and_replaces_none(tmp_path: Path) -> None:
     assert not (tmp_path / "x.csv").exists()
 
 
+def test_a_folder_that_is_named_twice_is_drawn_once(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws")
+    write(tmp_path / "r")
+    for twice in (["r", "r"], ["r", "./r/"], [tmp_path / "r", "r"]):
+        done = run_here("plot", *twice, "--out", "r.png", "--overwrite", folder=tmp_path)
+        assert (done.stdout, done.stderr) == ("written: r.png\n", "")
+    assert run_here("plot", tmp_path / "r", "r", "--csv", "r.csv", folder=tmp_path).stdout == "written: r.csv\n"
+    assert (tmp_path / "r.csv").read_text() == table({"r": LOG})
+
+
 def test_a_killed_run_and_several_get_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws")
     write(tmp_path / "a"), write(tmp_path / "b", recipe="bf16")

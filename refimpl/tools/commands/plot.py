@@ -49,7 +49,8 @@ def arguments(words: Sequence[str]) -> Any:
 
 
 def run(folders: Sequence[Path], axis: str, out: Path, csv: Path | None, overwrite: bool) -> None:
-    """Draw the logs in folders, or write them as a table. Errors: UsageError."""
+    """Draw the logs in folders, or write them as a table; a folder that is named twice counts once. Errors: UsageError."""
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     if csv is not None:
         file = target("--csv", csv, csv, overwrite)
         print(f"written: {file.write_text(table(_read(folders)))}")
