@@ -7,6 +7,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from refimpl.errors import nearest, one_line, spelled
@@ -38,6 +39,17 @@ def some_of(known: Iterable[str]) -> Callable[[str], str]:
         return ",".join(spelled(word.strip(), names) for word in text.split(","))
 
     return list_of_names
+
+
+def file_name(text: str) -> str:
+    """Return the name of a file, as the type of a flag. An empty one, of an unset variable, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(file_name(text))
 
 
 MANY = 8
@@ -76,6 +88,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": _Help, **settings})
         self._negative_number_matcher = _NEGATIVE
+        self.register("type", Path, _path)
 
     def format_help(self) -> str:
         """Return argparse's help, in which commands are written as this one was started."""

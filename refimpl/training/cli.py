@@ -40,6 +40,10 @@ def _code_of(run: Callable[[], int | None]) -> int:
         line, code = f"error: {lost}", 1
     except UsageError as error:
         line, code = f"error: {error}", 2
+    except OSError as error:
+        if error.filename is None:
+            raise  # of no file that the user has named
+        line, code = f"error: {error.filename}: {error.strerror}", 2
     except MemoryError as error:
         line, code = f"error: out of memory ({str(error) or 'no more is available'}); try a smaller model or batch", 2
     except TrainingStopped as error:

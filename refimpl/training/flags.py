@@ -16,7 +16,7 @@ from refimpl.optim.loss_scalers import SCALER_RULES, find_scaler
 from refimpl.optim.schedule import SCHEDULES
 from refimpl.precision.policy_variants import ATTENTION
 from refimpl.precision.recipes import RECIPES, get_recipe
-from refimpl.training.arguments import one_of
+from refimpl.training.arguments import file_name, one_of
 from refimpl.training.config import KINDS, MODEL_DEFAULTS, STARTS, Config, Flags, flag
 from refimpl.training.data import EXAMPLES
 
@@ -157,7 +157,7 @@ def add_config_flag(group: Any, name: str, text: str, default: Any = argparse.SU
     if KINDS[name] == "bool":
         group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=default, help=text)
         return
-    parse = one_of(NAMES[name]) if name in NAMES else {"int": int, "float": float, "str": str}[KINDS[name]]
-    what = {"int": "N", "float": "X", "str": "NAME"}[KINDS[name]]
+    kind, what = {"int": (int, "N"), "float": (float, "X"), "str": (str, "NAME")}[KINDS[name]]
     metavar = {"data": "FILE", "tokenizer": "FILE", "zero": "STAGE"}.get(name, what)
+    parse = one_of(NAMES[name]) if name in NAMES else file_name if metavar == "FILE" else kind
     group.add_argument(flag(name), type=parse, default=default, metavar=metavar, help=text)

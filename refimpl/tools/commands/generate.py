@@ -18,7 +18,7 @@ from refimpl.errors import UsageError
 from refimpl.nn.models.model import Model
 from refimpl.optim.state import State
 from refimpl.precision.context import Run
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import Parser, file_name
 from refimpl.training.checkpoint_states import block_size_of, load_for_inference, tokenizer_of
 from refimpl.training.console import count, printable
 from refimpl.training.data import map_file
@@ -41,7 +41,7 @@ def parser() -> Parser:
     what = "a checkpoint, the folder of a run, or a Hugging Face folder"
     result.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=what)
     tokenizer = "bytes, a tokenizer.json, or a folder that has one (default: that of the checkpoint)"
-    result.add_argument("--tokenizer", metavar="FILE", help=tokenizer)
+    result.add_argument("--tokenizer", type=file_name, metavar="FILE", help=tokenizer)
     result.add_argument("--prompt", default="\n", metavar="TEXT", help="beginning of the text (default: a line break)")
     result.add_argument(
         "--tokens", type=int, default=500, dest="n_tokens", metavar="N", help="tokens to write at most (default: 500)"

@@ -23,7 +23,7 @@ from refimpl.precision.recipes import RECIPES
 from refimpl.tools.memory.measure import measure_model
 from refimpl.tools.memory.report import show_conventions, show_memory, show_zero_table
 from refimpl.tools.memory.states import CHECKPOINTING, CONVENTIONS, PRESETS
-from refimpl.training.arguments import Parser, one_of
+from refimpl.training.arguments import Parser, file_name, one_of
 from refimpl.training.config import LLAMA, MODEL_DEFAULTS, flag
 from refimpl.training.flags import add_config_flags
 
@@ -47,7 +47,7 @@ def parser() -> Parser:
     model = result.add_argument_group("model: --params, --preset, --hf, or --model with sizes")
     model.add_argument("--params", type=amount, metavar="N", help="number of parameters: 7e9, 7B or 124M (default: 7e9)")
     model.add_argument("--preset", type=one_of(PRESETS), metavar="NAME", help=f"a model by name: {', '.join(PRESETS)}")
-    model.add_argument("--hf", metavar="DIR", help="folder with a Hugging Face config.json, or that file")
+    model.add_argument("--hf", type=file_name, metavar="DIR", help="folder with a Hugging Face config.json, or that file")
     models = "gpt or llama, with the sizes below; with --measure also mlp"
     model.add_argument("--model", type=one_of(MODEL_DEFAULTS), metavar="NAME", help=models)
     for name, what in {"n_layer": "layers", "n_head": "attention heads", "n_embd": "width", "vocab_size": "token ids"}.items():
