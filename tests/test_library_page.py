@@ -32,6 +32,17 @@ def test_the_ten_lines_are_ten() -> None:
     assert len([line for line in BLOCKS[0].splitlines() if line]) == 10 and "these ten lines" in PAGE
 
 
+def test_what_the_table_names_exists() -> None:
+    model = rf.gpt_model(rf.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8))
+    training = rf.make_training(model, "fp16", rf.Schedule(lr=1e-3, min_lr=1e-4, warmup=1, steps=2))
+    rows = re.findall(r"^\| (`training\..*?) \| (.*) \|$", PAGE, re.M)
+    assert len(rows) == 4
+    objects = {name: eval(name, {"training": training}) for names, _ in rows for name in re.findall("`([^`]+)`", names)}
+    assert objects["training.run.policy.rows"]["*"].inputs == "fp16"
+    for names, text in rows:  # a claim about print is checked: a table has several lines
+        assert "`print`" not in text or all(str(objects[name]).count("\n") > 2 for name in re.findall("`([^`]+)`", names))
+
+
 @pytest.mark.slow
 def test_the_code_of_the_page_runs_in_another_folder(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
