@@ -124,7 +124,7 @@ def import_(source: Path, target: Path, n_head: int) -> None:
             f"{source} is already a checkpoint of refimpl: scripts/train.py --init-from and scripts/generate.py read it"
         )
     model, converted = from_state_dict(weights, n_head)
-    refuse_smaller(BYTES, model.config["vocab_size"], f"the vocabulary of {source}")
+    refuse_smaller(BYTES, model.config["vocab_size"], f"the vocabulary of {source}", "train the model again on bytes")
     _refuse_to_overwrite(target)
     header = {"model": model.name, "sizes": dict(model.config), "recipe": "fp32"}
     checkpoint.save(target, {f"weights.{name}": array for name, array in converted.items()}, header)

@@ -233,7 +233,8 @@ class Config:
         Errors: UsageError, also for a vocabulary smaller than the tokenizer's.
         """
         tokenizer = load_tokenizer(self.tokenizer)
-        refuse_smaller(tokenizer, self.vocab_size, "--vocab-size")
+        advice = "leave it out, or give a tokenizer.json with fewer ids by --tokenizer"
+        refuse_smaller(tokenizer, self.vocab_size, "--vocab-size", advice)
         return load_corpus(self.data, self.block_size, tokenizer=tokenizer, quiet=quiet)
 
     @property

@@ -60,14 +60,21 @@ class Tokenizer(Protocol):
         """Return a new stream of text."""
 
 
-def refuse_smaller(tokenizer: Tokenizer, vocab_size: int, whose: str) -> None:
-    """Raise UsageError for a vocabulary with fewer ids than the tokenizer. whose: what has it, for the message."""
+def refuse_smaller(
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    whose: str,
+    advice: str = "give the tokenizer.json of the model by --tokenizer, or train it again on bytes",
+) -> None:
+    """Raise UsageError for a vocabulary with fewer ids than the tokenizer.
+
+    whose: what has it, for the message. advice: what to do where the ids are those of bytes.
+    """
     if vocab_size >= tokenizer.vocab_size:
         return
     if tokenizer.name == BYTES.name:
         raise UsageError(
-            f"{whose} is {vocab_size}, but text is read and written as bytes, which needs {BYTES.vocab_size} ids: give the "
-            "tokenizer.json of the model, or train a model of characters or other tokens again on bytes"
+            f"{whose} is {vocab_size}, but text is read and written as bytes, which needs {BYTES.vocab_size} ids: {advice}"
         )
     raise UsageError(
         f"{whose} is {vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids: it is the tokenizer of another model"

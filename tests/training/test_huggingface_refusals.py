@@ -211,6 +211,7 @@ def test_a_tokenizer_of_another_model_blames_no_flag_that_was_not_given(tmp_path
     small = write(tmp_path / "m", LLAMA, tensors_of(LLAMA))
     said = one_line(lambda: settings_from(small, {"tokenizer": "bytes"}))
     assert said.startswith(f"the vocabulary of {small} is 64, but text is read and written as bytes")
+    assert "give the tokenizer.json of the model by --tokenizer, or" in said
 
 
 # -- NaN and Inf ---------------------------------------------------------------------------------------------------------------
