@@ -45,6 +45,8 @@ def train(steps: int, S: float = 2.0**16) -> Any:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        sys.exit(print(__doc__))
     if sys.argv[1:]:
         print(f"{sys.argv[0]} takes no arguments, not {sys.argv[1]!r}", file=sys.stderr)
         sys.exit(2)

@@ -9,12 +9,12 @@ The algorithm is refimpl/step.py. To stop in its step 2 with a debugger, where `
 The backend 'reference' runs the definitions of operations, without any fast version; 'numpy' is faster.
 """
 
-import sys
 from typing import Any
 
 import numpy as np
 
 import refimpl as rf
+from refimpl.training.arguments import Parser
 
 TEXT = b"""
 The masters are kept in FP32, and each step begins by rounding them to FP16 weights. Forward and backward run in FP16, from
@@ -55,6 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        sys.exit(print(f"{sys.argv[0]} takes no arguments, not {sys.argv[1]!r}", file=sys.stderr) or 2)
+    Parser(description=__doc__).parse_args()  # no arguments but --help
     main()

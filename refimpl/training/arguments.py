@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 import textwrap
@@ -23,12 +24,7 @@ def one_of(known: Iterable[str]) -> Callable[[str], str]:
 
     Unknown names are left to the command, whose message lists the known ones.
     """
-    names = tuple(known)
-
-    def name(text: str) -> str:
-        return spelled(text, names)
-
-    return name
+    return functools.partial(spelled, known=tuple(known))
 
 
 def some_of(known: Iterable[str]) -> Callable[[str], str]:
@@ -125,6 +121,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `message` in one line and exit with code 2."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and message.endswith(f"are required: {action.dest}"):
+                message = f"choose one of {', '.join(action.choices)}"
         choices = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         guess = nearest(choices[1], re.findall(r"[\w-]+", choices[2])) if choices else ""
         line = one_line(message + guess)
@@ -137,8 +136,16 @@ class Parser(argparse.ArgumentParser):
         flags = [flag for action in parser._actions for flag in action.option_strings]
         unknown = next((word for word in extra if word.startswith("-")), None)
         if unknown is None:
-            parser.error(f"unexpected {' '.join(extra)!r}")
+            parser.error(f"unexpected {' '.join(extra)!r}{parser._flag_for(extra[0])}")
         parser.error(f"unknown flag {unknown}{nearest(unknown.partition('=')[0], flags)}")
+
+    def _flag_for(self, word: str) -> str:
+        """Return '; did you mean --recipe fp16?' for a name that a flag with known names takes, or ''."""
+        for action in self._actions:
+            known = getattr(action.type, "keywords", {}).get("known", ())  # of one_of
+            if spelled(word, known) in known:
+                return f"; did you mean {action.option_strings[0]} {spelled(word, known)}?"
+        return ""
 
     def add_quiet(self) -> None:
         """Add --quiet, of the commands that show progress."""
