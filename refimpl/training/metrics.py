@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refimpl.errors import UsageError
-from refimpl.training.checkpoint import write_text_atomically
+from refimpl.training.checkpoint import header_of, write_text_atomically
 from refimpl.training.log_writers import LogWriter
-from refimpl.training.run_folder import METRICS, VALIDATION
+from refimpl.training.run_folder import CHECKPOINT, METRICS, VALIDATION
 from refimpl.training.schema import FINITE, Integer, Kind, Maybe, OneOf, Real, Table, Text, check
 
 
@@ -61,7 +61,9 @@ class MetricsLog:
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
         except OSError as error:
-            raise UsageError(f"cannot write {path}: {error}; the last checkpoint is complete") from error
+            step = header_of(self.folder / CHECKPOINT).get("progress", {}).get("step")
+            saved = "no checkpoint has been written" if step is None else f"the checkpoint of step {step} is complete"
+            raise UsageError(f"cannot write {path}: {error.strerror}; {saved}") from error
 
 
 def _finite_or_none(value: Any) -> Any:

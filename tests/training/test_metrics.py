@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from progress_bars import NoBar
 
+from refimpl.errors import UsageError
 from refimpl.training.config import Config
 from refimpl.training.metrics import WHOLE, WHOLE_BITS, MetricsLog, read_metrics
 from refimpl.training.run import train
@@ -69,6 +70,22 @@ def test_names_and_time_go_on_when_a_run_is_resumed(given: dict[str, Any], tmp_p
     assert all(1000 < row["seconds"] < 1100 for row in steps[4:] + evaluations[1:])
     assert train({**given, "seed": 1}, folder, False, True, None) == 0
     assert read_metrics(folder).steps[0]["run"] != steps[0]["run"]
+
+
+def test_a_log_that_cannot_be_written_says_which_checkpoint_there_is(given: dict[str, Any], tmp_path: Path) -> None:
+    """A folder in place of the file stands for a full disk."""
+    folder, config = tmp_path / "r", Config.of(given)
+    open_folder(config, folder)
+    (folder / METRICS).mkdir()
+    with pytest.raises(UsageError, match=r"metrics\.jsonl: .*; no checkpoint has been written$"):
+        Trainer(config, folder).train(NoBar())
+    (folder / METRICS).rmdir()
+    trainer = Trainer(config, folder)
+    assert not trainer.train(NoBar(stop_at=4))
+    (folder / METRICS).rename(folder / "log")
+    (folder / METRICS).mkdir()
+    with pytest.raises(UsageError, match=r"metrics\.jsonl: .*; the checkpoint of step 4 is complete$"):
+        trainer.log.write_steps([{"step": 5}])
 
 
 def test_a_log_of_an_earlier_version_is_read_and_split_when_its_run_is_resumed(given: dict[str, Any], tmp_path: Path) -> None:
