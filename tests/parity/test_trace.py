@@ -254,6 +254,13 @@ def test_command_line(tmp_path: Path) -> None:
     done = script("record", "--recipe=fp16", "--mistake=coupled-decay", *small, "--like", ours, "--out", theirs)
     assert done.returncode == 0 and "2 steps" in done.stdout
     assert run_here("trace", "diff", ours, ours).returncode == 0
+    before = theirs.read_bytes()
+    refused = run_here("trace", "record", "--recipe=bf16", *small, "--out", theirs)
+    assert refused.returncode == 2 and f"--out {theirs} exists: name another file" in refused.stderr
+    assert refused.stderr.count("\n") == 1 and theirs.read_bytes() == before
+    assert run_here("trace", "record", "--recipe=bf16", *small, "--out", tmp_path / "new", "--overwrite").returncode == 0
+    assert run_here("trace", "record", "--recipe=fp16", *small, "--out", tmp_path / "new", "--overwrite").returncode == 0
+    assert (tmp_path / "new").read_bytes() == ours.read_bytes()
     done = script("diff", ours, theirs, "--json", tmp_path / "verdict")
     assert done.returncode == 1 and "explained by --mistake coupled-decay" in done.stdout
     verdict = json.loads((tmp_path / "verdict").read_text())

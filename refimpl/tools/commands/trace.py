@@ -3,7 +3,7 @@
     python scripts/trace.py record --recipe fp16 --out ours.safetensors
     python scripts/trace.py record --recipe fp16 --mistake unscale-after-clip --out theirs.safetensors
     python scripts/trace.py diff ours.safetensors theirs.safetensors
-    python scripts/trace.py record --recipe fp16 --like theirs.safetensors --out ours.safetensors   on their batches
+    python scripts/trace.py record --recipe fp16 --like theirs.safetensors --out like.safetensors   on their batches
 
 docs/traces.md describes traces, and how a training loop in PyTorch records one.
 Exit code of diff: 0 AGREES, 1 DEPARTS, 2 bad usage, 3 PARTLY JUDGED (nothing departs, but not everything could be judged).
@@ -43,6 +43,7 @@ def parser() -> Parser:
     add_config_flags(recording, [name for name in HELP if name not in FOR_LONG_RUNS], DEFAULTS)
     recording.add_argument("--like", type=Path, metavar="TRACE", help="use the initial weights and the batches of TRACE")
     recording.add_argument("--out", type=Path, required=True, metavar="FILE", help="the trace to write")
+    recording.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
     recording.add_quiet()
     difference = commands.add_parser(
         "diff",
@@ -68,6 +69,7 @@ def run(arguments: dict[str, Any]) -> int:
             file.write_text(json_text(verdict) + "\n")
         return EXIT_CODES[verdict["verdict"]]
     like, out = arguments.pop("like"), arguments.pop("out")
+    file = target("--out", out, out, arguments.pop("overwrite"))
     source = load(like) if like else None
     if source:
         arguments["steps"] = min(arguments["steps"], len(source.steps))
@@ -78,7 +80,7 @@ def run(arguments: dict[str, Any]) -> int:
         print("\n".join(notes), end="\n" if notes else "")
     with ProgressBar(config.steps, "step", quiet=quiet) as bar:
         trace = record(config, source, bar.update)
-    save(out, trace)
+    save(file.path, trace)
     print(f"{out}: {len(trace.steps)} steps, {len(trace.tensors)} tensors")
     return 0
 
