@@ -31,14 +31,16 @@ class TrainingStopped(_OneLine):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return '; did you mean X?' for the known name most similar to `name`, or '' where none is similar.
+    """Return '; did you mean X or Y?' for the most similar known name, and up to two that have all words of `name`; or ''.
 
-    Case does not count, nor do the dashes that all flags begin with.
+    Example: for llama-8b, llama-7b is the most similar, and llama-3.1-8b has both words. Case does not count, nor do the dashes
+    that all flags begin with.
     """
 
-    by_plain = {_plain(other): other for other in known}
-    close = difflib.get_close_matches(_plain(name), by_plain, n=1, cutoff=0.6)
-    return f"; did you mean {by_plain[close[0]]}?" if close else ""
+    by_plain, plain = {_plain(other): other for other in known}, _plain(name)
+    fuller = [other for other in by_plain if {*plain.split("-")} <= {*other.split("-")}]
+    close = difflib.get_close_matches(plain, by_plain, n=1) + difflib.get_close_matches(plain, fuller, n=2, cutoff=0)
+    return f"; did you mean {' or '.join(by_plain[other] for other in dict.fromkeys(close))}?" if close else ""
 
 
 def _plain(text: str) -> str:

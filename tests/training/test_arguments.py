@@ -10,7 +10,7 @@ import pytest
 from paths import COMMANDS, EXAMPLES, SCRIPTS
 from script_loader import load_script
 
-from refimpl.errors import UsageError, one_line, unknown
+from refimpl.errors import UsageError, nearest, one_line, unknown
 from refimpl.precision.recipes import get_recipe
 from refimpl.training.arguments import Parser
 
@@ -109,6 +109,9 @@ def test_right_lines_are_read_as_argparse_reads_them() -> None:
 def test_names_that_were_nearly_right() -> None:
     with pytest.raises(UsageError, match=r"unknown recipe 'fp61': choose one of .*; did you mean fp64\?$"):
         get_recipe("fp61")
+    names = ["fp16", "amp-fp16", "pure-fp16", "pure-bf16"]
+    assert nearest("bf16-pure", names) == "; did you mean pure-bf16?" and nearest("amp", names) == "; did you mean amp-fp16?"
+    assert nearest("fp-16", names) == "; did you mean fp16?" and nearest("int8", names) == ""
     assert unknown("model", "gtp", ["gpt", "mlp"]) == "unknown model 'gtp': choose one of gpt, mlp; did you mean gpt?"
     assert unknown("model", "rnn", ["gpt", "mlp"]) == "unknown model 'rnn': choose one of gpt, mlp"
 

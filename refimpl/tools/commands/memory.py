@@ -97,6 +97,8 @@ def run(arguments: dict[str, Any]) -> int:
             raise UsageError(f"--{asked[0].replace('_', '-')} takes no other flag but --json")
         (show_conventions if asked == ["conventions"] else show_zero_table)(as_json)
         return 0
+    if arguments.get("zero") and "ranks" not in arguments:
+        raise UsageError(f"--zero {arguments['zero']} divides states among ranks: give their number with --ranks")
     sizes = {name: arguments.pop(name) for name in SIZES if name in arguments}
     show_memory(as_json, sizes=sizes, **arguments)
     return 0
