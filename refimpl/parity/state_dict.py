@@ -119,6 +119,7 @@ def export(source: Path, target: Path) -> None:
 def import_(source: Path, target: Path, n_head: int) -> None:
     """Convert a state_dict to a file that scripts/train.py --init-from and scripts/generate.py read."""
     weights, metadata = checkpoint.read_tensors(checkpoint.file_in(source), "state_dict")
+    checkpoint.refuse_trace(source, metadata)
     if checkpoint.KEY in metadata:
         raise UsageError(
             f"{source} is already a checkpoint of refimpl: scripts/train.py --init-from and scripts/generate.py read it"

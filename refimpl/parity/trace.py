@@ -22,15 +22,23 @@ from refimpl.numerics.formats import dtype_of, format_of
 from refimpl.optim.state import State
 from refimpl.parity.hooks import UpdateArguments, WrappedOptimizer
 from refimpl.parity.mistakes import inject
-from refimpl.training.checkpoint import check_exchanged, parse_header, read_tensors, sealed, write_tensors, written_here
+from refimpl.training.checkpoint import (
+    TRACE_KEY,
+    check_exchanged,
+    parse_header,
+    read_tensors,
+    sealed,
+    write_tensors,
+    written_here,
+)
 from refimpl.training.config import Config
 from refimpl.training.data import sample_batch
 from refimpl.training.schema import Integer, Table, Words, check
 from refimpl.training.setup import BATCHES, INIT, Training, generator
 
 VERSION = 1
+WRITERS = "scripts/trace.py record writes the trace of a run, and docs/traces.md shows how a loop in PyTorch writes one"
 HEADER = Table(optional={"version": Integer(), "order": Words(), "config": Table(), "settings": Table()})
-_KEY = "refimpl-trace"
 
 POINTS = {
     "0.tokens": "the tokens that the model reads: (B, T) integers; with n micro-batches (n, B, T)",
@@ -140,7 +148,7 @@ def save(path: Path, trace: Trace) -> None:
     header: dict[str, Any] = {"version": VERSION, "config": trace.config, "order": list(trace.tensors)}
     if trace.settings:
         header["settings"] = trace.settings
-    write_tensors(path, trace.tensors, {_KEY: sealed(header, trace.tensors)})
+    write_tensors(path, trace.tensors, {TRACE_KEY: sealed(header, trace.tensors)})
 
 
 def load(path: Path) -> Trace:
@@ -149,10 +157,14 @@ def load(path: Path) -> Trace:
     A file without our header is a trace without a configuration, if its tensors have a trace's names.
     Errors: UsageError that says what is wrong with the file.
     """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, and a trace is a file: {WRITERS}")
+    if not path.exists():
+        raise UsageError(f"no trace at {path}: {WRITERS}")
     tensors, metadata = read_tensors(path, "trace")
-    if _KEY not in metadata and written_here(path):
+    if TRACE_KEY not in metadata and written_here(path):
         raise UsageError(f"{path} is a checkpoint or exported weights, not a trace; scripts/trace.py record writes traces")
-    header = parse_header(path, metadata.get(_KEY, "{}"))
+    header = parse_header(path, metadata.get(TRACE_KEY, "{}"))
     check_exchanged(path, header, tensors)
     check(header, HEADER, f"{path} has a damaged header")
     if header.get("version", VERSION) != VERSION:

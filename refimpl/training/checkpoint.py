@@ -31,7 +31,7 @@ FORMAT_VERSION = 2
 FILE_NAME = "checkpoint.safetensors"
 """The name of the checkpoint in the folder of a run."""
 CHECKSUM = "sha256"
-KEY = "refimpl"  # the only metadata key
+KEY, TRACE_KEY = "refimpl", "refimpl-trace"  # the only metadata key of a checkpoint, and that of a trace
 _ALIGNMENT, _PADDING = 64, 8
 _TYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "float16": "F16", "bfloat16": "BF16",
@@ -164,6 +164,12 @@ def refuse_pickles(path: Path) -> None:
         )
 
 
+def refuse_trace(path: Path, metadata: Mapping[str, str]) -> None:
+    """Raise UsageError for a trace, which scripts/trace.py writes, where a file with the weights of a model is read."""
+    if TRACE_KEY in metadata:
+        raise UsageError(f"{path} is a trace, for scripts/trace.py diff: weights are in the checkpoint of a run")
+
+
 def written_here(path: Path) -> bool:
     """Return whether `write_tensors` wrote the file: other programs put fewer spaces before the data.
 
@@ -255,6 +261,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise UsageError(f"{path} has neither a {FILE_NAME}, as the folder of a run, nor a Hugging Face config.json")
     path = file_in(path)
     arrays, metadata = read_tensors(path, "checkpoint")
+    refuse_trace(path, metadata)
     if KEY not in metadata:
         raise UsageError(
             f"{path} is a safetensors file, but not a checkpoint of refimpl; the state_dict of a PyTorch model becomes one "

@@ -20,8 +20,10 @@ from refimpl.backends.numpy.backend import NUMPY
 from refimpl.errors import UsageError
 from refimpl.parity.diff import diff_traces
 from refimpl.parity.judge import Judge, judge_trace
+from refimpl.parity.state_dict import import_
 from refimpl.parity.trace import POINTS, Trace, load, record, save
 from refimpl.training import checkpoint
+from refimpl.training.checkpoint_states import load_for_inference, read_weights
 from refimpl.training.config import Config
 from refimpl.training.setup import start
 
@@ -138,8 +140,10 @@ def test_a_trace_is_judged_on_its_own_backend_or_for_a_device_on_the_host() -> N
 
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    with pytest.raises(UsageError, match="no trace at"):
+    with pytest.raises(UsageError, match=r"^no trace at .*x: scripts/trace.py record writes .*, and docs/traces.md shows"):
         load(path)
+    with pytest.raises(UsageError, match=r" is a folder, and a trace is a file: scripts/trace.py record writes"):
+        load(tmp_path)
     path.write_bytes(b"nothing")
     with pytest.raises(UsageError, match="not a valid safetensors file"):
         load(path)
@@ -153,6 +157,14 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UsageError, match="not a valid safetensors file"):
         load(path)
+
+
+def test_a_trace_is_no_checkpoint_and_no_state_dict(tmp_path: Path) -> None:
+    path = tmp_path / "ours.safetensors"
+    save(path, record(config(steps=1)))
+    for read in (read_weights, load_for_inference, lambda path: import_(path, tmp_path / "start", 2)):
+        with pytest.raises(UsageError, match=r"ours.safetensors is a trace, for scripts/trace.py diff: weights are in"):
+            read(path)
 
 
 def test_a_trace_without_our_header_is_read(tmp_path: Path) -> None:
