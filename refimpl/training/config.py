@@ -220,6 +220,8 @@ class Config:
             raise UsageError(unknown("schedule", self.schedule, SCHEDULES))
         if self.schedule == "constant" and self.min_lr != self.lr:
             raise UsageError(f"--min-lr is {self.min_lr}: leave it out, since --schedule constant stays at --lr, {self.lr}")
+        if self.min_lr > self.lr:
+            raise UsageError(f"--min-lr is {self.min_lr}: it must be at most --lr, {self.lr}")
 
     def make_model(self) -> Model:
         """Return the model of these sizes."""

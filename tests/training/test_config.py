@@ -57,6 +57,8 @@ def test_the_least_rate_that_each_schedule_takes_by_default(schedule: str, min_l
         ({"eps": math.nan}, "--eps is nan: it must be"),
         ({"schedule": "step"}, "unknown schedule 'step': choose one of cosine, linear, constant"),
         ({"schedule": "constant", "min_lr": 1e-3}, "leave it out, since --schedule constant stays at --lr, 0.01"),
+        ({"min_lr": 1.0}, "--min-lr is 1.0: it must be at most --lr, 0.01"),
+        ({"schedule": "linear", "lr": 1e-3, "min_lr": 2e-3}, "--min-lr is 0.002: it must be at most --lr, 0.001"),
         ({"optimizer": "sgd", "beta1": 0.8}, "--beta1 is 0.8: --optimizer sgd has none"),
         ({"optimizer": "sgd", "eps": 1e-6}, "--eps is 1e-06: --optimizer sgd has none"),
         ({"momentum": 0.5}, "--momentum is 0.5: --optimizer adamw has none"),
@@ -69,7 +71,7 @@ def test_optimizer_settings_that_cannot_be_are_refused(given: dict[str, Any], me
 
 
 def test_the_ends_of_the_ranges_are_taken() -> None:
-    Config.of({**TINY, "beta1": 0.0, "beta2": 0.0, "eps": 1.2e-38})
+    Config.of({**TINY, "beta1": 0.0, "beta2": 0.0, "eps": 1.2e-38, "lr": 1e-3, "min_lr": 1e-3})
     Config.of({**TINY, "beta1": math.nextafter(1, 0), "beta2": math.nextafter(1, 0), "eps": 1.0})
 
 
