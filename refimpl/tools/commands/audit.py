@@ -76,8 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         return replay(arguments.replay, arguments.quiet)
     if not arguments.words:
         raise UsageError("name a script, or -m and a module, or --demo; see --help")
-    if arguments.steps < 0 or arguments.every < 1:
-        raise UsageError("--steps must be at least 0, and --every at least 1")
+    if arguments.steps < 1 or arguments.every < 1:
+        raise UsageError("--steps and --every must be at least 1")
     check_program(arguments.words[0], arguments.is_module)
     need_torch()
     folder = folder_for(arguments.out, arguments.overwrite)
