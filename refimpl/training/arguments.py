@@ -48,6 +48,25 @@ def _path(text: str) -> Path:
     return Path(file_name(text))
 
 
+ELSEWHERE = {
+    "learning-rate": "--lr", "max-iters": "--steps", "max-steps": "--steps", "gradient-accumulation-steps": "--grad-accum",
+    "lr-scheduler-type": "--schedule", "warmup-iters": "--warmup", "warmup-steps": "--warmup", "grad-clip": "--clip",
+    "max-grad-norm": "--clip", "eval-interval": "--eval-every", "eval-steps": "--eval-every", "eval-iters": "--eval-batches",
+    "log-interval": "--log-every", "logging-steps": "--log-every", "out-dir": "--out", "output-dir": "--out",
+    "dtype": "--recipe", "dataset": "--data", "per-device-train-batch-size": "--batch-size", "dropout": "",
+}  # fmt: skip
+"""Flags of nanoGPT and of transformers' Trainer -> ours; '' for what no model here has."""
+
+
+def _of_other_projects(name: str, flags: Iterable[str]) -> str:
+    """Return what to say of a flag that other projects have: ours, if it is one of `flags`, or that there is none."""
+    plain = name.lstrip("-")
+    ours = ELSEWHERE.get(plain.replace("_", "-"), "unknown")
+    if not ours:
+        return f": no model has {plain}"
+    return f"; did you mean {ours}?" if ours in flags else ""
+
+
 MANY = 8
 """The number of flags above which the usage does not list them: the help does."""
 
@@ -137,7 +156,8 @@ class Parser(argparse.ArgumentParser):
         unknown = next((word for word in extra if word.startswith("-")), None)
         if unknown is None:
             parser.error(f"unexpected {' '.join(extra)!r}{parser._flag_for(extra[0])}")
-        parser.error(f"unknown flag {unknown}{nearest(unknown.partition('=')[0], flags)}")
+        name = unknown.partition("=")[0]
+        parser.error(f"unknown flag {unknown}{_of_other_projects(name, flags) or nearest(name, flags)}")
 
     def _flag_for(self, word: str) -> str:
         """Return '; did you mean --recipe fp16?' for a name that a flag with known names takes, or ''."""

@@ -12,7 +12,7 @@ from script_loader import load_script
 
 from refimpl.errors import UsageError, nearest, one_line, unknown
 from refimpl.precision.recipes import get_recipe
-from refimpl.training.arguments import Parser
+from refimpl.training.arguments import ELSEWHERE, Parser
 
 BAD = [
     ("train", "--seed x", "argument --seed: invalid int value: 'x'; see train.py --help"),
@@ -20,6 +20,12 @@ BAD = [
     ("train", "--bacth_size 8", "unknown flag --bacth_size; did you mean --batch-size? See train.py --help"),
     ("train", "--bogus 1", "unknown flag --bogus; see train.py --help"),
     ("train", "--bacth_size=8", "unknown flag --bacth_size=8; did you mean --batch-size? See train.py --help"),
+    ("train", "--learning_rate 1e-3", "unknown flag --learning_rate; did you mean --lr? See train.py --help"),
+    ("train", "--learning-rate=1e-3", "unknown flag --learning-rate=1e-3; did you mean --lr? See train.py --help"),
+    ("train", "--max_iters 9", "unknown flag --max_iters; did you mean --steps? See train.py --help"),
+    ("train", "--gradient_accumulation_steps 2", "accumulation_steps; did you mean --grad-accum? See train.py --help"),
+    ("train", "--dropout 0.1", "unknown flag --dropout: no model has dropout; see train.py --help"),
+    ("recipes", "--max_iters 9", "unknown flag --max_iters; see recipes.py --help"),
     ("train", "--zzz", "unknown flag --zzz; see train.py --help"),
     ("train", "--steps", "argument --steps: expected one argument; see train.py --help"),
     ("train", "now", "unexpected 'now'; see train.py --help"),
@@ -69,6 +75,12 @@ def test_a_negative_number_is_a_value_and_not_a_flag(value: str, monkeypatch: py
     monkeypatch.setattr("sys.argv", ["train.py"])
     lr = load_script("train").parser().parse_args(["--lr", value]).lr
     assert str(lr) == str(float(value))
+
+
+def test_flags_of_other_projects_have_names_here() -> None:
+    flags = {flag for action in load_script("train").parser()._actions for flag in action.option_strings}
+    assert {ours for ours in ELSEWHERE.values() if ours} <= flags
+    assert not {f"--{theirs}" for theirs in ELSEWHERE} & flags
 
 
 @pytest.mark.parametrize(("script", "line", "message"), BAD)
