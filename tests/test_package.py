@@ -11,9 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from doc_commands import COMMANDS, words_of
 from paths import ROOT
 
 import refimpl
+from refimpl.tools.formats.plot import PICTURE as FORMATS_PICTURE
+from refimpl.tools.loss_scale import PICTURE as SCALE_PICTURE
 
 
 def text_of(name: str) -> str:
@@ -26,6 +29,19 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert setup["metadata"]["version"] == "attr: refimpl.__version__"
     assert re.findall(r"^version: (.+)$", text_of("CITATION.cff"), re.M) == [refimpl.__version__]
     assert refimpl.__version__ in text_of("CHANGELOG.md")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone: git says what it ignores")
+def test_git_ignores_what_the_commands_of_the_pages_write_and_nothing_else() -> None:
+    def git(*words: str) -> list[str]:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+
+    arguments = [word for _, command in COMMANDS for word in words_of(command)[1]]
+    named = {word for word in arguments if re.fullmatch(r"[\w.-]+\.(safetensors|png|csv)", word)}
+    assert {"start.safetensors", "theirs.safetensors", "log.csv"} <= named
+    written = {*named, str(FORMATS_PICTURE), str(SCALE_PICTURE), "site/index.html", "runs/gpt-fp16/loss.png"}
+    assert written == {*git("check-ignore", "--no-index", *sorted(written))}
+    assert git("ls-files", "--cached", "--ignored", "--exclude-standard") == []
 
 
 def test_advice_to_install_can_be_followed_anywhere() -> None:
