@@ -60,6 +60,17 @@ def test_commands_are_understood(page: str, command: str) -> None:
     assert complaint(command) is None
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_can_be_copied(page: Path) -> None:
+    """Each begins with python, and reads a folder that a run has written whatever model it started from."""
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^    [a-z_]+\.py .*", text, re.M) == []
+    for script, arguments in map(words_of, commands(text)):
+        assert not (script == "audit" and "train.py" in arguments), "there is no train.py of the reader's in a clone"
+        if script == "train" and {"DIR", "bf16"} <= {*arguments} and "--out" not in arguments:
+            assert not re.search("runs/(gpt|llama)-bf16", text)
+
+
 def test_both_checkers_bite() -> None:
     assert len(COMMANDS) > 20 and len(LINKS) > 20
     assert complaint("python scripts/nothing.py") == "there is no scripts/nothing.py"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from doc_commands import commands, words_of
 from paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -17,6 +18,14 @@ def test_quick_start_is_one_block_of_two_lines() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
+
+
+def test_the_commands_that_an_installed_package_lacks_are_named() -> None:
+    from refimpl.__main__ import commands as installed
+
+    sentence = README.partition("After `pip install .`")[2].partition("refimpl is a library")[0]
+    lacking = {words_of(command)[0] for command in commands(README)} - installed().keys()
+    assert lacking == {*re.findall(r"`(\w+)\.py`", sentence)} and "`refimpl train`" in sentence
 
 
 def test_every_recipe_is_named() -> None:

@@ -44,8 +44,8 @@ ALONE = {"compare_recipes": ("--inference", "--batch-size 2 --block-size 8 --eva
 OF_A_TEXT = ("train", "inspect_precision", "compare_recipes", "compare_pytorch")
 WITH_DATA = {"--data", "--resume", "--run", "--trace", "--hf"}
 """Flags of commands that have their text. All others that have flags are given a short one, which takes a third of the time."""
-WORDS = {"FILE": "text.txt", "NAME": "ignore-inf", "NEW": "new", "DIR": "SmolLM2-135M"}
-"""What stands for the words in capitals of a page."""
+WORDS = {"FILE": "text.txt", "NAME": "ignore-inf", "NEW": "new", "DIR": "SmolLM2-135M", "your_script.py": "train.py"}
+"""What stands for the words of a page that are the reader's."""
 NO_TERMINAL = "a pseudo-terminal needs a system of the POSIX family"
 
 NO_FILE = re.compile("\r|\\d%\\||\x1b|Traceback")

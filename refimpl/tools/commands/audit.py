@@ -2,7 +2,7 @@
 
     pip install torch==2.13.0
     python scripts/audit.py --demo                                 a small training with three mistakes in it
-    python scripts/audit.py train.py --lr 1e-3                     your script with its arguments, unchanged
+    python scripts/audit.py your_script.py --lr 1e-3               your script with its arguments, unchanged
     python scripts/audit.py --steps 2 --out runs/mine -m package.train --lr 1e-3
     python scripts/audit.py --replay runs/audit/audit.json         judge again the operations that findings rest on
 
