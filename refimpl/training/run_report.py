@@ -47,6 +47,9 @@ def announce(trainer: Trainer, baselines: NgramBaselines) -> None:
     if baselines.entropies:
         sampled = " (from a sample)" if baselines.sampled else ""
         print(f"baselines{sampled}: {_list_baselines(baselines)}")
+    if config.steps <= config.warmup:
+        within = f"--steps {config.steps} ends within the warm-up, --warmup {config.warmup}"
+        print(f"note: {within}: --lr {config.lr:g} is not reached")
 
 
 def _list_baselines(baselines: NgramBaselines) -> str:

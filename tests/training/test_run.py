@@ -214,6 +214,16 @@ def test_masters_start_from_what_the_flag_says(flag: str | None, rounded: bool, 
     assert (of_megatron.master == widen(of_megatron.weights)).all() == (flag != "original")
 
 
+@pytest.mark.parametrize(("warmup", "ends_within"), [(7, False), (8, True), (50, True)])
+def test_a_run_that_ends_within_its_warm_up_says_so(
+    warmup: int, ends_within: bool, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "r", text, warmup=warmup, init_scale=1024.0)  # a skipped step would not advance it
+    note = f"note: --steps 8 ends within the warm-up, --warmup {warmup}: --lr 0.01 is not reached\n"
+    reached = max(row["lr"] for row in read_metrics(tmp_path / "r").steps) == pytest.approx(TINY["lr"])
+    assert (note in capsys.readouterr().out) == ends_within and reached != ends_within
+
+
 def test_a_mistake_is_said_at_both_ends_and_on_the_picture(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
