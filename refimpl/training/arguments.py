@@ -163,7 +163,7 @@ class Parser(argparse.ArgumentParser):
         """Return '; did you mean --recipe fp16?' for a name that a flag with known names takes, or ''."""
         for action in self._actions:
             known = getattr(action.type, "keywords", {}).get("known", ())  # of one_of
-            if spelled(word, known) in known:
+            if action.option_strings and spelled(word, known) in known:
                 return f"; did you mean {action.option_strings[0]} {spelled(word, known)}?"
         return ""
 

@@ -28,6 +28,7 @@ BAD = [
     ("recipes", "--max_iters 9", "unknown flag --max_iters; see recipes.py --help"),
     ("train", "--zzz", "unknown flag --zzz; see train.py --help"),
     ("train", "--steps", "argument --steps: expected one argument; see train.py --help"),
+    ("loss_scale", "torch torch", "unexpected 'torch'; see loss_scale.py --help"),
     ("train", "now", "unexpected 'now'; see train.py --help"),
     ("train", "--eval=1", "ambiguous option: --eval=1 could match --eval-every, --eval-batches; see train.py --help"),
     ("convert", "exprt a b", "did you mean export? See convert.py --help"),
