@@ -21,6 +21,8 @@ from refimpl.training.console import Output
 
 def check_program(word: str, is_module: bool) -> None:
     """Raise UsageError if there is no such script or module."""
+    if not word:
+        raise UsageError("the name of the script or module is empty")
     if not is_module:
         if not Path(word).is_file():
             raise UsageError(f"{word}: there is no such script" + ("; it is a folder" if Path(word).is_dir() else ""))

@@ -42,7 +42,10 @@ def test_an_empty_name_is_not_the_current_folder(line: str, tmp_path: Path) -> N
     assert "is empty" in refused(line, "", tmp_path)
 
 
-@pytest.mark.parametrize(("line", "name"), [("audit NAME", LONG), ("audit --replay NAME", LONG), ("audit --out NAME x.py", "")])
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [("audit NAME", LONG), ("audit --replay NAME", LONG), ("audit --out NAME x.py", ""), ("audit NAME", "")],
+)
 def test_names_that_the_audit_cannot_use(line: str, name: str, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed")
     assert (name or "is empty") in refused(line, name, tmp_path)
