@@ -124,7 +124,9 @@ def _default(name: str) -> str:
 
 
 def refuse_unused(given: Flags) -> None:
-    """Raise UsageError for a flag of a loss scale that adapts where the flags make it a constant one, which would ignore it."""
+    """Raise UsageError for an ignored flag: that of an adapting loss scale with a constant one, or --n-head of an mlp."""
+    if given.get("model") == "mlp" and given.get("n_head"):
+        raise UsageError(f"--n-head {given['n_head']} is for --model gpt or llama: leave it out")
     kind = given.get("loss_scale") or get_recipe(given.get("recipe", Config.recipe)).loss_scale
     for name in STARTS:
         if name in given and find_scaler(kind) is None:

@@ -45,6 +45,16 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("command", ["train", "trace record --out o", "inspect_precision"])
+def test_an_mlp_has_no_heads(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *more = command.split()
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *more, "--model", "mlp", "--n-head", "7"])
+    with pytest.raises(SystemExit) as ended:
+        load_script(name).main()
+    says = "error: --n-head 7 is for --model gpt or llama: leave it out\n"
+    assert (ended.value.code, capsys.readouterr().err) == (2, says)
+
+
 CONSTANT = [("--loss-scale 128", "128"), ("--loss-scale none", "none"), ("--recipe bf16", "none")]
 
 

@@ -457,7 +457,7 @@ def test_command_line(text: str, tmp_path: Path) -> None:
         command = [sys.executable, str(script), *flags, f"--data={text}", *more]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
 
-    good = call("--model=mlp")
+    good = call("--model=mlp", "--n-head=0")
     assert good.returncode == 0 and (tmp_path / "runs" / "mlp-fp16" / "checkpoint.safetensors").exists(), good.stderr
     bad = call("--recipe=fp99")
     assert bad.returncode == 2 and bad.stderr.startswith("error: unknown recipe 'fp99'") and bad.stderr.count("\n") == 1

@@ -26,7 +26,7 @@ from refimpl.training.flags import add_config_flags, refuse_unused
 from refimpl.training.outputs import target
 from refimpl.training.progress_bar import ProgressBar
 
-DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "lr": 1e-3}
+DEFAULTS: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "block_size": 32, "lr": 1e-3}
 """A model that trains in seconds."""
 OF_THE_FOLDER = ("model", "n_layer", "n_head", "n_embd", "block_size", "device")
 """Flags that --hf takes the place of."""

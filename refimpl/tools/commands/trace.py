@@ -26,7 +26,7 @@ from refimpl.training.outputs import target
 from refimpl.training.progress_bar import ProgressBar
 
 DEFAULTS: dict[str, Any] = {
-    "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 4, "warmup": 1,
+    "n_layer": 2, "n_embd": 64, "block_size": 32, "batch_size": 8, "lr": 1e-3, "steps": 4, "warmup": 1,
 }  # fmt: skip
 FOR_LONG_RUNS = ("eval_every", "eval_batches", "log_every", "sample_bytes", "keep", "log", "zero", "checkpointing")
 

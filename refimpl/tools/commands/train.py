@@ -51,7 +51,8 @@ def run() -> int:
                 raise UsageError("--resume and --config contradict each other: a resumed run has the settings in its folder")
             settings, first_weights = read_settings(file)
             settings = overridden(settings, arguments)
-            refuse_unused({name: value for name, value in settings.items() if name in arguments or name not in STARTS})
+            of_the_file = (*STARTS, "n_head")  # which a flag may make unused
+            refuse_unused({name: value for name, value in settings.items() if name in arguments or name not in of_the_file})
             arguments, special["init_from"] = settings, special["init_from"] or first_weights
         elif not special["resume"]:  # a resumed run has the settings in its folder, and may change none of these
             refuse_unused(arguments)
