@@ -36,7 +36,7 @@ def parser() -> Parser:
     """Return the parser of the flags; what follows the script or module belongs to it."""
     result = Parser(description=__doc__, usage="audit.py [flags] SCRIPT ... | [flags] -m MODULE ...")
     add = result.add_argument
-    add("--steps", type=int, default=4, metavar="N", help="how many of the first steps to audit (default: 4)")
+    add("--steps", type=int, default=4, metavar="N", help="how many of the first steps to audit, or 0 (default: 4)")
     add("--every", type=int, default=100, metavar="N", help="then audit one step in N (default: 100)")
     add("--out", type=Path, metavar="FOLDER", help=f"where to write the report (default: {OUT}, or the next free number)")
     add("--overwrite", action="store_true", help="replace the report in FOLDER")
@@ -76,8 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         return replay(arguments.replay, arguments.quiet)
     if not arguments.words:
         raise UsageError("name a script, or -m and a module, or --demo; see --help")
-    if arguments.steps < 1 or arguments.every < 1:
-        raise UsageError("--steps and --every must be at least 1")
+    if arguments.steps < 0 or arguments.every < 1:
+        raise UsageError("--steps must be at least 0, and --every at least 1")
     check_program(arguments.words[0], arguments.is_module)
     need_torch()
     folder = folder_for(arguments.out, arguments.overwrite)
