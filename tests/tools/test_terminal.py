@@ -107,7 +107,7 @@ def shortened(script: str, words: list[str]) -> list[str]:
         more = ""
     if script in OF_A_TEXT and words and more and not WITH_DATA & {*words}:
         more += " --data text.txt"
-    if script == "train" and "--out" in words and "--resume" not in words:
+    if "--out" in words and (words[0] == "record" if script == "trace" else script == "train" and "--resume" not in words):
         more += " --overwrite"
     if script == "bench" and "--ranks" in words:
         more = "--rounds 1 --models smoke --recipes bf16"
