@@ -36,7 +36,7 @@ from refimpl.parity.pytorch import import_torch
 from refimpl.tools.memory.measure import process_memory
 from refimpl.training.arguments import Parser
 from refimpl.training.columns import table
-from refimpl.training.progress_bar import ProgressBar
+from refimpl.training.progress_bar import ProgressBar, Tick
 
 PRECISIONS = ("fp32", "amp-bf16")
 LIMITS = {"time": 12.0, "memory": 3.0, "unaudited": 1.01, "call": 1.01}
@@ -109,7 +109,7 @@ def call_seconds(of: Training) -> float:
         return (time.perf_counter() - begun) / CALLS
 
 
-def times(of: Training, rounds: int, tick: Callable[[], object]) -> dict[str, list[float]]:
+def times(of: Training, rounds: int, tick: Tick) -> dict[str, list[float]]:
     """Return the times of steps of each kind: one audited per round, and two plain and two unaudited ones, which are cheap.
 
     tick: callback after each round.
@@ -159,7 +159,7 @@ def memory_apart(precision: str, kind: str) -> int:
     return int(json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout))
 
 
-def costs(precision: str, rounds: int, tick: Callable[[], object]) -> Table:
+def costs(precision: str, rounds: int, tick: Tick) -> Table:
     """Return what is measured in one precision: 'steps' in seconds, 'bytes', the 'ratios' that have limits, their 'errors'.
 
     tick: callback after each round of steps, and after the memory.

@@ -41,6 +41,7 @@ from refimpl.precision.policy_variants import ATTENTION
 from refimpl.precision.recipes import RECIPES
 from refimpl.step import forward_backward
 from refimpl.training.config import Config
+from refimpl.training.progress_bar import Tick, no_tick
 
 JUDGED = tuple(
     name for name, recipe in RECIPES.items() if recipe.policy.in_formats and {*recipe.state_encodings().values()} <= {*FORMATS}
@@ -106,7 +107,7 @@ class Judge:
         self.lost = ""
         self.reasons: dict[str, str] = {}
 
-    def findings(self, tick: Callable[[], object] = lambda: None) -> Iterator[Finding]:
+    def findings(self, tick: Tick = no_tick) -> Iterator[Finding]:
         """Yield a finding for each tensor of each step, in the order in which a step computes them.
 
         tick: callback after each step.
@@ -413,7 +414,7 @@ def candidates(config: Config, first: Finding) -> dict[str, tuple[Config, str]]:
     return {name: (config, name) for name in tried} | others
 
 
-def explanations(config: Config, theirs: Trace, first: Finding, tick: Callable[[], object] = lambda: None) -> list[str]:
+def explanations(config: Config, theirs: Trace, first: Finding, tick: Tick = no_tick) -> list[str]:
     """Return the names of the known mistakes that explain a departure best. tick: callback after each of `candidates`.
 
     A mistake explains it if the departing tensor, and all before it, are within their bounds when the replay makes the same

@@ -16,6 +16,7 @@ from refimpl.parity.mistakes import MISTAKES, inject
 from refimpl.parity.replay_start import start_from
 from refimpl.parity.trace import BY_PLACE, Recorder, Trace, key, parse_key, record, split_batch, write_down
 from refimpl.training.config import Config
+from refimpl.training.progress_bar import Tick, no_tick
 
 SIZES: dict[str, Any] = {
     "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "lr": 1e-3, "steps": 2, "warmup": 1,
@@ -108,7 +109,7 @@ def count(names: Iterable[str]) -> int:
     return sum(len(batches_for(name)) * len(BETAS) for name in names)
 
 
-def row(name: str, tick: Callable[[], object] = lambda: None) -> list[str]:
+def row(name: str, tick: Tick = no_tick) -> list[str]:
     """Return a mistake's row of the table: settings, then the outcome for each number of micro-batches and each trace.
 
     tick: callback after each run.
@@ -145,7 +146,7 @@ HEADER = ("mistake", "settings", "1: all", "but one", "none", "3: all", "but one
 def table(
     names: Iterable[str] = MISTAKES,
     done: Callable[[str], object] = lambda line: None,
-    tick: Callable[[], object] = lambda: None,
+    tick: Tick = no_tick,
 ) -> str:
     """Return the table in Markdown. done: callback with each line as soon as it is computed. tick: after each run."""
     lines = [_line(HEADER), _line(["---"] * len(HEADER))]

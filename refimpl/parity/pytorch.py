@@ -20,7 +20,7 @@ judged what the judge of the trace has, the two must agree (`audit/agreement.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from types import MappingProxyType
@@ -42,6 +42,7 @@ from refimpl.precision.context import OpPrecision
 from refimpl.training.config import Config
 from refimpl.training.data import sample_batch
 from refimpl.training.memory_limits import need, require_memory
+from refimpl.training.progress_bar import Tick, no_tick
 
 if TYPE_CHECKING:
     from refimpl.parity.audit.agreement import Agreement
@@ -181,16 +182,13 @@ class RefimplRun:
         return {name: view.copy() for name, view in self.state.layout.views(self.state.master).items()}
 
 
-def _no_tick() -> None: ...
-
-
 def steps_of(config: Config, device: str = "cpu") -> int:
     """Return how often `compare` calls `tick`: once per step, and on the CPU twice more to measure PyTorch's own spread."""
     return config.steps * (3 if device == "cpu" else 1)
 
 
 def compare(
-    config: Config, spread: bool = True, device: str = "cpu", audit: bool = True, tick: Callable[[], object] = _no_tick
+    config: Config, spread: bool = True, device: str = "cpu", audit: bool = True, tick: Tick = no_tick
 ) -> Comparison:
     """Train with refimpl (on the host) and with PyTorch (on `device`) side by side.
 
@@ -252,7 +250,7 @@ def _batches(config: Config) -> Any:
 
 def side_by_side(
     config: Config, weights: Tensors, batches: list[Any], theirs: PyTorchTraining, audited: bool, stages: int = STAGE_STEPS,
-    kernels: Mapping[str, Op] = MappingProxyType({}), tick: Callable[[], object] = _no_tick,
+    kernels: Mapping[str, Op] = MappingProxyType({}), tick: Tick = no_tick,
 ) -> Comparison:  # fmt: skip
     """Train both on the same batches (tokens, targets, overflow).
 
@@ -292,7 +290,7 @@ def _square(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _own_spread(
-    config: Config, weights: Tensors, batches: list[Any], one: PyTorchTraining, torch: Any, tick: Callable[[], object]
+    config: Config, weights: Tensors, batches: list[Any], one: PyTorchTraining, torch: Any, tick: Tick
 ) -> dict[str, float]:
     """Return the differences between PyTorch's run with two threads and with one."""
     from refimpl.parity.pytorch_model import PyTorchTraining

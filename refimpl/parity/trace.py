@@ -8,7 +8,7 @@ the name begins with their number: `3/2.activations/2:lm_head`. The header (meta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from refimpl.training.checkpoint import (
 )
 from refimpl.training.config import Config
 from refimpl.training.data import sample_batch
+from refimpl.training.progress_bar import Tick, no_tick
 from refimpl.training.schema import Integer, Table, Words, check
 from refimpl.training.setup import BATCHES, INIT, Training, generator
 
@@ -272,7 +273,7 @@ def like(theirs: np.ndarray, ours: Array, what: str) -> np.ndarray:
     return result
 
 
-def record(config: Config, source: Trace | None = None, tick: Callable[[], object] = lambda: None) -> Trace:
+def record(config: Config, source: Trace | None = None, tick: Tick = no_tick) -> Trace:
     """Train for `config.steps` steps and return the trace.
 
     source: another trace, whose initial weights and batches are used. tick: callback after each step.
@@ -294,7 +295,7 @@ def write_down(
     recorder: Recorder,
     training: Training,
     steps: Iterable[list[tuple[np.ndarray, np.ndarray]]],
-    tick: Callable[[], object] = lambda: None,
+    tick: Tick = no_tick,
 ) -> None:
     """Train on the batches of some steps and record what they compute. tick: callback after each step."""
     for recorder.step, batches in enumerate(steps, 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,13 @@ DELAY = 0.5
 """Seconds before the bar appears."""
 SECONDS = 10.0
 """Seconds between two lines on progress where standard error is not a terminal."""
+
+Tick = Callable[[], object]
+"""A callback after each part of some work, such as `ProgressBar.update`."""
+
+
+def no_tick() -> None:
+    """Show no progress."""
 
 
 def fitted(**shown: Any) -> str:

@@ -16,7 +16,7 @@ of our own models is (`parity/pytorch.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +54,7 @@ from refimpl.parity.transformers.recording import Recording
 from refimpl.parity.transformers.spread import distances_in_other_orders, widest_ratio
 from refimpl.parity.transformers.training import TransformersTraining
 from refimpl.training.config import Config
+from refimpl.training.progress_bar import Tick, no_tick
 
 LARGE = 20_000_000
 """Parameters of a model whose steps are trained side by side, but not judged tensor by tensor: that takes many copies."""
@@ -175,7 +176,7 @@ class Result:
         }  # fmt: skip
 
 
-def compare(folder: Path, ours: Ours, tick: Callable[[], object] = lambda: None) -> Result:
+def compare(folder: Path, ours: Ours, tick: Tick = no_tick) -> Result:
     """Compare the model of a folder with ours. tick: callback after each step.
 
     Errors: UsageError without the packages, or for what cannot be compared.
@@ -184,7 +185,7 @@ def compare(folder: Path, ours: Ours, tick: Callable[[], object] = lambda: None)
         return _compare(folder, ours, tick)
 
 
-def _compare(folder: Path, ours: Ours, tick: Callable[[], object]) -> Result:
+def _compare(folder: Path, ours: Ours, tick: Tick) -> Result:
     config = ours.config
     theirs = TransformersTraining(config, folder, ours.attention)
     kinds = {operation.kind for operation in theirs.operations}

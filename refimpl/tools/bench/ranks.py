@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,7 +26,7 @@ from refimpl.tools.bench.gpu_cost import GPUS
 from refimpl.tools.bench.steps import MODELS, WARM_UP
 from refimpl.training.columns import table
 from refimpl.training.config import Config
-from refimpl.training.progress_bar import ProgressBar
+from refimpl.training.progress_bar import ProgressBar, Tick, no_tick
 from refimpl.training.setup import start
 
 STAGES = (0, 1, 2, 3)
@@ -76,7 +75,7 @@ def plan(most: int) -> list[tuple[int, int]]:
 
 
 def weak_scaling(
-    model: str, recipe: str, most: int, rounds: int, tick: Callable[[], object] = lambda: None
+    model: str, recipe: str, most: int, rounds: int, tick: Tick = no_tick
 ) -> list[dict[str, Any]]:
     """Return rows for each of `plan`: step time, tokens per second, and efficiency. tick: callback after each."""
     tokens = MODELS[model]["batch_size"] * MODELS[model]["block_size"]

@@ -30,7 +30,7 @@ from refimpl.training.columns import table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
 from refimpl.training.machine import processor
-from refimpl.training.progress_bar import ProgressBar
+from refimpl.training.progress_bar import ProgressBar, Tick, no_tick
 from refimpl.training.setup import start
 
 MODELS: dict[str, dict[str, int]] = {
@@ -75,14 +75,6 @@ def timed(f: Callable[[], Any]) -> float:
     start = time.perf_counter()
     f()
     return time.perf_counter() - start
-
-
-Tick = Callable[[], object]
-"""A callback after each round of what is timed, outside of the times."""
-
-
-def no_tick() -> None:
-    """Do nothing after a round."""
 
 
 def alternating(fs: Sequence[Callable[[], Any]], rounds: int, tick: Tick = no_tick) -> list[float]:

@@ -32,6 +32,7 @@ from refimpl.training.evaluate import text_loss, validation_batches
 from refimpl.training.huggingface.weights import Converted
 from refimpl.training.init_from import First
 from refimpl.training.memory_limits import need, require_memory
+from refimpl.training.progress_bar import Tick
 from refimpl.training.setup import BATCHES, INIT, generator, start
 from refimpl.training.signals import say
 
@@ -215,7 +216,7 @@ def compare(
     config: Config,
     recipes: Sequence[str],
     seeds: int,
-    tick: Callable[[], Any],
+    tick: Tick,
     perturbations: int = PERTURBATIONS,
     first: First | None = None,
     ended: Callable[[RecipeRun], Any] = lambda run: None,
@@ -251,7 +252,7 @@ def compare(
 Makers: TypeAlias = Sequence[Callable[[], RecipeRun]]
 
 
-def _in_turn(makers: Makers, config: Config, corpus: Corpus, tick: Callable[[], Any]) -> list[RecipeRun]:
+def _in_turn(makers: Makers, config: Config, corpus: Corpus, tick: Tick) -> list[RecipeRun]:
     """Return all runs after the steps that all of them made, one step of each at a time; [] if they made none."""
     runs = [make() for make in makers]
     try:
@@ -272,7 +273,7 @@ def _in_turn(makers: Makers, config: Config, corpus: Corpus, tick: Callable[[], 
 
 
 def _one_by_one(
-    makers: Makers, config: Config, corpus: Corpus, tick: Callable[[], Any], ended: Callable[[RecipeRun], Any]
+    makers: Makers, config: Config, corpus: Corpus, tick: Tick, ended: Callable[[RecipeRun], Any]
 ) -> list[RecipeRun]:
     """Return the runs that made all steps, each of which was alone in memory, with its peak."""
     runs: list[RecipeRun] = []

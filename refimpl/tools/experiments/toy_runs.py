@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from refimpl.tools.experiments.experiment import Experiment, Result
 from refimpl.training.config import Config
 from refimpl.training.palette import BLUE, CYCLE, RED, colors_of
 from refimpl.training.pictures import legend_beside
+from refimpl.training.progress_bar import Tick, no_tick
 from refimpl.training.setup import Training, start
 
 SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 8, "warmup": 5}
@@ -32,13 +33,6 @@ def _new_training(recipe: str, seed: int, **more: Any) -> tuple[Config, Training
 def _batches(config: Config, n: int) -> list[Batch]:
     """Return the batches of the first n steps, of one micro-batch each."""
     return [batch for (batch,) in batches_of(replace(config, steps=n), None)]
-
-
-Tick = Callable[[], object]
-"""Called after each training step."""
-
-
-def _no_tick() -> None: ...
 
 
 def _train(training: Training, batches: list[Batch], tick: Tick) -> list[float]:
@@ -106,7 +100,7 @@ WARM_STEPS, FINE_STEPS, FINE_LR, SMALL_LOSS = 150, 150, 5e-6, 1e-6
 
 
 def run_masters(
-    seed: int, tick: Tick = _no_tick, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_STEPS, sizes: Sizes = SMALL
+    seed: int, tick: Tick = no_tick, warm_steps: int = WARM_STEPS, fine_steps: int = FINE_STEPS, sizes: Sizes = SMALL
 ) -> Result:
     """Continue training at a small learning rate after a warm start, with and without masters and loss scaling.
 
@@ -175,7 +169,7 @@ BASIC = ("fp64", "fp32", "fp16", "bf16", "amp-fp16", "amp-bf16", "amp-fp16-cpu",
 """The basic recipes. Each other recipe is a variant of one of these, and all would take minutes."""
 
 
-def run_recipes(seed: int, tick: Tick = _no_tick, steps: int = STEPS, sizes: Sizes = SMALL) -> Result:
+def run_recipes(seed: int, tick: Tick = no_tick, steps: int = STEPS, sizes: Sizes = SMALL) -> Result:
     """Train the same model from the same weights on the same batches under each of the basic recipes."""
     curves = {}
     for recipe in BASIC:

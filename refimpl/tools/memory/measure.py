@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from refimpl.training.activation_memory import Row, Term, against_paper, moments
 from refimpl.training.columns import table
 from refimpl.training.config import Config
 from refimpl.training.console import json_text
-from refimpl.training.progress_bar import ProgressBar
+from refimpl.training.progress_bar import ProgressBar, Tick, no_tick
 from refimpl.training.setup import Training, start
 
 STEPS = 3
@@ -85,7 +85,7 @@ def measure_model(given: dict[str, Any], as_json: bool, quiet: bool = False) -> 
 # ------------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure_run(config: Config, tick: Callable[[], object] = lambda: None) -> Measurement:
+def measure_run(config: Config, tick: Tick = no_tick) -> Measurement:
     """Train for `config.steps` steps, then measure the states and a tape, and the peak memory of a step of a new run.
 
     tick: callback after each step, after the tape, and after the step of the new run.
