@@ -45,7 +45,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("command", ["train", "trace record --out o", "inspect_precision"])
+OF_ANY_MODEL = ["train", "trace record --out o", "inspect_precision", "compare_recipes", "memory --measure"]
+
+
+@pytest.mark.parametrize("command", OF_ANY_MODEL)
 def test_an_mlp_has_no_heads(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     name, *more = command.split()
     monkeypatch.setattr("sys.argv", [f"{name}.py", *more, "--model", "mlp", "--n-head", "7"])

@@ -24,7 +24,7 @@ from refimpl.tools.compare_recipes.page import PAGE, STEPS, STEPS_FROM, STEPS_OF
 from refimpl.tools.compare_recipes.runs import DEFAULT, PERTURBATIONS
 from refimpl.training.arguments import Parser, some_of
 from refimpl.training.config import LLAMA
-from refimpl.training.flags import add_config_flags
+from refimpl.training.flags import add_config_flags, refuse_unused
 from refimpl.training.program import as_called
 
 CONFIG_FLAGS = (
@@ -67,6 +67,7 @@ def parser() -> Parser:
 def run() -> None:
     """Run the comparison that the command line describes. Errors: UsageError, also for flags that do not go together."""
     arguments = vars(parser().parse_args())
+    refuse_unused(arguments)
     own = {name: arguments.pop(name) for name in OWN_FLAGS}
     written = {name: arguments.pop(name) for name in ("prompt", "n_tokens") if name in arguments}
     if arguments.pop("inference", False):

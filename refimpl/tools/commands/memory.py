@@ -25,7 +25,7 @@ from refimpl.tools.memory.report import show_conventions, show_memory, show_zero
 from refimpl.tools.memory.states import CHECKPOINTING, CONVENTIONS, PRESETS
 from refimpl.training.arguments import Parser, file_name, one_of
 from refimpl.training.config import LLAMA, MODEL_DEFAULTS, flag
-from refimpl.training.flags import add_config_flags
+from refimpl.training.flags import add_config_flags, refuse_unused
 
 NO_MEMORY = ("rope_theta", "rope_scaling", "norm_eps")
 """Sizes of llama that take no memory."""
@@ -91,6 +91,7 @@ def run(arguments: dict[str, Any]) -> int:
         for name in ("params", "preset", "hf", "convention", "zero", "ranks", "vocab_size"):
             if name in arguments:
                 raise UsageError(f"--measure trains a model of this project: --{name.replace('_', '-')} does not apply")
+        refuse_unused(arguments)
         return measure_model(arguments, as_json, quiet)
     if asked:
         if arguments:
