@@ -146,3 +146,9 @@ def test_what_it_prints_is_so() -> None:
     assert weights == [1.0] * 6 + [1.000977] * 2  # and the weight moves once they add up to half a step of FP16
     assert np.nextafter(np.float16(1), np.float16(2)) == 1 + 2.0**-10 and "1.000977" in last
     assert np.float16(1) + np.float16(0.0001) == 1
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_says_what_it_does_and_does_nothing(flag: str) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, flag], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, by_hand.__doc__.strip(), "")

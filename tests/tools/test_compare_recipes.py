@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from script_loader import load_script
 
 from refimpl.errors import UsageError
 from refimpl.precision.recipes import RECIPES
+from refimpl.tools.compare_recipes import page as page_module
 from refimpl.tools.compare_recipes import runs as module
 from refimpl.tools.compare_recipes.page import difference_text
 from refimpl.tools.compare_recipes.runs import (
@@ -207,6 +209,15 @@ def test_the_script_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [run["recipe"] for run in stored["runs"]] == ["fp32", "fp16", "mxfp4", "fp32"]
     assert stored["steps"] == 4 and all(len(run["losses"]) == 4 for run in stored["runs"])
     assert [run["perturbation"] for run in stored["perturbed"]] == [1] and stored["drift"] < stored["noise"]
+
+
+def test_a_curve_that_leaves_the_axis_is_said_to(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="draws")
+    diverging = comparison.runs[1]
+    monkeypatch.setattr(diverging, "losses", [*diverging.losses[:-1], 1e6])
+    for what in ("loss", "difference"):
+        captions = " ".join(picture.caption for picture in page_module._pictures(comparison, what))
+        assert re.findall(r"(\S+) goes beyond the axis", captions) == ["fp16"], captions
 
 
 def test_all_recipes_take_fewer_steps_unless_a_number_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

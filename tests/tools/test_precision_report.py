@@ -17,6 +17,7 @@ from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,8 @@ def test_of_many_blocks_only_the_first_and_the_last_are_named(axes: Any) -> None
     draw_sweep(axes, replace(by_hand({}), sweep=[{"exponent": 0, "layers": layers}]))
     named = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
     assert named == ["embedding", "block 0", "block 11", "head"] and len(axes.lines) == 14
+    blocks = [line.get_linestyle() for line in axes.lines if line.get_marker() == "."]
+    assert len(blocks) == 12 and all(one != other for one, other in pairwise(blocks))
 
 
 @pytest.mark.parametrize(
